@@ -1,0 +1,62 @@
+"""Exact attention over long sequences on a ring of MPI ranks.
+
+Importing the package imports nothing else: NumPy, MPI, Numba and h5py come when a name first needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import RingAttention, ring_attention
+    from .errors import (
+        BackendError,
+        CommError,
+        DtypeError,
+        LaunchError,
+        MaskError,
+        OptionError,
+        OutputError,
+        RingError,
+        RingTimeout,
+        ShapeError,
+        ShardError,
+    )
+    from .layout import Contiguous, Custom, Layout, Striped, Zigzag
+    from .mask import Mask
+    from .exchange import redistribute
+    from .trace import Step, Trace
+
+_HOME = {
+    "attention": ("RingAttention", "ring_attention"),
+    "errors": ("BackendError", "CommError", "DtypeError", "LaunchError", "MaskError", "OptionError", "OutputError",
+               "RingError", "RingTimeout", "ShapeError", "ShardError"),
+    "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
+    "mask": ("Mask",),
+    "exchange": ("redistribute",),
+    "trace": ("Step", "Trace"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # noqa: PLE0604
+    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "LaunchError", "Layout", "Mask", "MaskError",
+    "OptionError", "OutputError", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError", "Step",
+    "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
+]
+
+try:
+    __version__ = version("ringmpi")
+except PackageNotFoundError:          # a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE:
+        return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,367 @@
+"""Exact attention over a sequence that is sharded over the ranks of a communicator."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from .arrays import as_array
+from .backends import check_name, open_backend
+from .errors import DtypeError, OptionError, RingError, ShapeError
+from .layout import Layout, check_spec, resolve
+from .mask import Interval, Mask
+from .mpi import TIMEOUT, private
+from .ring import Ring, travel
+from .softmax import DTYPES, State, accumulator, check_dtype, finish
+from .trace import Trace
+
+Array = NDArray[Any]
+Progress = Callable[[int], object]
+
+# What must be equal on all ranks before the first message; then tokens of q and of k.
+RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype")
+
+
+@dataclass
+class Plan:
+    """What a call needs to know and have; made once, used while the shapes stay the same."""
+
+    key: bytes
+    q_layout: Layout
+    kv_layout: Layout
+    bounds: list[Interval]
+    seen: NDArray[np.bool_]
+    hops: list[int]
+    shapes: list[list[tuple[int, ...]]]
+    states: list[State]
+    scale: float
+
+
+class RingAttention:
+    """Exact softmax attention on a ring of MPI ranks: plan once, run many times. Collective over *comm*.
+
+    Every rank keeps its queries; the K/V blocks travel round the ring while every rank computes on the block
+    it has (Liu, Zaharia & Abbeel 2023, *Ring Attention with Blockwise Transformers*).
+
+    Parameters
+    ----------
+    comm : MPI.Intracomm
+        Any communicator of the caller. The library works on a private one that it caches on it.
+    mask : Mask, optional
+        Which keys a query sees; all by default.
+    layout, kv_layout : str or Layout
+        How the shards of q (and of the result), and of k and v, are laid out: ``"contiguous"`` (in the order of
+        the ranks, any counts), ``"striped"``, ``"zigzag"`` or a `Custom`. `kv_layout` is `layout` by default.
+    scale : float, optional
+        Factor of the scores; ``1/sqrt(dim)`` by default.
+    backend : {"auto", "numba", "numpy"}
+    threads : int, optional
+        CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks.
+    timeout : float
+        Seconds after which waiting for another rank is an error.
+    accumulator : dtype, optional
+        float32 by default (float64 for float64 input); ``"float64"`` on request.
+
+    Attributes
+    ----------
+    trace : Trace
+        What the last call cost on this rank.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank, before any block is sent.
+
+    Examples
+    --------
+    ``mpiexec -n 4 python example.py``::
+
+        import numpy as np, ringmpi
+        from mpi4py import MPI
+        q, k, v = (np.random.default_rng(r).standard_normal((1000, 8, 64), "f4") for r in range(3))
+        with ringmpi.RingAttention(MPI.COMM_WORLD, mask=ringmpi.Mask(causal=True)) as attention:
+            out = attention(q, k, v)         # this rank's 1000 of 4000 tokens
+    """
+
+    def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
+                 kv_layout: str | Layout | None = None, scale: float | None = None, backend: str = "auto",
+                 threads: int | None = None, timeout: float = TIMEOUT,
+                 accumulator: DTypeLike | None = None) -> None:
+        self._comm = private(comm)
+        self.timeout = timeout if _is_positive(timeout) else TIMEOUT
+        with self._comm.together(self.timeout):
+            if not _is_positive(timeout):
+                raise OptionError(f"timeout: expected seconds > 0, got {timeout!r}")
+            self.mask = Mask() if mask is None else _checked_mask(mask)
+            self.layout, self.kv_layout = layout, layout if kv_layout is None else kv_layout
+            check_spec(self.layout)
+            check_spec(self.kv_layout)
+            self.scale = _checked_scale(scale)
+            self.accumulator = accumulator
+            check_name(backend)
+            self.backend = open_backend(backend, _checked_threads(threads) or self._comm.threads)
+        self._comm.agree_on(self._options(backend), self.timeout)
+        self._ring = Ring(self._comm, self.timeout)
+        self._plan: Plan | None = None
+        self._closed = False
+        self.trace = Trace()
+
+    def _options(self, backend: str) -> dict[str, Any]:
+        layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
+        return {**self.mask.describe(), "scale": self.scale, "backend": backend, "accumulator": self.accumulator,
+                **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
+
+    @overload
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Literal[False] = False,
+                 progress: Progress | None = None) -> Array: ...
+
+    @overload
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Literal[True],
+                 progress: Progress | None = None) -> tuple[Array, Array]: ...
+
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = False,
+                 progress: Progress | None = None) -> Array | tuple[Array, Array]:
+        """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
+
+        Parameters
+        ----------
+        q : array of shape ([batch,] n_q, heads, dim), float64, float32, bfloat16 or float16
+            This rank's queries; n_q may differ between ranks and may be 0.
+        k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
+            This rank's keys; `heads` is a multiple of `kv_heads`.
+        v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
+            This rank's values.
+        return_lse : bool
+            Return the log-sum-exp of the scores too.
+        progress : callable, optional
+            Called on this rank with the number of visible pairs done since the last time.
+
+        Returns
+        -------
+        out : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+            A query that sees no key has 0.
+        lse : array of shape ([batch,] n_q, heads), accumulator dtype
+            With `return_lse`. A query that sees no key has -inf.
+
+        Raises
+        ------
+        ShapeError, DtypeError, MaskError, BackendError
+            The same on every rank, before any block is sent.
+        RingTimeout
+            If another rank does not keep up within the timeout.
+        """
+        if self._closed:
+            raise RingError("this RingAttention is closed; make a new one")
+        trace = self.trace = Trace()
+        start = time.perf_counter()
+        q, k, v, batched, plan = self._agree(q, k, v)
+        trace.agree_seconds = time.perf_counter() - start
+        trace.flop_per_pair = 2 * q.shape[2] * (q.shape[3] + v.shape[3])
+        for state in plan.states:
+            state.reset()
+        with closing(self._ring.circulate((k, v), plan.shapes, plan.hops, trace)) as blocks:
+            for block in blocks:
+                start = time.perf_counter()
+                block.step.pairs = self._fold(plan, q, *block.arrays, block.source, progress)
+                block.step.compute_seconds = time.perf_counter() - start
+        out, lse = self._finish(plan, q, v)
+        if not batched:
+            out, lse = out[0], lse[0]
+        return (out, lse) if return_lse else out
+
+    def _fold(self, plan: Plan, q: Array, k: Array, v: Array, source: int, progress: Progress | None) -> int:
+        """Fold the block of rank `source` into the states; return the visible pairs."""
+        total = 0
+        for low, high in plan.bounds:
+            begin, end = plan.kv_layout.count_below(low, source), plan.kv_layout.count_below(high, source)
+            for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
+                for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
+                    self._ring.progress()
+                    total += pairs
+                    if progress:
+                        progress(pairs)
+        return total
+
+    def _finish(self, plan: Plan, q: Array, v: Array) -> tuple[Array, Array]:
+        batch, n_q, heads, _ = q.shape
+        out = np.empty((batch, n_q, heads, v.shape[3]), q.dtype)
+        lse = np.empty((batch, n_q, heads), plan.states[0].acc.dtype if plan.states else np.float32)
+        for state, out_, lse_ in zip(plan.states, out, lse, strict=True):
+            finish(state, plan.seen, out_, lse_)
+        return out, lse
+
+    def _agree(self, q: Any, k: Any, v: Any) -> tuple[Array, Array, Array, bool, Plan]:
+        """Check the shards here, then everywhere; plan unless the last call's plan fits."""
+        error: Exception | None = None
+        record = np.zeros(len(RECORD) + 2, np.int64)
+        batched = False
+        try:
+            q, k, v = (as_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+            batched = check_arrays(q, k, v)
+            q, k, v = (np.ascontiguousarray(x if batched else x[None]) for x in (q, k, v))
+            record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
+                          list(DTYPES.values()).index(q.dtype), q.shape[1], k.shape[1])
+            accumulator(q.dtype, self.accumulator)
+        except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
+            error = failure
+        record[0] = error is not None
+        records = self._comm.share(record, self.timeout)
+        if records[:, 0].any():
+            self._comm.raise_agreed(error, self.timeout)
+        if self._plan is None or self._plan.key != records.tobytes():
+            self._plan = None             # the old plan's memory goes before the new one's comes
+            self._plan = self._make_plan(records, q.dtype)
+        return q, k, v, batched, self._plan
+
+    def _make_plan(self, records: NDArray[np.int64], dtype: np.dtype[Any]) -> Plan:
+        for name, column in zip(RECORD, records.T, strict=False):
+            for rank in np.flatnonzero(column != column[0]):
+                got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (column[rank], column[0]))
+                raise (DtypeError if name == "dtype" else ShapeError)(
+                    f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
+        _, _, batch, heads, kv_heads, dim, dim_v, _ = (int(x) for x in records[0, :len(RECORD)])
+        counts_q, counts_k = (records[:, len(RECORD) + i].tolist() for i in range(2))
+        q_layout = resolve(self.layout, counts_q, "q")
+        kv_layout = resolve(self.kv_layout, counts_k, "k and v")
+        self.mask.check(kv_layout.length)
+        positions = q_layout.positions(self._comm.rank)
+        bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
+        seen = np.zeros(len(positions), bool)
+        for low, high in bounds:
+            seen |= high > low
+        kind = accumulator(dtype, self.accumulator)
+        return Plan(
+            records.tobytes(), q_layout, kv_layout, bounds, seen, self._hops(bounds, kv_layout),
+            [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in counts_k],
+            [State.empty(len(positions), heads, dim_v, kind) for _ in range(batch)],
+            1 / math.sqrt(dim) if self.scale is None else self.scale)
+
+    def _hops(self, bounds: list[Interval], layout: Layout) -> list[int]:
+        """Agree on how far each block must travel: no farther than somebody needs it."""
+        needed = np.array([any((layout.count_below(high, source) > layout.count_below(low, source)).any()
+                               for low, high in bounds) for source in range(self._comm.size)])
+        bits = self._comm.share(np.packbits(needed), self.timeout)
+        return travel(np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool))
+
+    def close(self) -> None:
+        """Give buffers and threads back; the caller's communicator is left as it is. Local."""
+        if not self._closed:
+            self._closed = True
+            self._plan = None
+            self._ring = Ring(self._comm, self.timeout)
+            self.backend.close()
+
+    def __enter__(self) -> RingAttention:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+
+@overload
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: Literal[False] = False,
+                   **options: Any) -> Array: ...
+
+
+@overload
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: Literal[True],
+                   **options: Any) -> tuple[Array, Array]: ...
+
+
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: bool = False,
+                   **options: Any) -> Array | tuple[Array, Array]:
+    """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
+
+    Parameters
+    ----------
+    q, k, v : arrays
+        This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and
+        ([batch,] n_k, kv_heads, dim_v); see `RingAttention.__call__`.
+    comm : MPI.Intracomm
+    return_lse : bool
+        Return the log-sum-exp of the scores too.
+    **options
+        `mask`, `layout`, `kv_layout`, `scale`, `backend`, `threads`, `timeout`, `accumulator`: see
+        `RingAttention`.
+
+    Returns
+    -------
+    out : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+    lse : array of shape ([batch,] n_q, heads), accumulator dtype
+        With `return_lse`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank.
+    """
+    with RingAttention(comm, **options) as attention:
+        if return_lse:
+            return attention(q, k, v, return_lse=True)
+        return attention(q, k, v)
+
+
+def check_arrays(q: Array, k: Array, v: Array) -> bool:
+    """Check that q, k and v go together; say whether they have a batch axis. Local.
+
+    Raises
+    ------
+    ShapeError, DtypeError
+        If they do not; the text says what was expected and what was got.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim not in (3, 4) or x.ndim != q.ndim:
+            raise ShapeError(f"{name}: expected shape ([batch,] tokens, heads, dim) as for q, got {x.shape}")
+        check_dtype(x.dtype, name)
+        if x.dtype != q.dtype:
+            raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
+    *batch, n_k, kv_heads, dim = k.shape
+    heads = q.shape[-2]
+    if q.shape[-1] != dim or dim == 0:
+        raise ShapeError(f"q and k: expected the same dim, at least 1, got {q.shape[-1]} and {dim}")
+    if v.shape[:-1] != (*batch, n_k, kv_heads) or v.shape[-1] == 0:
+        raise ShapeError(f"v: expected shape {(*batch, n_k, kv_heads, 'dim_v')} to go with k, got {v.shape}")
+    if list(q.shape[:-3]) != batch:
+        raise ShapeError(f"q and k: expected the same batch, got {q.shape[:-3]} and {tuple(batch)}")
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ShapeError(f"heads: expected a multiple of kv_heads, got {heads} heads and {kv_heads} kv_heads")
+    return q.ndim == 4
+
+
+def _is_positive(x: Any) -> bool:
+    return isinstance(x, (int, float, np.number)) and bool(x > 0)
+
+
+def _checked_mask(mask: Any) -> Mask:
+    if not isinstance(mask, Mask):
+        raise OptionError(f"mask: expected a ringmpi.Mask, got {mask!r}")
+    return mask
+
+
+def _checked_scale(scale: Any) -> float | None:
+    if scale is None:
+        return None
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise OptionError(f"scale: expected a finite number, got {scale!r}")
+    return value
+
+
+def _checked_threads(threads: Any) -> int | None:
+    if threads is None:
+        return None
+    if not isinstance(threads, (int, np.integer)) or threads < 1:
+        raise OptionError(f"threads: expected an integer >= 1, got {threads!r}")
+    return int(threads)

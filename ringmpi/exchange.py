@@ -1,0 +1,95 @@
+"""From one layout to another with a single Alltoallv."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .arrays import as_array
+from .errors import RingTimeout, ShapeError
+from .layout import Integers, Layout, check_spec, make, resolve
+from .mpi import TIMEOUT, Comm, load, private, wait
+
+
+def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
+                 timeout: float = TIMEOUT) -> NDArray[Any]:
+    """Move the tokens of a sharded array from one layout to another. Collective over *comm*.
+
+    Parameters
+    ----------
+    x : array of shape (tokens, ...), any dtype of fixed size
+        This rank's shard, laid out as `source` says; tokens in the order of their positions.
+    comm : MPI.Intracomm
+    source, target : str or Layout
+        ``"contiguous"`` as source takes whatever counts the ranks bring; as target it splits evenly.
+        ``"striped"``, ``"zigzag"``, or a layout object (`Contiguous` for other counts, `Custom`).
+    timeout : float
+        Seconds to wait for the other ranks.
+
+    Returns
+    -------
+    array of shape (tokens, ...), dtype of `x`
+        This rank's shard under `target`. A new array, unless both layouts are equal: then `x` itself.
+
+    Raises
+    ------
+    ShapeError, DtypeError, OptionError
+        The same on every rank: shards that differ in dtype or trailing shape, counts that are not the
+        layout's, different layouts on different ranks.
+    RingTimeout
+        If a rank does not take part in time.
+    """
+    ring = private(comm)
+    shard: NDArray[Any] = np.empty(0)
+    with ring.together(timeout):
+        shard = np.ascontiguousarray(as_array(x, "x"))
+        if shard.ndim == 0:
+            raise ShapeError("x: expected an array of shape (tokens, ...), got a scalar")
+        if shard.dtype.hasobject:
+            raise ShapeError(f"x: expected items of fixed size, got dtype {shard.dtype}")
+        for spec in (source, target):
+            check_spec(spec)
+    names = [spec if isinstance(spec, str) else spec.describe() for spec in (source, target)]
+    ring.agree_on({"dtype of x": shard.dtype, "trailing shape of x": shard.shape[1:], "source": names[0],
+                   "target": names[1]}, timeout)
+    counts = [int(n) for n in ring.share([len(shard)], timeout)[:, 0]]
+    old = resolve(source, counts, "x")
+    new = make(target, old.length, old.size)
+    return shard if new == old else _exchange(shard, old, new, ring, timeout)
+
+
+def owned(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
+    """Say which of `positions` are on `rank` under layout `by`. Local."""
+    return by.count_below(positions + 1, rank) > by.count_below(positions, rank)
+
+
+def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout: float) -> NDArray[Any]:
+    """Order rows by destination, exchange them, put them in the order of their new positions."""
+    mine, wanted = old.positions(comm.rank), new.positions(comm.rank)
+    outgoing = [np.flatnonzero(owned(new, rank, mine)) for rank in range(comm.size)]
+    incoming = [np.flatnonzero(owned(old, rank, wanted)) for rank in range(comm.size)]
+    packed = shard[np.concatenate(outgoing)]
+    received = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
+    # Counts in rows, not bytes: they stay below 2^31 for shards far beyond 2 GiB.
+    row = load().BYTE.Create_contiguous(int(np.prod(shard.shape[1:])) * shard.dtype.itemsize).Commit()
+    try:
+        request = comm.cart.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
+                                       [_bytes(received), [len(rows) for rows in incoming], row])
+        try:
+            wait([request], timeout, lambda: f"rank {comm.rank} on {socket.gethostname()} waited in redistribute "
+                                             f"for {received.nbytes} bytes")
+        except RingTimeout as error:
+            comm.give_up(str(error), request, packed, received)
+            raise
+    finally:
+        row.Free()
+    result = np.empty_like(received)
+    result[np.concatenate(incoming)] = received
+    return result
+
+
+def _bytes(x: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.frombuffer(x, np.uint8) if x.size else np.empty(0, np.uint8)

@@ -1,0 +1,228 @@
+"""Communicators, agreement and deadlines: what the library asks of MPI besides moving blocks.
+
+The only module that touches COMM_WORLD, and only for the command line. Nothing here blocks inside MPI for
+long: every wait polls, so that it has a deadline and does not take a core from other ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import errors
+from .errors import CommError, LaunchError, OptionError, RingError, RingTimeout
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+TIMEOUT = 1800.0                  # seconds; a step of a long sequence on CPUs can take minutes
+LONGEST_PAUSE = 5e-4              # seconds between two polls of a long wait
+LONGEST_TEXT = 1500               # characters of an error or option that travel to the other ranks
+
+
+def load() -> Any:
+    """Import and return ``mpi4py.MPI``, which initialises MPI if nobody has. Local.
+
+    Raises
+    ------
+    LaunchError
+        If there is no MPI library to load.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LaunchError(f"no MPI library: {reason}; load your site's MPI module, or pip install 'ringmpi[mpich]'"
+                          ) from error
+    return MPI
+
+
+def wait(requests: list[MPI.Request], timeout: float, describe: Callable[[], str]) -> float:
+    """Poll `requests` until all are done; return the seconds it took. Local.
+
+    Raises
+    ------
+    RingTimeout
+        After `timeout` seconds, with the text of `describe`.
+    """
+    start = time.perf_counter()
+    pause, seconds = 0.0, 0.0
+    test_all = load().Request.Testall
+    while not test_all(requests):
+        seconds = time.perf_counter() - start
+        if seconds > timeout:
+            raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, stopped or "
+                              "far behind; the communicator can't be used any more")
+        time.sleep(pause)
+        pause = min(pause + 1e-5, LONGEST_PAUSE)
+    return time.perf_counter() - start
+
+
+class Comm:
+    """The library's private ring communicator on a caller's communicator.
+
+    One is cached on each communicator, so that any number of calls and objects make one. Calls on it are
+    collective and complete their messages before they return; so objects that share it do not disturb each
+    other. It is freed when the caller frees the communicator it belongs to.
+
+    Attributes
+    ----------
+    cart : MPI.Cartcomm
+        Periodic, one-dimensional; ranks as in the caller's communicator.
+    rank, size : int
+    source, dest : int
+        The neighbours blocks come from and go to.
+    threads : int
+        The cores this rank may run on, shared fairly with the ranks of the communicator on its node.
+    lost : str
+        Why the communicator can't be used any more; empty while it can.
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.cart = comm.Create_cart([comm.Get_size()], periods=[True], reorder=False)
+        self.rank, self.size = self.cart.Get_rank(), self.cart.Get_size()
+        self.source, self.dest = self.cart.Shift(0, 1)
+        self.threads = self._fair_threads()
+        self.lost = ""
+        self.stranded: list[Any] = []      # buffers MPI may still write to after a timeout: never given back
+
+    def _fair_threads(self) -> int:
+        """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
+        node = self.cart.Split_type(load().COMM_TYPE_SHARED)
+        try:
+            cores = os.sched_getaffinity(0)
+            users = [core for theirs in node.allgather(sorted(cores)) for core in theirs]
+        finally:
+            node.Free()
+        return max(1, int(sum(1 / users.count(core) for core in cores) + 1e-9))
+
+    def free(self) -> None:
+        """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
+        if not self.lost:
+            self.cart.Free()
+
+    def give_up(self, reason: str, *keep: Any) -> None:
+        """Refuse all further use: messages are on their way that nobody will wait for. Local."""
+        self.lost = self.lost or reason
+        self.stranded.extend(keep)
+
+    def share(self, record: ArrayLike, timeout: float) -> NDArray[Any]:
+        """Gather one small array from every rank on every rank. Collective over *comm*.
+
+        Parameters
+        ----------
+        record : array of shape (n,)
+            The same n and dtype on every rank.
+        timeout : float
+            Seconds to wait for the others.
+
+        Returns
+        -------
+        array of shape (size, n)
+
+        Raises
+        ------
+        RingTimeout
+            If a rank does not come in time.
+        """
+        if self.lost:
+            raise CommError(f"this communicator can't be used after an earlier failure ({self.lost}); make a new one")
+        mine = np.ascontiguousarray(record)
+        everyone = np.empty((self.size, *mine.shape), mine.dtype)
+        byte = load().BYTE
+        request = self.cart.Iallgather([mine.view(np.uint8), byte], [everyone.view(np.uint8), byte])
+        try:
+            wait([request], timeout, lambda: f"rank {self.rank} on {socket.gethostname()} waited for the other "
+                                             f"{self.size - 1} ranks to make the same call")
+        except RingTimeout as error:
+            self.give_up(str(error), request, mine, everyone)
+            raise
+        return everyone
+
+    def share_text(self, text: str, timeout: float) -> list[str]:
+        """Gather a text from every rank on every rank. Collective over *comm*."""
+        data = text.encode()
+        length = int(self.share([len(data)], timeout).max())
+        padded = np.frombuffer(data.ljust(length + 1), np.uint8)
+        return [row.tobytes().decode(errors="ignore").rstrip() for row in self.share(padded, timeout)]
+
+    def agree(self, error: BaseException | None, timeout: float) -> None:
+        """Raise the same error on every rank if any rank brings one. Collective over *comm*.
+
+        The lowest failing rank's error is raised; its text says which ranks failed.
+        """
+        if self.share([error is not None], timeout).any():
+            self.raise_agreed(error, timeout)
+
+    def raise_agreed(self, error: BaseException | None, timeout: float) -> None:
+        """Raise the error of the lowest rank that has one, on every rank. Collective over *comm*."""
+        kind, text = "", ""
+        if error is not None:
+            known = isinstance(error, RingError)
+            kind = type(error).__name__ if known else "RingError"
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+        reports = [json.loads(report) for report in self.share_text(json.dumps([kind, text[:LONGEST_TEXT]]), timeout)]
+        failed = [rank for rank, (kind, _) in enumerate(reports) if kind]
+        kind, text = reports[failed[0]]
+        also = f" [also on rank {', '.join(map(str, failed[1:9]))}{' ...' if len(failed) > 9 else ''}]"
+        raise getattr(errors, kind)(f"rank {failed[0]}: {text}{also if failed[1:] else ''}") from error
+
+    def agree_on(self, options: Mapping[str, Any], timeout: float) -> None:
+        """Raise `OptionError` on every rank unless all bring the same options. Collective over *comm*."""
+        texts = self.share_text(json.dumps({name: str(value)[:LONGEST_TEXT] for name, value in options.items()}), timeout)
+        everyone = [json.loads(text) for text in texts]
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                if theirs.get(name) != value:
+                    raise OptionError(f"rank {rank}: expected the same options on every rank; {name} is "
+                                      f"{theirs.get(name)} here and {value} on rank 0")
+
+    @contextmanager
+    def together(self, timeout: float) -> Iterator[None]:
+        """Run a block that may fail on some ranks; on leaving, all ranks raise or none. Collective over *comm*."""
+        failure: Exception | None = None
+        try:
+            yield
+        except RingTimeout:
+            raise
+        except Exception as error:        # noqa: BLE001 (whatever it is, the other ranks must hear of it)
+            failure = error
+        self.agree(failure, timeout)
+
+
+def _free_attribute(comm: Any, keyval: int, private: Comm) -> None:
+    private.free()
+
+
+@functools.cache
+def _keyval() -> int:
+    return int(load().Comm.Create_keyval(delete_fn=_free_attribute))
+
+
+def private(comm: Any) -> Comm:
+    """Give the library's communicator on `comm`, made at the first call and cached on it.
+
+    Collective over *comm* at the first call, local after that.
+
+    Raises
+    ------
+    CommError
+        If `comm` is no intracommunicator.
+    """
+    mpi = load()
+    if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+        raise CommError(f"comm: expected an intracommunicator of mpi4py, got {comm!r}; pass comm=MPI.COMM_WORLD, say")
+    cached = comm.Get_attr(_keyval())
+    if cached is None:
+        cached = Comm(comm)
+        comm.Set_attr(_keyval(), cached)
+    return cached  # type: ignore[no-any-return]

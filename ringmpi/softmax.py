@@ -1,0 +1,112 @@
+"""The running softmax of a query shard: state, finish, and the dtypes and bounds that go with it.
+
+The recurrence is that of Milakov & Gimelshein 2018 (*Online normalizer calculation for softmax*) and
+Rabe & Staats 2021; folding blocks is associative and commutative up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .errors import DtypeError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
+          "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+
+# Largest |out - exact| over largest |exact|: the accumulator's error, and for 16-bit output its rounding
+# (unit roundoff 2^-8 for bfloat16, 2^-11 for float16).
+TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-8 + 2e-6, "float16": 2.0**-11 + 2e-6}
+
+
+def check_dtype(dtype: DTypeLike, what: str) -> np.dtype[Any]:
+    """Return `dtype` as a NumPy dtype, or raise `DtypeError` if attention is not defined for it. Local."""
+    given = np.dtype(dtype)
+    if given not in DTYPES.values():
+        raise DtypeError(f"{what}: expected dtype {', '.join(DTYPES)}, got {given}; convert it first")
+    return given
+
+
+def accumulator(dtype: np.dtype[Any], request: DTypeLike | None = None) -> np.dtype[Any]:
+    """Dtype of scores, probabilities and sums for inputs of `dtype`. Local.
+
+    float64 for float64, else float32, or float64 on `request`.
+
+    Raises
+    ------
+    DtypeError
+        If `request` is narrower than the rule gives, or no accumulator at all.
+    """
+    rule = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    if request is None:
+        return rule
+    try:
+        wanted = np.dtype(request)
+    except TypeError:
+        wanted = None
+    if wanted not in (np.dtype(np.float64), rule):
+        raise DtypeError(f"accumulator: expected {' or '.join(sorted({'float64', str(rule)}))} for {dtype} input, "
+                         f"got {request!r}")
+    return wanted
+
+
+@dataclass
+class State:
+    """Running softmax of a query shard.
+
+    Attributes
+    ----------
+    acc : array of shape (n_q, heads, dim_v), accumulator dtype
+        Sum of exp(score - max) times the values, not normalised.
+    max : array of shape (n_q, heads), accumulator dtype
+        Largest scaled score so far, -inf before the first.
+    sum : array of shape (n_q, heads), accumulator dtype
+        Sum of exp(score - max) so far.
+    """
+
+    acc: NDArray[Any]
+    max: NDArray[Any]
+    sum: NDArray[Any]
+
+    @classmethod
+    def empty(cls, n_q: int, heads: int, dim_v: int, dtype: DTypeLike) -> State:
+        """Make the state of queries that have seen no key yet. Local."""
+        state = cls(np.empty((n_q, heads, dim_v), dtype), np.empty((n_q, heads), dtype), np.empty((n_q, heads), dtype))
+        state.reset()
+        return state
+
+    def reset(self) -> None:
+        """Forget every key. Local."""
+        self.acc.fill(0)
+        self.max.fill(-np.inf)
+        self.sum.fill(0)
+
+
+def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any]) -> None:
+    """Normalise: ``out = acc / sum`` and ``lse = max + log(sum)``. Local.
+
+    Parameters
+    ----------
+    state : State
+        Destroyed: `acc` is divided in place.
+    seen : bool array of shape (n_q,)
+        Which queries see any key. The others have out 0 and lse -inf; a query that does see keys, all with
+        score -inf, has out NaN, as a dense softmax has.
+    out : array of shape (n_q, heads, dim_v), any dtype
+        Written.
+    lse : array of shape (n_q, heads), accumulator dtype
+        Written.
+    """
+    blind = ~seen
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        np.divide(state.acc, state.sum[..., None], out=state.acc)
+        state.acc[blind] = 0
+        out[...] = state.acc
+        np.log(state.sum, out=lse)
+        lse += state.max
+    lse[blind] = -np.inf

@@ -1,0 +1,73 @@
+"""What a ring cost: seconds computing, seconds waiting, bytes and pairs, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Step:
+    """One block of K and V on one rank. Times in seconds, sizes in bytes."""
+
+    step: int
+    source: int
+    pairs: int = 0
+    compute_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass
+class Trace:
+    """The steps of one call on this rank, and their sums.
+
+    Attributes
+    ----------
+    steps : list of Step
+        One for each position in the ring, idle ones included.
+    agree_seconds : float
+        Seconds that the agreement before the first message took, waiting for late ranks included.
+    flop_per_pair : int
+        Floating-point operations for each visible query-key pair, all heads: ``2 heads (dim + dim_v)``.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    agree_seconds: float = 0.0
+    flop_per_pair: int = 0
+
+    @property
+    def pairs(self) -> int:
+        """Visible query-key pairs."""
+        return sum(s.pairs for s in self.steps)
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations over visible pairs."""
+        return self.pairs * self.flop_per_pair
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds in the backend, polling MPI included."""
+        return sum(s.compute_seconds for s in self.steps)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds waiting for K and V with nothing to compute."""
+        return sum(s.wait_seconds for s in self.steps)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of K and V sent on."""
+        return sum(s.bytes_sent for s in self.steps)
+
+    @property
+    def hops(self) -> int:
+        """Blocks received from the neighbour."""
+        return sum(s.bytes_received > 0 for s in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Sums and steps as plain numbers, for JSON."""
+        names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "bytes_sent", "hops")
+        return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}
