@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         ShapeError,
         ShardError,
     )
+    from .exchange import redistribute
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
-    from .exchange import redistribute
     from .trace import Step, Trace
 
 _HOME = {
@@ -40,7 +40,7 @@ _HOME = {
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "LaunchError", "Layout", "Mask", "MaskError",
     "OptionError", "OutputError", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError", "Step",
     "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -19,12 +19,12 @@ from .errors import DtypeError, OptionError, RingError, ShapeError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .mpi import TIMEOUT, private
-from .ring import Ring, travel
+from .ring import Block, Ring, travel
 from .softmax import DTYPES, State, accumulator, check_dtype, finish
 from .trace import Trace
 
 Array = NDArray[Any]
-Progress = Callable[[int], object]
+Progress = Callable[[int, int], object]
 
 # What must be equal on all ranks before the first message; then tokens of q and of k.
 RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype")
@@ -35,14 +35,24 @@ class Plan:
     """What a call needs to know and have; made once, used while the shapes stay the same."""
 
     key: bytes
-    q_layout: Layout
     kv_layout: Layout
     bounds: list[Interval]
     seen: NDArray[np.bool_]
-    hops: list[int]
     shapes: list[list[tuple[int, ...]]]
+    block_bytes: int
     states: list[State]
     scale: float
+    hops: list[int] = field(default_factory=list)
+
+    def columns(self, source: int) -> Iterator[Interval]:
+        """Turn each interval of positions into columns of the block of rank `source`."""
+        for low, high in self.bounds:
+            yield self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source)
+
+    @property
+    def pairs(self) -> int:
+        """Visible query-key pairs of this rank, all batches."""
+        return len(self.states) * int(sum((high - low).sum() for low, high in self.bounds))
 
 
 class RingAttention:
@@ -142,7 +152,7 @@ class RingAttention:
         return_lse : bool
             Return the log-sum-exp of the scores too.
         progress : callable, optional
-            Called on this rank with the number of visible pairs done since the last time.
+            Called on this rank with the visible pairs done since the last time, and with all there are.
 
         Returns
         -------
@@ -170,24 +180,24 @@ class RingAttention:
         with closing(self._ring.circulate((k, v), plan.shapes, plan.hops, trace)) as blocks:
             for block in blocks:
                 start = time.perf_counter()
-                block.step.pairs = self._fold(plan, q, *block.arrays, block.source, progress)
+                block.step.pairs = self._fold(plan, q, block, progress)
                 block.step.compute_seconds = time.perf_counter() - start
         out, lse = self._finish(plan, q, v)
         if not batched:
             out, lse = out[0], lse[0]
         return (out, lse) if return_lse else out
 
-    def _fold(self, plan: Plan, q: Array, k: Array, v: Array, source: int, progress: Progress | None) -> int:
-        """Fold the block of rank `source` into the states; return the visible pairs."""
+    def _fold(self, plan: Plan, q: Array, block: Block, progress: Progress | None) -> int:
+        """Fold a block into the states; return the visible pairs."""
+        k, v = block.arrays
         total = 0
-        for low, high in plan.bounds:
-            begin, end = plan.kv_layout.count_below(low, source), plan.kv_layout.count_below(high, source)
+        for begin, end in plan.columns(block.source):
             for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
                 for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
                     self._ring.progress()
                     total += pairs
                     if progress:
-                        progress(pairs)
+                        progress(pairs, plan.pairs)
         return total
 
     def _finish(self, plan: Plan, q: Array, v: Array) -> tuple[Array, Array]:
@@ -218,7 +228,11 @@ class RingAttention:
             self._comm.raise_agreed(error, self.timeout)
         if self._plan is None or self._plan.key != records.tobytes():
             self._plan = None             # the old plan's memory goes before the new one's comes
-            self._plan = self._make_plan(records, q.dtype)
+            with self._comm.together(self.timeout):
+                plan = self._make_plan(records, q.dtype)
+                self._ring.reserve(plan.block_bytes)
+            plan.hops = self._agree_hops(plan)
+            self._plan = plan
         return q, k, v, batched, self._plan
 
     def _make_plan(self, records: NDArray[np.int64], dtype: np.dtype[Any]) -> Plan:
@@ -239,15 +253,16 @@ class RingAttention:
             seen |= high > low
         kind = accumulator(dtype, self.accumulator)
         return Plan(
-            records.tobytes(), q_layout, kv_layout, bounds, seen, self._hops(bounds, kv_layout),
+            records.tobytes(), kv_layout, bounds, seen,
             [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in counts_k],
+            max(counts_k) * batch * kv_heads * (dim + dim_v) * dtype.itemsize,
             [State.empty(len(positions), heads, dim_v, kind) for _ in range(batch)],
             1 / math.sqrt(dim) if self.scale is None else self.scale)
 
-    def _hops(self, bounds: list[Interval], layout: Layout) -> list[int]:
+    def _agree_hops(self, plan: Plan) -> list[int]:
         """Agree on how far each block must travel: no farther than somebody needs it."""
-        needed = np.array([any((layout.count_below(high, source) > layout.count_below(low, source)).any()
-                               for low, high in bounds) for source in range(self._comm.size)])
+        needed = np.array([any((end > begin).any() for begin, end in plan.columns(source))
+                           for source in range(self._comm.size)])
         bits = self._comm.share(np.packbits(needed), self.timeout)
         return travel(np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool))
 
@@ -319,22 +334,34 @@ def check_arrays(q: Array, k: Array, v: Array) -> bool:
         If they do not; the text says what was expected and what was got.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim not in (3, 4) or x.ndim != q.ndim:
-            raise ShapeError(f"{name}: expected shape ([batch,] tokens, heads, dim) as for q, got {x.shape}")
         check_dtype(x.dtype, name)
         if x.dtype != q.dtype:
             raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
-    *batch, n_k, kv_heads, dim = k.shape
-    heads = q.shape[-2]
-    if q.shape[-1] != dim or dim == 0:
-        raise ShapeError(f"q and k: expected the same dim, at least 1, got {q.shape[-1]} and {dim}")
-    if v.shape[:-1] != (*batch, n_k, kv_heads) or v.shape[-1] == 0:
-        raise ShapeError(f"v: expected shape {(*batch, n_k, kv_heads, 'dim_v')} to go with k, got {v.shape}")
-    if list(q.shape[:-3]) != batch:
-        raise ShapeError(f"q and k: expected the same batch, got {q.shape[:-3]} and {tuple(batch)}")
+    check_shapes(q.shape, k.shape, v.shape)
+    return q.ndim == 4
+
+
+def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    """Check that arrays of these shapes go together. Local.
+
+    Raises
+    ------
+    ShapeError
+        If they do not; the text says what was expected and what was got.
+    """
+    for name, shape in (("q", q), ("k", k), ("v", v)):
+        if len(shape) not in (3, 4) or len(shape) != len(q):
+            raise ShapeError(f"{name}: expected shape ([batch,] tokens, heads, dim) as for q, got {shape}")
+    *batch, n_k, kv_heads, dim = k
+    heads = q[-2]
+    if q[-1] != dim or dim == 0:
+        raise ShapeError(f"q and k: expected the same dim, at least 1, got {q[-1]} and {dim}")
+    if v[:-1] != k[:-1] or v[-1] == 0:
+        raise ShapeError(f"v: expected shape {(*batch, n_k, kv_heads, 'dim_v')} to go with k, got {v}")
+    if list(q[:-3]) != batch:
+        raise ShapeError(f"q and k: expected the same batch, got {q[:-3]} and {tuple(batch)}")
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ShapeError(f"heads: expected a multiple of kv_heads, got {heads} heads and {kv_heads} kv_heads")
-    return q.ndim == 4
 
 
 def _is_positive(x: Any) -> bool:

@@ -8,6 +8,7 @@ rank. Some may be empty and all may differ in size. Two questions answer everyth
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -80,7 +81,7 @@ class Contiguous(Layout):
     def even(cls, length: int, size: int) -> Contiguous:
         """Split `length` tokens over `size` ranks as evenly as whole tokens allow. Local."""
         edges = [length * rank // size for rank in range(size + 1)]
-        return cls([b - a for a, b in zip(edges, edges[1:], strict=False)])
+        return cls([b - a for a, b in itertools.pairwise(edges)])
 
     def positions(self, rank: int) -> Integers:
         return np.arange(self.starts[rank], self.starts[rank] + self.counts[rank], dtype=np.int64)
@@ -123,7 +124,7 @@ class Zigzag(Layout):
     def count_below(self, x: ArrayLike, rank: int) -> Integers:
         (a, b), (c, d) = self._chunks(rank)
         x = np.asarray(x, np.int64)
-        return np.clip(x - a, 0, b - a) + np.clip(x - c, 0, d - c)
+        return np.asarray(np.clip(x - a, 0, b - a) + np.clip(x - c, 0, d - c), np.int64)
 
 
 class Custom(Layout):
@@ -166,7 +167,7 @@ class Custom(Layout):
         return self._positions[rank]
 
     def count_below(self, x: ArrayLike, rank: int) -> Integers:
-        return np.searchsorted(self._positions[rank], np.asarray(x, np.int64), side="left").astype(np.int64)
+        return np.asarray(np.searchsorted(self._positions[rank], np.asarray(x, np.int64)), np.int64)
 
     def describe(self) -> str:
         digest = hashlib.sha256()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import errors
+from .environment import cores, launched_sizes
 from .errors import CommError, LaunchError, OptionError, RingError, RingTimeout
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ class Comm:
         """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
         node = self.cart.Split_type(load().COMM_TYPE_SHARED)
         try:
-            cores = os.sched_getaffinity(0)
-            users = [core for theirs in node.allgather(sorted(cores)) for core in theirs]
+            mine = cores()
+            users = [core for theirs in node.allgather(sorted(mine)) for core in theirs]
         finally:
             node.Free()
-        return max(1, int(sum(1 / users.count(core) for core in cores) + 1e-9))
+        return max(1, int(sum(1 / users.count(core) for core in mine) + 1e-9))
 
     def free(self) -> None:
         """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
@@ -178,8 +178,8 @@ class Comm:
 
     def agree_on(self, options: Mapping[str, Any], timeout: float) -> None:
         """Raise `OptionError` on every rank unless all bring the same options. Collective over *comm*."""
-        texts = self.share_text(json.dumps({name: str(value)[:LONGEST_TEXT] for name, value in options.items()}), timeout)
-        everyone = [json.loads(text) for text in texts]
+        mine = json.dumps({name: str(value)[:LONGEST_TEXT] for name, value in options.items()})
+        everyone = [json.loads(text) for text in self.share_text(mine, timeout)]
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
@@ -226,3 +226,32 @@ def private(comm: Any) -> Comm:
         cached = Comm(comm)
         comm.Set_attr(_keyval(), cached)
     return cached  # type: ignore[no-any-return]
+
+
+def world(expect_ranks: int | None = None) -> Any:
+    """Give COMM_WORLD, for the command line only, after checking that the ranks know each other. Local.
+
+    Ranks started by one launcher with another MPI's library are each alone, and would each do the whole job.
+
+    Raises
+    ------
+    LaunchError
+        If there is no MPI, or the number of ranks is not `expect_ranks` or, where that is None, not what every
+        launcher's variable says.
+    """
+    comm = load().COMM_WORLD
+    size = comm.Get_size()
+    expected = launched_sizes() if expect_ranks is None else {"--expect-ranks": expect_ranks}
+    for name, count in expected.items():
+        if count != size:
+            vendor = load().Get_library_version().splitlines()[0]
+            raise LaunchError(f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library "
+                              f"({vendor}) do not belong together, or fewer ranks were started; use the launcher of "
+                              f"that library, or say --expect-ranks {size} if it is meant")
+    return comm
+
+
+def end_job(code: int, grace: float) -> None:
+    """End every rank, for the command line only; other ranks get `grace` seconds to speak."""
+    time.sleep(grace)
+    load().COMM_WORLD.Abort(code)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Ring:
             load().Request.Testall(requests)
 
     def circulate(self, arrays: Sequence[NDArray[Any]], shapes: Sequence[Sequence[tuple[int, ...]]],
-                  hops: Sequence[int], trace: Trace) -> Iterator[Block]:
+                  hops: Sequence[int], trace: Trace) -> Generator[Block, None, None]:
         """Yield this rank's block, then those of the ranks before it, each while the next is on its way.
 
         Collective over *comm*: every rank must take all its blocks. At most ``size - 1`` hops.

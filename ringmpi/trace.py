@@ -68,6 +68,6 @@ class Trace:
         return sum(s.bytes_received > 0 for s in self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """Sums and steps as plain numbers, for JSON."""
+        """Give sums and steps as plain numbers, for JSON."""
         names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "bytes_sent", "hops")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}

@@ -82,7 +82,7 @@ def _exponential_32(x):  # type: ignore[no-untyped-def]
     p = p * f * f + f + one
     power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     result = p * power if x > np.float32(-87.33) else np.float32(0.0)
-    return result if x == x else x                # noqa: PLR0124 (NaN stays NaN)
+    return result if x == x else x      # NaN stays NaN
 
 
 def _exponential_64(x):  # type: ignore[no-untyped-def]
@@ -105,7 +105,7 @@ def _exponential_64(x):  # type: ignore[no-untyped-def]
     p = p * f * f + f + 1.0
     power = np.int64((np.int64(n) + np.int64(1023)) << np.int64(52)).view(np.float64)
     result = p * power if x > -708.3 else 0.0
-    return result if x == x else x                # noqa: PLR0124
+    return result if x == x else x
 
 
 @jit("contract", "reassoc", "nsz")

@@ -1,0 +1,77 @@
+"""Attend from IN.h5 to OUT.h5 on as many ranks as mpiexec or srun starts.
+
+IN.h5 holds datasets q, k, v of shape (tokens, heads, dim). OUT.h5 gets `out` and `lse` in the same order;
+its shards lie beside it in OUT.h5.shards/.
+
+    mpiexec -n 4 ringmpi attend in.h5 out.h5 --causal --layout striped
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..environment import command_line, launched_rank, launched_sizes
+from .options import add_attention, check_mask, positive, seconds
+
+if TYPE_CHECKING:
+    from ..job import Options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ringmpi attend`."""
+    parser.add_argument("input", type=Path, metavar="IN.h5")
+    parser.add_argument("output", type=Path, metavar="OUT.h5")
+    add_attention(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
+                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal")
+    run.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
+    run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
+    run.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
+                     help="seconds to wait for another rank (default: 1800)")
+    run.add_argument("--expect-ranks", type=positive, metavar="N",
+                     help="fail unless there are N ranks (default: as many as the launcher's variables say)")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run")
+    run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
+    run.add_argument("--quiet", action="store_true", help="no progress bar, no result line")
+    run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
+    parser.set_defaults(check=functools.partial(check_mask, parser.error))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ringmpi attend`; return the exit code."""
+    arguments.check(arguments)
+    from ..job import Options, attend
+    options = Options.from_record(vars(arguments))
+    if arguments.dry_run:
+        return _predict(arguments, options)
+    report = attend(
+        arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
+        expect_ranks=arguments.expect_ranks, force=arguments.force,
+        quiet=arguments.quiet or not sys.stderr.isatty(), json_path=arguments.json, command=command_line())
+    if launched_rank() == 0 and not arguments.quiet:
+        print(report)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, options: Options) -> int:
+    from ..hdf5 import check_writable
+    from ..job import inspect, predict
+    if launched_rank():
+        return 0
+    sizes = inspect(arguments.input, options)
+    check_writable(arguments.output, arguments.force)
+    ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
+    parts = predict(sizes, ranks, options)
+    print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
+          f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
+    for name, size in parts.items():
+        print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
+    print(f"{'K/V traffic':24}{parts['two K/V buffers'] / 2 * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
+          f"in {ranks - 1} hops")
+    return 0

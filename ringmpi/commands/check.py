@@ -1,0 +1,39 @@
+"""Recompute sampled rows of a result in float64 and print the largest error; exit 1 if it is too large.
+
+Every byte of every shard is checked against its digest first. Options default to those the result records.
+
+    ringmpi check in.h5 out.h5 --rows 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+from .options import add_attention, check_mask, natural, positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ringmpi check`."""
+    parser.add_argument("input", type=Path, metavar="IN.h5")
+    parser.add_argument("output", type=Path, metavar="OUT.h5")
+    parser.add_argument("--rows", type=positive, default=64, metavar="N", help="rows to recompute (default: 64)")
+    parser.add_argument("--seed", type=natural, default=0, metavar="S", help="which rows (default: 0)")
+    add_attention(parser, argument_default=argparse.SUPPRESS)
+    parser.set_defaults(check=functools.partial(check_mask, parser.error))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ringmpi check`; return the exit code."""
+    from ..audit import audit
+    from ..environment import refuse_many
+    from ..shards import verify
+    refuse_many("check")
+    _, record = verify(arguments.output)
+    options = {**record["options"], **{name: value for name, value in vars(arguments).items() if name in
+                                       record["options"]}}
+    arguments.check(argparse.Namespace(**options))
+    result = audit(arguments.input, arguments.output, options, arguments.rows, arguments.seed)
+    print(result)
+    return 0 if result.passed else 1

@@ -1,0 +1,128 @@
+"""Predict the next byte of real text by attention, without any training, for growing context.
+
+Makes q, k and v from this Python's standard library, attends on all ranks, reports. The same queries, the
+last bytes of the text, see more and more of what stands before them.
+
+    mpiexec -n 4 ringmpi demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import positive, seconds
+
+if TYPE_CHECKING:
+    from ..mpi import Comm
+    from ..text import Text
+
+HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
+
+
+def contexts(text: str) -> list[int]:
+    """Read N[,N...]: lengths of context in bytes."""
+    return [positive(part) for part in text.split(",")]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ringmpi demo`."""
+    parser.add_argument("paths", type=Path, nargs="*", metavar="PATH",
+                        help="files or folders of text (default: this Python's standard library)")
+    parser.add_argument("--contexts", type=contexts, default=[2**10, 2**13, 2**16, 2**18], metavar="N[,N...]",
+                        help="bytes that each query sees (default: 1024,8192,65536,262144)")
+    parser.add_argument("--queries", type=positive, default=4096, metavar="N", help="bytes to predict (default: 4096)")
+    parser.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
+    parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ringmpi demo`; return the exit code."""
+    from .. import mpi
+    comm = mpi.private(mpi.world())
+    with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
+        folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
+        with comm.together(arguments.timeout):
+            if comm.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                print(HEADER, flush=True)
+        longest = max(arguments.contexts)
+        for context in sorted(set(arguments.contexts)):
+            text = _attend(arguments, comm, folder, context, longest - context)
+        with comm.together(arguments.timeout):
+            if comm.rank == 0:
+                print(_quote(text, folder / f"text-{longest}.h5", folder / f"out-{longest}.h5", arguments.queries))
+    return 0
+
+
+def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
+    """Make, attend, report for one length of context."""
+    from ..job import Options, attend
+    from ..softmax import BFLOAT16
+    from ..text import read_text, standard_library, write_text
+    source, target = folder / f"text-{context}.h5", folder / f"out-{context}.h5"
+    text = None
+    with comm.together(arguments.timeout):
+        if comm.rank == 0:
+            paths = arguments.paths or [standard_library()]
+            text = read_text(paths, start, context + arguments.queries)
+            write_text(source, text, arguments.queries, BFLOAT16, force=True)
+    options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend)
+    report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
+    with comm.together(arguments.timeout):
+        if text is not None:
+            right, found = _score(text, target, arguments.queries)
+            print(f"{context:>9,} {right:>10.1%} {found:>15.1%} {report.attend_seconds:>9.2f} s {report.gflops:>8.1f} "
+                  f"{report.wait_seconds:>9.2f} s {report.peak_bytes / 2**20:>9,.0f} MiB", flush=True)
+    return text
+
+
+def _results(target: Path) -> tuple[Any, Any]:
+    from ..hdf5 import open_dataset, open_file, read_rows
+    with open_file(target) as file:
+        out, lse = (open_dataset(file, name) for name in ("out", "lse"))
+        return read_rows(out, 0, len(out)), read_rows(lse, 0, len(lse))
+
+
+def _score(text: Text, target: Path, queries: int) -> tuple[float, float]:
+    """Share of next bytes that are right, and of queries whose longest context was found."""
+    from ..text import ORDERS, predict
+    guess, head = predict(*_results(target))
+    truth = text.data[len(text.data) - queries + 1:]
+    return float((guess[:-1] == truth).mean()), float((head == len(ORDERS) - 1).mean())
+
+
+def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
+    """Quote the query that found its longest context farthest back: where, and what came back."""
+    import numpy as np
+
+    from ..text import ORDERS, predict, strongest
+    if text is None:
+        return ""
+    guess, head = predict(*_results(target))
+    first = len(text.data) - queries
+    letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
+    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:]) & np.isin(guess[:-1], letters)
+    best = None
+    for row in right.nonzero()[0][::max(1, int(right.sum()) // 16)].tolist():      # some sixteen of them
+        column, weight = strongest(source, row, first + row, len(ORDERS) - 1)
+        if best is None or first + row - column > first + best[0] - best[1]:
+            best = row, column, weight
+    if best is None:
+        return "\nno query found its longest context"
+    row, column, weight = best
+    asks = text.data[first + row - 39:first + row + 1].tobytes()
+    back = text.data[column - 40:column + 40].tobytes()
+    return "\n".join((
+        f"\none retrieval: the query at {text.place(first + row)} ends in",
+        f"    {asks.decode(errors='replace')!r}",
+        f"attention put {weight:.0%} of its weight {first + row - column:,} bytes before, at {text.place(column)}:",
+        f"    {back[:40].decode(errors='replace')!r}",
+        f"and the byte that came back is {chr(guess[row])!r}, which is right; there it goes on",
+        f"    {back[40:].decode(errors='replace')!r}"))

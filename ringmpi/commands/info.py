@@ -1,0 +1,63 @@
+"""Say what would run here: MPI, backends, HDF5, threads; and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+
+from .. import __version__
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`ringmpi info` has no arguments of its own."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ringmpi info`; return the exit code."""
+    from ..environment import cores, launched_rank, launched_sizes
+    lines = {
+        "ringmpi": f"{__version__}, Python {platform.python_version()}, {platform.machine()}",
+        "MPI": _mpi(),
+        "launcher": ", ".join(f"{k}={v}" for k, v in launched_sizes().items()) or "none: one process",
+        "GPUs": "not used: this version has no CUDA backend",
+        "CUDA-aware MPI": "not asked: this version sends host memory only",
+        **{f"backend {name}": text for name, text in _backends().items()},
+        "h5py": _h5py(),
+        "cores": f"{len(cores())} this process may run on",
+        "packages": ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py", "ml_dtypes", "tqdm")),
+    }
+    if launched_rank() == 0:
+        for name, text in lines.items():
+            print(f"{name:16}{text}")
+    return 0
+
+
+def _mpi() -> str:
+    from ..errors import LaunchError
+    from ..mpi import load
+    try:
+        mpi = load()
+    except LaunchError as error:
+        return str(error)
+    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
+              mpi.THREAD_MULTIPLE: "multiple"}
+    return (f"{mpi.Get_library_version().splitlines()[0].strip()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level "
+            f"{levels[mpi.Query_thread()]}")
+
+
+def _backends() -> dict[str, str]:
+    from ..backends import NAMES, reason_missing
+    return {name: reason_missing(name) or f"yes ({name} {_version(name)})" for name in NAMES if name != "auto"}
+
+
+def _h5py() -> str:
+    import h5py
+    return f"{h5py.version.version}, HDF5 {h5py.version.hdf5_version}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

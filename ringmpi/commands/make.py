@@ -1,0 +1,84 @@
+"""Make an input file for `ringmpi attend`: random numbers, or q, k and v from real text.
+
+ringmpi make random in.h5 --tokens 8192 --heads 8 --kv-heads 2 --dim 64 --dtype bfloat16
+ringmpi make text in.h5 --tokens 65536
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .options import natural, positive
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `ringmpi make`."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="random|text")
+    random = kinds.add_parser("random", help="standard normal numbers")
+    text = kinds.add_parser("text", help="keys from hashed contexts, values from the bytes that follow")
+    for sub in (random, text):
+        sub.add_argument("output", type=Path, metavar="OUT.h5")
+        sub.add_argument("--tokens", type=natural, required=True, metavar="N", help="keys and values")
+        sub.add_argument("--queries", type=natural, metavar="N", help="queries, at the end (default: all tokens)")
+        sub.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
+    random.add_argument("--heads", type=positive, default=8, metavar="H")
+    random.add_argument("--kv-heads", type=positive, metavar="K", help="default: as many as heads")
+    random.add_argument("--dim", type=positive, default=64, metavar="D")
+    random.add_argument("--dim-v", type=positive, metavar="D", help="default: dim")
+    random.add_argument("--dtype", choices=DTYPES, default="float32")
+    random.add_argument("--documents", type=positive, metavar="N", help="also N packed documents of random length")
+    random.add_argument("--seed", type=natural, default=0, metavar="S")
+    text.add_argument("paths", type=Path, nargs="*", metavar="PATH",
+                      help="files or folders (default: this Python's standard library)")
+    text.add_argument("--start", type=natural, default=0, metavar="N", help="bytes to leave out first")
+    text.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.set_defaults(error=parser.error)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `ringmpi make`; return the exit code."""
+    from ..environment import refuse_many
+    refuse_many("make")
+    if arguments.queries is None:
+        arguments.queries = arguments.tokens
+    return _random(arguments) if arguments.kind == "random" else _text(arguments)
+
+
+def _random(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..hdf5 import create_dataset, row_pieces, write_file, write_rows
+    from ..softmax import DTYPES
+    tokens, kv_heads = arguments.tokens, arguments.kv_heads or arguments.heads
+    if arguments.heads % kv_heads:
+        arguments.error(f"--heads must be a multiple of --kv-heads, got {arguments.heads} and {kv_heads}")
+    if arguments.documents and arguments.documents > tokens:
+        arguments.error(f"--documents must be at most --tokens, got {arguments.documents} and {tokens}")
+    dtype, dim = DTYPES[arguments.dtype], arguments.dim
+    shapes = {"q": (arguments.queries, arguments.heads, dim), "k": (tokens, kv_heads, dim),
+              "v": (tokens, kv_heads, arguments.dim_v or dim)}
+    with write_file(arguments.output, arguments.force) as file:
+        for number, (name, shape) in enumerate(shapes.items()):
+            rng = np.random.default_rng([arguments.seed, number])
+            dataset = create_dataset(file, name, shape, dtype)
+            for start, stop in row_pieces(shape, np.dtype(np.float64)):
+                write_rows(dataset, start, rng.standard_normal((stop - start, *shape[1:])).astype(dtype))
+        if arguments.documents:
+            rng = np.random.default_rng([arguments.seed, len(shapes)])
+            inner = rng.choice(np.arange(1, tokens), arguments.documents - 1, replace=False)
+            file["documents"] = np.concatenate([[0], np.sort(inner), [tokens]])
+        file.attrs["seed"] = arguments.seed
+    return 0
+
+
+def _text(arguments: argparse.Namespace) -> int:
+    from ..softmax import DTYPES
+    from ..text import read_text, standard_library, write_text
+    if arguments.queries > arguments.tokens:
+        arguments.error(f"--queries must be at most --tokens, got {arguments.queries} and {arguments.tokens}")
+    text = read_text(arguments.paths or [standard_library()], arguments.start, arguments.tokens)
+    write_text(arguments.output, text, arguments.queries, DTYPES[arguments.dtype], arguments.force)
+    return 0

@@ -1,0 +1,69 @@
+"""The options that `attend` and `check` share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+MASK = ("causal", "window", "documents", "prefix", "first", "q_offset")
+
+
+def window(text: str) -> tuple[int | None, int | None]:
+    """Read LEFT[,RIGHT]; one number is both; an empty side is no limit."""
+    parts = text.split(",") if "," in text else [text, text]
+    if len(parts) != 2 or parts == ["", ""]:
+        raise argparse.ArgumentTypeError(f"expected LEFT[,RIGHT], got {text!r}")
+    left, right = (natural(part) if part else None for part in parts)
+    return (left, right)
+
+
+def natural(text: str) -> int:
+    """Read an integer >= 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Read an integer >= 1."""
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Read a number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected seconds > 0, got {text!r}")
+    return value
+
+
+def add_attention(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add what says which keys a query sees, and where the arrays are."""
+    group = parser.add_argument_group("attention", **defaults)
+    group.add_argument("--causal", action="store_true", help="no key after the query")
+    group.add_argument("--window", type=window, metavar="LEFT[,RIGHT]",
+                       help="how many keys before and after the query are visible; one number is both, "
+                            "an empty side is no limit")
+    group.add_argument("--documents", action="store_true",
+                       help="tokens see their own document only: offsets [0, ..., tokens] in dataset `documents`")
+    group.add_argument("--prefix", type=natural, metavar="N", help="the first N keys are visible in spite of --causal")
+    group.add_argument("--first", type=natural, default=0, metavar="N",
+                       help="the first N keys are visible in spite of --window")
+    group.add_argument("--q-offset", type=int, metavar="N",
+                       help="position of query 0 among the keys (default: the last query is aligned with the last key)")
+    group.add_argument("--scale", type=float, metavar="X", help="factor of the scores (default: 1/sqrt(dim))")
+    for name in "qkv":
+        group.add_argument(f"--{name}", default=name, metavar="NAME", help=f"dataset of {name} (default: {name})")
+
+
+def check_mask(parser_error: Any, arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    if arguments.prefix is not None and not arguments.causal:
+        parser_error("--prefix widens only --causal, which is not given")
+    if arguments.first and arguments.window is None:
+        parser_error("--first widens only --window, which is not given")

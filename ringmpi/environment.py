@@ -1,0 +1,57 @@
+"""The only place that reads environment variables and asks the operating system about this process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shlex
+import sys
+from pathlib import Path
+
+from .errors import LaunchError
+
+# How many processes each launcher says it started, and which one this is.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def launched_sizes() -> dict[str, int]:
+    """Give the number of ranks by each variable that the launcher set. Local."""
+    return {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
+
+
+def launched_rank() -> int:
+    """Give this process's rank as the launcher set it; 0 without a launcher. Local."""
+    return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+def virtual_prefix() -> str | None:
+    """Give HDF5_VDS_PREFIX, which leads HDF5's virtual sources to another folder. Local."""
+    return os.environ.get("HDF5_VDS_PREFIX")
+
+
+def cores() -> set[int]:
+    """Give the cores that this process may run on. Local."""
+    return os.sched_getaffinity(0)
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """Give the memory of this process that is resident now, or was at its peak, in bytes. Local."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def refuse_many(command: str) -> None:
+    """Raise `LaunchError` if a launcher started several processes for a command that is for one. Local."""
+    for name, size in launched_sizes().items():
+        if size > 1:
+            raise LaunchError(f"{command} runs in one process, got {size} ({name}); start it without mpiexec or srun")
+
+
+def command_line() -> str:
+    """Give the command line as typed, for records. Local."""
+    return shlex.join(["ringmpi", *sys.argv[1:]])

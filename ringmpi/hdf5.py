@@ -1,0 +1,322 @@
+"""HDF5 datasets read with care and written whole: inputs are data, not code.
+
+An HDF5 file can point outside itself (external links and storage, virtual sources), can ask for filter
+plugins, and can read as zeros what was never written. Each of these is refused with its reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .environment import virtual_prefix
+from .errors import DtypeError, OutputError, ShapeError, ShardError
+from .softmax import BFLOAT16, DTYPES
+
+FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+PIECE_BYTES = 2**28            # of one read or write: far below the 2 GiB where MPI-IO and HDF5 had bugs
+CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
+BFLOAT16_FIELDS = (15, 7, 8, 0, 7)     # sign, exponent position and size, mantissa position and size
+
+
+@contextmanager
+def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """Open an HDF5 file to read. Local.
+
+    Raises
+    ------
+    ShardError
+        If it is missing, no HDF5 file, truncated or damaged; also for read errors inside the block.
+    """
+    if not os.path.isfile(path):
+        raise ShardError(f"{path}: no such file")
+    try:
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+    except ShardError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise ShardError(f"{path}: can't be read, it is truncated, damaged or no HDF5 file: {error}") from error
+
+
+def open_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """Find a dataset of floats and check that all of its data is in place. Local.
+
+    Parameters
+    ----------
+    file : h5py.File
+        Opened to read.
+    name : str
+        Path of the dataset in the file.
+
+    Raises
+    ------
+    ShardError
+        If there is no such dataset, if it leads outside the file's folder, needs an unknown filter, or was
+        never written in full.
+    DtypeError
+        If its items are not float64, float32, bfloat16 or float16.
+    """
+    dataset = _follow(file, name)
+    where = f"{file.filename}: dataset {name!r}"
+    if not isinstance(dataset, h5py.Dataset):
+        raise ShardError(f"{where}: expected a dataset, got a group")
+    stored_dtype(dataset)
+    _check_storage(dataset, where)
+    if dataset.is_virtual:
+        _check_sources(dataset, where)
+    return dataset
+
+
+def read_integers(file: h5py.File, name: str) -> NDArray[np.int64]:
+    """Read a one-dimensional dataset of integers, with the checks of `open_dataset`. Local.
+
+    Raises
+    ------
+    ShardError, DtypeError, ShapeError
+        If it is not there, not to be trusted, not of integers or not one-dimensional.
+    """
+    dataset = _follow(file, name)
+    where = f"{file.filename}: dataset {name!r}"
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual:
+        raise ShardError(f"{where}: expected a plain dataset")
+    if dataset.dtype.kind not in "iu":
+        raise DtypeError(f"{where}: expected integers, got {dataset.dtype}")
+    check_axes(dataset, ("offsets",))
+    _check_storage(dataset, where)
+    return np.asarray(dataset[...], np.int64)
+
+
+def stored_dtype(dataset: h5py.Dataset) -> np.dtype[Any]:
+    """Give the NumPy dtype of a dataset's floats, bfloat16 included. Local.
+
+    Raises
+    ------
+    DtypeError
+        If they are not float64, float32, bfloat16 or float16.
+    """
+    kind = dataset.id.get_type()
+    if isinstance(kind, h5py.h5t.TypeFloatID):
+        if kind.get_size() == 2 and kind.get_fields() == BFLOAT16_FIELDS and kind.get_ebias() == 127:
+            return BFLOAT16
+        for dtype in DTYPES.values():
+            if dataset.dtype.newbyteorder("=") == dtype:
+                return dtype
+    raise DtypeError(f"{dataset.file.filename}: dataset {dataset.name!r}: expected items of {', '.join(DTYPES)}, "
+                     f"got {dataset.dtype}")
+
+
+def file_type(dtype: np.dtype[Any]) -> Any:
+    """Give the HDF5 type that `dtype` is stored as, little-endian. Local.
+
+    bfloat16 is the type that HDF5 2.0 calls H5T_FLOAT_BFLOAT16LE, built by hand so that older libraries
+    write and read it too.
+    """
+    if dtype != BFLOAT16:
+        return h5py.h5t.py_create(dtype.newbyteorder("<"))
+    kind = h5py.h5t.IEEE_F16LE.copy()
+    kind.set_fields(*BFLOAT16_FIELDS)
+    kind.set_ebias(127)
+    return kind
+
+
+def read_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
+    """Read rows start..stop of a dataset as native floats, bit for bit. Local.
+
+    Raises
+    ------
+    ShardError
+        If a checksum does not match or the file can't be read.
+    """
+    dtype = stored_dtype(dataset)
+    rows = np.empty((stop - start, *dataset.shape[1:]), dtype)
+    try:
+        for first, last in row_pieces(rows.shape, dtype):
+            piece = rows[first:last]
+            dataset.id.read(*_spaces(dataset, start + first, piece), _bits(piece), file_type(dtype))
+    except (OSError, RuntimeError) as error:
+        raise ShardError(f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{stop}: damaged or "
+                         f"unreadable: {error}") from error
+    return rows
+
+
+def create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> h5py.Dataset:
+    """Make a dataset for floats, in chunks of about 1 MiB with a Fletcher32 checksum each. Local."""
+    row = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
+    chunks = (min(shape[0], max(1, CHUNK_BYTES // row)), *shape[1:]) if 0 not in shape else None
+    return file.create_dataset(name, shape, file_type(dtype), chunks=chunks, fletcher32=bool(chunks))
+
+
+def write_rows(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
+    """Write `rows` from row `start` of a dataset of the same dtype, bit for bit. Local."""
+    for first, last in row_pieces(rows.shape, rows.dtype):
+        piece = np.ascontiguousarray(rows[first:last])
+        dataset.id.write(*_spaces(dataset, start + first, piece), _bits(piece), file_type(rows.dtype))
+
+
+@contextmanager
+def write_file(path: Path, force: bool = False) -> Iterator[h5py.File]:
+    """Write an HDF5 file that appears under its name only when it is whole. Local.
+
+    It is written under a temporary name beside it; the attribute `complete` comes last; then the file is
+    flushed to disk and renamed. After an error nothing is left.
+
+    Raises
+    ------
+    OutputError
+        If `path` exists and not `force`, or can't be written.
+    """
+    check_writable(path, force)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # v110: the oldest format with checksummed metadata and virtual datasets; HDF5 1.10 reads it.
+        with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
+            yield file
+            file.flush()
+            file.attrs["complete"] = True
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, (ShardError, OutputError)):
+            raise
+        raise OutputError(f"{path}: can't be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Raise `OutputError` unless a file can be made at `path`; `force` allows to replace one. Local."""
+    if path.is_dir():
+        raise OutputError(f"{path}: expected a file name, got a folder")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists; choose another name or allow to replace it with --force")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: can't be written: no such folder: {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: can't be written: no permission to write in {path.parent}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Make a file or a folder durable (fsync). Local."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _bits(x: NDArray[Any]) -> NDArray[Any]:
+    return x.view(np.uint16) if x.dtype == BFLOAT16 else x
+
+
+def row_pieces(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
+    """Cut the rows of an array into pieces of at most 256 MiB, or of one row: (start, stop). Local."""
+    row = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
+    step = max(1, PIECE_BYTES // row)
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def _spaces(dataset: h5py.Dataset, start: int, piece: NDArray[Any]) -> tuple[Any, Any]:
+    space = dataset.id.get_space()
+    space.select_hyperslab((start, *[0] * (piece.ndim - 1)), piece.shape)
+    return h5py.h5s.create_simple(piece.shape), space
+
+
+def _follow(file: h5py.File, path: str, depth: int = 0) -> Any:
+    """Walk to an object, link by link, and leave neither the file nor the depth of ten soft links."""
+    here: Any = file
+    for part in [p for p in path.split("/") if p not in ("", ".")]:
+        where = f"{file.filename}: {path!r}"
+        if not isinstance(here, h5py.Group):
+            raise ShardError(f"{where}: {here.name!r} is no group")
+        try:
+            link = here.get(part, getlink=True)
+        except (KeyError, TypeError, ValueError):
+            link = None
+        if link is None:
+            raise ShardError(f"{where}: no such dataset; the file has {', '.join(sorted(file)) or 'none'}")
+        if isinstance(link, h5py.ExternalLink):
+            raise ShardError(f"{where}: refused: an external link to {link.filename!r}; inputs must not lead outside "
+                             "their file")
+        if isinstance(link, h5py.SoftLink):
+            if depth == 10:
+                raise ShardError(f"{where}: refused: more than ten soft links in a row")
+            target = link.path if link.path.startswith("/") else f"{here.name}/{link.path}"
+            here = _follow(file, target, depth + 1)
+        else:
+            here = here[part]
+    return here
+
+
+def _check_storage(dataset: h5py.Dataset, where: str) -> None:
+    if dataset.external:
+        raise ShardError(f"{where}: refused: its data is in another file, {dataset.external[0][0]!r} (external "
+                         "storage); copy it into one HDF5 file")
+    properties = dataset.id.get_create_plist()
+    for i in range(properties.get_nfilters()):
+        number, _, _, name = properties.get_filter(i)
+        if number not in FILTERS:
+            raise ShardError(f"{where}: refused: unknown filter {number} ({name.decode(errors='replace')}); known are "
+                             f"{', '.join(FILTERS.values())}")
+    if dataset.is_virtual or not dataset.size:
+        return
+    if dataset.chunks is None:
+        if dataset.id.get_storage_size() < dataset.nbytes:
+            raise ShardError(f"{where}: its data was never written (it would read as zeros)")
+        return
+    chunks = int(np.prod([-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]))
+    written = dataset.id.get_num_chunks()
+    if written < chunks:
+        raise ShardError(f"{where}: only {written} of {chunks} chunks were written (the rest would read as zeros); "
+                         "was its writer killed?")
+
+
+def _check_sources(dataset: h5py.Dataset, where: str) -> None:
+    """Open and check each virtual source: one that is missing reads as zeros, silently."""
+    if virtual_prefix() is not None:
+        raise ShardError(f"{where}: refused: HDF5_VDS_PREFIX leads virtual sources elsewhere; unset it")
+    folder = Path(dataset.file.filename).resolve().parent
+    points = 0
+    for source in dataset.virtual_sources():
+        name = source.file_name
+        path = (folder / name).resolve() if name != "." else Path(dataset.file.filename).resolve()
+        if "%" in name or os.path.isabs(name) or not path.is_relative_to(folder):
+            raise ShardError(f"{where}: refused: its virtual source {name!r} is outside the file's folder")
+        with open_file(path) as file:
+            target = _follow(file, source.dset_name)
+            if not isinstance(target, h5py.Dataset) or target.is_virtual:
+                raise ShardError(f"{where}: refused: its virtual source {name!r} holds no plain dataset "
+                                 f"{source.dset_name!r}")
+            stored_dtype(target)
+            _check_storage(target, f"{path}: dataset {source.dset_name!r}")
+            if not _holds(target, source) or stored_dtype(target) != stored_dtype(dataset):
+                raise ShardError(f"{where}: its virtual source {name!r}, of shape {target.shape} and dtype "
+                                 f"{target.dtype}, does not hold what the dataset takes from it")
+        points += source.vspace.get_select_npoints()
+    if points != dataset.size:
+        raise ShardError(f"{where}: its virtual sources hold {points} of {dataset.size} items (the rest would read as "
+                         "fill values)")
+
+
+def _holds(target: h5py.Dataset, source: Any) -> bool:
+    """Say whether the part of `target` that a virtual dataset maps is there."""
+    if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:
+        return bool(target.size == source.vspace.get_select_npoints())
+    last = source.src_space.get_select_bounds()[1]
+    return len(last) == target.ndim and all(a < b for a, b in zip(last, target.shape, strict=True))
+
+
+def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
+    """Raise `ShapeError` unless a dataset has as many axes as are named. Local."""
+    if dataset.ndim != len(axes):
+        raise ShapeError(f"{dataset.file.filename}: dataset {dataset.name!r}: expected shape ({', '.join(axes)}), "
+                         f"got {dataset.shape}")

@@ -1,0 +1,228 @@
+"""Attention as exact retrieval: real text turned into q, k and v, without any training.
+
+Each head looks for one length of context. The key of byte j is a hash of the bytes *before* it, the query
+of byte i a hash of the bytes up to *and with* it, both as signs ±1 of the hash's 64 bits; the value of byte j
+is a code of byte j itself. So under a causal mask a query finds the places where the same bytes were
+followed by something, and what comes back is the code of what followed. A match scores far above the noise
+of other hashes, and `lse` tells whether there was one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ShardError
+from .hdf5 import create_dataset, open_file, read_rows, row_pieces, write_file, write_rows
+
+ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
+DIM, DIM_V = 64, 32            # one bit of a 64-bit hash each; signs of a byte's code
+SHARPNESS = 6.0                # queries are ±6: a match scores 6·64/sqrt(64) = 48, noise has deviation 6
+MATCH = SHARPNESS * DIM**0.5
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes of several files in a row.
+
+    Attributes
+    ----------
+    data : uint8 array of shape (tokens,)
+    names : list of str
+        The files, in order.
+    offsets : int64 array of shape (files + 1,)
+        Where each file begins in `data`; the last is the number of tokens.
+    """
+
+    data: Bytes
+    names: list[str]
+    offsets: NDArray[np.int64]
+
+    def place(self, position: int) -> str:
+        """Name the file of a byte, and its place among the bytes of that file that were read. Local."""
+        number = int(np.searchsorted(self.offsets, position, side="right")) - 1
+        return f"{self.names[number]}, byte {position - self.offsets[number]:,}"
+
+
+def standard_library() -> Path:
+    """Folder of the running Python's standard library. Local."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
+    """Read `tokens` bytes of the files under `paths`. Local.
+
+    Files of a folder come in the order of their names' digests, always the same but shuffled: in the order of
+    the names, neighbours are much alike, and a longer context would find little that a short one did not.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files, or folders whose ``*.py`` files (all files if there are none) are taken.
+    start : int
+        Bytes to leave out first.
+    tokens : int
+        Bytes to read.
+
+    Raises
+    ------
+    ShardError
+        If a path does not exist, or there are fewer bytes.
+    """
+    pieces, names, offsets, at = [], [], [0], 0
+    for name, file in _files(paths):
+        size = file.stat().st_size
+        first, last = max(start - at, 0), min(start + tokens - at, size)
+        if first < last:
+            pieces.append(np.frombuffer(file.read_bytes()[first:last], np.uint8))
+            names.append(name)
+            offsets.append(offsets[-1] + last - first)
+        at += size
+        if at >= start + tokens:
+            break
+    if offsets[-1] < tokens:
+        raise ShardError(f"expected {start + tokens} bytes of text, got {at} in {', '.join(map(str, paths))}")
+    return Text(np.concatenate([np.empty(0, np.uint8), *pieces]), names, np.array(offsets))
+
+
+def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    for path in paths:
+        if path.is_file():
+            yield path.name, path
+        elif path.is_dir():
+            found = [f for f in path.rglob("*") if f.is_file() and "site-packages" not in f.parts]
+            python = [f for f in found if f.suffix == ".py"]
+            names = {str(file.relative_to(path)): file for file in python or found}
+            for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+                yield name, names[name]
+        else:
+            raise ShardError(f"{path}: no such file or folder")
+
+
+def signs(data: Bytes, order: int) -> NDArray[np.uint64]:
+    """Hash the `order` bytes up to and with each byte; bits of the hash are the signs. Local.
+
+    Parameters
+    ----------
+    data : uint8 array of shape (tokens,)
+    order : int
+
+    Returns
+    -------
+    uint64 array of shape (tokens,)
+        Bytes before the first count as none.
+    """
+    value = np.zeros(len(data), np.uint64)
+    for back in range(order):
+        shifted = np.zeros(len(data), np.uint64)
+        shifted[back:] = data[:len(data) - back].astype(np.uint64) + np.uint64(1)
+        value = value * np.uint64(0x100000001B3) + shifted
+    value += np.uint64(order)                               # Steele, Lea & Flood 2014, SplitMix64's finaliser
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def unpack(hashes: NDArray[np.uint64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Turn 64-bit hashes of shape (...) into ±1 of shape (..., 64). Local."""
+    bits = np.unpackbits(hashes[..., None].view(np.uint8), axis=-1).astype(np.int8)
+    return (2 * bits - 1).astype(dtype)
+
+
+def codes() -> NDArray[np.int8]:
+    """Code of each byte: ±1, shape (256, DIM_V), always the same. Local."""
+    return np.random.default_rng(256).choice(np.array([-1, 1], np.int8), (256, DIM_V))
+
+
+def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force: bool = False) -> None:
+    """Write q, k and v of a text, with the text, its files and their offsets beside them. Local.
+
+    Parameters
+    ----------
+    path : path
+    text : Text
+    queries : int
+        How many of the last tokens ask; all have keys and values.
+    dtype : dtype
+        ±1 and ±6 are exact in every one.
+
+    Raises
+    ------
+    OutputError
+        If the file exists and not `force`, or can't be written.
+    """
+    tokens = len(text.data)
+    asks = np.stack([signs(text.data, order) for order in ORDERS], axis=1)
+    before = np.stack([np.concatenate([[signs(text.data[:0], order).sum()], asks[:-1, h]])
+                       for h, order in enumerate(ORDERS)], axis=1) if tokens else asks
+    code = codes()
+    with write_file(path, force) as file:
+        shape = (tokens, len(ORDERS))
+        q = create_dataset(file, "q", (queries, len(ORDERS), DIM), dtype)
+        k, v = (create_dataset(file, name, (*shape, dim), dtype) for name, dim in (("k", DIM), ("v", DIM_V)))
+        for a, b in row_pieces(q.shape, dtype):
+            write_rows(q, a, unpack(asks[tokens - queries + a:tokens - queries + b], dtype) * dtype.type(SHARPNESS))
+        for a, b in row_pieces(k.shape, dtype):
+            write_rows(k, a, unpack(before[a:b], dtype))
+            rows = code[text.data[a:b]].astype(dtype)
+            write_rows(v, a, np.repeat(rows[:, None], len(ORDERS), axis=1))
+        file["documents"] = text.offsets
+        file["text"] = text.data
+        file["files"] = text.names
+        file.attrs["orders"] = ORDERS
+
+
+def predict(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[np.int64]]:
+    """Read the next byte off the results: the longest context that was found decides. Local.
+
+    Parameters
+    ----------
+    out : array of shape (tokens, heads, DIM_V)
+    lse : array of shape (tokens, heads)
+
+    Returns
+    -------
+    bytes : uint8 array of shape (tokens,)
+    head : int64 array of shape (tokens,)
+        The head that decided; -1 if no context was found (the byte is a blank then).
+    """
+    found = lse > MATCH - 4
+    head = np.where(found.any(axis=1), found.shape[1] - 1 - np.argmax(found[:, ::-1], axis=1), -1)
+    chosen = np.take_along_axis(out.astype(np.float32), np.maximum(head, 0)[:, None, None], axis=1)[:, 0]
+    byte = np.argmax(chosen @ codes().T.astype(np.float32), axis=1).astype(np.uint8)
+    return np.where(head < 0, np.uint8(32), byte), head
+
+
+def strongest(source: Path, row: int, position: int, head: int) -> tuple[int, float]:
+    """Find the key that a query puts most weight on, by its scores with all keys up to it. Local.
+
+    Parameters
+    ----------
+    source : path
+        Made by `write_text`.
+    row, position : int
+        Of the query: its row in q, and its position in the text.
+    head : int
+
+    Returns
+    -------
+    column : int
+        Position of the key, the last of several equal ones.
+    weight : float
+        Its share of the softmax.
+    """
+    with open_file(source) as file:
+        q = read_rows(file["q"], row, row + 1)[0, head].astype(np.float32)
+        scores = np.concatenate([
+            read_rows(file["k"], a, b)[:, head].astype(np.float32) @ q * DIM**-0.5
+            for a, b in row_pieces((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
+    column = position - int(np.argmax(scores[::-1]))
+    return column, float(1 / np.exp(scores - scores[column]).sum())
