@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .environment import virtual_prefix
-from .errors import DtypeError, OutputError, ShapeError, ShardError
+from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from .softmax import BFLOAT16, DTYPES
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
@@ -40,7 +40,7 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking="best-effort") as file:
             yield file
-    except ShardError:
+    except RingError:
         raise
     except (OSError, RuntimeError) as error:
         raise ShardError(f"{path}: can't be read, it is truncated, damaged or no HDF5 file: {error}") from error
@@ -106,9 +106,9 @@ def stored_dtype(dataset: h5py.Dataset) -> np.dtype[Any]:
     if isinstance(kind, h5py.h5t.TypeFloatID):
         if kind.get_size() == 2 and kind.get_fields() == BFLOAT16_FIELDS and kind.get_ebias() == 127:
             return BFLOAT16
-        for dtype in DTYPES.values():
-            if dataset.dtype.newbyteorder("=") == dtype:
-                return dtype
+        native: np.dtype[Any] = np.dtype(dataset.dtype.newbyteorder("="))
+        if native in DTYPES.values():
+            return native
     raise DtypeError(f"{dataset.file.filename}: dataset {dataset.name!r}: expected items of {', '.join(DTYPES)}, "
                      f"got {dataset.dtype}")
 
@@ -184,9 +184,9 @@ def write_file(path: Path, force: bool = False) -> Iterator[h5py.File]:
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
+    except RingError:
+        raise
     except (OSError, RuntimeError) as error:
-        if isinstance(error, (ShardError, OutputError)):
-            raise
         raise OutputError(f"{path}: can't be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -95,7 +95,8 @@ class Report:
     def __str__(self) -> str:
         return (f"{self.sizes.n_q:,} tokens on {self.ranks} rank{'s' if self.ranks > 1 else ''}: "
                 f"{self.gflops:.1f} GFLOP/s, {self.compute_seconds:.2f} s computing, "
-                f"{self.wait_seconds:.2f} s waiting, {self.bytes_moved / 2**20:,.1f} MiB moved, at most {self.peak_bytes / 2**20:,.0f} MiB a rank")
+                f"{self.wait_seconds:.2f} s waiting, {self.bytes_moved / 2**20:,.1f} MiB moved, "
+                f"at most {self.peak_bytes / 2**20:,.0f} MiB a rank")
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from .errors import DtypeError
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
-          "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+DTYPES: dict[str, np.dtype[Any]] = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
+                                    "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 
 # Largest |out - exact| over largest |exact|: the accumulator's error, and for 16-bit output its rounding
 # (unit roundoff 2^-8 for bfloat16, 2^-11 for float16).
@@ -48,7 +48,7 @@ def accumulator(dtype: np.dtype[Any], request: DTypeLike | None = None) -> np.dt
     try:
         wanted = np.dtype(request)
     except TypeError:
-        wanted = None
+        wanted = np.dtype(object)
     if wanted not in (np.dtype(np.float64), rule):
         raise DtypeError(f"accumulator: expected {' or '.join(sorted({'float64', str(rule)}))} for {dtype} input, "
                          f"got {request!r}")

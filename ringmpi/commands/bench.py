@@ -135,8 +135,8 @@ def _ring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             attend(name)
     rows = []
     for name, runs in traces.items():
-        mine = [statistics.median(x) for x in zip(*(
-            (seconds, t.compute_seconds, t.wait_seconds, t.flop, t.bytes_sent) for seconds, t in runs[1:]), strict=True)]
+        figures = [(taken, t.compute_seconds, t.wait_seconds, t.flop, t.bytes_sent) for taken, t in runs[1:]]
+        mine = [statistics.median(column) for column in zip(*figures, strict=True)]
         everyone = comm.share(np.array(mine, np.float64), arguments.timeout)
         slowest = float(everyone[:, 0].max())
         rows.append({"layout": name, "ranks": comm.size, "seconds": slowest,

@@ -1,0 +1,186 @@
+"""Every backend has the contract's methods, and computes what a dense float64 softmax computes."""
+
+import inspect
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringmpi import BackendError, DtypeError, OptionError
+from ringmpi.backends import NAMES, open_backend, reason_missing
+from ringmpi.backends.base import Backend
+from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish
+
+BACKENDS = [name for name in NAMES if name != "auto"]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    opened = open_backend(request.param, 2)
+    yield opened
+    opened.close()
+
+
+def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
+    """Fold k and v in several blocks; rows see begin..end of the whole."""
+    state = State.empty(len(q), q.shape[1], v.shape[2], accumulator(q.dtype, kind))
+    edges = np.linspace(0, len(k), blocks + 1).astype(int)
+    pairs = 0
+    for a, b in itertools.pairwise(edges):
+        pairs += sum(backend.accumulate(state, q, np.ascontiguousarray(k[a:b]), np.ascontiguousarray(v[a:b]),
+                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale))
+    assert pairs == (end - begin).sum()
+    out, lse = np.empty((*q.shape[:2], v.shape[2]), q.dtype), np.empty(q.shape[:2], state.acc.dtype)
+    finish(state, end > begin, out, lse)
+    return out, lse
+
+
+def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
+    begin = rng.integers(0, n_k + 1, n_q)
+    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
+
+
+def check(backend, q, k, v, begin, end, dtype, blocks=1):
+    out, lse = run(backend, q, k, v, begin, end, blocks=blocks)
+    j = np.arange(len(k))
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3)
+    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
+    assert (out[end <= begin] == 0).all()
+    assert (lse[end <= begin] == -np.inf).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_keep_the_contract(name):
+    theirs = {n: f for n, f in inspect.getmembers(type(open_backend(name, 1)), inspect.isfunction)
+              if not n.startswith("_")}
+    ours = {n: f for n, f in inspect.getmembers(Backend, inspect.isfunction) if not n.startswith("_")}
+    assert theirs.keys() == ours.keys()
+    for method, function in ours.items():
+        assert str(inspect.signature(theirs[method])) == str(inspect.signature(function))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (3, 1)])
+def test_dense_softmax(backend, dtype, heads, kv_heads):
+    check(backend, *case(0, 301, 1003, heads, kv_heads, 24, 40, dtype), dtype, blocks=3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n_q=st.integers(0, 300), n_k=st.integers(0, 300), heads=st.sampled_from([(1, 1), (4, 2)]),
+       dim=st.integers(1, 40), dim_v=st.integers(1, 40), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99),
+       blocks=st.integers(1, 4))
+def test_any_shape(backend, n_q, n_k, heads, dim, dim_v, dtype, seed, blocks):
+    check(backend, *case(seed, n_q, n_k, *heads, dim, dim_v, dtype), dtype, blocks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_accumulator_on_request(backend, dtype):
+    q, k, v, begin, end = case(5, 50, 400, 2, 1, 16, 16, dtype)
+    state = State.empty(50, 2, 16, accumulator(q.dtype, "float64"))
+    for _ in backend.accumulate(state, q, k, v, begin, end, 0.3):
+        pass
+    out, lse = np.empty((50, 2, 16)), np.empty((50, 2))
+    finish(state, end > begin, out, lse)
+    j = np.arange(400)
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3)
+    assert oracle.error(out, want) < 1e-13
+    assert oracle.error(lse, want_lse) < 1e-13
+
+
+@pytest.mark.parametrize("scores", [1e4, -1e4])
+def test_large_scores_do_not_overflow(backend, scores):
+    q, k, v, _, _ = case(1, 40, 600, 2, 2, 8, 8, "float64")
+    q, k, v = (x.astype(np.float32) for x in (q * scores, k, v))
+    begin, end = np.zeros(40, int), np.full(40, 600)
+    out, lse = run(backend, q, k, v, begin, end, blocks=5)
+    want, want_lse = oracle.attend(q, k, v, np.ones((40, 600), bool), 0.3)
+    # a score of 1e4 in float32 is known to 1e-3, so weights are too
+    assert oracle.error(out, want) < 2e-2
+    assert oracle.error(lse, want_lse) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_others(backend, dtype, bad, where):
+    q, k, v, begin, end = case(2, 90, 300, 4, 2, 8, 8, dtype)
+    arrays = {"q": q, "k": k, "v": v}
+    arrays[where][40, 1, 3] = bad
+    out, lse = run(backend, q, k, v, begin, end, blocks=2)
+    j = np.arange(300)
+    see = (j >= begin[:, None]) & (j < end[:, None])
+    want, want_lse = oracle.attend(q, k, v, see, 0.3)
+    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
+    touched = ~np.isfinite(out.astype(float)).all(axis=(1, 2))
+    assert not touched[~(see[:, 40] if where != "q" else np.arange(90) == 40)].any()
+    assert touched.any() or bad == -np.inf or where == "q"
+
+
+def test_all_scores_minus_infinity_is_not_blindness(backend):
+    q, k, v, begin, end = case(3, 6, 5, 1, 1, 4, 4, "float32")
+    begin[:], end[:] = 0, 5
+    end[2] = 0
+    q[...], k[...] = 1, -np.inf
+    out, lse = run(backend, q, k, v, begin, end)
+    assert (out[2] == 0).all()
+    assert np.isnan(out[[0, 1, 3, 4, 5]]).all()
+    assert (lse == -np.inf).all()
+
+
+def test_no_array_of_all_scores(backend):
+    import tracemalloc
+    n = 3000
+    q, k, v, _, _ = case(4, n, n, 1, 1, 8, 8, "float32")
+    begin, end = np.zeros(n, int), np.full(n, n)
+    run(backend, q, k, v, begin, end)
+    tracemalloc.start()
+    try:
+        run(backend, q, k, v, begin, end)
+        assert tracemalloc.get_traced_memory()[1] < 4 * n * n / 3
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_abandoned_loop_writes_no_more(backend):
+    n = 4000
+    q, k, v, _, _ = case(6, n, n, 2, 2, 16, 16, "float32")
+    state = State.empty(n, 2, 16, np.float32)
+    loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), 0.3)
+    next(loop)
+    loop.close()
+    before = state.acc.copy()
+    for _ in range(20):
+        sum(backend.accumulate(State.empty(1, 2, 16, np.float32), q[:1], k, v, np.array([0]), np.array([n]), 0.3))
+    assert (state.acc == before).all()
+
+
+def test_names():
+    with pytest.raises(OptionError, match="expected one of auto"):
+        open_backend("fortran", 1)
+    assert open_backend("auto", 1).name == "numba"
+
+
+def test_a_missing_backend_says_why(monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in reason_missing("numba")
+    with pytest.raises(BackendError, match="numba is not installed"):
+        open_backend("numba", 1)
+    assert open_backend("auto", 1).name == "numpy"
+
+
+def test_accumulators():
+    assert accumulator(np.dtype("f8")) == np.float64
+    assert accumulator(DTYPES["bfloat16"]) == np.float32
+    with pytest.raises(DtypeError, match="accumulator"):
+        accumulator(np.dtype("f8"), "float32")
+    with pytest.raises(DtypeError, match="accumulator"):
+        accumulator(np.dtype("f4"), "nonsense")

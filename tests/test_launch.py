@@ -1,0 +1,19 @@
+"""Runs the tests marked `mpi` under mpiexec, file by file, on 1, 2, 3, 4 and 7 ranks."""
+
+from pathlib import Path
+
+import launch
+import pytest
+
+HERE = Path(__file__).parent
+RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"))} | {"test_mpi_leaks.py": (2,)}
+
+
+@pytest.mark.parametrize(("file", "ranks"), [(file, ranks) for file, many in RANKS.items() for ranks in many])
+def test_under_mpiexec(file, ranks, tmp_path):
+    result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", HERE / file],
+                           folder=tmp_path, timeout=240)
+    assert result.code == 0, result.text
+    assert len(result.ranks) == ranks, result.text
+    for text in result.ranks:
+        assert " passed" in text, result.text

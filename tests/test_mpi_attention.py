@@ -1,0 +1,263 @@
+"""Ring attention on this run's ranks against a dense float64 softmax. Runs under mpiexec: see test_launch.py."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from ringmpi import Contiguous, Custom, Mask, RingAttention, ring_attention
+from ringmpi.layout import make
+from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE
+
+pytestmark = pytest.mark.mpi
+
+LSE_BOUND = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}
+FACTORS = {
+    "backend": ["numpy", "numba"],
+    "dtype": list(DTYPES),
+    "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
+    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all"],
+    "heads": [(4, 4), (8, 2), (3, 1)],
+    "length": [1, 2, "P-1", 1003, 4097],
+    "dim_v": [16, 9],
+}
+
+
+def covering():
+    """Cases in which every pair of levels of any two factors occurs; the long length seldom more than needed."""
+    names = list(FACTORS)
+    rng = np.random.default_rng(0)
+    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in FACTORS[a] for y in FACTORS[b]}
+    cases = []
+    while missing:
+        best, gain = None, -1
+        for _ in range(60):
+            case = {name: FACTORS[name][rng.integers(len(FACTORS[name]))] for name in names}
+            covers = {(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)} & missing
+            if len(covers) > gain:
+                best, gain = (case, covers), len(covers)
+        cases.append(best[0])
+        missing -= best[1]
+    return cases
+
+
+def make_layout(kind, length, size):
+    """A layout of each kind, deterministic; the shards of `uneven` differ, one of `empty` holds nothing."""
+    rng = np.random.default_rng(length * 31 + size)
+    if kind in ("contiguous", "striped", "zigzag"):
+        return make(kind, length, size)
+    if kind == "custom":
+        owner = rng.integers(0, size, length)
+        return Custom([np.flatnonzero(owner == rank) for rank in range(size)])
+    cuts = np.sort(rng.integers(0, length + 1, size - 1))
+    counts = np.diff([0, *cuts, length])
+    if kind == "empty" and size > 1:
+        counts[0] += counts[size // 2]
+        counts[size // 2] = 0
+    return Contiguous(counts)
+
+
+def make_mask(kind, n_k):
+    inner = sorted({n_k // 5, n_k // 3, n_k // 2} - {0, n_k})
+    documents = [0, *inner, n_k] if n_k else [0]
+    return {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
+            "documents": {"documents": documents}, "prefix": {"causal": True, "prefix": n_k // 3},
+            "first": {"window": (n_k // 6, 0), "first": 3},
+            "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
+            }[kind]
+
+
+def arrays(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+            ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v))]
+
+
+def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None, seed=0, scale=None):
+    n_q = length if n_q is None else n_q
+    q, k, v = arrays(seed, n_q, length, *heads, 16, dim_v, dtype)
+    q_layout, kv_layout = make_layout(layout, n_q, comm.size), make_layout(layout, length, comm.size)
+    mine, theirs = q_layout.positions(comm.rank), kv_layout.positions(comm.rank)
+    named = layout in ("striped", "zigzag")
+    options = {"mask": Mask(**mask), "layout": layout if named else q_layout,
+               "kv_layout": layout if named else kv_layout}
+    with RingAttention(comm, backend=backend, timeout=60, scale=scale, **options) as attention:
+        out, lse = attention(q[mine], k[theirs], v[theirs], return_lse=True)
+        trace = attention.trace
+    assert out.dtype == q.dtype
+    see = oracle.visible(n_q, length, **mask)[mine]
+    rows = np.sort(np.random.default_rng(seed).permutation(len(mine))[:200])     # of the long ones, some
+    want, want_lse = oracle.attend(q[mine[rows]], k, v, see[rows], 0.25 if scale is None else scale)
+    unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
+    assert oracle.error(out[rows], want, unit) <= TOLERANCE[dtype]
+    assert oracle.error(lse[rows], want_lse) <= LSE_BOUND[dtype]
+    assert trace.pairs == see.sum()
+    assert len(trace.steps) == comm.size
+    return out, lse
+
+
+@pytest.mark.parametrize("number", range(len(covering())))
+def test_dense_softmax(comm, number):
+    case = dict(covering()[number])
+    length = comm.size - 1 if case["length"] == "P-1" else case["length"]
+    case |= {"length": length, "mask": make_mask(case["mask"], length)}
+    check(comm, **case, seed=number)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_any_case(comm, data):
+    draw = data.draw
+    length = draw(st.integers(0, 60))
+    n_q = draw(st.integers(0, 60))
+    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
+    mask = {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
+            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
+            "documents": documents if length > 1 and draw(st.booleans()) else None}
+    check(comm, backend=draw(st.sampled_from(FACTORS["backend"])), dtype=draw(st.sampled_from(FACTORS["dtype"])),
+          layout=draw(st.sampled_from(FACTORS["layout"])), heads=draw(st.sampled_from(FACTORS["heads"])),
+          dim_v=draw(st.integers(1, 20)), length=length, n_q=n_q, mask=mask, seed=draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_ranks_agree_with_one(comm, dtype):
+    from mpi4py import MPI
+    q, k, v = arrays(3, 1003, 1003, 4, 2, 16, 16, dtype)
+    alone, alone_lse = ring_attention(q, k, v, comm=MPI.COMM_SELF, mask=Mask(causal=True), return_lse=True)
+    mine = make("striped", 1003, comm.size).positions(comm.rank)
+    out, lse = ring_attention(q[mine], k[mine], v[mine], comm=comm, mask=Mask(causal=True), layout="striped",
+                              return_lse=True)
+    assert oracle.error(out, alone[mine], np.abs(alone.astype(float)).max()) <= TOLERANCE[dtype]
+    assert oracle.error(lse, alone_lse[mine]) <= LSE_BOUND[dtype]
+
+
+def test_nan_reaches_the_rows_that_see_it_and_no_others(comm):
+    q, k, v = arrays(4, 40, 40, 2, 1, 8, 8, "float32")
+    v[17, 0, 2] = np.nan
+    k[23, 0, 1] = np.inf
+    mine = make("zigzag", 40, comm.size).positions(comm.rank)
+    for backend in FACTORS["backend"]:
+        out = ring_attention(q[mine], k[mine], v[mine], comm=comm, mask=Mask(causal=True), layout="zigzag",
+                             backend=backend, scale=1.0)
+        want, _ = oracle.attend(q[mine], k, v, oracle.visible(40, 40, causal=True)[mine], 1.0)
+        assert (np.isnan(out) == np.isnan(want)).all()
+        assert np.isfinite(out[mine < 17]).all()
+
+
+def test_batch_axis(comm):
+    cases = [arrays(seed, 30, 30, 4, 2, 8, 12, "float32") for seed in range(3)]
+    mine = make("contiguous", 30, comm.size).positions(comm.rank)
+    q, k, v = (np.stack([case[i][mine] for case in cases]) for i in range(3))
+    out, lse = ring_attention(q, k, v, comm=comm, mask=Mask(causal=True), return_lse=True)
+    assert out.shape == (3, len(mine), 4, 12)
+    assert lse.shape == (3, len(mine), 4)
+    for number, case in enumerate(cases):
+        alone = ring_attention(*(x[mine] for x in case), comm=comm, mask=Mask(causal=True))
+        assert oracle.error(out[number], alone) < 1e-6
+
+
+def test_a_plan_serves_many_calls_and_new_shapes(comm):
+    with RingAttention(comm, mask=Mask(causal=True)) as attention:
+        for seed, each in ((0, 5), (1, 5), (2, 11), (3, 0), (4, 5)):
+            q, k, v = arrays(seed, each * comm.size, each * comm.size, 2, 2, 8, 8, "float64")
+            mine = slice(each * comm.rank, each * (comm.rank + 1))
+            out = attention(q[mine], k[mine], v[mine])
+            want, _ = oracle.attend(q[mine], k, v, oracle.visible(len(q), len(q), causal=True)[mine], 8**-0.5)
+            assert oracle.error(out, want) < 1e-13
+
+
+def test_two_objects_on_one_communicator(comm):
+    q, k, v = arrays(5, 12, 12, 2, 1, 8, 8, "float64")
+    n = make("contiguous", 12, comm.size).positions(comm.rank)
+    with RingAttention(comm) as full, RingAttention(comm, mask=Mask(causal=True)) as causal:
+        first, second = full(q[n], k[n], v[n]), causal(q[n], k[n], v[n])
+        full.close()
+        again = causal(q[n], k[n], v[n])
+    assert (again == second).all()
+    for out, options in ((first, {}), (second, {"causal": True})):
+        want, _ = oracle.attend(q[n], k, v, oracle.visible(12, 12, **options)[n], 8**-0.5)
+        assert oracle.error(out, want) < 1e-13
+
+
+def test_inputs_are_left_alone_and_need_not_be_contiguous(comm):
+    q, k, v = (x.transpose(1, 0, 2).copy().transpose(1, 0, 2) for x in arrays(6, 10, 10, 2, 2, 8, 8, "float32"))
+    for x in (q, k, v):
+        x.flags.writeable = False
+    before = [x.copy() for x in (q, k, v)]
+    out = ring_attention(q, k, v, comm=comm)
+    assert all((a == b).all() for a, b in zip((q, k, v), before, strict=True))
+    alone = ring_attention(*before, comm=comm)
+    assert (out == alone).all()
+
+
+def test_a_communicator_of_the_caller(comm):
+    half = comm.Split(comm.rank % 2, key=-comm.rank)
+    q, k, v = arrays(7, 9, 9, 1, 1, 4, 4, "float64")
+    mine = make("striped", 9, half.size).positions(half.rank)
+    out = ring_attention(q[mine], k[mine], v[mine], comm=half, layout="striped")
+    want, _ = oracle.attend(q[mine], k, v, np.ones((len(mine), 9), bool), 0.5)
+    assert oracle.error(out, want) < 1e-13
+    half.Free()
+
+
+def test_causal_contiguous_sends_half(comm):
+    q, k, v = arrays(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
+    mine = slice(4 * comm.rank, 4 * comm.rank + 4)
+    full, causal = RingAttention(comm), RingAttention(comm, mask=Mask(causal=True))
+    full(q[mine], k[mine], v[mine])
+    causal(q[mine], k[mine], v[mine])
+    p, block = comm.size, 4 * 8 * 4
+    assert comm.allreduce(full.trace.bytes_sent) == p * (p - 1) * block
+    assert comm.allreduce(causal.trace.bytes_sent) == p * (p - 1) // 2 * block
+    assert causal.trace.hops == comm.rank
+    assert full.trace.hops == p - 1
+    full.close()
+    causal.close()
+
+
+def test_messages_are_cut(comm, monkeypatch):
+    monkeypatch.setattr("ringmpi.ring.MESSAGE_BYTES", 100)
+    check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=101,
+          dim_v=7)
+
+
+def test_trace(comm):
+    with RingAttention(comm, backend="numpy") as attention:
+        q, k, v = arrays(9, 64, 64, 2, 2, 8, 8, "float32")
+        attention(q, k, v)
+        trace = attention.trace
+    assert [step.source for step in trace.steps] == [(comm.rank - t) % comm.size for t in range(comm.size)]
+    assert trace.flop == 64 * 64 * comm.size * 2 * 2 * 16
+    assert trace.compute_seconds > 0
+    assert trace.wait_seconds >= 0
+    assert trace.as_dict()["hops"] == comm.size - 1
+    assert len(trace.as_dict()["steps"]) == comm.size
+
+
+def test_arrays_from_outside(comm):
+    q, k, v = arrays(10, 6, 6, 1, 1, 4, 4, "bfloat16")
+    out = ring_attention(q, k, v, comm=comm)
+
+    class Foreign:
+        def __init__(self, x):
+            self.x = x
+
+        def __array__(self, dtype=None, copy=None):
+            return self.x
+
+    assert (ring_attention(Foreign(q), Foreign(k), Foreign(v), comm=comm) == out).all()
+    doubles = [x.astype(float) for x in (q, k, v)]
+    assert (ring_attention(*map(memoryview, doubles), comm=comm) == ring_attention(*doubles, comm=comm)).all()
+    assert out.dtype == BFLOAT16
+
+
+def test_progress_is_told_every_pair(comm):
+    told = []
+    with RingAttention(comm, mask=Mask(causal=True)) as attention:
+        q, k, v = arrays(11, 50, 50, 2, 2, 8, 8, "float32")
+        attention(q, k, v, progress=lambda done, total: told.append((done, total)))
+        assert sum(done for done, _ in told) == attention.trace.pairs == told[-1][1]

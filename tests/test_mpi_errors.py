@@ -1,0 +1,165 @@
+"""Bad input raises the same error on every rank, at once, and leaves everything usable. Runs under mpiexec."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+
+from ringmpi import (
+    CommError,
+    Contiguous,
+    DtypeError,
+    Mask,
+    MaskError,
+    OptionError,
+    RingAttention,
+    RingError,
+    RingTimeout,
+    ShapeError,
+    Striped,
+    ring_attention,
+)
+
+pytestmark = pytest.mark.mpi
+
+
+def good(**changes):
+    arrays = {"q": np.ones((4, 4, 8), "f4"), "k": np.ones((4, 2, 8), "f4"), "v": np.ones((4, 2, 6), "f4")}
+    return {**arrays, **changes}
+
+
+def f4(*shape):
+    return np.ones(shape, "f4")
+
+
+# On every rank.
+EVERYWHERE = {
+    "two axes": (ShapeError, r"q: expected shape \(\[batch,\]", good(q=f4(4, 8)), {}),
+    "dims": (ShapeError, "the same dim, at least 1, got 8 and 9", good(k=f4(4, 2, 9)), {}),
+    "no dim": (ShapeError, "at least 1", good(q=f4(4, 4, 0), k=f4(4, 2, 0)), {}),
+    "v": (ShapeError, "v: expected shape", good(v=f4(5, 2, 6)), {}),
+    "heads": (ShapeError, "multiple of kv_heads, got 4 heads and 3", good(k=f4(4, 3, 8), v=f4(4, 3, 6)), {}),
+    "no heads": (ShapeError, "multiple of kv_heads", good(q=f4(4, 0, 8)), {}),
+    "batch": (ShapeError, "q and k: expected the same batch",
+              good(q=f4(2, 4, 4, 8), k=f4(3, 4, 2, 8), v=f4(3, 4, 2, 6)), {}),
+    "integers": (DtypeError, "q: expected dtype float64", good(q=np.ones((4, 4, 8), int)), {}),
+    "text": (DtypeError, "q: expected dtype float64", good(q="text"), {}),
+    "mixed": (DtypeError, "v: expected the dtype of q, float32, got float64", good(v=np.ones((4, 2, 6))), {}),
+    "layout": (OptionError, "layout: expected one of", good(), {"layout": "spiral"}),
+    "layout object": (OptionError, "ranks", good(), {"layout": Striped(12, 50)}),
+    "counts": (ShapeError, "expects 7 tokens of q, got 4", good(), {"layout": lambda size: Contiguous([7] * size)}),
+    "scale": (OptionError, "scale: expected a finite number, got nan", good(), {"scale": float("nan")}),
+    "scale text": (OptionError, "scale: expected a finite number", good(), {"scale": "big"}),
+    "threads": (OptionError, "threads: expected an integer >= 1", good(), {"threads": 0}),
+    "timeout": (OptionError, "timeout: expected seconds > 0", good(), {"timeout": 0}),
+    "backend": (OptionError, "backend: expected one of auto, numba, numpy", good(), {"backend": "abacus"}),
+    "mask": (OptionError, r"mask: expected a ringmpi.Mask", good(), {"mask": "causal"}),
+    "documents": (MaskError, "the last offset must be the number of keys", good(), {"mask": Mask(documents=[0, 3])}),
+    "accumulator": (DtypeError, "accumulator: expected", good(), {"accumulator": "float16"}),
+}
+
+# On the last rank only; with one rank the last is the only one.
+ONE_RANK = {
+    "dtype": (DtypeError, "expected the same dtype on every rank, got float64 here and float32 on rank 0",
+              {name: x.astype("f8") for name, x in good().items()}, {}),
+    "heads": (ShapeError, "expected the same heads on every rank, got 8 here and 4 on rank 0", good(q=f4(4, 8, 8)), {}),
+    "dim_v": (ShapeError, "expected the same dim_v", good(v=f4(4, 2, 7)), {}),
+    "batch axis": (ShapeError, "expected the same batch axis", {name: x[None] for name, x in good().items()}, {}),
+    "mask": (OptionError, "causal is True here and False on rank 0", good(), {"mask": Mask(causal=True)}),
+    "documents": (OptionError, "documents is", good(), {"mask": Mask(documents=[0, 4])}),
+    "layout": (OptionError, "layout is striped here and contiguous on rank 0", good(), {"layout": "striped"}),
+    "scale": (OptionError, "scale is 0.5 here and None on rank 0", good(), {"scale": 0.5}),
+    "infinite scale": (OptionError, "scale: expected a finite number, got inf", good(), {"scale": float("inf")}),
+    "shape": (ShapeError, "v: expected shape", good(v=f4(5, 2, 6)), {}),
+}
+
+
+def fails_alike(comm, kind, text, arrays, options):
+    start = time.perf_counter()
+    with pytest.raises(RingError) as caught:
+        ring_attention(**arrays, comm=comm, **options)
+    seconds = time.perf_counter() - start
+    everyone = comm.allgather((type(caught.value).__name__, str(caught.value)))
+    assert len(set(everyone)) == 1, everyone
+    assert isinstance(caught.value, kind)
+    assert re.search(text, str(caught.value)), str(caught.value)
+    assert seconds < 1
+    assert ring_attention(**good(), comm=comm).shape == (4, 4, 6)
+
+
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_on_every_rank(comm, case):
+    kind, text, arrays, options = EVERYWHERE[case]
+    options = {name: x(comm.size) if callable(x) else x for name, x in options.items()}
+    fails_alike(comm, kind, text, arrays, options)
+
+
+@pytest.mark.parametrize("case", ONE_RANK)
+def test_on_one_rank(comm, case):
+    kind, text, arrays, options = ONE_RANK[case]
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    last = comm.rank == comm.size - 1
+    fails_alike(comm, kind, text, arrays if last else good(), options if last else {})
+
+
+def test_errors_name_all_ranks_that_failed(comm):
+    with pytest.raises(ShapeError) as caught:
+        ring_attention(**good(v=f4(5, 2, 6)), comm=comm)
+    others = ", ".join(str(r) for r in range(1, comm.size))
+    assert str(caught.value).startswith("rank 0: v: expected")
+    assert (f"[also on rank {others}]" in str(caught.value)) == (comm.size > 1)
+
+
+def test_errors_are_built_in_ones_too():
+    for kind, base in ((ShapeError, ValueError), (DtypeError, TypeError), (RingTimeout, TimeoutError)):
+        assert issubclass(kind, base)
+        assert issubclass(kind, RingError)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "world"])
+def test_no_communicator(bad):
+    with pytest.raises(CommError, match="expected an intracommunicator"):
+        ring_attention(**good(), comm=bad)
+
+
+def test_closed(comm):
+    attention = RingAttention(comm)
+    attention.close()
+    attention.close()
+    with pytest.raises(RingError, match="closed"):
+        attention(**good())
+
+
+def test_a_failing_backend_is_not_waited_for(comm, monkeypatch):
+    """An error in mid-ring on one rank: that rank raises it, the others time out, and the communicator is refused."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    mine = comm.Dup()
+    attention = RingAttention(mine, timeout=1.5)
+    if comm.rank == 0:
+        def fail(*arguments):
+            raise MemoryError("no more")
+            yield
+        monkeypatch.setattr(attention.backend, "accumulate", fail)
+    try:
+        attention(**good())
+        outcome = "no error"
+    except MemoryError:
+        outcome = "MemoryError"
+    except RingTimeout as error:
+        outcome = "RingTimeout"
+        text = str(error)
+    outcomes = comm.allgather(outcome)
+    if outcome == "RingTimeout":
+        assert re.search(rf"rank {comm.rank} on .*, ring step \d of {comm.size}: waited .* rank \d", text)
+        assert "timeout 1.5 s" in text
+    assert outcomes[0] == "MemoryError"
+    if comm.size > 2:
+        assert "RingTimeout" in outcomes[1:]
+    if outcome != "no error":
+        with pytest.raises(CommError, match="can't be used after an earlier failure"):
+            attention(**good())
+    attention.close()
+    comm.Barrier()
