@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         MaskError,
         OptionError,
         OutputError,
+        RankLost,
         RingError,
         RingTimeout,
         ShapeError,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "attention": ("RingAttention", "ring_attention"),
     "errors": ("BackendError", "CommError", "DtypeError", "LaunchError", "MaskError", "OptionError", "OutputError",
-               "RingError", "RingTimeout", "ShapeError", "ShardError"),
+               "RankLost", "RingError", "RingTimeout", "ShapeError", "ShardError"),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
     "exchange": ("redistribute",),
@@ -42,8 +43,8 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "LaunchError", "Layout", "Mask", "MaskError",
-    "OptionError", "OutputError", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError", "Step",
-    "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
+    "OptionError", "OutputError", "RankLost", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError",
+    "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
 ]
 
 try:

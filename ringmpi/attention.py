@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -165,8 +164,9 @@ class RingAttention:
         ------
         ShapeError, DtypeError, MaskError, BackendError
             The same on every rank, before any block is sent.
-        RingTimeout
-            If another rank does not keep up within the timeout.
+        RingTimeout, RankLost
+            If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
+            calls on it raise `CommError`.
         """
         if self._closed:
             raise RingError("this RingAttention is closed; make a new one")
@@ -177,11 +177,14 @@ class RingAttention:
         trace.flop_per_pair = 2 * q.shape[2] * (q.shape[3] + v.shape[3])
         for state in plan.states:
             state.reset()
-        with closing(self._ring.circulate((k, v), plan.shapes, plan.hops, trace)) as blocks:
-            for block in blocks:
+        try:
+            for block in self._ring.circulate((k, v), plan.shapes, plan.hops, trace):
                 start = time.perf_counter()
                 block.step.pairs = self._fold(plan, q, block, progress)
                 block.step.compute_seconds = time.perf_counter() - start
+        except BaseException as error:
+            self._ring.abandon(error)
+            raise
         out, lse = self._finish(plan, q, v)
         if not batched:
             out, lse = out[0], lse[0]

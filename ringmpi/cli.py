@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .environment import launched_rank, launched_sizes
-from .errors import CommError, LaunchError, RingError, RingTimeout
+from .errors import CommError, LaunchError, RankLost, RingError, RingTimeout
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: RingError) -> int:
     """Say what went wrong. Errors are the same on every rank, so one speaks; but a lost rank each sees its own way."""
     text = f"ringmpi: {error}"
-    if isinstance(error, (RingTimeout, CommError)):
+    if isinstance(error, (RingTimeout, RankLost, CommError)):
         return _break_off(error.exit_code, text, GRACE_SECONDS)
     if launched_rank() == 0 or isinstance(error, LaunchError):
         print(text, file=sys.stderr, flush=True)

@@ -54,6 +54,12 @@ class RingTimeout(RingError, TimeoutError):
     exit_code = 5
 
 
+class RankLost(RingError, ConnectionError):
+    """Another rank died or gave up in mid-ring; the text says which, and what this rank was waiting for."""
+
+    exit_code = 5
+
+
 class ShardError(RingError, OSError):
     """An input file that is missing, damaged, incomplete or not to be trusted."""
 

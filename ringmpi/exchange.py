@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .arrays import as_array
-from .errors import RingTimeout, ShapeError
+from .errors import ShapeError
 from .layout import Integers, Layout, check_spec, make, resolve
-from .mpi import TIMEOUT, Comm, load, private, wait
+from .mpi import TIMEOUT, Comm, load, private
 
 
 def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
@@ -39,15 +39,16 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     ShapeError, DtypeError, OptionError
         The same on every rank: shards that differ in dtype or trailing shape, counts that are not the
         layout's, different layouts on different ranks.
-    RingTimeout
-        If a rank does not take part in time.
+    RingTimeout, RankLost
+        If a rank does not take part in time, or is gone.
     """
     ring = private(comm)
     shard: NDArray[Any] = np.empty(0)
     with ring.together(timeout):
-        shard = np.ascontiguousarray(as_array(x, "x"))
+        shard = as_array(x, "x")
         if shard.ndim == 0:
             raise ShapeError("x: expected an array of shape (tokens, ...), got a scalar")
+        shard = np.ascontiguousarray(shard)
         if shard.dtype.hasobject:
             raise ShapeError(f"x: expected items of fixed size, got dtype {shard.dtype}")
         for spec in (source, target):
@@ -78,12 +79,8 @@ def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout
     try:
         request = comm.cart.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
                                        [_bytes(received), [len(rows) for rows in incoming], row])
-        try:
-            wait([request], timeout, lambda: f"rank {comm.rank} on {socket.gethostname()} waited in redistribute "
-                                             f"for {received.nbytes} bytes")
-        except RingTimeout as error:
-            comm.give_up(str(error), request, packed, received)
-            raise
+        comm.wait([request], timeout, lambda: f"rank {comm.rank} on {socket.gethostname()} waited in redistribute "
+                                              f"for {received.nbytes} bytes")
     finally:
         row.Free()
     result = np.empty_like(received)

@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import errors
 from .environment import cores, launched_sizes
-from .errors import CommError, LaunchError, OptionError, RingError, RingTimeout
+from .errors import CommError, LaunchError, OptionError, RankLost, RingError, RingTimeout
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 TIMEOUT = 1800.0                  # seconds; a step of a long sequence on CPUs can take minutes
+FAILED_TAG = 32767                # the largest tag that every MPI has; the ring uses the others
 LONGEST_PAUSE = 5e-4              # seconds between two polls of a long wait
 LONGEST_TEXT = 1500               # characters of an error or option that travel to the other ranks
 
@@ -44,27 +45,6 @@ def load() -> Any:
         raise LaunchError(f"no MPI library: {reason}; load your site's MPI module, or pip install 'ringmpi[mpich]'"
                           ) from error
     return MPI
-
-
-def wait(requests: list[MPI.Request], timeout: float, describe: Callable[[], str]) -> float:
-    """Poll `requests` until all are done; return the seconds it took. Local.
-
-    Raises
-    ------
-    RingTimeout
-        After `timeout` seconds, with the text of `describe`.
-    """
-    start = time.perf_counter()
-    pause, seconds = 0.0, 0.0
-    test_all = load().Request.Testall
-    while not test_all(requests):
-        seconds = time.perf_counter() - start
-        if seconds > timeout:
-            raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, stopped or "
-                              "far behind; the communicator can't be used any more")
-        time.sleep(pause)
-        pause = min(pause + 1e-5, LONGEST_PAUSE)
-    return time.perf_counter() - start
 
 
 class Comm:
@@ -93,7 +73,7 @@ class Comm:
         self.source, self.dest = self.cart.Shift(0, 1)
         self.threads = self._fair_threads()
         self.lost = ""
-        self.stranded: list[Any] = []      # buffers MPI may still write to after a timeout: never given back
+        self._stranded: list[Any] = []
 
     def _fair_threads(self) -> int:
         """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
@@ -110,10 +90,77 @@ class Comm:
         if not self.lost:
             self.cart.Free()
 
-    def give_up(self, reason: str, *keep: Any) -> None:
-        """Refuse all further use: messages are on their way that nobody will wait for. Local."""
+    def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str]) -> float:
+        """Poll `requests` until all are done; return the seconds it took. Local.
+
+        Raises
+        ------
+        RingTimeout
+            After `timeout` seconds; the text begins with that of `describe`.
+        RankLost
+            If MPI or another rank says that a rank is gone. After either the communicator is lost.
+        """
+        start = time.perf_counter()
+        pause, seconds = 0.0, 0.0
+        while not self.test(requests, describe):
+            seconds = time.perf_counter() - start
+            if seconds > timeout:
+                raise self.fail(RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is "
+                                            "lost, stopped or far behind"), requests)
+            time.sleep(pause)
+            pause = min(pause + 1e-5, LONGEST_PAUSE)
+        return seconds
+
+    def test(self, requests: list[Any], describe: Callable[[], str]) -> bool:
+        """Let MPI move messages; say whether all `requests` are done. Local.
+
+        Raises
+        ------
+        RankLost
+            If MPI or another rank says that a rank is gone.
+        """
+        mpi = load()
+        statuses: list[Any] = []
+        try:
+            if mpi.Request.Testall(requests, statuses):
+                return True
+            told = self._told()
+        except mpi.Exception as error:
+            codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
+            reason = ", ".join(mpi.Get_error_string(code) for code in codes) or str(error)
+            raise self.fail(RankLost(f"{describe()}; MPI reports: {reason}"), requests) from error
+        if told:
+            self._lose(told, requests)
+            raise RankLost(f"{describe()}; {told}")
+        return False
+
+    def fail(self, error: BaseException, requests: list[Any]) -> BaseException:
+        """Give the communicator up because of `error`, tell the other ranks, return the error to raise. Local."""
+        if not self.lost:
+            text = f"rank {self.rank} gave up: {error or type(error).__name__}"
+            self._lose(text, requests)
+            mpi = load()
+            message = np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)
+            for rank in range(self.size):
+                if rank != self.rank:
+                    with suppress(mpi.Exception):      # to a dead rank
+                        self._stranded.append(self.cart.Isend([message, mpi.BYTE], rank, FAILED_TAG))
+        return error
+
+    def _lose(self, reason: str, requests: list[Any]) -> None:
+        """Refuse all further use. MPI may still write to the requests' buffers: they are kept for good."""
         self.lost = self.lost or reason
-        self.stranded.extend(keep)
+        self._stranded.extend(requests)
+
+    def _told(self) -> str:
+        """Read what a rank that gave up says; empty as long as none did."""
+        mpi = load()
+        status = mpi.Status()
+        if not self.cart.Iprobe(mpi.ANY_SOURCE, FAILED_TAG, status):
+            return ""
+        message = np.empty(status.Get_count(mpi.BYTE), np.uint8)
+        self.cart.Recv([message, mpi.BYTE], status.Get_source(), FAILED_TAG)
+        return message.tobytes().decode(errors="replace")
 
     def share(self, record: ArrayLike, timeout: float) -> NDArray[Any]:
         """Gather one small array from every rank on every rank. Collective over *comm*.
@@ -131,8 +178,8 @@ class Comm:
 
         Raises
         ------
-        RingTimeout
-            If a rank does not come in time.
+        RingTimeout, RankLost
+            If a rank does not come in time, or is gone.
         """
         if self.lost:
             raise CommError(f"this communicator can't be used after an earlier failure ({self.lost}); make a new one")
@@ -140,12 +187,8 @@ class Comm:
         everyone = np.empty((self.size, *mine.shape), mine.dtype)
         byte = load().BYTE
         request = self.cart.Iallgather([mine.view(np.uint8), byte], [everyone.view(np.uint8), byte])
-        try:
-            wait([request], timeout, lambda: f"rank {self.rank} on {socket.gethostname()} waited for the other "
-                                             f"{self.size - 1} ranks to make the same call")
-        except RingTimeout as error:
-            self.give_up(str(error), request, mine, everyone)
-            raise
+        self.wait([request], timeout, lambda: f"rank {self.rank} on {socket.gethostname()} waited for the other "
+                                              f"{self.size - 1} ranks to make the same call")
         return everyone
 
     def share_text(self, text: str, timeout: float) -> list[str]:
@@ -192,7 +235,7 @@ class Comm:
         failure: Exception | None = None
         try:
             yield
-        except RingTimeout:
+        except (RingTimeout, RankLost):
             raise
         except Exception as error:        # noqa: BLE001 (whatever it is, the other ranks must hear of it)
             failure = error

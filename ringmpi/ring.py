@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RingTimeout
-from .mpi import Comm, load, wait
+from .mpi import FAILED_TAG, Comm, load
 from .trace import Step, Trace
 
-TAGS = 32768               # what MPI promises at least; messages of one pair keep their order anyway
+TAGS = FAILED_TAG          # of the ring, from 0; messages of one pair keep their order anyway
 MESSAGE_BYTES = 2**28      # Open MPI 5 counts bytes in 32 bits; smaller messages also give finer timeouts
 
 
@@ -66,6 +65,7 @@ class Ring:
         self._buffers: list[NDArray[np.uint8]] = []
         self._incoming: list[Any] = []
         self._outgoing: list[Any] = []
+        self._step = Step(0, comm.rank)
 
     def reserve(self, nbytes: int) -> None:
         """Make the two buffers, unless those there are large enough. Local.
@@ -79,16 +79,26 @@ class Ring:
             self._buffers = [np.empty(nbytes, np.uint8) for _ in range(2)]
 
     def progress(self) -> None:
-        """Let MPI move what is on its way; call it every few milliseconds while computing. Local."""
-        requests = self._incoming + self._outgoing
-        if requests:
-            load().Request.Testall(requests)
+        """Let MPI move what is on its way; call it every few milliseconds while computing. Local.
+
+        Raises
+        ------
+        RankLost
+            If a neighbour is gone.
+        """
+        if self._incoming or self._outgoing:
+            self.comm.test(self._incoming + self._outgoing, self._describe)
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
+        self.comm.fail(error, self._incoming + self._outgoing)
+        self._buffers, self._incoming, self._outgoing = [], [], []
 
     def circulate(self, arrays: Sequence[NDArray[Any]], shapes: Sequence[Sequence[tuple[int, ...]]],
-                  hops: Sequence[int], trace: Trace) -> Generator[Block, None, None]:
+                  hops: Sequence[int], trace: Trace) -> Iterator[Block]:
         """Yield this rank's block, then those of the ranks before it, each while the next is on its way.
 
-        Collective over *comm*: every rank must take all its blocks. At most ``size - 1`` hops.
+        Collective over *comm*: every rank must take all its blocks, or say `abandon`. At most ``size - 1`` hops.
 
         Parameters
         ----------
@@ -107,33 +117,28 @@ class Ring:
 
         Raises
         ------
-        RingTimeout
-            If a neighbour does not send or take a block in time. The communicator is lost then.
+        RingTimeout, RankLost
+            If a neighbour does not send or take a block in time, or is gone. The communicator is lost then.
         """
         size, rank = self.comm.size, self.comm.rank
         dtype = arrays[0].dtype
         sizes = [sum(math.prod(shape) for shape in theirs) * dtype.itemsize for theirs in shapes]
         self.reserve(max(sizes))
         here = self._load(arrays)
-        finished = False
-        try:
-            for number in range(size):
-                source, following = (rank - number) % size, (rank - number - 1) % size
-                step = Step(number, source)
-                trace.steps.append(step)
-                if hops[following] > number:
-                    step.bytes_received = sizes[following]
-                    self._incoming = self._post("Irecv", number + 1, sizes[following], self.comm.source, number)
-                if hops[source] > number:
-                    step.bytes_sent = sizes[source]
-                    self._outgoing = self._post("Isend", number, sizes[source], self.comm.dest, number)
-                if hops[source] >= number:
-                    yield Block(step, source, here if number == 0 else self._views(number, shapes[source], dtype))
-                step.wait_seconds += self._wait(step)
-            finished = True
-        finally:
-            if not finished:
-                self._abandon()
+        for number in range(size):
+            source, following = (rank - number) % size, (rank - number - 1) % size
+            step = self._step = Step(number, source)
+            trace.steps.append(step)
+            if hops[following] > number:
+                step.bytes_received = sizes[following]
+                self._incoming = self._post("Irecv", number + 1, sizes[following], self.comm.source, number)
+            if hops[source] > number:
+                step.bytes_sent = sizes[source]
+                self._outgoing = self._post("Isend", number, sizes[source], self.comm.dest, number)
+            if hops[source] >= number:
+                yield Block(step, source, here if number == 0 else self._views(number, shapes[source], dtype))
+            step.wait_seconds = self.comm.wait(self._incoming + self._outgoing, self.timeout, self._describe)
+            self._incoming, self._outgoing = [], []
 
     def _load(self, arrays: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], ...]:
         if self.comm.size == 1:
@@ -157,32 +162,10 @@ class Ring:
         return [start([buffer[at:min(at + MESSAGE_BYTES, nbytes)], byte], peer, tag % TAGS)
                 for at in range(0, nbytes, MESSAGE_BYTES)]
 
-    def _wait(self, step: Step) -> float:
-        try:
-            seconds = wait(self._incoming + self._outgoing, self.timeout, lambda: self._describe(step))
-        except RingTimeout as error:
-            self.comm.give_up(str(error))
-            raise
-        self._incoming, self._outgoing = [], []
-        return seconds
-
-    def _describe(self, step: Step) -> str:
-        comm = self.comm
-        late = [f"for {step.bytes_received} bytes from rank {comm.source}"] if not _done(self._incoming) else []
-        late += [f"for rank {comm.dest} to take {step.bytes_sent} bytes"] if not _done(self._outgoing) else []
-        return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: "
-                f"waited {' and '.join(late)}")
-
-    def _abandon(self) -> None:
-        """Leave messages that nobody will wait for; their buffers must outlive them."""
-        for request in self._incoming:
-            if request:
-                request.Cancel()
-        if self._incoming or self._outgoing:
-            self.comm.give_up(f"a call was abandoned in mid-ring on rank {self.comm.rank}",
-                              self._buffers, self._incoming, self._outgoing)
-        self._buffers, self._incoming, self._outgoing = [], [], []
-
-
-def _done(requests: list[Any]) -> bool:
-    return bool(load().Request.Testall(requests))
+    def _describe(self) -> str:
+        comm, step = self.comm, self._step
+        parts = {f"for {step.bytes_received} bytes from rank {comm.source}": self._incoming,
+                 f"for rank {comm.dest} to take {step.bytes_sent} bytes": self._outgoing}
+        late = [text for text, requests in parts.items() if any(requests)]      # one that is done is null, so false
+        return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: waited "
+                f"{' and '.join(late or parts)}")

@@ -123,7 +123,7 @@ def signs(data: Bytes, order: int) -> NDArray[np.uint64]:
     value = np.zeros(len(data), np.uint64)
     for back in range(order):
         shifted = np.zeros(len(data), np.uint64)
-        shifted[back:] = data[:len(data) - back].astype(np.uint64) + np.uint64(1)
+        shifted[back:] = data[:max(len(data) - back, 0)].astype(np.uint64) + np.uint64(1)
         value = value * np.uint64(0x100000001B3) + shifted
     value += np.uint64(order)                               # Steele, Lea & Flood 2014, SplitMix64's finaliser
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT.h5")
     parser.add_argument("--rows", type=positive, default=64, metavar="N", help="rows to recompute (default: 64)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="which rows (default: 0)")
-    add_attention(parser, argument_default=argparse.SUPPRESS)
+    add_attention(parser, recorded=True)
     parser.set_defaults(check=functools.partial(check_mask, parser.error))
 
 

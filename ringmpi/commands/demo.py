@@ -108,7 +108,9 @@ def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
     guess, head = predict(*_results(target))
     first = len(text.data) - queries
     letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
-    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:]) & np.isin(guess[:-1], letters)
+    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:])
+    if (right & np.isin(guess[:-1], letters)).any():        # a letter says more to a reader than a blank
+        right &= np.isin(guess[:-1], letters)
     best = None
     for row in right.nonzero()[0][::max(1, int(right.sum()) // 16)].tolist():      # some sixteen of them
         column, weight = strongest(source, row, first + row, len(ORDERS) - 1)

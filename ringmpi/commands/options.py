@@ -42,23 +42,29 @@ def seconds(text: str) -> float:
     return value
 
 
-def add_attention(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add what says which keys a query sees, and where the arrays are."""
-    group = parser.add_argument_group("attention", **defaults)
-    group.add_argument("--causal", action="store_true", help="no key after the query")
-    group.add_argument("--window", type=window, metavar="LEFT[,RIGHT]",
+def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
+    """Add what says which keys a query sees, and where the arrays are; `recorded` leaves out what is not given."""
+    def default(value: Any) -> Any:
+        return argparse.SUPPRESS if recorded else value
+
+    group = parser.add_argument_group("attention")
+    group.add_argument("--causal", action="store_true", default=default(False), help="no key after the query")
+    group.add_argument("--window", type=window, metavar="LEFT[,RIGHT]", default=default(None),
                        help="how many keys before and after the query are visible; one number is both, "
                             "an empty side is no limit")
-    group.add_argument("--documents", action="store_true",
+    group.add_argument("--documents", action="store_true", default=default(False),
                        help="tokens see their own document only: offsets [0, ..., tokens] in dataset `documents`")
-    group.add_argument("--prefix", type=natural, metavar="N", help="the first N keys are visible in spite of --causal")
-    group.add_argument("--first", type=natural, default=0, metavar="N",
+    group.add_argument("--prefix", type=natural, default=default(None), metavar="N",
+                       help="the first N keys are visible in spite of --causal")
+    group.add_argument("--first", type=natural, default=default(0), metavar="N",
                        help="the first N keys are visible in spite of --window")
-    group.add_argument("--q-offset", type=int, metavar="N",
+    group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
-    group.add_argument("--scale", type=float, metavar="X", help="factor of the scores (default: 1/sqrt(dim))")
+    group.add_argument("--scale", type=float, default=default(None), metavar="X",
+                       help="factor of the scores (default: 1/sqrt(dim))")
     for name in "qkv":
-        group.add_argument(f"--{name}", default=name, metavar="NAME", help=f"dataset of {name} (default: {name})")
+        group.add_argument(f"--{name}", default=default(name), metavar="NAME",
+                           help=f"dataset of {name} (default: {name})")
 
 
 def check_mask(parser_error: Any, arguments: argparse.Namespace) -> None:

@@ -1,0 +1,200 @@
+"""The command line where no MPI is needed: help, argument errors, make, check, merge, dry runs, info."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from ringmpi.cli import COMMANDS, main
+from ringmpi.job import Options, attend
+
+NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "PMI_", "OMPI_COMM")):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def without_mpi(*arguments):
+    return subprocess.run([sys.executable, "-c", NO_MPI, *arguments], capture_output=True, text=True, timeout=120,
+                          check=False)
+
+
+def code(*arguments):
+    """Exit code of a command line, argparse's included."""
+    try:
+        return main([str(x) for x in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_needs_no_mpi(command):
+    said = without_mpi(*command, "--help")
+    assert said.returncode == 0, said.stderr
+    assert "exit codes" in said.stdout
+    assert "usage: ringmpi" in said.stdout
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    ([], "required"),
+    (["fly"], "invalid choice"),
+    (["attend", "in.h5"], "OUT.h5"),
+    (["attend", "a", "b", "--window", "3,4,5"], "expected LEFT"),
+    (["attend", "a", "b", "--window", "x"], "integer"),
+    (["attend", "a", "b", "--layout", "spiral"], "invalid choice"),
+    (["attend", "a", "b", "--prefix", "3"], "--prefix widens only --causal"),
+    (["attend", "a", "b", "--first", "3", "--causal"], "--first widens only --window"),
+    (["attend", "a", "b", "--timeout", "-1"], "seconds > 0"),
+    (["attend", "a", "b", "--threads", "0"], "integer >= 1"),
+    (["make", "random", "a"], "--tokens"),
+    (["make", "noise", "a"], "invalid choice"),
+    (["make", "random", "a", "--tokens", "5", "--heads", "3", "--kv-heads", "2"], "multiple of --kv-heads"),
+    (["make", "text", "a", "--tokens", "5", "--queries", "6"], "--queries must be at most"),
+    (["bench", "everything"], "invalid choice"),
+])
+def test_argument_errors_need_no_mpi(arguments, text):
+    said = without_mpi(*arguments)
+    assert said.returncode == 2, said.stderr
+    assert text in said.stderr
+
+
+def test_no_mpi_is_an_error_of_the_environment(tmp_path):
+    assert code("make", "random", "in.h5", "--tokens", "4") == 0
+    said = without_mpi("attend", "in.h5", "out.h5")
+    assert said.returncode == 4
+    assert "no MPI library" in said.stderr
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_info_without_mpi():
+    said = without_mpi("info")
+    assert said.returncode == 0
+    assert "no MPI library" in said.stdout
+    assert "numpy" in said.stdout
+
+
+def test_python_m():
+    said = subprocess.run([sys.executable, "-m", "ringmpi", "--version"], capture_output=True, text=True, timeout=60,
+                          check=True)
+    assert said.stdout.startswith("ringmpi ")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_make_attend_check_merge(capsys, dtype):
+    assert code("make", "random", "in.h5", "--tokens", 300, "--queries", 200, "--heads", 4, "--kv-heads", 2,
+                "--dim", 16, "--dim-v", 24, "--dtype", dtype, "--documents", 3) == 0
+    options = ["--causal", "--window", "50,", "--first", "2", "--documents", "--prefix", "9", "--scale", "0.3"]
+    assert code("attend", "in.h5", "out.h5", *options, "--layout", "zigzag", "--json", "run.json") == 0
+    assert "200 tokens on 1 rank: " in capsys.readouterr().out
+    assert code("check", "in.h5", "out.h5", "--rows", "40") == 0
+    assert "passed: 40 rows" in capsys.readouterr().out
+    assert code("check", "in.h5", "out.h5", "--window", "7,7") == 1          # another mask than was run
+    assert code("merge", "out.h5", "single.h5") == 0
+    with h5py.File("out.h5") as a, h5py.File("single.h5") as b:
+        assert a["out"].shape == (200, 4, 24)
+        for name in ("out", "lse"):
+            np.testing.assert_array_equal(a[name][...], b[name][...])
+    record = json.loads(Path("run.json").read_text())
+    assert record["options"]["window"] == [50, None]
+    assert record["pairs"] > 0
+    assert record["per_rank"][0]["steps"][0]["pairs"] == record["pairs"]
+
+
+def test_make_random_is_reproducible_and_seeded():
+    for name, seed in (("a.h5", 1), ("b.h5", 1), ("c.h5", 2)):
+        assert code("make", "random", name, "--tokens", 20, "--seed", seed) == 0
+    with h5py.File("a.h5") as a, h5py.File("b.h5") as b, h5py.File("c.h5") as c:
+        assert (a["q"][...] == b["q"][...]).all()
+        assert not (a["q"][...] == c["q"][...]).any()
+        assert not (a["q"][...] == a["k"][...]).any()
+
+
+def test_check_finds_a_wrong_number():
+    assert code("make", "random", "in.h5", "--tokens", 50) == 0
+    assert code("attend", "in.h5", "out.h5") == 0
+    assert code("make", "random", "in.h5", "--tokens", 50, "--seed", 1, "--force") == 0
+    assert code("check", "in.h5", "out.h5") == 1
+    assert code("make", "random", "in.h5", "--tokens", 51, "--force") == 0
+    assert code("check", "in.h5", "out.h5") == 3
+
+
+def test_zero_tokens(capsys):
+    assert code("make", "random", "in.h5", "--tokens", 0) == 0
+    assert code("attend", "in.h5", "out.h5", "--causal") == 0
+    assert code("check", "in.h5", "out.h5") == 0
+    assert code("merge", "out.h5", "single.h5") == 0
+    with h5py.File("single.h5") as file:
+        assert file["out"].shape == (0, 8, 64)
+    with h5py.File("out.h5") as file:
+        assert file["lse"].shape == (0, 8)
+
+
+def test_dry_run_needs_no_mpi_and_writes_nothing(tmp_path):
+    code("make", "random", "in.h5", "--tokens", 4096, "--heads", 8, "--kv-heads", 2)
+    said = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "4", "--layout", "striped")
+    assert said.returncode == 0, said.stderr
+    assert "two K/V buffers" in said.stdout
+    assert "in 3 hops" in said.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
+    assert without_mpi("attend", "gone.h5", "out.h5", "--dry-run").returncode == 3
+    assert without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--documents").returncode == 3
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("SLURM_NTASKS", "4"), ("PMI_SIZE", "3"), ("OMPI_COMM_WORLD_SIZE", "2"), ("SLURM_STEP_NUM_TASKS", "2")])
+def test_ranks_that_do_not_know_each_other(monkeypatch, capsys, variable, value):
+    code("make", "random", "in.h5", "--tokens", 4)
+    monkeypatch.setenv(variable, value)
+    assert code("attend", "in.h5", "out.h5") == 4
+    assert f"expected {value} ranks ({variable}), got 1" in capsys.readouterr().err
+    assert code("attend", "in.h5", "out.h5", "--expect-ranks", "1") == 0
+    assert code("make", "random", "b.h5", "--tokens", 4) == 4
+    assert f"make runs in one process, got {value}" in capsys.readouterr().err
+
+
+def test_expect_ranks(capsys):
+    code("make", "random", "in.h5", "--tokens", 4)
+    assert code("attend", "in.h5", "out.h5", "--expect-ranks", "4") == 4
+    assert "expected 4 ranks (--expect-ranks), got 1" in capsys.readouterr().err
+
+
+def test_an_error_in_ringmpi_itself_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr("ringmpi.commands.info.run", lambda _: 1 / 0)
+    assert code("info") == 70
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_names_of_datasets():
+    code("make", "random", "in.h5", "--tokens", 30)
+    with h5py.File("in.h5", "a") as file:
+        file.move("q", "layer/query")
+    assert code("attend", "in.h5", "out.h5", "--q", "layer/query") == 0
+    assert code("check", "in.h5", "out.h5") == 0
+
+
+def test_attend_from_python(tmp_path):
+    code("make", "random", "in.h5", "--tokens", 30)
+    report = attend(tmp_path / "in.h5", tmp_path / "out.h5", Options(causal=True))
+    assert report.pairs == 30 * 31 // 2
+    assert report.ranks == 1
+    assert report.gflops > 0
+
+
+def test_bench(capsys):
+    assert code("bench", "kernel", "--tokens", 64, "--repeat", 1, "--json", "b.json") == 0
+    assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal") == 0
+    said = capsys.readouterr().out
+    assert "GFLOP/s" in said
+    assert "zigzag" in said
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} >= {"numpy", "numba"}

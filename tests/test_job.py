@@ -1,0 +1,285 @@
+"""`ringmpi attend` under mpiexec: files in, files out; bad input; lost ranks; memory."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import launch
+import numpy as np
+import oracle
+import pytest
+
+from ringmpi.cli import main
+from ringmpi.hdf5 import open_file, read_rows
+from ringmpi.shards import verify
+
+CLI = ["-m", "ringmpi"]
+IN_FOLDER = ["-c", "import os, sys; os.chdir(sys.argv.pop(1)); from ringmpi.cli import main; sys.exit(main())"]
+LOST = """
+import os, signal, sys
+from ringmpi import attention
+from ringmpi.cli import main
+fold = attention.RingAttention._fold
+def dying(self, plan, q, block, progress):
+    if self._comm.rank == 2 and block.step.step == 1:
+        os.kill(os.getpid(), signal.SIGNAL)
+    return fold(self, plan, q, block, progress)
+attention.RingAttention._fold = dying
+code = main()
+print("exit code", code, flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("input") / "in.h5"
+    assert main(["make", "random", str(path), "--tokens", "1003", "--heads", "4", "--kv-heads", "2", "--dim", "16",
+                 "--documents", "5"]) == 0
+    return path
+
+
+def run(ranks, *arguments, folder, **options):
+    return launch.launch(ranks, [*CLI, *arguments], folder=folder / "said", **options)
+
+
+def exact(source, **mask):
+    with open_file(source) as file:
+        q, k, v = (read_rows(file[name], 0, len(file[name])) for name in "qkv")
+    return oracle.attend(q, k, v, oracle.visible(len(q), len(k), **mask), q.shape[2]**-0.5)
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "striped"), (2, "contiguous"), (3, "zigzag"), (4, "striped")])
+def test_file_to_file(source, tmp_path, ranks, layout):
+    target = tmp_path / "out.h5"
+    result = run(ranks, "attend", source, target, "--causal", "--layout", layout, "--json", tmp_path / "run.json",
+                 folder=tmp_path)
+    assert result.code == 0, result.text
+    assert f"1,003 tokens on {ranks} rank" in result.ranks[0]
+    assert not any(text.strip() for text in result.ranks[1:]), result.text
+    shards, record = verify(target)
+    assert len(shards) == ranks
+    assert record["options"]["layout"] == layout
+    out, lse = exact(source, causal=True)
+    with h5py.File(target) as file:
+        assert oracle.error(file["out"][...], out) < 2e-6
+        assert oracle.error(file["lse"][...], lse) < 2e-6
+    steps = json.loads((tmp_path / "run.json").read_text())["per_rank"]
+    assert [len(rank["steps"]) for rank in steps] == [ranks] * ranks
+
+
+def test_zero_tokens_and_fewer_tokens_than_ranks(tmp_path):
+    for tokens in (0, 2):
+        source, target = tmp_path / f"in{tokens}.h5", tmp_path / f"out{tokens}.h5"
+        assert main(["make", "random", str(source), "--tokens", str(tokens)]) == 0
+        result = run(4, "attend", source, target, "--causal", "--layout", "zigzag", folder=tmp_path)
+        assert result.code == 0, result.text
+        with h5py.File(target) as file:
+            assert oracle.error(file["out"][...], exact(source, causal=True)[0]) < 2e-6
+        assert main(["merge", str(target), str(tmp_path / f"single{tokens}.h5")]) == 0
+
+
+def damaged(source, path, change):
+    shutil.copy(source, path)
+    if change is truncate:
+        truncate(path)
+        return
+    with h5py.File(path, "a") as file:
+        change(file)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def drop_k(file):
+    del file["k"]
+
+
+def flat_q(file):
+    del file["q"]
+    file["q"] = np.ones((10, 16), "f4")
+
+
+def integer_v(file):
+    shape = file["v"].shape
+    del file["v"]
+    file["v"] = np.ones(shape, "i4")
+
+
+def other_dim(file):
+    n, heads, dim = file["q"].shape
+    del file["q"]
+    file["q"] = np.ones((n, heads, dim + 1), "f4")
+
+
+def three_heads(file):
+    n, _, dim = file["q"].shape
+    del file["q"]
+    file["q"] = np.ones((n, 3, dim), "f4")
+
+
+def documents(offsets):
+    def change(file):
+        del file["documents"]
+        file["documents"] = offsets
+    change.__name__ = f"documents{offsets}"
+    return change
+
+
+def link(file):
+    del file["k"]
+    file["k"] = h5py.ExternalLink("elsewhere.h5", "k")
+
+
+BAD_INPUT = [
+    (drop_k, "'k': no such dataset; the file has documents, q, v"),
+    (flat_q, r"expected shape \(tokens, heads, dim\), got \(10, 16\)"),
+    (integer_v, "dataset '/?v': expected items of float64.*got int32"),
+    (other_dim, "q and k: expected the same dim, at least 1, got 17 and 16"),
+    (three_heads, "multiple of kv_heads, got 3 heads and 2 kv_heads"),
+    (documents([0, 500, 400, 1003]), "strictly increase"),
+    (documents([0, 500, 1000]), "must be the number of keys, 1003, got 1000"),
+    (truncate, "truncated, damaged or no HDF5 file"),
+    (link, "refused: an external link"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), BAD_INPUT, ids=[c.__name__ for c, _ in BAD_INPUT])
+def test_bad_input(source, tmp_path, change, text):
+    damaged(source, tmp_path / "in.h5", change)
+    result = run(3, "attend", tmp_path / "in.h5", tmp_path / "out.h5", "--documents", folder=tmp_path)
+    assert result.code == 3, result.text
+    assert re.search(text, result.ranks[0]), result.text
+    assert "rank 0: " in result.ranks[0]
+    assert sum("ringmpi:" in rank for rank in result.ranks) == 1, result.text
+    assert {p.name for p in tmp_path.iterdir()} == {"in.h5", "said"}
+
+
+def test_a_file_that_one_rank_does_not_see(source, tmp_path):
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+        if rank != 1:
+            shutil.copy(source, tmp_path / str(rank) / "in.h5")
+    commands = [[*IN_FOLDER, tmp_path / str(rank), "attend", "in.h5", "out.h5"] for rank in range(3)]
+    result = launch.launch(3, *commands, folder=tmp_path / "said")
+    assert result.code == 3, result.text
+    assert "rank 1: in.h5: no such file" in result.ranks[0], result.text
+    assert not list(tmp_path.glob("*/out*"))
+
+
+def test_different_command_lines(source, tmp_path):
+    commands = [[*CLI, "attend", source, tmp_path / "out.h5", *extra] for extra in ([], ["--causal"], [])]
+    result = launch.launch(3, *commands, folder=tmp_path / "said")
+    assert result.code == 2, result.text
+    assert "rank 1: expected the same options on every rank; causal is True here and False on rank 0" in result.ranks[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"said"}
+
+
+def test_output_that_exists(source, tmp_path):
+    target = tmp_path / "out.h5"
+    target.write_text("precious")
+    result = run(2, "attend", source, target, folder=tmp_path)
+    assert result.code == 6, result.text
+    assert "exists" in result.ranks[0]
+    assert "--force" in result.ranks[0]
+    assert target.read_text() == "precious"
+    result = run(2, "attend", source, target, "--force", folder=tmp_path)
+    assert result.code == 0, result.text
+    verify(target)
+
+
+@pytest.mark.parametrize("target", ["gone/out.h5", "file/out.h5", "folder"])
+def test_output_that_cannot_be_written(source, tmp_path, target):
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "folder").mkdir()
+    result = run(3, "attend", source, tmp_path / target, folder=tmp_path)
+    assert result.code == 6, result.text
+    assert "folder" in result.ranks[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "folder", "said"}
+
+
+def test_disk_full_on_one_rank(source, tmp_path):
+    code = ("import sys, ringmpi.shards as s; from mpi4py import MPI; from ringmpi.cli import main\n"
+            "def full(*a): raise OSError(28, 'No space left on device')\n"
+            "if MPI.COMM_WORLD.rank == 1: s.write_rows = full\n"
+            "sys.exit(main())")
+    result = launch.launch(3, ["-c", code, "attend", source, tmp_path / "out.h5"], folder=tmp_path / "said")
+    assert result.code == 6, result.text
+    assert "No space left" in result.ranks[0]
+    assert {p.name for p in tmp_path.iterdir()} == {"said"}
+
+
+def test_flipped_and_removed_shards(source, tmp_path):
+    target = tmp_path / "out.h5"
+    assert run(3, "attend", source, target, folder=tmp_path).code == 0
+    file = tmp_path / verify(target)[0][1].file
+    whole = file.read_bytes()
+    for change in (lambda: file.write_bytes(whole[:3000] + bytes([whole[3000] ^ 8]) + whole[3001:]), file.unlink):
+        change()
+        for command in (["check", source, target], ["merge", target, tmp_path / "single.h5"]):
+            assert main([str(x) for x in command]) == 3
+        assert not (tmp_path / "single.h5").exists()
+
+
+def test_wrong_number_of_ranks(source, tmp_path):
+    result = run(2, "attend", source, tmp_path / "out.h5", "--expect-ranks", "4", folder=tmp_path)
+    assert result.code == 4, result.text
+    assert "expected 4 ranks (--expect-ranks), got 2" in result.text
+    assert {p.name for p in tmp_path.iterdir()} == {"said"}
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_rank(source, tmp_path, signal):
+    """The others say which step they were in and which neighbour they waited for, and end with code 5."""
+    keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
+    start = time.perf_counter()
+    result = launch.launch(4, ["-c", LOST.replace("SIGNAL", signal), "attend", source, tmp_path / "out.h5",
+                               "--timeout", "4"], folder=tmp_path / "said", options=keep, timeout=60)
+    assert time.perf_counter() - start < 20
+    assert not (tmp_path / "out.h5").exists()
+    if launch.is_openmpi() and signal == "SIGKILL":          # its launcher ends the job at once
+        assert result.code not in (0, 124), result.text
+        return
+    assert result.code == 5 or "Abort(5)" in result.text, result.text       # the launcher may report the signal instead
+    said = result.ranks[1] + result.ranks[3]
+    assert re.search(r"waited .*(bytes from rank 2|for rank 2 to take)", said), result.text
+    for rank in (0, 1, 3):
+        assert re.search(rf"ringmpi: rank {rank} on .*, ring step \d of 4: waited for", result.ranks[rank]), result.text
+
+
+def test_demo(tmp_path):
+    result = run(4, "demo", "--contexts", "512,4096", "--queries", "512", "--keep", tmp_path / "kept", folder=tmp_path,
+                 timeout=120)
+    assert result.code == 0, result.text
+    rows = re.findall(r"^ +([\d,]+) +([\d.]+)% ", result.ranks[0], re.MULTILINE)
+    assert [row[0] for row in rows] == ["512", "4,096"]
+    assert float(rows[1][1]) > float(rows[0][1]) > 20, result.text
+    assert "one retrieval" in result.ranks[0]
+    assert main(["check", str(tmp_path / "kept" / "text-4096.h5"), str(tmp_path / "kept" / "out-4096.h5")]) == 0
+
+
+def test_memory_is_steady_and_predicted(tmp_path):
+    """At fixed tokens a rank, peak memory stays within 5 % from 2 to 4 ranks, and --dry-run is within 10 %."""
+    peaks = []
+    for ranks in (2, 4):
+        source = tmp_path / f"in{ranks}.h5"
+        assert main(["make", "random", str(source), "--tokens", str(8192 * ranks), "--heads", "8", "--dim", "128"]) == 0
+        options = [source, tmp_path / f"out{ranks}.h5", "--layout", "striped", "--causal", "--window", "64",
+                   "--expect-ranks", str(ranks)]
+        result = run(ranks, "attend", *options, "--json", tmp_path / "run.json", folder=tmp_path)
+        assert result.code == 0, result.text
+        peaks.append(json.loads((tmp_path / "run.json").read_text())["peak_bytes"])
+        said = launch.subprocess.run([sys.executable, *CLI, "attend", *map(str, options[:1]), "x.h5", "--dry-run",
+                                      *map(str, options[2:])], capture_output=True, text=True, timeout=60, check=True)
+        predicted = float(re.search(r"^total +([\d.]+) MiB", said.stdout, re.MULTILINE)[1]) * 2**20
+        assert abs(predicted / peaks[-1] - 1) < 0.10, (predicted, peaks)
+    assert abs(peaks[1] / peaks[0] - 1) < 0.05, peaks
+
+
+def test_mpiexec_is_there():
+    assert Path(launch.mpiexec()).exists()
