@@ -101,7 +101,7 @@ class Comm:
             If MPI or another rank says that a rank is gone. After either the communicator is lost.
         """
         start = time.perf_counter()
-        pause, seconds = 0.0, 0.0
+        pause = 0.0
         while not self.test(requests, describe):
             seconds = time.perf_counter() - start
             if seconds > timeout:
@@ -109,7 +109,7 @@ class Comm:
                                             "lost, stopped or far behind"), requests)
             time.sleep(pause)
             pause = min(pause + 1e-5, LONGEST_PAUSE)
-        return seconds
+        return time.perf_counter() - start
 
     def test(self, requests: list[Any], describe: Callable[[], str]) -> bool:
         """Let MPI move messages; say whether all `requests` are done. Local.

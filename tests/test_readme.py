@@ -1,0 +1,46 @@
+"""README.rst: what it shows can be pasted and runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+
+README = (Path(__file__).parent.parent / "README.rst").read_text()
+
+
+def blocks(language):
+    found = re.findall(rf"\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", README)
+    return ["\n".join(line[4:] for line in block.splitlines()) for block in found]
+
+
+def test_the_library_example_runs(tmp_path):
+    code, = blocks("python")
+    (tmp_path / "example.py").write_text(code)
+    result = launch.launch(4, [tmp_path / "example.py"], folder=tmp_path / "said", timeout=120)
+    assert result.code == 0, result.text
+    for rank, text in enumerate(result.ranks):
+        assert f"{rank} (1000, 8, 64) (1000, 8)" in text
+        assert "s waiting" in text
+
+
+def test_the_file_example_runs(tmp_path):
+    example = next(block for block in blocks("bash") if "make random" in block)
+    for line in example.splitlines():
+        words = line.split()
+        if words[:1] == ["ringmpi"]:
+            subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, check=True, timeout=60)
+        elif words:
+            assert words[:4] == ["mpiexec", "-n", "4", "ringmpi"]
+            arguments = [tmp_path / word if word.endswith(".h5") else word for word in words[4:]]
+            result = launch.launch(4, ["-m", "ringmpi", *arguments], folder=tmp_path / "said")
+            assert result.code == 0, result.text
+    assert (tmp_path / "single.h5").exists()
+
+
+@pytest.mark.parametrize("script", ["jobs/cpu.sbatch", "jobs/gpu.sbatch", "jobs/local.sh"])
+def test_files_it_names_exist(script):
+    assert script in README
+    assert (Path(__file__).parent.parent / script).exists()
