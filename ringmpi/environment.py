@@ -7,6 +7,7 @@ import resource
 import shlex
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from .errors import LaunchError
 
@@ -43,6 +44,21 @@ def resident_bytes(peak: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def terminal() -> TextIO | None:
+    """Give the terminal to draw a progress bar on; None if there is none, or standard error goes elsewhere. Local.
+
+    mpiexec gives its ranks pipes, so under it the controlling terminal is asked for by name.
+    """
+    if sys.stderr.isatty():
+        return sys.stderr
+    if max(launched_sizes().values(), default=1) == 1:
+        return None
+    try:
+        return Path("/dev/tty").open("w")
+    except OSError:
+        return None
 
 
 def refuse_many(command: str) -> None:

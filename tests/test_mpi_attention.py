@@ -8,7 +8,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ringmpi import Contiguous, Custom, Mask, RingAttention, ring_attention
+from ringmpi import BackendError, Contiguous, Custom, Mask, RingAttention, ring_attention
 from ringmpi.layout import make
 from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE
 
@@ -261,3 +261,21 @@ def test_progress_is_told_every_pair(comm):
         q, k, v = arrays(11, 50, 50, 2, 2, 8, 8, "float32")
         attention(q, k, v, progress=lambda done, total: told.append((done, total)))
         assert sum(done for done, _ in told) == attention.trace.pairs == told[-1][1]
+
+
+def test_dlpack_without_numpy(comm):
+    q, k, v = arrays(12, 6, 6, 1, 1, 4, 4, "float32")
+
+    class Foreign:
+        def __init__(self, x, device=1):
+            self.x, self.device = x, device
+
+        def __dlpack__(self, **options):
+            return self.x.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return (self.device, 0)
+
+    assert (ring_attention(Foreign(q), Foreign(k), Foreign(v), comm=comm) == ring_attention(q, k, v, comm=comm)).all()
+    with pytest.raises(BackendError, match="k: the array is on a GPU"):
+        ring_attention(q, Foreign(k, device=2), v, comm=comm)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = attend(
         arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
         expect_ranks=arguments.expect_ranks, force=arguments.force,
-        quiet=arguments.quiet or not sys.stderr.isatty(), json_path=arguments.json, command=command_line())
+        quiet=arguments.quiet, json_path=arguments.json, command=command_line())
     if launched_rank() == 0 and not arguments.quiet:
         print(report)
     return 0
