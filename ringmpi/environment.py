@@ -7,12 +7,12 @@ import resource
 import shlex
 import sys
 from pathlib import Path
-from typing import TextIO
 
 from .errors import LaunchError
 
 # How many processes each launcher says it started, and which one this is.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun")
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -46,19 +46,23 @@ def resident_bytes(peak: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def terminal() -> TextIO | None:
-    """Give the terminal to draw a progress bar on; None if there is none, or standard error goes elsewhere. Local.
+def shows_on_terminal() -> bool:
+    """Say whether standard error ends on a terminal, through the pipe that mpiexec gives its ranks too. Local."""
+    return sys.stderr.isatty() or any(link.startswith(("/dev/pts/", "/dev/tty")) for link in _launcher_error())
 
-    mpiexec gives its ranks pipes, so under it the controlling terminal is asked for by name.
-    """
-    if sys.stderr.isatty():
-        return sys.stderr
-    if max(launched_sizes().values(), default=1) == 1:
-        return None
+
+def _launcher_error(depth: int = 4) -> list[str]:
+    """Where the standard error of the mpiexec above this process goes; empty if there is none to be found."""
+    process = os.getppid()
     try:
-        return Path("/dev/tty").open("w")
-    except OSError:
-        return None
+        for _ in range(depth):
+            status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+            if status["Name"].startswith(LAUNCHERS):
+                return [os.readlink(f"/proc/{process}/fd/2")]
+            process = int(status["PPid"])
+    except (OSError, KeyError, ValueError):       # no such process, or not ours to look at
+        return []
+    return []
 
 
 def refuse_many(command: str) -> None:

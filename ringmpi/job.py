@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import __version__, mpi
 from .attention import RingAttention, check_shapes
 from .backends import open_backend
-from .environment import resident_bytes, terminal
+from .environment import resident_bytes, shows_on_terminal
 from .errors import DtypeError
 from .exchange import redistribute
 from .hdf5 import check_axes, check_writable, open_dataset, open_file, read_integers, read_rows, stored_dtype
@@ -235,7 +235,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
 def _compute(world: Any, comm: mpi.Comm, source: Path, options: Options, sizes: Sizes, mask: Mask,
              threads: int | None, timeout: float, quiet: bool, clock: Clock) -> tuple[Array, Array, Any]:
     """Read, attend, and bring the result back to the order of the input."""
-    bar_on = terminal() if comm.rank == 0 and not quiet else None
+    bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
     there = {"comm": world, "source": "contiguous", "target": options.layout, "timeout": timeout}
     rows = [Contiguous.even(n, comm.size) for n in (sizes.n_q, sizes.n_k, sizes.n_k)]
     arrays = []
@@ -248,7 +248,7 @@ def _compute(world: Any, comm: mpi.Comm, source: Path, options: Options, sizes: 
             del shard
     with RingAttention(world, mask=mask, layout=options.layout, scale=options.scale, backend=options.backend,
                        threads=threads, timeout=timeout, accumulator=options.accumulator) as attention:
-        with clock.phase("attend"), tqdm(total=None, unit="pair", unit_scale=True, disable=not bar_on, file=bar_on,
+        with clock.phase("attend"), tqdm(total=None, unit="pair", unit_scale=True, disable=not bar_on,
                                          desc="attend", leave=False) as bar:
             out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
         trace = attention.trace

@@ -283,3 +283,16 @@ def test_memory_is_steady_and_predicted(tmp_path):
 
 def test_mpiexec_is_there():
     assert Path(launch.mpiexec()).exists()
+
+
+def test_progress_bar_on_a_terminal_only(source, tmp_path):
+    """`script` gives mpiexec a terminal; with its output in a pipe there is no bar."""
+    script = shutil.which("script")
+    if not script or launch.is_openmpi():
+        pytest.skip("needs `script`, and an mpiexec that runs as root without options")
+    line = f"{launch.mpiexec()} -n 2 {sys.executable} -m ringmpi attend {source} {tmp_path}/out.h5 --force"
+    for command, bar in ((line, True), (f"{line} 2>&1 | cat", False), (f"{line} --quiet", False)):
+        launch.subprocess.run([script, "-qec", command, tmp_path / "typescript"], check=True, timeout=60,
+                              stdin=launch.subprocess.DEVNULL, stdout=launch.subprocess.DEVNULL)
+        said = (tmp_path / "typescript").read_text()
+        assert ("attend:" in said) == bar, said
