@@ -40,6 +40,7 @@ class Plan:
     shapes: list[list[tuple[int, ...]]]
     block_bytes: int
     states: list[State]
+    accumulator: np.dtype[Any]
     scale: float
     hops: list[int] = field(default_factory=list)
 
@@ -206,7 +207,7 @@ class RingAttention:
     def _finish(self, plan: Plan, q: Array, v: Array) -> tuple[Array, Array]:
         batch, n_q, heads, _ = q.shape
         out = np.empty((batch, n_q, heads, v.shape[3]), q.dtype)
-        lse = np.empty((batch, n_q, heads), plan.states[0].acc.dtype if plan.states else np.float32)
+        lse = np.empty((batch, n_q, heads), plan.accumulator)
         for state, out_, lse_ in zip(plan.states, out, lse, strict=True):
             finish(state, plan.seen, out_, lse_)
         return out, lse
@@ -231,24 +232,24 @@ class RingAttention:
             self._comm.raise_agreed(error, self.timeout)
         if self._plan is None or self._plan.key != records.tobytes():
             self._plan = None             # the old plan's memory goes before the new one's comes
+            check_records(records)
+            layouts = self._resolve(records)
             with self._comm.together(self.timeout):
-                plan = self._make_plan(records, q.dtype)
+                plan = self._make_plan(records, *layouts, q.dtype)
                 self._ring.reserve(plan.block_bytes)
             plan.hops = self._agree_hops(plan)
             self._plan = plan
         return q, k, v, batched, self._plan
 
-    def _make_plan(self, records: NDArray[np.int64], dtype: np.dtype[Any]) -> Plan:
-        for name, column in zip(RECORD, records.T, strict=False):
-            for rank in np.flatnonzero(column != column[0]):
-                got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (column[rank], column[0]))
-                raise (DtypeError if name == "dtype" else ShapeError)(
-                    f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
-        _, _, batch, heads, kv_heads, dim, dim_v, _ = (int(x) for x in records[0, :len(RECORD)])
-        counts_q, counts_k = (records[:, len(RECORD) + i].tolist() for i in range(2))
-        q_layout = resolve(self.layout, counts_q, "q")
-        kv_layout = resolve(self.kv_layout, counts_k, "k and v")
+    def _resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
+        q_layout = resolve(self.layout, records[:, -2].tolist(), "q")
+        kv_layout = resolve(self.kv_layout, records[:, -1].tolist(), "k and v")
         self.mask.check(kv_layout.length)
+        return q_layout, kv_layout
+
+    def _make_plan(self, records: NDArray[np.int64], q_layout: Layout, kv_layout: Layout,
+                   dtype: np.dtype[Any]) -> Plan:
+        batch, heads, kv_heads, dim, dim_v = (int(x) for x in records[0, 2:7])
         positions = q_layout.positions(self._comm.rank)
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
         seen = np.zeros(len(positions), bool)
@@ -257,9 +258,9 @@ class RingAttention:
         kind = accumulator(dtype, self.accumulator)
         return Plan(
             records.tobytes(), kv_layout, bounds, seen,
-            [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in counts_k],
-            max(counts_k) * batch * kv_heads * (dim + dim_v) * dtype.itemsize,
-            [State.empty(len(positions), heads, dim_v, kind) for _ in range(batch)],
+            [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in kv_layout.counts],
+            max(kv_layout.counts) * batch * kv_heads * (dim + dim_v) * dtype.itemsize,
+            [State.empty(len(positions), heads, dim_v, kind) for _ in range(batch)], kind,
             1 / math.sqrt(dim) if self.scale is None else self.scale)
 
     def _agree_hops(self, plan: Plan) -> list[int]:
@@ -342,6 +343,21 @@ def check_arrays(q: Array, k: Array, v: Array) -> bool:
             raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
     check_shapes(q.shape, k.shape, v.shape)
     return q.ndim == 4
+
+
+def check_records(records: NDArray[np.int64]) -> None:
+    """Check that the arrays of all ranks go together: one row of `RECORD` for each rank. Local.
+
+    Raises
+    ------
+    ShapeError, DtypeError
+        If one differs from that of rank 0.
+    """
+    for name, column in zip(RECORD, records.T, strict=False):
+        for rank in np.flatnonzero(column != column[0]):
+            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (column[rank], column[0]))
+            raise (DtypeError if name == "dtype" else ShapeError)(
+                f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
 
 
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:

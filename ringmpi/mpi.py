@@ -127,7 +127,7 @@ class Comm:
             told = self._told()
         except mpi.Exception as error:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
-            reason = ", ".join(mpi.Get_error_string(code) for code in codes) or str(error)
+            reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
             raise self.fail(RankLost(f"{describe()}; MPI reports: {reason}"), requests) from error
         if told:
             self._lose(told, requests)

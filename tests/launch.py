@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 HERE = Path(__file__).parent
+MARK = "RINGMPI_TEST_LAUNCH"      # an environment variable that tells the processes of one launch
 
 
 @dataclass
@@ -51,40 +53,32 @@ def launch(ranks, *commands, folder, timeout=120, options=(), env=None):
     line = [mpiexec(), *options]
     for number, block in enumerate(blocks):
         line += ([":"] if number else []) + block
+    mark = uuid.uuid4().hex
     with (folder / "launcher.txt").open("w+") as said:
         process = subprocess.Popen([str(x) for x in line], stdin=subprocess.DEVNULL, stdout=said, stderr=said,
-                                   start_new_session=True, env={**os.environ, **(env or {})}, cwd=folder)
+                                   start_new_session=True, env={**os.environ, **(env or {}), MARK: mark}, cwd=folder)
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = 124
         finally:
-            end_tree(process)
+            end_tree(process, mark)
     texts = [path.read_text(errors="replace") for path in sorted(folder.glob("rank-*.txt"))]
     return Result(code, (folder / "launcher.txt").read_text(errors="replace"), texts)
 
 
-def end_tree(process):
-    """End a launcher and all it started, ranks in sessions of their own included."""
-    try:
-        tree = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        tree = []
-    session = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
+def end_tree(process, mark):
+    """End a launcher and all that carries its mark: ranks have sessions of their own and may outlive it."""
     if process.poll() is None:
         process.terminate()
-        psutil.wait_procs(tree, timeout=3)
-        process.kill()
-    for child in {*tree, *session}:
         try:
-            child.kill()
-        except psutil.NoSuchProcess:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    for left in psutil.process_iter():
+        try:
+            if left.environ().get(MARK) == mark:
+                left.kill()
+        except psutil.Error:          # gone meanwhile, or not ours
             continue
     process.wait(10)
-
-
-def _session(pid):
-    try:
-        return os.getsid(pid)
-    except (ProcessLookupError, PermissionError):
-        return None

@@ -29,10 +29,10 @@ def dying(self, plan, q, block, progress):
         os.kill(os.getpid(), signal.SIGNAL)
     return fold(self, plan, q, block, progress)
 attention.RingAttention._fold = dying
-code = main()
-print("exit code", code, flush=True)
-sys.exit(code)
+sys.exit(main())
 """
+# Between mpiexec and a rank: MPICH's mpiexec ends at once when its own child dies of a signal.
+SHIELD = ["-c", "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]], close_fds=False))"]
 
 
 @pytest.fixture(scope="module")
@@ -238,14 +238,14 @@ def test_a_lost_rank(source, tmp_path, signal):
     """The others say which step they were in and which neighbour they waited for, and end with code 5."""
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
-    result = launch.launch(4, ["-c", LOST.replace("SIGNAL", signal), "attend", source, tmp_path / "out.h5",
+    result = launch.launch(4, [*SHIELD, "-c", LOST.replace("SIGNAL", signal), "attend", source, tmp_path / "out.h5",
                                "--timeout", "4"], folder=tmp_path / "said", options=keep, timeout=60)
     assert time.perf_counter() - start < 20
     assert not (tmp_path / "out.h5").exists()
     if launch.is_openmpi() and signal == "SIGKILL":          # its launcher ends the job at once
         assert result.code not in (0, 124), result.text
         return
-    assert result.code == 5 or "Abort(5)" in result.text, result.text       # the launcher may report the signal instead
+    assert result.code == 5, result.text
     said = result.ranks[1] + result.ranks[3]
     assert re.search(r"waited .*(bytes from rank 2|for rank 2 to take)", said), result.text
     for rank in (0, 1, 3):

@@ -1,8 +1,10 @@
 """The job scripts: sound shell, and options that the command line knows."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,9 @@ def test_sbatch_scripts_end_with_a_dead_rank():
 
 
 def test_local(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     script = subprocess.run([JOBS / "local.sh", "600"], capture_output=True, text=True, timeout=120, cwd=tmp_path,
-                            check=False)
+                            check=False, env={**os.environ, "PATH": path})
     assert script.returncode == 0, script.stdout + script.stderr
     assert "600 tokens on 4 ranks" in script.stdout
     assert "passed: 64 rows" in script.stdout
