@@ -31,6 +31,8 @@ def as_array(x: Any, name: str) -> NDArray[Any]:
     DtypeError
         If `x` can't be read as an array.
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise DtypeError(f"{name}: expected an array without a mask of its own; fill it, or say what is seen by mask=")
     if isinstance(x, np.ndarray):
         return x
     if hasattr(x, "__cuda_array_interface__") or _dlpack_device(x) not in (None, HOST):

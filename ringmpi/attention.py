@@ -14,20 +14,17 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from .arrays import as_array
 from .backends import check_name, open_backend
-from .errors import DtypeError, OptionError, RingError, ShapeError
+from .checks import RECORD, check_arrays, check_mask, check_records, check_scale, check_threads, check_timeout
+from .errors import OptionError, RingError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .mpi import TIMEOUT, private
 from .ring import Block, Ring, travel
-from .softmax import DTYPES, State, accumulator, check_dtype, finish
+from .softmax import DTYPES, State, accumulator, finish
 from .trace import Trace
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], object]
-
-# What must be equal on all ranks before the first message; then tokens of q and of k.
-RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype")
-
 
 @dataclass
 class Plan:
@@ -105,19 +102,19 @@ class RingAttention:
                  kv_layout: str | Layout | None = None, scale: float | None = None, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT,
                  accumulator: DTypeLike | None = None) -> None:
-        self._comm = private(comm)
-        self.timeout = timeout if _is_positive(timeout) else TIMEOUT
+        self.timeout, wrong = check_timeout(timeout)
+        self._comm = private(comm, self.timeout)
         with self._comm.together(self.timeout):
-            if not _is_positive(timeout):
-                raise OptionError(f"timeout: expected seconds > 0, got {timeout!r}")
-            self.mask = Mask() if mask is None else _checked_mask(mask)
+            if wrong:
+                raise OptionError(wrong)
+            self.mask = check_mask(mask)
             self.layout, self.kv_layout = layout, layout if kv_layout is None else kv_layout
             check_spec(self.layout)
             check_spec(self.kv_layout)
-            self.scale = _checked_scale(scale)
+            self.scale = check_scale(scale)
             self.accumulator = accumulator
             check_name(backend)
-            self.backend = open_backend(backend, _checked_threads(threads) or self._comm.threads)
+            self.backend = open_backend(backend, check_threads(threads) or self._comm.threads)
         self._comm.agree_on(self._options(backend), self.timeout)
         self._ring = Ring(self._comm, self.timeout)
         self._plan: Plan | None = None
@@ -245,6 +242,9 @@ class RingAttention:
         q_layout = resolve(self.layout, records[:, -2].tolist(), "q")
         kv_layout = resolve(self.kv_layout, records[:, -1].tolist(), "k and v")
         self.mask.check(kv_layout.length)
+        kind = accumulator(list(DTYPES.values())[records[0, 7]], self.accumulator)
+        if self.scale is not None and not np.isfinite(kind.type(self.scale)):
+            raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind}")
         return q_layout, kv_layout
 
     def _make_plan(self, records: NDArray[np.int64], q_layout: Layout, kv_layout: Layout,
@@ -327,87 +327,3 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, retur
         if return_lse:
             return attention(q, k, v, return_lse=True)
         return attention(q, k, v)
-
-
-def check_arrays(q: Array, k: Array, v: Array) -> bool:
-    """Check that q, k and v go together; say whether they have a batch axis. Local.
-
-    Raises
-    ------
-    ShapeError, DtypeError
-        If they do not; the text says what was expected and what was got.
-    """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dtype(x.dtype, name)
-        if x.dtype != q.dtype:
-            raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
-    check_shapes(q.shape, k.shape, v.shape)
-    return q.ndim == 4
-
-
-def check_records(records: NDArray[np.int64]) -> None:
-    """Check that the arrays of all ranks go together: one row of `RECORD` for each rank. Local.
-
-    Raises
-    ------
-    ShapeError, DtypeError
-        If one differs from that of rank 0.
-    """
-    for name, column in zip(RECORD, records.T, strict=False):
-        for rank in np.flatnonzero(column != column[0]):
-            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (column[rank], column[0]))
-            raise (DtypeError if name == "dtype" else ShapeError)(
-                f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
-
-
-def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
-    """Check that arrays of these shapes go together. Local.
-
-    Raises
-    ------
-    ShapeError
-        If they do not; the text says what was expected and what was got.
-    """
-    for name, shape in (("q", q), ("k", k), ("v", v)):
-        if len(shape) not in (3, 4) or len(shape) != len(q):
-            raise ShapeError(f"{name}: expected shape ([batch,] tokens, heads, dim) as for q, got {shape}")
-    *batch, n_k, kv_heads, dim = k
-    heads = q[-2]
-    if q[-1] != dim or dim == 0:
-        raise ShapeError(f"q and k: expected the same dim, at least 1, got {q[-1]} and {dim}")
-    if v[:-1] != k[:-1] or v[-1] == 0:
-        raise ShapeError(f"v: expected shape {(*batch, n_k, kv_heads, 'dim_v')} to go with k, got {v}")
-    if list(q[:-3]) != batch:
-        raise ShapeError(f"q and k: expected the same batch, got {q[:-3]} and {tuple(batch)}")
-    if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ShapeError(f"heads: expected a multiple of kv_heads, got {heads} heads and {kv_heads} kv_heads")
-
-
-def _is_positive(x: Any) -> bool:
-    return isinstance(x, (int, float, np.number)) and bool(x > 0)
-
-
-def _checked_mask(mask: Any) -> Mask:
-    if not isinstance(mask, Mask):
-        raise OptionError(f"mask: expected a ringmpi.Mask, got {mask!r}")
-    return mask
-
-
-def _checked_scale(scale: Any) -> float | None:
-    if scale is None:
-        return None
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise OptionError(f"scale: expected a finite number, got {scale!r}")
-    return value
-
-
-def _checked_threads(threads: Any) -> int | None:
-    if threads is None:
-        return None
-    if not isinstance(threads, (int, np.integer)) or threads < 1:
-        raise OptionError(f"threads: expected an integer >= 1, got {threads!r}")
-    return int(threads)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from numpy.typing import NDArray
 from .backends import open_backend
 from .environment import cores
 from .errors import ShapeError
-from .hdf5 import open_dataset, open_file, read_rows
+from .hdf5 import read_rows
 from .job import Options, datasets, make_mask
+from .shards import Manifest
 from .softmax import TOLERANCE, State, finish
 
 PIECE_TOKENS = 8192          # keys at a time
@@ -22,43 +25,47 @@ PIECE_TOKENS = 8192          # keys at a time
 
 @dataclass(frozen=True)
 class Audit:
-    r"""The largest errors over the sampled rows.
+    r"""The largest errors over the sampled rows, each in units of what rounding explains for that element.
+
+    A score is a sum of products, so rounding shifts it by up to ``2 eps |scale| |q| |k|``, and with it the weights
+    by that factor; the rest is the bound of the dtype, relative to the weighted sum of the \|v\|.
 
     Attributes
     ----------
     rows : int
-    out_error : float
-        Largest |out - exact| over the largest weighted sum of |v|, the scale of its rounding.
-    lse_error : float
-        Largest |lse - exact| over max(1, |exact|).
-    bound : float
-        What rounding explains, for the dtype.
+    out_error, lse_error : float
+        Largest error over what rounding explains; at most 1 is a pass.
+    out_relative : float
+        Largest \|out - exact\| over the weighted sum of \|v\| of its element.
     """
 
     rows: int
     out_error: float
     lse_error: float
-    bound: float
+    out_relative: float
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are explained by rounding; NaN is not."""
-        return self.out_error <= self.bound and self.lse_error <= max(self.bound, TOLERANCE["float32"])
+        """Whether rounding explains both errors; it never explains NaN."""
+        return self.out_error <= 1 and self.lse_error <= 1
 
     def __str__(self) -> str:
-        return (f"{'passed' if self.passed else 'FAILED'}: {self.rows} rows recomputed in float64: largest error "
-                f"{self.out_error:.1e} in out, {self.lse_error:.1e} in lse; bound {self.bound:.1e}")
+        return (f"{'passed' if self.passed else 'FAILED'}: {self.rows} rows recomputed in float64: largest error in "
+                f"out {self.out_relative:.1e} of the weighted sum of |v|, {self.out_error:.2f} of what rounding explains; "
+                f"in lse {self.lse_error:.2f} of it")
 
 
-def audit(source: Path, target: Path, recorded: dict[str, Any], rows: int, seed: int) -> Audit:
-    """Compare sampled rows of `target` with attention in float64 on `source`. Local.
+def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int) -> Audit:
+    """Compare sampled rows of a result with attention in float64 on its input. Local.
 
     Parameters
     ----------
-    source, target : path
-        Input and output of `ringmpi attend`.
-    recorded : dict
-        Options of the run.
+    source : path
+        Input of `ringmpi attend`.
+    result : Manifest
+        Of its output.
+    options : Options
+        Of the run.
     rows : int
         How many rows to sample; all if there are fewer.
     seed : int
@@ -69,30 +76,40 @@ def audit(source: Path, target: Path, recorded: dict[str, Any], rows: int, seed:
     ShardError, ShapeError
         If the files do not belong together.
     """
-    options = Options.from_record(recorded)
-    with datasets(source, options) as (file, (q, k, v), sizes), open_file(target) as result:
+    with datasets(source, options) as (file, (q, k, v), sizes):
         mask = make_mask(file, options, sizes.n_k)
-        out, lse = (open_dataset(result, name) for name in ("out", "lse"))
-        if out.shape != (sizes.n_q, sizes.heads, sizes.dim_v) or lse.shape != (sizes.n_q, sizes.heads):
-            raise ShapeError(f"{target}: expected out of shape {(sizes.n_q, sizes.heads, sizes.dim_v)} for this input, "
-                             f"got {out.shape}")
+        want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
+        if result.shapes != want or result.dtypes["out"] != sizes.dtype:
+            raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} for this input, got {result.shapes} of "
+                             f"{result.dtypes['out']}")
         sample = np.sort(np.random.default_rng(seed).permutation(sizes.n_q)[:rows])
         scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
-        exact, exact_lse = _exact(_rows(q, sample).astype(np.float64), k, v, mask, sample, sizes.n_q, scale)
-        given, given_lse = (_rows(x, sample).astype(np.float64) for x in (out, lse))
-    spread = np.abs(exact[..., sizes.dim_v:]).max(initial=0, where=np.isfinite(exact[..., sizes.dim_v:]))
-    return Audit(len(sample), _largest(given, exact[..., :sizes.dim_v], spread or 1.0),
-                 _largest(given_lse, exact_lse, np.maximum(1, np.abs(exact_lse))), TOLERANCE[sizes.dtype])
+        queries = _sampled(sample, q.shape, functools.partial(read_rows, q))
+        exact, exact_lse, longest = _exact(queries, k, v, mask, sample, sizes.n_q, scale)
+    given, given_lse = (_sampled(sample, result.shapes[name], functools.partial(result.rows, name))
+                        for name in ("out", "lse"))
+    out, spread = exact[..., :sizes.dim_v], exact[..., sizes.dim_v:]
+    eps = float(np.finfo(result.dtypes["lse"]).eps)
+    shift = 2 * eps * abs(scale) * np.linalg.norm(queries, axis=2) * longest      # of a score, (rows, heads)
+    tiny = np.finfo(np.float32).tiny
+    own = TOLERANCE[result.dtypes["lse"]]
+    return Audit(len(sample), _largest(given, out, (TOLERANCE[sizes.dtype] + shift)[..., None] * spread + tiny),
+                 _largest(given_lse, exact_lse, own * np.maximum(1, np.abs(exact_lse)) + shift),
+                 _largest(given, out, spread + tiny))
 
 
-def _rows(dataset: Any, sample: NDArray[np.int64]) -> NDArray[Any]:
-    return np.concatenate([read_rows(dataset, 0, 0), *(read_rows(dataset, i, i + 1) for i in sample.tolist())])
+def _sampled(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callable[[int, int], Any]
+             ) -> NDArray[np.float64]:
+    """Rows of the sample, one read each, in float64."""
+    rows = [read(i, i + 1).astype(np.float64) for i in sample.tolist()]
+    return np.concatenate([np.empty((0, *shape[1:])), *rows])
 
 
 def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np.int64], n_q: int,
-           scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Attention in float64 with values (v, |v|) side by side."""
-    n_k, dim_v = len(k), v.shape[2]
+           scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Attention in float64 with values (v, |v|) side by side; and the longest key of each query head."""
+    n_k, dim_v, group = len(k), v.shape[2], q.shape[1] // k.shape[1]
+    longest = np.zeros(q.shape[1])
     state = State.empty(len(q), q.shape[1], 2 * dim_v, np.float64)
     seen = np.zeros(len(q), bool)
     backend = open_backend("numpy", len(cores()))
@@ -101,6 +118,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
         stop = min(start + PIECE_TOKENS, n_k)
         keys, values = (read_rows(x, start, stop).astype(np.float64) for x in (k, v))
         values = np.concatenate([values, np.abs(values)], axis=2)
+        longest = np.maximum(longest, np.linalg.norm(keys, axis=2).max(axis=0).repeat(group))
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
             seen |= end > begin
@@ -108,7 +126,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
                 pass
     out, lse = np.empty_like(state.acc), np.empty_like(state.max)
     finish(state, seen, out, lse)
-    return out, lse
+    return out, lse, longest
 
 
 def _largest(given: NDArray[np.float64], exact: NDArray[np.float64], unit: Any) -> float:
@@ -116,4 +134,4 @@ def _largest(given: NDArray[np.float64], exact: NDArray[np.float64], unit: Any) 
     same = (given == exact) | (np.isnan(given) & np.isnan(exact))
     with np.errstate(invalid="ignore"):
         error = np.where(same, 0.0, np.abs(given - exact) / unit)
-    return float(error.max(initial=0.0))
+    return float(np.nan_to_num(error, nan=np.inf).max(initial=0.0))

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .environment import launched_rank, launched_sizes
+from .environment import launched_rank
 from .errors import CommError, LaunchError, RankLost, RingError, RingTimeout
 
 COMMANDS = {
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RingError as error:
         return _explain(error)
     except Exception:         # noqa: BLE001 (the other ranks must not wait for this one)
-        return _break_off(70, f"ringmpi: rank {launched_rank()} failed:\n{traceback.format_exc()}")
+        return _break_off(70, f"ringmpi: rank {_rank()} failed:\n{traceback.format_exc()}")
     except KeyboardInterrupt:
         return _break_off(130, "ringmpi: interrupted")
 
@@ -57,7 +57,7 @@ def _explain(error: RingError) -> int:
     text = f"ringmpi: {error}"
     if isinstance(error, (RingTimeout, RankLost, CommError)):
         return _break_off(error.exit_code, text, GRACE_SECONDS)
-    if launched_rank() == 0 or isinstance(error, LaunchError):
+    if _rank() == 0 or isinstance(error, LaunchError):
         print(text, file=sys.stderr, flush=True)
     return error.exit_code
 
@@ -65,8 +65,14 @@ def _explain(error: RingError) -> int:
 def _break_off(code: int, text: str, grace: float = 0.0) -> int:
     """End every rank of the job, where there are others."""
     print(text, file=sys.stderr, flush=True)
-    if max(launched_sizes().values(), default=1) > 1 and "mpi4py.MPI" in sys.modules:
-        from .mpi import end_job
-        end_job(code, grace)
+    from .mpi import end_job
+    end_job(code, grace)
     return code
+
+
+def _rank() -> int:
+    """Rank in COMM_WORLD once MPI is up, before that what the launcher says."""
+    from .mpi import world_rank
+    rank = world_rank()
+    return launched_rank() if rank is None else rank
 

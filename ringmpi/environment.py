@@ -68,7 +68,7 @@ def _launcher_error(depth: int = 4) -> list[str]:
 def refuse_many(command: str) -> None:
     """Raise `LaunchError` if a launcher started several processes for a command that is for one. Local."""
     for name, size in launched_sizes().items():
-        if size > 1:
+        if size > 1 and name != "SLURM_NTASKS":       # a batch script has that too, outside srun
             raise LaunchError(f"{command} runs in one process, got {size} ({name}); start it without mpiexec or srun")
 
 

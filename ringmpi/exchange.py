@@ -42,7 +42,7 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     RingTimeout, RankLost
         If a rank does not take part in time, or is gone.
     """
-    ring = private(comm)
+    ring = private(comm, timeout)
     shard: NDArray[Any] = np.empty(0)
     with ring.together(timeout):
         shard = as_array(x, "x")
@@ -70,10 +70,12 @@ def owned(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
 def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout: float) -> NDArray[Any]:
     """Order rows by destination, exchange them, put them in the order of their new positions."""
     mine, wanted = old.positions(comm.rank), new.positions(comm.rank)
-    outgoing = [np.flatnonzero(owned(new, rank, mine)) for rank in range(comm.size)]
-    incoming = [np.flatnonzero(owned(old, rank, wanted)) for rank in range(comm.size)]
-    packed = shard[np.concatenate(outgoing)]
-    received = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
+    with comm.together(timeout):          # memory may run out on one rank
+        outgoing = [np.flatnonzero(owned(new, rank, mine)) for rank in range(comm.size)]
+        incoming = [np.flatnonzero(owned(old, rank, wanted)) for rank in range(comm.size)]
+        packed = shard[np.concatenate(outgoing)]
+        received = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
+        result = np.empty_like(received)
     # Counts in rows, not bytes: they stay below 2^31 for shards far beyond 2 GiB.
     row = load().BYTE.Create_contiguous(int(np.prod(shard.shape[1:])) * shard.dtype.itemsize).Commit()
     try:
@@ -83,7 +85,6 @@ def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout
                                               f"for {received.nbytes} bytes")
     finally:
         row.Free()
-    result = np.empty_like(received)
     result[np.concatenate(incoming)] = received
     return result
 

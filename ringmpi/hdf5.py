@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     if not os.path.isfile(path):
         raise ShardError(f"{path}: no such file")
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        # by its real name: HDF5 looks for virtual sources beside the name it was given
+        with h5py.File(os.path.realpath(path), "r", locking="best-effort") as file:
             yield file
     except RingError:
         raise
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:      # h5py's ways to say damaged
         raise ShardError(f"{path}: can't be read, it is truncated, damaged or no HDF5 file: {error}") from error
 
 
@@ -67,7 +68,7 @@ def open_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     dataset = _follow(file, name)
     where = f"{file.filename}: dataset {name!r}"
     if not isinstance(dataset, h5py.Dataset):
-        raise ShardError(f"{where}: expected a dataset, got a group")
+        raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
     stored_dtype(dataset)
     _check_storage(dataset, where)
     if dataset.is_virtual:
@@ -183,13 +184,14 @@ def write_file(path: Path, force: bool = False) -> Iterator[h5py.File]:
             file.attrs["complete"] = True
         flush_to_disk(temporary)
         temporary.replace(path)
-        flush_to_disk(path.parent)
     except RingError:
         raise
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{path}: can't be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    with suppress(OSError):           # the file is there; some file systems can't flush a folder
+        flush_to_disk(path.parent)
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -231,11 +233,13 @@ def _spaces(dataset: h5py.Dataset, start: int, piece: NDArray[Any]) -> tuple[Any
     return h5py.h5s.create_simple(piece.shape), space
 
 
-def _follow(file: h5py.File, path: str, depth: int = 0) -> Any:
-    """Walk to an object, link by link, and leave neither the file nor the depth of ten soft links."""
+def _follow(file: h5py.File, path: str) -> Any:
+    """Walk to an object, link by link; leave neither the file nor a total of ten soft links."""
     here: Any = file
-    for part in [p for p in path.split("/") if p not in ("", ".")]:
-        where = f"{file.filename}: {path!r}"
+    where = f"{file.filename}: {path!r}"
+    parts, links = _split(path), 0
+    while parts:
+        part = parts.pop(0)
         if not isinstance(here, h5py.Group):
             raise ShardError(f"{where}: {here.name!r} is no group")
         try:
@@ -248,13 +252,18 @@ def _follow(file: h5py.File, path: str, depth: int = 0) -> Any:
             raise ShardError(f"{where}: refused: an external link to {link.filename!r}; inputs must not lead outside "
                              "their file")
         if isinstance(link, h5py.SoftLink):
-            if depth == 10:
-                raise ShardError(f"{where}: refused: more than ten soft links in a row")
-            target = link.path if link.path.startswith("/") else f"{here.name}/{link.path}"
-            here = _follow(file, target, depth + 1)
+            links += 1
+            if links > 10:
+                raise ShardError(f"{where}: refused: more than ten soft links")
+            here = file if link.path.startswith("/") else here
+            parts = _split(link.path) + parts
         else:
             here = here[part]
     return here
+
+
+def _split(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
 
 
 def _check_storage(dataset: h5py.Dataset, where: str) -> None:
@@ -285,7 +294,7 @@ def _check_sources(dataset: h5py.Dataset, where: str) -> None:
     if virtual_prefix() is not None:
         raise ShardError(f"{where}: refused: HDF5_VDS_PREFIX leads virtual sources elsewhere; unset it")
     folder = Path(dataset.file.filename).resolve().parent
-    points = 0
+    rows = []
     for source in dataset.virtual_sources():
         name = source.file_name
         path = (folder / name).resolve() if name != "." else Path(dataset.file.filename).resolve()
@@ -298,21 +307,31 @@ def _check_sources(dataset: h5py.Dataset, where: str) -> None:
                                  f"{source.dset_name!r}")
             stored_dtype(target)
             _check_storage(target, f"{path}: dataset {source.dset_name!r}")
-            if not _holds(target, source) or stored_dtype(target) != stored_dtype(dataset):
-                raise ShardError(f"{where}: its virtual source {name!r}, of shape {target.shape} and dtype "
-                                 f"{target.dtype}, does not hold what the dataset takes from it")
-        points += source.vspace.get_select_npoints()
-    if points != dataset.size:
-        raise ShardError(f"{where}: its virtual sources hold {points} of {dataset.size} items (the rest would read as "
-                         "fill values)")
+            if stored_dtype(target) != stored_dtype(dataset):
+                raise ShardError(f"{where}: its virtual source {name!r} has dtype {target.dtype}")
+            start, stop = _whole_rows(source.vspace, dataset.shape)
+            first, last = _whole_rows(source.src_space, target.shape)
+        if None in (start, first) or stop - start != last - first or dataset.shape[1:] != target.shape[1:]:
+            raise ShardError(f"{where}: refused: its virtual source {name!r}, of shape {target.shape}, does not hold "
+                             "the whole rows that are taken from it; copy the dataset into a plain one (h5repack)")
+        rows.append((start, stop))
+    edges = [0, *(stop for _, stop in sorted(rows))]
+    if [start for start, _ in sorted(rows)] != edges[:-1] or edges[-1] != len(dataset):
+        raise ShardError(f"{where}: refused: its virtual sources leave rows out or give them twice")
 
 
-def _holds(target: h5py.Dataset, source: Any) -> bool:
-    """Say whether the part of `target` that a virtual dataset maps is there."""
-    if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:
-        return bool(target.size == source.vspace.get_select_npoints())
-    last = source.src_space.get_select_bounds()[1]
-    return len(last) == target.ndim and all(a < b for a, b in zip(last, target.shape, strict=True))
+def _whole_rows(space: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """Give the rows start, stop that a selection holds in full; (None, None) if it is anything else."""
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        return 0, shape[0]
+    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS:
+        return None, None
+    low, high = space.get_select_bounds()
+    box = [b - a + 1 for a, b in zip(low, high, strict=True)]
+    inside = len(box) == len(shape) and low[1:] == (0,) * (len(box) - 1) and tuple(box[1:]) == shape[1:]
+    if not inside or high[0] >= shape[0] or int(np.prod(box)) != space.get_select_npoints():
+        return None, None
+    return low[0], high[0] + 1
 
 
 def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:

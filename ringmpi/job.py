@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,21 +20,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__, mpi
-from .attention import RingAttention, check_shapes
-from .backends import open_backend
+from .attention import RingAttention
+from .checks import check_shapes
 from .environment import resident_bytes, shows_on_terminal
-from .errors import DtypeError
+from .errors import DtypeError, OptionError, OutputError
 from .exchange import redistribute
-from .hdf5 import check_axes, check_writable, open_dataset, open_file, read_integers, read_rows, stored_dtype
+from .hdf5 import (
+    check_axes,
+    check_writable,
+    flush_to_disk,
+    open_dataset,
+    open_file,
+    read_integers,
+    read_rows,
+    stored_dtype,
+)
 from .layout import Contiguous
 from .mask import Mask
 from .shards import Output, Shard
-from .softmax import DTYPES, accumulator
+from .softmax import accumulator
 
 Array = NDArray[Any]
-
-# MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
-LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -197,67 +204,81 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         One of its children, the same on every rank; nothing is left under the target's name then.
     """
     world = mpi.world(expect_ranks)
-    comm = mpi.private(world)
+    comm = mpi.private(world, timeout)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
     comm.agree_on(asked, timeout)
-    with comm.together(timeout), datasets(source, options) as (file, _, sizes):
-        mask = make_mask(file, options, sizes.n_k)
-    comm.agree_on(asdict(sizes), timeout)
     output = Output(target, comm.share_text(uuid.uuid4().hex[:12], timeout)[0], force)
-    with comm.together(timeout):
-        if comm.rank == 0:
-            output.prepare()
-            if json_path:
-                check_writable(json_path, force=True)
-    whole = False
+    with ExitStack() as files:
+        with comm.together(timeout):
+            file, found, sizes = files.enter_context(datasets(source, options))
+            mask = make_mask(file, options, sizes.n_k)
+        comm.agree_on(asdict(sizes), timeout)
+        with comm.together(timeout):
+            if comm.rank == 0:
+                check_paths(source, target, json_path, force)
+                output.prepare()
+        try:
+            attention = RingAttention(world, mask=mask, layout=options.layout, scale=options.scale,
+                                      backend=options.backend, threads=threads, timeout=timeout,
+                                      accumulator=options.accumulator)
+            with attention:
+                out, lse = _compute(world, comm, attention, found, quiet, clock)
+            record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
+                      "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                      "backend": attention.backend.name, "options": asdict(options)}
+            with clock.phase("write"):
+                shards = _write_shards(output, comm, out, lse, sizes, timeout)
+        except BaseException:
+            output.discard(comm.rank)         # nobody has published yet
+            raise
+    shapes = {"out": ((sizes.n_q, *out.shape[1:]), out.dtype), "lse": ((sizes.n_q, *lse.shape[1:]), lse.dtype)}
     try:
-        out, lse, trace = _compute(world, comm, source, options, sizes, mask, threads, timeout, quiet, clock)
-        record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
-                  "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "options": asdict(options)}
-        with clock.phase("write"):
-            _publish(output, comm, out, lse, sizes, record, timeout)
-        whole = True
-    finally:
-        if not whole:
-            output.discard()
+        with clock.phase("write"), comm.together(timeout):
+            if comm.rank == 0:
+                output.publish(shards, shapes, record)
+    except OutputError:                       # agreed: it is not there. After a timeout it may be.
+        output.discard(comm.rank)
+        raise
+    if comm.rank == 0:
+        output.clear_replaced()
+    trace = attention.trace
     report = _report(comm, sizes, trace, clock, timeout)
     details = [json.loads(text) for text in comm.share_text(json.dumps(
         {"host": socket.gethostname(), "phases": clock.phases, "peak_bytes": resident_bytes(peak=True),
-         "threads": threads or comm.threads, **trace.as_dict()}), timeout)]
-    if json_path and comm.rank == 0:
-        vendor = mpi.load().Get_library_version().splitlines()[0]
-        write_json(json_path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops,
-                               "per_rank": details})
+         "threads": attention.backend.threads, **trace.as_dict()}), timeout)]
+    with comm.together(timeout):
+        if json_path and comm.rank == 0:
+            vendor = mpi.load().Get_library_version().splitlines()[0]
+            write_json(json_path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops,
+                                   "per_rank": details})
     return report
 
 
-def _compute(world: Any, comm: mpi.Comm, source: Path, options: Options, sizes: Sizes, mask: Mask,
-             threads: int | None, timeout: float, quiet: bool, clock: Clock) -> tuple[Array, Array, Any]:
+def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], quiet: bool,
+             clock: Clock) -> tuple[Array, Array]:
     """Read, attend, and bring the result back to the order of the input."""
-    bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
-    there = {"comm": world, "source": "contiguous", "target": options.layout, "timeout": timeout}
-    rows = [Contiguous.even(n, comm.size) for n in (sizes.n_q, sizes.n_k, sizes.n_k)]
+    there = {"comm": world, "source": "contiguous", "target": attention.layout, "timeout": attention.timeout}
     arrays = []
-    for number, layout in enumerate(rows):
-        with clock.phase("read"), comm.together(timeout), datasets(source, options) as (_, found, _):
+    for dataset in found:
+        layout = Contiguous.even(len(dataset), comm.size)
+        with clock.phase("read"), comm.together(attention.timeout):
             start = layout.starts[comm.rank]
-            shard = read_rows(found[number], start, start + layout.counts[comm.rank])
+            shard = read_rows(dataset, start, start + layout.counts[comm.rank])
         with clock.phase("redistribute"):
             arrays.append(redistribute(shard, **there))
             del shard
-    with RingAttention(world, mask=mask, layout=options.layout, scale=options.scale, backend=options.backend,
-                       threads=threads, timeout=timeout, accumulator=options.accumulator) as attention:
-        with clock.phase("attend"), tqdm(total=None, unit="pair", unit_scale=True, disable=not bar_on,
-                                         desc="attend", leave=False) as bar:
-            out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
-        trace = attention.trace
+    bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
+    with clock.phase("attend"), tqdm(unit="pair", unit_scale=True, disable=not bar_on, desc="attend",
+                                     leave=False) as bar:
+        out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
     del arrays
-    back = {**there, "source": options.layout, "target": "contiguous"}
+    attention.close()                         # its buffers go before the result is copied
+    back = {**there, "source": attention.layout, "target": "contiguous"}
     with clock.phase("redistribute"):
         out = redistribute(out, **back)
         lse = redistribute(lse, **back)
-    return out, lse, trace
+    return out, lse
 
 
 def _advance(bar: tqdm[Any], done: int, total: int) -> None:
@@ -265,17 +286,13 @@ def _advance(bar: tqdm[Any], done: int, total: int) -> None:
     bar.update(done)
 
 
-def _publish(output: Output, comm: mpi.Comm, out: Array, lse: Array, sizes: Sizes, record: dict[str, Any],
-             timeout: float) -> None:
+def _write_shards(output: Output, comm: mpi.Comm, out: Array, lse: Array, sizes: Sizes,
+                  timeout: float) -> list[Shard]:
     start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
     line = "{}"
     with comm.together(timeout):
         line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
-    shards = [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
-    with comm.together(timeout):
-        if comm.rank == 0:
-            shapes = {"out": ((sizes.n_q, *out.shape[1:]), out.dtype), "lse": ((sizes.n_q, *lse.shape[1:]), lse.dtype)}
-            output.publish(shards, shapes, record)
+    return [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
 
 
 def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: float) -> Report:
@@ -290,52 +307,40 @@ def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: flo
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file under its name only when it is whole. Local."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    temporary.replace(path)
+    """Write a JSON file that appears under its name only when it is whole. Local.
 
-
-def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
-    """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
-
-    Parameters
-    ----------
-    sizes : Sizes
-    ranks : int
-    options : Options
-        Any layout but contiguous copies a shard three times while it is redistributed.
-
-    Returns
-    -------
-    dict of str to int
-        Bytes of each array while the ring runs, and `total`: the largest sum of any phase, this process and
-        its libraries included.
+    Raises
+    ------
+    OutputError
+        If it can't be written.
     """
-    n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
-    item = DTYPES[sizes.dtype].itemsize
-    wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
-    parts = {
-        "q": n_q * sizes.heads * sizes.dim * item,
-        "k": n_k * sizes.kv_heads * sizes.dim * item,
-        "v": n_k * sizes.kv_heads * sizes.dim_v * item,
-        "out": n_q * sizes.heads * sizes.dim_v * item,
-        "lse": n_q * sizes.heads * wide,
-        "acc": n_q * sizes.heads * sizes.dim_v * wide,
-        "max and sum": 2 * n_q * sizes.heads * wide,
-        "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
-        "columns": 8 * 8 * n_q,
-        "tile": 2**22,
-    }
-    copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
-    q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
-    phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
-              (1 + copies) * out + parts["lse"])
-    base = _resident_with(options.backend)
-    return {**parts, "process and libraries": base, "total": max(phases) + base}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: can't be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _resident_with(backend: str) -> int:
-    """Memory of this process with the backend's modules loaded, and of what a dry run does not load."""
-    open_backend(backend, 1).close()
-    return resident_bytes() + LIBRARY_BYTES[backend if backend != "auto" else "numba"]
+def check_paths(source: Path, target: Path, json_path: Path | None, force: bool) -> None:
+    """Check that input, output and record are different files, and that the outputs can be written. Local.
+
+    Raises
+    ------
+    OptionError
+        If two of them are one file.
+    OutputError
+        If `target` exists and not `force`, or one can't be written.
+    """
+    named = {"input": source, "output": target} | ({"--json": json_path} if json_path else {})
+    seen: dict[Path, str] = {}
+    for name, path in named.items():
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise OptionError(f"{path}: expected different files, got the same one as {other} and {name}")
+    check_writable(target, force)
+    if json_path:
+        check_writable(json_path, force=True)

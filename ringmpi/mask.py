@@ -19,6 +19,7 @@ from .errors import MaskError, OptionError
 from .layout import Integers
 
 Interval = tuple[Integers, Integers]
+FAR = 2**61                   # farther than any sequence is long; sums of two stay within int64
 
 
 def _whole(name: str, value: Any) -> int:
@@ -26,6 +27,8 @@ def _whole(name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         raise OptionError(f"mask: {name} expects an integer, got {value!r}") from None
+    if number < -FAR or (number > FAR and name == "q_offset"):
+        raise OptionError(f"mask: {name} expects an integer within ±2^61, got {number}")
     return int(number)
 
 
@@ -33,7 +36,7 @@ def _natural(name: str, value: Any) -> int:
     number = _whole(name, value)
     if number < 0:
         raise OptionError(f"mask: {name} expects an integer >= 0, got {number}")
-    return number
+    return min(number, FAR)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,10 @@ long: every wait polls, so that it has a deadline and does not take a core from 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -73,7 +75,6 @@ class Comm:
         self.source, self.dest = self.cart.Shift(0, 1)
         self.threads = self._fair_threads()
         self.lost = ""
-        self._stranded: list[Any] = []
 
     def _fair_threads(self) -> int:
         """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
@@ -89,6 +90,7 @@ class Comm:
         """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
         if not self.lost:
             self.cart.Free()
+            self.lost = "the caller has freed the communicator it belongs to"
 
     def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str]) -> float:
         """Poll `requests` until all are done; return the seconds it took. Local.
@@ -102,13 +104,17 @@ class Comm:
         """
         start = time.perf_counter()
         pause = 0.0
-        while not self.test(requests, describe):
-            seconds = time.perf_counter() - start
-            if seconds > timeout:
-                raise self.fail(RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is "
-                                            "lost, stopped or far behind"), requests)
-            time.sleep(pause)
-            pause = min(pause + 1e-5, LONGEST_PAUSE)
+        try:
+            while not self.test(requests, describe):
+                seconds = time.perf_counter() - start
+                if seconds > timeout:
+                    raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
+                                      "stopped or far behind")
+                time.sleep(pause)
+                pause = min(pause + 1e-5, LONGEST_PAUSE)
+        except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
+            self.fail(error, requests)
+            raise
         return time.perf_counter() - start
 
     def test(self, requests: list[Any], describe: Callable[[], str]) -> bool:
@@ -124,33 +130,34 @@ class Comm:
         try:
             if mpi.Request.Testall(requests, statuses):
                 return True
-            told = self._told()
+            told = self._told() if self.size > 1 else ""
         except mpi.Exception as error:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
             reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
-            raise self.fail(RankLost(f"{describe()}; MPI reports: {reason}"), requests) from error
+            lost = RankLost(f"{describe()}; MPI reports: {reason}")
+            self.fail(lost, requests)
+            raise lost from error
         if told:
             self._lose(told, requests)
             raise RankLost(f"{describe()}; {told}")
         return False
 
-    def fail(self, error: BaseException, requests: list[Any]) -> BaseException:
-        """Give the communicator up because of `error`, tell the other ranks, return the error to raise. Local."""
-        if not self.lost:
-            text = f"rank {self.rank} gave up: {error or type(error).__name__}"
+    def fail(self, error: BaseException, requests: list[Any]) -> None:
+        """Give the communicator up because of `error`, and tell the other ranks; one rank alone goes on. Local."""
+        if not self.lost and self.size > 1:
+            text = f"rank {self.rank} gave up: {str(error) or type(error).__name__}"
             self._lose(text, requests)
             mpi = load()
             message = np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)
             for rank in range(self.size):
                 if rank != self.rank:
                     with suppress(mpi.Exception):      # to a dead rank
-                        self._stranded.append(self.cart.Isend([message, mpi.BYTE], rank, FAILED_TAG))
-        return error
+                        _stranded().append(self.cart.Isend([message, mpi.BYTE], rank, FAILED_TAG))
 
     def _lose(self, reason: str, requests: list[Any]) -> None:
         """Refuse all further use. MPI may still write to the requests' buffers: they are kept for good."""
         self.lost = self.lost or reason
-        self._stranded.extend(requests)
+        _stranded().extend(requests)
 
     def _told(self) -> str:
         """Read what a rank that gave up says; empty as long as none did."""
@@ -181,6 +188,8 @@ class Comm:
         RingTimeout, RankLost
             If a rank does not come in time, or is gone.
         """
+        if load().Is_finalized():
+            raise CommError("MPI is finalized: no communicator can be used any more")
         if self.lost:
             raise CommError(f"this communicator can't be used after an earlier failure ({self.lost}); make a new one")
         mine = np.ascontiguousarray(record)
@@ -193,7 +202,7 @@ class Comm:
 
     def share_text(self, text: str, timeout: float) -> list[str]:
         """Gather a text from every rank on every rank. Collective over *comm*."""
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")
         length = int(self.share([len(data)], timeout).max())
         padded = np.frombuffer(data.ljust(length + 1), np.uint8)
         return [row.tobytes().decode(errors="ignore").rstrip() for row in self.share(padded, timeout)]
@@ -221,7 +230,7 @@ class Comm:
 
     def agree_on(self, options: Mapping[str, Any], timeout: float) -> None:
         """Raise `OptionError` on every rank unless all bring the same options. Collective over *comm*."""
-        mine = json.dumps({name: str(value)[:LONGEST_TEXT] for name, value in options.items()})
+        mine = json.dumps({name: _short(str(value)) for name, value in options.items()})
         everyone = [json.loads(text) for text in self.share_text(mine, timeout)]
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
@@ -242,6 +251,19 @@ class Comm:
         self.agree(failure, timeout)
 
 
+def _short(text: str) -> str:
+    """Shorten a text so that texts that differ still do."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:200]}... (sha256 {hashlib.sha256(text.encode(errors='backslashreplace')).hexdigest()})"
+
+
+@functools.cache
+def _stranded() -> list[Any]:
+    """Keep requests that nobody will wait for, with their buffers, to the end of the process."""
+    return []
+
+
 def _free_attribute(comm: Any, keyval: int, private: Comm) -> None:
     private.free()
 
@@ -251,7 +273,7 @@ def _keyval() -> int:
     return int(load().Comm.Create_keyval(delete_fn=_free_attribute))
 
 
-def private(comm: Any) -> Comm:
+def private(comm: Any, timeout: float = TIMEOUT) -> Comm:
     """Give the library's communicator on `comm`, made at the first call and cached on it.
 
     Collective over *comm* at the first call, local after that.
@@ -259,16 +281,47 @@ def private(comm: Any) -> Comm:
     Raises
     ------
     CommError
-        If `comm` is no intracommunicator.
+        If `comm` is no intracommunicator, or MPI is finalized.
+    RingTimeout
+        If not all ranks make the first call within `timeout` seconds.
     """
     mpi = load()
+    if mpi.Is_finalized():
+        raise CommError("MPI is finalized: no communicator can be used any more")
     if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
         raise CommError(f"comm: expected an intracommunicator of mpi4py, got {comm!r}; pass comm=MPI.COMM_WORLD, say")
     cached = comm.Get_attr(_keyval())
     if cached is None:
+        _gather_all(comm, timeout)      # making a communicator blocks without a deadline: only when all are there
         cached = Comm(comm)
         comm.Set_attr(_keyval(), cached)
     return cached  # type: ignore[no-any-return]
+
+
+def _gather_all(comm: Any, timeout: float) -> None:
+    request, start = comm.Ibarrier(), time.perf_counter()
+    while not request.Test():
+        if time.perf_counter() - start > timeout:
+            _stranded().append(request)
+            raise RingTimeout(f"rank {comm.Get_rank()} on {socket.gethostname()} waited for the other "
+                              f"{comm.Get_size() - 1} ranks to make their first call for {timeout:g} s")
+        time.sleep(LONGEST_PAUSE / 5)
+
+
+def world_rank() -> int | None:
+    """Give this process's rank in COMM_WORLD, None while MPI is not up; for the command line only. Local."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
+
+
+def describe() -> str:
+    """Describe the MPI library, its ranks and its thread level, for the command line only. Local."""
+    mpi = load()
+    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
+              mpi.THREAD_MULTIPLE: "multiple"}
+    return (f"{mpi.Get_library_version().splitlines()[0].strip()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level "
+            f"{levels[mpi.Query_thread()]}")
 
 
 def world(expect_ranks: int | None = None) -> Any:
@@ -295,6 +348,7 @@ def world(expect_ranks: int | None = None) -> Any:
 
 
 def end_job(code: int, grace: float) -> None:
-    """End every rank, for the command line only; other ranks get `grace` seconds to speak."""
-    time.sleep(grace)
-    load().COMM_WORLD.Abort(code)
+    """End every rank of COMM_WORLD, if MPI is up and there are others; they get `grace` seconds to speak."""
+    if world_rank() is not None and load().COMM_WORLD.Get_size() > 1:
+        time.sleep(grace)
+        load().COMM_WORLD.Abort(code)

@@ -1,9 +1,9 @@
 """Sharded output: one file a rank, one file that shows them as a whole, and the manifest that makes it true.
 
-``OUT.h5`` holds virtual datasets `out` and `lse` over ``OUT.h5.shards/*.h5`` and a manifest with the size and
-SHA-256 digest of each shard file. It is written last: an interrupted run leaves no OUT.h5. As HDF5 reads a
-missing source as fill values without an error, the fill value is NaN, and this package's own readers trust
-the manifest, never the bare view.
+``OUT.h5`` holds virtual datasets `out` and `lse` over ``OUT.h5.shards/RUN/*.h5`` and a manifest with the size
+and SHA-256 digest of each shard file. It is written last: an interrupted run leaves no OUT.h5. As HDF5 reads a
+missing source as fill values without an error, the fill value is NaN, and this package's own readers go by the
+manifest, never by the bare view.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ from .hdf5 import (
     open_file,
     read_rows,
     row_pieces,
-    stored_dtype,
     write_file,
     write_rows,
 )
+from .softmax import DTYPES
 
 Array = NDArray[Any]
 
@@ -48,6 +49,48 @@ class Shard:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Manifest:
+    """What an OUT.h5 says of itself.
+
+    Attributes
+    ----------
+    path : path
+        Of OUT.h5, with no symbolic link in it.
+    shards : tuple of Shard
+        In the order of their rows, without gaps.
+    shapes, dtypes : dict
+        Of `out` and `lse` as a whole.
+    record : dict
+        How it was made.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    record: dict[str, Any]
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Read rows start..stop of `out` or `lse` from the shards. Local.
+
+        Raises
+        ------
+        ShardError
+            If a shard is missing, damaged or not of the shape that the manifest says.
+        """
+        pieces = [np.empty((0, *self.shapes[name][1:]), DTYPES[self.dtypes[name]])]
+        for shard in self.shards:
+            first, last = max(start, shard.start), min(stop, shard.stop)
+            if first < last:
+                with open_file(self.path.parent / shard.file) as file:
+                    piece = read_rows(open_dataset(file, name), first - shard.start, last - shard.start)
+                if piece.shape[1:] != self.shapes[name][1:] or piece.dtype != pieces[0].dtype:
+                    raise ShardError(f"{self.path}: shard {shard.file} is not of the shape that the manifest says")
+                pieces.append(piece)
+        return np.concatenate(pieces)
+
+
 class Output:
     """An ``OUT.h5`` in the making. Local; the job agrees between the steps.
 
@@ -56,20 +99,20 @@ class Output:
     path : path
         Of OUT.h5.
     run : str
-        A name for this run, the same on every rank and different from other runs': shards of a result that
-        is being replaced stay whole until the new one is.
+        A name for this run, the same on every rank and different from other runs': its shards lie in a folder of
+        that name, so that no run touches those of another.
     force : bool
         Replace an OUT.h5 that exists.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str, force: bool) -> None:
         self.path = Path(path)
-        self.folder = self.path.with_name(self.path.name + ".shards")
-        self.run = run
+        self.folder = self.path.with_name(self.path.name + ".shards") / run
         self.force = force
+        self._replaced: Manifest | None = None
 
     def prepare(self) -> None:
-        """Check that output can be written, make the folder, clear out what interrupted runs left. One rank.
+        """Check that output can be written, and make the folder of this run. One rank.
 
         Raises
         ------
@@ -77,12 +120,10 @@ class Output:
             If OUT.h5 exists and not `force`, or the folder can't be written.
         """
         check_writable(self.path, self.force)
+        with suppress(ShardError):
+            self._replaced = read_manifest(self.path)
         try:
-            self.folder.mkdir(exist_ok=True)
-            listed = {self.folder.parent / shard.file for shard in self._replaced()}
-            for file in self.folder.glob("*.h5*"):
-                if file not in listed:
-                    file.unlink()
+            self.folder.mkdir(parents=True)
         except OSError as error:
             raise OutputError(f"{self.folder}: can't be written: {error}") from error
 
@@ -99,12 +140,13 @@ class Output:
         OutputError
             If it can't be written; nothing is left of it.
         """
-        path = self.folder / f"{self.run}-{rank:05d}.h5"
+        path = self._shard(rank)
         with write_file(path) as file:
             for name, rows in (("out", out), ("lse", lse)):
                 write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)
             file.attrs.update(rank=rank, start=start, stop=start + len(out))
-        return Shard(f"{self.folder.name}/{path.name}", start, start + len(out), path.stat().st_size, digest(path))
+        name = path.relative_to(self.path.parent).as_posix()
+        return Shard(name, start, start + len(out), path.stat().st_size, digest(path))
 
     def publish(self, shards: Iterable[Shard], shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
                 record: Mapping[str, Any]) -> None:
@@ -121,34 +163,42 @@ class Output:
         Raises
         ------
         OutputError
-            If it can't be written.
+            If it can't be written, or a shard is gone.
         """
         shards = list(shards)
-        replaced = self._replaced()
-        manifest = json.dumps({"shards": [asdict(shard) for shard in shards], "record": record})
+        for shard in shards:
+            file = self.path.parent / shard.file
+            if not file.is_file() or file.stat().st_size != shard.size:
+                raise OutputError(f"{self.path}: not written: shard {shard.file} is gone; did something remove it?")
+        manifest = json.dumps({
+            "shards": [asdict(shard) for shard in shards], "shapes": {n: s for n, (s, _) in shapes.items()},
+            "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "record": record}).encode()
         with write_file(self.path, self.force) as file:
             for name, (shape, dtype) in shapes.items():
                 _create_view(file, name, shape, dtype, shards)
-            file["manifest"] = manifest
-            file.attrs["manifest_sha256"] = hashlib.sha256(manifest.encode()).hexdigest()
-            for name, value in record.items():
-                file.attrs[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
-        for shard in replaced:
-            (self.path.parent / shard.file).unlink(missing_ok=True)
+            file["manifest"] = np.bytes_(manifest)
+            file.attrs["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()
+            _set_attributes(file, record)
 
-    def discard(self) -> None:
-        """Take away what this run wrote; the folder too if nothing else is in it. Each rank, after a failure."""
-        for file in self.folder.glob(f"*{self.run}-*"):
-            file.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+    def clear_replaced(self) -> None:
+        """Remove the shards of the OUT.h5 that was replaced. The rank that prepared, when all know of the new one."""
+        for shard in self._replaced.shards if self._replaced else ():
+            file = self.path.parent / shard.file
+            if file.parent.parent == self.folder.parent:      # and not of an output that was renamed
+                with suppress(OSError):
+                    file.unlink()
+                    file.parent.rmdir()
 
-    def _replaced(self) -> list[Shard]:
-        """Shards of the OUT.h5 that is being replaced, as far as it can be read."""
-        try:
-            return read_manifest(self.path)[0]
-        except ShardError:
-            return []
+    def discard(self, rank: int) -> None:
+        """Take away what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
+        with suppress(OSError):
+            self._shard(rank).unlink(missing_ok=True)
+        for folder in (self.folder, self.folder.parent):
+            with suppress(OSError):           # not empty, or another rank was quicker
+                folder.rmdir()
+
+    def _shard(self, rank: int) -> Path:
+        return self.folder / f"{rank:05d}.h5"
 
 
 def digest(path: Path) -> str:
@@ -160,46 +210,68 @@ def digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_manifest(path: str | os.PathLike[str]) -> tuple[list[Shard], dict[str, Any]]:
-    """Read the manifest of an OUT.h5: its shards, and the record of how it was made. Local.
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of an OUT.h5. Local.
 
     Raises
     ------
     ShardError
-        If the file is missing, damaged, not finished or not one of ours.
+        If the file is missing, damaged, not finished or not one of ours, or names shards outside its folder.
     """
-    with open_file(path) as file:
-        try:
-            text = file["manifest"][()].decode()
-            expected = file.attrs["manifest_sha256"]
-        except (KeyError, AttributeError, TypeError):
-            raise ShardError(f"{path}: has no manifest: expected the output of `ringmpi attend`") from None
-        if not file.attrs.get("complete", False) or hashlib.sha256(text.encode()).hexdigest() != expected:
-            raise ShardError(f"{path}: its manifest is damaged")
-    content = json.loads(text)
-    return [Shard(**shard) for shard in content["shards"]], content["record"]
+    real = Path(path).resolve()
+    with open_file(real) as file:
+        if "manifest" not in file or "manifest_sha256" not in file.attrs:
+            raise ShardError(f"{path}: has no manifest: expected the output of `ringmpi attend`")
+        text = bytes(file["manifest"][()])
+        expected, complete = file.attrs["manifest_sha256"], file.attrs.get("complete", False)
+    if not complete or hashlib.sha256(text).hexdigest() != expected:
+        raise ShardError(f"{path}: its manifest is damaged")
+    try:
+        content = json.loads(text)
+        manifest = Manifest(real, tuple(Shard(**shard) for shard in content["shards"]),
+                            {name: tuple(shape) for name, shape in content["shapes"].items()},
+                            dict(content["dtypes"]), dict(content["record"]))
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ShardError(f"{path}: its manifest makes no sense: {error}") from None
+    return manifest
 
 
-def verify(path: str | os.PathLike[str]) -> tuple[list[Shard], dict[str, Any]]:
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError unless shards lie where ours lie and tile the rows."""
+    at = 0
+    for shard in manifest.shards:
+        parts = shard.file.split("/")
+        if len(parts) != 3 or not parts[0].endswith(".shards") or not set(parts).isdisjoint({"", ".", ".."}):
+            raise ValueError(f"shard {shard.file!r} is outside the folder of shards")
+        if shard.start != at or not isinstance(shard.stop, int) or shard.stop < at or not isinstance(shard.size, int):
+            raise ValueError(f"shard {shard.file!r} does not begin at row {at}")
+        at = shard.stop
+    for name in ("out", "lse"):
+        if manifest.dtypes[name] not in DTYPES or manifest.shapes[name][0] != at:
+            raise ValueError(f"{name} has no {at} rows of a known dtype")
+
+
+def verify(path: str | os.PathLike[str]) -> Manifest:
     """Read the manifest of an OUT.h5 and check every byte of every shard against it. Local.
 
     Raises
     ------
     ShardError
-        If a shard is missing, has another size or another digest, or lies outside the folder of OUT.h5.
+        If a shard is missing, has another size or another digest, or is a link to elsewhere.
     """
-    shards, record = read_manifest(path)
-    folder = Path(path).resolve().parent
-    for shard in shards:
+    manifest = read_manifest(path)
+    folder = manifest.path.parent
+    for shard in manifest.shards:
         file = folder / shard.file
-        if not file.resolve().is_relative_to(folder):
-            raise ShardError(f"{path}: refused: shard {shard.file} is outside its folder")
+        rows = f"(rows {shard.start}..{shard.stop})"
         if not file.is_file():
-            raise ShardError(f"{path}: shard {shard.file} (rows {shard.start}..{shard.stop}) is missing")
+            raise ShardError(f"{path}: shard {shard.file} {rows} is missing")
+        if file.resolve() != file:
+            raise ShardError(f"{path}: refused: shard {shard.file} {rows} is a link to {file.resolve()}")
         if file.stat().st_size != shard.size or digest(file) != shard.sha256:
-            raise ShardError(f"{path}: shard {shard.file} (rows {shard.start}..{shard.stop}) is damaged: it is not "
-                             "what was written")
-    return shards, record
+            raise ShardError(f"{path}: shard {shard.file} {rows} is damaged: it is not what was written")
+    return manifest
 
 
 def merge(path: str | os.PathLike[str], single: str | os.PathLike[str], force: bool = False) -> None:
@@ -212,24 +284,17 @@ def merge(path: str | os.PathLike[str], single: str | os.PathLike[str], force: b
     OutputError
         If `single` exists and not `force`, or can't be written.
     """
-    shards, _ = verify(path)
-    if Path(single).resolve() == Path(path).resolve():
-        raise OutputError(f"{single}: expected another file than the one to merge")
-    with open_file(path) as view, write_file(Path(single), force) as file:
+    manifest = verify(path)
+    folder = manifest.path.parent
+    if Path(single).resolve() in {manifest.path, *(folder / shard.file for shard in manifest.shards)}:
+        raise OutputError(f"{single}: expected another file than those to merge")
+    with write_file(Path(single), force) as file:
         for name in ("out", "lse"):
-            target = create_dataset(file, name, view[name].shape, stored_dtype(view[name]))
-            for shard in shards:
-                _copy_rows(Path(path).parent / shard.file, name, target, shard.start)
-        for name, value in view.attrs.items():
-            if name not in ("complete", "manifest_sha256"):
-                file.attrs[name] = value
-
-
-def _copy_rows(path: Path, name: str, target: h5py.Dataset, start: int) -> None:
-    with open_file(path) as file:
-        source = open_dataset(file, name)
-        for at, stop in row_pieces(source.shape, stored_dtype(source)):
-            write_rows(target, start + at, read_rows(source, at, stop))
+            shape, dtype = manifest.shapes[name], DTYPES[manifest.dtypes[name]]
+            target = create_dataset(file, name, shape, dtype)
+            for start, stop in row_pieces(shape, dtype):
+                write_rows(target, start, manifest.rows(name, start, stop))
+        _set_attributes(file, manifest.record)
 
 
 def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
@@ -246,3 +311,8 @@ def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.d
         properties.set_fill_value(np.array(np.nan, np.float32))
     space.select_all()
     h5py.h5d.create(file.id, name.encode(), file_type(dtype), space, properties)
+
+
+def _set_attributes(file: h5py.File, record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        file.attrs[name] = value if isinstance(value, (str, int, float)) else json.dumps(value)

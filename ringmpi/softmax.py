@@ -26,7 +26,7 @@ TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-8 + 2e-6, "flo
 
 def check_dtype(dtype: DTypeLike, what: str) -> np.dtype[Any]:
     """Return `dtype` as a NumPy dtype, or raise `DtypeError` if attention is not defined for it. Local."""
-    given = np.dtype(dtype)
+    given = DTYPES[dtype] if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype)
     if given not in DTYPES.values():
         raise DtypeError(f"{what}: expected dtype {', '.join(DTYPES)}, got {given}; convert it first")
     return given

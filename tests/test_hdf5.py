@@ -208,8 +208,26 @@ def test_virtual_sources(path, tmp_path):
     with pytest.raises(ShardError, match="does not hold"):
         load(path)
     virtual(path, [("a.h5", "x", 4)])
-    with pytest.raises(ShardError, match="hold 4 of 8 items"):
+    with pytest.raises(ShardError, match="leave rows out or give them twice"):
         load(path)
+    layout = h5py.VirtualLayout((8,), "f4")
+    for name in ("a.h5", "sub/b.h5"):                      # both on the same rows: the sum of items is right
+        layout[0:4] = h5py.VirtualSource(name, "x", (4,), "f4")
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("x", layout)
+    with pytest.raises(ShardError, match="leave rows out or give them twice"):
+        load(path)
+
+
+def test_a_linked_file_finds_its_sources_where_it_is(tmp_path):
+    for folder in ("c", "d"):
+        (tmp_path / folder).mkdir()
+    save(tmp_path / "c" / "a.h5", np.arange(4, dtype="f4"))
+    save(tmp_path / "outside.h5", np.full(4, 666, "f4"))
+    virtual(tmp_path / "c" / "v.h5", [("a.h5", "x", 4), ("a.h5", "x", 4)])
+    (tmp_path / "d" / "v.h5").symlink_to(tmp_path / "c" / "v.h5")
+    (tmp_path / "d" / "a.h5").symlink_to(tmp_path / "outside.h5")
+    assert load(tmp_path / "d" / "v.h5").tolist() == [0, 1, 2, 3] * 2
 
 
 def test_virtual_source_patterns_are_refused(path):
@@ -270,7 +288,7 @@ def test_disk_full(monkeypatch, path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", full)
+    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", full)      # of the file, before it has its name
     with pytest.raises(OutputError, match="No space left"):
         save(path, np.ones(3))
     assert not list(path.parent.iterdir())

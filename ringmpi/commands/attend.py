@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
     from ..job import Options, attend
+    from ..mpi import world_rank
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
         return _predict(arguments, options)
@@ -53,18 +54,18 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
         expect_ranks=arguments.expect_ranks, force=arguments.force,
         quiet=arguments.quiet, json_path=arguments.json, command=command_line())
-    if launched_rank() == 0 and not arguments.quiet:
+    if world_rank() == 0 and not arguments.quiet:
         print(report)
     return 0
 
 
 def _predict(arguments: argparse.Namespace, options: Options) -> int:
-    from ..hdf5 import check_writable
-    from ..job import inspect, predict
+    from ..job import check_paths, inspect
+    from ..memory import predict
     if launched_rank():
         return 0
     sizes = inspect(arguments.input, options)
-    check_writable(arguments.output, arguments.force)
+    check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     parts = predict(sizes, ranks, options)
     print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "

@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .options import positive, seconds
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+from .options import DTYPES, positive, seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,9 +68,9 @@ def _kernel(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
     from ..backends import NAMES, open_backend, reason_missing
     from ..environment import cores, refuse_many
-    from ..softmax import DTYPES, State, accumulator
+    from ..softmax import State, accumulator, check_dtype
     refuse_many("bench kernel")
-    n, heads, dim, dtype = arguments.tokens, arguments.heads, arguments.dim, DTYPES[arguments.dtype]
+    n, heads, dim, dtype = arguments.tokens, arguments.heads, arguments.dim, check_dtype(arguments.dtype, "--dtype")
     threads = arguments.threads or len(cores())
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((n, heads, dim)).astype(dtype) for _ in range(3))
@@ -113,9 +111,9 @@ def _ring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from .. import layout, mpi
     from ..attention import RingAttention
     from ..mask import Mask
-    from ..softmax import DTYPES
+    from ..softmax import check_dtype
     world = mpi.world()
-    comm = mpi.private(world)
+    comm, dtype = mpi.private(world), check_dtype(arguments.dtype, "--dtype")
     objects = {name: RingAttention(world, mask=Mask(causal=arguments.causal), layout=name, timeout=arguments.timeout,
                                    backend=arguments.backend, threads=arguments.threads) for name in layout.NAMES}
     traces: dict[str, list[Any]] = {name: [] for name in objects}
@@ -123,8 +121,7 @@ def _ring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def attend(name: str) -> None:
         n = layout.make(name, arguments.tokens, comm.size).counts[comm.rank]
         rng = np.random.default_rng(comm.rank)
-        q, k, v = (rng.standard_normal((n, arguments.heads, arguments.dim)).astype(DTYPES[arguments.dtype])
-                   for _ in range(3))
+        q, k, v = (rng.standard_normal((n, arguments.heads, arguments.dim)).astype(dtype) for _ in range(3))
         comm.share([0], arguments.timeout)
         start = time.perf_counter()
         objects[name](q, k, v)

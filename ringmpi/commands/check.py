@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from dataclasses import asdict
 from pathlib import Path
 
 from .options import add_attention, check_mask, natural, positive
@@ -28,12 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi check`; return the exit code."""
     from ..audit import audit
     from ..environment import refuse_many
+    from ..job import Options
     from ..shards import verify
     refuse_many("check")
-    _, record = verify(arguments.output)
-    options = {**record["options"], **{name: value for name, value in vars(arguments).items() if name in
-                                       record["options"]}}
+    manifest = verify(arguments.output)
+    recorded = asdict(Options.from_record(manifest.record.get("options", {})))
+    options = recorded | {name: value for name, value in vars(arguments).items() if name in recorded}
     arguments.check(argparse.Namespace(**options))
-    result = audit(arguments.input, arguments.output, options, arguments.rows, arguments.seed)
+    result = audit(arguments.input, manifest, Options.from_record(options), arguments.rows, arguments.seed)
     print(result)
     return 0 if result.passed else 1

@@ -84,10 +84,10 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
 
 
 def _results(target: Path) -> tuple[Any, Any]:
-    from ..hdf5 import open_dataset, open_file, read_rows
-    with open_file(target) as file:
-        out, lse = (open_dataset(file, name) for name in ("out", "lse"))
-        return read_rows(out, 0, len(out)), read_rows(lse, 0, len(lse))
+    from ..shards import read_manifest
+    manifest = read_manifest(target)
+    out, lse = (manifest.rows(name, 0, manifest.shapes[name][0]) for name in ("out", "lse"))
+    return out, lse
 
 
 def _score(text: Text, target: Path, queries: int) -> tuple[float, float]:

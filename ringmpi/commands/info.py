@@ -35,15 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _mpi() -> str:
     from ..errors import LaunchError
-    from ..mpi import load
+    from ..mpi import describe
     try:
-        mpi = load()
+        return describe()
     except LaunchError as error:
         return str(error)
-    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
-              mpi.THREAD_MULTIPLE: "multiple"}
-    return (f"{mpi.Get_library_version().splitlines()[0].strip()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level "
-            f"{levels[mpi.Query_thread()]}")
 
 
 def _backends() -> dict[str, str]:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import natural, positive
-
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+from .options import DTYPES, natural, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +49,13 @@ def _random(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from ..hdf5 import create_dataset, row_pieces, write_file, write_rows
-    from ..softmax import DTYPES
+    from ..softmax import check_dtype
     tokens, kv_heads = arguments.tokens, arguments.kv_heads or arguments.heads
     if arguments.heads % kv_heads:
         arguments.error(f"--heads must be a multiple of --kv-heads, got {arguments.heads} and {kv_heads}")
     if arguments.documents and arguments.documents > tokens:
         arguments.error(f"--documents must be at most --tokens, got {arguments.documents} and {tokens}")
-    dtype, dim = DTYPES[arguments.dtype], arguments.dim
+    dtype, dim = check_dtype(arguments.dtype, "--dtype"), arguments.dim
     shapes = {"q": (arguments.queries, arguments.heads, dim), "k": (tokens, kv_heads, dim),
               "v": (tokens, kv_heads, arguments.dim_v or dim)}
     with write_file(arguments.output, arguments.force) as file:
@@ -75,10 +73,11 @@ def _random(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> int:
-    from ..softmax import DTYPES
+    from ..softmax import check_dtype
     from ..text import read_text, standard_library, write_text
     if arguments.queries > arguments.tokens:
         arguments.error(f"--queries must be at most --tokens, got {arguments.queries} and {arguments.tokens}")
     text = read_text(arguments.paths or [standard_library()], arguments.start, arguments.tokens)
-    write_text(arguments.output, text, arguments.queries, DTYPES[arguments.dtype], arguments.force)
+    write_text(arguments.output, text, arguments.queries, check_dtype(arguments.dtype, "--dtype"),
+               arguments.force)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-MASK = ("causal", "window", "documents", "prefix", "first", "q_offset")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def window(text: str) -> tuple[int | None, int | None]:

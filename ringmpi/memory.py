@@ -1,0 +1,57 @@
+"""How much memory a rank will need, from the sizes alone: what a dry run says."""
+
+from __future__ import annotations
+
+from .backends import open_backend
+from .environment import resident_bytes
+from .job import Options, Sizes
+from .softmax import DTYPES, accumulator
+
+# MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
+LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
+
+
+def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
+    """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
+
+    Parameters
+    ----------
+    sizes : Sizes
+    ranks : int
+    options : Options
+        Any layout but contiguous copies a shard three times while it is redistributed.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of each array while the ring runs, and `total`: the largest sum of any phase, this process and
+        its libraries included.
+    """
+    n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
+    item = DTYPES[sizes.dtype].itemsize
+    wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
+    parts = {
+        "q": n_q * sizes.heads * sizes.dim * item,
+        "k": n_k * sizes.kv_heads * sizes.dim * item,
+        "v": n_k * sizes.kv_heads * sizes.dim_v * item,
+        "out": n_q * sizes.heads * sizes.dim_v * item,
+        "lse": n_q * sizes.heads * wide,
+        "acc": n_q * sizes.heads * sizes.dim_v * wide,
+        "max and sum": 2 * n_q * sizes.heads * wide,
+        "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
+        "columns": 8 * 8 * n_q,
+        "tile": 2**22,
+    }
+    copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
+    q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
+    phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
+              (1 + copies) * out + parts["lse"])
+    base = _resident_with(options.backend)
+    return {**parts, "process and libraries": base, "total": max(phases) + base}
+
+
+def _resident_with(backend: str) -> int:
+    """Memory of this process with the backend's modules loaded, and of what a dry run does not load."""
+    opened = open_backend(backend, 1)
+    opened.close()
+    return resident_bytes() + LIBRARY_BYTES[opened.name]
