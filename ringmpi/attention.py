@@ -243,7 +243,7 @@ class RingAttention:
         kv_layout = resolve(self.kv_layout, records[:, -1].tolist(), "k and v")
         self.mask.check(kv_layout.length)
         kind = accumulator(list(DTYPES.values())[records[0, 7]], self.accumulator)
-        if self.scale is not None and not np.isfinite(kind.type(self.scale)):
+        if self.scale is not None and abs(self.scale) > float(np.finfo(kind).max):
             raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind}")
         return q_layout, kv_layout
 

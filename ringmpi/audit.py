@@ -51,8 +51,8 @@ class Audit:
 
     def __str__(self) -> str:
         return (f"{'passed' if self.passed else 'FAILED'}: {self.rows} rows recomputed in float64: largest error in "
-                f"out {self.out_relative:.1e} of the weighted sum of |v|, {self.out_error:.2f} of what rounding explains; "
-                f"in lse {self.lse_error:.2f} of it")
+                f"out {self.out_relative:.1e} of the weighted sum of |v|, which is {self.out_error:.2f} of what "
+                f"rounding explains; in lse {self.lse_error:.2f} of it")
 
 
 def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int) -> Audit:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import oracle
 import pytest
 
 from ringmpi.cli import COMMANDS, main
 from ringmpi.job import Options, attend
+from ringmpi.shards import Output, read_manifest
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
 
@@ -110,6 +112,100 @@ def test_make_attend_check_merge(capsys, dtype):
     assert record["per_rank"][0]["steps"][0]["pairs"] == record["pairs"]
 
 
+MASKS = {
+    "causal": (["--causal"], {"causal": True}),
+    "window": (["--window", "9"], {"window": (9, 9)}),
+    "sides": (["--window", "4,"], {"window": (4, None)}),
+    "first": (["--window", "5,0", "--first", "3"], {"window": (5, 0), "first": 3}),
+    "prefix": (["--causal", "--prefix", "30"], {"causal": True, "prefix": 30}),
+    "offset": (["--causal", "--q-offset", "-7"], {"causal": True, "q_offset": -7}),
+    "documents": (["--documents"], {"documents": True}),
+    "everything": (["--causal", "--window", "20,5", "--first", "2", "--prefix", "11", "--documents",
+                    "--q-offset", "13"],
+                   {"causal": True, "window": (20, 5), "first": 2, "prefix": 11, "documents": True, "q_offset": 13}),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_option_does_what_it_says(name):
+    options, mask = MASKS[name]
+    assert code("make", "random", "in.h5", "--tokens", 90, "--queries", 60, "--heads", 2, "--dim", 8, "--documents", 4,
+                "--dtype", "float64") == 0
+    assert code("attend", "in.h5", "out.h5", *options, "--scale", "0.7", "--quiet") == 0
+    with h5py.File("in.h5") as file, h5py.File("out.h5") as result:
+        q, k, v = (file[x][...] for x in "qkv")
+        documents = file["documents"][...] if mask.pop("documents", False) else None
+        mask["documents"] = documents
+        want, want_lse = oracle.attend(q, k, v, oracle.visible(60, 90, **mask), 0.7)
+        assert oracle.error(result["out"][...], want) < 1e-13
+        assert oracle.error(result["lse"][...], want_lse) < 1e-13
+
+
+def test_run_options_do_what_they_say(capsys):
+    assert code("make", "random", "in.h5", "--tokens", 50, "--heads", 2) == 0
+    capsys.readouterr()
+    for backend in ("numpy", "numba"):
+        assert code("attend", "in.h5", f"{backend}.h5", "--backend", backend, "--threads", 3, "--json", "r.json",
+                    "--accumulator", "float64", "--quiet") == 0
+        record = json.loads(Path("r.json").read_text())
+        assert record["backend"] == backend
+        assert record["per_rank"][0]["threads"] == 3
+        with h5py.File(f"{backend}.h5") as file:
+            assert file["lse"].dtype == np.float64
+            assert file["out"].dtype == np.float32
+        assert code("check", "in.h5", f"{backend}.h5") == 0
+        assert "passed" in capsys.readouterr().out
+    assert code("attend", "in.h5", "out.h5", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    assert record["flop"] == 50 * 50 * 2 * 2 * (64 + 64)
+
+
+def test_one_file_can_not_be_two_things(tmp_path):
+    assert code("make", "random", "in.h5", "--tokens", 5) == 0
+    before = Path("in.h5").read_bytes()
+    for arguments in (["in.h5", "in.h5", "--force"], ["in.h5", "out.h5", "--json", "./in.h5"],
+                      ["in.h5", "out.h5", "--json", "out.h5"], ["in.h5", "out.h5", "--json", "gone/x.json"]):
+        assert code("attend", *arguments) == (6 if "gone/x.json" in arguments else 2)
+        assert code("attend", *arguments, "--dry-run") == (6 if "gone/x.json" in arguments else 2)
+    assert Path("in.h5").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
+
+
+@pytest.mark.parametrize("wrong", ["sign of a quiet head", "lse", "one element"])
+def test_check_sees_errors_beside_large_numbers(wrong):
+    """An error in a head of small values must not hide behind a head of large ones."""
+    assert code("make", "random", "in.h5", "--tokens", 60, "--heads", 2, "--dim", 8) == 0
+    with h5py.File("in.h5", "a") as file:
+        file["v"][:, 0] *= 1e7
+    assert code("attend", "in.h5", "out.h5", "--quiet") == 0
+    assert code("check", "in.h5", "out.h5", "--rows", 60) == 0
+    manifest = read_manifest("out.h5")
+    out, lse = (manifest.rows(name, 0, 60) for name in ("out", "lse"))
+    if wrong == "lse":
+        lse[17, 1] += 1e-4
+    elif wrong == "one element":
+        out[17, 1, 3] += 1e-4
+    else:
+        out[:, 1] *= -1
+    output = Output("wrong.h5", "run", False)
+    output.prepare()
+    output.publish([output.write(0, 0, out, lse)], {"out": (out.shape, out.dtype), "lse": (lse.shape, lse.dtype)},
+                   manifest.record)
+    assert code("check", "in.h5", "wrong.h5", "--rows", 60) == 1
+
+
+def test_check_allows_what_rounding_explains_for_large_scores():
+    assert code("make", "random", "in.h5", "--tokens", 300, "--heads", 2, "--dim", 64) == 0
+    assert code("attend", "in.h5", "out.h5", "--scale", "20", "--quiet") == 0
+    assert code("check", "in.h5", "out.h5", "--rows", 300) == 0
+
+
+def test_scale_beyond_the_accumulator(capsys):
+    assert code("make", "random", "in.h5", "--tokens", 5) == 0
+    assert code("attend", "in.h5", "out.h5", "--scale", "1e39") == 2
+    assert "not finite in the accumulator's dtype, float32" in capsys.readouterr().err
+
+
 def test_make_random_is_reproducible_and_seeded():
     for name, seed in (("a.h5", 1), ("b.h5", 1), ("c.h5", 2)):
         assert code("make", "random", name, "--tokens", 20, "--seed", seed) == 0
@@ -158,8 +254,9 @@ def test_ranks_that_do_not_know_each_other(monkeypatch, capsys, variable, value)
     assert code("attend", "in.h5", "out.h5") == 4
     assert f"expected {value} ranks ({variable}), got 1" in capsys.readouterr().err
     assert code("attend", "in.h5", "out.h5", "--expect-ranks", "1") == 0
-    assert code("make", "random", "b.h5", "--tokens", 4) == 4
-    assert f"make runs in one process, got {value}" in capsys.readouterr().err
+    # a batch script that runs `check` after srun has SLURM_NTASKS too
+    assert code("make", "random", "b.h5", "--tokens", 4) == (0 if variable == "SLURM_NTASKS" else 4)
+    assert (f"make runs in one process, got {value}" in capsys.readouterr().err) == (variable != "SLURM_NTASKS")
 
 
 def test_expect_ranks(capsys):

@@ -1,5 +1,7 @@
 """Masks: intervals against a dense boolean mask written from the definition."""
 
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -68,6 +70,17 @@ def test_documents_must_end_at_the_last_key():
 def test_numbers_that_make_no_sense(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         Mask(**options)
+
+
+def test_numbers_that_mean_no_limit_do_not_wrap():
+    far = sys.maxsize
+    masks = (Mask(window=(None, far)), Mask(window=far), Mask(window=(far, far), first=far),
+             Mask(causal=True, prefix=far))
+    for mask in masks:
+        assert sum((high - low).sum() for low, high in mask.bounds(np.arange(5), 5, 9)) == 45
+    for offset in (far, -far, 2**63):
+        with pytest.raises(OptionError, match="q_offset"):
+            Mask(q_offset=offset)
 
 
 def test_equality():

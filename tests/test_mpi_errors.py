@@ -57,6 +57,8 @@ EVERYWHERE = {
     "backend": (OptionError, "backend: expected one of auto, numba, numpy", good(), {"backend": "abacus"}),
     "mask": (OptionError, r"mask: expected a ringmpi.Mask", good(), {"mask": "causal"}),
     "documents": (MaskError, "the last offset must be the number of keys", good(), {"mask": Mask(documents=[0, 3])}),
+    "masked array": (DtypeError, "k: expected an array without a mask", good(k=np.ma.masked_less(f4(4, 2, 8), 0)), {}),
+    "overflowing scale": (OptionError, "scale: 1e.39 is not finite", good(), {"scale": 1e39}),
     "accumulator": (DtypeError, "accumulator: expected", good(), {"accumulator": "float16"}),
 }
 
@@ -164,6 +166,60 @@ def test_a_failing_backend_is_not_waited_for(comm, monkeypatch):
             assert re.match(in_ring, first) or re.match(before, first), outcomes
             assert "rank 0 gave up: no more" in first, outcomes
             assert second.startswith("CommError"), outcomes
+
+
+def test_one_rank_alone_goes_on_after_an_error():
+    from mpi4py import MPI
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with RingAttention(MPI.COMM_SELF) as attention:
+        with pytest.raises(KeyboardInterrupt):
+            attention(**good(), progress=interrupt)
+        assert attention(**good()).shape == (4, 4, 6)
+
+
+def test_a_rank_that_does_not_come(comm):
+    """Every wait has a deadline: also that for the first call on a communicator."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    used, fresh = comm.Dup(), comm.Dup()
+    attention = RingAttention(used, timeout=1)
+    seconds, said = 0.0, ["", ""]
+    if comm.rank:
+        start = time.perf_counter()
+        said[0] = attempt(attention)
+        try:
+            ring_attention(**good(), comm=fresh, timeout=1)
+        except RingTimeout as error:
+            said[1] = str(error)
+        seconds = time.perf_counter() - start
+    outcomes = comm.allgather((seconds, said))
+    fresh.Ibarrier()           # what rank 0 owes the others
+    for seconds, (first, second) in outcomes[1:]:
+        assert seconds < 5, outcomes
+        assert first.startswith(("RingTimeout", "RankLost")), outcomes
+        assert "ranks to make the same call" in first, outcomes
+        assert "ranks to make their first call" in second, outcomes
+    comm.Barrier()
+
+
+def test_a_communicator_that_was_freed(comm):
+    mine = comm.Dup()
+    attention = RingAttention(mine)
+    mine.Free()
+    with pytest.raises(CommError, match="freed"):
+        attention(**good())
+    attention.close()
+
+
+def test_long_options_that_differ_at_the_end(comm):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    from ringmpi.mpi import private
+    with pytest.raises(OptionError, match="text is x"):
+        private(comm).agree_on({"text": "x" * 5000 + str(comm.rank)}, 10)
 
 
 def attempt(attention):
