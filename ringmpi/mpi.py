@@ -248,6 +248,9 @@ class Comm:
             raise
         except Exception as error:        # noqa: BLE001 (whatever it is, the other ranks must hear of it)
             failure = error
+        except BaseException as error:    # an interrupt: the other ranks must not wait for this one
+            self.fail(error, [])
+            raise
         self.agree(failure, timeout)
 
 

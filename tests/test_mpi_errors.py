@@ -168,6 +168,27 @@ def test_a_failing_backend_is_not_waited_for(comm, monkeypatch):
             assert second.startswith("CommError"), outcomes
 
 
+def test_an_interrupt_between_messages_is_told(comm):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    from ringmpi.mpi import private
+    mine = comm.Dup()
+    ring = private(mine)
+    said, start = "", time.perf_counter()
+    try:
+        with ring.together(60):
+            if comm.rank == 0:
+                raise KeyboardInterrupt
+    except (KeyboardInterrupt, RankLost) as error:
+        said = f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    outcomes = comm.allgather((seconds, said))
+    assert outcomes[0][1] == "KeyboardInterrupt: "
+    for seconds, text in outcomes[1:]:
+        assert seconds < 10
+        assert text.endswith("rank 0 gave up: KeyboardInterrupt"), outcomes
+
+
 def test_one_rank_alone_goes_on_after_an_error():
     from mpi4py import MPI
 
