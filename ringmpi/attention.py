@@ -114,8 +114,10 @@ class RingAttention:
             self.scale = check_scale(scale)
             self.accumulator = accumulator
             check_name(backend)
-            self.backend = open_backend(backend, check_threads(threads) or self._comm.threads)
+            threads = check_threads(threads) or self._comm.threads
         self._comm.agree_on(self._options(backend), self.timeout)
+        with self._comm.together(self.timeout):
+            self.backend = open_backend(backend, threads or 1)
         self._ring = Ring(self._comm, self.timeout)
         self._plan: Plan | None = None
         self._closed = False
@@ -173,9 +175,9 @@ class RingAttention:
         q, k, v, batched, plan = self._agree(q, k, v)
         trace.agree_seconds = time.perf_counter() - start
         trace.flop_per_pair = 2 * q.shape[2] * (q.shape[3] + v.shape[3])
-        for state in plan.states:
-            state.reset()
         try:
+            for state in plan.states:
+                state.reset()
             for block in self._ring.circulate((k, v), plan.shapes, plan.hops, trace):
                 start = time.perf_counter()
                 block.step.pairs = self._fold(plan, q, block, progress)
@@ -223,6 +225,9 @@ class RingAttention:
             accumulator(q.dtype, self.accumulator)
         except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
             error = failure
+        except BaseException as failure:  # an interrupt
+            self._comm.fail(failure, [])
+            raise
         record[0] = error is not None
         records = self._comm.share(record, self.timeout)
         if records[:, 0].any():

@@ -90,7 +90,7 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
                         for name in ("out", "lse"))
     out, spread = exact[..., :sizes.dim_v], exact[..., sizes.dim_v:]
     eps = float(np.finfo(result.dtypes["lse"]).eps)
-    shift = 2 * eps * abs(scale) * np.linalg.norm(queries, axis=2) * longest      # of a score, (rows, heads)
+    shift = 2 * eps * abs(scale) * _norms(queries) * longest      # of a score, (rows, heads)
     tiny = np.finfo(np.float32).tiny
     own = TOLERANCE[result.dtypes["lse"]]
     return Audit(len(sample), _largest(given, out, (TOLERANCE[sizes.dtype] + shift)[..., None] * spread + tiny),
@@ -118,7 +118,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
         stop = min(start + PIECE_TOKENS, n_k)
         keys, values = (read_rows(x, start, stop).astype(np.float64) for x in (k, v))
         values = np.concatenate([values, np.abs(values)], axis=2)
-        longest = np.maximum(longest, np.linalg.norm(keys, axis=2).max(axis=0).repeat(group))
+        longest = np.maximum(longest, _norms(keys).max(axis=0).repeat(group))
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
             seen |= end > begin
@@ -127,6 +127,12 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
     out, lse = np.empty_like(state.acc), np.empty_like(state.max)
     finish(state, seen, out, lse)
     return out, lse, longest
+
+
+def _norms(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lengths; 0 for what is not finite: it gives NaN or weight 0 in both results, and excuses no error."""
+    lengths = np.linalg.norm(x, axis=2)
+    return np.where(np.isfinite(lengths), lengths, 0.0)
 
 
 def _largest(given: NDArray[np.float64], exact: NDArray[np.float64], unit: Any) -> float:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .arrays import as_array
-from .errors import ShapeError
+from .checks import check_timeout
+from .errors import OptionError, ShapeError
 from .layout import Integers, Layout, check_spec, make, resolve
 from .mpi import TIMEOUT, Comm, load, private
 
@@ -32,7 +33,8 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     Returns
     -------
     array of shape (tokens, ...), dtype of `x`
-        This rank's shard under `target`. A new array, unless both layouts are equal: then `x` itself.
+        This rank's shard under `target`. A new array, unless both layouts are equal: then `x`, copied only if it is
+        no C-contiguous NumPy array.
 
     Raises
     ------
@@ -42,9 +44,12 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     RingTimeout, RankLost
         If a rank does not take part in time, or is gone.
     """
+    timeout, wrong = check_timeout(timeout)
     ring = private(comm, timeout)
     shard: NDArray[Any] = np.empty(0)
     with ring.together(timeout):
+        if wrong:
+            raise OptionError(wrong)
         shard = as_array(x, "x")
         if shard.ndim == 0:
             raise ShapeError("x: expected an array of shape (tokens, ...), got a scalar")
@@ -79,7 +84,7 @@ def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout
     # Counts in rows, not bytes: they stay below 2^31 for shards far beyond 2 GiB.
     row = load().BYTE.Create_contiguous(int(np.prod(shard.shape[1:])) * shard.dtype.itemsize).Commit()
     try:
-        request = comm.cart.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
+        request = comm.ring.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
                                        [_bytes(received), [len(rows) for rows in incoming], row])
         comm.wait([request], timeout, lambda: f"rank {comm.rank} on {socket.gethostname()} waited in redistribute "
                                               f"for {received.nbytes} bytes")

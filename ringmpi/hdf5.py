@@ -7,6 +7,7 @@ plugins, and can read as zeros what was never written. Each of these is refused 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,9 +22,21 @@ from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from .softmax import BFLOAT16, DTYPES
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
+H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError)      # its ways to say: damaged
 PIECE_BYTES = 2**28            # of one read or write: far below the 2 GiB where MPI-IO and HDF5 had bugs
 CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
 BFLOAT16_FIELDS = (15, 7, 8, 0, 7)     # sign, exponent position and size, mantissa position and size
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Turn h5py's errors of a block that only reads into `ShardError`. Local."""
+    try:
+        yield
+    except RingError:
+        raise
+    except H5PY_ERRORS as error:
+        raise ShardError(f"{path}: can't be read, it is truncated, damaged or no HDF5 file: {error}") from error
 
 
 @contextmanager
@@ -33,18 +46,15 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     Raises
     ------
     ShardError
-        If it is missing, no HDF5 file, truncated or damaged; also for read errors inside the block.
+        If it is missing, no HDF5 file, truncated or damaged.
     """
     if not os.path.isfile(path):
         raise ShardError(f"{path}: no such file")
-    try:
+    with reading(path):
         # by its real name: HDF5 looks for virtual sources beside the name it was given
-        with h5py.File(os.path.realpath(path), "r", locking="best-effort") as file:
-            yield file
-    except RingError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:      # h5py's ways to say damaged
-        raise ShardError(f"{path}: can't be read, it is truncated, damaged or no HDF5 file: {error}") from error
+        file = h5py.File(os.path.realpath(path), "r", locking="best-effort")
+    with file:
+        yield file
 
 
 def open_dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -65,14 +75,15 @@ def open_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     DtypeError
         If its items are not float64, float32, bfloat16 or float16.
     """
-    dataset = _follow(file, name)
     where = f"{file.filename}: dataset {name!r}"
-    if not isinstance(dataset, h5py.Dataset):
-        raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
-    stored_dtype(dataset)
-    _check_storage(dataset, where)
-    if dataset.is_virtual:
-        _check_sources(dataset, where)
+    with reading(where):
+        dataset = _follow(file, name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
+        stored_dtype(dataset)
+        _check_storage(dataset, where)
+        if dataset.is_virtual:
+            _check_sources(dataset, where)
     return dataset
 
 
@@ -84,15 +95,16 @@ def read_integers(file: h5py.File, name: str) -> NDArray[np.int64]:
     ShardError, DtypeError, ShapeError
         If it is not there, not to be trusted, not of integers or not one-dimensional.
     """
-    dataset = _follow(file, name)
     where = f"{file.filename}: dataset {name!r}"
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual:
-        raise ShardError(f"{where}: expected a plain dataset")
-    if dataset.dtype.kind not in "iu":
-        raise DtypeError(f"{where}: expected integers, got {dataset.dtype}")
-    check_axes(dataset, ("offsets",))
-    _check_storage(dataset, where)
-    return np.asarray(dataset[...], np.int64)
+    with reading(where):
+        dataset = _follow(file, name)
+        if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual:
+            raise ShardError(f"{where}: expected a plain dataset")
+        if dataset.dtype.kind not in "iu":
+            raise DtypeError(f"{where}: expected integers, got {dataset.dtype}")
+        check_axes(dataset, ("offsets",))
+        _check_storage(dataset, where)
+        return np.asarray(dataset[...], np.int64)
 
 
 def stored_dtype(dataset: h5py.Dataset) -> np.dtype[Any]:
@@ -142,7 +154,7 @@ def read_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
         for first, last in row_pieces(rows.shape, dtype):
             piece = rows[first:last]
             dataset.id.read(*_spaces(dataset, start + first, piece), _bits(piece), file_type(dtype))
-    except (OSError, RuntimeError) as error:
+    except H5PY_ERRORS as error:
         raise ShardError(f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{stop}: damaged or "
                          f"unreadable: {error}") from error
     return rows
@@ -175,7 +187,7 @@ def write_file(path: Path, force: bool = False) -> Iterator[h5py.File]:
         If `path` exists and not `force`, or can't be written.
     """
     check_writable(path, force)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         # v110: the oldest format with checksummed metadata and virtual datasets; HDF5 1.10 reads it.
         with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
@@ -234,7 +246,7 @@ def _spaces(dataset: h5py.Dataset, start: int, piece: NDArray[Any]) -> tuple[Any
 
 
 def _follow(file: h5py.File, path: str) -> Any:
-    """Walk to an object, link by link; leave neither the file nor a total of ten soft links."""
+    """Walk to an object, link by link; never leave the file, follow at most ten soft links."""
     here: Any = file
     where = f"{file.filename}: {path!r}"
     parts, links = _split(path), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 import uuid
@@ -23,7 +22,7 @@ from . import __version__, mpi
 from .attention import RingAttention
 from .checks import check_shapes
 from .environment import resident_bytes, shows_on_terminal
-from .errors import DtypeError, OptionError, OutputError
+from .errors import CommError, DtypeError, OptionError, OutputError, RankLost, RingError, RingTimeout
 from .exchange import redistribute
 from .hdf5 import (
     check_axes,
@@ -201,7 +200,8 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     Raises
     ------
     RingError
-        One of its children, the same on every rank; nothing is left under the target's name then.
+        One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
+        target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
     """
     world = mpi.world(expect_ranks)
     comm = mpi.private(world, timeout)
@@ -227,18 +227,21 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
             record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
                       "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       "backend": attention.backend.name, "options": asdict(options)}
-            with clock.phase("write"):
-                shards = _write_shards(output, comm, out, lse, sizes, timeout)
+            start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
+            with clock.phase("write"), comm.together(timeout):
+                line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
         except BaseException:
-            output.discard(comm.rank)         # nobody has published yet
+            output.discard(comm.rank)         # rank 0 can't have published: it needs this rank's line
             raise
     shapes = {"out": ((sizes.n_q, *out.shape[1:]), out.dtype), "lse": ((sizes.n_q, *lse.shape[1:]), lse.dtype)}
     try:
+        shards = [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
         with clock.phase("write"), comm.together(timeout):
             if comm.rank == 0:
                 output.publish(shards, shapes, record)
-    except OutputError:                       # agreed: it is not there. After a timeout it may be.
-        output.discard(comm.rank)
+    except RingError as error:
+        if not isinstance(error, (RingTimeout, RankLost, CommError)):      # agreed: it is not there
+            output.discard(comm.rank)
         raise
     if comm.rank == 0:
         output.clear_replaced()
@@ -286,22 +289,13 @@ def _advance(bar: tqdm[Any], done: int, total: int) -> None:
     bar.update(done)
 
 
-def _write_shards(output: Output, comm: mpi.Comm, out: Array, lse: Array, sizes: Sizes,
-                  timeout: float) -> list[Shard]:
-    start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
-    line = "{}"
-    with comm.together(timeout):
-        line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
-    return [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
-
-
 def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: float) -> Report:
     counts = comm.share(np.array([trace.pairs, trace.flop, trace.bytes_sent, resident_bytes(peak=True)]), timeout)
     names = sorted(clock.phases)
     seconds = comm.share(np.array([trace.compute_seconds, trace.wait_seconds, *(clock.phases[n] for n in names)]),
                          timeout).max(axis=0)
     phases = dict(zip(names, seconds[2:].tolist(), strict=True))
-    pairs, flop, moved = (int(x) for x in counts[:, :3].sum(axis=0))
+    pairs, flop, moved = (sum(map(int, column)) for column in counts[:, :3].T)
     return Report(sizes, comm.size, pairs, flop, phases["attend"], float(seconds[0]), float(seconds[1]), moved,
                   int(counts[:, 3].max()), phases)
 
@@ -314,7 +308,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     OutputError
         If it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
         flush_to_disk(temporary)
@@ -331,10 +325,12 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool)
     Raises
     ------
     OptionError
-        If two of them are one file.
+        If two of them are one file, or HDF5 can't refer to the output's shards.
     OutputError
         If `target` exists and not `force`, or one can't be written.
     """
+    if "%" in target.name:
+        raise OptionError(f"{target}: expected a name without %: HDF5 takes it for a pattern of files")
     named = {"input": source, "output": target} | ({"--json": json_path} if json_path else {})
     seen: dict[Path, str] = {}
     for name, path in named.items():

@@ -12,6 +12,7 @@ import json
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def load() -> Any:
 
 
 class Comm:
-    """The library's private ring communicator on a caller's communicator.
+    """The library's private communicator on a caller's communicator, seen as a ring.
 
     One is cached on each communicator, so that any number of calls and objects make one. Calls on it are
     collective and complete their messages before they return; so objects that share it do not disturb each
@@ -58,7 +59,7 @@ class Comm:
 
     Attributes
     ----------
-    cart : MPI.Cartcomm
+    ring : MPI.Cartcomm
         Periodic, one-dimensional; ranks as in the caller's communicator.
     rank, size : int
     source, dest : int
@@ -70,26 +71,44 @@ class Comm:
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
-        self.cart = comm.Create_cart([comm.Get_size()], periods=[True], reorder=False)
-        self.rank, self.size = self.cart.Get_rank(), self.cart.Get_size()
-        self.source, self.dest = self.cart.Shift(0, 1)
-        self.threads = self._fair_threads()
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.source = self.dest = self.rank
+        self.threads = 1
         self.lost = ""
+        self._connected = False
 
-    def _fair_threads(self) -> int:
+    def connect(self, comm: MPI.Intracomm, timeout: float) -> None:
+        """Make a periodic Cartesian ring on a duplicate of the caller's communicator. Collective over *comm*.
+
+        Dup and Create_cart block without a deadline, so the ranks meet in calls that have one, Idup and an
+        exchange, and only then make the ring. A rank that comes too late finds the others gone, and is not stuck.
+
+        Raises
+        ------
+        RingTimeout
+            If not all ranks come within `timeout` seconds. The communicator is lost then.
+        """
+        duplicate, request = comm.Idup()
+        self.wait([request], timeout, lambda: f"rank {self.rank} on {socket.gethostname()} waited for the other "
+                                              f"{self.size - 1} ranks to make their first call")
+        self.ring = duplicate
+        self._connected = True
+        self.threads = self._fair_threads(timeout)
+        self.ring = duplicate.Create_cart([self.size], periods=[True], reorder=False)
+        self.source, self.dest = self.ring.Shift(0, 1)
+        duplicate.Free()
+
+    def _fair_threads(self, timeout: float) -> int:
         """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
-        node = self.cart.Split_type(load().COMM_TYPE_SHARED)
-        try:
-            mine = cores()
-            users = [core for theirs in node.allgather(sorted(mine)) for core in theirs]
-        finally:
-            node.Free()
-        return max(1, int(sum(1 / users.count(core) for core in mine) + 1e-9))
+        here, mine = socket.gethostname(), cores()
+        everyone = [json.loads(text) for text in self.share_text(json.dumps([here, sorted(mine)]), timeout)]
+        users = Counter(core for host, theirs in everyone if host == here for core in theirs)
+        return max(1, int(sum(1 / users[core] for core in mine) + 1e-9))
 
     def free(self) -> None:
         """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
-        if not self.lost:
-            self.cart.Free()
+        if self._connected and not self.lost:
+            self.ring.Free()
             self.lost = "the caller has freed the communicator it belongs to"
 
     def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str]) -> float:
@@ -130,7 +149,7 @@ class Comm:
         try:
             if mpi.Request.Testall(requests, statuses):
                 return True
-            told = self._told() if self.size > 1 else ""
+            told = self._told() if self._connected and self.size > 1 else ""
         except mpi.Exception as error:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
             reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
@@ -148,11 +167,11 @@ class Comm:
             text = f"rank {self.rank} gave up: {str(error) or type(error).__name__}"
             self._lose(text, requests)
             mpi = load()
-            message = np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)
-            for rank in range(self.size):
+            message = np.frombuffer(text.encode(errors="backslashreplace")[:LONGEST_TEXT], np.uint8)
+            for rank in range(self.size if self._connected else 0):
                 if rank != self.rank:
                     with suppress(mpi.Exception):      # to a dead rank
-                        _stranded().append(self.cart.Isend([message, mpi.BYTE], rank, FAILED_TAG))
+                        _stranded().append(self.ring.Isend([message, mpi.BYTE], rank, FAILED_TAG))
 
     def _lose(self, reason: str, requests: list[Any]) -> None:
         """Refuse all further use. MPI may still write to the requests' buffers: they are kept for good."""
@@ -163,10 +182,10 @@ class Comm:
         """Read what a rank that gave up says; empty as long as none did."""
         mpi = load()
         status = mpi.Status()
-        if not self.cart.Iprobe(mpi.ANY_SOURCE, FAILED_TAG, status):
+        if not self.ring.Iprobe(mpi.ANY_SOURCE, FAILED_TAG, status):
             return ""
         message = np.empty(status.Get_count(mpi.BYTE), np.uint8)
-        self.cart.Recv([message, mpi.BYTE], status.Get_source(), FAILED_TAG)
+        self.ring.Recv([message, mpi.BYTE], status.Get_source(), FAILED_TAG)
         return message.tobytes().decode(errors="replace")
 
     def share(self, record: ArrayLike, timeout: float) -> NDArray[Any]:
@@ -195,7 +214,7 @@ class Comm:
         mine = np.ascontiguousarray(record)
         everyone = np.empty((self.size, *mine.shape), mine.dtype)
         byte = load().BYTE
-        request = self.cart.Iallgather([mine.view(np.uint8), byte], [everyone.view(np.uint8), byte])
+        request = self.ring.Iallgather([mine.view(np.uint8), byte], [everyone.view(np.uint8), byte])
         self.wait([request], timeout, lambda: f"rank {self.rank} on {socket.gethostname()} waited for the other "
                                               f"{self.size - 1} ranks to make the same call")
         return everyone
@@ -295,20 +314,10 @@ def private(comm: Any, timeout: float = TIMEOUT) -> Comm:
         raise CommError(f"comm: expected an intracommunicator of mpi4py, got {comm!r}; pass comm=MPI.COMM_WORLD, say")
     cached = comm.Get_attr(_keyval())
     if cached is None:
-        _gather_all(comm, timeout)      # making a communicator blocks without a deadline: only when all are there
         cached = Comm(comm)
         comm.Set_attr(_keyval(), cached)
+        cached.connect(comm, timeout)
     return cached  # type: ignore[no-any-return]
-
-
-def _gather_all(comm: Any, timeout: float) -> None:
-    request, start = comm.Ibarrier(), time.perf_counter()
-    while not request.Test():
-        if time.perf_counter() - start > timeout:
-            _stranded().append(request)
-            raise RingTimeout(f"rank {comm.Get_rank()} on {socket.gethostname()} waited for the other "
-                              f"{comm.Get_size() - 1} ranks to make their first call for {timeout:g} s")
-        time.sleep(LONGEST_PAUSE / 5)
 
 
 def world_rank() -> int | None:

@@ -91,7 +91,7 @@ class Ring:
 
     def abandon(self, error: BaseException) -> None:
         """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
-        self.comm.fail(error, self._incoming + self._outgoing)
+        self.comm.fail(error, [*self._incoming, *self._outgoing, self._buffers])
         self._buffers, self._incoming, self._outgoing = [], [], []
 
     def circulate(self, arrays: Sequence[NDArray[Any]], shapes: Sequence[Sequence[tuple[int, ...]]],
@@ -158,7 +158,7 @@ class Ring:
 
     def _post(self, call: str, number: int, nbytes: int, peer: int, tag: int) -> list[Any]:
         buffer = self._buffers[number % 2]
-        start, byte = getattr(self.comm.cart, call), load().BYTE
+        start, byte = getattr(self.comm.ring, call), load().BYTE
         return [start([buffer[at:min(at + MESSAGE_BYTES, nbytes)], byte], peer, tag % TAGS)
                 for at in range(0, nbytes, MESSAGE_BYTES)]
 

@@ -29,6 +29,7 @@ from .hdf5 import (
     open_dataset,
     open_file,
     read_rows,
+    reading,
     row_pieces,
     write_file,
     write_rows,
@@ -120,8 +121,6 @@ class Output:
             If OUT.h5 exists and not `force`, or the folder can't be written.
         """
         check_writable(self.path, self.force)
-        with suppress(ShardError):
-            self._replaced = read_manifest(self.path)
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
@@ -173,6 +172,8 @@ class Output:
         manifest = json.dumps({
             "shards": [asdict(shard) for shard in shards], "shapes": {n: s for n, (s, _) in shapes.items()},
             "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "record": record}).encode()
+        with suppress(ShardError):             # none yet, or not one of ours
+            self._replaced = read_manifest(self.path)
         with write_file(self.path, self.force) as file:
             for name, (shape, dtype) in shapes.items():
                 _create_view(file, name, shape, dtype, shards)
@@ -181,7 +182,7 @@ class Output:
             _set_attributes(file, record)
 
     def clear_replaced(self) -> None:
-        """Remove the shards of the OUT.h5 that was replaced. The rank that prepared, when all know of the new one."""
+        """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all know of it."""
         for shard in self._replaced.shards if self._replaced else ():
             file = self.path.parent / shard.file
             if file.parent.parent == self.folder.parent:      # and not of an output that was renamed
@@ -219,7 +220,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         If the file is missing, damaged, not finished or not one of ours, or names shards outside its folder.
     """
     real = Path(path).resolve()
-    with open_file(real) as file:
+    with open_file(real) as file, reading(real):
         if "manifest" not in file or "manifest_sha256" not in file.attrs:
             raise ShardError(f"{path}: has no manifest: expected the output of `ringmpi attend`")
         text = bytes(file["manifest"][()])
@@ -250,6 +251,8 @@ def _check_manifest(manifest: Manifest) -> None:
     for name in ("out", "lse"):
         if manifest.dtypes[name] not in DTYPES or manifest.shapes[name][0] != at:
             raise ValueError(f"{name} has no {at} rows of a known dtype")
+    if manifest.dtypes["lse"] not in ("float32", "float64") or not isinstance(manifest.record.get("options", {}), dict):
+        raise ValueError("lse is no accumulator, or the options are no table")
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:

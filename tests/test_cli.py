@@ -200,6 +200,29 @@ def test_check_allows_what_rounding_explains_for_large_scores():
     assert code("check", "in.h5", "out.h5", "--rows", 300) == 0
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_check_with_numbers_that_are_not_finite(bad):
+    """A key that most rows do not see excuses no error in them, and makes no right result wrong."""
+    assert code("make", "random", "in.h5", "--tokens", 40, "--heads", 1, "--dim", 8) == 0
+    with h5py.File("in.h5", "a") as file:
+        file["k"][-1] = bad
+    assert code("attend", "in.h5", "out.h5", "--causal", "--quiet") == 0
+    assert code("check", "in.h5", "out.h5", "--rows", 40) == 0
+    manifest = read_manifest("out.h5")
+    out, lse = (manifest.rows(name, 0, 40) for name in ("out", "lse"))
+    output = Output("wrong.h5", "run", False)
+    output.prepare()
+    output.publish([output.write(0, 0, out + 1, lse)], {"out": (out.shape, out.dtype), "lse": (lse.shape, lse.dtype)},
+                   manifest.record)
+    assert code("check", "in.h5", "wrong.h5", "--rows", 40) == 1
+
+
+def test_names_that_hdf5_would_expand(tmp_path):
+    assert code("make", "random", "in.h5", "--tokens", 5) == 0
+    assert code("attend", "in.h5", "o%b.h5") == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
+
+
 def test_scale_beyond_the_accumulator(capsys):
     assert code("make", "random", "in.h5", "--tokens", 5) == 0
     assert code("attend", "in.h5", "out.h5", "--scale", "1e39") == 2

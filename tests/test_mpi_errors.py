@@ -19,6 +19,7 @@ from ringmpi import (
     RingTimeout,
     ShapeError,
     Striped,
+    redistribute,
     ring_attention,
 )
 
@@ -202,28 +203,40 @@ def test_one_rank_alone_goes_on_after_an_error():
 
 
 def test_a_rank_that_does_not_come(comm):
-    """Every wait has a deadline: also that for the first call on a communicator."""
+    """Every wait has a deadline, also that for the first call on a communicator, and for the one who is late."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
     used, fresh = comm.Dup(), comm.Dup()
     attention = RingAttention(used, timeout=1)
-    seconds, said = 0.0, ["", ""]
+    start, said = time.perf_counter(), ["", ""]
     if comm.rank:
-        start = time.perf_counter()
-        said[0] = attempt(attention)
-        try:
-            ring_attention(**good(), comm=fresh, timeout=1)
-        except RingTimeout as error:
-            said[1] = str(error)
-        seconds = time.perf_counter() - start
+        said = [attempt(attention), first_call(fresh)]
+    seconds = time.perf_counter() - start
     outcomes = comm.allgather((seconds, said))
-    fresh.Ibarrier()           # what rank 0 owes the others
-    for seconds, (first, second) in outcomes[1:]:
-        assert seconds < 5, outcomes
+    if comm.rank == 0:
+        start = time.perf_counter()
+        late = first_call(fresh)
+        seconds = time.perf_counter() - start
+    again = first_call(fresh)
+    late, seconds = comm.bcast((late, seconds) if comm.rank == 0 else None)
+    for taken, (first, second) in outcomes[1:]:
+        assert taken < 5, outcomes
         assert first.startswith(("RingTimeout", "RankLost")), outcomes
         assert "ranks to make the same call" in first, outcomes
+        assert second.startswith("RingTimeout"), outcomes
         assert "ranks to make their first call" in second, outcomes
+    assert seconds < 5
+    assert late.startswith(("RingTimeout", "RankLost")), late
+    assert again.startswith("CommError"), again
     comm.Barrier()
+
+
+def first_call(comm):
+    try:
+        ring_attention(**good(), comm=comm, timeout=1)
+    except RingError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
 
 
 def test_a_communicator_that_was_freed(comm):
@@ -233,6 +246,13 @@ def test_a_communicator_that_was_freed(comm):
     with pytest.raises(CommError, match="freed"):
         attention(**good())
     attention.close()
+
+
+def test_a_timeout_that_makes_no_sense(comm):
+    for timeout in (None, "5", -1):
+        with pytest.raises(OptionError, match="timeout: expected seconds > 0"):
+            redistribute(np.ones(3), comm=comm, timeout=timeout)
+    assert len(redistribute(np.ones(3), comm=comm)) == 3
 
 
 def test_long_options_that_differ_at_the_end(comm):

@@ -113,7 +113,7 @@ def _ring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from ..mask import Mask
     from ..softmax import check_dtype
     world = mpi.world()
-    comm, dtype = mpi.private(world), check_dtype(arguments.dtype, "--dtype")
+    comm, dtype = mpi.private(world, arguments.timeout), check_dtype(arguments.dtype, "--dtype")
     objects = {name: RingAttention(world, mask=Mask(causal=arguments.causal), layout=name, timeout=arguments.timeout,
                                    backend=arguments.backend, threads=arguments.threads) for name in layout.NAMES}
     traces: dict[str, list[Any]] = {name: [] for name in objects}
