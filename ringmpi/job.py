@@ -233,9 +233,18 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         except BaseException:
             output.discard(comm.rank)         # rank 0 can't have published: it needs this rank's line
             raise
-    shapes = {"out": ((sizes.n_q, *out.shape[1:]), out.dtype), "lse": ((sizes.n_q, *lse.shape[1:]), lse.dtype)}
+    _publish(output, comm, line, {"out": out, "lse": lse}, record, clock, timeout)
+    report = _report(comm, sizes, attention.trace, clock, timeout)
+    _write_record(json_path, comm, attention, record, report, clock, timeout)
+    return report
+
+
+def _publish(output: Output, comm: mpi.Comm, line: str, rows: dict[str, Array], record: dict[str, Any], clock: Clock,
+             timeout: float) -> None:
+    """Exchange the lines of the manifest; rank 0 publishes."""
     try:
         shards = [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
+        shapes = {name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
         with clock.phase("write"), comm.together(timeout):
             if comm.rank == 0:
                 output.publish(shards, shapes, record)
@@ -245,17 +254,18 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         raise
     if comm.rank == 0:
         output.clear_replaced()
-    trace = attention.trace
-    report = _report(comm, sizes, trace, clock, timeout)
-    details = [json.loads(text) for text in comm.share_text(json.dumps(
-        {"host": socket.gethostname(), "phases": clock.phases, "peak_bytes": resident_bytes(peak=True),
-         "threads": attention.backend.threads, **trace.as_dict()}), timeout)]
+
+
+def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, record: dict[str, Any], report: Report,
+                  clock: Clock, timeout: float) -> None:
+    """Gather what every rank has to tell; rank 0 writes it as JSON."""
+    mine = {"host": socket.gethostname(), "phases": clock.phases, "peak_bytes": resident_bytes(peak=True),
+            "threads": attention.backend.threads, **attention.trace.as_dict()}
+    details = [json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)]
     with comm.together(timeout):
-        if json_path and comm.rank == 0:
+        if path and comm.rank == 0:
             vendor = mpi.load().Get_library_version().splitlines()[0]
-            write_json(json_path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops,
-                                   "per_rank": details})
-    return report
+            write_json(path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops, "per_rank": details})
 
 
 def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], quiet: bool,
