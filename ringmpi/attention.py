@@ -26,6 +26,7 @@ from .trace import Trace
 Array = NDArray[Any]
 Progress = Callable[[int, int], object]
 
+
 @dataclass
 class Plan:
     """What a call needs to know and have; made once, used while the shapes stay the same."""

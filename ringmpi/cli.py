@@ -75,4 +75,3 @@ def _rank() -> int:
     from .mpi import world_rank
     rank = world_rank()
     return launched_rank() if rank is None else rank
-

@@ -1,7 +1,8 @@
 """Communicators, agreement and deadlines: what the library asks of MPI besides moving blocks.
 
-The only module that touches COMM_WORLD, and only for the command line. Nothing here blocks inside MPI for
-long: every wait polls, so that it has a deadline and does not take a core from other ranks.
+The only module that touches COMM_WORLD, and only for the command line. Every wait for another rank polls, so
+that it has a deadline and does not take a core from other ranks; only Create_cart, which has no such form, is
+called when all ranks have met.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def load() -> Any:
 
 
 class Comm:
-    """The library's private communicator on a caller's communicator, seen as a ring.
+    """The library's private ring communicator on a caller's communicator.
 
     One is cached on each communicator, so that any number of calls and objects make one. Calls on it are
     collective and complete their messages before they return; so objects that share it do not disturb each

@@ -1,4 +1,4 @@
-"""Runs the tests marked `mpi` under mpiexec, file by file, on 1, 2, 3, 4 and 7 ranks."""
+"""Runs the tests marked `mpi` under mpiexec, file by file, on 1, 2, 3, 4 and 7 ranks; `redistribute` on 1 to 9."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import launch
 import pytest
 
 HERE = Path(__file__).parent
-RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"))} | {"test_mpi_leaks.py": (2,)}
+RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"))} | {
+    "test_mpi_leaks.py": (2,), "test_mpi_redistribute.py": tuple(range(1, 10))}
 
 
 @pytest.mark.parametrize(("file", "ranks"), [(file, ranks) for file, many in RANKS.items() for ranks in many])
