@@ -87,6 +87,27 @@ class State:
         self.sum.fill(0)
 
 
+def merge(state: State, parts: State) -> None:
+    """Fold `parts`, states of the same queries that saw other keys, into `state`. Local.
+
+    Parameters
+    ----------
+    state : State
+        Updated in place.
+    parts : State
+        Arrays with a leading axis: one state after the other.
+    """
+    top = np.maximum(state.max, parts.max.max(axis=0))
+    shift = np.where(top == -np.inf, top.dtype.type(0), top)      # -inf - -inf would be NaN
+    with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that saw them
+        shrink, factors = np.exp(state.max - shift), np.exp(parts.max - shift)
+        state.acc *= shrink[..., None]
+        state.acc += (factors[..., None] * parts.acc).sum(axis=0)
+        state.sum *= shrink
+        state.sum += (factors * parts.sum).sum(axis=0)
+    state.max[...] = top
+
+
 def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any]) -> None:
     """Normalise: ``out = acc / sum`` and ``lse = max + log(sum)``. Local.
 

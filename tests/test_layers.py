@@ -14,7 +14,12 @@ LAYERS = [
     {"errors"},
     {"environment", "layout", "mask", "softmax", "trace"},
     {"arrays", "backends.base"},
-    {"backends.numpy_", "backends.numba_kernels", "backends.numba_", "mpi", "hdf5"},
+    {"backends.cpu", "backends.cpu.vector"},
+    {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
+    {"backends.cpu.pack", "backends.cpu.softmax_rows"},
+    {"backends.cpu.tile"},
+    {"backends.cpu.fold", "backends.cpu.workspace"},
+    {"backends.numpy_", "backends.numba_", "mpi", "hdf5"},
     {"backends"},
     {"checks"},
     {"ring", "exchange", "shards"},
@@ -28,7 +33,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-SAME_LEVEL = {("mask", "layout"), ("softmax", "errors"), ("backends.numba_", "backends.numba_kernels")}
+SAME_LEVEL = {("mask", "layout"), ("softmax", "errors")}
 WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("ring", "backends"), ("exchange", "backends"),
          ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi")]
 

@@ -1,66 +1,165 @@
-"""The CPU fast path: Numba kernels that release the interpreter lock, on a pool of threads.
+"""The CPU fast path: register-blocked Numba kernels that release the interpreter lock, on a team of threads.
 
-A task is one key head × a tile of queries × all columns of the block: it needs no lock, and the caller's
-thread stays free to keep MPI moving. The arithmetic is in `numba_kernels`.
+Two ways through a block, after what there is to reuse:
+
+* *Many rows.* K and V are packed once, in parallel, as many tiles at a time as the buffer holds; then each task is a tile
+  of rows of one key head × all packed keys.
+* *Few rows* (decoding). A packed tile would be used once, so each task packs it in its own cache: a range of keys of one
+  key head × all rows, into a state of its own; the states are merged at the end.
+
+A row is a query and a head: the heads of a group share the packed keys. Results depend on the number of threads, not on
+which of them was faster.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..layout import Integers
-from ..softmax import BFLOAT16, State
+from ..softmax import BFLOAT16, State, merge
 from .base import Backend
-from .numba_kernels import fold
+from .cpu.fold import fold_keys, pack_tiles
+from .cpu.product import ROWS
+from .cpu.team import Task, Team
+from .cpu.vector import machine
+from .cpu.workspace import Packed, Rows
 
-ROWS = 256              # queries of a task: packing a tile of K costs 1/256 of computing with it
-POLL_SECONDS = 0.002    # how often the caller gets to move messages
+Array = NDArray[Any]
+PACKED_BYTES = 2**25        # of packed K and V at a time
+STEP_FLOP = 4e8             # between two yields: a few milliseconds of a core
+STEP_BYTES = 2**24          # the same where memory is the limit
+TASKS = 4                   # for each thread, at least, so that none waits long for the last
 
 
 class NumbaBackend(Backend):
-    """Attention in Numba on `threads` threads."""
+    """Attention in Numba on `threads` threads, the caller's among them."""
 
     name = "numba"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ringmpi")
+        self._team = Team(threads)
+        self._key: Any = None
+        self._rows: list[Rows] = []
+        self._packed: Packed | None = None
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        q, k, v = (_bits(x) for x in (q, k, v))
-        factor = state.acc.dtype.type(scale)
-        tasks: dict[Future[None], int] = {}
-        try:
-            for start in range(0, len(q), ROWS):
-                stop = min(start + ROWS, len(q))
-                pairs = int((end[start:stop] - begin[start:stop]).sum())
-                for head in range(k.shape[1] if pairs else 0):
-                    task = self._pool.submit(fold, state.acc, state.max, state.sum, q, k, v,
-                                             begin, end, factor, start, stop, head)
-                    tasks[task] = pairs if head == 0 else 0
-            while tasks:
-                done, _ = wait(tasks, POLL_SECONDS, FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-                yield sum(tasks.pop(task) for task in done)
-        finally:                      # an abandoned loop: nobody may write to the state any more
-            for task in tasks:
-                task.cancel()
-            wait(tasks)
+        if not (end > begin).any():
+            return
+        block = _Block(state, q, k, v, begin, end, scale)
+        if self._key != block.key:
+            self._rows, self._packed = [], None       # the old memory goes before the new comes
+            self._rows, self._packed = [Rows(*block.key) for _ in range(self.threads)], Packed(*block.key)
+            self._key = block.key
+        packed = self._packed
+        steps = self._few_rows(block, packed) if block.rows <= packed.rows else self._many_rows(block, packed)
+        area = counted = 0
+        for done in steps:
+            area += done
+            pairs = area // q.shape[1]
+            yield pairs - counted
+            counted = pairs
+
+    def _many_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
+        """Pack tiles for all, then fold them into tiles of rows."""
+        least = TASKS * self.threads
+        count = max(-(-block.rows // packed.rows), -(-least // block.heads))
+        height = -(-block.rows // (count * ROWS)) * ROWS
+        flop = 2 * packed.rows * packed.tile * block.numbers
+        room = max(1, min(PACKED_BYTES // (block.heads * packed.tile_bytes), int(STEP_FLOP / flop))) * packed.tile
+        for start in range(block.first, block.last, room):
+            stop = min(start + room, block.last)
+            tiles = -(-(stop - start) // packed.tile)
+            arrays = packed.reserve(block.heads, tiles)
+            slots = np.linspace(0, block.heads * tiles, min(block.heads * tiles, least) + 1).astype(int).tolist()
+            for _ in self._team.run([self._pack(block, start, stop, a, b, arrays) for a, b in itertools.pairwise(slots)]):
+                yield 0
+            areas = block.areas(start, stop, height)
+            yield from self._team.run(
+                [self._fold(block, block.state, head, i * height, min(height, block.rows - i * height), start, arrays,
+                            [(start, stop, area)]) for head in range(block.heads) for i, area in enumerate(areas) if area])
+
+    def _few_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
+        """Split the keys, pack each tile where it is used, merge."""
+        tiles = -(-(block.last - block.first) // packed.tile)
+        count = min(-(-TASKS * self.threads // block.heads), -(-tiles // TASKS))
+        edges = [block.first + i * tiles // count * packed.tile for i in range(count)] + [block.last]
+        room = max(1, int(min(STEP_BYTES / packed.tile_bytes,
+                              STEP_FLOP / (2 * block.rows * packed.tile * block.numbers)))) * packed.tile
+        parts = block.parts(count)
+        tasks = []
+        for i, (a, b) in enumerate(itertools.pairwise(edges)):
+            steps = [(start, min(start + room, b)) for start in range(a, b, room)]
+            costs = [(*step, block.areas(*step, block.rows)[0]) for step in steps]
+            part = State(parts.acc[i], parts.max[i], parts.sum[i]) if count > 1 else block.state
+            tasks += [self._fold(block, part, head, 0, block.rows, a, None, costs) for head in range(block.heads)]
+        yield from self._team.run(tasks)
+        if count > 1:
+            merge(block.state, parts)
+
+    def _pack(self, block: _Block, start: int, stop: int, first: int, last: int, packed: tuple[Any, ...]) -> Task:
+        return Task([(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), last - first)])
+
+    def _fold(self, block: _Block, state: State, head: int, first: int, count: int, origin: int,
+              packed: tuple[Any, ...] | None, steps: list[tuple[int, int, int]]) -> Task:
+        """Fold columns start..stop of each step, of which `area` are seen, into rows first..first + count of `head`."""
+        def call(thread: int, start: int, stop: int) -> None:
+            rows = self._rows[thread]
+            fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
+                      (head, first, count), (origin, start, stop), packed or rows.private, packed is None, rows.arrays)
+
+        return Task([(lambda thread, a=start, b=stop: call(thread, a, b), area) for start, stop, area in steps])
 
     def close(self) -> None:
         """End the threads. Local."""
-        self._pool.shutdown()
+        self._team.close()
 
 
-def _bits(x: NDArray[Any]) -> NDArray[Any]:
+class _Block:
+    """The arguments of `accumulate` as the kernels take them.
+
+    bfloat16 and float16 go as bits, uint16 and int16. Where the CPU multiplies pairs of bfloat16, q and k are uint32
+    pairs along dim. The scale is positive: its sign goes to q.
+    """
+
+    def __init__(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, scale: float) -> None:
+        kind = state.acc.dtype
+        pairs = bool(machine().pairs and q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0)
+        self.numbers = q.shape[2] + v.shape[2]
+        self.state, self.begin, self.end = state, begin, end
+        self.scale = kind.type(abs(scale))
+        self.q, self.k, self.v = (_bits(np.ascontiguousarray(x)) for x in (-q if scale < 0 else q, k, v))
+        if pairs:
+            self.q, self.k = self.q.view(np.uint32), self.k.view(np.uint32)
+        self.heads = k.shape[1]
+        self.group = q.shape[1] // self.heads
+        self.rows = len(q) * self.group
+        self.key = self.k.shape[2], v.shape[2], kind, pairs
+        seeing = end > begin
+        self.first, self.last = int(begin[seeing].min()), int(end[seeing].max())
+
+    def areas(self, start: int, stop: int, height: int) -> list[int]:
+        """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
+        seen = np.clip(self.end, start, stop) - np.clip(self.begin, start, stop)
+        rows = np.repeat(np.maximum(seen, 0), self.group)
+        areas: list[int] = np.add.reduceat(rows, np.arange(0, len(rows), height)).tolist()
+        return areas
+
+    def parts(self, count: int) -> State:
+        """Give `count` empty states of the same queries, along a leading axis."""
+        parts = State(*(np.empty((count, *x.shape), x.dtype) for x in (self.state.acc, self.state.max, self.state.sum)))
+        parts.reset()
+        return parts
+
+
+def _bits(x: Array) -> Array:
     """Show 16-bit floats to Numba as integers: uint16 for bfloat16, int16 for float16."""
     if x.dtype == BFLOAT16:
         return x.view(np.uint16)

@@ -1,0 +1,1 @@
+"""What the Numba backend is made of: vector code, products, tiles, threads."""

@@ -1,0 +1,87 @@
+"""The compiled functions that Python calls: pack tiles of a block, fold a range of keys into a tile of rows.
+
+They are compiled on the first call for a dtype and cached on disk. Numba's cache looks at the file of a function alone, so
+the digest of all the files that the machine code comes from is part of its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from ...environment import launched_rank
+from . import pack, product, softmax_rows, tile, vector
+from .pack import pack_keys, pack_values
+from .product import ROWS
+from .tile import fold_tile, load_rows, store_rows, visible
+
+SOURCES = (vector, product, softmax_rows, pack, tile)
+
+
+def _digest() -> str:
+    """Digest of the sources of the machine code, this file among them."""
+    paths = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _build(digest: str) -> tuple[Any, Any]:
+    """Make the two functions; nothing is compiled yet. `digest` makes the key of their cache."""
+
+    def pack_tiles(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head."""
+        digest                          # noqa: B018 (a free variable is part of the key of Numba's cache)
+        keys, values, finite, tile, tiles = packed
+        for slot in range(first, last):
+            head, at = slot // tiles, start + slot % tiles * tile
+            n = min(tile, stop - at)
+            pack_keys(k, at, n, head, keys, slot * tile * k.shape[2])
+            finite[slot] = pack_values(v, at, n, head, values, slot * (len(values) // len(finite)), tile)
+
+    def fold_keys(state, q, k, v, begin, end, scale, rows, keys_range, packed, private, work):  # type: ignore[no-untyped-def]
+        """Fold columns keys_range of a block into rows (head, first, count) of the state.
+
+        The tiles are in `packed`; where `private`, it has room for one and each is packed here.
+        """
+        digest                          # noqa: B018
+        acc, top, norm = state
+        head, first, count = rows
+        origin, start, stop = keys_range
+        keys, values, finite, tile, tiles = packed
+        group, whole = acc.shape[1] // v.shape[1], -(-count // ROWS) * ROWS
+        load_rows(q, begin, end, first, count, whole, head, group, top, work)
+        a, b = visible(work[7], work[8], whole, start, stop)
+        for at in range(a - (a - origin) % tile, b, tile):
+            n = min(tile, stop - at)
+            slot = 0 if private else head * tiles + (at - origin) // tile
+            seen = visible(work[7], work[8], whole, at, at + n)
+            if seen[0] >= seen[1]:
+                continue
+            if private:
+                pack_keys(k, at, n, head, keys, 0)
+                finite[0] = pack_values(v, at, n, head, values, 0, tile)
+            fold_tile(whole, n, work, keys, slot * tile * k.shape[2], values, slot * (len(values) // len(finite)),
+                      finite[slot], v, at, head, tile, scale)
+        store_rows(acc, top, norm, first, count, head, group, work)
+
+    return pack_tiles, fold_keys
+
+
+def _compiled() -> tuple[Any, Any]:
+    """Wrap the functions for Numba, with a cache on disk where there is a folder to write to."""
+    functions = _build(_digest())
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        pack_tiles, fold_keys = (numba.njit(cache=True, **options)(f) for f in functions)
+    except RuntimeError as error:
+        if launched_rank() == 0:
+            warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
+                          "that can be written", RuntimeWarning, stacklevel=2)
+        pack_tiles, fold_keys = (numba.njit(**options)(f) for f in functions)
+    return pack_tiles, fold_keys
+
+
+pack_tiles, fold_keys = _compiled()

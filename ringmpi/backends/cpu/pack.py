@@ -1,0 +1,164 @@
+"""Packing: a tile of K, V or Q into the order in which the products read it, widened to what they multiply.
+
+K is turned so that keys lie across lanes: panels of `WIDE` keys, each depth × WIDE. V keeps its rows, cut into panels of
+up to `VECTORS` vectors of columns, each keys × width, padded with zeros. Q is rows. Where the products take pairs of
+bfloat16, two steps of the depth share a uint32.
+
+Turning works on squares of lanes × lanes in registers: log2(lanes) shuffles for each vector.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+from .product import VECTORS
+from .vector import Vectors, at, constant, data, machine
+
+
+def widen(x):  # type: ignore[no-untyped-def]
+    """Give a float for stored bits: uint16 is bfloat16, int16 is float16, floats are themselves."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(widen)
+def _widen(x):  # type: ignore[no-untyped-def]
+    if x is types.uint16:              # bfloat16 is the upper half of a float32
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return _widen_half if x is types.int16 else (lambda x: x)
+
+
+def _widen_half(x):  # type: ignore[no-untyped-def]
+    bits = np.uint32(np.uint32(x) & np.uint32(0xFFFF))
+    rest = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
+    # 2^112 moves the exponent's bias, subnormals included; infinity and NaN keep their exponent.
+    moved = np.float32(rest.view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    moved = np.uint32(rest | np.uint32(0x7F800000)) if rest >= np.uint32(0x0F800000) else moved
+    return np.uint32(moved | ((bits & np.uint32(0x8000)) << np.uint32(16))).view(np.float32)
+
+
+def weight(p, r, j):  # type: ignore[no-untyped-def]
+    """Number j of row r, where p may hold pairs of bfloat16."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(weight)
+def _weight(p, r, j):  # type: ignore[no-untyped-def]
+    if p.dtype is types.uint32:
+        return lambda p, r, j: widen(np.uint16(p[r, j // 2] >> np.uint32(j % 2 * 16)))
+    return lambda p, r, j: p[r, j]
+
+
+def lanes(array):  # type: ignore[no-untyped-def]
+    """Elements of an array's dtype in a vector."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(lanes)
+def _lanes(array):  # type: ignore[no-untyped-def]
+    count = machine().lanes(array.dtype)
+    return lambda array: count
+
+
+@intrinsic
+def turn(context, x, x_at, x_row, y, y_at, y_row):  # type: ignore[no-untyped-def]
+    """Write a square of lanes × lanes from x, rows `x_row` apart, turned to y, rows `y_row` apart; widened."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        stored, dtype = signature.args[0].dtype, signature.args[3].dtype
+        x, y = (data(context, builder, signature.args[i], values[i]) for i in (0, 3))
+        if dtype == types.uint32:         # pairs move as they are
+            stored = dtype = types.float32
+            x, y = (builder.bitcast(p, ir.FloatType().as_pointer()) for p in (x, y))
+        v = Vectors(builder, dtype)
+        x, y = at(builder, x, values[1]), at(builder, y, values[4])
+        rows = [v.widen(stored, x, builder.mul(values[2], constant(i))) for i in range(v.lanes)]
+        for i, row in enumerate(v.transpose(rows)):
+            v.store(row, y, builder.mul(values[5], constant(i)))
+        return context.get_dummy_value()
+
+    return types.void(x, x_at, x_row, y, y_at, y_row), emit
+
+
+@numba.njit(error_model="numpy")
+def pack_keys(k, start, n, head, out, out_at):  # type: ignore[no-untyped-def]
+    """Keys start..start+n of `head`, k (n_k, kv_heads, depth), to panels in `out`; absent keys are zeros."""
+    depth, row, side = k.shape[2], k.shape[1] * k.shape[2], lanes(out)
+    wide = VECTORS * side
+    for j in range(0, -(-n // wide) * wide, side):
+        place = out_at + j // wide * wide * depth + j % wide
+        whole = depth - depth % side if j + side <= n else 0
+        for d in range(0, whole, side):
+            turn(k, (start + j) * row + head * depth + d, row, out, place + d * wide, wide)
+        for d in range(whole, depth):
+            for c in range(side):
+                out[place + d * wide + c] = widen(k[start + j + c, head, d]) if j + c < n else widen(out.dtype.type(0))
+
+
+@numba.njit(error_model="numpy")
+def pack_queries(q, first, count, head, group, out):  # type: ignore[no-untyped-def]
+    """Rows first..first+count of key head `head` to out (rows, depth): row r is query r // group of head r % group."""
+    for r in range(len(out)):
+        i, h = (first + r) // group, head * group + (first + r) % group
+        for d in range(q.shape[2]):
+            out[r, d] = widen(q[i, h, d]) if r < count else widen(out.dtype.type(0))
+
+
+def pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
+    """Values start..start+n of `head`, v (n_k, kv_heads, dim_v), to panels of `keys` rows; say if all are finite."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(pack_values)
+def _pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
+    return _pack_value_pairs if out.dtype is types.uint32 else _pack_value_rows
+
+
+def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
+    dim_v, side, infinite = v.shape[2], lanes(out), False
+    place = out_at
+    for first, width in panels(dim_v, side):
+        columns = min(width, dim_v - first)
+        for j in range(n):
+            row, source = out[place + j * width:place + (j + 1) * width], v[start + j, head, first:first + columns]
+            for c in range(columns):
+                x = widen(source[c])
+                row[c] = x
+                infinite |= x - x != 0
+            for c in range(width - columns):
+                row[columns + c] = 0
+        place += keys * width
+    return not infinite
+
+
+def _pack_value_pairs(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
+    dim_v, side, infinite = v.shape[2], lanes(out), False
+    place = out_at
+    for first, width in panels(dim_v, side):
+        columns = min(width, dim_v - first)
+        for j in range(0, n, 2):
+            row, source = out[place + j // 2 * width:place + (j // 2 + 1) * width], v[start + j:, head]
+            for c in range(columns):
+                low = np.uint32(source[0, first + c])
+                high = np.uint32(source[1, first + c]) if j + 1 < n else np.uint32(0)
+                row[c] = np.uint32(low | (high << np.uint32(16)))
+                for x in (widen(np.uint16(low)), widen(np.uint16(high))):
+                    infinite |= x - x != 0
+            for c in range(width - columns):
+                row[columns + c] = np.uint32(0)
+        place += keys // 2 * width
+    return not infinite
+
+
+@numba.njit
+def panels(dim_v, side):  # type: ignore[no-untyped-def]
+    """Yield (first column, width) of the panels of V: as few as can be, as equal as can be, in whole vectors."""
+    vectors = -(-dim_v // side)
+    count = -(-vectors // VECTORS)
+    first = 0
+    for p in range(count):
+        width = (vectors // count + (p < vectors % count)) * side
+        yield first, width
+        first += width

@@ -1,0 +1,82 @@
+"""A team of threads that share one queue of tasks; the caller is one of them, and yields between steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+POLL_SECONDS = 0.002        # how often the caller yields while it waits for the others
+
+
+@dataclass
+class Task:
+    """Steps to do one after the other: calls that take the number of the thread, and the cost of each."""
+
+    steps: list[tuple[Callable[[int], object], int]]
+
+    @property
+    def cost(self) -> int:
+        """Cost of all steps."""
+        return sum(cost for _, cost in self.steps)
+
+
+class Team:
+    """`size` threads, the caller's among them. One alone makes no thread at all. Local."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pool = ThreadPoolExecutor(size - 1, thread_name_prefix="ringmpi") if size > 1 else None
+
+    def run(self, tasks: list[Task]) -> Iterator[int]:
+        """Do the tasks, the costliest first; yield the cost done since the last yield. Local.
+
+        The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
+        """
+        queue = deque(sorted(tasks, key=lambda task: -task.cost))
+        done: deque[int] = deque()
+        helpers: list[Future[None]] = []
+        if self._pool:
+            helpers = [self._pool.submit(_drain, queue, number, done) for number in range(1, min(self.size, len(tasks)))]
+        try:
+            while (task := _next(queue)) is not None:
+                for call, cost in task.steps:
+                    call(0)
+                    yield cost + _collect(done)
+            while not all(helper.done() for helper in helpers):
+                wait(helpers, POLL_SECONDS, FIRST_EXCEPTION)
+                yield _collect(done)
+            for helper in helpers:
+                helper.result()
+            yield _collect(done)
+        finally:
+            queue.clear()
+            wait(helpers)
+
+    def close(self) -> None:
+        """End the threads. Local."""
+        if self._pool:
+            self._pool.shutdown()
+
+
+def _next(queue: deque[Task]) -> Task | None:
+    try:
+        return queue.popleft()
+    except IndexError:          # another thread took the last one
+        return None
+
+
+def _drain(queue: deque[Task], number: int, done: deque[int]) -> None:
+    try:
+        while (task := _next(queue)) is not None:
+            for call, cost in task.steps:
+                call(number)
+                done.append(cost)
+    except BaseException:
+        queue.clear()           # the others need not go on
+        raise
+
+
+def _collect(done: deque[int]) -> int:
+    return sum(done.popleft() for _ in range(len(done)))

@@ -1,0 +1,150 @@
+"""The attention tile: one packed tile of keys folded into one tile of rows (flash attention, forward).
+
+    for each panel of keys:    S = Q·K            rows that see nothing of the panel are left out
+    for each row:              P, maximum, sum    from S, in place
+    for each panel of values:  acc = shrink·acc + P·V
+
+Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 numbers, 32 KiB, in L1 while all row groups
+pass over it, and each step of a product asks for a little of the next panel. Q, S and acc of 192 rows take 288 KiB and the
+tile of K and V 128 KiB, in L2. `tile_shape` says so for other sizes.
+
+Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile. Where that is the same for all
+and ends at vectors' ends, no row is masked; else each row is, by comparing lane numbers.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from .pack import lanes, pack_keys, pack_queries, pack_values, panels, weight, widen
+from .product import ROWS, VECTORS, add_product, scores
+from .softmax_rows import LOG2E, power_of_2, weigh_rows
+from .vector import machine
+
+MOST_ROWS, MOST_KEYS = 32 * ROWS, 128
+
+
+def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]:
+    """Rows and keys of a tile for keys of `depth` and values of `width` numbers of `item` bytes.
+
+    The keys are a multiple of the widest panel; their K and V fill at most a quarter of a cache of `cache` bytes, and Q, S
+    and acc of the rows what is left of its half.
+    """
+    wide = VECTORS * machine().vector_bytes // item
+    keys = max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
+    rows = (cache // 2 - keys * (depth + width) * item) // ((depth + width + keys) * item)
+    return max(8 * ROWS, min(MOST_ROWS, rows // ROWS * ROWS)), keys
+
+
+@numba.njit(error_model="numpy")
+def fold_tile(rows, n, work, keys, keys_at, values, values_at, finite, v, start, head, tile, scale):  # type: ignore[no-untyped-def]
+    """Fold n packed keys into the first `rows` rows (a multiple of ROWS) of the work space.
+
+    keys[keys_at:], values[values_at:]: a tile as `pack_keys` and `pack_values` made it, of `tile` keys;
+    v[start:start + n, head] are the values as they came, for rows that must not multiply what they do not see.
+    """
+    queries, s, p, acc, top, norm, shrink, low, high, groups = work
+    depth, columns, side = queries.shape[1], acc.shape[1], lanes(acc)
+    wide = VECTORS * side
+    step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
+    find_groups(rows, low, high, start, n, side, groups)
+    stride = -(-wide * ROWS // rows)
+    for panel in range(0, n, wide):
+        ahead, ahead_at = (keys, keys_at + (panel + wide) * depth) if panel + wide < n else (values, values_at)
+        for g in range(0, rows, ROWS):
+            if groups[g, 0] < panel + wide and groups[g, 1] > panel:
+                scores(queries, g * depth, depth, keys, keys_at + panel * depth, s, g * tile + panel, tile, depth,
+                       ahead, ahead_at + g // ROWS * depth * stride, stride)
+    for g in range(0, rows, ROWS):
+        first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
+        if first < last:
+            weigh_rows(s, p, g, tile, first // side * side, -(-last // side) * side, low, high, start, top, norm, shrink,
+                       scale, even == 0)
+    place = values_at
+    for column, width in panels(columns, side):
+        last_panel = column + width >= columns
+        ahead, ahead_at = (keys, keys_at + tile * depth) if last_panel else (values, place + tile // step * width)
+        stride = -(-width * ROWS // rows)
+        for g in range(0, rows, ROWS):
+            first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
+            if first < last and (even or finite):
+                first //= step
+                add_product(p, (g * tile) // step + first, tile // step, values, place + first * width,
+                            acc, g * columns + column, columns, -(-last // step) - first,
+                            ahead, ahead_at + g // ROWS * (tile // step) * stride, stride, shrink, g, width // side)
+        place += tile // step * width
+    if not finite:
+        for g in range(0, rows, ROWS):
+            first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
+            if first < last and not even:
+                for r in range(g, g + ROWS):
+                    add_seen(acc[r], shrink[r], p, r, v, start, head, max(low[r] - start, 0), min(high[r] - start, n))
+
+
+@numba.njit
+def find_groups(rows, low, high, start, n, side, groups):  # type: ignore[no-untyped-def]
+    """For each group: first and last column of a tile of n that any row sees; whether all see just these, in vectors."""
+    for g in range(0, rows, ROWS):
+        first, last = n, 0
+        for r in range(g, g + ROWS):
+            a, b = max(low[r] - start, 0), min(high[r] - start, n)
+            if a < b:
+                first, last = min(first, a), max(last, b)
+        even = first % side == 0 and last % side == 0
+        for r in range(g, g + ROWS):
+            even &= max(low[r] - start, 0) == first and min(high[r] - start, n) == last
+        groups[g, 0], groups[g, 1], groups[g, 2] = first, last, even
+
+
+@numba.njit(error_model="numpy")
+def add_seen(row, shrink, p, r, v, start, head, a, b):  # type: ignore[no-untyped-def]
+    """row = shrink·row + P[r]·V over columns a..b alone, one at a time: 0 × NaN is NaN."""
+    for c in range(v.shape[2]):
+        total = row.dtype.type(0)
+        for j in range(a, b):
+            total += weight(p, r, j) * widen(v[start + j, head, c])
+        row[c] = row[c] * shrink + total
+
+
+@numba.njit(error_model="numpy")
+def load_rows(q, begin, end, first, count, rows, head, group, top_so_far, work):  # type: ignore[no-untyped-def]
+    """Set the work space to rows first..first+count of a key head; the others up to `rows` see what the last one does."""
+    queries, _, _, acc, top, norm, _, low, high, _ = work
+    pack_queries(q, first, count, head, group, queries[:rows])
+    for r in range(rows):
+        i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
+        low[r], high[r], top[r], norm[r] = begin[i], max(begin[i], end[i]), top_so_far[i, h], 0
+        for c in range(acc.shape[1]):
+            acc[r, c] = 0
+
+
+@numba.njit(error_model="numpy")
+def store_rows(state_acc, state_top, state_norm, first, count, head, group, work):  # type: ignore[no-untyped-def]
+    """Merge the work space into the state; rows that saw nothing stay as they are."""
+    _, _, _, acc, top, norm, _, low, high, _ = work
+    for r in range(count):
+        if low[r] >= high[r]:
+            continue
+        i, h = (first + r) // group, head * group + (first + r) % group
+        log2e = top.dtype.type(LOG2E)
+        shift = top[r] * log2e if top[r] > -np.inf else top.dtype.type(0)
+        shrink = power_of_2(state_top[i, h] * log2e - shift)
+        row, new = state_acc[i, h], acc[r]
+        for c in range(len(row)):
+            row[c] = row[c] * shrink + new[c]
+        state_norm[i, h] = state_norm[i, h] * shrink + norm[r]
+        state_top[i, h] = top[r]
+
+
+@numba.njit
+def visible(low, high, rows, start, stop):  # type: ignore[no-untyped-def]
+    """First and last column of start..stop that any row sees."""
+    first, last = stop, start
+    for r in range(rows):
+        a, b = max(low[r], start), min(high[r], stop)
+        if a < b:
+            first, last = min(first, a), max(last, b)
+    return first, last
+
+

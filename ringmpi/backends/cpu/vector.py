@@ -1,0 +1,313 @@
+"""The vector vocabulary: LLVM vector code of the CPU's own width, from Numba.
+
+Numba's vectoriser does not keep a block of accumulators in registers. So the three loops that matter (product,
+softmax row, packing) are written as intrinsics in terms of the words below: load, store, splat, fma, exp2, ... on
+vectors of `Machine.lanes`. LLVM does the rest: which instructions, which registers.
+
+No CPU is named here. The compiler is asked how wide its vectors are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, config
+from numba.core.registry import cpu_target
+
+# 2^f for |f| <= 1/2 is 1 + f (c1 + f (c2 + ...)): minimax of the relative error with the constant held at 1, so that
+# 2^0 is exactly 1. Remez: 9.1e-8 in float32 (5 terms), 3.4e-18 in float64 (11 terms).
+EXP2 = {
+    types.float32: (6.9314697759899203815e-1, 2.4022242085376709470e-1, 5.5507337434700852738e-2,
+                    9.6715126399564551514e-3, 1.3264727140072013320e-3),
+    types.float64: (6.9314718055994532581e-1, 2.4022650695910131260e-1, 5.5504108664820083227e-2,
+                    9.6181291075941200896e-3, 1.3333558146774620517e-3, 1.5403530457112090690e-4,
+                    1.5252733493127489347e-5, 1.3215435282308487999e-6, 1.0178199571842137974e-7,
+                    7.0737832485031332991e-9, 4.4347712982003767083e-10),
+}
+MANTISSA = {types.float32: 23, types.float64: 52}
+BIAS = {types.float32: 127, types.float64: 1023}
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the kernels need to know of the CPU that Numba compiles for.
+
+    Attributes
+    ----------
+    vector_bytes : int
+        64 (AVX-512), 32 (AVX2) or 16 (NEON, SSE and everything else).
+    registers : int
+        Vector registers.
+    pairs : bool
+        Whether there is a product of bfloat16 pairs that sums in float32 (dpbf16ps).
+    """
+
+    vector_bytes: int
+    registers: int
+    pairs: bool
+
+    def lanes(self, dtype: types.Type) -> int:
+        """Elements of `dtype` in a vector."""
+        return int(self.vector_bytes * 8 // dtype.bitwidth)
+
+
+@cache
+def machine() -> Machine:
+    """Ask LLVM what it makes of a wide sum on the CPU that Numba compiles for. Local.
+
+    NUMBA_CPU_NAME alone gives the vectors of that CPU; with NUMBA_CPU_FEATURES, of those features.
+    """
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    named_only = config.CPU_NAME is not None and config.CPU_FEATURES is None
+    target = llvm.Target.from_triple(triple).create_target_machine(cpu=name, features="" if named_only else features)
+    code = target.emit_assembly(llvm.parse_assembly(f"""
+        target triple = "{triple}"
+        define <16 x float> @sum(<16 x float> %a, <16 x float> %b) {{
+          %c = fadd <16 x float> %a, %b
+          ret <16 x float> %c
+        }}"""))
+    size = 64 if "zmm" in code else 32 if "ymm" in code else 16
+    return Machine(size, 32 if size == 64 or triple.startswith(("aarch64", "arm64")) else 16,
+                   size == 64 and "+avx512bf16" in features.split(","))
+
+
+class Vectors:
+    """Vector code of one element type, emitted where `builder` stands.
+
+    Parameters
+    ----------
+    builder : ir.IRBuilder
+    dtype : types.float32 or types.float64
+    """
+
+    def __init__(self, builder: ir.IRBuilder, dtype: types.Type) -> None:
+        self.builder, self.dtype = builder, dtype
+        self.lanes = machine().lanes(dtype)
+        self.element = ir.FloatType() if dtype == types.float32 else ir.DoubleType()
+        self.integer = ir.IntType(dtype.bitwidth)
+        self.kind = ir.VectorType(self.element, self.lanes)
+        self.bits = ir.VectorType(self.integer, self.lanes)
+
+    def number(self, x: float) -> ir.Constant:
+        """Splat of a constant."""
+        return ir.Constant(self.kind, [x] * self.lanes)
+
+    def integers(self, x: int | Sequence[int]) -> ir.Constant:
+        """Vector of integer constants as wide as the elements."""
+        return ir.Constant(self.bits, [x] * self.lanes if isinstance(x, int) else list(x))
+
+    def splat(self, x: Any) -> Any:
+        """Scalar to every lane."""
+        return splat(self.builder, x, self.lanes)
+
+    def load(self, pointer: Any, offset: Any = 0) -> Any:
+        """Lanes from element `offset` after `pointer`; any alignment."""
+        return load(self.builder, pointer, offset, self.kind)
+
+    def store(self, x: Any, pointer: Any, offset: Any = 0) -> None:
+        """Lanes to element `offset` after `pointer`; any alignment."""
+        store(self.builder, x, pointer, offset)
+
+    def widen(self, stored: types.Type, pointer: Any, offset: Any) -> Any:
+        """Load lanes of a storage type: floats, uint16 (bits of a bfloat16) or int16 (bits of a float16)."""
+        b = self.builder
+        if stored == self.dtype:
+            return self.load(pointer, offset)
+        raw = load(b, pointer, offset, ir.VectorType(pointer.type.pointee, self.lanes))
+        if stored == types.float32:
+            return b.fpext(raw, self.kind)
+        words = ir.VectorType(I32, self.lanes)
+        singles = ir.VectorType(ir.FloatType(), self.lanes)
+        wide = b.zext(raw, words)
+        number = (b.bitcast(b.shl(wide, _fill(words, 16)), singles) if stored == types.uint16
+                  else _half(b, wide, words, singles))
+        return number if self.dtype == types.float32 else b.fpext(number, self.kind)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """Give x·y + z, fused where the CPU does that."""
+        return self._call("llvm.fmuladd", self.kind, [x, y, z])
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """Larger of the two; y where either is NaN. One instruction on x86."""
+        return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
+
+    def exp2(self, x: Any) -> Any:
+        """Give 2^x for x <= 0 (a little above is fine): exact at 0, 0 below the normal numbers, NaN for NaN."""
+        b = self.builder
+        mantissa, bias = MANTISSA[self.dtype], BIAS[self.dtype]
+        # Adding 1.5·2^mantissa rounds to an integer, which is then in the low bits. The bias goes in with it.
+        magic = self.number(1.5 * 2.0**mantissa + bias)
+        x = self.larger(self.number(-float(bias)), x)
+        shifted = b.fadd(x, magic)
+        fraction = b.fsub(x, b.fsub(shifted, magic))
+        terms = EXP2[self.dtype]
+        p = self.number(terms[-1])
+        for term in reversed(terms[:-1]):
+            p = self.fma(p, fraction, self.number(term))
+        p = self.fma(p, fraction, self.number(1.0))
+        power = b.shl(b.bitcast(shifted, self.bits), self.integers(mantissa))
+        return b.fmul(p, b.bitcast(power, self.kind))
+
+    def sum(self, x: Any) -> Any:
+        """Sum of the lanes, pairwise."""
+        return self._reduce(x, lambda v, y, z: v.builder.fadd(y, z))
+
+    def top(self, x: Any) -> Any:
+        """Largest lane, NaN passed over."""
+        return self._reduce(x, lambda v, y, z: v.larger(y, z))
+
+    def _reduce(self, x: Any, combine: Any) -> Any:
+        b, width = self.builder, self.lanes
+        while width > 1:
+            width //= 2
+            halves = [b.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, width), list(range(i, i + width))))
+                      for i in (0, width)]
+            x = combine(self, *halves)
+        return b.extract_element(x, ir.Constant(I32, 0))
+
+    def inside(self, index: Any, low: Any, high: Any) -> Any:
+        """Mask of the lanes that stand in ``low <= index + lane < high``; the three are scalar int64."""
+        b = self.builder
+        # As numbers relative to index, clipped to 0..lanes, they fit any integer.
+        lanes, zero = ir.Constant(I64, self.lanes), ir.Constant(I64, 0)
+        edges = []
+        for edge in (low, high):
+            x = b.sub(edge, index)
+            x = b.select(b.icmp_signed("<", x, zero), zero, x)
+            x = b.select(b.icmp_signed(">", x, lanes), lanes, x)
+            edges.append(self.splat(x if self.integer == I64 else b.trunc(x, self.integer)))
+        lane = self.integers(range(self.lanes))
+        return b.and_(b.icmp_unsigned(">=", lane, edges[0]), b.icmp_unsigned("<", lane, edges[1]))
+
+    def where(self, mask: Any, x: Any, y: Any) -> Any:
+        """x in the lanes of `mask`, else y."""
+        return self.builder.select(mask, x, y)
+
+    def transpose(self, rows: Sequence[Any]) -> list[Any]:
+        """Turn `lanes` vectors, log2(lanes) steps of exchanging halves."""
+        b, rows, half = self.builder, list(rows), self.lanes // 2
+        while half:
+            upper = [t if not t & half else t - half + self.lanes for t in range(self.lanes)]
+            lower = [t + half if not t & half else t + self.lanes for t in range(self.lanes)]
+            masks = [ir.Constant(ir.VectorType(I32, self.lanes), m) for m in (upper, lower)]
+            for i in range(self.lanes):
+                if not i & half:
+                    pair = rows[i], rows[i + half]
+                    rows[i], rows[i + half] = (b.shuffle_vector(*pair, mask) for mask in masks)
+            half //= 2
+        return rows
+
+    def _call(self, name: str, result: ir.Type, arguments: list[Any]) -> Any:
+        suffix = f"v{self.lanes}f{self.dtype.bitwidth}"
+        return call(self.builder, f"{name}.{suffix}", result, arguments)
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Sequence[Any]) -> Any:
+    """Call an LLVM intrinsic by its full name."""
+    kind = ir.FunctionType(result, [x.type for x in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def splat(builder: ir.IRBuilder, x: Any, lanes: int) -> Any:
+    """Scalar to every lane."""
+    empty = ir.Constant(ir.VectorType(x.type, lanes), ir.Undefined)
+    one = builder.insert_element(empty, x, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def load(builder: ir.IRBuilder, pointer: Any, offset: Any, kind: ir.Type) -> Any:
+    """Load a vector from element `offset` after `pointer`; any alignment."""
+    result = builder.load(builder.bitcast(at(builder, pointer, offset), kind.as_pointer()))
+    result.align = 1
+    return result
+
+
+def store(builder: ir.IRBuilder, x: Any, pointer: Any, offset: Any) -> None:
+    """Store a vector at element `offset` after `pointer`; any alignment."""
+    builder.store(x, builder.bitcast(at(builder, pointer, offset), x.type.as_pointer())).align = 1
+
+
+def prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
+    """Ask for the line of `pointer` to come to the second-level cache; any address is allowed."""
+    byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    name = "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+    read, locality, data_cache = (ir.Constant(I32, x) for x in (0, 2, 1))
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [byte, read, locality, data_cache])
+
+
+def at(builder: ir.IRBuilder, pointer: Any, offset: Any) -> Any:
+    """Pointer to element `offset` after `pointer`."""
+    return builder.gep(pointer, [ir.Constant(I64, offset) if isinstance(offset, int) else offset])
+
+
+def data(context: Any, builder: ir.IRBuilder, array: types.Type, value: Any) -> Any:
+    """Pointer to the first element of an array argument."""
+    return cgutils.create_struct_proxy(array)(context, builder, value=value).data
+
+
+def dot_pairs(builder: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
+    """Add x0·y0 + x1·y1 to float32 lanes: x and y hold a pair of bfloat16 in each 32-bit lane."""
+    pairs = ir.VectorType(_BFloat(), 32)
+    return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type,
+                [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)])
+
+
+def to_bfloat16(builder: ir.IRBuilder, x: Any) -> Any:
+    """Round 16 float32 lanes to bfloat16, to nearest even, as 16 int16."""
+    half = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), [x])
+    return builder.bitcast(half, ir.VectorType(ir.IntType(16), 16))
+
+
+@contextmanager
+def loop(builder: ir.IRBuilder, start: Any, stop: Any) -> Iterator[Any]:
+    """Emit ``for i in range(start, stop)`` over int64; gives i."""
+    with cgutils.for_range_slice(builder, start, stop, ir.Constant(I64, 1), intp=I64) as (index, _):
+        yield index
+
+
+def constant(x: int) -> ir.Constant:
+    """int64 constant."""
+    return ir.Constant(I64, x)
+
+
+def _fill(kind: ir.VectorType, x: int) -> ir.Constant:
+    return ir.Constant(kind, [x] * kind.count)
+
+
+def _half(builder: ir.IRBuilder, bits: Any, words: ir.VectorType, singles: ir.VectorType) -> Any:
+    """float16 bits to float32 with integers alone: 2^112 moves the exponent's bias, subnormals included."""
+    b = builder
+    rest = b.shl(b.and_(bits, _fill(words, 0x7FFF)), _fill(words, 13))
+    moved = b.bitcast(b.fmul(b.bitcast(rest, singles), ir.Constant(singles, [2.0**112] * singles.count)), words)
+    special = b.icmp_unsigned(">=", rest, _fill(words, 0x0F800000))       # infinity and NaN keep their exponent
+    moved = b.select(special, b.or_(rest, _fill(words, 0x7F800000)), moved)
+    sign = b.shl(b.and_(bits, _fill(words, 0x8000)), _fill(words, 16))
+    return b.bitcast(b.or_(moved, sign), singles)
+
+
+def flatten(lists: Sequence[Sequence[Any]]) -> list[Any]:
+    """One list of all items."""
+    return list(itertools.chain.from_iterable(lists))
