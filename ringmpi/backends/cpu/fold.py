@@ -15,9 +15,9 @@ import numba
 
 from ...environment import launched_rank
 from . import pack, product, softmax_rows, tile, vector
-from .pack import pack_keys, pack_values
+from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
-from .tile import fold_tile, load_rows, store_rows, visible
+from .tile import address, any_sees, find_groups, fold_direct, fold_scores, load_rows, score_panels, store_rows, visible
 
 SOURCES = (vector, product, softmax_rows, pack, tile)
 
@@ -56,15 +56,22 @@ def _build(digest: str) -> tuple[Any, Any]:
         a, b = visible(work[7], work[8], whole, start, stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, stop - at)
-            slot = 0 if private else head * tiles + (at - origin) // tile
-            seen = visible(work[7], work[8], whole, at, at + n)
-            if seen[0] >= seen[1]:
+            find_groups(whole, work[7], work[8], at, n, lanes(acc), work[9])
+            if not any_sees(whole, work[9]):
                 continue
+            if private and count <= ROWS:
+                fold_direct(count, n, work, k, v, at, head, scale)
+                continue
+            slot = 0 if private else head * tiles + (at - origin) // tile
+            keys_at, values_at = slot * tile * k.shape[2], slot * (len(values) // len(finite))
             if private:
-                pack_keys(k, at, n, head, keys, 0)
+                pack_keys(k, at, n, head, keys, keys_at)
+            score_panels(whole, n, work, keys, keys_at, address(values) + values_at * values.itemsize)
+            if private:
                 finite[0] = pack_values(v, at, n, head, values, 0, tile)
-            fold_tile(whole, n, work, keys, slot * tile * k.shape[2], values, slot * (len(values) // len(finite)),
-                      finite[slot], v, at, head, tile, scale)
+            ahead = address(k) + (at + n) * k.shape[1] * k.shape[2] * k.itemsize if private else \
+                address(keys) + (keys_at + tile * k.shape[2]) * keys.itemsize
+            fold_scores(whole, work, values, values_at, finite[slot], v, at, n, head, tile, scale, ahead)
         store_rows(acc, top, norm, first, count, head, group, work)
 
     return pack_tiles, fold_keys

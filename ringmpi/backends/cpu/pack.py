@@ -13,10 +13,11 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from .product import VECTORS
-from .vector import Vectors, at, constant, data, machine
+from .vector import Vectors, at, constant, data, loop, machine
 
 
 def widen(x):  # type: ignore[no-untyped-def]
@@ -117,20 +118,55 @@ def _pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyp
 
 
 def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    dim_v, side, infinite = v.shape[2], lanes(out), False
-    place = out_at
+    dim_v, side = v.shape[2], lanes(out)
+    row, source, place = v.shape[1] * dim_v, (start * v.shape[1] + head) * dim_v, out_at
+    finite = True
     for first, width in panels(dim_v, side):
-        columns = min(width, dim_v - first)
-        for j in range(n):
-            row, source = out[place + j * width:place + (j + 1) * width], v[start + j, head, first:first + columns]
-            for c in range(columns):
-                x = widen(source[c])
-                row[c] = x
-                infinite |= x - x != 0
-            for c in range(width - columns):
-                row[columns + c] = 0
+        whole = min(width, dim_v - first) // side * side
+        finite &= copy_rows(v, source + first, row, n, whole, out, place, width)
+        for j in range(n if whole < width else 0):
+            for c in range(whole, width):
+                x = widen(v[start + j, head, first + c]) if first + c < dim_v else out.dtype.type(0)
+                out[place + j * width + c] = x
+                finite &= x - x == 0
         place += keys * width
-    return not infinite
+    return finite
+
+
+@intrinsic
+def copy_rows(context, x, x_at, x_row, n, columns, y, y_at, y_row):  # type: ignore[no-untyped-def]
+    """Copy n rows of `columns` numbers, whole vectors, widened; say if all are finite."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        stored = signature.args[0].dtype
+        x, y = (at(builder, data(context, builder, signature.args[i], values[i]), values[i + 1]) for i in (0, 5))
+        x_row, n, columns, y_row = values[2], values[3], values[4], values[7]
+        v = Vectors(builder, signature.args[5].dtype)
+        zero = v.number(0.0)
+        checks = [cgutils.alloca_once(builder, v.kind) for _ in range(4)]       # NaN where 0 × number is
+        for check in checks:
+            builder.store(zero, check)
+
+        def copy(j, check):  # type: ignore[no-untyped-def]
+            source, target = at(builder, x, builder.mul(j, x_row)), at(builder, y, builder.mul(j, y_row))
+            with loop(builder, constant(0), builder.udiv(columns, constant(v.lanes))) as i:
+                place = builder.mul(i, constant(v.lanes))
+                numbers = v.widen(stored, source, place)
+                v.store(numbers, target, place)
+                builder.store(v.fma(numbers, zero, builder.load(check)), check)
+
+        blocks = builder.udiv(n, constant(4))
+        with loop(builder, constant(0), blocks) as i:
+            for u, check in enumerate(checks):
+                copy(builder.add(builder.mul(i, constant(4)), constant(u)), check)
+        with loop(builder, builder.mul(blocks, constant(4)), n) as j:
+            copy(j, checks[0])
+        total = builder.load(checks[0])
+        for check in checks[1:]:
+            total = builder.fadd(total, builder.load(check))
+        total = v.sum(total)
+        return builder.fcmp_ordered("==", total, total)
+
+    return types.boolean(x, x_at, x_row, n, columns, y, y_at, y_row), emit
 
 
 def _pack_value_pairs(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]

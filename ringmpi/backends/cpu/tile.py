@@ -17,8 +17,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .pack import lanes, pack_keys, pack_queries, pack_values, panels, weight, widen
-from .product import ROWS, VECTORS, add_product, scores
+from .pack import lanes, pack_queries, panels, weight, widen
+from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
 from .softmax_rows import LOG2E, power_of_2, weigh_rows
 from .vector import machine
 
@@ -38,41 +38,70 @@ def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]
 
 
 @numba.njit(error_model="numpy")
-def fold_tile(rows, n, work, keys, keys_at, values, values_at, finite, v, start, head, tile, scale):  # type: ignore[no-untyped-def]
-    """Fold n packed keys into the first `rows` rows (a multiple of ROWS) of the work space.
-
-    keys[keys_at:], values[values_at:]: a tile as `pack_keys` and `pack_values` made it, of `tile` keys;
-    v[start:start + n, head] are the values as they came, for rows that must not multiply what they do not see.
-    """
-    queries, s, p, acc, top, norm, shrink, low, high, groups = work
-    depth, columns, side = queries.shape[1], acc.shape[1], lanes(acc)
-    wide = VECTORS * side
-    step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
-    find_groups(rows, low, high, start, n, side, groups)
-    stride = -(-wide * ROWS // rows)
+def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untyped-def]
+    """S of a packed tile of keys, panel by panel; the last panel asks for address `ahead`, the others for the next one."""
+    queries, s, _, acc, _, _, _, _, _, groups = work
+    depth, wide = queries.shape[1], VECTORS * lanes(acc)
+    share = -(-wide * ROWS // rows) * keys.itemsize               # bytes of the next panel that a step asks for
     for panel in range(0, n, wide):
-        ahead, ahead_at = (keys, keys_at + (panel + wide) * depth) if panel + wide < n else (values, values_at)
+        following = address(keys) + (keys_at + (panel + wide) * depth) * keys.itemsize if panel + wide < n else ahead
         for g in range(0, rows, ROWS):
             if groups[g, 0] < panel + wide and groups[g, 1] > panel:
-                scores(queries, g * depth, depth, keys, keys_at + panel * depth, s, g * tile + panel, tile, depth,
-                       ahead, ahead_at + g // ROWS * depth * stride, stride)
+                scores(queries, g * depth, depth, keys, keys_at + panel * depth, s, g * s.shape[1] + panel, s.shape[1],
+                       depth,
+                       following + g // ROWS * depth * share, share)
+
+
+@numba.njit(error_model="numpy")
+def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-untyped-def]
+    """Fold keys start..start + n of a head, as they came, into the first `count` rows, at most ROWS."""
+    queries, s, _, acc, top, norm, shrink, low, high, groups = work
+    depth, dim_v, side = queries.shape[1], v.shape[2], lanes(acc)
+    row, v_row, whole = k.shape[1] * depth, v.shape[1] * dim_v, dim_v - dim_v % side
+    first, last = groups[0, 0] // side * side, -(-groups[0, 1] // side) * side
+    for j in range(first, last, side):
+        for r in range(count):
+            dot_keys(queries, r * depth, k, (start + j) * row + head * depth, row, min(side, n - j), depth,
+                     s, r * s.shape[1] + j)
+    weigh_rows(s, s, 0, s.shape[1], first, last, low, high, start, top, norm, shrink, scale, groups[0, 2] == 0)
+    for r in range(count):
+        a, b = max(low[r] - start, 0), min(high[r] - start, n)
+        if a < b:
+            add_values(s, r * s.shape[1] + a, v, (start + a) * v_row + head * dim_v, v_row, b - a, whole,
+                       acc, r * acc.shape[1], shrink[r])
+            for c in range(whole, dim_v):
+                total = acc[r, c] * shrink[r]
+                for j in range(a, b):
+                    total += s[r, j] * widen(v[start + j, head, c])
+                acc[r, c] = total
+
+
+@numba.njit(error_model="numpy")
+def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, scale, ahead):  # type: ignore[no-untyped-def]
+    """Fold a tile of n keys whose scores are in S into the first `rows` rows (a multiple of ROWS) of the work space.
+
+    values[values_at:] is a tile as `pack_values` made it, of `tile` keys; v[start:start + n, head] are the values as they
+    came, for rows that must not multiply what they do not see. The last panel asks for address `ahead`.
+    """
+    _, s, p, acc, top, norm, shrink, low, high, groups = work
+    columns, side = acc.shape[1], lanes(acc)
+    step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
     for g in range(0, rows, ROWS):
         first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
         if first < last:
-            weigh_rows(s, p, g, tile, first // side * side, -(-last // side) * side, low, high, start, top, norm, shrink,
+            weigh_rows(s, p, g, s.shape[1], first // side * side, -(-last // side) * side, low, high, start, top, norm, shrink,
                        scale, even == 0)
     place = values_at
     for column, width in panels(columns, side):
-        last_panel = column + width >= columns
-        ahead, ahead_at = (keys, keys_at + tile * depth) if last_panel else (values, place + tile // step * width)
-        stride = -(-width * ROWS // rows)
+        following = address(values) + (place + tile // step * width) * values.itemsize if column + width < columns else ahead
+        share = -(-width * ROWS // rows) * values.itemsize
         for g in range(0, rows, ROWS):
             first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
             if first < last and (even or finite):
                 first //= step
-                add_product(p, (g * tile) // step + first, tile // step, values, place + first * width,
+                add_product(p, g * p.shape[1] + first, p.shape[1], values, place + first * width,
                             acc, g * columns + column, columns, -(-last // step) - first,
-                            ahead, ahead_at + g // ROWS * (tile // step) * stride, stride, shrink, g, width // side)
+                            following + g // ROWS * (tile // step) * share, share, shrink, g, width // side)
         place += tile // step * width
     if not finite:
         for g in range(0, rows, ROWS):
@@ -80,6 +109,12 @@ def fold_tile(rows, n, work, keys, keys_at, values, values_at, finite, v, start,
             if first < last and not even:
                 for r in range(g, g + ROWS):
                     add_seen(acc[r], shrink[r], p, r, v, start, head, max(low[r] - start, 0), min(high[r] - start, n))
+
+
+@numba.njit
+def address(array):  # type: ignore[no-untyped-def]
+    """Address of an array's first element."""
+    return np.int64(array.ctypes.data)
 
 
 @numba.njit
@@ -148,3 +183,10 @@ def visible(low, high, rows, start, stop):  # type: ignore[no-untyped-def]
     return first, last
 
 
+@numba.njit
+def any_sees(rows, groups):  # type: ignore[no-untyped-def]
+    """Whether any group sees anything of the tile."""
+    for g in range(0, rows, ROWS):
+        if groups[g, 0] < groups[g, 1]:
+            return True
+    return False

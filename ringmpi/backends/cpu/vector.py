@@ -132,10 +132,22 @@ class Vectors:
 
     def widen(self, stored: types.Type, pointer: Any, offset: Any) -> Any:
         """Load lanes of a storage type: floats, uint16 (bits of a bfloat16) or int16 (bits of a float16)."""
+        raw = load(self.builder, pointer, offset, ir.VectorType(pointer.type.pointee, self.lanes))
+        return self.converted(stored, raw)
+
+    def gather(self, stored: types.Type, pointers: Sequence[Any], offset: Any) -> Any:
+        """Lane i from element `offset` after pointer i, widened."""
+        b = self.builder
+        raw = ir.Constant(ir.VectorType(pointers[0].type.pointee, self.lanes), ir.Undefined)
+        for i, pointer in enumerate(pointers):
+            raw = b.insert_element(raw, b.load(at(b, pointer, offset)), ir.Constant(I32, i))
+        return self.converted(stored, raw)
+
+    def converted(self, stored: types.Type, raw: Any) -> Any:
+        """Vector of a storage type to this type."""
         b = self.builder
         if stored == self.dtype:
-            return self.load(pointer, offset)
-        raw = load(b, pointer, offset, ir.VectorType(pointer.type.pointee, self.lanes))
+            return raw
         if stored == types.float32:
             return b.fpext(raw, self.kind)
         words = ir.VectorType(I32, self.lanes)
@@ -186,6 +198,19 @@ class Vectors:
                       for i in (0, width)]
             x = combine(self, *halves)
         return b.extract_element(x, ir.Constant(I32, 0))
+
+    def sums(self, rows: Sequence[Any]) -> Any:
+        """Sum of the lanes of each of `lanes` vectors, as one vector: a transposition that adds as it goes."""
+        b, rows, half = self.builder, list(rows), 1
+        while len(rows) > 1:
+            # Rows i and i + 1 of this step share a vector: blocks of `half` lanes, each summed over the halves so far.
+            first = [t if not t & half else t - half + self.lanes for t in range(self.lanes)]
+            second = [t + half if not t & half else t + self.lanes for t in range(self.lanes)]
+            masks = [ir.Constant(ir.VectorType(I32, self.lanes), m) for m in (first, second)]
+            rows = [b.fadd(*(b.shuffle_vector(rows[i], rows[i + 1], mask) for mask in masks))
+                    for i in range(0, len(rows), 2)]
+            half *= 2
+        return rows[0]
 
     def inside(self, index: Any, low: Any, high: Any) -> Any:
         """Mask of the lanes that stand in ``low <= index + lane < high``; the three are scalar int64."""
@@ -249,13 +274,13 @@ def store(builder: ir.IRBuilder, x: Any, pointer: Any, offset: Any) -> None:
     builder.store(x, builder.bitcast(at(builder, pointer, offset), x.type.as_pointer())).align = 1
 
 
-def prefetch(builder: ir.IRBuilder, pointer: Any) -> None:
-    """Ask for the line of `pointer` to come to the second-level cache; any address is allowed."""
-    byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
-    name = "llvm.prefetch.p0"
-    kind = ir.FunctionType(ir.VoidType(), [byte.type, I32, I32, I32])
+def prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    """Ask for the line of an address, an int64, to come to the second-level cache; any address is allowed."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     read, locality, data_cache = (ir.Constant(I32, x) for x in (0, 2, 1))
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [byte, read, locality, data_cache])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, read, locality, data_cache])
 
 
 def at(builder: ir.IRBuilder, pointer: Any, offset: Any) -> Any:
