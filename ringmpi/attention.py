@@ -24,6 +24,7 @@ from .softmax import DTYPES, State, accumulator, finish
 from .trace import Trace
 
 Array = NDArray[Any]
+COMPILE_TIMEOUT = 600.0           # seconds at least: compiling is not being late
 Progress = Callable[[int, int], object]
 
 
@@ -174,7 +175,7 @@ class RingAttention:
         trace = self.trace = Trace()
         start = time.perf_counter()
         q, k, v, batched, plan = self._agree(q, k, v)
-        trace.agree_seconds = time.perf_counter() - start
+        trace.agree_seconds = time.perf_counter() - start - trace.compile_seconds
         trace.flop_per_pair = 2 * q.shape[2] * (q.shape[3] + v.shape[3])
         try:
             for state in plan.states:
@@ -241,6 +242,9 @@ class RingAttention:
                 plan = self._make_plan(records, *layouts, q.dtype)
                 self._ring.reserve(plan.block_bytes)
             plan.hops = self._agree_hops(plan)
+            start = time.perf_counter()
+            self._comm.by_turns(lambda: self.backend.prepare(q.dtype, plan.accumulator), max(self.timeout, COMPILE_TIMEOUT))
+            self.trace.compile_seconds = time.perf_counter() - start
             self._plan = plan
         return q, k, v, batched, self._plan
 

@@ -1,8 +1,8 @@
 """Communicators, agreement and deadlines: what the library asks of MPI besides moving blocks.
 
 The only module that touches COMM_WORLD, and only for the command line. Every wait for another rank polls, so
-that it has a deadline and does not take a core from other ranks; only Create_cart, which has no such form, is
-called when all ranks have met.
+that it has a deadline and does not take a core from other ranks; only Split_type and Create_cart, which have no such
+form, are called when all ranks have met.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Comm:
     rank, size : int
     source, dest : int
         The neighbours blocks come from and go to.
+    leader : int
+        The lowest rank on this rank's node.
     threads : int
         The cores this rank may run on, shared fairly with the ranks of the communicator on its node.
     lost : str
@@ -73,7 +75,7 @@ class Comm:
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
-        self.source = self.dest = self.rank
+        self.source = self.dest = self.leader = self.rank
         self.threads = 1
         self.lost = ""
         self._connected = False
@@ -81,8 +83,8 @@ class Comm:
     def connect(self, comm: MPI.Intracomm, timeout: float) -> None:
         """Make a periodic Cartesian ring on a duplicate of the caller's communicator. Collective over *comm*.
 
-        Dup and Create_cart block without a deadline, so the ranks meet in calls that have one, Idup and an
-        exchange, and only then make the ring. A rank that comes too late finds the others gone, and is not stuck.
+        Dup, Split_type and Create_cart block without a deadline, so the ranks meet in calls that have one, Idup and
+        an exchange, and only then make the ring. A rank that comes too late finds the others gone, and is not stuck.
 
         Raises
         ------
@@ -94,6 +96,8 @@ class Comm:
                                               f"{self.size - 1} ranks to make their first call")
         self.ring = duplicate
         self._connected = True
+        self.share([0], timeout)
+        self.leader = _lowest_on_node(duplicate)
         self.threads = self._fair_threads(timeout)
         self.ring = duplicate.Create_cart([self.size], periods=[True], reorder=False)
         self.source, self.dest = self.ring.Shift(0, 1)
@@ -101,9 +105,9 @@ class Comm:
 
     def _fair_threads(self, timeout: float) -> int:
         """Share the cores that this rank may run on: one that k ranks of this node may use counts 1/k."""
-        here, mine = socket.gethostname(), cores()
-        everyone = [json.loads(text) for text in self.share_text(json.dumps([here, sorted(mine)]), timeout)]
-        users = Counter(core for host, theirs in everyone if host == here for core in theirs)
+        mine = cores()
+        everyone = [json.loads(text) for text in self.share_text(json.dumps([self.leader, sorted(mine)]), timeout)]
+        users = Counter(core for leader, theirs in everyone if leader == self.leader for core in theirs)
         return max(1, int(sum(1 / users[core] for core in mine) + 1e-9))
 
     def free(self) -> None:
@@ -272,6 +276,24 @@ class Comm:
             self.fail(error, [])
             raise
         self.agree(failure, timeout)
+
+
+    def by_turns(self, work: Callable[[], object], timeout: float) -> None:
+        """Run `work` on one rank of each node, and then on the others; all raise or none. Collective over *comm*."""
+        for turn in (True, False):
+            with self.together(timeout):
+                if turn is (self.rank == self.leader):
+                    work()
+
+
+def _lowest_on_node(comm: MPI.Intracomm) -> int:
+    """Give the lowest rank of `comm` on this node. Collective over *comm*."""
+    node = comm.Split_type(load().COMM_TYPE_SHARED)
+    here, everywhere = node.Get_group(), comm.Get_group()
+    rank = int(here.Translate_ranks([0], everywhere)[0])
+    for handle in (here, everywhere, node):
+        handle.Free()
+    return rank
 
 
 def _short(text: str) -> str:

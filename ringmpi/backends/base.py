@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ..layout import Integers
@@ -29,6 +30,9 @@ class Backend:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> None:
+        """Make ready for inputs of `dtype` and that accumulator: compile, or load what was compiled. Local."""
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:

@@ -13,8 +13,10 @@ which of them was faster.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from ..layout import Integers
 from ..softmax import BFLOAT16, State, merge
 from .base import Backend
 from .cpu.fold import fold_keys, pack_tiles
+from .cpu.peak import multiply_add_peak
 from .cpu.product import ROWS
 from .cpu.team import Task, Team
 from .cpu.vector import machine
@@ -47,6 +50,16 @@ class NumbaBackend(Backend):
         self._key: Any = None
         self._rows: list[Rows] = []
         self._packed: Packed | None = None
+
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> None:
+        """Compile the kernels, or load them; see `Backend.prepare`. Local."""
+        x, none = np.zeros((1, 1, 2), dtype), np.zeros(1, np.int64)
+        state = State.empty(1, 1, 2, accumulator)
+        block = _Block(state, x, x, x, none, none + 1, 1.0)
+        rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
+        pack_tiles(block.k, block.v, 0, 1, 0, 1, packed)
+        fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
+                  (0, 0, 1), (0, 0, 1), packed, True, rows.arrays)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
@@ -79,8 +92,8 @@ class NumbaBackend(Backend):
             tiles = -(-(stop - start) // packed.tile)
             arrays = packed.reserve(block.heads, tiles)
             slots = np.linspace(0, block.heads * tiles, min(block.heads * tiles, least) + 1).astype(int).tolist()
-            for _ in self._team.run([self._pack(block, start, stop, a, b, arrays) for a, b in itertools.pairwise(slots)]):
-                yield 0
+            yield from self._team.run([self._pack(block, start, stop, a, b, arrays)
+                                       for a, b in itertools.pairwise(slots)])
             areas = block.areas(start, stop, height)
             yield from self._team.run(
                 [self._fold(block, block.state, head, i * height, min(height, block.rows - i * height), start, arrays,
@@ -105,7 +118,7 @@ class NumbaBackend(Backend):
             merge(block.state, parts)
 
     def _pack(self, block: _Block, start: int, stop: int, first: int, last: int, packed: tuple[Any, ...]) -> Task:
-        return Task([(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), last - first)])
+        return Task(last - first, [(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), 0)])
 
     def _fold(self, block: _Block, state: State, head: int, first: int, count: int, origin: int,
               packed: tuple[Any, ...] | None, steps: list[tuple[int, int, int]]) -> Task:
@@ -115,7 +128,8 @@ class NumbaBackend(Backend):
             fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
                       (head, first, count), (origin, start, stop), packed or rows.private, packed is None, rows.arrays)
 
-        return Task([(lambda thread, a=start, b=stop: call(thread, a, b), area) for start, stop, area in steps])
+        return Task(sum(area for *_, area in steps),
+                    [(partial(call, start=start, stop=stop), area) for start, stop, area in steps])
 
     def close(self) -> None:
         """End the threads. Local."""
@@ -131,11 +145,12 @@ class _Block:
 
     def __init__(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, scale: float) -> None:
         kind = state.acc.dtype
-        pairs = bool(machine().pairs and q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0)
+        pairs = q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0 and pairs_pay()
         self.numbers = q.shape[2] + v.shape[2]
-        self.state, self.begin, self.end = state, begin, end
+        self.state = state
+        self.begin, self.end = (np.array(x, np.int64) for x in (begin, end))
         self.scale = kind.type(abs(scale))
-        self.q, self.k, self.v = (_bits(np.ascontiguousarray(x)) for x in (-q if scale < 0 else q, k, v))
+        self.q, self.k, self.v = (_plain(x) for x in (-q if scale < 0 else q, k, v))
         if pairs:
             self.q, self.k = self.q.view(np.uint32), self.k.view(np.uint32)
         self.heads = k.shape[1]
@@ -159,8 +174,25 @@ class _Block:
         return parts
 
 
-def _bits(x: Array) -> Array:
-    """Show 16-bit floats to Numba as integers: uint16 for bfloat16, int16 for float16."""
-    if x.dtype == BFLOAT16:
-        return x.view(np.uint16)
-    return x.view(np.int16) if x.dtype == np.float16 else x
+@functools.cache
+def pairs_pay() -> bool:
+    """Say whether multiplying pairs of bfloat16 is faster here than widening them first: measured, 1 ms. Local.
+
+    Both occur: some CPUs do twice the arithmetic in pairs, some half.
+    """
+    return machine().pairs and multiply_add_peak("pairs", 1, 2e-4) > multiply_add_peak("float32", 1, 2e-4)
+
+
+def _plain(x: Array) -> Array:
+    """Contiguous and writable, as the kernels are compiled for; 16-bit floats as bits: uint16 bfloat16, int16 float16."""
+    x = np.ascontiguousarray(x)
+    x = x.view({BFLOAT16: np.uint16, np.dtype(np.float16): np.int16}.get(x.dtype, x.dtype))
+    return x if x.flags.writeable else np.asarray(_Writable(x))
+
+
+class _Writable:
+    """Shows a read-only array as a writable one, to kernels that only read it."""
+
+    def __init__(self, x: Array) -> None:
+        self.base = x
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}

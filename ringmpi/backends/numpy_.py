@@ -5,7 +5,8 @@ Every other backend is tested against this one, and this one against a dense flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,42 +16,56 @@ from threadpoolctl import ThreadpoolController
 from ..layout import Integers
 from ..softmax import State
 from .base import Backend
+from .cpu.team import Task, Team
 
-ROWS, COLUMNS = 256, 1024    # a tile of scores: 1 MiB in float32 for one head, a few milliseconds of BLAS
+ROWS, COLUMNS = 512, 2048    # a tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread
 
 
 class NumpyBackend(Backend):
-    """Attention in NumPy; the matrix products are BLAS."""
+    """Attention in NumPy; the matrix products are BLAS, one thread for each tile."""
 
     name = "numpy"
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
+        self._team = Team(threads)
         self._pools = ThreadpoolController()
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        heads, kv_heads = q.shape[1], k.shape[1]
-        group = heads // kv_heads
-        factor = state.acc.dtype.type(scale)
-        with self._pools.limit(limits=self.threads, user_api="blas"):
-            for rows in _slices(0, len(q), ROWS):
-                seeing = end[rows] > begin[rows]
-                if not seeing.any():
-                    continue
-                first, last = begin[rows][seeing].min(), end[rows][seeing].max()
-                for columns in _slices(int(first), int(last), COLUMNS):
-                    low = np.clip(begin[rows], columns.start, columns.stop) - columns.start
-                    high = np.clip(end[rows], columns.start, columns.stop) - columns.start
-                    pairs = int((high - low).sum())
-                    if not pairs:
-                        continue
-                    for h in range(kv_heads):
-                        mine = rows, slice(h * group, (h + 1) * group)
-                        tile = State(state.acc[mine], state.max[mine], state.sum[mine])
-                        _fold(tile, q[mine], k[columns, h], v[columns, h], low, high, factor)
-                    yield pairs
+        group = q.shape[1] // k.shape[1]
+        queries = max(1, ROWS // group)
+        rooms = [np.empty(queries * group * COLUMNS, state.acc.dtype) for _ in range(self.threads)]
+        tiles = [(rows, head, int((end[rows] - begin[rows]).sum()))
+                 for rows in _slices(0, len(q), queries) for head in range(k.shape[1])]
+        tasks = [Task(area, _steps(state, q, k, v, begin, end, scale, rows, head, rooms))
+                 for rows, head, area in tiles if area]
+        done = counted = 0
+        with self._pools.limit(limits=1, user_api="blas"):
+            for area in self._team.run(tasks):
+                done += area
+                yield done // k.shape[1] - counted
+                counted = done // k.shape[1]
+
+    def close(self) -> None:
+        """End the threads. Local."""
+        self._team.close()
+
+
+def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begin: Integers, end: Integers,
+           scale: float, rows: slice, head: int, rooms: list[NDArray[Any]]
+           ) -> Iterator[tuple[Callable[[int], None], int]]:
+    """Fold all columns into `rows` of one key head, one tile after the other."""
+    group = q.shape[1] // k.shape[1]
+    mine = rows, slice(head * group, (head + 1) * group)
+    part = State(state.acc[mine], state.max[mine], state.sum[mine])
+    seeing = end[rows] > begin[rows]
+    for columns in _slices(int(begin[rows][seeing].min()), int(end[rows][seeing].max()), COLUMNS):
+        low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start for edge in (begin, end))
+        pairs = int((high - low).sum())
+        if pairs:
+            yield partial(_fold, part, q[mine], k[columns, head], v[columns, head], low, high, scale, rooms), pairs
 
 
 def _slices(start: int, stop: int, width: int) -> list[slice]:
@@ -58,28 +73,29 @@ def _slices(start: int, stop: int, width: int) -> list[slice]:
 
 
 def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-          low: Integers, high: Integers, scale: Any) -> None:
-    """Fold a tile: q (rows, group, dim), k (columns, dim), v (columns, dim_v), one key head."""
+          low: Integers, high: Integers, scale: float, rooms: list[NDArray[Any]], thread: int) -> None:
+    """Fold a tile: q (rows, group, dim), k (columns, dim), v (columns, dim_v), one key head; scores go to a room."""
     dtype = state.acc.dtype
     q, k, v = (x.astype(dtype, copy=False) for x in (q, k, v))
     full = bool((low == 0).all() and (high == len(k)).all())
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that see them
-        scores = (q.reshape(-1, q.shape[2]) @ k.T).reshape(*q.shape[:2], len(k))
-        scores *= scale
+        flat = rooms[thread][:q.shape[0] * q.shape[1] * len(k)].reshape(-1, len(k))
+        scores = np.matmul((q * dtype.type(scale)).reshape(-1, q.shape[2]), k.T, out=flat).reshape(*q.shape[:2], -1)
         if not full:
             j = np.arange(len(k))
             hidden = (j < low[:, None]) | (j >= high[:, None])
             np.copyto(scores, -np.inf, where=hidden[:, None, :])
         top = np.maximum(state.max, scores.max(axis=2))
         shift = np.where(top == -np.inf, dtype.type(0), top)      # -inf - -inf would be NaN
-        weights = np.exp(scores - shift[..., None], out=scores)
+        scores -= shift[..., None]
+        weights = np.exp(scores, out=scores)
         shrink = np.exp(state.max - shift)
         state.acc *= shrink[..., None]
         state.sum *= shrink
         state.max[...] = top
         state.sum += weights.sum(axis=2)
         if full or np.isfinite(v).all():
-            state.acc += (weights.reshape(-1, len(k)) @ v).reshape(state.acc.shape)
+            state.acc += (flat @ v).reshape(state.acc.shape)
         else:                             # 0 × NaN is NaN: rows that do not see it must not multiply it
             for i, (a, b) in enumerate(zip(low, high, strict=True)):
                 state.acc[i] += weights[i, :, a:b] @ v[a:b]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,18 @@ def _build(digest: str) -> tuple[Any, Any]:
     return pack_tiles, fold_keys
 
 
-def _compiled() -> tuple[Any, Any]:
-    """Wrap the functions for Numba, with a cache on disk where there is a folder to write to."""
-    functions = _build(_digest())
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        pack_tiles, fold_keys = (numba.njit(cache=True, **options)(f) for f in functions)
-    except RuntimeError as error:
-        if launched_rank() == 0:
-            warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
-                          "that can be written", RuntimeWarning, stacklevel=2)
-        pack_tiles, fold_keys = (numba.njit(**options)(f) for f in functions)
-    return pack_tiles, fold_keys
+def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
+    """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+    for function in functions:
+        try:
+            yield numba.njit(**options)(function)
+        except RuntimeError as error:
+            if launched_rank() == 0:
+                warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
+                              "that can be written", RuntimeWarning, stacklevel=2)
+            options["cache"] = False
+            yield numba.njit(**options)(function)
 
 
-pack_tiles, fold_keys = _compiled()
+pack_tiles, fold_keys = _compiled(_build(_digest()))

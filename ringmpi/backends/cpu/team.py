@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -12,14 +12,13 @@ POLL_SECONDS = 0.002        # how often the caller yields while it waits for the
 
 @dataclass
 class Task:
-    """Steps to do one after the other: calls that take the number of the thread, and the cost of each."""
+    """Steps to do one after the other, made when their turn comes: calls that take the number of the thread, and their cost.
 
-    steps: list[tuple[Callable[[int], object], int]]
+    `cost` is that of all steps.
+    """
 
-    @property
-    def cost(self) -> int:
-        """Cost of all steps."""
-        return sum(cost for _, cost in self.steps)
+    cost: int
+    steps: Iterable[tuple[Callable[[int], object], int]]
 
 
 class Team:

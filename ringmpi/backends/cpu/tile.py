@@ -134,7 +134,7 @@ def find_groups(rows, low, high, start, n, side, groups):  # type: ignore[no-unt
 
 @numba.njit(error_model="numpy")
 def add_seen(row, shrink, p, r, v, start, head, a, b):  # type: ignore[no-untyped-def]
-    """row = shrink·row + P[r]·V over columns a..b alone, one at a time: 0 × NaN is NaN."""
+    """Row = shrink·row + P[r]·V over columns a..b alone, one at a time: 0 × NaN is NaN."""
     for c in range(v.shape[2]):
         total = row.dtype.type(0)
         for j in range(a, b):

@@ -227,7 +227,7 @@ class Vectors:
         return b.and_(b.icmp_unsigned(">=", lane, edges[0]), b.icmp_unsigned("<", lane, edges[1]))
 
     def where(self, mask: Any, x: Any, y: Any) -> Any:
-        """x in the lanes of `mask`, else y."""
+        """X in the lanes of `mask`, else y."""
         return self.builder.select(mask, x, y)
 
     def transpose(self, rows: Sequence[Any]) -> list[Any]:
