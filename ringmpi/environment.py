@@ -36,6 +36,11 @@ def cores() -> set[int]:
     return os.sched_getaffinity(0)
 
 
+def use_cores(wanted: set[int]) -> None:
+    """Let this thread, and those it starts, run on other cores. Local."""
+    os.sched_setaffinity(0, wanted)
+
+
 def cache_bytes(level: int) -> int:
     """Give the size of a core's data cache of `level`, or a modest guess where the system does not say. Local."""
     try:

@@ -311,7 +311,7 @@ def test_attend_from_python(tmp_path):
 
 
 def test_bench(capsys):
-    assert code("bench", "kernel", "--tokens", 64, "--repeat", 1, "--json", "b.json") == 0
+    assert code("bench", "kernel", "--shape", "64x64", "--repeat", 1, "--json", "b.json") == 0
     assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal") == 0
     said = capsys.readouterr().out
     assert "GFLOP/s" in said

@@ -26,7 +26,7 @@ LAYERS = [
     {"attention"},
     {"job", "text"},
     {"audit", "memory"},
-    {"commands.options"},
+    {"commands.options", "commands.bench_kernel", "commands.bench_ring"},
     {"commands", "commands.attend", "commands.make", "commands.check", "commands.merge", "commands.info",
      "commands.demo", "commands.bench"},
     {"cli"},

@@ -1,0 +1,141 @@
+"""One block on one rank: every backend, and torch on the same data where it is installed.
+
+Runs are interleaved, the yardsticks (multiply-adds in registers, bytes read from memory) among them, so that a noisy minute
+strikes all alike; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends import NAMES, open_backend, reason_missing
+from ..environment import cores, refuse_many
+from ..mask import Mask
+from ..softmax import State, accumulator, check_dtype
+
+MASKS = ("full", "causal", "window", "documents")
+GRID = {"dtype": ("float32", "float64", "bfloat16", "float16"), "dim": (64, 128, 80), "mask": MASKS,
+        "shape": ((16384, 16384), (1, 2**20), (16, 2**18))}
+WINDOW = 4096               # keys that a query sees with the mask `window`
+DOCUMENT = 512              # tokens of a document, on average
+
+
+@dataclass
+class Case:
+    """A block to attend to: arrays, what each query sees, and what that costs."""
+
+    dtype: str
+    dim: int
+    mask: str
+    shape: tuple[int, int]
+    heads: int
+    kv_heads: int
+
+    def __post_init__(self) -> None:
+        kind, (n_q, n_k), rng = check_dtype(self.dtype, "--dtype"), self.shape, np.random.default_rng(0)
+        self.q, self.k, self.v = (rng.standard_normal((n, h, self.dim), np.float32).astype(kind) for n, h in
+                                  ((n_q, self.heads), (n_k, self.kv_heads), (n_k, self.kv_heads)))
+        self.offsets = self._offsets(n_k)
+        mask = {"full": Mask(), "causal": Mask(causal=True), "window": Mask(window=(WINDOW - 1, 0)),
+                "documents": Mask(documents=self.offsets)}[self.mask]
+        (self.begin, self.end), = mask.bounds(np.arange(n_q), n_q, n_k)
+        self.flop = 4 * self.heads * self.dim * int((self.end - self.begin).sum())
+        self.bytes = self.k.nbytes + self.v.nbytes
+        self.scale = self.dim**-0.5
+
+    @staticmethod
+    def _offsets(n_k: int) -> Any:
+        cuts = np.random.default_rng(1).choice(np.arange(1, n_k), max(0, n_k // DOCUMENT - 1), replace=False)
+        return np.concatenate([[0], np.sort(cuts), [n_k]])
+
+    def __str__(self) -> str:
+        return f"{self.dtype} dim {self.dim} {self.mask} {self.shape[0]}x{self.shape[1]}"
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure every case that is asked for; give the rows of the table, and the seconds that compiling took. Local."""
+    refuse_many("bench kernel")
+    chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
+    threads = arguments.threads or len(cores())
+    backends = {name: open_backend(name, threads) for name in NAMES
+                if name in arguments.kernels and reason_missing(name) is None}
+    compiled: dict[str, float] = {}
+    rows = []
+    for dtype, dim, mask, shape in itertools.product(*chosen.values()):
+        if dtype not in compiled:
+            start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
+            for backend in backends.values():
+                backend.prepare(kind, accumulator(kind))
+            compiled[dtype] = time.perf_counter() - start
+        case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
+        rows += _compare(case, backends, threads, arguments)
+    for backend in backends.values():
+        backend.close()
+    return rows, compiled
+
+
+def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from ..backends.cpu.peak import multiply_add_peak, read_bandwidth
+    from ..backends.numba_ import pairs_pay
+    kind = accumulator(case.q.dtype)
+    state = State.empty(len(case.q), case.heads, case.dim, kind)
+
+    def fold(backend: Any) -> None:
+        state.reset()
+        for _ in backend.accumulate(state, case.q, case.k, case.v, case.begin, case.end, case.scale):
+            pass
+
+    runs: dict[str, Callable[[], Any]] = {name: lambda b=b: fold(b) for name, b in backends.items()}  # type: ignore[misc]
+    peer = _torch(case, threads) if "torch" in arguments.kernels else None
+    if peer:
+        runs["torch"] = peer
+    product = "pairs" if case.dtype == "bfloat16" and pairs_pay() else str(kind)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks, bandwidths = [], []
+    for number in range(arguments.repeat + 1):
+        for name, call in runs.items():
+            start = time.perf_counter()
+            call()
+            if number:                    # the first is the warm-up
+                times[name].append(time.perf_counter() - start)
+        peaks.append(multiply_add_peak(product, threads, 0.02))
+        bandwidths.append(read_bandwidth(threads))
+    peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
+    medians = {name: statistics.median(column) for name, column in times.items()}
+    return [{"dtype": case.dtype, "dim": case.dim, "mask": case.mask, "queries": case.shape[0], "keys": case.shape[1],
+             "heads": f"{case.heads}/{case.kv_heads}", "threads": threads, "kernel": name, "seconds": t,
+             "spread": (max(times[name]) - min(times[name])) / t, "GFLOP/s": case.flop / t / 1e9,
+             "peak GFLOP/s": peak / 1e9, "of peak": case.flop / t / peak,
+             "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth,
+             "x torch": medians["torch"] / t if "torch" in medians else None} for name, t in medians.items()]
+
+
+def _torch(case: Case, threads: int) -> Callable[[], Any] | None:
+    """Give torch's scaled_dot_product_attention on the same data, as its user would call it; None if not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    torch.set_num_threads(threads)
+    attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
+    q, k, v = (torch.from_numpy(x.astype(np.float64).transpose(1, 0, 2).copy()).to(kind)[None]
+               for x in (case.q, case.k, case.v))
+    options = {"enable_gqa": True} if case.heads != case.kv_heads else {}
+    if case.mask == "full":
+        return lambda: attention(q, k, v, **options)
+    if case.mask == "causal" and len(case.q) == len(case.k):
+        return lambda: attention(q, k, v, is_causal=True, **options)
+    if case.mask == "documents" and len(case.q) == len(case.k):
+        pieces = [slice(a, b) for a, b in itertools.pairwise(case.offsets.tolist())]
+        return lambda: [attention(q[:, :, s], k[:, :, s], v[:, :, s], **options) for s in pieces]
+    j = torch.arange(len(case.k))
+    seen = (j >= torch.from_numpy(case.begin)[:, None]) & (j < torch.from_numpy(case.end)[:, None])
+    return lambda: attention(q, k, v, attn_mask=seen, **options)

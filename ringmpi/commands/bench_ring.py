@@ -1,0 +1,144 @@
+"""The whole ring: contiguous, striped and zigzag; and the same work on one rank with all the threads."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import layout, mpi
+from ..attention import RingAttention
+from ..environment import cores, use_cores
+from ..mask import Mask
+from ..ring import Ring
+from ..softmax import check_dtype
+from ..trace import Trace
+
+ALONE = "one rank"
+TRANSFER = "transfer"
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
+    world = mpi.world()
+    bench = _Bench(arguments, world, mpi.private(world, arguments.timeout))
+    runs = bench.runs()
+    for _ in range(arguments.repeat + 1):
+        for name, call in runs.items():
+            bench.time(name, call)
+    rows = bench.rows()
+    bench.close()
+    return rows
+
+
+class _Bench:
+    """What is measured on this rank: figures of each run by name."""
+
+    def __init__(self, arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> None:
+        self.arguments, self.comm = arguments, comm
+        self.dtype = check_dtype(arguments.dtype, "--dtype")
+        self.figures: dict[str, list[NDArray[np.float64]]] = {}
+        self.threads = arguments.threads or comm.threads
+        records = comm.share([self.threads, comm.leader], arguments.timeout)
+        self.one_node = len(set(records[:, 1])) == 1
+        self.all_threads = int(records[:, 0].sum())
+        everywhere = np.zeros(4096, np.uint8)
+        everywhere[sorted(cores())] = 1
+        self.all_cores = set(np.flatnonzero(comm.share(everywhere, arguments.timeout).any(axis=0)).tolist())
+        self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
+        self.alone = world.Split(comm.rank)
+        self.single = self._attention(self.alone, "contiguous", self.all_threads)
+
+    def _attention(self, comm: Any, name: str, threads: int) -> RingAttention:
+        return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
+                             backend=self.arguments.backend, timeout=self.arguments.timeout)
+
+    def _arrays(self, n: int) -> list[Any]:
+        rng = np.random.default_rng(self.comm.rank)
+        shape = n, self.arguments.heads, self.arguments.dim
+        return [rng.standard_normal(shape, np.float32).astype(self.dtype) for _ in range(3)]
+
+    def runs(self) -> dict[str, Callable[[], Trace]]:
+        """Calls by name: the layouts, the blocks going round with nothing to compute, and one rank with all threads."""
+        tokens, ranks, rank = self.arguments.tokens, self.comm.size, self.comm.rank
+        runs: dict[str, Callable[[], Trace]] = {}
+        for name, attention in self.layouts.items():
+            arrays = self._arrays(layout.make(name, tokens, ranks).counts[rank])
+            runs[name] = lambda attention=attention, arrays=arrays: _attend(attention, arrays)  # type: ignore[misc]
+        if ranks > 1:
+            runs[TRANSFER] = self._transfer()
+        if self.one_node and ranks > 1:
+            whole = self._arrays(tokens if rank == 0 else 1)
+
+            def one_rank() -> Trace:
+                before = cores()
+                use_cores(self.all_cores)
+                try:
+                    return _attend(self.single, whole)
+                finally:
+                    use_cores(before)
+            runs[ALONE] = one_rank if rank == 0 else lambda: Trace()
+        return runs
+
+    def _transfer(self) -> Callable[[], Trace]:
+        counts = layout.make("contiguous", self.arguments.tokens, self.comm.size).counts
+        shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
+        _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
+        ring = Ring(self.comm, self.arguments.timeout)
+        ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
+        hops = [self.comm.size - 1] * self.comm.size
+
+        def transfer() -> Trace:
+            trace = Trace()
+            for _ in ring.circulate((k, v), shapes, hops, trace):
+                pass
+            return trace
+        return transfer
+
+    def time(self, name: str, call: Callable[[], Trace]) -> None:
+        """Run once, all ranks starting together."""
+        self.comm.share([0], self.arguments.timeout)
+        start = time.perf_counter()
+        trace = call()
+        taken = time.perf_counter() - start
+        self.figures.setdefault(name, []).append(np.array(
+            [taken, trace.compute_seconds, trace.wait_seconds, trace.flop, trace.bytes_sent]))
+        self.comm.share([0], self.arguments.timeout)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Medians over the runs but the first, put together from all ranks; on rank 0 alone."""
+        medians = {}
+        for name, runs in self.figures.items():
+            mine = [statistics.median(column) for column in zip(*(run.tolist() for run in runs[1:]), strict=True)]
+            medians[name] = self.comm.share(np.array(mine), self.arguments.timeout)
+        seconds = {name: float(figures[:, 0].max()) for name, figures in medians.items()}
+        transfer = seconds.pop(TRANSFER, 0.0)
+        rows = []
+        for name, taken in seconds.items():
+            alone, figures = name == ALONE, medians[name]
+            wait = float(figures[:, 2].max())
+            rows.append({
+                "layout": name, "ranks": 1 if alone else self.comm.size,
+                "threads": self.all_threads if alone else self.threads, "seconds": taken,
+                "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "compute max": float(figures[:, 1].max()),
+                "compute min": float(figures[:1 if alone else None, 1].min()), "wait max": wait, "wait": wait / taken,
+                "hidden": None if alone or not transfer else max(0.0, 1 - wait / transfer),
+                "efficiency": seconds[ALONE] / taken if ALONE in seconds else None,
+                "MiB moved": float(figures[:, 4].sum()) / 2**20})
+        return rows if self.comm.rank == 0 else []
+
+    def close(self) -> None:
+        """Give everything back."""
+        for attention in (*self.layouts.values(), self.single):
+            attention.close()
+        self.alone.Free()
+
+
+def _attend(attention: RingAttention, arrays: list[Any]) -> Trace:
+    attention(*arrays)
+    return attention.trace
