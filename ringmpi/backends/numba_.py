@@ -34,7 +34,7 @@ from .cpu.workspace import Packed, Rows
 
 Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
-STEP_FLOP = 4e8             # between two yields: a few milliseconds of a core
+STEP_FLOP = 6e8             # between two yields: a few milliseconds of a core
 STEP_BYTES = 2**24          # the same where memory is the limit
 TASKS = 4                   # for each thread, at least, so that none waits long for the last
 
@@ -59,7 +59,7 @@ class NumbaBackend(Backend):
         rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
         pack_tiles(block.k, block.v, 0, 1, 0, 1, packed)
         fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
-                  (0, 0, 1), (0, 0, 1), packed, True, rows.arrays)
+                  (0, 0, 1), (0, 0, 1, True, True), packed, True, rows.arrays)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
@@ -85,8 +85,7 @@ class NumbaBackend(Backend):
         least = TASKS * self.threads
         count = max(-(-block.rows // packed.rows), -(-least // block.heads))
         height = -(-block.rows // (count * ROWS)) * ROWS
-        flop = 2 * packed.rows * packed.tile * block.numbers
-        room = max(1, min(PACKED_BYTES // (block.heads * packed.tile_bytes), int(STEP_FLOP / flop))) * packed.tile
+        room = max(1, PACKED_BYTES // (block.heads * packed.tile_bytes)) * packed.tile
         for start in range(block.first, block.last, room):
             stop = min(start + room, block.last)
             tiles = -(-(stop - start) // packed.tile)
@@ -95,24 +94,25 @@ class NumbaBackend(Backend):
             yield from self._team.run([self._pack(block, start, stop, a, b, arrays)
                                        for a, b in itertools.pairwise(slots)])
             areas = block.areas(start, stop, height)
-            yield from self._team.run(
-                [self._fold(block, block.state, head, i * height, min(height, block.rows - i * height), start, arrays,
-                            [(start, stop, area)]) for head in range(block.heads) for i, area in enumerate(areas) if area])
+            step = block.step(min(height, block.rows), packed)
+            yield from self._team.run([
+                self._fold(block, block.state, (head, i * height, min(height, block.rows - i * height)),
+                           range(start, stop, step), stop, area, arrays)
+                for head in range(block.heads) for i, area in enumerate(areas) if area])
 
     def _few_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
         """Split the keys, pack each tile where it is used, merge."""
         tiles = -(-(block.last - block.first) // packed.tile)
         count = min(-(-TASKS * self.threads // block.heads), -(-tiles // TASKS))
         edges = [block.first + i * tiles // count * packed.tile for i in range(count)] + [block.last]
-        room = max(1, int(min(STEP_BYTES / packed.tile_bytes,
-                              STEP_FLOP / (2 * block.rows * packed.tile * block.numbers)))) * packed.tile
+        step = min(block.step(block.rows, packed), max(1, STEP_BYTES // packed.tile_bytes) * packed.tile)
         parts = block.parts(count)
         tasks = []
-        for i, (a, b) in enumerate(itertools.pairwise(edges)):
-            steps = [(start, min(start + room, b)) for start in range(a, b, room)]
-            costs = [(*step, block.areas(*step, block.rows)[0]) for step in steps]
+        for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+            area = block.areas(start, stop, block.rows)[0]
             part = State(parts.acc[i], parts.max[i], parts.sum[i]) if count > 1 else block.state
-            tasks += [self._fold(block, part, head, 0, block.rows, a, None, costs) for head in range(block.heads)]
+            tasks += [self._fold(block, part, (head, 0, block.rows), range(start, stop, step), stop, area, None)
+                      for head in range(block.heads if area else 0)]
         yield from self._team.run(tasks)
         if count > 1:
             merge(block.state, parts)
@@ -120,16 +120,18 @@ class NumbaBackend(Backend):
     def _pack(self, block: _Block, start: int, stop: int, first: int, last: int, packed: tuple[Any, ...]) -> Task:
         return Task(last - first, [(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), 0)])
 
-    def _fold(self, block: _Block, state: State, head: int, first: int, count: int, origin: int,
-              packed: tuple[Any, ...] | None, steps: list[tuple[int, int, int]]) -> Task:
-        """Fold columns start..stop of each step, of which `area` are seen, into rows first..first + count of `head`."""
-        def call(thread: int, start: int, stop: int) -> None:
-            rows = self._rows[thread]
+    def _fold(self, block: _Block, state: State, rows: tuple[int, int, int], starts: range, stop: int, area: int,
+              packed: tuple[Any, ...] | None) -> Task:
+        """Fold columns from starts[0] to `stop`, of which `area` are seen, into rows (head, first, count), step by step."""
+        def call(thread: int, start: int) -> None:
+            mine = self._rows[thread]
             fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
-                      (head, first, count), (origin, start, stop), packed or rows.private, packed is None, rows.arrays)
+                      rows, (starts[0], start, min(start + starts.step, stop), start == starts[0], start == starts[-1]),
+                      packed or mine.private, packed is None, mine.arrays)
 
-        return Task(sum(area for *_, area in steps),
-                    [(partial(call, start=start, stop=stop), area) for start, stop, area in steps])
+        count = len(starts)
+        shares = [area * (i + 1) // count - area * i // count for i in range(count)]      # about what each step sees
+        return Task(area, [(partial(call, start=start), share) for start, share in zip(starts, shares, strict=True)])
 
     def close(self) -> None:
         """End the threads. Local."""
@@ -166,6 +168,10 @@ class _Block:
         rows = np.repeat(np.maximum(seen, 0), self.group)
         areas: list[int] = np.add.reduceat(rows, np.arange(0, len(rows), height)).tolist()
         return areas
+
+    def step(self, rows: int, packed: Packed) -> int:
+        """Columns that `rows` rows take about STEP_FLOP for, in whole tiles."""
+        return max(1, int(STEP_FLOP / (2 * rows * packed.tile * self.numbers))) * packed.tile
 
     def parts(self, count: int) -> State:
         """Give `count` empty states of the same queries, along a leading axis."""

@@ -42,18 +42,20 @@ def _build(digest: str) -> tuple[Any, Any]:
             pack_keys(k, at, n, head, keys, slot * tile * k.shape[2])
             finite[slot] = pack_values(v, at, n, head, values, slot * (len(values) // len(finite)), tile)
 
-    def fold_keys(state, q, k, v, begin, end, scale, rows, keys_range, packed, private, work):  # type: ignore[no-untyped-def]
-        """Fold columns keys_range of a block into rows (head, first, count) of the state.
+    def fold_keys(state, q, k, v, begin, end, scale, rows, columns, packed, private, work):  # type: ignore[no-untyped-def]
+        """Fold columns (origin, start, stop, fresh, final) of a block into rows (head, first, count) of the state.
 
-        The tiles are in `packed`; where `private`, it has room for one and each is packed here.
+        The tiles are in `packed`, from column `origin` on; where `private`, it has room for one and each is packed here.
+        The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
         """
         digest                          # noqa: B018
         acc, top, norm = state
         head, first, count = rows
-        origin, start, stop = keys_range
+        origin, start, stop, fresh, final = columns
         keys, values, finite, tile, tiles = packed
         group, whole = acc.shape[1] // v.shape[1], -(-count // ROWS) * ROWS
-        load_rows(q, begin, end, first, count, whole, head, group, top, work)
+        if fresh:
+            load_rows(q, begin, end, first, count, whole, head, group, top, work)
         a, b = visible(work[7], work[8], whole, start, stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, stop - at)
@@ -73,7 +75,8 @@ def _build(digest: str) -> tuple[Any, Any]:
             ahead = address(k) + (at + n) * k.shape[1] * k.shape[2] * k.itemsize if private else \
                 address(keys) + (keys_at + tile * k.shape[2]) * keys.itemsize
             fold_scores(whole, work, values, values_at, finite[slot], v, at, n, head, tile, scale, ahead)
-        store_rows(acc, top, norm, first, count, head, group, work)
+        if final:
+            store_rows(acc, top, norm, first, count, head, group, work)
 
     return pack_tiles, fold_keys
 

@@ -4,7 +4,7 @@ Cost: a vector of scores takes a load and a maximum in the first pass and about 
 (dim + dim_v) multiply-adds in the products: 6 % at dim 128. The rows of a group go side by side, which hides the latency of
 the exponential and of the sums across lanes. Registers: a sum and a maximum for each row, and a dozen constants.
 
-Rows that do not see all of the columns are masked by comparing lane numbers, with no branch for each element.
+The vectors that not all of the rows see are masked by comparing lane numbers, with no branch for each element.
 """
 
 from __future__ import annotations
@@ -24,92 +24,90 @@ I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def weigh_rows(context, s, p, row, row_keys, first, last, low, high, start, top, norm, shrink, scale, masked):  # type: ignore[no-untyped-def]
+def weigh_rows(context, s, p, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
+               top, norm, shrink, scale):
     """Turn the scores of rows row..row + ROWS into weights, and update the rows' maxima and sums.
 
-    s (rows, row_keys) are scores before scaling. Columns first <= j < last (multiples of the lanes) of p become
-    ``exp(scale·s - maximum)``: float as s (p may be s), or bfloat16 where p is uint32, a pair each. Where `masked`, row r
-    sees only ``low[r] <= start + j < high[r]``, and its other weights are 0. top[r] is the largest scaled score so far,
-    norm[r] the sum of weights so far; shrink[r] becomes the factor of what was summed before. scale >= 0.
-    NaN is passed over by the maximum and carried by the sum.
+    s (rows, row_keys) are scores before scaling. Columns first <= j < last of p become ``exp(scale·s - maximum)``: float
+    as s (p may be s), or bfloat16 where p is uint32, a pair each. Row r sees ``low[r] <= start + j < high[r]``, all of
+    inner_first..inner_last among them; the weights of what it does not see are 0. The four are multiples of the lanes.
+    top[r] is the largest scaled score so far, norm[r] the sum of weights so far; shrink[r] becomes the factor of what was
+    summed before. scale >= 0. NaN is passed over by the maximum and carried by the sum.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         s, p, low, high, top, norm, shrink = (data(context, builder, signature.args[i], values[i])
-                                              for i in (0, 1, 6, 7, 9, 10, 11))
-        row, row_keys, first, last, start = (values[i] for i in (2, 3, 4, 5, 8))
+                                              for i in (0, 1, 8, 9, 11, 12, 13))
+        row, row_keys, start, scale = (values[i] for i in (2, 3, 10, 14))
         pairs = signature.args[1].dtype == types.uint32
         if pairs:
             p = builder.bitcast(p, I16.as_pointer())
         rows = [builder.add(row, constant(i)) for i in range(ROWS)]
         places = [builder.mul(r, row_keys) for r in rows]
+        seen = [[builder.sub(builder.load(at(builder, edge, r)), start) for edge in (low, high)] for r in rows]
         v = Vectors(builder, signature.args[0].dtype)
-        group = _Group(v, [at(builder, s, x) for x in places], [at(builder, p, x) for x in places], first, last, pairs)
+        group = _Group(v, [at(builder, s, x) for x in places], [at(builder, p, x) for x in places], values[4:8], seen, pairs)
         old = [builder.load(at(builder, top, r)) for r in rows]
-        results = [[cgutils.alloca_once(builder, v.element) for _ in range(3)] for _ in rows]
-        with builder.if_else(values[13]) as (then, otherwise):
-            with then:
-                seen = [[builder.sub(builder.load(at(builder, edge, r)), start) for edge in (low, high)] for r in rows]
-                group.weigh(old, values[12], seen, results)
-            with otherwise:
-                group.weigh(old, values[12], None, results)
-        for r, (new, factor, total) in zip(rows, results, strict=True):
-            builder.store(builder.load(new), at(builder, top, r))
-            builder.store(builder.load(factor), at(builder, shrink, r))
+        for r, (new, factor, total) in zip(rows, group.weigh(old, scale), strict=True):
+            builder.store(new, at(builder, top, r))
+            builder.store(factor, at(builder, shrink, r))
             place = at(builder, norm, r)
-            old_norm = builder.fmul(builder.load(place), builder.load(factor))
-            builder.store(builder.fadd(old_norm, builder.load(total)), place)
+            builder.store(builder.fadd(builder.fmul(builder.load(place), factor), total), place)
         return context.get_dummy_value()
 
-    return types.void(s, p, row, row_keys, first, last, low, high, start, top, norm, shrink, scale, masked), emit
+    return types.void(s, p, row, row_keys, first, inner_first, inner_last, last, low, high, start,
+                      top, norm, shrink, scale), emit
 
 
 class _Group:
-    """Emits the two passes over columns first..last of a group of rows: `s` to `p`, pointers to each row."""
+    """Emits the two passes over the columns of a group of rows: `s` to `p`, pointers to each row."""
 
-    def __init__(self, vectors: Vectors, s: list[Any], p: list[Any], first: Any, last: Any, pairs: bool) -> None:
-        self.v, self.s, self.p, self.first, self.last, self.pairs = vectors, s, p, first, last, pairs
+    def __init__(self, vectors: Vectors, s: list[Any], p: list[Any], edges: Any, seen: list[list[Any]],
+                 pairs: bool) -> None:
+        self.v, self.s, self.p, self.edges, self.seen, self.pairs = vectors, s, p, edges, seen, pairs
 
-    def weigh(self, old: list[Any], scale: Any, seen: list[list[Any]] | None, results: list[list[Any]]) -> None:
-        """Emit both passes; store (new maximum, factor of what was summed before, sum) of each row."""
+    def weigh(self, old: list[Any], scale: Any) -> list[tuple[Any, Any, Any]]:
+        """Emit both passes; give (new maximum, factor of what was summed before, sum) of each row."""
         v, b = self.v, self.v.builder
         hidden, zero = v.number(float("-inf")), v.number(0.0)
 
-        def largest(i: int, j: Any, total: Any) -> Any:
+        def largest(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.load(self.s[i], j)
-            return v.larger(v.where(v.inside(j, *seen[i]), x, hidden) if seen else x, total)
+            return v.larger(v.where(v.inside(j, *self.seen[i]), x, hidden) if masked else x, total)
 
         log2e = ir.Constant(v.element, LOG2E)
         factor = v.splat(b.fmul(scale, log2e))
-        minus = []
-        for total, before, (new, shrink, _) in zip(self._over(hidden, largest), old, results, strict=True):
+        minus, results = [], []
+        for total, before in zip(self._over(hidden, largest), old, strict=True):
             top = b.fmul(v.top(total), scale)
             top = b.select(b.fcmp_ordered(">", top, before), top, before)
             blind = b.fcmp_ordered("==", top, ir.Constant(v.element, float("-inf")))
             shift = b.select(blind, ir.Constant(v.element, 0.0), b.fmul(top, log2e))      # -inf - -inf would be NaN
             minus.append(v.splat(b.fneg(shift)))
-            b.store(top, new)
-            b.store(b.extract_element(v.exp2(v.splat(b.fsub(b.fmul(before, log2e), shift))), ir.Constant(I32, 0)), shrink)
+            shrink = v.exp2(v.splat(b.fsub(b.fmul(before, log2e), shift)))
+            results.append((top, b.extract_element(shrink, ir.Constant(I32, 0))))
 
-        def weigh(i: int, j: Any, total: Any) -> Any:
+        def weigh(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.exp2(v.fma(v.load(self.s[i], j), factor, minus[i]))
-            if seen:
-                x = v.where(v.inside(j, *seen[i]), x, zero)
+            if masked:
+                x = v.where(v.inside(j, *self.seen[i]), x, zero)
             store(b, to_bfloat16(b, x) if self.pairs else x, self.p[i], j)
             return b.fadd(total, x)
 
-        for total, (_, _, norm) in zip(self._over(zero, weigh), results, strict=True):
-            b.store(v.sum(total), norm)
+        sums = self._over(zero, weigh)
+        return [(top, shrink, v.sum(total)) for (top, shrink), total in zip(results, sums, strict=True)]
 
     def _over(self, start: Any, step: Any) -> list[Any]:
-        """Emit ``total[i] = step(i, j, total[i])`` over vectors and rows."""
+        """Emit ``total[i] = step(i, j, total[i], masked)`` over the vectors and the rows; masked but in the middle."""
         v, b = self.v, self.v.builder
         totals = [cgutils.alloca_once(b, v.kind) for _ in self.s]
         for total in totals:
             b.store(start, total)
-        with loop(b, constant(0), b.udiv(b.sub(self.last, self.first), constant(v.lanes))) as i:
-            j = b.add(self.first, b.mul(i, constant(v.lanes)))
-            for r, total in enumerate(totals):
-                b.store(step(r, j, b.load(total)), total)
+        for part, masked in ((0, True), (1, False), (2, True)):
+            first, last = self.edges[part:part + 2]
+            with loop(b, constant(0), b.sdiv(b.sub(last, first), constant(v.lanes))) as i:
+                j = b.add(first, b.mul(i, constant(v.lanes)))
+                for r, total in enumerate(totals):
+                    b.store(step(r, j, b.load(total), masked), total)
         return [b.load(total) for total in totals]
 
 

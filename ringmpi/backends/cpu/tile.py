@@ -8,8 +8,8 @@ Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 nu
 pass over it, and each step of a product asks for a little of the next panel. Q, S and acc of 192 rows take 288 KiB and the
 tile of K and V 128 KiB, in L2. `tile_shape` says so for other sizes.
 
-Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile. Where that is the same for all
-and ends at vectors' ends, no row is masked; else each row is, by comparing lane numbers.
+Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile; only the vectors that not
+every row sees in full are masked, by comparing lane numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-un
         for r in range(count):
             dot_keys(queries, r * depth, k, (start + j) * row + head * depth, row, min(side, n - j), depth,
                      s, r * s.shape[1] + j)
-    weigh_rows(s, s, 0, s.shape[1], first, last, low, high, start, top, norm, shrink, scale, groups[0, 2] == 0)
+    weigh_rows(s, s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last,
+               low, high, start, top, norm, shrink, scale)
     for r in range(count):
         a, b = max(low[r] - start, 0), min(high[r] - start, n)
         if a < b:
@@ -87,17 +88,17 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
     columns, side = acc.shape[1], lanes(acc)
     step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
     for g in range(0, rows, ROWS):
-        first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
+        first, last = groups[g, 0], groups[g, 1]
         if first < last:
-            weigh_rows(s, p, g, s.shape[1], first // side * side, -(-last // side) * side, low, high, start, top, norm, shrink,
-                       scale, even == 0)
+            weigh_rows(s, p, g, s.shape[1], first // side * side, groups[g, 2], groups[g, 3], -(-last // side) * side,
+                       low, high, start, top, norm, shrink, scale)
     place = values_at
     for column, width in panels(columns, side):
         following = address(values) + (place + tile // step * width) * values.itemsize if column + width < columns else ahead
         share = -(-width * ROWS // rows) * values.itemsize
         for g in range(0, rows, ROWS):
-            first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
-            if first < last and (even or finite):
+            first, last = groups[g, 0], groups[g, 1]
+            if first < last and (finite or is_even(groups[g])):
                 first //= step
                 add_product(p, g * p.shape[1] + first, p.shape[1], values, place + first * width,
                             acc, g * columns + column, columns, -(-last // step) - first,
@@ -105,8 +106,7 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
         place += tile // step * width
     if not finite:
         for g in range(0, rows, ROWS):
-            first, last, even = groups[g, 0], groups[g, 1], groups[g, 2]
-            if first < last and not even:
+            if groups[g, 0] < groups[g, 1] and not is_even(groups[g]):
                 for r in range(g, g + ROWS):
                     add_seen(acc[r], shrink[r], p, r, v, start, head, max(low[r] - start, 0), min(high[r] - start, n))
 
@@ -119,17 +119,27 @@ def address(array):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def find_groups(rows, low, high, start, n, side, groups):  # type: ignore[no-untyped-def]
-    """For each group: first and last column of a tile of n that any row sees; whether all see just these, in vectors."""
+    """Say what each group sees of a tile of n columns: groups[g] = first, last, inner first, inner last.
+
+    Some row sees something of first..last only; every row sees all of inner first..inner last, which are whole vectors.
+    """
     for g in range(0, rows, ROWS):
-        first, last = n, 0
+        first, last, inner_first, inner_last = n, 0, 0, n
         for r in range(g, g + ROWS):
             a, b = max(low[r] - start, 0), min(high[r] - start, n)
             if a < b:
                 first, last = min(first, a), max(last, b)
-        even = first % side == 0 and last % side == 0
-        for r in range(g, g + ROWS):
-            even &= max(low[r] - start, 0) == first and min(high[r] - start, n) == last
-        groups[g, 0], groups[g, 1], groups[g, 2] = first, last, even
+            inner_first, inner_last = max(inner_first, a), min(inner_last, b)
+        inner_first, inner_last = -(-inner_first // side) * side, max(inner_last, 0) // side * side
+        if inner_first >= inner_last:
+            inner_first = inner_last = -(-last // side) * side
+        groups[g, 0], groups[g, 1], groups[g, 2], groups[g, 3] = first, last, inner_first, inner_last
+
+
+@numba.njit
+def is_even(group):  # type: ignore[no-untyped-def]
+    """Whether every row of a group sees all that any of them sees."""
+    return group[0] == group[2] and group[1] == group[3]
 
 
 @numba.njit(error_model="numpy")
