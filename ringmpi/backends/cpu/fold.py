@@ -56,11 +56,11 @@ def _build(digest: str) -> tuple[Any, Any]:
         group, whole = acc.shape[1] // v.shape[1], -(-count // ROWS) * ROWS
         if fresh:
             load_rows(q, begin, end, first, count, whole, head, group, top, work)
-        a, b = visible(work[7], work[8], whole, start, stop)
+        a, b = visible(work[8], work[9], whole, start, stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, stop - at)
-            find_groups(whole, work[7], work[8], at, n, lanes(acc), work[9])
-            if not any_sees(whole, work[9]):
+            find_groups(whole, work[8], work[9], at, n, lanes(acc), work[10])
+            if not any_sees(whole, work[10]):
                 continue
             if private and count <= ROWS:
                 fold_direct(count, n, work, k, v, at, head, scale)

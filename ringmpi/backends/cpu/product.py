@@ -110,7 +110,7 @@ def dot_keys(context, q, q_at, k, k_at, k_row, count, depth, s, s_at):  # type: 
                 y = load(builder, key, place, v.bits) if pairs else v.widen(stored, key, place)
                 old = builder.load(t)
                 builder.store(dot_pairs(builder, old, x, y) if pairs else v.fma(x, y, old), t)
-        v.store(v.sums([builder.load(t) for t in total]), s)
+        v.store(v.across([builder.load(t) for t in total], builder.fadd, v.number(0.0)), s)
         with loop(builder, builder.mul(whole, constant(v.lanes)), depth) as place:
             x = splat(builder, builder.load(at(builder, q, place)), v.lanes)
             y = v.gather(types.float32 if pairs else stored, keys, place)

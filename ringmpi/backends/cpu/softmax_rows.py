@@ -24,77 +24,93 @@ I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def weigh_rows(context, s, p, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
-               top, norm, shrink, scale):
-    """Turn the scores of rows row..row + ROWS into weights, and update the rows' maxima and sums.
+def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
+                 top, norm, shrink, shift, scale):
+    """First pass over the scores of rows row..row + ROWS: raise their maxima.
 
-    s (rows, row_keys) are scores before scaling. Columns first <= j < last of p become ``exp(scale·s - maximum)``: float
-    as s (p may be s), or bfloat16 where p is uint32, a pair each. Row r sees ``low[r] <= start + j < high[r]``, all of
-    inner_first..inner_last among them; the weights of what it does not see are 0. The four are multiples of the lanes.
-    top[r] is the largest scaled score so far, norm[r] the sum of weights so far; shrink[r] becomes the factor of what was
-    summed before. scale >= 0. NaN is passed over by the maximum and carried by the sum.
+    s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees ``low[r] <= start + j < high[r]``,
+    all of inner_first..inner_last among them; the four are multiples of the lanes. top[r] is the largest scaled score so
+    far; NaN is passed over. shift[r] becomes the exponent to subtract, in base 2; shrink[r] the factor of what was summed
+    before, norm[r] among it. A vector of numbers after the last row may be touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        s, p, low, high, top, norm, shrink = (data(context, builder, signature.args[i], values[i])
-                                              for i in (0, 1, 8, 9, 11, 12, 13))
-        row, row_keys, start, scale = (values[i] for i in (2, 3, 10, 14))
-        pairs = signature.args[1].dtype == types.uint32
-        if pairs:
-            p = builder.bitcast(p, I16.as_pointer())
-        rows = [builder.add(row, constant(i)) for i in range(ROWS)]
-        places = [builder.mul(r, row_keys) for r in rows]
-        seen = [[builder.sub(builder.load(at(builder, edge, r)), start) for edge in (low, high)] for r in rows]
-        v = Vectors(builder, signature.args[0].dtype)
-        group = _Group(v, [at(builder, s, x) for x in places], [at(builder, p, x) for x in places], values[4:8], seen, pairs)
-        old = [builder.load(at(builder, top, r)) for r in rows]
-        for r, (new, factor, total) in zip(rows, group.weigh(old, scale), strict=True):
-            builder.store(new, at(builder, top, r))
-            builder.store(factor, at(builder, shrink, r))
-            place = at(builder, norm, r)
-            builder.store(builder.fadd(builder.fmul(builder.load(place), factor), total), place)
+        s, low, high, top, norm, shrink, shift = (data(context, builder, signature.args[i], values[i])
+                                                  for i in (0, 7, 8, 10, 11, 12, 13))
+        group = _Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
+        group.raise_maxima(*(at(builder, x, values[1]) for x in (top, norm, shrink, shift)), values[14])
         return context.get_dummy_value()
 
-    return types.void(s, p, row, row_keys, first, inner_first, inner_last, last, low, high, start,
-                      top, norm, shrink, scale), emit
+    return types.void(s, row, row_keys, first, inner_first, inner_last, last, low, high, start,
+                      top, norm, shrink, shift, scale), emit
+
+
+@intrinsic
+def weigh(context, s, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
+          p, norm, shift, scale):
+    """Second pass: p becomes ``2^(scale·log2(e)·s - shift)`` in columns first..last, 0 where not seen; norm[r] grows by it.
+
+    p is float as s, and may be s, or uint32: a pair of bfloat16 each. The other arguments are those of `raise_maxima`.
+    """
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        s, low, high, p, norm, shift = (data(context, builder, signature.args[i], values[i]) for i in (0, 7, 8, 10, 11, 12))
+        group = _Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
+        group.weigh(p, signature.args[10].dtype == types.uint32, *(at(builder, x, values[1]) for x in (norm, shift)), values[13])
+        return context.get_dummy_value()
+
+    return types.void(s, row, row_keys, first, inner_first, inner_last, last, low, high, start,
+                      p, norm, shift, scale), emit
 
 
 class _Group:
-    """Emits the two passes over the columns of a group of rows: `s` to `p`, pointers to each row."""
+    """Emits a pass over the columns of a group of rows; `edges` are first, inner first, inner last, last."""
 
-    def __init__(self, vectors: Vectors, s: list[Any], p: list[Any], edges: Any, seen: list[list[Any]],
-                 pairs: bool) -> None:
-        self.v, self.s, self.p, self.edges, self.seen, self.pairs = vectors, s, p, edges, seen, pairs
+    def __init__(self, vectors: Vectors, s: Any, row: Any, row_keys: Any, edges: Any, low: Any, high: Any,
+                 start: Any) -> None:
+        b = vectors.builder
+        rows = [b.add(row, constant(i)) for i in range(ROWS)]
+        self.v, self.edges = vectors, edges
+        self.places = [b.mul(r, row_keys) for r in rows]
+        self.s = [at(b, s, place) for place in self.places]
+        self.seen = [[b.sub(b.load(at(b, edge, r)), start) for edge in (low, high)] for r in rows]
 
-    def weigh(self, old: list[Any], scale: Any) -> list[tuple[Any, Any, Any]]:
-        """Emit both passes; give (new maximum, factor of what was summed before, sum) of each row."""
+    def raise_maxima(self, top: Any, norm: Any, shrink: Any, shift: Any, scale: Any) -> None:
+        """Emit the first pass and the update of the rows' numbers, side by side in lanes."""
         v, b = self.v, self.v.builder
-        hidden, zero = v.number(float("-inf")), v.number(0.0)
+        hidden, zero, log2e = v.number(float("-inf")), v.number(0.0), v.number(LOG2E)
 
         def largest(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.load(self.s[i], j)
             return v.larger(v.where(v.inside(j, *self.seen[i]), x, hidden) if masked else x, total)
 
-        log2e = ir.Constant(v.element, LOG2E)
-        factor = v.splat(b.fmul(scale, log2e))
-        minus, results = [], []
-        for total, before in zip(self._over(hidden, largest), old, strict=True):
-            top = b.fmul(v.top(total), scale)
-            top = b.select(b.fcmp_ordered(">", top, before), top, before)
-            blind = b.fcmp_ordered("==", top, ir.Constant(v.element, float("-inf")))
-            shift = b.select(blind, ir.Constant(v.element, 0.0), b.fmul(top, log2e))      # -inf - -inf would be NaN
-            minus.append(v.splat(b.fneg(shift)))
-            shrink = v.exp2(v.splat(b.fsub(b.fmul(before, log2e), shift)))
-            results.append((top, b.extract_element(shrink, ir.Constant(I32, 0))))
+        tops = self._over(hidden, largest)
+        for chunk in _chunks(v.lanes):
+            old = v.load(top, chunk[0])
+            new = v.larger(b.fmul(v.across([tops[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
+            subtract = v.where(b.fcmp_ordered("==", new, hidden), zero, b.fmul(new, log2e))     # -inf - -inf would be NaN
+            factor = v.exp2(b.fsub(b.fmul(old, log2e), subtract))
+            sums = b.fmul(v.load(norm, chunk[0]), factor)
+            for x, place in ((new, top), (sums, norm), (factor, shrink), (subtract, shift)):
+                v.store_first(x, len(chunk), at(b, place, chunk[0]))
+
+    def weigh(self, p: Any, pairs: bool, norm: Any, shift: Any, scale: Any) -> None:
+        """Emit the second pass."""
+        v, b, zero = self.v, self.v.builder, self.v.number(0.0)
+        p = b.bitcast(p, I16.as_pointer()) if pairs else p
+        weights = [at(b, p, place) for place in self.places]
+        minus = [v.splat(b.fneg(b.load(at(b, shift, i)))) for i in range(ROWS)]
+        factor = v.splat(b.fmul(scale, ir.Constant(v.element, LOG2E)))
 
         def weigh(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.exp2(v.fma(v.load(self.s[i], j), factor, minus[i]))
             if masked:
                 x = v.where(v.inside(j, *self.seen[i]), x, zero)
-            store(b, to_bfloat16(b, x) if self.pairs else x, self.p[i], j)
+            store(b, to_bfloat16(b, x) if pairs else x, weights[i], j)
             return b.fadd(total, x)
 
         sums = self._over(zero, weigh)
-        return [(top, shrink, v.sum(total)) for (top, shrink), total in zip(results, sums, strict=True)]
+        for chunk in _chunks(v.lanes):
+            total = v.across([sums[i] for i in chunk], b.fadd, zero)
+            v.store_first(b.fadd(v.load(norm, chunk[0]), total), len(chunk), at(b, norm, chunk[0]))
 
     def _over(self, start: Any, step: Any) -> list[Any]:
         """Emit ``total[i] = step(i, j, total[i], masked)`` over the vectors and the rows; masked but in the middle."""
@@ -109,6 +125,11 @@ class _Group:
                 for r, total in enumerate(totals):
                     b.store(step(r, j, b.load(total), masked), total)
         return [b.load(total) for total in totals]
+
+
+def _chunks(lanes: int) -> list[range]:
+    """Rows of a group, as many at a time as there are lanes."""
+    return [range(i, min(i + lanes, ROWS)) for i in range(0, ROWS, lanes)]
 
 
 @intrinsic

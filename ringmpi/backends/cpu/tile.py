@@ -19,7 +19,7 @@ import numpy as np
 
 from .pack import lanes, pack_queries, panels, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
-from .softmax_rows import LOG2E, power_of_2, weigh_rows
+from .softmax_rows import LOG2E, power_of_2, raise_maxima, weigh
 from .vector import machine
 
 MOST_ROWS, MOST_KEYS = 32 * ROWS, 128
@@ -40,7 +40,7 @@ def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]
 @numba.njit(error_model="numpy")
 def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untyped-def]
     """S of a packed tile of keys, panel by panel; the last panel asks for address `ahead`, the others for the next one."""
-    queries, s, _, acc, _, _, _, _, _, groups = work
+    queries, s, _, acc, _, _, _, _, _, _, groups = work
     depth, wide = queries.shape[1], VECTORS * lanes(acc)
     share = -(-wide * ROWS // rows) * keys.itemsize               # bytes of the next panel that a step asks for
     for panel in range(0, n, wide):
@@ -55,7 +55,7 @@ def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untype
 @numba.njit(error_model="numpy")
 def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-untyped-def]
     """Fold keys start..start + n of a head, as they came, into the first `count` rows, at most ROWS."""
-    queries, s, _, acc, top, norm, shrink, low, high, groups = work
+    queries, s, _, acc, top, norm, shrink, shift, low, high, groups = work
     depth, dim_v, side = queries.shape[1], v.shape[2], lanes(acc)
     row, v_row, whole = k.shape[1] * depth, v.shape[1] * dim_v, dim_v - dim_v % side
     first, last = groups[0, 0] // side * side, -(-groups[0, 1] // side) * side
@@ -63,8 +63,9 @@ def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-un
         for r in range(count):
             dot_keys(queries, r * depth, k, (start + j) * row + head * depth, row, min(side, n - j), depth,
                      s, r * s.shape[1] + j)
-    weigh_rows(s, s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last,
-               low, high, start, top, norm, shrink, scale)
+    raise_maxima(s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last, low, high, start,
+                 top, norm, shrink, shift, scale)
+    weigh(s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last, low, high, start, s, norm, shift, scale)
     for r in range(count):
         a, b = max(low[r] - start, 0), min(high[r] - start, n)
         if a < b:
@@ -84,14 +85,17 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
     values[values_at:] is a tile as `pack_values` made it, of `tile` keys; v[start:start + n, head] are the values as they
     came, for rows that must not multiply what they do not see. The last panel asks for address `ahead`.
     """
-    _, s, p, acc, top, norm, shrink, low, high, groups = work
+    _, s, p, acc, top, norm, shrink, shift, low, high, groups = work
     columns, side = acc.shape[1], lanes(acc)
     step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
-    for g in range(0, rows, ROWS):
-        first, last = groups[g, 0], groups[g, 1]
-        if first < last:
-            weigh_rows(s, p, g, s.shape[1], first // side * side, groups[g, 2], groups[g, 3], -(-last // side) * side,
-                       low, high, start, top, norm, shrink, scale)
+    for g in range(0, rows + ROWS, ROWS):       # one group ahead: what is latency for one is work for the other
+        if g < rows and groups[g, 0] < groups[g, 1]:
+            raise_maxima(s, g, s.shape[1], groups[g, 0] // side * side, groups[g, 2], groups[g, 3],
+                         -(-groups[g, 1] // side) * side, low, high, start, top, norm, shrink, shift, scale)
+        b = g - ROWS
+        if b >= 0 and groups[b, 0] < groups[b, 1]:
+            weigh(s, b, s.shape[1], groups[b, 0] // side * side, groups[b, 2], groups[b, 3],
+                  -(-groups[b, 1] // side) * side, low, high, start, p, norm, shift, scale)
     place = values_at
     for column, width in panels(columns, side):
         following = address(values) + (place + tile // step * width) * values.itemsize if column + width < columns else ahead
@@ -155,7 +159,7 @@ def add_seen(row, shrink, p, r, v, start, head, a, b):  # type: ignore[no-untype
 @numba.njit(error_model="numpy")
 def load_rows(q, begin, end, first, count, rows, head, group, top_so_far, work):  # type: ignore[no-untyped-def]
     """Set the work space to rows first..first+count of a key head; the others up to `rows` see what the last one does."""
-    queries, _, _, acc, top, norm, _, low, high, _ = work
+    queries, _, _, acc, top, norm, _, _, low, high, _ = work
     pack_queries(q, first, count, head, group, queries[:rows])
     for r in range(rows):
         i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
@@ -167,7 +171,7 @@ def load_rows(q, begin, end, first, count, rows, head, group, top_so_far, work):
 @numba.njit(error_model="numpy")
 def store_rows(state_acc, state_top, state_norm, first, count, head, group, work):  # type: ignore[no-untyped-def]
     """Merge the work space into the state; rows that saw nothing stay as they are."""
-    _, _, _, acc, top, norm, _, low, high, _ = work
+    _, _, _, acc, top, norm, _, _, low, high, _ = work
     for r in range(count):
         if low[r] >= high[r]:
             continue

@@ -12,6 +12,7 @@ from .tile import tile_shape
 from .vector import machine
 
 Array = NDArray[Any]
+SPARE = 16           # numbers after the rows' own: a vector of them is stored at once
 
 
 class Packed:
@@ -59,4 +60,4 @@ class Rows:
         weights = np.empty((n, packed.tile // 2), np.uint32) if pairs else scores
         self.private = packed.reserve(1, 1)
         self.arrays = (np.empty((n, depth), packed.words), scores, weights, np.empty((n, packed.width), kind),
-                       *(np.empty(n, kind) for _ in range(3)), *(np.empty(n, np.int64) for _ in range(2)), np.empty((n, 4), np.int64))
+                       *(np.zeros(n + SPARE, kind) for _ in range(4)), *(np.empty(n, np.int64) for _ in range(2)), np.empty((n, 4), np.int64))
