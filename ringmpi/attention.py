@@ -243,7 +243,8 @@ class RingAttention:
                 self._ring.reserve(plan.block_bytes)
             plan.hops = self._agree_hops(plan)
             start = time.perf_counter()
-            self._comm.by_turns(lambda: self.backend.prepare(q.dtype, plan.accumulator), max(self.timeout, COMPILE_TIMEOUT))
+            self._comm.by_turns(lambda: self.backend.prepare(q.dtype, plan.accumulator),
+                                max(self.timeout, COMPILE_TIMEOUT))
             self.trace.compile_seconds = time.perf_counter() - start
             self._plan = plan
         return q, k, v, batched, self._plan

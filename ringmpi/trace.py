@@ -73,5 +73,6 @@ class Trace:
 
     def as_dict(self) -> dict[str, Any]:
         """Give sums and steps as plain numbers, for JSON."""
-        names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds", "bytes_sent", "hops")
+        names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds", "bytes_sent",
+                 "hops")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}

@@ -2,10 +2,10 @@
 
 Two ways through a block, after what there is to reuse:
 
-* *Many rows.* K and V are packed once, in parallel, as many tiles at a time as the buffer holds; then each task is a tile
-  of rows of one key head × all packed keys.
-* *Few rows* (decoding). A packed tile would be used once, so each task packs it in its own cache: a range of keys of one
-  key head × all rows, into a state of its own; the states are merged at the end.
+* *Many rows.* K and V are packed once, in parallel, as many tiles at a time as the buffer holds; then each task is a
+  tile of rows of one key head × all packed keys.
+* *Few rows* (decoding). A packed tile would be used once, so each task packs it in its own cache, or reads keys as they
+  came: a range of keys of one key head × all rows, into a state of its own; the states are merged at the end.
 
 A row is a query and a head: the heads of a group share the packed keys. Results depend on the number of threads, not on
 which of them was faster.
@@ -67,11 +67,7 @@ class NumbaBackend(Backend):
         if not (end > begin).any():
             return
         block = _Block(state, q, k, v, begin, end, scale)
-        if self._key != block.key:
-            self._rows, self._packed = [], None       # the old memory goes before the new comes
-            self._rows, self._packed = [Rows(*block.key) for _ in range(self.threads)], Packed(*block.key)
-            self._key = block.key
-        packed = self._packed
+        packed = self._reserve(block)
         steps = self._few_rows(block, packed) if block.rows <= packed.rows else self._many_rows(block, packed)
         area = counted = 0
         for done in steps:
@@ -79,6 +75,14 @@ class NumbaBackend(Backend):
             pairs = area // q.shape[1]
             yield pairs - counted
             counted = pairs
+
+    def _reserve(self, block: _Block) -> Packed:
+        """Make the work space for blocks like this one, unless the last one was."""
+        if self._packed is None or self._key != block.key:
+            self._rows, self._packed = [], None       # the old memory goes before the new comes
+            self._rows, self._packed = [Rows(*block.key) for _ in range(self.threads)], Packed(*block.key)
+            self._key = block.key
+        return self._packed
 
     def _many_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
         """Pack tiles for all, then fold them into tiles of rows."""
@@ -122,7 +126,7 @@ class NumbaBackend(Backend):
 
     def _fold(self, block: _Block, state: State, rows: tuple[int, int, int], starts: range, stop: int, area: int,
               packed: tuple[Any, ...] | None) -> Task:
-        """Fold columns from starts[0] to `stop`, of which `area` are seen, into rows (head, first, count), step by step."""
+        """Fold columns starts[0]..stop into rows (head, first, count), step by step; `area` of them are seen."""
         def call(thread: int, start: int) -> None:
             mine = self._rows[thread]
             fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
@@ -145,7 +149,8 @@ class _Block:
     pairs along dim. The scale is positive: its sign goes to q.
     """
 
-    def __init__(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, scale: float) -> None:
+    def __init__(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers,
+                 scale: float) -> None:
         kind = state.acc.dtype
         pairs = q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0 and pairs_pay()
         self.numbers = q.shape[2] + v.shape[2]
@@ -190,7 +195,7 @@ def pairs_pay() -> bool:
 
 
 def _plain(x: Array) -> Array:
-    """Contiguous and writable, as the kernels are compiled for; 16-bit floats as bits: uint16 bfloat16, int16 float16."""
+    """Contiguous and writable, as the kernels expect it; bfloat16 as uint16, float16 as int16."""
     x = np.ascontiguousarray(x)
     x = x.view({BFLOAT16: np.uint16, np.dtype(np.float16): np.int16}.get(x.dtype, x.dtype))
     return x if x.flags.writeable else np.asarray(_Writable(x))

@@ -14,6 +14,7 @@ from typing import Any
 
 from .options import DTYPES, positive, seconds
 
+KERNELS = ("numba", "numpy", "torch")
 MASKS = ("full", "causal", "window", "documents")
 
 
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--shape", nargs="+", type=_shape, default=[(8192, 8192)], metavar="QxK",
                         help="queries and keys (default: 8192x8192)")
     kernel.add_argument("--all", action="store_true",
-                        help="the whole grid: dtypes × dim 64, 128, 80 × masks × 16384x16384, 1x1048576, 16x262144; an hour")
+                        help="the whole grid: dtypes × dim 64, 128, 80 × masks × 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
-    kernel.add_argument("--kernels", nargs="+", choices=("numba", "numpy", "torch"), default=["numba", "numpy", "torch"])
+    kernel.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     kernel.add_argument("--heads", type=positive, default=2, metavar="H")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")

@@ -1,7 +1,7 @@
 """One block on one rank: every backend, and torch on the same data where it is installed.
 
-Runs are interleaved, the yardsticks (multiply-adds in registers, bytes read from memory) among them, so that a noisy minute
-strikes all alike; figures are medians.
+Runs are interleaved, the yardsticks (multiply-adds in registers, bytes read from memory) among them, so that a noisy
+minute strikes all alike; figures are medians.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _torch(case: Case, threads: int) -> Callable[[], Any] | None:
     attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
     q, k, v = (torch.from_numpy(x.astype(np.float64).transpose(1, 0, 2).copy()).to(kind)[None]
                for x in (case.q, case.k, case.v))
-    options = {"enable_gqa": True} if case.heads != case.kv_heads else {}
+    options: Any = {"enable_gqa": True} if case.heads != case.kv_heads else {}
     if case.mask == "full":
         return lambda: attention(q, k, v, **options)
     if case.mask == "causal" and len(case.q) == len(case.k):

@@ -64,7 +64,7 @@ class _Bench:
         return [rng.standard_normal(shape, np.float32).astype(self.dtype) for _ in range(3)]
 
     def runs(self) -> dict[str, Callable[[], Trace]]:
-        """Calls by name: the layouts, the blocks going round with nothing to compute, and one rank with all threads."""
+        """Give calls by name: the layouts, the blocks going round without arithmetic, one rank with all threads."""
         tokens, ranks, rank = self.arguments.tokens, self.comm.size, self.comm.rank
         runs: dict[str, Callable[[], Trace]] = {}
         for name, attention in self.layouts.items():

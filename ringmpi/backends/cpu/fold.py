@@ -1,7 +1,7 @@
 """The compiled functions that Python calls: pack tiles of a block, fold a range of keys into a tile of rows.
 
-They are compiled on the first call for a dtype and cached on disk. Numba's cache looks at the file of a function alone, so
-the digest of all the files that the machine code comes from is part of its key.
+They are compiled on the first call for a dtype and cached on disk. Numba's cache looks at the file of a function
+alone, so the digest of all the files that the machine code comes from is part of its key.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def _build(digest: str) -> tuple[Any, Any]:
     def fold_keys(state, q, k, v, begin, end, scale, rows, columns, packed, private, work):  # type: ignore[no-untyped-def]
         """Fold columns (origin, start, stop, fresh, final) of a block into rows (head, first, count) of the state.
 
-        The tiles are in `packed`, from column `origin` on; where `private`, it has room for one and each is packed here.
-        The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
+        The tiles are in `packed`, from column `origin` on; where `private`, it has room for one and each is packed
+        here. The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
         """
         digest                          # noqa: B018
         acc, top, norm = state

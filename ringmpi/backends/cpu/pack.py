@@ -1,8 +1,8 @@
 """Packing: a tile of K, V or Q into the order in which the products read it, widened to what they multiply.
 
-K is turned so that keys lie across lanes: panels of `WIDE` keys, each depth × WIDE. V keeps its rows, cut into panels of
-up to `VECTORS` vectors of columns, each keys × width, padded with zeros. Q is rows. Where the products take pairs of
-bfloat16, two steps of the depth share a uint32.
+K is turned so that keys lie across lanes: panels of a few vectors of keys, each depth × width. V keeps its rows, cut
+into panels of up to `VECTORS` vectors of columns, each keys × width, padded with zeros. Q is rows. Where the products
+take pairs of bfloat16, two steps of the depth share a uint32.
 
 Turning works on squares of lanes × lanes in registers: log2(lanes) shuffles for each vector.
 """
@@ -42,7 +42,7 @@ def _widen_half(x):  # type: ignore[no-untyped-def]
 
 
 def weight(p, r, j):  # type: ignore[no-untyped-def]
-    """Number j of row r, where p may hold pairs of bfloat16."""
+    """Give number j of row r, where p may hold pairs of bfloat16."""
     raise NotImplementedError("typed by Numba")
 
 

@@ -4,14 +4,14 @@ Registers. A block of C is `ROWS` × 4 vectors where there are 32 registers (24 
 broadcast of A) and `ROWS` × 2 where there are 16 (12 + 2 + 1). At each step of the depth, vectors of B and scalars of A
 are loaded and every accumulator gets one multiply-add: 24 for 10 loads, so the multiply-add units are the limit.
 
-Caches. B is a *panel*: depth × (vectors · lanes), contiguous, read in order; all row groups of a tile pass over it while it
-is in cache. A is a few rows, C is touched once a call.
+Caches. B is a *panel*: depth × (vectors · lanes), contiguous, read in order; all row groups of a tile pass over it
+while it is in cache. A is a few rows, C is touched once a call.
 
 Elements are float32 or float64, or uint32 for a pair of bfloat16: then a step of the depth is a pair, and C is
 float32. C is summed from zero and then added, so rounding grows with the depth of one panel, not of the sequence.
 
-`dot_keys` and `add_values` are for a few rows that meet each key once: they read K and V as they came, so that memory is
-the limit.
+`dot_keys` and `add_values` are for a few rows that meet each key once: they read K and V as they came, so that memory
+is the limit.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def scores(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, strid
 
 
 @intrinsic
-def add_product(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, stride, shrink, shrink_at, vectors):  # type: ignore[no-untyped-def]
-    """C[ROWS, n] = shrink[ROWS]·C + A[ROWS, depth] · B[depth, n], where n = vectors·lanes and 1 <= vectors <= VECTORS."""
+def add_product(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, stride,  # type: ignore[no-untyped-def]
+                shrink, shrink_at, vectors):
+    """C[ROWS, n] = shrink[ROWS]·C + A[ROWS, depth] · B[depth, n] for n = vectors·lanes, 1 <= vectors <= VECTORS."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         a, b, c, shrink = _pointers(context, builder, signature, values, (0, 3, 5, 11))
         choice = builder.trunc(values[13], ir.IntType(8))
@@ -81,10 +82,10 @@ def add_product(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, 
 
 @intrinsic
 def dot_keys(context, q, q_at, k, k_at, k_row, count, depth, s, s_at):  # type: ignore[no-untyped-def]
-    """s[s_at:][:lanes] = scores of a row of `depth` numbers with keys `k_row` elements apart; from `count` on the last again.
+    """s[s_at:][:lanes] = scores of a row of `depth` numbers with keys `k_row` elements apart.
 
-    A key is read once, along its numbers; `lanes` keys at a time share the loads of the row and are summed across lanes
-    together.
+    Only `count` keys are there; the last stands in for the others. A key is read once, along its numbers; `lanes` keys
+    at a time share the loads of the row and are summed across lanes together.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         q, k, s = _pointers(context, builder, signature, values, (0, 2, 7))
@@ -123,7 +124,10 @@ def dot_keys(context, q, q_at, k, k_at, k_row, count, depth, s, s_at):  # type: 
 
 @intrinsic
 def add_values(context, p, p_at, v, v_at, v_row, count, columns, c, c_at, shrink):  # type: ignore[no-untyped-def]
-    """c[c_at:][:columns] = shrink·c + p[p_at:][:count] · V, whose rows are `v_row` elements apart; columns in whole vectors."""
+    """c[c_at:][:columns] = shrink·c + p[p_at:][:count] · V; rows of V are `v_row` elements apart.
+
+    The columns are whole vectors.
+    """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         p, values_, c = _pointers(context, builder, signature, values, (0, 2, 7))
         row, count, shrink = values[4], values[5], values[9]

@@ -1,8 +1,8 @@
 """A group of rows of scores to weights: largest score, 2^(score·scale - maximum), their sum, in two passes.
 
 Cost: a vector of scores takes a load and a maximum in the first pass and about 14 instructions in the second, beside
-(dim + dim_v) multiply-adds in the products: 6 % at dim 128. The rows of a group go side by side, which hides the latency of
-the exponential and of the sums across lanes. Registers: a sum and a maximum for each row, and a dozen constants.
+(dim + dim_v) multiply-adds in the products: 6 % at dim 128. The rows of a group go side by side, which hides the
+latency of the exponential and of the sums across lanes. Registers: a sum for each row, and a dozen constants.
 
 The vectors that not all of the rows see are masked by comparing lane numbers, with no branch for each element.
 """
@@ -24,14 +24,15 @@ I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
-                 top, norm, shrink, shift, scale):
+def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last,  # type: ignore[no-untyped-def]
+                 low, high, start, top, norm, shrink, shift, scale):
     """First pass over the scores of rows row..row + ROWS: raise their maxima.
 
-    s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees ``low[r] <= start + j < high[r]``,
-    all of inner_first..inner_last among them; the four are multiples of the lanes. top[r] is the largest scaled score so
-    far; NaN is passed over. shift[r] becomes the exponent to subtract, in base 2; shrink[r] the factor of what was summed
-    before, norm[r] among it. A vector of numbers after the last row may be touched. scale >= 0.
+    s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees columns with
+    ``low[r] <= start + j < high[r]``, all of inner_first..inner_last among them; the four are multiples of the lanes.
+    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes the exponent to subtract, in base 2;
+    shrink[r] the factor of what was summed before, norm[r] among it. A vector of numbers after the last row may be
+    touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         s, low, high, top, norm, shrink, shift = (data(context, builder, signature.args[i], values[i])
@@ -45,16 +46,18 @@ def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last
 
 
 @intrinsic
-def weigh(context, s, row, row_keys, first, inner_first, inner_last, last, low, high, start,  # type: ignore[no-untyped-def]
-          p, norm, shift, scale):
-    """Second pass: p becomes ``2^(scale·log2(e)·s - shift)`` in columns first..last, 0 where not seen; norm[r] grows by it.
+def weigh(context, s, row, row_keys, first, inner_first, inner_last, last,  # type: ignore[no-untyped-def]
+          low, high, start, p, norm, shift, scale):
+    """Second pass: in columns first..last p becomes ``2^(scale·log2(e)·s - shift)``, 0 where unseen; norm grows by it.
 
     p is float as s, and may be s, or uint32: a pair of bfloat16 each. The other arguments are those of `raise_maxima`.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        s, low, high, p, norm, shift = (data(context, builder, signature.args[i], values[i]) for i in (0, 7, 8, 10, 11, 12))
+        s, low, high, p, norm, shift = (data(context, builder, signature.args[i], values[i])
+                                        for i in (0, 7, 8, 10, 11, 12))
         group = _Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
-        group.weigh(p, signature.args[10].dtype == types.uint32, *(at(builder, x, values[1]) for x in (norm, shift)), values[13])
+        norm, shift = (at(builder, x, values[1]) for x in (norm, shift))
+        group.weigh(p, signature.args[10].dtype == types.uint32, norm, shift, values[13])
         return context.get_dummy_value()
 
     return types.void(s, row, row_keys, first, inner_first, inner_last, last, low, high, start,
@@ -86,7 +89,8 @@ class _Group:
         for chunk in _chunks(v.lanes):
             old = v.load(top, chunk[0])
             new = v.larger(b.fmul(v.across([tops[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
-            subtract = v.where(b.fcmp_ordered("==", new, hidden), zero, b.fmul(new, log2e))     # -inf - -inf would be NaN
+            blind = b.fcmp_ordered("==", new, hidden)
+            subtract = v.where(blind, zero, b.fmul(new, log2e))           # -inf - -inf would be NaN
             factor = v.exp2(b.fsub(b.fmul(old, log2e), subtract))
             sums = b.fmul(v.load(norm, chunk[0]), factor)
             for x, place in ((new, top), (sums, norm), (factor, shrink), (subtract, shift)):

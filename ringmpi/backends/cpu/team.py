@@ -12,7 +12,7 @@ POLL_SECONDS = 0.002        # how often the caller yields while it waits for the
 
 @dataclass
 class Task:
-    """Steps to do one after the other, made when their turn comes: calls that take the number of the thread, and their cost.
+    """Steps to do one after the other, made when their turn comes: calls that take the thread's number, and their cost.
 
     `cost` is that of all steps.
     """
@@ -37,7 +37,8 @@ class Team:
         done: deque[int] = deque()
         helpers: list[Future[None]] = []
         if self._pool:
-            helpers = [self._pool.submit(_drain, queue, number, done) for number in range(1, min(self.size, len(tasks)))]
+            others = range(1, min(self.size, len(tasks)))
+            helpers = [self._pool.submit(_drain, queue, number, done) for number in others]
         try:
             while (task := _next(queue)) is not None:
                 for call, cost in task.steps:

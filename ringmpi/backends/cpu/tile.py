@@ -4,12 +4,16 @@
     for each row:              P, maximum, sum    from S, in place
     for each panel of values:  acc = shrink·acc + P·V
 
-Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 numbers, 32 KiB, in L1 while all row groups
-pass over it, and each step of a product asks for a little of the next panel. Q, S and acc of 192 rows take 288 KiB and the
-tile of K and V 128 KiB, in L2. `tile_shape` says so for other sizes.
+Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 numbers, 32 KiB, in L1 while all row
+groups pass over it, and each step of a product asks for a little of the next panel. Q, S and acc of 192 rows take
+288 KiB and the tile of K and V 128 KiB, in L2. `tile_shape` says so for other sizes.
 
 Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile; only the vectors that not
 every row sees in full are masked, by comparing lane numbers.
+
+`work` is what a thread works on, of `workspace.Rows`: queries (rows, depth); scores S (rows, keys); weights P, which
+is S or, in pairs, (rows, keys / 2); acc (rows, width); for each row top, norm, shrink, shift (see `softmax_rows`), low,
+high (columns seen); and what each group sees of a tile (see `find_groups`).
 """
 
 from __future__ import annotations
@@ -28,8 +32,8 @@ MOST_ROWS, MOST_KEYS = 32 * ROWS, 128
 def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]:
     """Rows and keys of a tile for keys of `depth` and values of `width` numbers of `item` bytes.
 
-    The keys are a multiple of the widest panel; their K and V fill at most a quarter of a cache of `cache` bytes, and Q, S
-    and acc of the rows what is left of its half.
+    The keys are a multiple of the widest panel; their K and V fill at most a quarter of a cache of `cache` bytes, and
+    Q, S and acc of the rows what is left of its half.
     """
     wide = VECTORS * machine().vector_bytes // item
     keys = max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
@@ -39,7 +43,7 @@ def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]
 
 @numba.njit(error_model="numpy")
 def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untyped-def]
-    """S of a packed tile of keys, panel by panel; the last panel asks for address `ahead`, the others for the next one."""
+    """S of a packed tile of keys, panel by panel; each asks for the next, the last for address `ahead`."""
     queries, s, _, acc, _, _, _, _, _, _, groups = work
     depth, wide = queries.shape[1], VECTORS * lanes(acc)
     share = -(-wide * ROWS // rows) * keys.itemsize               # bytes of the next panel that a step asks for
@@ -82,8 +86,8 @@ def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-un
 def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, scale, ahead):  # type: ignore[no-untyped-def]
     """Fold a tile of n keys whose scores are in S into the first `rows` rows (a multiple of ROWS) of the work space.
 
-    values[values_at:] is a tile as `pack_values` made it, of `tile` keys; v[start:start + n, head] are the values as they
-    came, for rows that must not multiply what they do not see. The last panel asks for address `ahead`.
+    values[values_at:] is a tile as `pack_values` made it, of `tile` keys; v[start:start + n, head] are the values as
+    they came, for rows that must not multiply what they do not see. The last panel asks for address `ahead`.
     """
     _, s, p, acc, top, norm, shrink, shift, low, high, groups = work
     columns, side = acc.shape[1], lanes(acc)
@@ -98,7 +102,9 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
                   -(-groups[b, 1] // side) * side, low, high, start, p, norm, shift, scale)
     place = values_at
     for column, width in panels(columns, side):
-        following = address(values) + (place + tile // step * width) * values.itemsize if column + width < columns else ahead
+        following = address(values) + (place + tile // step * width) * values.itemsize
+        if column + width >= columns:
+            following = ahead
         share = -(-width * ROWS // rows) * values.itemsize
         for g in range(0, rows, ROWS):
             first, last = groups[g, 0], groups[g, 1]
@@ -158,7 +164,7 @@ def add_seen(row, shrink, p, r, v, start, head, a, b):  # type: ignore[no-untype
 
 @numba.njit(error_model="numpy")
 def load_rows(q, begin, end, first, count, rows, head, group, top_so_far, work):  # type: ignore[no-untyped-def]
-    """Set the work space to rows first..first+count of a key head; the others up to `rows` see what the last one does."""
+    """Set the work space to rows first..first + count of a key head; the others up to `rows` see what the last does."""
     queries, _, _, acc, top, norm, _, _, low, high, _ = work
     pack_queries(q, first, count, head, group, queries[:rows])
     for r in range(rows):
@@ -200,7 +206,7 @@ def visible(low, high, rows, start, stop):  # type: ignore[no-untyped-def]
 @numba.njit
 def any_sees(rows, groups):  # type: ignore[no-untyped-def]
     """Whether any group sees anything of the tile."""
+    seen = False
     for g in range(0, rows, ROWS):
-        if groups[g, 0] < groups[g, 1]:
-            return True
-    return False
+        seen |= groups[g, 0] < groups[g, 1]
+    return seen

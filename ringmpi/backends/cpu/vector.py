@@ -16,9 +16,10 @@ from functools import cache
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils
 from numba.core.registry import cpu_target
 
 # 2^f for |f| <= 1/2 is 1 + f (c1 + f (c2 + ...)): minimax of the relative error with the constant held at 1, so that
@@ -36,7 +37,7 @@ BIAS = {types.float32: 127, types.float64: 1023}
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not have."""
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class Machine:
     registers: int
     pairs: bool
 
-    def lanes(self, dtype: types.Type) -> int:
+    def lanes(self, dtype: Any) -> int:
         """Elements of `dtype` in a vector."""
         return int(self.vector_bytes * 8 // dtype.bitwidth)
 
@@ -79,6 +80,7 @@ def machine() -> Machine:
     NUMBA_CPU_NAME alone gives the vectors of that CPU; with NUMBA_CPU_FEATURES, of those features.
     """
     triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    config: Any = numba.config
     named_only = config.CPU_NAME is not None and config.CPU_FEATURES is None
     target = llvm.Target.from_triple(triple).create_target_machine(cpu=name, features="" if named_only else features)
     code = target.emit_assembly(llvm.parse_assembly(f"""
@@ -101,7 +103,7 @@ class Vectors:
     dtype : types.float32 or types.float64
     """
 
-    def __init__(self, builder: ir.IRBuilder, dtype: types.Type) -> None:
+    def __init__(self, builder: ir.IRBuilder, dtype: Any) -> None:
         self.builder, self.dtype = builder, dtype
         self.lanes = machine().lanes(dtype)
         self.element = ir.FloatType() if dtype == types.float32 else ir.DoubleType()

@@ -34,7 +34,7 @@ class Packed:
         self.width = -(-dim_v // lanes) * lanes
         self.rows, self.tile = tile_shape(depth, self.width, kind.itemsize, cache_bytes(2))
         self._sizes = self.tile * depth, self.tile * self.width // (2 if pairs else 1)
-        self._arrays = (np.empty(0, self.words), np.empty(0, self.words), np.empty(0, np.bool_))
+        self._arrays: tuple[Array, ...] = (np.empty(0, self.words), np.empty(0, self.words), np.empty(0, np.bool_))
 
     @property
     def tile_bytes(self) -> int:
@@ -60,4 +60,5 @@ class Rows:
         weights = np.empty((n, packed.tile // 2), np.uint32) if pairs else scores
         self.private = packed.reserve(1, 1)
         self.arrays = (np.empty((n, depth), packed.words), scores, weights, np.empty((n, packed.width), kind),
-                       *(np.zeros(n + SPARE, kind) for _ in range(4)), *(np.empty(n, np.int64) for _ in range(2)), np.empty((n, 4), np.int64))
+                       *(np.zeros(n + SPARE, kind) for _ in range(4)), *(np.empty(n, np.int64) for _ in range(2)),
+                       np.empty((n, 4), np.int64))

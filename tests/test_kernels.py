@@ -1,0 +1,345 @@
+"""The Numba kernels: every vector width, every way through a block, shapes around tiles and vectors, accuracy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+from ringmpi.backends import numba_, open_backend
+from ringmpi.backends.cpu import vector
+from ringmpi.backends.cpu.product import ROWS, VECTORS
+from ringmpi.backends.cpu.team import Task, Team
+from ringmpi.backends.cpu.tile import tile_shape
+from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE, State, accumulator, finish, merge
+
+HERE = Path(__file__).parent
+NARROW = {"AVX2": "haswell", "SSE": "x86-64"}
+
+
+def attend(q, k, v, begin, end, scale, threads=2, blocks=1):
+    backend = open_backend("numba", threads)
+    try:
+        state = State.empty(len(q), q.shape[1], v.shape[2], accumulator(q.dtype))
+        for a, b in zip(range(blocks), range(1, blocks + 1), strict=True):
+            low, high = len(k) * a // blocks, len(k) * b // blocks
+            pairs = sum(backend.accumulate(state, q, k[low:high], v[low:high], np.clip(begin, low, high) - low,
+                                           np.clip(end, low, high) - low, scale))
+            assert pairs == (np.clip(end, low, high) - np.clip(begin, low, high)).sum()
+        out, lse = np.empty((*q.shape[:2], v.shape[2]), q.dtype), np.empty(q.shape[:2], state.acc.dtype)
+        finish(state, end > begin, out, lse)
+        return out, lse
+    finally:
+        backend.close()
+
+
+def data(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+            ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v))]
+
+
+def check(q, k, v, begin, end, scale=0.2, **options):
+    out, lse = attend(q, k, v, begin, end, scale, **options)
+    j = np.arange(len(k))
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale)
+    dtype = next(name for name, kind in DTYPES.items() if kind == q.dtype)
+    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
+
+
+def ranges(kind, n_q, n_k, seed=0):
+    """What the queries see: begin, end."""
+    i, rng = np.arange(n_q), np.random.default_rng(seed)
+    if kind == "causal":
+        return np.zeros(n_q, int), np.clip(i + 1 + n_k - n_q, 0, n_k)
+    if kind == "window":
+        end = np.clip(i + 1 + n_k - n_q, 0, n_k)
+        return np.maximum(end - n_k // 3, 0), end
+    if kind == "documents":
+        cuts = np.concatenate([[0], np.sort(rng.integers(0, n_k, 7)), [n_k]])
+        mine = np.searchsorted(cuts, np.minimum(i, n_k - 1), side="right")
+        return cuts[mine - 1], cuts[mine]
+    begin = rng.integers(0, n_k + 1, n_q)
+    return begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_narrower_vectors_pass_the_same_tests(width):
+    """The parity tests again, compiled for another CPU; its features alone, so that nothing wider slips in."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("names of x86 CPUs")
+    environment = os.environ | {"NUMBA_CPU_NAME": NARROW[width], "NUMBA_CPU_FEATURES": ""}
+    tests = [str(HERE / "test_backends.py"), f"{HERE / 'test_kernels.py'}::test_shapes_around_tiles"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not numpy", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=HERE.parent,
+                         check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize(("name", "size"), [("haswell", 32), ("x86-64", 16), ("skylake-avx512", 64)])
+def test_the_width_is_that_of_the_named_cpu(name, size):
+    if os.uname().machine != "x86_64":
+        pytest.skip("names of x86 CPUs")
+    code = "from ringmpi.backends.cpu.vector import machine; print(machine())"
+    said = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NUMBA_CPU_NAME": name}, timeout=60,
+                          capture_output=True, text=True, check=True).stdout
+    assert f"vector_bytes={size}" in said
+    assert f"registers={32 if size == 64 else 16}" in said
+
+
+@pytest.fixture
+def in_pairs(monkeypatch):
+    """bfloat16 multiplied in pairs, fast here or not."""
+    if not vector.machine().pairs:
+        pytest.skip("this CPU has no product of bfloat16 pairs")
+    monkeypatch.setattr(numba_, "pairs_pay", lambda: True)
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (80, 33), (2, 1), (17, 16)])
+def test_bfloat16_in_pairs(in_pairs, dim, dim_v):
+    for n_q in (5, 300):
+        q, k, v = data(0, n_q, 700, 4, 2, dim, dim_v, "bfloat16")
+        check(q, k, v, *ranges("random", n_q, 700))
+        v[350, 1, 0] = np.nan
+        check(q, k, v, *ranges("random", n_q, 700))
+
+
+@pytest.mark.parametrize("n_q", [1, 2, 5, 6, 7, 13, 200, 389])
+@pytest.mark.parametrize("kind", ["causal", "window", "documents", "random"])
+def test_shapes_around_tiles(n_q, kind):
+    """Few rows, many rows, groups that are not whole; keys that are no multiple of a tile."""
+    for seed, (n_k, heads, kv_heads) in enumerate([(1, 2, 2), (129, 3, 1), (1000, 2, 1)]):
+        q, k, v = data(seed, n_q, n_k, heads, kv_heads, 24, 20, "float32")
+        check(q, k, v, *ranges(kind, n_q, n_k, seed), threads=1 + seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 3, 15, 16, 17, 80, 100, 257, 512])
+def test_any_dim(dtype, dim):
+    for n_q in (3, 210):
+        q, k, v = data(dim, n_q, 150, 2, 1, dim, 513 - dim, dtype)
+        check(q, k, v, *ranges("causal", n_q, 150), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("n_q", [2, 250])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
+def test_any_sign_of_the_scale(n_q, scale):
+    for dtype in DTYPES:
+        q, k, v = data(0, n_q, 300, 2, 2, 16, 16, dtype)
+        check(q, k, v, *ranges("random", n_q, 300), scale=scale)
+
+
+def test_packed_a_few_tiles_at_a_time(monkeypatch):
+    q, k, v = data(0, 300, 2000, 4, 2, 32, 32, "float32")
+    begin, end = ranges("window", 300, 2000)
+    whole, _ = attend(q, k, v, begin, end, 0.2)
+    monkeypatch.setattr(numba_, "PACKED_BYTES", 1)
+    monkeypatch.setattr(numba_, "STEP_FLOP", 1)
+    monkeypatch.setattr(numba_, "STEP_BYTES", 1)
+    pieces, _ = attend(q, k, v, begin, end, 0.2)
+    assert oracle.error(pieces, whole) < 2e-6
+    check(q, k, v, begin, end)
+    check(q[:3], k, v, begin[:3], end[:3])
+
+
+@pytest.mark.parametrize("n_q", [1, 400])
+def test_results_do_not_depend_on_timing(n_q):
+    q, k, v = data(0, n_q, 3000, 2, 2, 16, 16, "float32")
+    begin, end = np.zeros(n_q, int), np.full(n_q, 3000)
+    first = attend(q, k, v, begin, end, 0.2, threads=3)
+    for _ in range(5):
+        again = attend(q, k, v, begin, end, 0.2, threads=3)
+        assert all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def test_read_only_and_strided_arrays():
+    q, k, v = data(0, 30, 200, 2, 2, 16, 16, "float32")
+    begin, end = ranges("causal", 30, 200)
+    want, _ = attend(q, k, v, begin, end, 0.2)
+    for x in (q, k, v, begin, end):
+        x.flags.writeable = False
+    backwards, _ = attend(q, np.asfortranarray(k), v[::-1][::-1], begin, end, 0.2)
+    assert (backwards == want).all()
+
+
+def test_a_block_makes_nothing_anew():
+    """The buffers of one call serve the next: what Python allocates is small beside a block."""
+    import tracemalloc
+    q, k, v = data(0, 600, 4000, 2, 2, 64, 64, "float32")
+    begin, end = np.zeros(600, int), np.full(600, 4000)
+    backend, state = open_backend("numba", 2), State.empty(600, 2, 64, np.float32)
+    sum(backend.accumulate(state, q, k, v, begin, end, 0.1))
+    tracemalloc.start()
+    try:
+        sum(backend.accumulate(state, q, k, v, begin, end, 0.1))
+        assert tracemalloc.get_traced_memory()[1] < k.nbytes / 10
+    finally:
+        tracemalloc.stop()
+        backend.close()
+
+
+BOUND = {"float32": 1e-6, "float64": 1e-14}      # largest absolute error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n_q", [4, 300])
+def test_accuracy(dtype, n_q):
+    q, k, v = data(7, n_q, 8192, 1, 1, 128, 128, dtype)
+    out, _ = attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 8192), 128**-0.5)
+    want, _ = oracle.attend(q, k, v, np.ones((n_q, 8192), bool), 128**-0.5)
+    assert np.abs(out - want).max() < BOUND[dtype]
+
+
+@pytest.mark.parametrize("n_q", [4, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["huge key", "equal keys", "cancelling values", "large scores"])
+def test_accuracy_of_odd_data(kind, dtype, n_q):
+    q, k, v = data(8, n_q, 2048, 1, 1, 64, 64, dtype)
+    bound = BOUND[dtype]
+    if kind == "huge key":
+        k[1000] *= 1e3
+    elif kind == "equal keys":
+        k[:] = k[0]
+    elif kind == "cancelling values":
+        v[1::2] = -v[::2]
+        v *= 100
+        bound *= 100
+    else:                                 # a score of 1e4 is known to its rounding only, and so is a weight
+        q *= 1e4
+        bound = 4e4 * np.finfo(dtype).eps
+    out, _ = attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 2048), 64**-0.5)
+    want, _ = oracle.attend(q, k, v, np.ones((n_q, 2048), bool), 64**-0.5)
+    assert np.abs(out - want).max() < bound
+
+
+def test_bfloat16_is_no_worse_than_torch():
+    torch = pytest.importorskip("torch")
+    q, k, v = data(9, 512, 8192, 1, 1, 128, 128, "bfloat16")
+    out, _ = attend(q, k, v, np.zeros(512, int), np.full(512, 8192), 128**-0.5)
+    a, b, c = (torch.from_numpy(x.astype("f4").transpose(1, 0, 2).copy()).bfloat16()[None] for x in (q, k, v))
+    theirs = torch.nn.functional.scaled_dot_product_attention(a, b, c)[0].float().numpy().transpose(1, 0, 2)
+    want, _ = oracle.attend(q, k, v, np.ones((512, 8192), bool), 128**-0.5)
+    assert np.abs(out.astype("f8") - want).max() <= np.abs(theirs - want).max()
+
+
+def test_long_sums_keep_their_digits():
+    """Values that do not cancel: a plain float32 sum over as many keys would lose two digits."""
+    q, k, v = data(10, 3, 200_000, 1, 1, 8, 8, "float32")
+    v += 10
+    for n in (3, 200):
+        rows = np.repeat(q, 100, axis=0)[:n]
+        out, _ = attend(rows, k, v, np.zeros(n, int), np.full(n, len(k)), 0.1)
+        want, _ = oracle.attend(q, k, v, np.ones((3, len(k)), bool), 0.1)
+        assert oracle.error(out, np.repeat(want, 100, axis=0)[:n]) < 1e-6
+
+
+def test_tile_shape_fits_the_cache():
+    lanes = vector.machine().vector_bytes // 4
+    for cache in (2**18, 2**20, 2**21):
+        for width in (16, 128, 512):
+            rows, keys = tile_shape(width, width, 4, cache)
+            assert rows % ROWS == 0
+            assert keys % (VECTORS * lanes) == 0
+            assert 4 * (rows * (2 * width + keys) + 2 * keys * width) <= cache or rows == 8 * ROWS
+
+
+def test_merge_of_states():
+    rng = np.random.default_rng(0)
+    acc, top, norm = rng.standard_normal((4, 5, 2, 3)), rng.standard_normal((4, 5, 2)), rng.random((4, 5, 2))
+    top[1:, 0], norm[1:, 0], acc[1:, 0] = -np.inf, 0, 0           # parts that saw nothing
+    top[:, 1], norm[:, 1], acc[:, 1] = -np.inf, 0, 0              # nobody did
+    state = State(acc[0].copy(), top[0].copy(), norm[0].copy())
+    merge(state, State(acc[1:], top[1:], norm[1:]))
+    weights = np.exp(top - np.where(state.max == -np.inf, 0, state.max))
+    assert (state.max == top.max(axis=0)).all()
+    assert np.allclose(state.sum, (weights * norm).sum(axis=0))
+    assert np.allclose(state.acc, (weights[..., None] * acc).sum(axis=0))
+    assert (state.acc[0] == acc[0, 0]).all()
+
+
+def test_a_team_does_the_costliest_first_and_all_of_it():
+    for size in (1, 3):
+        order, team = [], Team(size)
+        tasks = [Task(cost, [(lambda thread, cost=cost, order=order: order.append((cost, thread)), cost)])
+                 for cost in (1, 5, 3)]
+        assert sum(team.run(tasks)) == 9
+        team.close()
+        assert sorted(cost for cost, _ in order) == [1, 3, 5]
+        assert {thread for _, thread in order} <= set(range(size))
+        assert size > 1 or [cost for cost, _ in order] == [5, 3, 1]
+
+
+def test_a_failing_step_ends_the_team_s_work():
+    import time
+    done = []
+
+    def fail(thread):
+        raise ValueError("broken")
+
+    def work(thread):
+        time.sleep(0.001)
+        done.append(thread)
+
+    team = Team(2)
+    tasks = [Task(1000, [(fail, 1)]), *(Task(1, [(work, 1)]) for _ in range(1000))]
+    with pytest.raises(ValueError, match="broken"):
+        sum(team.run(tasks))
+    assert len(done) < 1000
+    after = len(done)
+    time.sleep(0.02)
+    assert len(done) == after
+    team.close()
+
+
+def test_one_thread_starts_none():
+    import threading
+    before = threading.active_count()
+    q, k, v = data(0, 300, 300, 1, 1, 16, 16, "float32")
+    for name in ("numba", "numpy"):
+        backend, state = open_backend(name, 1), State.empty(300, 1, 16, np.float32)
+        sum(backend.accumulate(state, q, k, v, np.zeros(300, int), np.full(300, 300), 0.1))
+        assert threading.active_count() == before
+        backend.close()
+
+
+def test_without_a_cache_folder_there_is_one_warning(tmp_path):
+    """No locator finds a folder: kernels still compile, and only the launcher's rank 0 says so, once."""
+    code = ("import numpy as np, ringmpi.backends as b\n"
+            "x = b.open_backend('numba', 1); x.prepare(np.dtype('f4'), np.dtype('f4')); print('ready')")
+    for rank, warnings in (("0", 1), ("1", 0)):
+        environment = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator", "PMI_RANK": rank}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200,
+                             check=True)
+        assert run.stdout == "ready\n"
+        assert run.stderr.count("RuntimeWarning") == warnings, run.stderr
+        assert run.stderr.count("NUMBA_CACHE_DIR") == warnings
+
+
+def test_nothing_is_compiled_at_import():
+    code = ("from ringmpi.backends.cpu import fold; from ringmpi.backends import open_backend; "
+            "open_backend('numba', 2); print(len(fold.fold_keys.signatures) + len(fold.pack_tiles.signatures))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+                          ).stdout == "0\n"
+
+
+def test_the_cache_knows_every_source(tmp_path, monkeypatch):
+    """Numba's cache looks at the file of a function alone: the others must be in the key."""
+    from ringmpi.backends.cpu import fold
+    names = {module.__name__.rsplit(".", 1)[1] for module in fold.SOURCES} | {"fold"}
+    kernels = {path.stem for path in Path(fold.__file__).parent.glob("*.py")
+               if "numba" in path.read_text() and path.stem not in ("__init__", "peak")}
+    assert names == kernels
+    before = fold._digest()
+    copy = tmp_path / "tile.py"
+    copy.write_text("# changed")
+    monkeypatch.setattr(fold.tile, "__file__", str(copy))
+    assert fold._digest() != before
+
+
+def test_bfloat16_tolerance_covers_rounded_weights():
+    assert TOLERANCE["bfloat16"] >= 2 * 2.0**-8
+    assert accumulator(BFLOAT16) == np.float32
