@@ -9,6 +9,8 @@ from .softmax import DTYPES, accumulator
 
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
 LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
+TILE_BYTES = 2**23                # scores of a thread, and what NumPy makes of them on the way
+PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, at most
 
 
 def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
@@ -30,6 +32,7 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     item = DTYPES[sizes.dtype].itemsize
     wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
+    name, base = _resident_with(options.backend)
     parts = {
         "q": n_q * sizes.heads * sizes.dim * item,
         "k": n_k * sizes.kv_heads * sizes.dim * item,
@@ -40,18 +43,18 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
         "max and sum": 2 * n_q * sizes.heads * wide,
         "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
         "columns": 8 * 8 * n_q,
-        "tile": 2**22,
+        "scores": TILE_BYTES,
+        "packed K and V": min(PACKED_BYTES[name], n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * wide),
     }
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
-    base = _resident_with(options.backend)
     return {**parts, "process and libraries": base, "total": max(phases) + base}
 
 
-def _resident_with(backend: str) -> int:
-    """Memory of this process with the backend's modules loaded, and of what a dry run does not load."""
+def _resident_with(backend: str) -> tuple[str, int]:
+    """Name of the backend; memory of this process with its modules loaded, and of what a dry run does not load."""
     opened = open_backend(backend, 1)
     opened.close()
-    return resident_bytes() + LIBRARY_BYTES[opened.name]
+    return opened.name, resident_bytes() + LIBRARY_BYTES[opened.name]

@@ -103,11 +103,11 @@ class _Bench:
     def time(self, name: str, call: Callable[[], Trace]) -> None:
         """Run once, all ranks starting together."""
         self.comm.share([0], self.arguments.timeout)
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         trace = call()
-        taken = time.perf_counter() - start
+        taken, busy = time.perf_counter() - start, time.process_time() - busy
         self.figures.setdefault(name, []).append(np.array(
-            [taken, trace.compute_seconds, trace.wait_seconds, trace.flop, trace.bytes_sent]))
+            [taken, trace.compute_seconds, trace.wait_seconds, trace.flop, trace.bytes_sent, busy]))
         self.comm.share([0], self.arguments.timeout)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ class _Bench:
             rows.append({
                 "layout": name, "ranks": 1 if alone else self.comm.size,
                 "threads": self.all_threads if alone else self.threads, "seconds": taken,
-                "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "compute max": float(figures[:, 1].max()),
+                "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "CPU max": float(figures[:, 5].max()), "compute max": float(figures[:, 1].max()),
                 "compute min": float(figures[:1 if alone else None, 1].min()), "wait max": wait, "wait": wait / taken,
                 "hidden": None if alone or not transfer else max(0.0, 1 - wait / transfer),
                 "efficiency": seconds[ALONE] / taken if ALONE in seconds else None,
