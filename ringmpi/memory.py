@@ -9,7 +9,7 @@ from .softmax import DTYPES, accumulator
 
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
 LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
-TILE_BYTES = 2**23                # scores of a thread, and what NumPy makes of them on the way
+SCORE_BYTES = {"numpy": 2**25 - 2**23, "numba": 2**23}       # of a thread, and what NumPy makes of them on the way
 PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, at most
 
 
@@ -43,7 +43,7 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
         "max and sum": 2 * n_q * sizes.heads * wide,
         "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
         "columns": 8 * 8 * n_q,
-        "scores": TILE_BYTES,
+        "scores": SCORE_BYTES[name],
         "packed K and V": min(PACKED_BYTES[name], n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * wide),
     }
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3

@@ -125,6 +125,13 @@ def test_any_dim(dtype, dim):
         check(q, k, v, *ranges("causal", n_q, 150), scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("n_q", [1, 7])
+def test_many_heads_of_few_rows(n_q):
+    """More heads than the work space holds at a time."""
+    q, k, v = data(3, n_q, 400, 80, 40, 8, 8, "float32")
+    check(q, k, v, *ranges("random", n_q, 400))
+
+
 @pytest.mark.parametrize("n_q", [2, 250])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
 def test_any_sign_of_the_scale(n_q, scale):

@@ -279,3 +279,23 @@ def test_dlpack_without_numpy(comm):
     assert (ring_attention(Foreign(q), Foreign(k), Foreign(v), comm=comm) == ring_attention(q, k, v, comm=comm)).all()
     with pytest.raises(BackendError, match="k: the array is on a GPU"):
         ring_attention(q, Foreign(k, device=2), v, comm=comm)
+
+
+def test_threads_may_differ_and_compiling_is_timed_apart(comm):
+    """Ranks with different thread counts agree; the first call says what compiling took, the second has none."""
+    n, rng = 64, np.random.default_rng(comm.rank)
+    q, k, v = (rng.standard_normal((n, 2, 16)).astype("f4") for _ in range(3))
+    with RingAttention(comm, backend="numba", threads=1 + comm.rank % 2) as attention:
+        first = attention(q, k, v)
+        compiled = attention.trace.compile_seconds
+        second = attention(q, k, v)
+        again = attention.trace.compile_seconds
+        threads = attention.backend.threads
+    everyone = comm.allgather((q, k, v))
+    whole = [np.concatenate([shards[i] for shards in everyone]) for i in range(3)]
+    want, _ = oracle.attend(q, *whole[1:], np.ones((n, n * comm.size), bool), 0.25)
+    assert oracle.error(first, want) <= TOLERANCE["float32"]
+    assert (first == second).all()
+    assert compiled > 0
+    assert again == 0
+    assert threads == 1 + comm.rank % 2

@@ -59,7 +59,7 @@ class NumbaBackend(Backend):
         rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
         pack_tiles(block.k, block.v, 0, 1, 0, 1, packed)
         fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
-                  (0, 0, 1), (0, 0, 1, True, True), packed, True, rows.arrays)
+                  (0, 1, 0, 1), (0, 0, 1, True, True), packed, True, rows.arrays)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
@@ -100,23 +100,27 @@ class NumbaBackend(Backend):
             areas = block.areas(start, stop, height)
             step = block.step(min(height, block.rows), packed)
             yield from self._team.run([
-                self._fold(block, block.state, (head, i * height, min(height, block.rows - i * height)),
+                self._fold(block, block.state, (head, 1, i * height, min(height, block.rows - i * height)),
                            range(start, stop, step), stop, area, arrays)
                 for head in range(block.heads) for i, area in enumerate(areas) if area])
 
     def _few_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
         """Split the keys, pack each tile where it is used, merge."""
         tiles = -(-(block.last - block.first) // packed.tile)
-        count = min(-(-TASKS * self.threads // block.heads), -(-tiles // TASKS))
+        together = min(block.heads, packed.rows // (-(-block.rows // ROWS) * ROWS))       # heads of a task
+        count = min(-(-TASKS * self.threads * together // block.heads), -(-tiles // TASKS))
         edges = [block.first + i * tiles // count * packed.tile for i in range(count)] + [block.last]
-        step = min(block.step(block.rows, packed), max(1, STEP_BYTES // packed.tile_bytes) * packed.tile)
+        step = min(block.step(block.rows * together, packed),
+                   max(1, STEP_BYTES // (packed.tile_bytes * together)) * packed.tile)
         parts = block.parts(count)
         tasks = []
         for i, (start, stop) in enumerate(itertools.pairwise(edges)):
             area = block.areas(start, stop, block.rows)[0]
             part = State(parts.acc[i], parts.max[i], parts.sum[i]) if count > 1 else block.state
-            tasks += [self._fold(block, part, (head, 0, block.rows), range(start, stop, step), stop, area, None)
-                      for head in range(block.heads if area else 0)]
+            for head in range(0, block.heads if area else 0, together):
+                heads = min(together, block.heads - head)
+                tasks.append(self._fold(block, part, (head, heads, 0, block.rows), range(start, stop, step), stop,
+                                        area * heads, None))
         yield from self._team.run(tasks)
         if count > 1:
             merge(block.state, parts)
@@ -124,9 +128,9 @@ class NumbaBackend(Backend):
     def _pack(self, block: _Block, start: int, stop: int, first: int, last: int, packed: tuple[Any, ...]) -> Task:
         return Task(last - first, [(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), 0)])
 
-    def _fold(self, block: _Block, state: State, rows: tuple[int, int, int], starts: range, stop: int, area: int,
+    def _fold(self, block: _Block, state: State, rows: tuple[int, int, int, int], starts: range, stop: int, area: int,
               packed: tuple[Any, ...] | None) -> Task:
-        """Fold columns starts[0]..stop into rows (head, first, count), step by step; `area` of them are seen."""
+        """Fold columns starts[0]..stop into rows (head, heads, first, count), step by step; `area` is seen."""
         def call(thread: int, start: int) -> None:
             mine = self._rows[thread]
             fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--shape", nargs="+", type=_shape, default=[(8192, 8192)], metavar="QxK",
                         help="queries and keys (default: 8192x8192)")
     kernel.add_argument("--all", action="store_true",
-                        help="the whole grid: dtypes × dim 64, 128, 80 × masks × 16384x16384, 1x1048576, 16x262144")
+                        help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
     kernel.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     kernel.add_argument("--heads", type=positive, default=2, metavar="H")

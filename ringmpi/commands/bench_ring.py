@@ -125,7 +125,8 @@ class _Bench:
             rows.append({
                 "layout": name, "ranks": 1 if alone else self.comm.size,
                 "threads": self.all_threads if alone else self.threads, "seconds": taken,
-                "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "CPU max": float(figures[:, 5].max()), "compute max": float(figures[:, 1].max()),
+                "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "CPU max": float(figures[:, 5].max()),
+                "compute max": float(figures[:, 1].max()),
                 "compute min": float(figures[:1 if alone else None, 1].min()), "wait max": wait, "wait": wait / taken,
                 "hidden": None if alone or not transfer else max(0.0, 1 - wait / transfer),
                 "efficiency": seconds[ALONE] / taken if ALONE in seconds else None,

@@ -18,7 +18,18 @@ from ...environment import launched_rank
 from . import pack, product, softmax_rows, tile, vector
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
-from .tile import address, any_sees, find_groups, fold_direct, fold_scores, load_rows, score_panels, store_rows, visible
+from .tile import (
+    address,
+    any_sees,
+    find_groups,
+    fold_direct,
+    fold_scores,
+    load_rows,
+    part,
+    score_panels,
+    store_rows,
+    visible,
+)
 
 SOURCES = (vector, product, softmax_rows, pack, tile)
 
@@ -43,40 +54,43 @@ def _build(digest: str) -> tuple[Any, Any]:
             finite[slot] = pack_values(v, at, n, head, values, slot * (len(values) // len(finite)), tile)
 
     def fold_keys(state, q, k, v, begin, end, scale, rows, columns, packed, private, work):  # type: ignore[no-untyped-def]
-        """Fold columns (origin, start, stop, fresh, final) of a block into rows (head, first, count) of the state.
+        """Fold columns (origin, start, stop, fresh, final) of a block into rows (head, heads, first, count).
 
         The tiles are in `packed`, from column `origin` on; where `private`, it has room for one and each is packed
         here. The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
+        Several heads go tile by tile, since the keys of a token lie side by side.
         """
         digest                          # noqa: B018
         acc, top, norm = state
-        head, first, count = rows
+        head, heads, first, count = rows
         origin, start, stop, fresh, final = columns
         keys, values, finite, tile, tiles = packed
         group, whole = acc.shape[1] // v.shape[1], -(-count // ROWS) * ROWS
-        if fresh:
-            load_rows(q, begin, end, first, count, whole, head, group, top, work)
+        for h in range(heads if fresh else 0):
+            load_rows(q, begin, end, first, count, whole, head + h, group, top, part(work, h * whole))
         a, b = visible(work[8], work[9], whole, start, stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, stop - at)
-            find_groups(whole, work[8], work[9], at, n, lanes(acc), work[10])
-            if not any_sees(whole, work[10]):
-                continue
-            if private and count <= ROWS:
-                fold_direct(count, n, work, k, v, at, head, scale)
-                continue
-            slot = 0 if private else head * tiles + (at - origin) // tile
-            keys_at, values_at = slot * tile * k.shape[2], slot * (len(values) // len(finite))
-            if private:
-                pack_keys(k, at, n, head, keys, keys_at)
-            score_panels(whole, n, work, keys, keys_at, address(values) + values_at * values.itemsize)
-            if private:
-                finite[0] = pack_values(v, at, n, head, values, 0, tile)
-            ahead = address(k) + (at + n) * k.shape[1] * k.shape[2] * k.itemsize if private else \
-                address(keys) + (keys_at + tile * k.shape[2]) * keys.itemsize
-            fold_scores(whole, work, values, values_at, finite[slot], v, at, n, head, tile, scale, ahead)
-        if final:
-            store_rows(acc, top, norm, first, count, head, group, work)
+            for h in range(head, head + heads):
+                mine = part(work, (h - head) * whole)
+                find_groups(whole, mine[8], mine[9], at, n, lanes(acc), mine[10])
+                if not any_sees(whole, mine[10]):
+                    continue
+                if private and count <= ROWS:
+                    fold_direct(count, n, mine, k, v, at, h, scale)
+                    continue
+                slot = 0 if private else h * tiles + (at - origin) // tile
+                keys_at, values_at = slot * tile * k.shape[2], slot * (len(values) // len(finite))
+                if private:
+                    pack_keys(k, at, n, h, keys, keys_at)
+                score_panels(whole, n, mine, keys, keys_at, address(values) + values_at * values.itemsize)
+                if private:
+                    finite[0] = pack_values(v, at, n, h, values, 0, tile)
+                ahead = address(k) + (at + n) * k.shape[1] * k.shape[2] * k.itemsize if private else \
+                    address(keys) + (keys_at + tile * k.shape[2]) * keys.itemsize
+                fold_scores(whole, mine, values, values_at, finite[slot], v, at, n, h, tile, scale, ahead)
+        for h in range(heads if final else 0):
+            store_rows(acc, top, norm, first, count, head + h, group, part(work, h * whole))
 
     return pack_tiles, fold_keys
 

@@ -210,3 +210,11 @@ def any_sees(rows, groups):  # type: ignore[no-untyped-def]
     for g in range(0, rows, ROWS):
         seen |= groups[g, 0] < groups[g, 1]
     return seen
+
+
+@numba.njit
+def part(work, row):  # type: ignore[no-untyped-def]
+    """Give the work space from a row on."""
+    queries, s, p, acc, top, norm, shrink, shift, low, high, groups = work
+    return (queries[row:], s[row:], p[row:], acc[row:], top[row:], norm[row:], shrink[row:], shift[row:],
+            low[row:], high[row:], groups[row:])
