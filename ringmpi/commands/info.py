@@ -44,7 +44,14 @@ def _mpi() -> str:
 
 def _backends() -> dict[str, str]:
     from ..backends import NAMES, reason_missing
-    return {name: reason_missing(name) or f"yes ({name} {_version(name)})" for name in NAMES if name != "auto"}
+    more = {"numba": _vectors}
+    return {name: reason_missing(name) or f"yes ({name} {_version(name)}{more.get(name, str)()})"
+            for name in NAMES if name != "auto"}
+
+
+def _vectors() -> str:
+    from ..backends.cpu.vector import machine
+    return f"; vectors of {8 * machine().vector_bytes} bits{', bfloat16 pairs' if machine().pairs else ''}"
 
 
 def _h5py() -> str:
