@@ -1,4 +1,4 @@
-"""A group of rows of scores to weights: largest score, 2^(score·scale - maximum), their sum, in two passes.
+"""A group of rows of scores to weights: largest score, e^(score·scale - maximum), their sum, in two passes.
 
 Cost: a vector of scores takes a load and a maximum in the first pass and about 14 instructions in the second, beside
 (dim + dim_v) multiply-adds in the products: 6 % at dim 128. The rows of a group go side by side, which hides the
@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 from .product import ROWS
 from .vector import Vectors, at, constant, data, loop, store, to_bfloat16
 
-LOG2E = 1.4426950408889634
 I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
@@ -30,8 +29,8 @@ def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last
 
     s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees columns with
     ``low[r] <= start + j < high[r]``, all of inner_first..inner_last among them; the four are multiples of the lanes.
-    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes the exponent to subtract, in base 2;
-    shrink[r] the factor of what was summed before, norm[r] among it. A vector of numbers after the last row may be
+    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes what to subtract from a scaled score,
+    and shrink[r] the factor of what was summed before, norm[r] among it. A vector of numbers after the last row may be
     touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -48,7 +47,9 @@ def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last
 @intrinsic
 def weigh(context, s, row, row_keys, first, inner_first, inner_last, last,  # type: ignore[no-untyped-def]
           low, high, start, p, norm, shift, scale):
-    """Second pass: in columns first..last p becomes ``2^(scale·log2(e)·s - shift)``, 0 where unseen; norm grows by it.
+    """Second pass: in columns first..last p becomes ``exp(scale·s - shift)``, 0 where unseen; norm grows by it.
+
+    The scaled score is rounded as the maximum was, so that it gives exactly 1, however large.
 
     p is float as s, and may be s, or uint32: a pair of bfloat16 each. The other arguments are those of `raise_maxima`.
     """
@@ -79,7 +80,7 @@ class _Group:
     def raise_maxima(self, top: Any, norm: Any, shrink: Any, shift: Any, scale: Any) -> None:
         """Emit the first pass and the update of the rows' numbers, side by side in lanes."""
         v, b = self.v, self.v.builder
-        hidden, zero, log2e = v.number(float("-inf")), v.number(0.0), v.number(LOG2E)
+        hidden, zero = v.number(float("-inf")), v.number(0.0)
 
         def largest(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.load(self.s[i], j)
@@ -89,9 +90,8 @@ class _Group:
         for chunk in _chunks(v.lanes):
             old = v.load(top, chunk[0])
             new = v.larger(b.fmul(v.across([tops[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
-            blind = b.fcmp_ordered("==", new, hidden)
-            subtract = v.where(blind, zero, b.fmul(new, log2e))           # -inf - -inf would be NaN
-            factor = v.exp2(b.fsub(b.fmul(old, log2e), subtract))
+            subtract = v.where(b.fcmp_ordered("==", new, hidden), zero, new)         # -inf - -inf would be NaN
+            factor = v.exp(b.fsub(old, subtract))
             sums = b.fmul(v.load(norm, chunk[0]), factor)
             for x, place in ((new, top), (sums, norm), (factor, shrink), (subtract, shift)):
                 v.store_first(x, len(chunk), at(b, place, chunk[0]))
@@ -101,11 +101,11 @@ class _Group:
         v, b, zero = self.v, self.v.builder, self.v.number(0.0)
         p = b.bitcast(p, I16.as_pointer()) if pairs else p
         weights = [at(b, p, place) for place in self.places]
-        minus = [v.splat(b.fneg(b.load(at(b, shift, i)))) for i in range(ROWS)]
-        factor = v.splat(b.fmul(scale, ir.Constant(v.element, LOG2E)))
+        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(ROWS)]
+        scale = v.splat(scale)
 
         def weigh(i: int, j: Any, total: Any, masked: bool) -> Any:
-            x = v.exp2(v.fma(v.load(self.s[i], j), factor, minus[i]))
+            x = v.exp(b.fsub(b.fmul(v.load(self.s[i], j), scale), subtract[i]))
             if masked:
                 x = v.where(v.inside(j, *self.seen[i]), x, zero)
             store(b, to_bfloat16(b, x) if pairs else x, weights[i], j)
@@ -137,10 +137,10 @@ def _chunks(lanes: int) -> list[range]:
 
 
 @intrinsic
-def power_of_2(context, x):  # type: ignore[no-untyped-def]
-    """2^x for a number x <= 0, as the rows have it."""
+def exponential(context, x):  # type: ignore[no-untyped-def]
+    """e^x for a number x <= 0, as the rows have it."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         v = Vectors(builder, signature.args[0])
-        return builder.extract_element(v.exp2(v.splat(values[0])), ir.Constant(I32, 0))
+        return builder.extract_element(v.exp(v.splat(values[0])), ir.Constant(I32, 0))
 
     return x(x), emit

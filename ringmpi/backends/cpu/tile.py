@@ -23,7 +23,7 @@ import numpy as np
 
 from .pack import lanes, pack_queries, panels, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
-from .softmax_rows import LOG2E, power_of_2, raise_maxima, weigh
+from .softmax_rows import exponential, raise_maxima, weigh
 from .vector import machine
 
 MOST_ROWS, MOST_KEYS = 32 * ROWS, 128
@@ -182,9 +182,7 @@ def store_rows(state_acc, state_top, state_norm, first, count, head, group, work
         if low[r] >= high[r]:
             continue
         i, h = (first + r) // group, head * group + (first + r) % group
-        log2e = top.dtype.type(LOG2E)
-        shift = top[r] * log2e if top[r] > -np.inf else top.dtype.type(0)
-        shrink = power_of_2(state_top[i, h] * log2e - shift)
+        shrink = exponential(state_top[i, h] - (top[r] if top[r] > -np.inf else top.dtype.type(0)))
         row, new = state_acc[i, h], acc[r]
         for c in range(len(row)):
             row[c] = row[c] * shrink + new[c]

@@ -1,7 +1,7 @@
 """The vector vocabulary: LLVM vector code of the CPU's own width, from Numba.
 
 Numba's vectoriser does not keep a block of accumulators in registers. So the three loops that matter (product,
-softmax row, packing) are written as intrinsics in terms of the words below: load, store, splat, fma, exp2, ... on
+softmax row, packing) are written as intrinsics in terms of the words below: load, store, splat, fma, exp, ... on
 vectors of `Machine.lanes`. LLVM does the rest: which instructions, which registers.
 
 No CPU is named here. The compiler is asked how wide its vectors are.
@@ -21,6 +21,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
+
+LOG2E = 1.4426950408889634
 
 # 2^f for |f| <= 1/2 is 1 + f (c1 + f (c2 + ...)): minimax of the relative error with the constant held at 1, so that
 # 2^0 is exactly 1. Remez: 9.1e-8 in float32 (5 terms), 3.4e-18 in float64 (11 terms).
@@ -166,15 +168,15 @@ class Vectors:
         """Larger of the two; y where either is NaN. One instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
-    def exp2(self, x: Any) -> Any:
-        """Give 2^x for x <= 0 (a little above is fine): exact at 0, 0 below the normal numbers, NaN for NaN."""
+    def exp(self, x: Any) -> Any:
+        """Give e^x for x <= 0: exactly 1 at 0, 0 below the normal numbers, NaN for NaN."""
         b = self.builder
-        mantissa, bias = MANTISSA[self.dtype], BIAS[self.dtype]
+        mantissa, bias, log2e = MANTISSA[self.dtype], BIAS[self.dtype], self.number(LOG2E)
         # Adding 1.5·2^mantissa rounds to an integer, which is then in the low bits. The bias goes in with it.
         magic = self.number(1.5 * 2.0**mantissa + bias)
-        x = self.larger(self.number(-float(bias)), x)
-        shifted = b.fadd(x, magic)
-        fraction = b.fsub(x, b.fsub(shifted, magic))
+        x = self.larger(self.number(-bias / LOG2E), x)
+        shifted = self.fma(x, log2e, magic)
+        fraction = self.fma(x, log2e, b.fsub(magic, shifted))
         terms = EXP2[self.dtype]
         p = self.number(terms[-1])
         for term in reversed(terms[:-1]):
@@ -210,10 +212,6 @@ class Vectors:
                     for i in range(0, len(rows), 2)]
             half *= 2
         return rows[0]
-
-    def lane(self, x: Any, number: int) -> Any:
-        """Splat of one lane."""
-        return self.builder.shuffle_vector(x, x, ir.Constant(ir.VectorType(I32, self.lanes), [number] * self.lanes))
 
     def store_first(self, x: Any, count: int, pointer: Any) -> None:
         """Store the first `count` lanes; what follows them in memory is read and written back."""
