@@ -122,6 +122,7 @@ class RingAttention:
             self.backend = open_backend(backend, threads or 1)
         self._ring = Ring(self._comm, self.timeout)
         self._plan: Plan | None = None
+        self._prepared: set[tuple[np.dtype[Any], np.dtype[Any]]] = set()
         self._closed = False
         self.trace = Trace()
 
@@ -242,12 +243,17 @@ class RingAttention:
                 plan = self._make_plan(records, *layouts, q.dtype)
                 self._ring.reserve(plan.block_bytes)
             plan.hops = self._agree_hops(plan)
-            start = time.perf_counter()
-            self._comm.by_turns(lambda: self.backend.prepare(q.dtype, plan.accumulator),
-                                max(self.timeout, COMPILE_TIMEOUT))
-            self.trace.compile_seconds = time.perf_counter() - start
+            self._prepare(q.dtype, plan.accumulator)
             self._plan = plan
         return q, k, v, batched, self._plan
+
+    def _prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any]) -> None:
+        """Compile, once for each combination of dtypes; one rank of a node first. Collective over *comm*."""
+        if self.backend.compiles and (dtype, kind) not in self._prepared:
+            start = time.perf_counter()
+            self._comm.by_turns(lambda: self.backend.prepare(dtype, kind), max(self.timeout, COMPILE_TIMEOUT))
+            self._prepared.add((dtype, kind))
+            self.trace.compile_seconds = time.perf_counter() - start
 
     def _resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
         q_layout = resolve(self.layout, records[:, -2].tolist(), "q")

@@ -126,6 +126,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
                 pass
     out, lse = np.empty_like(state.acc), np.empty_like(state.max)
     finish(state, seen, out, lse)
+    backend.close()
     return out, lse, longest
 
 

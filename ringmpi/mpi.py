@@ -277,7 +277,6 @@ class Comm:
             raise
         self.agree(failure, timeout)
 
-
     def by_turns(self, work: Callable[[], object], timeout: float) -> None:
         """Run `work` on one rank of each node, and then on the others; all raise or none. Collective over *comm*."""
         for turn in (True, False):

@@ -27,6 +27,7 @@ class Backend:
     """
 
     name = "base"
+    compiles = False        # whether `prepare` may take long
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -44,7 +45,7 @@ class Backend:
         Parameters
         ----------
         state : State
-            Of the queries; updated in place. Its dtype is the accumulator's.
+            Of the queries; C-contiguous arrays, updated in place. Its dtype is the accumulator's.
         q : array of shape (n_q, heads, dim)
         k : array of shape (n_k, kv_heads, dim), dtype of `q`
             `heads` is a multiple of `kv_heads`; query head h uses key head ``h // (heads // kv_heads)``.
@@ -53,6 +54,8 @@ class Backend:
             ``0 <= begin <= end <= n_k``.
         scale : float
             Factor of the scores ``q · k``.
+
+        One loop at a time: the iterator must end or be closed before the next call.
 
         Yields
         ------

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BackendError
 from ..layout import Integers
 from ..softmax import BFLOAT16, State, merge
 from .base import Backend
-from .cpu.fold import fold_keys, pack_tiles
+from .cpu.fold import compile_for, fold_keys, pack_tiles
 from .cpu.peak import multiply_add_peak
 from .cpu.product import ROWS
 from .cpu.team import Task, Team
@@ -34,7 +36,7 @@ from .cpu.workspace import Packed, Rows
 
 Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
-STEP_FLOP = 6e8             # between two yields: a few milliseconds of a core
+STEP_FLOP = 6e8             # between two yields: a few milliseconds of a core, in float32 with AVX-512
 STEP_BYTES = 2**24          # the same where memory is the limit
 TASKS = 4                   # for each thread, at least, so that none waits long for the last
 
@@ -43,6 +45,7 @@ class NumbaBackend(Backend):
     """Attention in Numba on `threads` threads, the caller's among them."""
 
     name = "numba"
+    compiles = True
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
@@ -50,31 +53,40 @@ class NumbaBackend(Backend):
         self._key: Any = None
         self._rows: list[Rows] = []
         self._packed: Packed | None = None
+        self._busy = False
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
-        x, none = np.zeros((1, 1, 2), dtype), np.zeros(1, np.int64)
-        state = State.empty(1, 1, 2, accumulator)
-        block = _Block(state, x, x, x, none, none + 1, 1.0)
-        rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
-        pack_tiles(block.k, block.v, 0, 1, 0, 1, packed)
-        fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
-                  (0, 1, 0, 1), (0, 0, 1, True, True), packed, True, rows.arrays)
+        for dim in (1, 2):                # an odd dim has no pairs
+            x, none = np.zeros((1, 1, dim), dtype), np.zeros(1, np.int64)
+            state = State.empty(1, 1, dim, accumulator)
+            block = _Block(state, x, x, x, none, none + 1, 1.0)
+            rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
+            compile_for(pack_tiles, block.k, block.v, 0, 1, 0, 1, packed)
+            compile_for(fold_keys, (state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end,
+                        block.scale, (0, 1, 0, 1), (0, 0, 1, True, True), packed, True, rows.work)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         if not (end > begin).any():
             return
-        block = _Block(state, q, k, v, begin, end, scale)
-        packed = self._reserve(block)
-        steps = self._few_rows(block, packed) if block.rows <= packed.rows else self._many_rows(block, packed)
-        area = counted = 0
-        for done in steps:
-            area += done
-            pairs = area // q.shape[1]
-            yield pairs - counted
-            counted = pairs
+        if self._busy:
+            raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
+        self._busy = True
+        try:
+            block = _Block(state, q, k, v, begin, end, scale)
+            packed = self._reserve(block)
+            way = self._few_rows if block.rows <= packed.rows else self._many_rows
+            area = counted = 0
+            with closing(way(block, packed)) as steps:
+                for done in steps:
+                    area += done
+                    pairs = area // q.shape[1]
+                    yield pairs - counted
+                    counted = pairs
+        finally:
+            self._busy = False
 
     def _reserve(self, block: _Block) -> Packed:
         """Make the work space for blocks like this one, unless the last one was."""
@@ -84,7 +96,7 @@ class NumbaBackend(Backend):
             self._key = block.key
         return self._packed
 
-    def _many_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
+    def _many_rows(self, block: _Block, packed: Packed) -> Generator[int, None, None]:
         """Pack tiles for all, then fold them into tiles of rows."""
         least = TASKS * self.threads
         count = max(-(-block.rows // packed.rows), -(-least // block.heads))
@@ -104,7 +116,7 @@ class NumbaBackend(Backend):
                            range(start, stop, step), stop, area, arrays)
                 for head in range(block.heads) for i, area in enumerate(areas) if area])
 
-    def _few_rows(self, block: _Block, packed: Packed) -> Iterator[int]:
+    def _few_rows(self, block: _Block, packed: Packed) -> Generator[int, None, None]:
         """Split the keys, pack each tile where it is used, merge."""
         tiles = -(-(block.last - block.first) // packed.tile)
         together = min(block.heads, packed.rows // (-(-block.rows // ROWS) * ROWS))       # heads of a task
@@ -135,7 +147,7 @@ class NumbaBackend(Backend):
             mine = self._rows[thread]
             fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
                       rows, (starts[0], start, min(start + starts.step, stop), start == starts[0], start == starts[-1]),
-                      packed or mine.private, packed is None, mine.arrays)
+                      packed or mine.private, packed is None, mine.work)
 
         count = len(starts)
         shares = [area * (i + 1) // count - area * i // count for i in range(count)]      # about what each step sees
@@ -180,7 +192,8 @@ class _Block:
 
     def step(self, rows: int, packed: Packed) -> int:
         """Columns that `rows` rows take about STEP_FLOP for, in whole tiles."""
-        return max(1, int(STEP_FLOP / (2 * rows * packed.tile * self.numbers))) * packed.tile
+        speed = machine().vector_bytes / 64 * 4 / self.scale.itemsize
+        return max(1, int(STEP_FLOP * speed / (2 * rows * packed.tile * self.numbers))) * packed.tile
 
     def parts(self, count: int) -> State:
         """Give `count` empty states of the same queries, along a leading axis."""
@@ -191,11 +204,16 @@ class _Block:
 
 @functools.cache
 def pairs_pay() -> bool:
-    """Say whether multiplying pairs of bfloat16 is faster here than widening them first: measured, 1 ms. Local.
+    """Say whether multiplying pairs of bfloat16 is faster here than widening them first. Local.
 
-    Both occur: some CPUs do twice the arithmetic in pairs, some half.
+    Both occur: some CPUs do twice the arithmetic in pairs, some half. Measured, the best of ten turns of 0.2 ms each,
+    since other ranks may be busy on the same cores.
     """
-    return machine().pairs and multiply_add_peak("pairs", 1, 2e-4) > multiply_add_peak("float32", 1, 2e-4)
+    if not machine().pairs:
+        return False
+    turns = [[multiply_add_peak(kind, 1, 2e-4) for kind in ("pairs", "float32")] for _ in range(10)]
+    in_pairs, widened = (max(column) for column in zip(*turns, strict=True))
+    return bool(in_pairs > widened)
 
 
 def _plain(x: Array) -> Array:

@@ -6,12 +6,14 @@ Every other backend is tested against this one, and this one against a dense flo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import threadpool_limits
 
 from ..layout import Integers
 from ..softmax import State
@@ -29,7 +31,6 @@ class NumpyBackend(Backend):
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self._team = Team(threads)
-        self._pools = ThreadpoolController()
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
@@ -42,8 +43,8 @@ class NumpyBackend(Backend):
         tasks = [Task(area, _steps(state, q, k, v, begin, end, scale, rows, head, rooms))
                  for rows, head, area in tiles if area]
         done = counted = 0
-        with self._pools.limit(limits=1, user_api="blas"):
-            for area in self._team.run(tasks):
+        with _blas_threads(max(1, self.threads // max(1, len(tasks)))), closing(self._team.run(tasks)) as steps:
+            for area in steps:
                 done += area
                 yield done // k.shape[1] - counted
                 counted = done // k.shape[1]
@@ -51,6 +52,31 @@ class NumpyBackend(Backend):
     def close(self) -> None:
         """End the threads. Local."""
         self._team.close()
+
+
+class _BlasLimit:
+    """BLAS's threads belong to the process: the first loop to begin sets their number, the last to end restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._users = Lock(), 0
+        self._limit: Any = None
+
+    @contextmanager
+    def __call__(self, threads: int) -> Iterator[None]:
+        with self._lock:
+            if not self._users:
+                self._limit = threadpool_limits(threads, "blas")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._limit.restore_original_limits()
+
+
+_blas_threads = _BlasLimit()
 
 
 def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begin: Integers, end: Integers,
@@ -61,7 +87,8 @@ def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begi
     mine = rows, slice(head * group, (head + 1) * group)
     part = State(state.acc[mine], state.max[mine], state.sum[mine])
     seeing = end[rows] > begin[rows]
-    for columns in _slices(int(begin[rows][seeing].min()), int(end[rows][seeing].max()), COLUMNS):
+    width = min(COLUMNS, max(128, COLUMNS * 256 // (q.shape[2] + v.shape[2])))
+    for columns in _slices(int(begin[rows][seeing].min()), int(end[rows][seeing].max()), width):
         low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start for edge in (begin, end))
         pairs = int((high - low).sum())
         if pairs:

@@ -1,7 +1,7 @@
 """One block on one rank: every backend, and torch on the same data where it is installed.
 
 Runs are interleaved, the yardsticks (multiply-adds in registers, bytes read from memory) among them, so that a noisy
-minute strikes all alike; figures are medians.
+minute strikes all alike; times are medians, yardsticks the best seen.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ GRID = {"dtype": ("float32", "float64", "bfloat16", "float16"), "dim": (64, 128,
         "shape": ((16384, 16384), (1, 2**20), (16, 2**18))}
 WINDOW = 4096               # keys that a query sees with the mask `window`
 DOCUMENT = 512              # tokens of a document, on average
+MEMORY = 2**29              # bytes to measure reading with: more than caches hold
+FEW = 16                    # queries, at most, where memory can be the limit
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Case:
                 "documents": Mask(documents=self.offsets)}[self.mask]
         (self.begin, self.end), = mask.bounds(np.arange(n_q), n_q, n_k)
         self.flop = 4 * self.heads * self.dim * int((self.end - self.begin).sum())
-        self.bytes = self.k.nbytes + self.v.nbytes
+        self.visible = slice(int(self.begin.min()), int(self.end.max()))
+        self.bytes = self.k[self.visible].nbytes + self.v[self.visible].nbytes
         self.scale = self.dim**-0.5
 
     @staticmethod
@@ -68,6 +71,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
     compiled: dict[str, float] = {}
+    memory = np.ones(MEMORY // 4, np.float32)
     rows = []
     for dtype, dim, mask, shape in itertools.product(*chosen.values()):
         if dtype not in compiled:
@@ -76,13 +80,14 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
                 backend.prepare(kind, accumulator(kind))
             compiled[dtype] = time.perf_counter() - start
         case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
-        rows += _compare(case, backends, threads, arguments)
+        rows += _compare(case, backends, threads, arguments, memory)
     for backend in backends.values():
         backend.close()
     return rows, compiled
 
 
-def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argparse.Namespace,
+             memory: Any) -> list[dict[str, Any]]:
     from ..backends.cpu.peak import multiply_add_peak, read_bandwidth
     from ..backends.numba_ import pairs_pay
     kind = accumulator(case.q.dtype)
@@ -107,14 +112,16 @@ def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argp
             if number:                    # the first is the warm-up
                 times[name].append(time.perf_counter() - start)
         peaks.append(multiply_add_peak(product, threads, 0.02))
-        bandwidths.append(read_bandwidth(threads))
-    peak, bandwidth = statistics.median(peaks), statistics.median(bandwidths)
+        bandwidths.append(read_bandwidth(threads, memory))
+    peak, bandwidth = max(peaks), max(bandwidths)
+    from_memory = len(case.q) <= FEW and case.bytes > MEMORY // 4
     medians = {name: statistics.median(column) for name, column in times.items()}
     return [{"dtype": case.dtype, "dim": case.dim, "mask": case.mask, "queries": case.shape[0], "keys": case.shape[1],
              "heads": f"{case.heads}/{case.kv_heads}", "threads": threads, "kernel": name, "seconds": t,
-             "spread": (max(times[name]) - min(times[name])) / t, "GFLOP/s": case.flop / t / 1e9,
+             "spread": (max(times[name]) - min(times[name])) / t if len(times[name]) > 1 else None,
+             "GFLOP/s": case.flop / t / 1e9,
              "peak GFLOP/s": peak / 1e9, "of peak": case.flop / t / peak,
-             "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth,
+             "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth if from_memory else None,
              "x torch": medians["torch"] / t if "torch" in medians else None} for name, t in medians.items()]
 
 
@@ -136,6 +143,7 @@ def _torch(case: Case, threads: int) -> Callable[[], Any] | None:
     if case.mask == "documents" and len(case.q) == len(case.k):
         pieces = [slice(a, b) for a, b in itertools.pairwise(case.offsets.tolist())]
         return lambda: [attention(q[:, :, s], k[:, :, s], v[:, :, s], **options) for s in pieces]
-    j = torch.arange(len(case.k))
+    j = torch.arange(len(case.k))[case.visible]
     seen = (j >= torch.from_numpy(case.begin)[:, None]) & (j < torch.from_numpy(case.end)[:, None])
-    return lambda: attention(q, k, v, attn_mask=seen, **options)
+    k, v = k[:, :, case.visible], v[:, :, case.visible]
+    return lambda: attention(q, k, v, attn_mask=None if seen.all() else seen, **options)

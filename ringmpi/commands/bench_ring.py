@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -47,9 +48,8 @@ class _Bench:
         records = comm.share([self.threads, comm.leader], arguments.timeout)
         self.one_node = len(set(records[:, 1])) == 1
         self.all_threads = int(records[:, 0].sum())
-        everywhere = np.zeros(4096, np.uint8)
-        everywhere[sorted(cores())] = 1
-        self.all_cores = set(np.flatnonzero(comm.share(everywhere, arguments.timeout).any(axis=0)).tolist())
+        everyone = comm.share_text(json.dumps(sorted(cores())), arguments.timeout)
+        self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
@@ -117,20 +117,20 @@ class _Bench:
             mine = [statistics.median(column) for column in zip(*(run.tolist() for run in runs[1:]), strict=True)]
             medians[name] = self.comm.share(np.array(mine), self.arguments.timeout)
         seconds = {name: float(figures[:, 0].max()) for name, figures in medians.items()}
-        transfer = seconds.pop(TRANSFER, 0.0)
+        transfer, all_moved = seconds.pop(TRANSFER, 0.0), float(medians.get(TRANSFER, np.zeros((1, 6)))[:, 4].sum())
         rows = []
         for name, taken in seconds.items():
             alone, figures = name == ALONE, medians[name]
-            wait = float(figures[:, 2].max())
+            wait, moved = float(figures[:, 2].max()), float(figures[:, 4].sum())
             rows.append({
                 "layout": name, "ranks": 1 if alone else self.comm.size,
                 "threads": self.all_threads if alone else self.threads, "seconds": taken,
                 "GFLOP/s": float(figures[:, 3].sum()) / taken / 1e9, "CPU max": float(figures[:, 5].max()),
                 "compute max": float(figures[:, 1].max()),
                 "compute min": float(figures[:1 if alone else None, 1].min()), "wait max": wait, "wait": wait / taken,
-                "hidden": None if alone or not transfer else max(0.0, 1 - wait / transfer),
+                "hidden": max(0.0, 1 - wait / (transfer * moved / all_moved)) if moved and all_moved else None,
                 "efficiency": seconds[ALONE] / taken if ALONE in seconds else None,
-                "MiB moved": float(figures[:, 4].sum()) / 2**20})
+                "MiB moved": moved / 2**20})
         return rows if self.comm.rank == 0 else []
 
     def close(self) -> None:

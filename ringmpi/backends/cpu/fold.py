@@ -31,13 +31,14 @@ from .tile import (
     visible,
 )
 
+_warned: list[bool] = []
 SOURCES = (vector, product, softmax_rows, pack, tile)
 
 
 def _digest() -> str:
-    """Digest of the sources of the machine code, this file among them."""
+    """Digest of the sources of the machine code, this file among them, and of the vectors it is for."""
     paths = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths) + repr(vector.machine()).encode()).hexdigest()
 
 
 def _build(digest: str) -> tuple[Any, Any]:
@@ -68,13 +69,13 @@ def _build(digest: str) -> tuple[Any, Any]:
         group, whole = acc.shape[1] // v.shape[1], -(-count // ROWS) * ROWS
         for h in range(heads if fresh else 0):
             load_rows(q, begin, end, first, count, whole, head + h, group, top, part(work, h * whole))
-        a, b = visible(work[8], work[9], whole, start, stop)
+        a, b = visible(work.low, work.high, whole, start, stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, stop - at)
             for h in range(head, head + heads):
                 mine = part(work, (h - head) * whole)
-                find_groups(whole, mine[8], mine[9], at, n, lanes(acc), mine[10])
-                if not any_sees(whole, mine[10]):
+                find_groups(whole, mine.low, mine.high, at, n, lanes(acc), mine.groups)
+                if not any_sees(whole, mine.groups):
                     continue
                 if private and count <= ROWS:
                     fold_direct(count, n, mine, k, v, at, h, scale)
@@ -95,6 +96,23 @@ def _build(digest: str) -> tuple[Any, Any]:
     return pack_tiles, fold_keys
 
 
+def compile_for(function: Any, *arguments: Any) -> None:
+    """Call a function for the first time; where its machine code can't be saved, go on without. Local."""
+    try:
+        function(*arguments)
+    except OSError as error:              # a full disk, a quota: by now it is compiled
+        _warn(error)
+        function(*arguments)
+
+
+def _warn(error: Exception) -> None:
+    """Say once, on the launcher's rank 0, that there is no cache."""
+    if launched_rank() == 0 and not _warned:
+        _warned.append(True)
+        warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
+                      "that can be written", RuntimeWarning, stacklevel=3)
+
+
 def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
     """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
@@ -102,9 +120,7 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
         try:
             yield numba.njit(**options)(function)
         except RuntimeError as error:
-            if launched_rank() == 0:
-                warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
-                              "that can be written", RuntimeWarning, stacklevel=2)
+            _warn(error)
             options["cache"] = False
             yield numba.njit(**options)(function)
 

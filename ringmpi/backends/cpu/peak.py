@@ -10,6 +10,7 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from .vector import Vectors, at, constant, data, dot_pairs, loop, machine
 
@@ -49,7 +50,7 @@ def _sum(context, x, start, stop):  # type: ignore[no-untyped-def]
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         v = Vectors(builder, signature.args[0].dtype)
         pointer = at(builder, data(context, builder, signature.args[0], values[0]), values[1])
-        total = [cgutils.alloca_once_value(builder, v.number(0.0)) for _ in range(8)]
+        total = [cgutils.alloca_once(builder, v.kind) for _ in range(8)]
         for t in total:
             builder.store(v.number(0.0), t)
         step = constant(8 * v.lanes)
@@ -99,9 +100,8 @@ def multiply_add_peak(kind: str, threads: int, seconds: float = 0.05) -> float:
             rounds *= 4
 
 
-def read_bandwidth(threads: int, size: int = 2**29) -> float:
-    """Measure reading memory on `threads` cores at once, in bytes/s, from an array of `size` bytes. Local."""
-    x = np.ones(size // 4, np.float32)
+def read_bandwidth(threads: int, x: NDArray[np.float32]) -> float:
+    """Measure reading memory on `threads` cores at once, in bytes/s; `x` is far larger than the caches. Local."""
     edges = np.linspace(0, len(x) // 4096, threads + 1).astype(np.int64) * 4096
     _read(x, 0, 4096)
     times = []
@@ -110,4 +110,4 @@ def read_bandwidth(threads: int, size: int = 2**29) -> float:
             start = time.perf_counter()
             list(pool.map(_read, [x] * threads, edges[:-1], edges[1:]))
             times.append(time.perf_counter() - start)
-    return size / min(times)
+    return x.nbytes / min(times)

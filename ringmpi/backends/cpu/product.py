@@ -39,7 +39,7 @@ def scores(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, strid
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         a, b, c = _pointers(context, builder, signature, values, (0, 3, 5))
-        block = _Block(builder, signature.args[5].dtype, VECTORS)
+        block = _Registers(builder, signature.args[5].dtype, VECTORS)
         total = block.multiply(a, values[2], b, signature.args[3].dtype, *values[8:11])
         for i, row in enumerate(total):
             start = builder.mul(values[7], constant(i))
@@ -63,7 +63,7 @@ def add_product(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, 
             case = builder.append_basic_block(f"vectors{width}")
             cases.add_case(ir.Constant(ir.IntType(8), width), case)
             builder.position_at_end(case)
-            block = _Block(builder, signature.args[5].dtype, width)
+            block = _Registers(builder, signature.args[5].dtype, width)
             total = block.multiply(a, values[2], b, signature.args[3].dtype, *values[8:11])
             for i, row in enumerate(total):
                 factor = block.vectors.splat(builder.load(at(builder, shrink, i)))
@@ -163,7 +163,7 @@ def _pointers(context: Any, builder: Any, signature: Any, values: Any, numbers: 
     return [at(builder, data(context, builder, signature.args[n], values[n]), values[n + 1]) for n in numbers]
 
 
-class _Block:
+class _Registers:
     """A block of C in registers: ROWS × `width` vectors of `dtype`."""
 
     def __init__(self, builder: ir.IRBuilder, dtype: types.Type, width: int) -> None:
@@ -174,7 +174,7 @@ class _Block:
                  ahead: Any, stride: Any) -> list[list[Any]]:
         """Emit A·B over the depth, asking for address ahead + stride a step; give the accumulators."""
         builder, v, zero = self.builder, self.vectors, self.vectors.number(0.0)
-        total = [[cgutils.alloca_once_value(builder, zero) for _ in range(self.width)] for _ in range(ROWS)]
+        total = [[cgutils.alloca_once(builder, v.kind) for _ in range(self.width)] for _ in range(ROWS)]
         for row in total:
             for x in row:
                 builder.store(zero, x)

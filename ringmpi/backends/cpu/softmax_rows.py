@@ -29,7 +29,7 @@ def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last
 
     s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees columns with
     ``low[r] <= start + j < high[r]``, all of inner_first..inner_last among them; the four are multiples of the lanes.
-    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes what to subtract from a scaled score,
+    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes what to subtract from scaled scores,
     and shrink[r] the factor of what was summed before, norm[r] among it. A vector of numbers after the last row may be
     touched. scale >= 0.
     """

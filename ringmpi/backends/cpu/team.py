@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from threading import Event
+
+from ...errors import BackendError
 
 POLL_SECONDS = 0.002        # how often the caller yields while it waits for the others
 
@@ -26,36 +29,40 @@ class Team:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._closed = False
         self._pool = ThreadPoolExecutor(size - 1, thread_name_prefix="ringmpi") if size > 1 else None
 
-    def run(self, tasks: list[Task]) -> Iterator[int]:
+    def run(self, tasks: list[Task]) -> Generator[int, None, None]:
         """Do the tasks, the costliest first; yield the cost done since the last yield. Local.
 
         The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
         """
-        queue = deque(sorted(tasks, key=lambda task: -task.cost))
+        if self._closed:
+            raise BackendError("this backend is closed; open another one")
+        queue, stop = deque(sorted(tasks, key=lambda task: -task.cost)), Event()
         done: deque[int] = deque()
         helpers: list[Future[None]] = []
         if self._pool:
             others = range(1, min(self.size, len(tasks)))
-            helpers = [self._pool.submit(_drain, queue, number, done) for number in others]
+            helpers = [self._pool.submit(_drain, queue, number, done, stop) for number in others]
         try:
             while (task := _next(queue)) is not None:
                 for call, cost in task.steps:
                     call(0)
                     yield cost + _collect(done)
-            while not all(helper.done() for helper in helpers):
-                wait(helpers, POLL_SECONDS, FIRST_EXCEPTION)
+            while working := [helper for helper in helpers if not helper.done()]:
+                wait(working, POLL_SECONDS, FIRST_COMPLETED)
                 yield _collect(done)
             for helper in helpers:
                 helper.result()
             yield _collect(done)
-        finally:
-            queue.clear()
+        finally:                # an abandoned loop: nobody may write any more
+            stop.set()
             wait(helpers)
 
     def close(self) -> None:
         """End the threads. Local."""
+        self._closed = True
         if self._pool:
             self._pool.shutdown()
 
@@ -67,14 +74,17 @@ def _next(queue: deque[Task]) -> Task | None:
         return None
 
 
-def _drain(queue: deque[Task], number: int, done: deque[int]) -> None:
+def _drain(queue: deque[Task], number: int, done: deque[int], stop: Event) -> None:
     try:
         while (task := _next(queue)) is not None:
             for call, cost in task.steps:
+                if stop.is_set():
+                    return
                 call(number)
                 done.append(cost)
     except BaseException:
-        queue.clear()           # the others need not go on
+        stop.set()              # the others need not go on
+        queue.clear()
         raise
 
 

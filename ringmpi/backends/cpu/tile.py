@@ -10,13 +10,11 @@ groups pass over it, and each step of a product asks for a little of the next pa
 
 Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile; only the vectors that not
 every row sees in full are masked, by comparing lane numbers.
-
-`work` is what a thread works on, of `workspace.Rows`: queries (rows, depth); scores S (rows, keys); weights P, which
-is S or, in pairs, (rows, keys / 2); acc (rows, width); for each row top, norm, shrink, shift (see `softmax_rows`), low,
-high (columns seen); and what each group sees of a tile (see `find_groups`).
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -25,6 +23,39 @@ from .pack import lanes, pack_queries, panels, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
 from .softmax_rows import exponential, raise_maxima, weigh
 from .vector import machine
+
+
+class Work(NamedTuple):
+    """What a thread works on: arrays for a tile of rows, made by `workspace.Rows`.
+
+    Attributes
+    ----------
+    queries : (rows, depth)
+        Q, as the products take it.
+    s, p : (rows, keys)
+        Scores and weights: one array, but where bfloat16 is multiplied in pairs; then p is uint32 (rows, keys / 2).
+    acc : (rows, width)
+        Sum of weights times values; width is dim_v in whole vectors.
+    top, norm, shrink, shift : (rows + a vector,)
+        See `softmax_rows.raise_maxima`.
+    low, high : (rows,) int64
+        The columns that a row sees.
+    groups : (rows, 4) int64
+        See `find_groups`.
+    """
+
+    queries: Any
+    s: Any
+    p: Any
+    acc: Any
+    top: Any
+    norm: Any
+    shrink: Any
+    shift: Any
+    low: Any
+    high: Any
+    groups: Any
+
 
 MOST_ROWS, MOST_KEYS = 32 * ROWS, 128
 
@@ -214,5 +245,5 @@ def any_sees(rows, groups):  # type: ignore[no-untyped-def]
 def part(work, row):  # type: ignore[no-untyped-def]
     """Give the work space from a row on."""
     queries, s, p, acc, top, norm, shrink, shift, low, high, groups = work
-    return (queries[row:], s[row:], p[row:], acc[row:], top[row:], norm[row:], shrink[row:], shift[row:],
-            low[row:], high[row:], groups[row:])
+    return Work(queries[row:], s[row:], p[row:], acc[row:], top[row:], norm[row:], shrink[row:], shift[row:],
+                low[row:], high[row:], groups[row:])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...environment import cache_bytes
-from .tile import tile_shape
+from .tile import Work, tile_shape
 from .vector import machine
 
 Array = NDArray[Any]
@@ -51,7 +51,7 @@ class Packed:
 
 
 class Rows:
-    """What a thread needs to fold tiles into a tile of rows, and one tile of its own; see `tile.fold_tile`."""
+    """What a thread needs to fold tiles into a tile of rows, and one tile of its own; see `tile.Work`."""
 
     def __init__(self, depth: int, dim_v: int, kind: np.dtype[Any], pairs: bool) -> None:
         packed = Packed(depth, dim_v, kind, pairs)
@@ -59,6 +59,6 @@ class Rows:
         scores = np.empty((n, packed.tile), kind)
         weights = np.empty((n, packed.tile // 2), np.uint32) if pairs else scores
         self.private = packed.reserve(1, 1)
-        self.arrays = (np.empty((n, depth), packed.words), scores, weights, np.empty((n, packed.width), kind),
-                       *(np.zeros(n + SPARE, kind) for _ in range(4)), *(np.empty(n, np.int64) for _ in range(2)),
-                       np.empty((n, 4), np.int64))
+        self.work = Work(np.empty((n, depth), packed.words), scores, weights, np.empty((n, packed.width), kind),
+                         *(np.zeros(n + SPARE, kind) for _ in range(4)), *(np.empty(n, np.int64) for _ in range(2)),
+                         np.empty((n, 4), np.int64))
