@@ -274,7 +274,10 @@ def test_wrong_number_of_ranks(source, tmp_path):
 
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_rank(source, tmp_path, signal):
-    """The others say which step they were in and which neighbour they waited for, and end with code 5."""
+    """The others say where they were and whom they waited for, and end with code 5.
+
+    A rank may have all its blocks by then, from a rank that was stopped after it sent them: it waits outside the ring.
+    """
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
     result = launch.launch(4, [*SHIELD, "-c", LOST.replace("SIGNAL", signal), "attend", source, tmp_path / "out.h5",
@@ -289,7 +292,8 @@ def test_a_lost_rank(source, tmp_path, signal):
     said = result.ranks[1] + result.ranks[3]
     assert re.search(r"waited .*(bytes from rank 2|for rank 2 to take)", said), result.text
     for rank in (0, 1, 3):
-        assert re.search(rf"ringmpi: rank {rank} on .*, ring step \d of 4: waited for", result.ranks[rank]), result.text
+        where = r", ring step \d of 4: waited for| waited for the other 3 ranks"
+        assert re.search(rf"ringmpi: rank {rank} on [\w.-]+({where})", result.ranks[rank]), result.text
 
 
 def test_demo(tmp_path):
