@@ -120,6 +120,8 @@ class RingAttention:
         self._comm.agree_on(self._options(backend), self.timeout)
         with self._comm.together(self.timeout):
             self.backend = open_backend(backend, threads or 1)
+        # "auto" may open different backends on different ranks: all wait if one compiles.
+        self._compiles = bool(self._comm.share([self.backend.compiles], self.timeout).any())
         self._ring = Ring(self._comm, self.timeout)
         self._plan: Plan | None = None
         self._prepared: set[tuple[np.dtype[Any], np.dtype[Any]]] = set()
@@ -249,7 +251,7 @@ class RingAttention:
 
     def _prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any]) -> None:
         """Compile, once for each combination of dtypes; one rank of a node first. Collective over *comm*."""
-        if self.backend.compiles and (dtype, kind) not in self._prepared:
+        if self._compiles and (dtype, kind) not in self._prepared:
             start = time.perf_counter()
             self._comm.by_turns(lambda: self.backend.prepare(dtype, kind), max(self.timeout, COMPILE_TIMEOUT))
             self._prepared.add((dtype, kind))

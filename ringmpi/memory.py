@@ -10,7 +10,7 @@ from .softmax import DTYPES, accumulator
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
 LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
 SCORE_BYTES = {"numpy": 2**25 - 2**23, "numba": 2**23}       # of a thread, and what NumPy makes of them on the way
-PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, at most
+PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, or one tile of each key head
 
 
 def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:

@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 from ringmpi.cli import COMMANDS, main
-from ringmpi.job import Options, attend
+from ringmpi.job import Clock, Options, attend
 from ringmpi.shards import Output, read_manifest
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
@@ -308,6 +308,14 @@ def test_attend_from_python(tmp_path):
     assert report.pairs == 30 * 31 // 2
     assert report.ranks == 1
     assert report.gflops > 0
+    assert report.phases["compile"] > 0
+
+
+def test_compiling_is_no_part_of_attending():
+    clock = Clock()
+    clock.phases["attend"] = 3.0
+    clock.apart("compile", "attend", 1.0)
+    assert clock.phases == {"attend": 2.0, "compile": 1.0}
 
 
 def test_bench(capsys):

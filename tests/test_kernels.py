@@ -382,6 +382,14 @@ def test_scores_beyond_any_exponent(dtype, size, n_q):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prepare_compiles_all_that_a_dtype_needs(dtype):
     """Nothing is compiled in the ring: whatever the dims, the number of rows and the arrays' flags."""
+    only_prepared(dtype)
+
+
+def test_prepare_compiles_pairs_and_odd_dims(in_pairs):
+    only_prepared("bfloat16")
+
+
+def only_prepared(dtype):
     from ringmpi.backends.cpu.fold import fold_keys, pack_tiles
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind)
@@ -412,12 +420,28 @@ def test_one_loop_at_a_time(n_q):
 
 
 @pytest.mark.parametrize("name", ["numba", "numpy"])
+def test_a_loop_whose_backend_is_closed_says_so(name):
+    q, k, v = data(0, 4000, 4000, 2, 2, 16, 16, "float32")
+    backend, state = open_backend(name, 2), State.empty(4000, 2, 16, np.float32)
+    loop = backend.accumulate(state, q, k, v, np.zeros(4000, int), np.full(4000, 4000), 0.1)
+    while not next(loop):
+        pass
+    backend.close()
+    before = state.acc.copy()
+    time.sleep(0.05)
+    assert (state.acc == before).all()
+    with pytest.raises(BackendError, match="closed"):
+        sum(loop)
+
+
+@pytest.mark.parametrize("name", ["numba", "numpy"])
 def test_an_error_thrown_into_a_loop_ends_its_threads_too(name):
-    n = 4000
-    q, k, v = data(0, n, n, 2, 2, 16, 16, "float32")
-    backend, state = open_backend(name, 2), State.empty(n, 2, 16, np.float32)
+    n = 8000
+    q, k, v = data(0, n, n, 2, 2, 64, 64, "float32")
+    backend, state = open_backend(name, 2), State.empty(n, 2, 64, np.float32)
     loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), 0.1)
-    next(loop)
+    while not next(loop):                 # packing: nothing is folded yet
+        pass
     with pytest.raises(RuntimeError, match="stop here") as held:
         loop.throw(RuntimeError("stop here"))
     before = state.acc.copy()
@@ -432,13 +456,14 @@ def test_blas_threads_are_given_back():
     from threadpoolctl import threadpool_info
     q, k, v = data(0, 2000, 500, 1, 1, 16, 16, "float32")
     before = [pool["num_threads"] for pool in threadpool_info()]
-    loops = []
-    for _ in range(2):
-        backend, state = open_backend("numpy", 2), State.empty(2000, 1, 16, np.float32)
+    backends, loops = [open_backend("numpy", 2) for _ in range(2)], []
+    for backend in backends:
+        state = State.empty(2000, 1, 16, np.float32)
         loops.append(backend.accumulate(state, q, k, v, np.zeros(2000, int), np.full(2000, 500), 0.1))
         next(loops[-1])
-    for loop in loops:
+    for loop, backend in zip(loops, backends, strict=True):
         loop.close()
+        backend.close()
     assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 

@@ -186,8 +186,10 @@ class _Block:
     def areas(self, start: int, stop: int, height: int) -> list[int]:
         """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
         seen = np.clip(self.end, start, stop) - np.clip(self.begin, start, stop)
-        rows = np.repeat(np.maximum(seen, 0), self.group)
-        areas: list[int] = np.add.reduceat(rows, np.arange(0, len(rows), height)).tolist()
+        edges = np.minimum(np.arange(0, self.rows + height, height), self.rows)
+        query, rest = edges // self.group, edges % self.group          # a tile may end among the heads of a query
+        before = self.group * np.append(0, np.cumsum(seen))[query] + rest * np.append(seen, 0)[query]
+        areas: list[int] = np.diff(before).tolist()
         return areas
 
     def step(self, rows: int, packed: Packed) -> int:

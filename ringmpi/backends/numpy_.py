@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from ..layout import Integers
 from ..softmax import State
@@ -60,12 +60,14 @@ class _BlasLimit:
     def __init__(self) -> None:
         self._lock, self._users = Lock(), 0
         self._limit: Any = None
+        self._pools: Any = None
 
     @contextmanager
     def __call__(self, threads: int) -> Iterator[None]:
         with self._lock:
             if not self._users:
-                self._limit = threadpool_limits(threads, "blas")
+                self._pools = self._pools or ThreadpoolController()          # looks for libraries once
+                self._limit = self._pools.limit(limits=threads, user_api="blas")
             self._users += 1
         try:
             yield

@@ -102,7 +102,7 @@ def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argp
     peer = _torch(case, threads) if "torch" in arguments.kernels else None
     if peer:
         runs["torch"] = peer
-    product = "pairs" if case.dtype == "bfloat16" and pairs_pay() else str(kind)
+    product = "pairs" if case.dtype == "bfloat16" and case.dim % 2 == 0 and pairs_pay() else str(kind)
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks, bandwidths = [], []
     for number in range(arguments.repeat + 1):
@@ -146,4 +146,5 @@ def _torch(case: Case, threads: int) -> Callable[[], Any] | None:
     j = torch.arange(len(case.k))[case.visible]
     seen = (j >= torch.from_numpy(case.begin)[:, None]) & (j < torch.from_numpy(case.end)[:, None])
     k, v = k[:, :, case.visible], v[:, :, case.visible]
-    return lambda: attention(q, k, v, attn_mask=None if seen.all() else seen, **options)
+    mask = None if seen.all() else seen
+    return lambda: attention(q, k, v, attn_mask=mask, **options)

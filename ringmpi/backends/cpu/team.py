@@ -30,6 +30,7 @@ class Team:
     def __init__(self, size: int) -> None:
         self.size = size
         self._closed = False
+        self._live: set[Event] = set()
         self._pool = ThreadPoolExecutor(size - 1, thread_name_prefix="ringmpi") if size > 1 else None
 
     def run(self, tasks: list[Task]) -> Generator[int, None, None]:
@@ -37,9 +38,9 @@ class Team:
 
         The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
         """
-        if self._closed:
-            raise BackendError("this backend is closed; open another one")
+        self._check()
         queue, stop = deque(sorted(tasks, key=lambda task: -task.cost)), Event()
+        self._live.add(stop)
         done: deque[int] = deque()
         helpers: list[Future[None]] = []
         if self._pool:
@@ -50,19 +51,28 @@ class Team:
                 for call, cost in task.steps:
                     call(0)
                     yield cost + _collect(done)
+                    self._check()
             while working := [helper for helper in helpers if not helper.done()]:
                 wait(working, POLL_SECONDS, FIRST_COMPLETED)
                 yield _collect(done)
+            self._check()
             for helper in helpers:
                 helper.result()
             yield _collect(done)
         finally:                # an abandoned loop: nobody may write any more
             stop.set()
             wait(helpers)
+            self._live.discard(stop)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise BackendError("this backend is closed; open another one")
 
     def close(self) -> None:
-        """End the threads. Local."""
+        """End the threads, in the middle of their tasks if need be. Local."""
         self._closed = True
+        for stop in list(self._live):
+            stop.set()
         if self._pool:
             self._pool.shutdown()
 

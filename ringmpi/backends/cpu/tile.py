@@ -83,8 +83,7 @@ def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untype
         for g in range(0, rows, ROWS):
             if groups[g, 0] < panel + wide and groups[g, 1] > panel:
                 scores(queries, g * depth, depth, keys, keys_at + panel * depth, s, g * s.shape[1] + panel, s.shape[1],
-                       depth,
-                       following + g // ROWS * depth * share, share)
+                       depth, following + g // ROWS * depth * share, share)
 
 
 @numba.njit(error_model="numpy")
