@@ -24,7 +24,7 @@ ROWS, COLUMNS = 512, 2048    # a tile of scores: 4 MiB in float32, a few millise
 
 
 class NumpyBackend(Backend):
-    """Attention in NumPy; the matrix products are BLAS, one thread for each tile."""
+    """Attention in NumPy: a thread for each tile, whose products are BLAS; with few tiles BLAS has the others."""
 
     name = "numpy"
 

@@ -122,14 +122,12 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
     _, s, p, acc, top, norm, shrink, shift, low, high, groups = work
     columns, side = acc.shape[1], lanes(acc)
     step = s.size * s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
-    for g in range(0, rows + ROWS, ROWS):       # one group ahead: what is latency for one is work for the other
-        if g < rows and groups[g, 0] < groups[g, 1]:
-            raise_maxima(s, g, s.shape[1], groups[g, 0] // side * side, groups[g, 2], groups[g, 3],
-                         -(-groups[g, 1] // side) * side, low, high, start, top, norm, shrink, shift, scale)
-        b = g - ROWS
-        if b >= 0 and groups[b, 0] < groups[b, 1]:
-            weigh(s, b, s.shape[1], groups[b, 0] // side * side, groups[b, 2], groups[b, 3],
-                  -(-groups[b, 1] // side) * side, low, high, start, p, norm, shift, scale)
+    for g in range(0, rows, ROWS):
+        if groups[g, 0] < groups[g, 1]:
+            first, last = groups[g, 0] // side * side, -(-groups[g, 1] // side) * side
+            raise_maxima(s, g, s.shape[1], first, groups[g, 2], groups[g, 3], last, low, high, start,
+                         top, norm, shrink, shift, scale)
+            weigh(s, g, s.shape[1], first, groups[g, 2], groups[g, 3], last, low, high, start, p, norm, shift, scale)
     place = values_at
     for column, width in panels(columns, side):
         following = address(values) + (place + tile // step * width) * values.itemsize
