@@ -67,6 +67,8 @@ class Comm:
         The neighbours blocks come from and go to.
     leader : int
         The lowest rank on this rank's node.
+    local_rank, local_size : int
+        This rank's place among the ranks of the communicator on its node, in their order, and their number.
     threads : int
         The cores this rank may run on, shared fairly with the ranks of the communicator on its node.
     lost : str
@@ -76,6 +78,7 @@ class Comm:
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self.source = self.dest = self.leader = self.rank
+        self.local_rank, self.local_size = 0, 1
         self.threads = 1
         self.lost = ""
         self._connected = False
@@ -97,7 +100,7 @@ class Comm:
         self.ring = duplicate
         self._connected = True
         self.share([0], timeout)
-        self.leader = _lowest_on_node(duplicate)
+        self.leader, self.local_rank, self.local_size = _on_node(duplicate)
         self.threads = self._fair_threads(timeout)
         self.ring = duplicate.Create_cart([self.size], periods=[True], reorder=False)
         self.source, self.dest = self.ring.Shift(0, 1)
@@ -116,8 +119,20 @@ class Comm:
             self.ring.Free()
             self.lost = "the caller has freed the communicator it belongs to"
 
-    def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str]) -> float:
+    def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str],
+             advance: Callable[[], bool] | None = None) -> float:
         """Poll `requests` until all are done; return the seconds it took. Local.
+
+        Parameters
+        ----------
+        requests : list of MPI.Request
+        timeout : float
+            Seconds after which waiting is an error.
+        describe : callable
+            Says what is waited for.
+        advance : callable, optional
+            Called before each poll to do what is due besides; it may change `requests`. All is done when it says
+            True too.
 
         Raises
         ------
@@ -129,7 +144,7 @@ class Comm:
         start = time.perf_counter()
         pause = 0.0
         try:
-            while not self.test(requests, describe):
+            while not self.test(requests, describe, advance):
                 seconds = time.perf_counter() - start
                 if seconds > timeout:
                     raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
@@ -141,8 +156,9 @@ class Comm:
             raise
         return time.perf_counter() - start
 
-    def test(self, requests: list[Any], describe: Callable[[], str]) -> bool:
-        """Let MPI move messages; say whether all `requests` are done. Local.
+    def test(self, requests: list[Any], describe: Callable[[], str],
+             advance: Callable[[], bool] | None = None) -> bool:
+        """Let MPI move messages; say whether all `requests` are done, and what `advance` looks after. Local.
 
         Raises
         ------
@@ -152,7 +168,8 @@ class Comm:
         mpi = load()
         statuses: list[Any] = []
         try:
-            if mpi.Request.Testall(requests, statuses):
+            nothing_else = advance is None or advance()
+            if mpi.Request.Testall(requests, statuses) and nothing_else:
                 return True
             told = self._told() if self._connected and self.size > 1 else ""
         except mpi.Exception as error:
@@ -182,6 +199,10 @@ class Comm:
         """Refuse all further use. MPI may still write to the requests' buffers: they are kept for good."""
         self.lost = self.lost or reason
         _stranded().extend(requests)
+
+    def keep(self, buffers: list[Any]) -> None:
+        """Keep for good what MPI or a GPU may still write to, after a failure. Local."""
+        _stranded().extend(buffers)
 
     def _told(self) -> str:
         """Read what a rank that gave up says; empty as long as none did."""
@@ -285,14 +306,15 @@ class Comm:
                     work()
 
 
-def _lowest_on_node(comm: MPI.Intracomm) -> int:
-    """Give the lowest rank of `comm` on this node. Collective over *comm*."""
+def _on_node(comm: MPI.Intracomm) -> tuple[int, int, int]:
+    """Give the lowest rank of `comm` on this node, this rank's place there and their number. Collective over *comm*."""
     node = comm.Split_type(load().COMM_TYPE_SHARED)
     here, everywhere = node.Get_group(), comm.Get_group()
-    rank = int(here.Translate_ranks([0], everywhere)[0])
+    lowest = int(here.Translate_ranks([0], everywhere)[0])
+    place, number = node.Get_rank(), node.Get_size()
     for handle in (here, everywhere, node):
         handle.Free()
-    return rank
+    return lowest, place, number
 
 
 def _short(text: str) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
     {"environment", "layout", "mask", "softmax", "trace"},
-    {"arrays", "backends.base"},
+    {"arrays", "device", "backends.base"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
     {"backends.cpu.pack", "backends.cpu.softmax_rows"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"backends.cpu.fold", "backends.cpu.workspace"},
     {"backends.numpy_", "backends.numba_", "mpi", "hdf5"},
     {"backends"},
-    {"checks"},
+    {"checks", "link", "transport"},
     {"ring", "exchange", "shards"},
     {"attention"},
     {"job", "text"},
@@ -34,7 +34,8 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 SAME_LEVEL = {("mask", "layout"), ("softmax", "errors")}
-WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("ring", "backends"), ("exchange", "backends"),
+WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("ring", "backends"), ("link", "backends"),
+         ("exchange", "backends"), ("device", "mpi"), ("device", "mpi4py"),
          ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi")]
 
 
@@ -77,6 +78,11 @@ def test_only_mpi_touches_comm_world():
     for name, tree, _ in modules():
         used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "COMM_WORLD"]
         assert name == "mpi" or not used
+
+
+def test_only_device_imports_cupy():
+    for name, tree, path in modules():
+        assert name == "device" or "cupy" not in imports(name, tree, path)
 
 
 def test_environment_variables_are_read_in_one_place():
