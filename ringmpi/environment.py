@@ -14,6 +14,10 @@ from .errors import LaunchError
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun")
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+# Slurm's comes last: under an mpiexec in a batch script it is that of the script.
+LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK",
+               "SLURM_LOCALID")
+GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -24,6 +28,22 @@ def launched_sizes() -> dict[str, int]:
 def launched_rank() -> int:
     """Give this process's rank as the launcher set it; 0 without a launcher. Local."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
+
+
+def launched_local_rank() -> int | None:
+    """Give this process's place on its node as the launcher set it; None if none did. Local."""
+    return next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()), None)
+
+
+def gpu_transport() -> str:
+    """Give RINGMPI_GPU_TRANSPORT, how K and V get from GPU to GPU; empty if not set. Local."""
+    return os.environ.get(GPU_TRANSPORT, "").strip()
+
+
+def mpi_gpu_switches() -> dict[str, str]:
+    """Give the variables by which Cray's and Intel's MPI are told to take GPU memory, empty where not set. Local."""
+    return {name: os.environ.get(name, "").strip().lower()
+            for name in ("MPICH_GPU_SUPPORT_ENABLED", "I_MPI_OFFLOAD", "I_MPI_OFFLOAD_MODE")}
 
 
 def virtual_prefix() -> str | None:

@@ -1,0 +1,133 @@
+"""How K and V get from GPU to GPU: `direct`, MPI is given device memory, or `staged`, through the host; and why.
+
+An MPI library that is not CUDA-aware crashes when it is given device memory, so `auto` takes that way only on proof.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass
+
+from .environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
+from .errors import OptionError
+from .mpi import Comm, load
+
+TRANSPORTS = ("auto", "direct", "staged")
+CUDA = 0                   # MPIX_GPU_SUPPORT_CUDA in MPICH's mpi.h
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The transport that all ranks take.
+
+    Attributes
+    ----------
+    name : str
+        ``"direct"`` or ``"staged"``.
+    reason : str
+        Who asked for it, or what the MPI library says of itself.
+    """
+
+    name: str
+    reason: str
+
+
+def choose(comm: Comm, request: str, timeout: float) -> Transport:
+    """Choose one transport for all ranks. Collective over *comm*.
+
+    Parameters
+    ----------
+    comm : Comm
+    request : str
+        ``"direct"``, ``"staged"``, or ``"auto"``: the variable RINGMPI_GPU_TRANSPORT decides or, if that is not set
+        or ``auto`` too, `direct` is taken if every rank proves that its MPI library is CUDA-aware.
+    timeout : float
+        Seconds to wait for the others.
+
+    Raises
+    ------
+    OptionError
+        If the request or the variable is none of these, or ranks ask for different ones.
+    """
+    with comm.together(timeout):
+        wish, origin = _wish(request)
+    comm.agree_on({"gpu_transport": wish}, timeout)
+    if wish == "staged":
+        return Transport("staged", origin)
+    with comm.together(timeout):
+        mine = cuda_awareness()
+    proven, reason = _weakest([json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)])
+    if wish == "direct":
+        return Transport("direct", f"{origin}; {reason}")
+    return Transport("direct" if proven else "staged", reason)
+
+
+def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:
+    """Give the report of the first rank that has no proof, else that of rank 0."""
+    without = [rank for rank, (proven, _) in enumerate(reports) if not proven]
+    proven, reason = reports[without[0] if without else 0]
+    return proven, f"{reason} (on rank {without[0]})" if 0 < len(without) < len(reports) else reason
+
+
+def _wish(request: str) -> tuple[str, str]:
+    """Give the transport that is asked for, and by whom."""
+    for name, wish in (("gpu_transport", request), (GPU_TRANSPORT, gpu_transport() or "auto")):
+        if wish not in TRANSPORTS:
+            raise OptionError(f"{name}: expected one of {', '.join(TRANSPORTS)}, got {wish!r}")
+        if wish != "auto":
+            return wish, f"asked for by {name}={wish}"
+    return "auto", ""
+
+
+def cuda_awareness() -> tuple[bool, str]:
+    """Say whether the MPI library is proven to take device memory, and by what. Local.
+
+    In this order: what Cray's and Intel's libraries are told by their variables; the memory kinds of MPI 4.1; the
+    queries that Open MPI, MPICH and their kin have. MPICH's older query ends the process in MPICH before 4.0 without
+    CUDA, so it is asked only where the newer one is missing.
+
+    Returns
+    -------
+    bool
+        False if the library is not CUDA-aware, and also if nobody knows.
+    str
+        The reason.
+    """
+    mpi, switches = load(), mpi_gpu_switches()
+    vendor = mpi.Get_library_version()
+    if "CRAY" in vendor.upper() and switches["MPICH_GPU_SUPPORT_ENABLED"] != "1":
+        return False, "MPI is not told to take GPU memory: MPICH_GPU_SUPPORT_ENABLED is not 1"
+    if "Intel" in vendor:
+        offload, mode = switches["I_MPI_OFFLOAD"], switches["I_MPI_OFFLOAD_MODE"]
+        proven = offload not in ("", "0") and mode == "cuda"
+        return proven, (f"MPI is {'' if proven else 'not '}told to take CUDA memory: I_MPI_OFFLOAD is "
+                        f"{offload or 'not set'}, I_MPI_OFFLOAD_MODE is {mode or 'not set'}")
+    kinds = _memory_kinds()
+    if {"cuda", "cuda:device"} & set(kinds):
+        return True, f"MPI is CUDA-aware: mpi_memory_alloc_kinds is {','.join(kinds)}"
+    answer, query = _ask_library(mpi.__file__)
+    if answer is None:
+        return False, f"MPI is not known to be CUDA-aware: it has {query}"
+    return answer, f"MPI is {'' if answer else 'not '}CUDA-aware: {query} says {'yes' if answer else 'no'}"
+
+
+def _memory_kinds() -> list[str]:
+    """Give the kinds of memory that MPI says it takes; empty before MPI 4.1."""
+    info = load().COMM_SELF.Get_info()
+    try:
+        return [kind.strip() for kind in (info.Get("mpi_memory_alloc_kinds") or "").split(",") if kind.strip()]
+    finally:
+        info.Free()
+
+
+def _ask_library(path: str) -> tuple[bool | None, str]:
+    """Ask the library behind mpi4py itself; None if it has no such question."""
+    library = ctypes.CDLL(path)
+    if hasattr(library, "MPIX_GPU_query_support"):
+        answer = ctypes.c_int(0)
+        failed = library.MPIX_GPU_query_support(CUDA, ctypes.byref(answer))
+        return not failed and bool(answer.value), "MPIX_GPU_query_support"
+    if hasattr(library, "MPIX_Query_cuda_support"):
+        return library.MPIX_Query_cuda_support() == 1, "MPIX_Query_cuda_support"
+    return None, "neither memory kinds nor a query for it"
