@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from ..device import Device
 from ..layout import Integers
-from ..softmax import State
+from ..softmax import State, finish
 
 
 class Backend:
@@ -19,6 +20,8 @@ class Backend:
     ----------
     threads : int
         CPU threads to compute with, at least 1.
+    device : Device, optional
+        The GPU to compute on, for a backend that does.
 
     Raises
     ------
@@ -27,13 +30,46 @@ class Backend:
     """
 
     name = "base"
-    compiles = False        # whether `prepare` may take long
+    compiles = False                  # whether `prepare` may take long
+    device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: Device | None = None) -> None:
         self.threads = threads
 
-    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> None:
-        """Make ready for inputs of `dtype` and that accumulator: compile, or load what was compiled. Local."""
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
+        """Make ready for such inputs and that accumulator: compile, or load what was compiled. Local.
+
+        Raises
+        ------
+        BackendError
+            If the backend can't compute with them.
+        """
+
+    def place(self, x: Any) -> Any:
+        """Give `x`, a NumPy or GPU array, C-contiguous where the backend computes; `x` itself if it is there. Local."""
+        return np.ascontiguousarray(x)
+
+    def fetch(self, x: Any) -> NDArray[Any]:
+        """Give a result as a NumPy array. Local."""
+        return np.asarray(x)
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Any:
+        """Make an array where the backend computes, not initialised. Local."""
+        return np.empty(shape, dtype)
+
+    def new_state(self, n_q: int, heads: int, dim_v: int, dtype: DTypeLike) -> State:
+        """Make the state of queries that have seen no key yet. Local."""
+        state = State(*(self.empty(shape, dtype) for shape in ((n_q, heads, dim_v), (n_q, heads), (n_q, heads))))
+        self.reset(state)
+        return state
+
+    def reset(self, state: State) -> None:
+        """Let a state forget every key. Local."""
+        state.reset()
+
+    def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
+        """Normalise a state into `out` and `lse`; see `softmax.finish`. Local."""
+        finish(state, seen, out, lse)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
@@ -51,7 +87,7 @@ class Backend:
             `heads` is a multiple of `kv_heads`; query head h uses key head ``h // (heads // kv_heads)``.
         v : array of shape (n_k, kv_heads, dim_v), dtype of `q`
         begin, end : int64 arrays of shape (n_q,)
-            ``0 <= begin <= end <= n_k``.
+            ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
         scale : float
             Factor of the scores ``q · k``.
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..device import Device
 from ..errors import BackendError
 from ..layout import Integers
 from ..softmax import BFLOAT16, State, merge
@@ -47,7 +48,7 @@ class NumbaBackend(Backend):
     name = "numba"
     compiles = True
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
         self._team = Team(threads)
         self._key: Any = None
@@ -55,11 +56,11 @@ class NumbaBackend(Backend):
         self._packed: Packed | None = None
         self._busy = False
 
-    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> None:
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
-        for dim in (1, 2):                # an odd dim has no pairs
-            x, none = np.zeros((1, 1, dim), dtype), np.zeros(1, np.int64)
-            state = State.empty(1, 1, dim, accumulator)
+        for some in (1, 2):               # an odd dim has no pairs
+            x, none = np.zeros((1, 1, some), dtype), np.zeros(1, np.int64)
+            state = State.empty(1, 1, some, accumulator)
             block = _Block(state, x, x, x, none, none + 1, 1.0)
             rows, packed = Rows(*block.key), Packed(*block.key).reserve(1, 1)
             compile_for(pack_tiles, block.k, block.v, 0, 1, 0, 1, packed)

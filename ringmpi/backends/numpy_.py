@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from ..device import Device
 from ..layout import Integers
 from ..softmax import State
 from .base import Backend
@@ -28,7 +29,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
         self._team = Team(threads)
 

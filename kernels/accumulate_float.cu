@@ -1,0 +1,208 @@
+// Fold one block of K and V into the running softmax of the queries, in float32 throughout: no tensor cores, which
+// would round the operands. Arguments, promises and grid as in accumulate_tensor.cu, with float for T.
+//
+// grid (ceil(n_q group / ROWS), kv_heads, parts) of 16 ROW_LANES threads; ROWS = HEIGHT ROW_LANES. Thread
+// (lane % 16, row lane) has the scores of HEIGHT rows with KEYS / 16 keys, and of acc the same rows and DIM_V / 16
+// columns. Dynamic shared memory: ROWS rows of Q, KEYS of K and of V, ROWS of weights, padded as below.
+// The caller guarantees further: DIM, DIM_V and KEYS multiples of 16; ROW_LANES even.
+
+#include "rows.cuh"
+
+struct alignas(16) Four { float x[4]; };
+
+// Floats to a row of a tile: lanes that read the same columns of neighbouring rows meet in no bank.
+__device__ constexpr int padded(int dim) { return (dim + 31) / 32 * 32 + 4; }
+__device__ constexpr int padded_weights(int keys) { return keys % 32 == 0 ? keys + 16 : keys; }
+
+__device__ inline float across_row(float x, float (*both)(float, float)) {
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) x = both(x, __shfl_xor_sync(ALL_LANES, x, mask));
+    return x;
+}
+
+__device__ inline float added(float a, float b) { return a + b; }
+
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS>
+struct ThreadRows {
+    static constexpr int EACH = KEYS / 16;                                        // keys of a thread
+    static constexpr int VECTOR = DIM_V % 64 == 0 ? 4 : DIM_V % 32 == 0 ? 2 : 1;  // columns side by side
+    static constexpr int VECTORS = DIM_V / 16 / VECTOR;
+    static constexpr int STRIDE = padded(DIM), STRIDE_P = padded_weights(KEYS);
+    static constexpr float UNSEEN = -1;       // in place of a weight
+
+    float acc[HEIGHT][VECTORS][VECTOR] = {};
+    float top[HEIGHT], sum[HEIGHT];           // of sum, this thread's share
+    Interval sees[HEIGHT];
+
+    __device__ static int lane() { return threadIdx.x % 16; }
+    __device__ static int row(int i) { return i * ROW_LANES + threadIdx.x / 16; }
+    __device__ static int column(int n, int i) { return (n * 16 + lane()) * VECTOR + i; }
+
+    // Scores of a tile, turned into weights in `p_tile`; the state moves to the new maximum.
+    template <bool PARTIAL>
+    __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float scale) {
+        float s[HEIGHT][EACH] = {};
+#pragma unroll 4
+        for (int d = 0; d < DIM; d += 4) {
+            Four q[HEIGHT], k[EACH];
+#pragma unroll
+            for (int i = 0; i < HEIGHT; ++i) q[i] = *reinterpret_cast<const Four*>(q_tile + row(i) * STRIDE + d);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                k[j] = *reinterpret_cast<const Four*>(k_tile + (lane() + 16 * j) * STRIDE + d);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+#pragma unroll
+                for (int i = 0; i < HEIGHT; ++i)
+#pragma unroll
+                    for (int j = 0; j < EACH; ++j) s[i][j] += q[i].x[e] * k[j].x[e];
+        }
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            float high = -infinity(0.0f);
+            bool seen[EACH];
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                seen[j] = !PARTIAL || sees[i].holds(start + lane() + 16 * j);
+                s[i][j] = seen[j] ? s[i][j] * scale : -infinity(0.0f);
+                high = larger(high, s[i][j]);
+            }
+            high = larger(top[i], across_row(high, larger));
+            const float base = high == -infinity(0.0f) ? 0 : high;       // -inf - -inf would be NaN
+            const float shrink = exponential(top[i] - base);
+            top[i] = high;
+            sum[i] *= shrink;
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) {
+                const float p = exponential(s[i][j] - base);
+                p_tile[row(i) * STRIDE_P + lane() + 16 * j] = seen[j] ? p : UNSEEN;
+                if (seen[j]) sum[i] += p;
+            }
+#pragma unroll
+            for (int n = 0; n < VECTORS; ++n)
+#pragma unroll
+                for (int e = 0; e < VECTOR; ++e) acc[i][n][e] *= shrink;
+        }
+        __syncwarp();                              // the weights of a row are written and read within a warp
+    }
+
+    // Add weights times values.
+    template <bool PARTIAL>
+    __device__ void add_values(const float* p_tile, const float* v_tile) {
+#pragma unroll 2
+        for (int key = 0; key < KEYS; key += 4) {
+            Four p[HEIGHT];
+#pragma unroll
+            for (int i = 0; i < HEIGHT; ++i) p[i] = *reinterpret_cast<const Four*>(p_tile + row(i) * STRIDE_P + key);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+#pragma unroll
+                for (int n = 0; n < VECTORS; ++n) {
+                    struct alignas(4 * VECTOR) Vector { float x[VECTOR]; };
+                    const Vector v = *reinterpret_cast<const Vector*>(v_tile + (key + e) * DIM_V + column(n, 0));
+#pragma unroll
+                    for (int i = 0; i < HEIGHT; ++i)
+#pragma unroll
+                        for (int c = 0; c < VECTOR; ++c)
+                            if (!PARTIAL || p[i].x[e] != UNSEEN) acc[i][n][c] += p[i].x[e] * v.x[c];
+                }
+        }
+        __syncwarp();
+    }
+};
+
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES>
+__global__ void __launch_bounds__(16 * ROW_LANES)
+accumulate(float* acc, float* top, float* sum, const float* q, const float* k, const float* v, const int* begin,
+           const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v, int stride_v, float scale,
+           int width, int fresh) {
+    constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
+    using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS>;
+    static_assert(ROWS <= THREADS, "one interval a thread");
+
+    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
+                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
+    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+    const int mine = threadIdx.x;
+    const bool has_row = mine < ROWS && rows.there(mine);
+    const Interval interval = has_row ? cut(rows.interval(begin, end, mine), part) : Interval{0, 0};
+    const Sight sight = sight_of_block<WARPS>(sight_of(interval, has_row));
+    const Interval range = sight.any;
+    const int tiles = range.tiles(KEYS);
+    if (tiles == 0 && !fresh) return;
+
+    float* const q_tile = reinterpret_cast<float*>(shared_memory());
+    float* const k_tile = q_tile + ROWS * State::STRIDE;
+    float* const v_tile = k_tile + KEYS * State::STRIDE;
+    float* const p_tile = v_tile + KEYS * DIM_V;
+    auto load = [&](float* tile, const float* array, int stride, int i) {
+        const long long at = range.low + static_cast<long long>(i) * KEYS;
+        const float* const first = array + (at * kv_heads + rows.kv_head) * stride;
+        const long long step = static_cast<long long>(kv_heads) * stride;
+        const int count = range.high - static_cast<int>(at);
+        if (tile == k_tile)
+            copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, [=](int r) { return first + r * step; }, count, dim);
+        else
+            copy_tile<KEYS, DIM_V, DIM_V, BYTES, THREADS>(tile, [=](int r) { return first + r * step; }, count, dim_v);
+    };
+    if (tiles) {
+        copy_tile<ROWS, DIM, State::STRIDE, BYTES, THREADS>(
+            q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
+        load(k_tile, k, dim, 0);
+        copy_commit();
+        load(v_tile, v, stride_v, 0);
+        copy_commit();
+    }
+
+    State state;
+#pragma unroll
+    for (int i = 0; i < HEIGHT; ++i) {
+        const int row = State::row(i);
+        const bool there = rows.there(row), known = there && !fresh;
+        const long long at = there ? rows.state_row(row) : 0;
+        state.sees[i] = there ? cut(rows.interval(begin, end, row), part) : Interval{0, 0};
+        state.top[i] = known ? top[at] : -infinity(0.0f);
+        state.sum[i] = known && State::lane() == 0 ? sum[at] : 0;
+#pragma unroll
+        for (int n = 0; n < State::VECTORS; ++n)
+#pragma unroll
+            for (int c = 0; c < State::VECTOR; ++c)
+                if (known && State::column(n, c) < dim_v) state.acc[i][n][c] = acc[at * stride_v + State::column(n, c)];
+    }
+
+    for (int i = 0; i < tiles; ++i) {
+        const int start = range.low + i * KEYS;
+        const bool full = sight.full(start, KEYS);
+        copy_wait<1>();
+        __syncthreads();                           // K is here
+        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale);
+        else state.template weigh<true>(q_tile, k_tile, p_tile, start, scale);
+        __syncthreads();                           // all have read K
+        if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
+        copy_commit();
+        copy_wait<1>();
+        __syncthreads();                           // V is here
+        if (full) state.template add_values<false>(p_tile, v_tile);
+        else state.template add_values<true>(p_tile, v_tile);
+        __syncthreads();                           // all have read V
+        if (i + 1 < tiles) load(v_tile, v, stride_v, i + 1);
+        copy_commit();
+    }
+
+    const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
+#pragma unroll
+    for (int i = 0; i < HEIGHT; ++i) {
+        const float total = across_row(state.sum[i], added);
+        if (!rows.there(State::row(i))) continue;
+        const long long at = offset + rows.state_row(State::row(i));
+        if (State::lane() == 0) {
+            top[at] = state.top[i];
+            sum[at] = total;
+        }
+#pragma unroll
+        for (int n = 0; n < State::VECTORS; ++n)
+#pragma unroll
+            for (int c = 0; c < State::VECTOR; ++c)
+                if (State::column(n, c) < dim_v) acc[at * stride_v + State::column(n, c)] = state.acc[i][n][c];
+    }
+}

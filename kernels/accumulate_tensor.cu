@@ -1,0 +1,366 @@
+// Fold one block of K and V into the running softmax of the queries, on tensor cores: bfloat16, float16, float64.
+//
+//   acc        (n_q, heads, stride_v)  sum of exp(score - top) v, float (double for double), read and written
+//   top, sum   (n_q, heads)            running maximum and sum, of acc's type, read and written
+//   q          (n_q, heads, dim)       head h uses key head h / group, heads = kv_heads * group
+//   k          (n_k, kv_heads, dim)
+//   v          (n_k, kv_heads, stride_v), of which columns 0 .. dim_v are folded into those of acc
+//   begin, end (n_q,)                  query i sees columns begin[i] <= j < end[i], within 0 .. n_k
+//   scale                              factor of the scores q . k
+//   width                              columns of a part: the grid's z has as many parts as cover n_k
+//   fresh                              whether to leave out what acc, top and sum hold, and to write each part to
+//                                      arrays of its own, (parts, n_q, heads, ..), for merge_parts of state.cu
+//
+// grid (ceil(n_q group / ROWS), kv_heads, parts) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; dynamic shared memory:
+// ROWS rows of Q, STAGES times KEYS rows of K and of V, each row padded as Fragments says.
+// The caller guarantees: dim <= DIM, dim_v <= DIM_V; DIM, DIM_V and KEYS multiples of 16; every row of q, k and v
+// aligned to BYTES, which divides dim and dim_v in bytes; n_k + width < 2^31.
+//
+// A query that sees nothing is left as it was. What a query does not see does not reach it, be it NaN; NaN and
+// infinity in what it sees come through. No atomics: the result depends on the arguments alone.
+// The algorithm is that of Dao 2023, FlashAttention-2, algorithm 1, with the state kept between launches.
+
+#include "rows.cuh"
+
+// How the lanes of a warp hold tiles of T for a product; the layouts are those of platform.cuh.
+template <class T>
+struct Fragments {
+    using Register = unsigned;                // two numbers
+    static constexpr int DEPTH = 16;          // of a product
+    static constexpr int PAD = 8, PAD_V = 8;  // numbers after each row of a tile: no two lanes of a load share a bank
+
+    // Left side: rows row .. row + 16, columns column .. column + DEPTH.
+    __device__ static void left(Register (&a)[4], const T* tile, int stride, int row, int column) {
+        const int lane = threadIdx.x % 32;
+        load_matrices(a, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
+    }
+
+    // Right sides from the transposed of rows key .. key + 16: b[0..1] for the first eight, b[2..3] for the others.
+    __device__ static void right_transposed(Register (&b)[4], const T* tile, int stride, int key, int column) {
+        const int lane = threadIdx.x % 32;
+        load_matrices(b, tile + (key + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
+    }
+
+    // Right sides: rows key .. key + DEPTH, b[0..1] of columns column .. column + 8, b[2..3] of eight more.
+    __device__ static void right(Register (&b)[4], const T* tile, int stride, int key, int column) {
+        const int lane = threadIdx.x % 32;
+        load_matrices_transposed(b, tile + (key + lane % 16) * stride + column + lane / 16 * 8);
+    }
+
+    // Left side from the accumulators of keys DEPTH * step .. DEPTH * (step + 1).
+    template <int N>
+    __device__ static void weights(Register (&a)[4], const float (&p)[N][4], int step) {
+        a[0] = pack(T{}, p[2 * step][0], p[2 * step][1]);
+        a[1] = pack(T{}, p[2 * step][2], p[2 * step][3]);
+        a[2] = pack(T{}, p[2 * step + 1][0], p[2 * step + 1][1]);
+        a[3] = pack(T{}, p[2 * step + 1][2], p[2 * step + 1][3]);
+    }
+
+    __device__ static bool finite(unsigned half) { return (half & T::EXPONENT) != T::EXPONENT; }
+    __device__ static bool all_finite(Register r) { return finite(r) && finite(r >> 16); }
+    __device__ static Register only_finite(Register r) {
+        return (finite(r) ? r & 0xffffu : 0u) | (finite(r >> 16) ? r & 0xffff0000u : 0u);
+    }
+    __device__ static float code(unsigned half);
+    __device__ static Register codes(Register r) { return pack(T{}, code(r), code(r >> 16)); }
+};
+
+// Numbers whose sums over up to 127 keys tell what was among them.
+constexpr int PLUS = 1, MINUS = 128, NAN_SEEN = 16384;
+
+template <class T>
+__device__ float Fragments<T>::code(unsigned half) {
+    if (finite(half)) return 0;
+    return half & 0x7fff & ~T::EXPONENT ? NAN_SEEN : half & 0x8000 ? MINUS : PLUS;
+}
+
+// A product of depth 8 sums over keys in any order, so accumulators serve as left side as they lie: place t of the
+// product is key 2 t, place t + 4 is key 2 t + 1, and `right` takes the rows of V in that order.
+template <>
+struct Fragments<double> {
+    using Register = double;
+    static constexpr int DEPTH = 8;
+    static constexpr int PAD = 4, PAD_V = 2;
+
+    __device__ static void left(double (&a)[4], const double* tile, int stride, int row, int column) {
+        const double* at = tile + (row + threadIdx.x % 32 / 4) * stride + column + threadIdx.x % 4;
+        a[0] = at[0];
+        a[1] = at[8 * stride];
+        a[2] = at[4];
+        a[3] = at[8 * stride + 4];
+    }
+
+    __device__ static void right_transposed(double (&b)[4], const double* tile, int stride, int key, int column) {
+        const double* at = tile + (key + threadIdx.x % 32 / 4) * stride + column + threadIdx.x % 4;
+        b[0] = at[0];
+        b[1] = at[4];
+        b[2] = at[8 * stride];
+        b[3] = at[8 * stride + 4];
+    }
+
+    __device__ static void right(double (&b)[4], const double* tile, int stride, int key, int column) {
+        const double* at = tile + (key + 2 * (threadIdx.x % 4)) * stride + column + threadIdx.x % 32 / 4;
+        b[0] = at[0];
+        b[1] = at[stride];
+        b[2] = at[8];
+        b[3] = at[stride + 8];
+    }
+
+    template <int N>
+    __device__ static void weights(double (&a)[4], const double (&p)[N][4], int step) {
+        a[0] = p[step][0];
+        a[1] = p[step][2];
+        a[2] = p[step][1];
+        a[3] = p[step][3];
+    }
+
+    __device__ static bool all_finite(double x) { return x - x == 0; }
+    __device__ static double only_finite(double x) { return all_finite(x) ? x : 0; }
+    __device__ static double codes(double x) { return all_finite(x) ? 0 : x != x ? NAN_SEEN : x < 0 ? MINUS : PLUS; }
+};
+
+// Column of number i of this lane in accumulators that begin 8 n columns after `start`.
+__device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
+
+// The rows of a warp: what they see, and their state in registers.
+template <class T, int DIM_V, int HEIGHT>
+struct WarpRows {
+    using A = Accumulator<T>;
+    using F = Fragments<T>;
+    A acc[HEIGHT][DIM_V / 8][4];
+    A top[HEIGHT][2], sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of sum, this lane's share
+    Interval sees[HEIGHT][2];
+
+    // Add NaN or infinity where V has it among the keys that a row sees; a rare way.
+    template <int KEYS>
+    __device__ void add_not_finite(const T* v_tile, int stride, int start) {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int n = 0; n < DIM_V / 16; ++n) {
+                A found[2][4] = {};
+#pragma unroll 1
+                for (int key = 0; key < KEYS; key += F::DEPTH) {
+                    A visible[F::DEPTH / 8][4];
+                    typename F::Register a[4], b[4];
+#pragma unroll
+                    for (int i = 0; i < F::DEPTH / 2; ++i)
+                        visible[i / 4][i % 4] = sees[m][i % 4 / 2].holds(column_of(start + key, i / 4, i % 4));
+                    F::weights(a, visible, 0);
+                    F::right(b, v_tile, stride, key, n * 16);
+                    multiply_add(T{}, found[0], a, F::codes(b[0]), F::codes(b[1]));
+                    multiply_add(T{}, found[1], a, F::codes(b[2]), F::codes(b[3]));
+                }
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int count = static_cast<int>(found[i / 4][i % 4]);
+                    A& here = acc[m][2 * n + i / 4][i % 4];
+                    if (count >= NAN_SEEN) here = not_a_number(A{});
+                    if (count % NAN_SEEN >= MINUS) here -= infinity(A{});
+                    if (count % MINUS != 0) here += infinity(A{});
+                }
+            }
+    }
+
+    // Turn the scores of a tile into weights, and move the state to the new maximum.
+    template <int N>
+    __device__ void weigh(A (&s)[N][4], int m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            A high = top[m][h];
+#pragma unroll
+            for (int n = 0; n < N; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
+            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
+            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
+            const A base = high == -infinity(A{}) ? A{0} : high;    // -inf - -inf would be NaN
+            const A shrink = exponential(top[m][h] - base);
+            top[m][h] = high;
+            A more = 0;
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                    s[n][i] = exponential(s[n][i] - base);
+                    more += s[n][i];
+                }
+            sum[m][h] = sum[m][h] * shrink + more;
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n) {
+                acc[m][n][2 * h] *= shrink;
+                acc[m][n][2 * h + 1] *= shrink;
+            }
+        }
+    }
+
+    // Fold the tile of keys from `start`. PARTIAL: some rows don't see all of it.
+    template <bool PARTIAL, int DIM, int KEYS>
+    __device__ void fold(const T* q_tile, int row, const T* k_tile, int stride, const T* v_tile, int stride_v,
+                         int start, A scale) {
+        A s[HEIGHT][KEYS / 8][4] = {};
+#pragma unroll
+        for (int step = 0; step < DIM / F::DEPTH; ++step) {
+            typename F::Register a[HEIGHT][4], b[4];
+#pragma unroll
+            for (int m = 0; m < HEIGHT; ++m) F::left(a[m], q_tile, stride, row + 16 * m, step * F::DEPTH);
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; ++n) {
+                F::right_transposed(b, k_tile, stride, n * 16, step * F::DEPTH);
+#pragma unroll
+                for (int m = 0; m < HEIGHT; ++m) {
+                    multiply_add(T{}, s[m][2 * n], a[m], b[0], b[1]);
+                    multiply_add(T{}, s[m][2 * n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    s[m][n][i] *= scale;
+                    if (PARTIAL && !sees[m][i / 2].holds(column_of(start, n, i)))
+                        s[m][n][i] = -infinity(A{});
+                }
+            weigh(s[m], m);
+        }
+        bool all_finite = true;
+#pragma unroll
+        for (int step = 0; step < KEYS / F::DEPTH; ++step) {
+            typename F::Register p[HEIGHT][4], b[4];
+#pragma unroll
+            for (int m = 0; m < HEIGHT; ++m) F::weights(p[m], s[m], step);
+#pragma unroll
+            for (int n = 0; n < DIM_V / 16; ++n) {
+                F::right(b, v_tile, stride_v, step * F::DEPTH, n * 16);
+                if constexpr (PARTIAL) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {         // a weight of 0 times NaN would be NaN
+                        all_finite &= F::all_finite(b[i]);
+                        b[i] = F::only_finite(b[i]);
+                    }
+                }
+#pragma unroll
+                for (int m = 0; m < HEIGHT; ++m) {
+                    multiply_add(T{}, acc[m][2 * n], p[m], b[0], b[1]);
+                    multiply_add(T{}, acc[m][2 * n + 1], p[m], b[2], b[3]);
+                }
+            }
+        }
+        if (PARTIAL && !__all_sync(ALL_LANES, all_finite)) add_not_finite<KEYS>(v_tile, stride_v, start);
+    }
+};
+
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
+accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const T* q, const T* k, const T* v,
+           const int* begin, const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v,
+           int stride_v, Accumulator<T> scale, int width, int fresh) {
+    using A = Accumulator<T>;
+    using F = Fragments<T>;
+    constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
+    constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
+    static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
+                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
+    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+    const int mine = warp * WARP_ROWS;
+    const bool has_row = lane < WARP_ROWS && rows.there(mine + lane);
+    const Interval interval = has_row ? cut(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
+    const Sight sight = sight_of(interval, has_row);
+    const Interval range = sight_of_block<WARPS>(sight).any;
+    const int tiles = range.tiles(KEYS);
+    if (tiles == 0 && !fresh) return;
+
+    T* const q_tile = reinterpret_cast<T*>(shared_memory());
+    T* const stages = q_tile + ROWS * STRIDE;
+    auto load = [&](int i) {
+        const long long at = range.low + static_cast<long long>(i) * KEYS;
+        const int count = range.high - static_cast<int>(at);
+        T* const k_tile = stages + i % STAGES * STAGE;
+        const long long skip = static_cast<long long>(kv_heads);
+        const T* const k_rows = k + (at * kv_heads + rows.kv_head) * dim;
+        const T* const v_rows = v + (at * kv_heads + rows.kv_head) * stride_v;
+        copy_tile<KEYS, DIM, STRIDE, BYTES, THREADS>(k_tile, [=](int r) { return k_rows + r * skip * dim; }, count, dim);
+        copy_tile<KEYS, DIM_V, STRIDE_V, BYTES, THREADS>(
+            k_tile + KEYS * STRIDE, [=](int r) { return v_rows + r * skip * stride_v; }, count, dim_v);
+    };
+    if (tiles) {
+        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(
+            q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; ++i) {
+            if (i < tiles) load(i);
+            copy_commit();
+        }
+    }
+
+    WarpRows<T, DIM_V, HEIGHT> state;
+    const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
+#pragma unroll
+    for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int local = 16 * m + 8 * h + lane / 4, row = mine + local;
+            state.sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
+                                __shfl_sync(ALL_LANES, interval.high, local)};
+            const bool known = !fresh && rows.there(row);
+            const long long at = known ? rows.state_row(row) : 0;
+            state.top[m][h] = known ? top[at] : -infinity(A{});
+            state.sum[m][h] = known && lane % 4 == 0 ? sum[at] : A{0};
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int column = column_of(0, n, i);
+                    state.acc[m][n][2 * h + i] = known && column < dim_v ? acc[at * stride_v + column] : A{0};
+                }
+        }
+
+    for (int i = 0; i < tiles; ++i) {
+        if constexpr (STAGES == 1) {
+            __syncthreads();                       // all have read the tile before
+            load(i);
+            copy_commit();
+            copy_wait<0>();
+            __syncthreads();
+        } else {
+            copy_wait<STAGES - 2>();               // tile i is here, for this thread;
+            __syncthreads();                       // for all, and all have read tile i - 1, whose place is free
+            if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
+            copy_commit();
+        }
+        const T* const k_tile = stages + i % STAGES * STAGE;
+        const T* const v_tile = k_tile + KEYS * STRIDE;
+        const int start = range.low + i * KEYS;
+        if (sight.full(start, KEYS))
+            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
+        else if (!sight.skips(start, KEYS))
+            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
+    }
+
+#pragma unroll
+    for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            A total = state.sum[m][h];
+            total += __shfl_xor_sync(ALL_LANES, total, 1);
+            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            const int row = mine + 16 * m + 8 * h + lane / 4;
+            if (!rows.there(row)) continue;
+            const long long at = offset + rows.state_row(row);
+            if (lane % 4 == 0) {
+                top[at] = state.top[m][h];
+                sum[at] = total;
+            }
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int column = column_of(0, n, i);
+                    if (column < dim_v) acc[at * stride_v + column] = state.acc[m][n][2 * h + i];
+                }
+        }
+}

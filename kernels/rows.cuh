@@ -1,0 +1,94 @@
+// Which rows a block of threads works on, what they see, and tiles of Q, K and V in shared memory.
+//
+// A row is a query with one of its heads. The rows of a key head are numbered query by query, so that the heads of
+// a group, which share keys, lie side by side: row r is query r / group, head kv_head * group + r % group.
+#pragma once
+
+#include "platform.cuh"
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int NOWHERE = 0x7fffffff;
+
+// Columns low <= j < high.
+struct Interval {
+    int low, high;
+    __device__ bool holds(int column) const { return low <= column && column < high; }
+    __device__ int tiles(int keys) const { return low < high ? (high - low + keys - 1) / keys : 0; }
+};
+
+// What both hold; {0, 0} if nothing.
+__device__ inline Interval cut(Interval a, Interval b) {
+    const Interval both{max(a.low, b.low), min(a.high, b.high)};
+    return both.low < both.high ? both : Interval{0, 0};
+}
+
+// The rows of a block of threads: those of a key head from `first` on.
+struct Rows {
+    int n_q, kv_heads, group, kv_head, first;
+
+    __device__ int count() const { return n_q * group - first; }
+    __device__ bool there(int row) const { return row < count(); }
+    __device__ int query(int row) const { return (first + row) / group; }
+
+    // Number of a row among all (query, head).
+    __device__ long long state_row(int row) const {
+        const int i = query(row);
+        return static_cast<long long>(i) * (kv_heads * group) + kv_head * group + (first + row - i * group);
+    }
+
+    __device__ Interval interval(const int* begin, const int* end, int row) const {
+        return {begin[query(row)], end[query(row)]};
+    }
+};
+
+// What a set of rows sees: nobody sees beyond `any`, everybody sees all of `every`.
+struct Sight {
+    Interval any, every;
+    __device__ bool skips(int start, int count) const { return start >= any.high || start + count <= any.low; }
+    __device__ bool full(int start, int count) const { return every.low <= start && start + count <= every.high; }
+};
+
+// What the rows of a warp see, one interval a lane; a lane that has no row does not count.
+__device__ inline Sight sight_of(Interval mine, bool has_row) {
+    const bool sees = mine.low < mine.high;
+    return {{__reduce_min_sync(ALL_LANES, sees ? mine.low : NOWHERE),
+             __reduce_max_sync(ALL_LANES, sees ? mine.high : 0)},
+            {__reduce_max_sync(ALL_LANES, has_row ? mine.low : 0),
+             __reduce_min_sync(ALL_LANES, has_row ? mine.high : NOWHERE)}};
+}
+
+// What the rows of the whole block see. All threads of the block.
+template <int WARPS>
+__device__ inline Sight sight_of_block(const Sight& mine) {
+    __shared__ Sight sights[WARPS];
+    if (threadIdx.x % 32 == 0) sights[threadIdx.x / 32] = mine;
+    __syncthreads();
+    Sight all{{NOWHERE, 0}, {0, NOWHERE}};
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        const Sight& s = sights[w];
+        all.any = {min(all.any.low, s.any.low), max(all.any.high, s.any.high)};
+        all.every = {max(all.every.low, s.every.low), min(all.every.high, s.every.high)};
+    }
+    return all;
+}
+
+// Start to copy ROWS rows of DIM numbers into a tile, BYTES at a time. `row(i)` points to row i of the array, of
+// which there are `count`, at least one; what is not there, and columns from `dim` on, become zeros.
+template <int ROWS, int DIM, int STRIDE, int BYTES, int THREADS, class T, class Row>
+__device__ inline void copy_tile(T* tile, Row row, int count, int dim) {
+    constexpr int EACH = BYTES / static_cast<int>(sizeof(T));
+    constexpr int CHUNKS = DIM / EACH;
+#pragma unroll
+    for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
+        const int chunk = i + static_cast<int>(threadIdx.x);
+        if (ROWS * CHUNKS % THREADS != 0 && chunk >= ROWS * CHUNKS) break;
+        const int r = chunk / CHUNKS, c = chunk % CHUNKS * EACH;
+        const bool there = r < count && c < dim;
+        copy_async<BYTES>(tile + r * STRIDE + c, there ? row(r) + c : row(0), there);
+    }
+}
+
+// The larger of two numbers; of a number and NaN, the number.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline double larger(double a, double b) { return fmax(a, b); }

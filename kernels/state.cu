@@ -1,0 +1,91 @@
+// What is done to the state of the queries besides accumulating: reset, merge parts, finish; and widening of inputs.
+//
+//   acc       (rows, dim_v)   rows = n_q heads; sum of exp(score - top) v
+//   top, sum  (rows,)         running maximum, -inf before the first key, and sum
+//   A         float or double, of all three
+
+#include "rows.cuh"
+
+constexpr int MERGE_WARPS = 8, MOST_COLUMNS = 256;
+
+__device__ inline long long thread_number() {
+    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+__device__ inline long long thread_count() { return static_cast<long long>(gridDim.x) * blockDim.x; }
+
+// Forget every key. Any grid.
+template <class A>
+__global__ void reset(A* acc, A* top, A* sum, long long rows, int dim_v) {
+    for (long long i = thread_number(); i < rows * dim_v; i += thread_count()) acc[i] = 0;
+    for (long long i = thread_number(); i < rows; i += thread_count()) {
+        top[i] = -infinity(A{});
+        sum[i] = 0;
+    }
+}
+
+// Fold `parts` states of the same rows, one after the other in part_acc, part_top and part_sum, into the first.
+// grid (rows,) of 32 MERGE_WARPS threads; dim_v <= MOST_COLUMNS.
+template <class A>
+__global__ void __launch_bounds__(32 * MERGE_WARPS)
+merge_parts(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const A* part_sum, int parts,
+            long long rows, int dim_v) {
+    constexpr int EACH = MOST_COLUMNS / 32;
+    __shared__ A highs[MERGE_WARPS], sums[MERGE_WARPS], columns[MERGE_WARPS][MOST_COLUMNS];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long row = blockIdx.x;
+
+    A high = top[row];
+    for (int p = threadIdx.x; p < parts; p += 32 * MERGE_WARPS) high = larger(high, part_top[p * rows + row]);
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) high = larger(high, __shfl_xor_sync(ALL_LANES, high, mask));
+    if (lane == 0) highs[warp] = high;
+    __syncthreads();
+    for (int w = 0; w < MERGE_WARPS; ++w) high = larger(high, highs[w]);
+    const A base = high == -infinity(A{}) ? A{0} : high;        // -inf - -inf would be NaN
+
+    A more = 0, mine[EACH] = {};
+#pragma unroll 4
+    for (int p = warp; p < parts; p += MERGE_WARPS) {
+        const long long at = p * rows + row;
+        const A factor = exponential(part_top[at] - base);
+        more += factor * part_sum[at];
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (lane + 32 * i < dim_v) mine[i] += factor * part_acc[at * dim_v + lane + 32 * i];
+    }
+    if (lane == 0) sums[warp] = more;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) columns[warp][lane + 32 * i] = mine[i];
+    const A shrink = exponential(top[row] - base);
+    __syncthreads();
+    for (int c = threadIdx.x; c < dim_v; c += 32 * MERGE_WARPS) {
+        A total = acc[row * dim_v + c] * shrink;
+        for (int w = 0; w < MERGE_WARPS; ++w) total += columns[w][c];
+        acc[row * dim_v + c] = total;
+    }
+    if (threadIdx.x == 0) {
+        A total = sum[row] * shrink;
+        for (int w = 0; w < MERGE_WARPS; ++w) total += sums[w];
+        sum[row] = total;
+        top[row] = high;
+    }
+}
+
+// Normalise: out = acc / sum and lse = top + log(sum); 0 and -inf for queries with seen = 0. Any grid.
+template <class T, class A>
+__global__ void finish(const A* acc, const A* top, const A* sum, const unsigned char* seen, T* out, A* lse,
+                       long long rows, int heads, int dim_v) {
+    for (long long i = thread_number(); i < rows * dim_v; i += thread_count()) {
+        const long long row = i / dim_v;
+        store(out + i, seen[row / heads] ? acc[i] / sum[row] : A{0});
+    }
+    for (long long row = thread_number(); row < rows; row += thread_count())
+        lse[row] = seen[row / heads] ? top[row] + log(sum[row]) : -infinity(A{});
+}
+
+// Write `count` numbers of `source` as doubles. Any grid.
+template <class T>
+__global__ void widen(double* target, const T* source, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) target[i] = value(source[i]);
+}

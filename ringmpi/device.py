@@ -1,0 +1,250 @@
+"""One GPU as this package uses it: memory, copies, streams, events and kernels, through CuPy.
+
+The only module that imports CuPy, and only when a `Device` is made. What is here is all that the CUDA backend and
+the transports ask of a GPU, so that tests can put another class, over host memory, in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from .errors import BackendError
+
+PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
+INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"
+
+Array = Any                        # a cupy.ndarray; named so that CuPy is not needed to read this
+
+
+def reason_missing() -> str | None:
+    """Say why no GPU can be used here; None if one can. Local."""
+    try:
+        cupy = _cupy()
+    except ImportError as error:
+        return f"CuPy is not installed or can't be loaded ({str(error).splitlines()[0]}): {INSTALL}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no GPU: {error}"
+    return None if count else "no GPU: none is visible; look at CUDA_VISIBLE_DEVICES"
+
+
+def count() -> int:
+    """Give the number of GPUs that this process sees. Local."""
+    return 0 if reason_missing() else int(_cupy().cuda.runtime.getDeviceCount())
+
+
+def version() -> str:
+    """Give the version of CuPy and of the CUDA that the driver speaks. Local."""
+    number = _cupy().cuda.runtime.driverGetVersion()
+    return f"CuPy {_cupy().__version__}, driver for CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+class Device:
+    """A GPU.
+
+    Parameters
+    ----------
+    index : int
+        Among the devices that this process sees.
+
+    Attributes
+    ----------
+    name : str
+        As the driver calls it.
+    uuid : str
+        The same for every process that uses this GPU, and for no other GPU.
+    capability : tuple of int
+        Compute capability: (9, 0) for Hopper.
+    processors : int
+        Streaming multiprocessors.
+    shared_bytes : int
+        Shared memory that a block of threads can have.
+    shared_bytes_processor : int
+        Shared memory of a multiprocessor.
+
+    Raises
+    ------
+    BackendError
+        If there is no such GPU.
+    """
+
+    def __init__(self, index: int) -> None:
+        reason = reason_missing()
+        if reason:
+            raise BackendError(f"backend cuda: {reason}")
+        self._cupy = _cupy()
+        runtime = self._cupy.cuda.runtime
+        self.index = index
+        try:
+            properties = runtime.getDeviceProperties(index)
+        except runtime.CUDARuntimeError as error:
+            raise BackendError(f"backend cuda: device {index}: {error}") from error
+        self.name = properties["name"].decode()
+        raw = bytes(properties["uuid"])[:16].hex()
+        self.uuid = f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
+        self.capability = int(properties["major"]), int(properties["minor"])
+        self.processors = int(properties["multiProcessorCount"])
+        self.shared_bytes = int(properties["sharedMemPerBlockOptin"])
+        self.shared_bytes_processor = int(properties["sharedMemPerMultiprocessor"])
+
+    _staging: Sequence[NDArray[np.uint8]] = ()
+    _free: list[Any]
+    _turn = 0
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the thread's device for a while; a caller's own choice comes back after it."""
+        with self._cupy.cuda.Device(self.index):
+            yield
+
+    # Memory
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+        """Make an array in the GPU's memory, not initialised, from CuPy's pool."""
+        return self._cupy.empty(shape, dtype)
+
+    def message_buffer(self, nbytes: int) -> Array:
+        """Make an array of bytes that MPI may be given: plain cudaMalloc, whatever CuPy's allocator is set to."""
+        memory = self._cupy.cuda.Memory(max(nbytes, 1))
+        return self._cupy.ndarray((nbytes,), np.uint8, self._cupy.cuda.MemoryPointer(memory, 0))
+
+    def pinned(self, nbytes: int) -> NDArray[np.uint8]:
+        """Make an array of bytes in page-locked host memory."""
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
+
+    def view(self, x: Any) -> Array:
+        """View a GPU array of another library (DLPack, ``__cuda_array_interface__``), ready on our stream."""
+        if isinstance(x, self._cupy.ndarray):
+            return x
+        if str(getattr(x, "dtype", "")) == "torch.bfloat16":      # older DLPack readers don't know it
+            import torch
+            return self.view(x.detach().view(torch.int16)).view(_bfloat16())
+        if hasattr(x, "detach"):                                  # torch exports no tensor that requires a gradient
+            x = x.detach()
+        return self._cupy.from_dlpack(x) if hasattr(x, "__dlpack__") else self._cupy.asarray(x)
+
+    def contiguous(self, x: Array) -> Array:
+        """Give `x` itself if it is C-contiguous, else a copy that is."""
+        bits = x.view(f"u{x.dtype.itemsize}")        # copying needs no arithmetic, so no header for bfloat16
+        return x if x.flags.c_contiguous else self._cupy.ascontiguousarray(bits).view(x.dtype)
+
+    # Copies
+
+    def upload(self, target: Array, source: NDArray[Any], stream: Any) -> None:
+        """Start a copy from host to device, both contiguous and of one size; `source` page-locked if it is to overlap."""
+        self._copy(target.data.ptr, source.ctypes.data, source.nbytes, "memcpyHostToDevice", stream)
+
+    def download(self, target: NDArray[Any], source: Array, stream: Any) -> None:
+        """Start a copy from device to host, both contiguous and of one size; `target` page-locked if it is to overlap."""
+        self._copy(target.ctypes.data, source.data.ptr, target.nbytes, "memcpyDeviceToHost", stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
+        runtime = self._cupy.cuda.runtime
+        if nbytes:
+            runtime.memcpyAsync(target, source, nbytes, getattr(runtime, kind), stream.ptr)
+
+    # Streams and events
+
+    def caller_stream(self) -> Any:
+        """Give the stream that is current in the caller's thread."""
+        return self._cupy.cuda.get_current_stream()
+
+    def new_stream(self) -> Any:
+        """Make a stream that does not wait for the default stream."""
+        return self._cupy.cuda.Stream(non_blocking=True)
+
+    def record(self, stream: Any) -> Any:
+        """Mark what is on `stream` so far: the event's `done` says whether it has come about."""
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(stream)
+        return event
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """Let what comes on `stream` wait for `event`."""
+        stream.wait_event(event)
+
+    def array(self, x: NDArray[Any]) -> Array:
+        """Copy a host array to the GPU, on the caller's stream, in pieces by way of page-locked memory."""
+        target = self.empty(x.shape, x.dtype)
+        source, target_bytes = _bytes(np.ascontiguousarray(x)), _bytes(target)
+        stream = self.caller_stream()
+        for piece, at in self._pieces(x.nbytes):
+            piece[:] = source[at]
+            self.upload(target_bytes[at], piece, stream)
+            self._free_when(stream)
+        return target
+
+    def host(self, x: Array) -> NDArray[Any]:
+        """Copy a contiguous GPU array to the host, once what is on the caller's stream is done."""
+        target = np.empty(x.shape, x.dtype)
+        source, target_bytes = _bytes(x), _bytes(target)
+        stream = self.caller_stream()
+        waiting: list[tuple[NDArray[np.uint8], slice, Any]] = []
+        for piece, at in self._pieces(x.nbytes):
+            self.download(piece, source[at], stream)
+            waiting.append((piece, at, self._free_when(stream)))
+            if len(waiting) > 1:               # the one before, while this one is on its way
+                _take(target_bytes, *waiting.pop(0))
+        for last in waiting:
+            _take(target_bytes, *last)
+        return target
+
+    def _pieces(self, nbytes: int) -> Iterator[tuple[NDArray[np.uint8], slice]]:
+        """Give page-locked pieces and which bytes they are for, each when it is free."""
+        size = min(PIECE_BYTES, nbytes)
+        if size and (not self._staging or len(self._staging[0]) < size):
+            self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
+        for number, start in enumerate(range(0, nbytes, max(size, 1))):
+            self._turn = number % 2
+            if self._free[self._turn] is not None:
+                self._free[self._turn].synchronize()
+            stop = min(start + size, nbytes)
+            yield self._staging[self._turn][:stop - start], slice(start, stop)
+
+    def _free_when(self, stream: Any) -> Any:
+        event = self._free[self._turn] = self.record(stream)
+        return event
+
+    # Kernels
+
+    def compile(self, path: Path, names: Sequence[str], options: Sequence[str]) -> list[Any]:
+        """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name."""
+        module = self._cupy.RawModule(code=path.read_text(), options=tuple(options), name_expressions=list(names))
+        return [module.get_function(name) for name in names]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
+               stream: Any) -> None:
+        """Start blocks of `threads` threads of a kernel on `stream`; arguments are GPU arrays and NumPy scalars."""
+        if shared_bytes > 48 * 1024:           # more than a kernel has unless it asks
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+        with stream:
+            kernel(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+
+
+def _bytes(x: Any) -> Any:
+    """Give a contiguous array as bytes."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:
+    arrived.synchronize()
+    target[at] = piece
+
+
+@functools.cache
+def _cupy() -> Any:
+    import cupy
+    return cupy
+
+
+def _bfloat16() -> Any:
+    from .softmax import BFLOAT16
+    return BFLOAT16

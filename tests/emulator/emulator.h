@@ -1,0 +1,208 @@
+// CUDA's words for a CPU: runs a kernel of kernels/ block by block, its threads as fibres that take turns.
+//
+// Threads meet where CUDA lets them meet: at barriers and in operations of a whole warp. Between two meetings they
+// run in an order shuffled by a seed, so that an order which only happens to work does not always. Shared memory
+// begins as NaN. A copy that is under way reads as NaN until it is waited for. A meeting that not all come to ends
+// the process with a message.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+using std::max;
+using std::min;
+
+struct Index { unsigned x = 0, y = 0, z = 0; };
+inline Index threadIdx, blockIdx, gridDim, blockDim;
+
+namespace emulator {
+
+constexpr int LANES = 32, SLOT = 128;
+
+struct Copy { unsigned char* target; const unsigned char* source; int count; bool there; };
+
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    unsigned index = 0;
+    bool done = false;
+    long meetings = 0;             // of its warp that it has come to
+    long barriers = 0;
+    std::vector<std::vector<Copy>> groups{1};
+};
+
+struct Warp {
+    alignas(16) unsigned char slots[2][LANES][SLOT];
+    const char* operation[2];
+    int arrived = 0;
+    long meetings = 0;             // that are complete
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fibre> fibres;
+inline std::vector<Warp> warps;
+inline std::vector<unsigned char> shared_bytes;
+inline unsigned char* shared = nullptr;
+inline Fibre* current = nullptr;
+inline std::function<void()> body;
+inline int waiting = 0;
+inline long barriers = 0;
+inline std::mt19937 random_numbers;
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "emulator: %s in block (%u, %u, %u), thread %u\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+                 current ? current->index : 0);
+    std::abort();
+}
+
+inline void pause() { swapcontext(&current->context, &scheduler); }
+
+inline void start() {
+    body();
+    current->done = true;
+    pause();
+}
+
+// Wait for all threads of the block that have not ended.
+inline void barrier() {
+    const long mine = ++current->barriers;
+    const auto alive = std::count_if(fibres.begin(), fibres.end(), [](const Fibre& f) { return !f.done; });
+    if (++waiting == alive) {
+        waiting = 0;
+        barriers = mine;
+    }
+    while (barriers < mine) pause();
+}
+
+// Give `mine` to the other lanes of the warp, and get theirs.
+template <class Item>
+inline const Item* meet(const Item& mine, const char* operation) {
+    static_assert(sizeof(Item) <= SLOT);
+    Warp& warp = warps[current->index / LANES];
+    const int lane = current->index % LANES;
+    const long number = ++current->meetings;
+    auto* const slots = warp.slots[number % 2];
+    if (warp.arrived == 0) warp.operation[number % 2] = operation;
+    if (std::strcmp(warp.operation[number % 2], operation) != 0) fail("lanes of a warp meet in different operations");
+    // Items lie side by side, so that the caller can index them.
+    std::memcpy(&slots[0][0] + lane * sizeof(Item), &mine, sizeof(Item));
+    if (++warp.arrived == LANES) {
+        warp.arrived = 0;
+        warp.meetings = number;
+    }
+    while (warp.meetings < number) pause();
+    return reinterpret_cast<const Item*>(&slots[0][0]);
+}
+
+inline void run_block(unsigned threads, size_t shared_size) {
+    shared_bytes.assign(shared_size + 256, 0xff);
+    shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared_bytes.data()) + 127) / 128 * 128);
+    warps.assign((threads + LANES - 1) / LANES, Warp{});
+    waiting = 0;
+    barriers = 0;
+    fibres.resize(threads);
+    for (unsigned i = 0; i < threads; ++i) {
+        Fibre& f = fibres[i];
+        constexpr size_t STACK = 1 << 18;
+        if (!f.stack) f.stack = std::make_unique<char[]>(STACK);
+        f.index = i;
+        f.done = false;
+        f.meetings = f.barriers = 0;
+        f.groups.assign(1, {});
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, start, 0);
+    }
+    std::vector<int> order(threads);
+    for (unsigned i = 0; i < threads; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random_numbers);
+    size_t alive = threads;
+    while (alive) {
+        bool moved = false;
+        for (int i : order) {
+            Fibre& f = fibres[i];
+            if (f.done) continue;
+            const Warp& warp = warps[f.index / LANES];
+            if (f.meetings > warp.meetings || f.barriers > barriers) continue;       // still waits
+            current = &f;
+            threadIdx = {f.index, 0, 0};
+            swapcontext(&scheduler, &f.context);
+            moved = true;
+            alive -= f.done;
+        }
+        if (!moved) fail("not all threads come to a meeting");
+    }
+    current = nullptr;
+}
+
+template <class... Arguments, size_t... I>
+inline void run(const unsigned* grid, unsigned threads, size_t shared_size, unsigned seed,
+                void (*kernel)(Arguments...), void** arguments, std::index_sequence<I...>) {
+    random_numbers.seed(seed);
+    body = [=] { kernel(*static_cast<std::remove_reference_t<Arguments>*>(arguments[I])...); };
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {threads, 1, 1};
+    std::vector<Index> blocks;
+    for (unsigned z = 0; z < grid[2]; ++z)
+        for (unsigned y = 0; y < grid[1]; ++y)
+            for (unsigned x = 0; x < grid[0]; ++x) blocks.push_back({x, y, z});
+    std::shuffle(blocks.begin(), blocks.end(), random_numbers);
+    for (const Index& block : blocks) {
+        blockIdx = block;
+        run_block(threads, shared_size);
+    }
+}
+
+template <class... Arguments>
+inline void run(const unsigned* grid, unsigned threads, size_t shared_size, unsigned seed,
+                void (*kernel)(Arguments...), void** arguments) {
+    run(grid, threads, shared_size, seed, kernel, arguments, std::index_sequence_for<Arguments...>{});
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::barrier(); }
+inline void __syncwarp(unsigned = 0) { emulator::meet(0, "__syncwarp"); }
+
+template <class T>
+inline T __shfl_sync(unsigned, T value, int lane) { return emulator::meet(value, "__shfl_sync")[lane % 32]; }
+
+template <class T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+    const int lane = threadIdx.x % 32;
+    return emulator::meet(value, "__shfl_xor_sync")[lane ^ mask];
+}
+
+inline int __reduce_min_sync(unsigned, int value) {
+    const int* all = emulator::meet(value, "__reduce_min_sync");
+    return *std::min_element(all, all + 32);
+}
+
+inline int __reduce_max_sync(unsigned, int value) {
+    const int* all = emulator::meet(value, "__reduce_max_sync");
+    return *std::max_element(all, all + 32);
+}
+
+inline int __all_sync(unsigned, int value) {
+    const int* all = emulator::meet(int(value != 0), "__all_sync");
+    return std::all_of(all, all + 32, [](int x) { return x; });
+}
