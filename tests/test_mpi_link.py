@@ -1,0 +1,308 @@
+"""Blocks travel unharmed over every link, with GPUs that lag behind at will. Runs under mpiexec."""
+
+import re
+import time
+
+import numpy as np
+import pytest
+from fake_device import FakeDevice
+
+from ringmpi import OptionError, RankLost, RingError, RingTimeout
+from ringmpi.link import DirectLink, HostLink, StagedLink
+from ringmpi.mpi import private
+from ringmpi.ring import Ring
+from ringmpi.trace import Trace
+from ringmpi.transport import Transport, choose
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(autouse=True)
+def _poll_often(monkeypatch):
+    """A fake device takes its turns when it is asked."""
+    monkeypatch.setattr("ringmpi.mpi.LONGEST_PAUSE", 2e-5)
+
+
+CHUNK = 64                 # bytes; of the links of these tests
+LINKS = ("host", "direct", "staged")
+# Tokens of 8 bytes of K and 16 of V: nothing, less than a chunk, one byte about it, and more chunks than buffers.
+TOKENS = (0, 1, 2, 3, 5, 8, 13, 24)
+
+
+class World:
+    """A ring over one kind of link, and a consumer that reads its blocks late."""
+
+    def __init__(self, comm, kind, seed, timeout=60.0):
+        self.comm, self.kind = comm, kind
+        self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
+        links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
+                 "staged": lambda: StagedLink(self.device, CHUNK)}
+        self.link = links[kind]()
+        self.ring = Ring(private(comm), timeout, self.link)
+        self.random = np.random.default_rng(seed)       # the same on all ranks
+
+    def blocks(self, tokens):
+        """The blocks of all ranks: K of shape (n, 2) and V of shape (n, 4), float32 of random bytes."""
+        return [tuple(self.random.integers(0, 256, (n, 4 * columns), np.uint8).view("f4").reshape(n, columns)
+                      for columns in (2, 4)) for n in tokens]
+
+    def there(self, x):
+        """Give an array of the ring's memory that holds `x`, or soon will."""
+        if self.kind == "host":
+            return x.copy()
+        array = self.device.empty(x.shape, x.dtype)
+        array[...] = x
+        return array
+
+    def read(self, arrays):
+        """Copy arrays as a kernel would: some time, on the stream of the caller."""
+        copies = [np.empty(x.shape, x.dtype) for x in arrays] if self.kind == "host" else [
+            self.device.empty(x.shape, x.dtype) for x in arrays]
+        for copy, x in zip(copies, arrays, strict=True):
+            copy[...] = x
+        return copies
+
+    def pass_round(self, tokens, hops=None, each=lambda number: None):
+        """Circulate random blocks; give what was read of each, what was sent, and the trace."""
+        blocks, trace = self.blocks(tokens), Trace()
+        mine = [self.there(x) for x in blocks[self.comm.rank]]
+        hops = [self.comm.size - 1] * self.comm.size if hops is None else hops
+        got = {}
+        for block in self.ring.circulate(mine, [[x.shape for x in pair] for pair in blocks], hops, trace):
+            each(block.step.step)
+            got[block.source] = self.read(block.arrays)
+            self.ring.progress()
+        if self.device:
+            self.device.caller_stream().synchronize()
+        return {source: [bytes_of(x) for x in arrays] for source, arrays in got.items()}, blocks, trace
+
+
+def bytes_of(x):
+    return (x if isinstance(x, np.ndarray) else x.host).tobytes()
+
+
+def same(got, blocks):
+    return all(got[source] == [x.tobytes() for x in blocks[source]] for source in got)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_block_reaches_every_rank(comm, kind, seed):
+    """Several rounds on the same buffers, which grow once."""
+    world = World(comm, kind, seed)
+    outcomes = []
+    for turn in range(6):
+        tokens = [TOKENS[(turn + 3 * rank + seed) % (4 if turn < 2 else 8)] for rank in range(comm.size)]
+        got, blocks, trace = world.pass_round(tokens)
+        outcomes.append((same(got, blocks), sorted(got), [step.bytes_received for step in trace.steps],
+                         [step.bytes_sent for step in trace.steps], tokens))
+    for right, sources, received, sent, tokens in outcomes:
+        assert right
+        assert sources == list(range(comm.size))
+        passing = [24 * tokens[(comm.rank - number) % comm.size] for number in range(comm.size)]
+        assert received == [*passing[1:], 0]
+        assert sent == [*passing[:-1], 0]
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_blocks_go_no_farther_than_they_must(comm, kind):
+    world = World(comm, kind, 5)
+    outcomes = []
+    for turn in range(4):
+        hops = [int(x) for x in world.random.integers(0, comm.size, comm.size)]
+        got, blocks, trace = world.pass_round([TOKENS[(rank + turn) % 8] for rank in range(comm.size)], hops)
+        outcomes.append((same(got, blocks), sorted(got), trace.hops, hops))
+    for right, sources, received, hops in outcomes:
+        assert right
+        wanted = [source for source in range(comm.size) if hops[source] >= (comm.rank - source) % comm.size]
+        assert sources == wanted
+        assert received <= len(wanted) - 1
+
+
+@pytest.mark.parametrize("kind", ["direct", "staged"])
+def test_the_callers_stream_may_change_between_calls(comm, kind):
+    world = World(comm, kind, 6)
+    tokens = [TOKENS[(3 + rank) % 8] for rank in range(comm.size)]
+    right = []
+    for speed in (0.05, 1.0, 0.05, 1.0):
+        stream = world.device.new_stream()
+        stream.speed = speed
+        with stream:
+            blocks, trace = world.blocks(tokens), Trace()
+            mine = [world.there(x) for x in blocks[comm.rank]]
+            shapes = [[x.shape for x in pair] for pair in blocks]
+            got = {block.source: world.read(block.arrays)
+                   for block in world.ring.circulate(mine, shapes, [comm.size - 1] * comm.size, trace)}
+        right.append((got, blocks))
+    for stream in world.device.streams:
+        stream.synchronize()
+    assert all(same({source: [bytes_of(x) for x in arrays] for source, arrays in got.items()}, blocks)
+               for got, blocks in right)
+
+
+def test_one_rank_alone_has_no_buffers(comm):
+    if comm.size > 1:
+        pytest.skip("is for one rank")
+    world = World(comm, "staged", 0)
+    got, blocks, trace = world.pass_round([24])
+    assert same(got, blocks)
+    assert world.link._slots == []
+    assert trace.bytes_sent == 0
+
+
+# What goes wrong, and what every rank makes of it.
+
+def attempt(world, **options):
+    """Pass a round as `RingAttention` does, and say what came of it and how long it took."""
+    start = time.perf_counter()
+    try:
+        world.pass_round([24] * world.comm.size, **options)
+        said = "no error"
+    except (MemoryError, RingError) as error:
+        world.ring.abandon(error)
+        said = f"{type(error).__name__}: {error}"
+    return said, time.perf_counter() - start
+
+
+def outcomes_of(comm, kind, each, timeout=60.0):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    mine = comm.Dup()
+    world = World(mine, kind, 7, timeout)
+    return comm.allgather(attempt(world, each=lambda number: each(world, number))), world
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_rank_that_fails_is_not_waited_for(comm, kind):
+    def each(world, number):
+        if comm.rank == 0 and number == comm.size - 1:
+            raise MemoryError("no more")
+
+    outcomes, _ = outcomes_of(comm, kind, each)
+    for rank, (said, seconds) in enumerate(outcomes):
+        assert seconds < 10, outcomes
+        if rank == 0:
+            assert said == "MemoryError: no more", outcomes
+        elif said != "no error":           # had all it needed
+            assert re.match(f"RankLost: rank {rank} on .*, ring step . of {comm.size}: waited .* rank 0 gave up", said)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_a_rank_that_stops_is_an_error_in_time(comm, kind):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    world = World(comm.Dup(), kind, 7, 0.3)
+    if comm.rank == 0:
+        time.sleep(0.8)
+    outcomes = comm.allgather(attempt(world))
+    assert any(re.match("RingTimeout: rank 1 on .*, ring step 0 of .: waited for 576 bytes from rank 0 ", said)
+               or "rank 1 gave up" in said for said, _ in outcomes), outcomes
+    for rank, (said, seconds) in enumerate(outcomes):
+        assert seconds < 10, outcomes
+        if rank:
+            assert re.match(rf"Ring\w+|RankLost: rank {rank} on .*, ring step . of .: waited for ", said), outcomes
+
+
+@pytest.mark.parametrize("kind", ["direct", "staged"])
+def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, kind):
+    """On rank 0 nothing on the caller's stream comes about any more: its block is never written."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    world = World(comm.Dup(), kind, 8, 0.3)
+    if comm.rank == 0:
+        world.device.caller_stream().speed = 0
+    outcomes = comm.allgather(attempt(world))
+    obstacle = {"direct": r"\(not sent yet: this rank's GPU still writes the buffer\)",
+                "staged": r"\(0 of 9 chunks copied out by this rank's GPU so far\)"}[kind]
+    for said, seconds in outcomes:
+        assert said.startswith(("RingTimeout", "RankLost")), outcomes
+        assert seconds < 10, outcomes
+    assert re.search(f"for rank 1 to take 576 bytes {obstacle}(; | for 0.3 s)", outcomes[0][0]), outcomes
+
+
+@pytest.mark.parametrize("kind", ["direct", "staged"])
+def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
+    """On rank 0 the first kernel hangs: the buffer it reads can't take the third block."""
+    if comm.size < 3:
+        pytest.skip("needs three ranks")
+
+    def each(world, number):
+        if comm.rank == 0 and number == 0:
+            while world.link._loaded is None or not world.link._loaded.done:
+                pass
+            world.device.caller_stream().speed = 0
+
+    outcomes, world = outcomes_of(comm, kind, each, timeout=0.5)
+    obstacle = {"direct": "(not asked for yet: this rank's GPU still reads the buffer)",
+                "staged": "(0 of 9 chunks copied in by this rank's GPU so far)"}[kind]
+    assert f"576 bytes from rank {comm.size - 1} {obstacle}" in outcomes[0][0], outcomes
+    for said, seconds in outcomes:
+        assert said.startswith(("RingTimeout", "RankLost", "no error")), outcomes     # some had all they needed
+        assert seconds < 10, outcomes
+    if comm.rank == 0:
+        assert world.link._slots == []
+
+
+# The choice of the transport.
+
+def test_local_ranks(comm):
+    mine = private(comm)
+    assert (mine.local_rank, mine.local_size, mine.leader) == (comm.rank, comm.size, 0)
+    half = comm.Split(comm.rank % 2, -comm.rank)
+    theirs = private(half)
+    found = theirs.local_rank, theirs.local_size, half.Get_rank(), half.Get_size()
+    half.Free()
+    assert found[:2] == found[2:]
+
+
+def test_a_request_wins_over_the_variable(comm, monkeypatch):
+    monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct")
+    chosen = [choose(private(comm), request, 60) for request in ("staged", "auto", "direct")]
+    monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "staged")
+    chosen.append(choose(private(comm), "auto", 60))
+    assert chosen[0] == Transport("staged", "asked for by gpu_transport=staged")
+    assert chosen[1].name == "direct"
+    assert chosen[1].reason.startswith("asked for by RINGMPI_GPU_TRANSPORT=direct; MPI is not CUDA-aware")
+    assert chosen[2].reason.startswith("asked for by gpu_transport=direct; ")
+    assert chosen[3] == Transport("staged", "asked for by RINGMPI_GPU_TRANSPORT=staged")
+
+
+def test_all_ranks_take_the_same_transport(comm, monkeypatch):
+    monkeypatch.delenv("RINGMPI_GPU_TRANSPORT", raising=False)
+    last = comm.size - 1
+    chosen = []
+    for proven in (lambda rank: True, lambda rank: rank != last, lambda rank: False):
+        monkeypatch.setattr("ringmpi.transport.cuda_awareness",
+                            lambda proven=proven: (proven(comm.rank), f"MPI says {proven(comm.rank)}"))
+        chosen.append(choose(private(comm), "auto", 60))
+    everyone = comm.allgather(chosen)
+    assert all(theirs == chosen for theirs in everyone)
+    assert chosen[0] == Transport("direct", "MPI says True")
+    assert chosen[1] == Transport("staged", f"MPI says False{f' (on rank {last})' if last else ''}")
+    assert chosen[2] == Transport("staged", "MPI says False")
+
+
+@pytest.mark.parametrize(("request_", "variable", "text"), [
+    ("auto", "teleport", "RINGMPI_GPU_TRANSPORT: expected one of auto, direct, staged, got 'teleport'"),
+    ("quick", "", "gpu_transport: expected one of auto, direct, staged, got 'quick'")])
+def test_a_transport_that_there_is_not(comm, monkeypatch, request_, variable, text):
+    """On the last rank alone: the others hear of it."""
+    bad = comm.rank == comm.size - 1
+    monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", variable if bad else "")
+    with pytest.raises(OptionError) as caught:
+        choose(private(comm), request_ if bad else "auto", 60)
+    everyone = comm.allgather(str(caught.value))
+    assert set(everyone) == {f"rank {comm.size - 1}: {text}"}
+
+
+def test_transports_that_differ(comm, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct" if comm.rank else "staged")
+    with pytest.raises(OptionError, match="gpu_transport is direct here and staged on rank 0"):
+        choose(private(comm), "auto", 60)
+
+
+def test_errors_are_the_rings_own():
+    assert issubclass(RingTimeout, RingError)
+    assert issubclass(RankLost, RingError)
