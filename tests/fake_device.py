@@ -175,6 +175,14 @@ class FakeDevice:
         to, of = (x.reshape(-1).view(np.uint8) for x in (target, source))
         self.put(lambda: np.copyto(to, of), stream)
 
+    def array(self, x):
+        target = self.empty(x.shape, x.dtype)
+        target[...] = x
+        return target
+
+    def host(self, x):
+        return x.get()
+
     # Streams and events
 
     def caller_stream(self):
@@ -195,8 +203,8 @@ class FakeDevice:
 
     # Kernels
 
-    def compile(self, source, names, options):
+    def compile(self, path, names, options):
         raise NotImplementedError
 
-    def launch(self, kernel, grid, block, shared_bytes, arguments, stream):
-        self.put(lambda: kernel(grid, block, shared_bytes, arguments) and None, stream)
+    def launch(self, kernel, grid, threads, shared_bytes, arguments, stream):
+        self.put(lambda: kernel(grid, threads, shared_bytes, arguments) and None, stream)

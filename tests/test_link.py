@@ -1,0 +1,311 @@
+"""The parts of a link one by one, the fake device they are tested with, and what MPI says about CUDA. One process."""
+
+import ctypes
+import inspect
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_device import FakeArray, FakeDevice
+
+from ringmpi import environment, transport
+from ringmpi.device import Device
+from ringmpi.link import CopyIn, CopyOut, Lane, Messages, pieces
+from ringmpi.transport import cuda_awareness
+
+# The fake device: what it must have, and that it finds mistakes.
+
+
+def test_the_fake_has_every_method_of_a_device():
+    for name, method in inspect.getmembers(Device, inspect.isfunction):
+        if not name.startswith("_"):
+            theirs = inspect.signature(getattr(FakeDevice, name)).parameters
+            assert list(theirs) == list(inspect.signature(method).parameters), name
+
+
+def test_an_event_comes_after_all_that_was_before_it_on_its_stream():
+    for seed in range(20):
+        device, order = FakeDevice(seed), []
+        stream = device.new_stream()
+        for number in range(5):
+            device.put(partial(order.append, number), stream)
+        event = device.record(stream)
+        device.put(partial(order.append, 5), stream)
+        assert not order
+        while not event.done:
+            pass
+        assert order[:5] == [0, 1, 2, 3, 4]
+
+
+def test_streams_go_at_their_own_pace():
+    orders = set()
+    for seed in range(40):
+        device, order = FakeDevice(seed), []
+        streams = [device.new_stream(), device.new_stream()]
+        for name, stream in zip("ab", streams, strict=True):
+            device.put(partial(order.append, name), stream)
+        for stream in streams:
+            stream.synchronize()
+        orders.add("".join(order))
+    assert orders == {"ab", "ba"}
+
+
+def copied(seed, waits):
+    """Write on one stream and copy to the host on another, which waits for the first or does not."""
+    device = FakeDevice(seed)
+    source, target, other = device.message_buffer(8), device.pinned(8), device.new_stream()
+    source.fill(1)
+    if waits:
+        device.follow(other, device.record(device.caller_stream()))
+    device.download(target, source, other)
+    other.synchronize()
+    return target.tolist() == [1] * 8
+
+
+def test_a_missing_event_gives_wrong_bytes():
+    assert all(copied(seed, waits=True) for seed in range(40))
+    assert not all(copied(seed, waits=False) for seed in range(40))
+
+
+def test_a_copy_reads_its_source_late():
+    device = FakeDevice(0)
+    source, target = np.ones(8, np.uint8), device.message_buffer(8)
+    device.upload(target, source, device.caller_stream())
+    source[:] = 7
+    assert target.get().tolist() == [7] * 8
+
+
+def test_a_stream_that_is_stuck_is_found():
+    device = FakeDevice(0)
+    device.caller_stream().speed = 0
+    with pytest.raises(RuntimeError, match="never happens"):
+        device.caller_stream().synchronize()
+
+
+def test_device_memory_is_no_host_memory_and_begins_as_nan():
+    device = FakeDevice(0)
+    for dtype in ("f2", "f4", "f8"):
+        x = device.empty((2, 3), dtype)
+        assert np.isnan(x.get()).all()
+    with pytest.raises(TypeError, match="get"):
+        np.asarray(x)
+    with pytest.raises(TypeError):
+        memoryview(x)
+    assert not hasattr(x, "__dlpack__")
+    assert (device.pinned(3) == 0xFF).all()
+
+
+def test_kernels_run_on_their_stream():
+    device = FakeDevice(0)
+    x, seen = device.empty((3,), "f4"), []
+    x.fill(2)
+    device.launch(lambda grid, block, shared, arguments: seen.append((grid, block, shared, arguments[0].host.sum())),
+                  (1, 2), 32, 64, [x, np.int64(1)], device.caller_stream())
+    assert not seen
+    device.caller_stream().synchronize()
+    assert seen == [((1, 2), 32, 64, 6.0)]
+
+
+def test_arrays_can_do_what_the_library_asks():
+    device = FakeDevice(0)
+    slot = device.message_buffer(24)
+    view = slot[8:24].view(np.dtype("f4")).reshape((2, 2))
+    view[...] = np.arange(4).reshape(2, 2)
+    other = device.empty((2, 2), "f4")
+    other[...] = view
+    assert isinstance(view, FakeArray)
+    assert other.get().tolist() == [[0, 1], [2, 3]]
+    assert (view.nbytes, view.shape, view.data.ptr) == (16, (2, 2), slot.data.ptr + 8)
+
+
+# The transfers, with messages that are done when the test says so.
+
+class FakeRequest:
+    def __init__(self, finished=False):
+        self.finished = finished
+
+    def Test(self):
+        return self.finished
+
+    Get_status = Test
+
+
+class Wire:
+    """Takes messages; keeps what was in their buffers when they were started."""
+
+    def __init__(self):
+        self.requests, self.buffers = [], []
+
+    def post(self, buffer):
+        self.requests.append(FakeRequest())
+        self.buffers.append(buffer)
+        return self.requests[-1]
+
+
+@pytest.fixture(autouse=True)
+def _no_mpi(monkeypatch):
+    monkeypatch.setattr("ringmpi.link.load", lambda: SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError))
+
+
+def advance(transfer, times=400):
+    for _ in range(times):
+        transfer.advance()
+
+
+def test_a_message_waits_for_its_event():
+    device, wire, requests = FakeDevice(0), Wire(), []
+    device.caller_stream().speed = 0
+    messages = Messages(pieces(device.message_buffer(10), 10, 4), wire.post, requests,
+                        device.record(device.caller_stream()), "(why)")
+    advance(messages)
+    assert (messages.advance(), messages.done(), messages.obstacle(), wire.buffers) == (False, False, "(why)", [])
+    device.caller_stream().speed = 1
+    advance(messages)
+    assert (messages.advance(), messages.done(), messages.obstacle()) == (True, False, "")
+    assert [buffer.nbytes for buffer in wire.buffers] == [4, 4, 2]
+    assert requests == wire.requests
+    for request in requests:
+        request.finished = True
+    assert messages.done()
+
+
+def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
+    """While the wire stands still, the others are copied; a buffer is used again when its message is done."""
+    device, wire = FakeDevice(0), Wire()
+    lane, slot = Lane(device, [4] * 3), device.message_buffer(22)
+    slot[...] = np.arange(22)
+    device.caller_stream().synchronize()
+    way = CopyOut(lane, pieces(slot, 22, 4), wire.post)
+    for sent in range(3, 7):
+        advance(way)
+        assert len(wire.requests) == sent
+        assert [buffer.tolist() for buffer in wire.buffers[-3:]] == [
+            list(range(4 * i, min(4 * i + 4, 22))) for i in range(sent - 3, sent)]
+        assert not way.done()
+        assert way.obstacle() == ""
+        wire.requests[sent - 3].finished = True
+    for request in wire.requests:
+        request.finished = True
+    assert way.advance()
+    assert way.done()
+
+
+def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
+    """All buffers are open for messages at once; one is opened again when its bytes are in the slot."""
+    device, wire = FakeDevice(0), Wire()
+    lane, slot = Lane(device, [4] * 3), device.message_buffer(22)
+    way = CopyIn(lane, pieces(slot, 22, 4), wire.post)
+    way.advance()
+    assert len(wire.requests) == 3
+    lane.stream.speed = 0
+    for chunk in range(3):
+        wire.buffers[chunk][:] = range(4 * chunk, 4 * chunk + 4)
+        wire.requests[chunk].finished = True
+    advance(way)
+    assert len(wire.requests) == 3
+    assert way.obstacle() == "(0 of 6 chunks copied in by this rank's GPU so far)"
+    lane.stream.speed = 1
+    advance(way)
+    assert [buffer.nbytes for buffer in wire.buffers[3:]] == [4, 4, 2]
+    assert slot.host[:12].tolist() == list(range(12))
+    for chunk in range(3, 6):
+        wire.buffers[chunk][:] = range(4 * chunk, min(4 * chunk + 4, 22))
+        wire.requests[chunk].finished = True
+    advance(way)
+    assert way.done()
+    assert slot.host.tolist() == list(range(22))
+
+
+def test_a_block_without_bytes_has_no_messages():
+    device, wire = FakeDevice(0), Wire()
+    empty = device.message_buffer(0)
+    for way in (CopyOut(Lane(device, []), pieces(empty, 0, 4), wire.post),
+                CopyIn(Lane(device, []), pieces(empty, 0, 4), wire.post), Messages(pieces(empty, 0, 4), wire.post, [])):
+        assert way.advance()
+        assert way.done()
+    assert wire.requests == []
+
+
+# What MPI says about CUDA.
+
+class FakeInfo(dict):
+    Get = dict.get
+
+    def Free(self):
+        self.clear()
+
+
+def mpi_library(monkeypatch, vendor="Open MPI v5.0.11", kinds=None, old=None, new=None, **variables):
+    """Put an MPI library in place that says `vendor`, memory kinds, and answers to the older and newer query."""
+    for name in ("MPICH_GPU_SUPPORT_ENABLED", "I_MPI_OFFLOAD", "I_MPI_OFFLOAD_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    known = {"mpi_memory_alloc_kinds": kinds} if kinds else {}
+    alone = SimpleNamespace(Get_info=lambda: FakeInfo(known))
+    monkeypatch.setattr(transport, "load", lambda: SimpleNamespace(
+        Get_library_version=lambda: vendor, COMM_SELF=alone, __file__="MPI.so"))
+    symbols = {}
+    if old is not None:
+        symbols["MPIX_Query_cuda_support"] = lambda: old
+    if new is not None:
+        def query(kind, answer):
+            assert kind == 0
+            answer._obj.value = new
+            return 0
+        symbols["MPIX_GPU_query_support"] = query
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(**symbols))
+
+
+CRAY = "MPI VERSION    : CRAY MPICH version 8.1.30.8 (ANL base 3.4a2)"
+INTEL = "Intel(R) MPI Library 2021.14 for Linux* OS"
+
+LIBRARIES = {
+    "nothing to ask": ({}, False, "not known to be CUDA-aware: it has neither"),
+    "kinds": ({"kinds": "mpi,system,cuda"}, True, "mpi_memory_alloc_kinds is mpi,system,cuda"),
+    "kind of memory": ({"kinds": "mpi, cuda:device"}, True, "CUDA-aware"),
+    "other kinds of memory": ({"kinds": "system,cuda:host,cuda:managed,rocm:device"}, False, "not known"),
+    "kinds win": ({"kinds": "cuda", "old": 0, "new": 0}, True, "mpi_memory_alloc_kinds"),
+    "no such kind, but a query": ({"kinds": "mpi,system", "new": 1}, True, "MPIX_GPU_query_support says yes"),
+    "Open MPI": ({"old": 1}, True, "MPI is CUDA-aware: MPIX_Query_cuda_support says yes"),
+    "Open MPI without": ({"old": 0}, False, "MPI is not CUDA-aware: MPIX_Query_cuda_support says no"),
+    "MPICH": ({"vendor": "MPICH Version: 5.0", "old": 0, "new": 1}, True, "MPIX_GPU_query_support says yes"),
+    "MPICH without": ({"vendor": "MPICH Version: 5.0", "old": 1, "new": 0}, False, "MPIX_GPU_query_support says no"),
+    "Cray not told": ({"vendor": CRAY, "kinds": "cuda", "new": 1}, False, "MPICH_GPU_SUPPORT_ENABLED is not 1"),
+    "Cray told no": ({"vendor": CRAY, "new": 1, "MPICH_GPU_SUPPORT_ENABLED": "0"}, False, "is not 1"),
+    "Cray told": ({"vendor": CRAY, "new": 1, "MPICH_GPU_SUPPORT_ENABLED": "1"}, True, "query_support says yes"),
+    "Cray told in vain": ({"vendor": CRAY, "new": 0, "MPICH_GPU_SUPPORT_ENABLED": "1"}, False, "says no"),
+    "Cray told, silent": ({"vendor": CRAY, "MPICH_GPU_SUPPORT_ENABLED": "1"}, False, "not known"),
+    "not Cray's": ({"MPICH_GPU_SUPPORT_ENABLED": "1"}, False, "not known"),
+    "Intel not told": ({"vendor": INTEL, "old": 1}, False, "I_MPI_OFFLOAD is not set, I_MPI_OFFLOAD_MODE is not set"),
+    "Intel told no": ({"vendor": INTEL, "I_MPI_OFFLOAD": "0", "I_MPI_OFFLOAD_MODE": "cuda"}, False, "not told"),
+    "Intel told which?": ({"vendor": INTEL, "I_MPI_OFFLOAD": "1"}, False, "is 1, I_MPI_OFFLOAD_MODE is not"),
+    "Intel told": ({"vendor": INTEL, "I_MPI_OFFLOAD": "1", "I_MPI_OFFLOAD_MODE": "cuda"}, True, "told to take CUDA"),
+    "not Intel's": ({"I_MPI_OFFLOAD": "1", "I_MPI_OFFLOAD_MODE": "cuda"}, False, "not known"),
+}
+
+
+@pytest.mark.parametrize("case", LIBRARIES)
+def test_only_a_proof_counts(monkeypatch, case):
+    options, proven, text = LIBRARIES[case]
+    mpi_library(monkeypatch, **options)
+    assert cuda_awareness()[0] is proven
+    assert text in cuda_awareness()[1]
+
+
+def test_a_query_that_fails_is_no_proof(monkeypatch):
+    mpi_library(monkeypatch)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(MPIX_GPU_query_support=lambda kind, answer: 5))
+    assert not cuda_awareness()[0]
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, None), ({"SLURM_LOCALID": "3"}, 3), ({"MPI_LOCALRANKID": "2"}, 2), ({"PMI_LOCAL_RANK": "x"}, None),
+    ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1), ({"MV2_COMM_WORLD_LOCAL_RANK": "5"}, 5)])
+def test_the_launchers_local_rank(monkeypatch, variables, expected):
+    for name in environment.LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment.launched_local_rank() == expected
