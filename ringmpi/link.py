@@ -226,8 +226,8 @@ class StagedLink(DeviceLink):
 
     def drop(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""
-        lanes, self._lanes = self._lanes, []
-        return [*super().drop(), *lanes]
+        written, lanes, self._lanes = super().drop(), self._lanes, []
+        return [*written, *lanes] if written else []
 
 
 class Messages:

@@ -11,7 +11,7 @@ from fake_device import FakeArray, FakeDevice
 
 from ringmpi import environment, transport
 from ringmpi.device import Device
-from ringmpi.link import CopyIn, CopyOut, Lane, Messages, pieces
+from ringmpi.link import CopyIn, CopyOut, DirectLink, HostLink, Lane, Messages, StagedLink, pieces
 from ringmpi.transport import cuda_awareness
 
 # The fake device: what it must have, and that it finds mistakes.
@@ -215,6 +215,37 @@ def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     advance(way)
     assert way.done()
     assert slot.host.tolist() == list(range(22))
+
+
+def links_under_way():
+    """Links of every kind with a block on its way in, and the wire it is on."""
+    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), 4)):
+        link, wire = kind(), Wire()
+        link.reserve(22)
+        link.receive(1, 22, wire.post)
+        link.advance()
+        yield link, wire
+
+
+def test_what_is_under_way_is_kept_when_a_ring_is_abandoned():
+    for link, wire in links_under_way():
+        slots, way = link._slots, link.incoming
+        assert wire.requests
+        assert all(any(request is one for one in link.requests) for request in wire.requests)
+        kept = link.drop()
+        assert all(any(thing is one for one in kept) for thing in (*wire.requests, slots, way))
+        assert link.drop() == link.requests == link._slots == []
+
+
+def test_buffers_stay_until_a_larger_block_comes():
+    for link, _ in links_under_way():
+        link.settle()
+        slots = link._slots
+        link.reserve(10)
+        assert link._slots is slots
+        link.reserve(100)
+        assert [slot.nbytes for slot in link._slots] == [100, 100]
+        assert link.drop() == []
 
 
 def test_a_block_without_bytes_has_no_messages():
