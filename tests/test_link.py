@@ -229,11 +229,11 @@ def links_under_way():
 
 def test_what_is_under_way_is_kept_when_a_ring_is_abandoned():
     for link, wire in links_under_way():
-        slots, way = link._slots, link.incoming
+        slots, way, lanes = link._slots, link.incoming, getattr(link, "_lanes", [])
         assert wire.requests
         assert all(any(request is one for one in link.requests) for request in wire.requests)
         kept = link.drop()
-        assert all(any(thing is one for one in kept) for thing in (*wire.requests, slots, way))
+        assert all(any(thing is one for one in kept) for thing in (*wire.requests, slots, way, *lanes))
         assert link.drop() == link.requests == link._slots == []
 
 

@@ -9,7 +9,7 @@ from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
 from ringmpi.link import DirectLink, HostLink, StagedLink
-from ringmpi.mpi import private
+from ringmpi.mpi import _stranded, private
 from ringmpi.ring import Ring
 from ringmpi.trace import Trace
 from ringmpi.transport import Transport, choose
@@ -153,15 +153,17 @@ def test_one_rank_alone_has_no_buffers(comm):
 # What goes wrong, and what every rank makes of it.
 
 def attempt(world, **options):
-    """Pass a round as `RingAttention` does, and say what came of it and how long it took."""
-    start = time.perf_counter()
+    """Pass a round as `RingAttention` does; say what came of it, how long it took, and if buffers in use are kept."""
+    start, kept = time.perf_counter(), True
     try:
         world.pass_round([24] * world.comm.size, **options)
         said = "no error"
     except (MemoryError, RingError) as error:
+        used, slots = world.link.incoming or world.link.outgoing, world.link._slots
         world.ring.abandon(error)
         said = f"{type(error).__name__}: {error}"
-    return said, time.perf_counter() - start
+        kept = not used or any(slots is one for one in _stranded())
+    return said, time.perf_counter() - start, kept
 
 
 def outcomes_of(comm, kind, each, timeout=60.0):
@@ -175,12 +177,13 @@ def outcomes_of(comm, kind, each, timeout=60.0):
 @pytest.mark.parametrize("kind", LINKS)
 def test_a_rank_that_fails_is_not_waited_for(comm, kind):
     def each(world, number):
-        if comm.rank == 0 and number == comm.size - 1:
+        if comm.rank == 0 and number == 0:
             raise MemoryError("no more")
 
     outcomes, _ = outcomes_of(comm, kind, each)
-    for rank, (said, seconds) in enumerate(outcomes):
+    for rank, (said, seconds, kept) in enumerate(outcomes):
         assert seconds < 10, outcomes
+        assert kept
         if rank == 0:
             assert said == "MemoryError: no more", outcomes
         elif said != "no error":           # had all it needed
@@ -196,9 +199,10 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind):
         time.sleep(0.8)
     outcomes = comm.allgather(attempt(world))
     assert any(re.match("RingTimeout: rank 1 on .*, ring step 0 of .: waited for 576 bytes from rank 0 ", said)
-               or "rank 1 gave up" in said for said, _ in outcomes), outcomes
-    for rank, (said, seconds) in enumerate(outcomes):
+               or "rank 1 gave up" in said for said, _, _ in outcomes), outcomes
+    for rank, (said, seconds, kept) in enumerate(outcomes):
         assert seconds < 10, outcomes
+        assert kept
         if rank:
             assert re.match(rf"Ring\w+|RankLost: rank {rank} on .*, ring step . of .: waited for ", said), outcomes
 
@@ -214,7 +218,8 @@ def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, kind):
     outcomes = comm.allgather(attempt(world))
     obstacle = {"direct": r"\(not sent yet: this rank's GPU still writes the buffer\)",
                 "staged": r"\(0 of 9 chunks copied out by this rank's GPU so far\)"}[kind]
-    for said, seconds in outcomes:
+    for said, seconds, kept in outcomes:
+        assert kept
         assert said.startswith(("RingTimeout", "RankLost")), outcomes
         assert seconds < 10, outcomes
     assert re.search(f"for rank 1 to take 576 bytes {obstacle}(; | for 0.3 s)", outcomes[0][0]), outcomes
@@ -236,7 +241,8 @@ def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
     obstacle = {"direct": "(not asked for yet: this rank's GPU still reads the buffer)",
                 "staged": "(0 of 9 chunks copied in by this rank's GPU so far)"}[kind]
     assert f"576 bytes from rank {comm.size - 1} {obstacle}" in outcomes[0][0], outcomes
-    for said, seconds in outcomes:
+    for said, seconds, kept in outcomes:
+        assert kept
         assert said.startswith(("RingTimeout", "RankLost", "no error")), outcomes     # some had all they needed
         assert seconds < 10, outcomes
     if comm.rank == 0:
