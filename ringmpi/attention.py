@@ -12,19 +12,22 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from . import device
 from .arrays import as_array
-from .backends import check_name, open_backend
+from .backends import check_name
+from .backends.base import Backend
 from .checks import RECORD, check_arrays, check_mask, check_records, check_scale, check_threads, check_timeout
-from .errors import OptionError, RingError
+from .engine import HOST, Engine
+from .errors import BackendError, OptionError, RingError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .mpi import TIMEOUT, private
-from .ring import Block, Ring, travel
-from .softmax import DTYPES, State, accumulator, finish
+from .ring import Block, travel
+from .softmax import DTYPES, State, accumulator
 from .trace import Trace
+from .transport import Transport, check_transport
 
-Array = NDArray[Any]
-COMPILE_TIMEOUT = 600.0           # seconds at least: compiling is not being late
+Array = Any                       # of NumPy, or of CuPy on a GPU
 Progress = Callable[[int, int], object]
 
 
@@ -35,7 +38,7 @@ class Plan:
     key: bytes
     kv_layout: Layout
     bounds: list[Interval]
-    seen: NDArray[np.bool_]
+    seen: Array
     shapes: list[list[tuple[int, ...]]]
     block_bytes: int
     states: list[State]
@@ -52,6 +55,18 @@ class Plan:
     def pairs(self) -> int:
         """Visible query-key pairs of this rank, all batches."""
         return len(self.states) * int(sum((high - low).sum() for low, high in self.bounds))
+
+
+@dataclass
+class Call:
+    """What one call works on: arrays with a batch axis where the backend computes, and where they came from."""
+
+    q: Array
+    k: Array
+    v: Array
+    batched: bool
+    on_gpu: bool
+    plan: Plan
 
 
 class RingAttention:
@@ -71,13 +86,20 @@ class RingAttention:
         the ranks, any counts), ``"striped"``, ``"zigzag"`` or a `Custom`. `kv_layout` is `layout` by default.
     scale : float, optional
         Factor of the scores; ``1/sqrt(dim)`` by default.
-    backend : {"auto", "numba", "numpy"}
+    backend : {"auto", "numba", "numpy", "cuda"}
+        Where to compute; ``"auto"`` follows the arrays: on the GPU that they are on, else with Numba, else with NumPy.
+        With ``"cuda"`` host arrays are copied to the GPU of this rank's place on its node, and results back.
     threads : int, optional
         CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks.
     timeout : float
         Seconds after which waiting for another rank is an error.
     accumulator : dtype, optional
         float32 by default (float64 for float64 input); ``"float64"`` on request.
+    gpu_transport : {"auto", "direct", "staged"}
+        How K and V get from GPU to GPU: MPI is given GPU memory, or they go through page-locked host memory. ``"auto"``
+        is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
+    allow_gpu_sharing : bool
+        Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
 
     Attributes
     ----------
@@ -102,8 +124,8 @@ class RingAttention:
 
     def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
                  kv_layout: str | Layout | None = None, scale: float | None = None, backend: str = "auto",
-                 threads: int | None = None, timeout: float = TIMEOUT,
-                 accumulator: DTypeLike | None = None) -> None:
+                 threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
+                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False) -> None:
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private(comm, self.timeout)
         with self._comm.together(self.timeout):
@@ -116,21 +138,33 @@ class RingAttention:
             self.scale = check_scale(scale)
             self.accumulator = accumulator
             check_name(backend)
-            threads = check_threads(threads) or self._comm.threads
-        self._comm.agree_on(self._options(backend), self.timeout)
-        with self._comm.together(self.timeout):
-            self.backend = open_backend(backend, threads or 1)
-        # "auto" may open different backends on different ranks: all wait if one compiles.
-        self._compiles = bool(self._comm.share([self.backend.compiles], self.timeout).any())
-        self._ring = Ring(self._comm, self.timeout)
+            check_transport(gpu_transport)
+            threads = check_threads(threads) or self._comm.threads or 1
+        options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing)}
+        self._comm.agree_on({**self._options(), **options}, self.timeout)
+        self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
         self._plan: Plan | None = None
-        self._prepared: set[tuple[np.dtype[Any], np.dtype[Any]]] = set()
         self._closed = False
         self.trace = Trace()
 
-    def _options(self, backend: str) -> dict[str, Any]:
+    @property
+    def backend(self) -> Backend:
+        """What computes; with ``backend="auto"`` another one after a call whose arrays are elsewhere."""
+        return self._engine.backend
+
+    @property
+    def gpus(self) -> list[str]:
+        """UUID of the GPU of each rank; empty on CPUs."""
+        return self._engine.gpus
+
+    @property
+    def transport(self) -> Transport | None:
+        """How K and V get from GPU to GPU, and why; None on CPUs."""
+        return self._engine.transport
+
+    def _options(self) -> dict[str, Any]:
         layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
-        return {**self.mask.describe(), "scale": self.scale, "backend": backend, "accumulator": self.accumulator,
+        return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator,
                 **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
 
     @overload
@@ -148,7 +182,9 @@ class RingAttention:
         Parameters
         ----------
         q : array of shape ([batch,] n_q, heads, dim), float64, float32, bfloat16 or float16
-            This rank's queries; n_q may differ between ranks and may be 0.
+            This rank's queries; n_q may differ between ranks and may be 0. q, k and v are all on the host, or all on
+            one GPU: of NumPy, CuPy, torch, JAX, or anything with the buffer protocol, DLPack or
+            ``__cuda_array_interface__``.
         k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
@@ -161,7 +197,8 @@ class RingAttention:
         Returns
         -------
         out : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
-            A query that sees no key has 0.
+            A query that sees no key has 0. NumPy for host arrays; for GPU arrays CuPy on the same GPU, complete when
+            the call returns.
         lse : array of shape ([batch,] n_q, heads), accumulator dtype
             With `return_lse`. A query that sees no key has -inf.
 
@@ -177,23 +214,38 @@ class RingAttention:
             raise RingError("this RingAttention is closed; make a new one")
         trace = self.trace = Trace()
         start = time.perf_counter()
-        q, k, v, batched, plan = self._agree(q, k, v)
+        call = self._agree(q, k, v)
         trace.agree_seconds = time.perf_counter() - start - trace.compile_seconds
-        trace.flop_per_pair = 2 * q.shape[2] * (q.shape[3] + v.shape[3])
-        try:
-            for state in plan.states:
-                state.reset()
-            for block in self._ring.circulate((k, v), plan.shapes, plan.hops, trace):
-                start = time.perf_counter()
-                block.step.pairs = self._fold(plan, q, block, progress)
-                block.step.compute_seconds = time.perf_counter() - start
-        except BaseException as error:
-            self._ring.abandon(error)
-            raise
-        out, lse = self._finish(plan, q, v)
-        if not batched:
+        trace.flop_per_pair = 2 * call.q.shape[2] * (call.q.shape[3] + call.v.shape[3])
+        with self.backend.current():
+            out, lse = self._run(call, progress)
+            if not call.on_gpu:
+                out, lse = self.backend.fetch(out), self.backend.fetch(lse)
+        if not call.batched:
             out, lse = out[0], lse[0]
         return (out, lse) if return_lse else out
+
+    def _run(self, call: Call, progress: Progress | None) -> tuple[Array, Array]:
+        """Fold every block that comes by, and finish."""
+        plan, backend = call.plan, self.backend
+        try:
+            for state in plan.states:
+                backend.reset(state)
+            for block in self._engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops,
+                                                     self.trace):
+                start = time.perf_counter()
+                block.step.pairs = self._fold(plan, call.q, block, progress)
+                block.step.compute_seconds = time.perf_counter() - start
+        except BaseException as error:
+            self._engine.ring.abandon(error)
+            raise
+        batch, n_q, heads, _ = call.q.shape
+        out = backend.empty((batch, n_q, heads, call.v.shape[3]), call.q.dtype)
+        lse = backend.empty((batch, n_q, heads), plan.accumulator)
+        for state, out_, lse_ in zip(plan.states, out, lse, strict=True):
+            backend.finish(state, plan.seen, out_, lse_)
+        backend.complete()
+        return out, lse
 
     def _fold(self, plan: Plan, q: Array, block: Block, progress: Progress | None) -> int:
         """Fold a block into the states; return the visible pairs."""
@@ -202,32 +254,26 @@ class RingAttention:
         for begin, end in plan.columns(block.source):
             for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
                 for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
-                    self._ring.progress()
+                    self._engine.ring.progress()
                     total += pairs
-                    if progress:
+                    if progress and pairs:
                         progress(pairs, plan.pairs)
         return total
 
-    def _finish(self, plan: Plan, q: Array, v: Array) -> tuple[Array, Array]:
-        batch, n_q, heads, _ = q.shape
-        out = np.empty((batch, n_q, heads, v.shape[3]), q.dtype)
-        lse = np.empty((batch, n_q, heads), plan.accumulator)
-        for state, out_, lse_ in zip(plan.states, out, lse, strict=True):
-            finish(state, plan.seen, out_, lse_)
-        return out, lse
-
-    def _agree(self, q: Any, k: Any, v: Any) -> tuple[Array, Array, Array, bool, Plan]:
+    def _agree(self, q: Any, k: Any, v: Any) -> Call:
         """Check the shards here, then everywhere; plan unless the last call's plan fits."""
         error: Exception | None = None
-        record = np.zeros(len(RECORD) + 2, np.int64)
-        batched = False
+        record = np.zeros(len(RECORD) + 3, np.int64)
+        batched, place = False, HOST
         try:
             q, k, v = (as_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-            batched = check_arrays(q, k, v)
-            q, k, v = (np.ascontiguousarray(x if batched else x[None]) for x in (q, k, v))
+            batched, place = check_arrays(q, k, v), _place(q, k, v)
+            q, k, v = (x if batched else x[None] for x in (q, k, v))
             record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-                          list(DTYPES.values()).index(q.dtype), q.shape[1], k.shape[1])
+                          list(DTYPES.values()).index(q.dtype), place != HOST, q.shape[1], k.shape[1], place)
             accumulator(q.dtype, self.accumulator)
+            if place == HOST:
+                q, k, v = (np.ascontiguousarray(x) for x in (q, k, v))
         except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
             error = failure
         except BaseException as failure:  # an interrupt
@@ -239,35 +285,36 @@ class RingAttention:
             self._comm.raise_agreed(error, self.timeout)
         if self._plan is None or self._plan.key != records.tobytes():
             self._plan = None             # the old plan's memory goes before the new one's comes
-            check_records(records)
-            layouts = self._resolve(records)
-            with self._comm.together(self.timeout):
-                plan = self._make_plan(records, *layouts, q.dtype)
-                self._ring.reserve(plan.block_bytes)
-            plan.hops = self._agree_hops(plan)
-            self._prepare(q.dtype, plan.accumulator)
-            self._plan = plan
-        return q, k, v, batched, self._plan
+            self._plan = self._make_plan(records, q, v)
+        if self.backend.device is not None:
+            with self._comm.together(self.timeout), self.backend.current():       # its memory may run out
+                q, k, v = (self.backend.place(x) for x in (q, k, v))
+        return Call(q, k, v, batched, place != HOST, self._plan)
 
-    def _prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any]) -> None:
-        """Compile, once for each combination of dtypes; one rank of a node first. Collective over *comm*."""
-        if self._compiles and (dtype, kind) not in self._prepared:
-            start = time.perf_counter()
-            self._comm.by_turns(lambda: self.backend.prepare(dtype, kind), max(self.timeout, COMPILE_TIMEOUT))
-            self._prepared.add((dtype, kind))
-            self.trace.compile_seconds = time.perf_counter() - start
+    def _make_plan(self, records: NDArray[np.int64], q: Array, v: Array) -> Plan:
+        """Plan for these shards, and compile for them. Collective over *comm*."""
+        check_records(records)
+        self._engine.follow(records[:, -1])
+        layouts = self._resolve(records)
+        kind = accumulator(q.dtype, self.accumulator)
+        self.trace.compile_seconds = self._engine.prepare(q.dtype, kind, q.shape[3], v.shape[3])
+        with self._comm.together(self.timeout), self.backend.current():
+            plan = self._new_plan(records, *layouts, q.dtype)
+            self._engine.ring.reserve(plan.block_bytes)
+        plan.hops = self._agree_hops(plan)
+        return plan
 
     def _resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
-        q_layout = resolve(self.layout, records[:, -2].tolist(), "q")
-        kv_layout = resolve(self.kv_layout, records[:, -1].tolist(), "k and v")
+        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
+        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
         self.mask.check(kv_layout.length)
         kind = accumulator(list(DTYPES.values())[records[0, 7]], self.accumulator)
         if self.scale is not None and abs(self.scale) > float(np.finfo(kind).max):
             raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind}")
         return q_layout, kv_layout
 
-    def _make_plan(self, records: NDArray[np.int64], q_layout: Layout, kv_layout: Layout,
-                   dtype: np.dtype[Any]) -> Plan:
+    def _new_plan(self, records: NDArray[np.int64], q_layout: Layout, kv_layout: Layout,
+                  dtype: np.dtype[Any]) -> Plan:
         batch, heads, kv_heads, dim, dim_v = (int(x) for x in records[0, 2:7])
         positions = q_layout.positions(self._comm.rank)
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
@@ -276,10 +323,10 @@ class RingAttention:
             seen |= high > low
         kind = accumulator(dtype, self.accumulator)
         return Plan(
-            records.tobytes(), kv_layout, bounds, seen,
+            records.tobytes(), kv_layout, bounds, self.backend.place(seen),
             [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in kv_layout.counts],
             max(kv_layout.counts) * batch * kv_heads * (dim + dim_v) * dtype.itemsize,
-            [State.empty(len(positions), heads, dim_v, kind) for _ in range(batch)], kind,
+            [self.backend.new_state(len(positions), heads, dim_v, kind) for _ in range(batch)], kind,
             1 / math.sqrt(dim) if self.scale is None else self.scale)
 
     def _agree_hops(self, plan: Plan) -> list[int]:
@@ -294,8 +341,7 @@ class RingAttention:
         if not self._closed:
             self._closed = True
             self._plan = None
-            self._ring = Ring(self._comm, self.timeout)
-            self.backend.close()
+            self._engine.close()
 
     def __enter__(self) -> RingAttention:
         return self
@@ -303,6 +349,16 @@ class RingAttention:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         self.close()
+
+
+def _place(q: Array, k: Array, v: Array) -> int:
+    """Index of the GPU that the arrays are on; HOST for host arrays."""
+    places = [HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in (q, k, v)]
+    if len(set(places)) > 1:
+        named = ", ".join(f"{name} on {'the host' if place == HOST else f'GPU {place}'}"
+                          for name, place in zip("qkv", places, strict=True))
+        raise BackendError(f"q, k and v: expected all on the host or all on one GPU, got {named}; copy them")
+    return places[0]
 
 
 @overload
@@ -328,8 +384,8 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, retur
     return_lse : bool
         Return the log-sum-exp of the scores too.
     **options
-        `mask`, `layout`, `kv_layout`, `scale`, `backend`, `threads`, `timeout`, `accumulator`: see
-        `RingAttention`.
+        `mask`, `layout`, `kv_layout`, `scale`, `backend`, `threads`, `timeout`, `accumulator`, `gpu_transport`,
+        `allow_gpu_sharing`: see `RingAttention`.
 
     Returns
     -------

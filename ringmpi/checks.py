@@ -15,8 +15,8 @@ from .softmax import DTYPES, check_dtype
 
 Array = NDArray[Any]
 
-# What must be equal on all ranks before the first message; then tokens of q and of k.
-RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype")
+# What must be equal on all ranks before the first message; then come tokens of q and of k, and the GPU they are on.
+RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)")
 
 
 def check_arrays(q: Array, k: Array, v: Array) -> bool:

@@ -7,6 +7,7 @@ the transports ask of a GPU, so that tests can put another class, over host memo
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .errors import BackendError
+from .softmax import BFLOAT16
 
 PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"
@@ -45,6 +47,48 @@ def version() -> str:
     """Give the version of CuPy and of the CUDA that the driver speaks. Local."""
     number = _cupy().cuda.runtime.driverGetVersion()
     return f"CuPy {_cupy().__version__}, driver for CUDA {number // 1000}.{number % 1000 // 10}"
+
+
+def view(x: Any) -> Array:
+    """View a GPU array of any library as a CuPy array, ready for the current stream. Local."""
+    cupy = _cupy()
+    if isinstance(x, cupy.ndarray):
+        return x
+    if hasattr(x, "detach"):                   # torch exports no tensor that requires a gradient
+        x = x.detach()
+    with cupy.cuda.Device(x.__dlpack_device__()[1] if hasattr(x, "__dlpack_device__") else None):
+        if str(getattr(x, "dtype", "")) == "torch.bfloat16":      # a dtype that not every version can name
+            return cupy.from_dlpack(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
+        return cupy.from_dlpack(x) if hasattr(x, "__dlpack__") else cupy.asarray(x)
+
+
+def index_of(x: Array) -> int:
+    """Give the index of the GPU that a CuPy array is on. Local."""
+    return int(x.device.id)
+
+
+def choose_index(local_rank: int, visible: int, allow_sharing: bool) -> int:
+    """Choose a GPU for a rank by its place on its node. Local.
+
+    Parameters
+    ----------
+    local_rank : int
+        This rank's place on its node, from 0.
+    visible : int
+        GPUs that this process sees. One is this rank's own, whatever its place; `CudaBackend`'s caller finds out
+        whether other ranks have the same one.
+    allow_sharing : bool
+        Let ranks without a GPU of their own share, in turns.
+
+    Raises
+    ------
+    BackendError
+        If there are fewer GPUs than ranks, and sharing is not allowed.
+    """
+    if visible > 1 and local_rank >= visible and not allow_sharing:
+        raise BackendError(f"backend cuda: expected a GPU for each rank of the node, got {visible} GPUs for local rank "
+                           f"{local_rank}; start fewer ranks on a node, or allow_gpu_sharing (--allow-gpu-sharing)")
+    return local_rank % max(visible, 1)
 
 
 class Device:
@@ -120,17 +164,6 @@ class Device:
         """Make an array of bytes in page-locked host memory."""
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
 
-    def view(self, x: Any) -> Array:
-        """View a GPU array of another library (DLPack, ``__cuda_array_interface__``), ready on our stream."""
-        if isinstance(x, self._cupy.ndarray):
-            return x
-        if str(getattr(x, "dtype", "")) == "torch.bfloat16":      # older DLPack readers don't know it
-            import torch
-            return self.view(x.detach().view(torch.int16)).view(_bfloat16())
-        if hasattr(x, "detach"):                                  # torch exports no tensor that requires a gradient
-            x = x.detach()
-        return self._cupy.from_dlpack(x) if hasattr(x, "__dlpack__") else self._cupy.asarray(x)
-
     def contiguous(self, x: Array) -> Array:
         """Give `x` itself if it is C-contiguous, else a copy that is."""
         bits = x.view(f"u{x.dtype.itemsize}")        # copying needs no arithmetic, so no header for bfloat16
@@ -139,11 +172,11 @@ class Device:
     # Copies
 
     def upload(self, target: Array, source: NDArray[Any], stream: Any) -> None:
-        """Start a copy from host to device, both contiguous and of one size; `source` page-locked if it is to overlap."""
+        """Start a copy from host to device, both contiguous and of one size; it overlaps if `source` is page-locked."""
         self._copy(target.data.ptr, source.ctypes.data, source.nbytes, "memcpyHostToDevice", stream)
 
     def download(self, target: NDArray[Any], source: Array, stream: Any) -> None:
-        """Start a copy from device to host, both contiguous and of one size; `target` page-locked if it is to overlap."""
+        """Start a copy from device to host, both contiguous and of one size; it overlaps if `target` is page-locked."""
         self._copy(target.ctypes.data, source.data.ptr, target.nbytes, "memcpyDeviceToHost", stream)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
@@ -244,7 +277,3 @@ def _cupy() -> Any:
     import cupy
     return cupy
 
-
-def _bfloat16() -> Any:
-    from .softmax import BFLOAT16
-    return BFLOAT16

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arrays import as_array
+from .arrays import as_host_array
 from .checks import check_timeout
 from .errors import OptionError, ShapeError
 from .layout import Integers, Layout, check_spec, make, resolve
@@ -50,7 +50,7 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     with ring.together(timeout):
         if wrong:
             raise OptionError(wrong)
-        shard = as_array(x, "x")
+        shard = as_host_array(x, "x")
         if shard.ndim == 0:
             raise ShapeError("x: expected an array of shape (tokens, ...), got a scalar")
         shard = np.ascontiguousarray(shard)

@@ -33,6 +33,12 @@ class Transport:
     reason: str
 
 
+def check_transport(name: str, what: str = "gpu_transport") -> None:
+    """Raise `OptionError` unless `name` is one of `TRANSPORTS`. Local."""
+    if name not in TRANSPORTS:
+        raise OptionError(f"{what}: expected one of {', '.join(TRANSPORTS)}, got {name!r}")
+
+
 def choose(comm: Comm, request: str, timeout: float) -> Transport:
     """Choose one transport for all ranks. Collective over *comm*.
 
@@ -73,8 +79,7 @@ def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:
 def _wish(request: str) -> tuple[str, str]:
     """Give the transport that is asked for, and by whom."""
     for name, wish in (("gpu_transport", request), (GPU_TRANSPORT, gpu_transport() or "auto")):
-        if wish not in TRANSPORTS:
-            raise OptionError(f"{name}: expected one of {', '.join(TRANSPORTS)}, got {wish!r}")
+        check_transport(wish, name)
         if wish != "auto":
             return wish, f"asked for by {name}={wish}"
     return "auto", ""

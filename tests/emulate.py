@@ -1,5 +1,6 @@
 """Run the kernels of kernels/ on the CPU: compile them by g++ with emulator/ in place of the GPU's instructions."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,26 +22,34 @@ COMPILER = shutil.which("g++")
 
 @functools.cache
 def _folder():
-    """Where libraries are kept while the tests run."""
-    return tempfile.TemporaryDirectory(prefix="ringmpi-emulator-")
+    """Where compiled kernels are kept, for all processes and runs with the same sources."""
+    sources = [*sorted(kernels_folder().glob("*.cu*")), *sorted(EMULATOR.iterdir())]
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"ringmpi-emulator-{os.getuid()}-{digest}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as parent:
+            (Path(parent) / "sources").mkdir()
+            for source in sources:             # the emulator's platform.cuh last, in place of the GPU's
+                shutil.copy(source, Path(parent) / "sources" / source.name)
+            with contextlib.suppress(OSError):             # another process was quicker
+                (Path(parent) / "sources").rename(folder)
+    return folder
 
 
 @functools.cache
-def library(file, names):
-    """Compile kernels `names` of `file`; a loaded library whose function kernel_N runs the Nth."""
-    folder = Path(_folder().name) / hashlib.sha256(f"{file} {names}".encode()).hexdigest()[:16]
-    folder.mkdir()
-    for source in (*kernels_folder().glob("*.cu*"), *EMULATOR.iterdir()):
-        shutil.copy(source, folder / source.name)              # the emulator's platform.cuh last
-    functions = "".join(
-        f'extern "C" void kernel_{i}(const unsigned* grid, unsigned threads, size_t shared, unsigned seed, '
-        f"void** arguments) {{ emulator::run(grid, threads, shared, seed, &{name}, arguments); }}\n"
-        for i, name in enumerate(names))
-    (folder / "unit.cpp").write_text(f'#include "emulator.h"\n#include "{file}"\n{functions}')
-    flags = os.environ.get("RINGMPI_TEST_CXXFLAGS", "-O2").split()
-    subprocess.run([COMPILER, "-std=c++17", *flags, "-w", "-shared", "-fPIC", "-o", "unit.so", "unit.cpp"],
-                   cwd=folder, check=True, timeout=300)
-    return ctypes.CDLL(str(folder / "unit.so"))
+def function(file, name):
+    """Compile kernel `name` of `file`, or load it; a function that runs it on a grid."""
+    folder = _folder()
+    path = folder / f"{hashlib.sha256(f'{file} {name}'.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        code = (f'#include "emulator.h"\n#include "{file}"\n'
+                'extern "C" void run(const unsigned* grid, unsigned threads, size_t shared, unsigned seed, '
+                f"void** arguments) {{ emulator::run(grid, threads, shared, seed, &{name}, arguments); }}\n")
+        temporary = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++", "-", "-o", temporary],
+                       input=code, text=True, cwd=folder, check=True, timeout=300)
+        temporary.rename(path)
+    return ctypes.CDLL(str(path)).run
 
 
 class EmulatedDevice(FakeDevice, Device):
@@ -53,19 +62,18 @@ class EmulatedDevice(FakeDevice, Device):
         self.launched = []
 
     def compile(self, path, names, options):
-        functions = library(path.name, tuple(names))
-        return [getattr(functions, f"kernel_{i}") for i in range(len(names))]
+        return [(name, function(path.name, name)) for name in names]
 
     def launch(self, kernel, grid, threads, shared_bytes, arguments, stream):
-        self.launched.append((kernel, grid, threads, shared_bytes))
-        super().launch(lambda *sizes_and_arguments: run(kernel, *sizes_and_arguments), grid, threads, shared_bytes,
-                       arguments, stream)
+        name, compiled = kernel
+        self.launched.append((name, grid, threads, shared_bytes))
+        super().launch(functools.partial(run, compiled), grid, threads, shared_bytes, arguments, stream)
 
 
-def run(function, grid, threads, shared_bytes, arguments, seed=0):
+def run(compiled, grid, threads, shared_bytes, arguments, seed=0):
     """Run a compiled kernel to its end; arguments are fake arrays and NumPy scalars."""
     # An array is passed as its address, a scalar as it is; the kernel gets the address of each.
     values = [np.array(x.data.ptr if isinstance(x, FakeArray) else x) for x in arguments]
     addresses = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
     sizes = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
-    function(sizes, ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.c_uint(seed), addresses)
+    compiled(sizes, ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.c_uint(seed), addresses)

@@ -288,7 +288,7 @@ def test_merge_of_states():
 def test_without_a_cache_folder_there_is_one_warning(tmp_path):
     """No locator finds a folder: kernels still compile, and only the launcher's rank 0 says so, once."""
     code = ("import numpy as np, ringmpi.backends as b\n"
-            "x = b.open_backend('numba', 1); x.prepare(np.dtype('f4'), np.dtype('f4')); print('ready')")
+            "x = b.open_backend('numba', 1); x.prepare(np.dtype('f4'), np.dtype('f4'), 8, 8); print('ready')")
     for rank, warnings in (("0", 1), ("1", 0)):
         environment = os.environ | {"NUMBA_CACHE_LOCATOR_CLASSES": "IPythonCacheLocator", "PMI_RANK": rank}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200,
@@ -346,7 +346,7 @@ def test_prepare_compiles_pairs_and_odd_dims(in_pairs):
 def only_prepared(dtype):
     from ringmpi.backends.cpu.fold import fold_keys, pack_tiles
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
-    backend.prepare(DTYPES[dtype], kind)
+    backend.prepare(DTYPES[dtype], kind, 8, 8)
     compiled = [len(f.signatures) for f in (fold_keys, pack_tiles)]
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
@@ -361,7 +361,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning():
     code = ("import resource, numpy as np, ringmpi.backends as b; "
             "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "x = b.open_backend('numba', 1); x.prepare(np.dtype('f4'), np.dtype('f4')); print('ready')")
+            "x = b.open_backend('numba', 1); x.prepare(np.dtype('f4'), np.dtype('f4'), 8, 8); print('ready')")
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NUMBA_CACHE_DIR": folder},
                              capture_output=True, text=True, timeout=200, check=True)

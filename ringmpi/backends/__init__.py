@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 from typing import cast
 
+from .. import device
 from ..errors import BackendError, OptionError
 from .base import Backend
 
-_CLASSES = {"numba": "NumbaBackend", "numpy": "NumpyBackend"}      # in the order of preference
+_CLASSES = {"numba": ("numba_", "NumbaBackend"), "numpy": ("numpy_", "NumpyBackend"), "cuda": ("cuda", "CudaBackend")}
+HOST_NAMES = ("numba", "numpy")          # in the order of preference
 NAMES = ("auto", *_CLASSES)
 
 
@@ -17,6 +19,8 @@ def reason_missing(name: str) -> str | None:
     """Say why backend `name` cannot run here; None if it can. Local."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
         return "numba is not installed: pip install numba"
+    if name == "cuda":
+        return device.reason_missing()
     return None
 
 
@@ -26,8 +30,15 @@ def check_name(name: str) -> None:
         raise OptionError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
-def open_backend(name: str, threads: int) -> Backend:
-    """Open a backend; ``"auto"`` takes the first that can run here. Local.
+def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> Backend:
+    """Open a backend; ``"auto"`` takes the first for host arrays that can run here. Local.
+
+    Parameters
+    ----------
+    name : str
+    threads : int
+    gpu : Device, optional
+        For ``"cuda"``; the first one by default.
 
     Raises
     ------
@@ -38,9 +49,9 @@ def open_backend(name: str, threads: int) -> Backend:
     """
     check_name(name)
     if name == "auto":
-        name = next(n for n in _CLASSES if reason_missing(n) is None)
+        name = next(n for n in HOST_NAMES if reason_missing(n) is None)
     reason = reason_missing(name)
     if reason:
         raise BackendError(f"backend {name}: {reason}")
-    module = importlib.import_module(f".{name}_", __package__)
-    return cast(Backend, getattr(module, _CLASSES[name])(threads))
+    module, kind = _CLASSES[name]
+    return cast(Backend, getattr(importlib.import_module(f".{module}", __package__), kind)(threads, gpu))

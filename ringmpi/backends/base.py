@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ class Backend:
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         self.threads = threads
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the backend's GPU the current one for a while; nothing on the host. Local."""
+        return self.device.current() if self.device else nullcontext()
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
         """Make ready for such inputs and that accumulator: compile, or load what was compiled. Local.
@@ -100,6 +105,9 @@ class Backend:
             few milliseconds, so that the caller can keep messages moving.
         """
         raise NotImplementedError
+
+    def complete(self) -> None:
+        """Wait until what was asked for has been done: no more than launching comes back from a GPU at once. Local."""
 
     def close(self) -> None:
         """Give threads and buffers back. Local."""

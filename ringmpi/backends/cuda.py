@@ -185,7 +185,8 @@ class CudaBackend(Backend):
         begin, end = np.zeros(n_q, np.int64), np.arange(n_q) * 2 + 90
         scale = 1 / math.sqrt(dim)
         state = self.new_state(n_q, 1, dim_v, accumulator)
-        for _ in self.accumulate(state, *(self.place(x) for x in (q, k, v)), begin, end, scale):
+        placed = [self.place(x) for x in (q, k, v)]
+        for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, scale):
             pass
         out, lse = self.empty((n_q, 1, dim_v), dtype), self.empty((n_q, 1), accumulator)
         self.finish(state, self.place(np.ones(n_q, bool)), out, lse)
@@ -248,8 +249,8 @@ class CudaBackend(Backend):
         parts, width = self._split(kernel, n_q * heads // kv_heads, kv_heads, n_k)
         fresh = parts > 1 or dim_v > kernel.columns
         if max(n_q * heads, n_k + width) >= 2**31:
-            raise BackendError(f"backend cuda: expected fewer than 2^31 rows and keys in a block, got {n_q * heads} and "
-                               f"{n_k}; use more ranks")
+            raise BackendError(f"backend cuda: expected fewer than 2^31 rows and keys in a block, got {n_q * heads} "
+                               f"and {n_k}; use more ranks")
         columns = self._upload_columns(begin - first, end - first, n_k)
         target = self._parts(parts, state) if fresh else state
         for start in range(0, dim_v, kernel.columns):
@@ -274,7 +275,7 @@ class CudaBackend(Backend):
                     self.device.shared_bytes_processor)
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
-        """Number of parts that fill the GPU, and columns of each, in whole tiles."""
+        """Give the number of parts that fill the GPU, and the columns of each, in whole tiles."""
         room = self.device.processors * max(1, min(kernel.blocks, self.device.shared_bytes_processor
                                                    // (kernel.shared_bytes + 2048)))
         tiles = -(-rows // kernel.rows) * kv_heads
@@ -330,6 +331,10 @@ class CudaBackend(Backend):
             blocks = min(-(-count // 256), 32 * self.device.processors)
             with self.device.current():
                 self.device.launch(kernel, (blocks,), 256, 0, arguments, self.device.caller_stream())
+
+    def complete(self) -> None:
+        """Wait for the GPU; see `Backend.complete`. Local."""
+        self.device.record(self.device.caller_stream()).synchronize()
 
     def close(self) -> None:
         """Give the buffers back. Local."""

@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
         if dtype not in compiled:
             start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
             for backend in backends.values():
-                backend.prepare(kind, accumulator(kind))
+                backend.prepare(kind, accumulator(kind), dim, dim)
             compiled[dtype] = time.perf_counter() - start
         case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
         rows += _compare(case, backends, threads, arguments, memory)

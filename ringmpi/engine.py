@@ -1,0 +1,156 @@
+"""What a rank computes with: a backend where the arrays are, and the ring whose link moves blocks in that memory."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import device
+from .backends import HOST_NAMES, open_backend, reason_missing
+from .backends.base import Backend
+from .environment import launched_local_rank
+from .errors import BackendError
+from .link import DirectLink, HostLink, StagedLink
+from .mpi import Comm
+from .ring import Ring
+from .transport import Transport, choose
+
+COMPILE_TIMEOUT = 600.0           # seconds at least: compiling is not being late
+HOST = -1                         # where host arrays are, among the indices of GPUs
+
+
+class Engine:
+    """Opened on the host or on a GPU, and again elsewhere if the arrays are elsewhere. Collective over *comm*.
+
+    Parameters
+    ----------
+    comm : Comm
+    timeout : float
+        Seconds to wait for other ranks.
+    name : str
+        Of the backend, or ``"auto"``.
+    threads : int
+    gpu_transport : str
+        See `transport.choose`.
+    allow_gpu_sharing : bool
+        Let ranks of a node share a GPU.
+
+    Attributes
+    ----------
+    backend : Backend
+    ring : Ring
+    gpus : list of str
+        UUID of the GPU of each rank; empty on CPUs.
+    transport : Transport or None
+        None on CPUs.
+
+    Raises
+    ------
+    BackendError
+        If the backend can't run on some rank; the same on every rank.
+    """
+
+    backend: Backend
+    ring: Ring
+
+    def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
+                 allow_gpu_sharing: bool) -> None:
+        self._comm, self._timeout, self._threads = comm, timeout, threads
+        self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
+        self._places: NDArray[np.int64] | None = None
+        self._index: int | None = None
+        self.gpus: list[str] = []
+        self.transport: Transport | None = None
+        self._open()
+
+    def follow(self, places: NDArray[np.int64]) -> bool:
+        """Open the backend where the arrays are, unless it is open there; say whether it moved. Collective over *comm*.
+
+        Parameters
+        ----------
+        places : int array of shape (size,)
+            Index of the GPU that each rank's arrays are on, as that rank counts; HOST for host arrays.
+
+        Raises
+        ------
+        BackendError
+            If the backend does not compute there; the same on every rank.
+        """
+        if self._places is not None and (places == self._places).all():
+            return False
+        mine = int(places[self._comm.rank])
+        if self._name in HOST_NAMES and mine != HOST:
+            raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take backend='auto' "
+                               "or 'cuda', or copy them to the host")
+        first, self._places = self._places is None, places.copy()
+        if mine == HOST and (first or self._name == "cuda"):        # opened for such arrays when it was made
+            return False
+        self._index = None if mine == HOST else mine
+        self.close()
+        self._open()
+        return True
+
+    def _open(self) -> None:
+        on_gpu = self._name == "cuda" or self._index is not None
+        name = "cuda" if on_gpu else self._name
+        with self._comm.together(self._timeout):
+            reason = reason_missing(name)
+            if reason:
+                raise BackendError(f"backend {name}: {reason}")
+            self.backend = open_backend(name, self._threads, self._gpu() if on_gpu else None)
+        self.gpus, self.transport, link = [], None, HostLink()
+        gpu = self.backend.device
+        if gpu is not None:
+            self.gpus = self._distinct(gpu.uuid)
+            self.transport = choose(self._comm, self._gpu_transport, self._timeout)
+            link = (DirectLink if self.transport.name == "direct" else StagedLink)(gpu)
+        self.ring = Ring(self._comm, self._timeout, link)
+        self._prepared: set[Any] = set()
+        # "auto" may open different backends on different ranks: all wait if one compiles.
+        self._compiles = bool(self._comm.share([self.backend.compiles], self._timeout).any())
+
+    def _gpu(self) -> device.Device:
+        """Take the GPU of the arrays; for host arrays that of this rank's place on its node."""
+        if self._index is not None:
+            return device.Device(self._index)
+        launched = launched_local_rank()         # of all ranks; a communicator of the caller may have some of them
+        local_rank = self._comm.local_rank if launched is None else launched
+        return device.Device(device.choose_index(local_rank, device.count(), self._sharing))
+
+    def _distinct(self, uuid: str) -> list[str]:
+        """Gather the GPUs of all ranks; refuse one that two ranks have, unless that is allowed."""
+        uuids = [json.loads(text) for text in self._comm.share_text(json.dumps(uuid), self._timeout)]
+        shared = [(gpu, [r for r, other in enumerate(uuids) if other == gpu])
+                  for gpu, users in Counter(uuids).items() if users > 1]
+        if shared and not self._sharing:
+            gpu, ranks = shared[0]
+            raise BackendError(f"backend cuda: expected a GPU for each rank, got {gpu} for ranks "
+                               f"{', '.join(map(str, ranks))}; start fewer ranks on a node, let each rank see or choose "
+                               "a GPU of its own, or allow_gpu_sharing (--allow-gpu-sharing)")
+        return uuids
+
+    def prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any], dim: int, dim_v: int) -> float:
+        """Compile what such a call needs, once; one rank of a node first. Collective over *comm*.
+
+        Returns
+        -------
+        float
+            Seconds that it took, waiting for other ranks included.
+        """
+        wanted = dtype, kind, dim, dim_v
+        if not self._compiles or wanted in self._prepared:
+            return 0.0
+        start = time.perf_counter()
+        self._comm.by_turns(lambda: self.backend.prepare(*wanted), max(self._timeout, COMPILE_TIMEOUT))
+        self._prepared.add(wanted)
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Give buffers and threads back. Local."""
+        self.ring = Ring(self._comm, self._timeout)
+        self.backend.close()

@@ -1,0 +1,172 @@
+"""The CUDA backend on this run's ranks, over lazy devices that run the real kernels on the CPU. Runs under mpiexec."""
+
+import numpy as np
+import oracle
+import pytest
+from emulate import COMPILER, EmulatedDevice
+from test_mpi_attention import make_layout, make_mask
+
+from ringmpi import Mask, RingAttention, device, link, ring_attention
+from ringmpi.softmax import DTYPES, TOLERANCE
+
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
+
+
+@pytest.fixture
+def gpu(monkeypatch, comm):
+    """Put an emulated GPU of its own in each rank."""
+    made = EmulatedDevice(seed=comm.rank)
+    monkeypatch.setattr(device, "reason_missing", lambda: None)
+    monkeypatch.setattr(device, "count", lambda: 8)
+    monkeypatch.setattr(device, "view", lambda x: x)
+    monkeypatch.setattr(device, "index_of", lambda x: 3)
+    monkeypatch.setattr(device, "Device", lambda index: made)
+    monkeypatch.setattr(link, "CHUNK_BYTES", 1000)
+    return made
+
+
+def case(seed, length, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+            ((length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim_v))]
+
+
+def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=203, seed=0):
+    q, k, v = case(seed, length, 4, 2, 16, 16, dtype)
+    spec = make_layout(layout, length, comm.size)
+    mine = spec.positions(comm.rank)
+    arrays = [x[mine] for x in (q, k, v)]
+    options = {"mask": Mask(**make_mask(mask, length)), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
+               "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport}
+    with RingAttention(comm, **options) as attention:
+        for _ in range(2):                     # the second in the same buffers
+            given = [gpu.array(x) for x in arrays] if on_gpu else arrays
+            out, lse = attention(*given, return_lse=True)
+            there = type(out).__name__
+            out, lse = (x.get() if on_gpu else x for x in (out, lse))
+        used, gpus, pairs = attention.transport, attention.gpus, attention.trace.pairs
+        name = attention.backend.name
+    see = oracle.visible(length, length, **make_mask(mask, length))[mine]
+    want, want_lse = oracle.attend(q[mine], k, v, see, 0.25)
+    unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
+    assert out.dtype == q.dtype
+    assert there == ("FakeArray" if on_gpu else "ndarray")
+    assert oracle.error(out, want, unit) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
+    assert pairs == see.sum()
+    assert used.name == transport
+    assert gpus == [f"GPU-fake-{rank}" for rank in range(comm.size)]
+    assert name == "cuda"
+
+
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_transports_with_every_dtype(comm, gpu, dtype, transport):
+    check(comm, gpu, dtype, "striped", "causal", transport, on_gpu=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "uneven", "empty", "zigzag", "custom"])
+@pytest.mark.parametrize("mask", ["full", "documents", "all"])
+def test_layouts_and_masks(comm, gpu, layout, mask):
+    transport = "staged" if mask == "all" else "direct"
+    check(comm, gpu, "bfloat16", layout, mask, transport, on_gpu=layout != "uneven", seed=1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 40])
+def test_few_tokens(comm, gpu, length):
+    check(comm, gpu, "float32", "contiguous", "causal", "staged", on_gpu=False, length=length)
+
+
+def test_a_batch(comm, gpu):
+    q, k, v = case(2, 60, 4, 2, 16, 16, "float32")
+    mine = make_layout("contiguous", 30, comm.size).positions(comm.rank)
+    batch = [np.stack((x[:30], x[30:]))[:, mine] for x in (q, k, v)]
+    out = ring_attention(*(gpu.array(x) for x in batch), comm=comm, timeout=100).get()
+    for got, rows in zip(out, (slice(0, 30), slice(30, 60)), strict=True):
+        want, _ = oracle.attend(q[rows][mine], k[rows], v[rows], np.ones((len(mine), 30), bool), 0.25)
+        assert oracle.error(got, want, np.abs(q).max()) <= 2e-6
+
+
+def test_auto_follows_the_arrays(comm, gpu):
+    arrays = case(3, 20, 2, 2, 16, 16, "float32")
+    outs, names = [], []
+    with RingAttention(comm, timeout=100, gpu_transport="staged") as attention:
+        for on_gpu in (False, True, True, False):
+            out = attention(*(gpu.array(x) if on_gpu else x for x in arrays))
+            outs.append(out.get() if on_gpu else out)
+            names.append(attention.backend.name)
+    assert names == ["numba", "cuda", "cuda", "numba"]
+    for out in outs[1:]:
+        assert oracle.error(out, outs[0]) <= 2e-6
+
+
+def outcome(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def everywhere(comm, call):
+    said = comm.allgather(outcome(call))
+    assert len(set(said)) == 1, said
+    return said[0]
+
+
+def test_arrays_on_different_sides_are_refused(comm, gpu):
+    q, k, v = case(4, 8, 2, 2, 16, 16, "float32")
+    mixed = everywhere(comm, lambda: ring_attention(q, gpu.array(k), v, comm=comm, timeout=60))
+    assert "BackendError: rank 0: q, k and v: expected all on the host or all on one GPU, got q on the host" in mixed
+    if comm.size > 1:
+        arrays = [gpu.array(x) for x in (q, k, v)] if comm.rank == 1 else [q, k, v]
+        said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, timeout=60))
+        assert "ShapeError: rank 1: expected the same place (0 the host, 1 a GPU) on every rank, got 1 here" in said
+    named = everywhere(comm, lambda: ring_attention(*(gpu.array(x) for x in (q, k, v)), comm=comm, backend="numpy",
+                                                    timeout=60))
+    assert "BackendError: backend numpy computes on CPUs, and the arrays are on GPUs" in named
+
+
+def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, gpu):
+    gpu.uuid = "GPU-one"
+    arrays = case(5, 8, 2, 2, 16, 16, "float32")
+    options = {"comm": comm, "backend": "cuda", "timeout": 60, "gpu_transport": "staged"}
+    said = everywhere(comm, lambda: ring_attention(*arrays, **options))
+    allowed = everywhere(comm, lambda: ring_attention(*arrays, **options, allow_gpu_sharing=True))
+    assert allowed == "no error"
+    if comm.size == 1:
+        assert said == "no error"
+    else:
+        assert "BackendError: backend cuda: expected a GPU for each rank, got GPU-one for ranks 0, 1" in said
+
+
+def test_options_that_make_no_sense(comm, gpu):
+    arrays = case(6, 8, 2, 2, 16, 16, "float32")
+    said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, gpu_transport="pigeon", timeout=60))
+    assert said == ("OptionError: rank 0: gpu_transport: expected one of auto, direct, staged, got 'pigeon'"
+                    + "".join(f" [also on rank {', '.join(map(str, range(1, comm.size)))}]" if comm.size > 1 else ""))
+    wide = case(7, 8, 1, 1, 264, 16, "float32")
+    said = everywhere(comm, lambda: ring_attention(*wide, comm=comm, backend="cuda", timeout=60))
+    assert "BackendError: rank 0: backend cuda: expected dim and dim_v up to 256, got 264 and 16" in said
+
+
+def test_a_gpu_that_computes_wrongly_is_found_out(comm, gpu, monkeypatch):
+    right = gpu.launch
+
+    def wrong(kernel, grid, threads, shared_bytes, arguments, stream):
+        if kernel[0].startswith("finish") and comm.rank == comm.size - 1:
+            arguments = (arguments[0], arguments[1], arguments[1], *arguments[3:])
+        right(kernel, grid, threads, shared_bytes, arguments, stream)
+    monkeypatch.setattr(gpu, "launch", wrong)
+    arrays = case(8, 8, 2, 2, 16, 16, "float32")
+    said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, backend="cuda", timeout=60))
+    assert "gives a wrong result" in said
+    assert f"rank {comm.size - 1}: " in said
+
+
+def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
+    monkeypatch.setattr(device, "reason_missing", lambda: "no GPU: none is visible")
+    said = everywhere(comm, lambda: RingAttention(comm, backend="cuda", timeout=60))
+    assert "BackendError: rank 0: backend cuda: no GPU: none is visible" in said
+
+
