@@ -113,6 +113,8 @@ class Device:
         Shared memory that a block of threads can have.
     shared_bytes_processor : int
         Shared memory of a multiprocessor.
+    cache : dict
+        What users of the GPU keep for the life of the process, such as compiled kernels.
 
     Raises
     ------
@@ -138,6 +140,7 @@ class Device:
         self.processors = int(properties["multiProcessorCount"])
         self.shared_bytes = int(properties["sharedMemPerBlockOptin"])
         self.shared_bytes_processor = int(properties["sharedMemPerMultiprocessor"])
+        self.cache: dict[Any, Any] = {}
 
     _staging: Sequence[NDArray[np.uint8]] = ()
     _free: list[Any]
@@ -270,6 +273,18 @@ def _bytes(x: Any) -> Any:
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:
     arrived.synchronize()
     target[at] = piece
+
+
+@functools.cache
+def open_device(index: int) -> Device:
+    """Give the device of that index, the same one each time. Local.
+
+    Raises
+    ------
+    BackendError
+        If there is no such GPU.
+    """
+    return Device(index)
 
 
 @functools.cache

@@ -117,10 +117,10 @@ class Engine:
     def _gpu(self) -> device.Device:
         """Take the GPU of the arrays; for host arrays that of this rank's place on its node."""
         if self._index is not None:
-            return device.Device(self._index)
+            return device.open_device(self._index)
         launched = launched_local_rank()         # of all ranks; a communicator of the caller may have some of them
         local_rank = self._comm.local_rank if launched is None else launched
-        return device.Device(device.choose_index(local_rank, device.count(), self._sharing))
+        return device.open_device(device.choose_index(local_rank, device.count(), self._sharing))
 
     def _distinct(self, uuid: str) -> list[str]:
         """Gather the GPUs of all ranks; refuse one that two ranks have, unless that is allowed."""

@@ -26,6 +26,8 @@ def _folder():
     sources = [*sorted(kernels_folder().glob("*.cu*")), *sorted(EMULATOR.iterdir())]
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"ringmpi-emulator-{os.getuid()}-{digest}"
+    if folder.exists() and folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is somebody else's")
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as parent:
             (Path(parent) / "sources").mkdir()
@@ -60,6 +62,7 @@ class EmulatedDevice(FakeDevice, Device):
         self.capability, self.shared_bytes = capability, shared_bytes
         self.shared_bytes_processor = shared_bytes_processor
         self.launched = []
+        self.cache = {}
 
     def compile(self, path, names, options):
         return [(name, function(path.name, name)) for name in names]

@@ -12,15 +12,19 @@ from ringmpi.softmax import DTYPES, TOLERANCE
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 
 
+@pytest.fixture(scope="module")
+def made(comm):
+    return EmulatedDevice(seed=comm.rank)
+
+
 @pytest.fixture
-def gpu(monkeypatch, comm):
+def gpu(monkeypatch, made):
     """Put an emulated GPU of its own in each rank."""
-    made = EmulatedDevice(seed=comm.rank)
     monkeypatch.setattr(device, "reason_missing", lambda: None)
     monkeypatch.setattr(device, "count", lambda: 8)
     monkeypatch.setattr(device, "view", lambda x: x)
     monkeypatch.setattr(device, "index_of", lambda x: 3)
-    monkeypatch.setattr(device, "Device", lambda index: made)
+    monkeypatch.setattr(device, "open_device", lambda index: made)
     monkeypatch.setattr(link, "CHUNK_BYTES", 1000)
     return made
 
@@ -127,8 +131,8 @@ def test_arrays_on_different_sides_are_refused(comm, gpu):
     assert "BackendError: backend numpy computes on CPUs, and the arrays are on GPUs" in named
 
 
-def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, gpu):
-    gpu.uuid = "GPU-one"
+def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "uuid", "GPU-one")
     arrays = case(5, 8, 2, 2, 16, 16, "float32")
     options = {"comm": comm, "backend": "cuda", "timeout": 60, "gpu_transport": "staged"}
     said = everywhere(comm, lambda: ring_attention(*arrays, **options))
@@ -158,6 +162,7 @@ def test_a_gpu_that_computes_wrongly_is_found_out(comm, gpu, monkeypatch):
             arguments = (arguments[0], arguments[1], arguments[1], *arguments[3:])
         right(kernel, grid, threads, shared_bytes, arguments, stream)
     monkeypatch.setattr(gpu, "launch", wrong)
+    monkeypatch.setattr(gpu, "cache", {})      # nothing is proven yet
     arrays = case(8, 8, 2, 2, 16, 16, "float32")
     said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, backend="cuda", timeout=60))
     assert "gives a wrong result" in said

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..device import Device
+from ..device import Device, open_device
 from ..errors import BackendError
 from ..layout import Integers
 from ..softmax import BFLOAT16, State
@@ -150,20 +150,19 @@ class CudaBackend(Backend):
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
-        self.device: Device = device or Device(0)
+        self.device: Device = device or open_device(0)
         if self.device.capability < (8, 0):
             raise BackendError(f"backend cuda: expected a GPU of compute capability 8.0 or later, got "
                                f"{self.device.name} with {'.'.join(map(str, self.device.capability))}")
-        self._kernels: dict[tuple[str, str], Any] = {}
         self._buffers: dict[str, Array] = {}
-        self._proven: set[Any] = set()
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
         """Compile the kernels, or load them, and prove each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                "take backend='numba'")
-        if (dtype, accumulator, dim, dim_v) in self._proven:
+        proven = self.device.cache.setdefault("proven kernels", set())
+        if (dtype, accumulator, dim, dim_v) in proven:
             return
         with self.device.current():
             for n_q in (3, 20, 70, 150):          # each of the kernels that a number of rows may choose
@@ -173,7 +172,7 @@ class CudaBackend(Backend):
                     raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
                                        f"{dim_v} gives a wrong result (error {error:.2g}, bound {bound:.0g}); please "
                                        "report it, and take backend='numba' meanwhile")
-        self._proven.add((dtype, accumulator, dim, dim_v))
+        proven.add((dtype, accumulator, dim, dim_v))
 
     def _error_of_small_case(self, n_q: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int,
                              dim_v: int) -> float:
@@ -314,11 +313,11 @@ class CudaBackend(Backend):
 
     def _kernel(self, file: str, name: str) -> Any:
         """Compile a kernel once."""
-        if (file, name) not in self._kernels:
+        if (file, name) not in self.device.cache:
             options = ("--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}")
             with self.device.current():
-                self._kernels[file, name], = self.device.compile(kernels_folder() / file, [name], options)
-        return self._kernels[file, name]
+                self.device.cache[file, name], = self.device.compile(kernels_folder() / file, [name], options)
+        return self.device.cache[file, name]
 
     def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, shared_bytes: int,
                 arguments: Sequence[Any]) -> None:
