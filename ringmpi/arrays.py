@@ -56,7 +56,7 @@ def as_array(x: Any, name: str) -> Any:
     if hasattr(x, "__cuda_array_interface__") or kind in CUDA:
         reason = device.reason_missing()
         if reason:
-            raise BackendError(f"{name}: the array is on a GPU, where it can't be used: {reason}; or copy it to the host")
+            raise BackendError(f"{name}: the array is on a GPU, which can't be used: {reason}; or copy it to the host")
         try:
             return device.view(x)
         except Exception as error:

@@ -7,8 +7,9 @@ the transports ask of a GPU, so that tests can put another class, over host memo
 from __future__ import annotations
 
 import functools
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .environment import launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
 
@@ -23,6 +25,7 @@ PIECE_BYTES = 2**25                # of an array on its way between host and dev
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"
 
 Array = Any                        # a cupy.ndarray; named so that CuPy is not needed to read this
+Read = Callable[[int, NDArray[Any]], None]      # puts rows from a number on into an array
 
 
 def reason_missing() -> str | None:
@@ -41,6 +44,17 @@ def reason_missing() -> str | None:
 def count() -> int:
     """Give the number of GPUs that this process sees. Local."""
     return 0 if reason_missing() else int(_cupy().cuda.runtime.getDeviceCount())
+
+
+def describe() -> list[str]:
+    """Describe each GPU that this process sees: name, UUID, compute capability, memory. Local."""
+    found = []
+    for index in range(count()):
+        gpu = open_device(index)
+        total = _cupy().cuda.runtime.getDeviceProperties(index)["totalGlobalMem"]
+        found.append(f"{gpu.name}, {gpu.uuid}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, "
+                     f"{total / 2**30:.0f} GiB")
+    return found
 
 
 def version() -> str:
@@ -89,6 +103,17 @@ def choose_index(local_rank: int, visible: int, allow_sharing: bool) -> int:
         raise BackendError(f"backend cuda: expected a GPU for each rank of the node, got {visible} GPUs for local rank "
                            f"{local_rank}; start fewer ranks on a node, or allow_gpu_sharing (--allow-gpu-sharing)")
     return local_rank % max(visible, 1)
+
+
+def choose_early() -> None:
+    """Make this rank's GPU current before MPI starts, if the launcher says which place on its node it has. Local.
+
+    What is wrong is left to the backend to find, when all ranks can agree on the error.
+    """
+    local_rank, visible = launched_local_rank(), count()
+    if local_rank is not None and visible:
+        _cupy().cuda.Device(choose_index(local_rank, visible, True)).use()
+        _cupy().cuda.runtime.free(0)           # makes the context
 
 
 class Device:
@@ -207,16 +232,25 @@ class Device:
         """Let what comes on `stream` wait for `event`."""
         stream.wait_event(event)
 
-    def array(self, x: NDArray[Any]) -> Array:
-        """Copy a host array to the GPU, on the caller's stream, in pieces by way of page-locked memory."""
-        target = self.empty(x.shape, x.dtype)
-        source, target_bytes = _bytes(np.ascontiguousarray(x)), _bytes(target)
+    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
+        """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.gather`."""
+        target = self.empty(shape, dtype)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
         stream = self.caller_stream()
-        for piece, at in self._pieces(x.nbytes):
-            piece[:] = source[at]
-            self.upload(target_bytes[at], piece, stream)
+        for piece, at in self._pieces(target.nbytes, row_bytes):
+            first = at.start // row_bytes
+            read(first, piece.view(dtype).reshape(-1, *shape[1:]))
+            self.upload(_bytes(target)[at], piece, stream)
             self._free_when(stream)
         return target
+
+    def array(self, x: NDArray[Any]) -> Array:
+        """Copy a host array to the GPU, on the caller's stream, in pieces by way of page-locked memory."""
+        def read(first: int, rows: NDArray[Any]) -> None:
+            rows[...] = lines[first:first + len(rows)]
+
+        lines = x.reshape(-1, *x.shape[-1:]) if x.ndim > 1 else x[..., None]
+        return self.gather(lines.shape, x.dtype, read).reshape(x.shape)
 
     def host(self, x: Array) -> NDArray[Any]:
         """Copy a contiguous GPU array to the host, once what is on the caller's stream is done."""
@@ -224,7 +258,7 @@ class Device:
         source, target_bytes = _bytes(x), _bytes(target)
         stream = self.caller_stream()
         waiting: list[tuple[NDArray[np.uint8], slice, Any]] = []
-        for piece, at in self._pieces(x.nbytes):
+        for piece, at in self._pieces(x.nbytes, 1):
             self.download(piece, source[at], stream)
             waiting.append((piece, at, self._free_when(stream)))
             if len(waiting) > 1:               # the one before, while this one is on its way
@@ -233,9 +267,9 @@ class Device:
             _take(target_bytes, *last)
         return target
 
-    def _pieces(self, nbytes: int) -> Iterator[tuple[NDArray[np.uint8], slice]]:
-        """Give page-locked pieces and which bytes they are for, each when it is free."""
-        size = min(PIECE_BYTES, nbytes)
+    def _pieces(self, nbytes: int, unit: int) -> Iterator[tuple[NDArray[np.uint8], slice]]:
+        """Give page-locked pieces of whole units, and which bytes they are for, each when it is free."""
+        size = min(max(PIECE_BYTES // unit, 1) * unit, nbytes) if nbytes else 0
         if size and (not self._staging or len(self._staging[0]) < size):
             self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
         for number, start in enumerate(range(0, nbytes, max(size, 1))):

@@ -85,8 +85,8 @@ class Engine:
             return False
         mine = int(places[self._comm.rank])
         if self._name in HOST_NAMES and mine != HOST:
-            raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take backend='auto' "
-                               "or 'cuda', or copy them to the host")
+            raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
+                               "backend='auto' or 'cuda', or copy them to the host")
         first, self._places = self._places is None, places.copy()
         if mine == HOST and (first or self._name == "cuda"):        # opened for such arrays when it was made
             return False
@@ -130,8 +130,8 @@ class Engine:
         if shared and not self._sharing:
             gpu, ranks = shared[0]
             raise BackendError(f"backend cuda: expected a GPU for each rank, got {gpu} for ranks "
-                               f"{', '.join(map(str, ranks))}; start fewer ranks on a node, let each rank see or choose "
-                               "a GPU of its own, or allow_gpu_sharing (--allow-gpu-sharing)")
+                               f"{', '.join(map(str, ranks))}; start fewer ranks on a node, let each rank see or "
+                               "choose a GPU of its own, or allow_gpu_sharing (--allow-gpu-sharing)")
         return uuids
 
     def prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any], dim: int, dim_v: int) -> float:

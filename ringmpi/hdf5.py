@@ -148,16 +148,26 @@ def read_rows(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
     ShardError
         If a checksum does not match or the file can't be read.
     """
-    dtype = stored_dtype(dataset)
-    rows = np.empty((stop - start, *dataset.shape[1:]), dtype)
-    try:
-        for first, last in row_pieces(rows.shape, dtype):
-            piece = rows[first:last]
-            dataset.id.read(*_spaces(dataset, start + first, piece), _bits(piece), file_type(dtype))
-    except H5PY_ERRORS as error:
-        raise ShardError(f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{stop}: damaged or "
-                         f"unreadable: {error}") from error
+    rows = np.empty((stop - start, *dataset.shape[1:]), stored_dtype(dataset))
+    read_rows_into(dataset, start, rows)
     return rows
+
+
+def read_rows_into(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
+    """Read rows from `start` on into a contiguous array of the dataset's dtype and row shape, bit for bit. Local.
+
+    Raises
+    ------
+    ShardError
+        If a checksum does not match or the file can't be read.
+    """
+    try:
+        for first, last in row_pieces(rows.shape, rows.dtype):
+            piece = rows[first:last]
+            dataset.id.read(*_spaces(dataset, start + first, piece), _bits(piece), file_type(rows.dtype))
+    except H5PY_ERRORS as error:
+        raise ShardError(f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{start + len(rows)}: "
+                         f"damaged or unreadable: {error}") from error
 
 
 def create_dataset(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> h5py.Dataset:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import __version__, mpi
+from . import __version__, device, mpi
 from .attention import RingAttention
 from .checks import check_shapes
 from .environment import resident_bytes, shows_on_terminal
@@ -32,6 +32,7 @@ from .hdf5 import (
     open_file,
     read_integers,
     read_rows,
+    read_rows_into,
     stored_dtype,
 )
 from .layout import Contiguous
@@ -56,6 +57,8 @@ class Options:
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None
+    gpu_transport: str = "auto"
+    allow_gpu_sharing: bool = False
     q: str = "q"
     k: str = "k"
     v: str = "v"
@@ -208,6 +211,8 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
         target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
     """
+    if options.backend == "cuda":
+        device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
     world = mpi.world(expect_ranks)
     comm = mpi.private(world, timeout)
     clock = Clock()
@@ -226,12 +231,13 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         try:
             attention = RingAttention(world, mask=mask, layout=options.layout, scale=options.scale,
                                       backend=options.backend, threads=threads, timeout=timeout,
-                                      accumulator=options.accumulator)
+                                      accumulator=options.accumulator, gpu_transport=options.gpu_transport,
+                                      allow_gpu_sharing=options.allow_gpu_sharing)
             with attention:
                 out, lse = _compute(world, comm, attention, found, quiet, clock)
             record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
                       "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                      "backend": attention.backend.name, "options": asdict(options)}
+                      "backend": attention.backend.name, "options": asdict(options), **_gpus(attention)}
             start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
             with clock.phase("write"), comm.together(timeout):
                 line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
@@ -242,6 +248,14 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     report = _report(comm, sizes, attention.trace, clock, timeout)
     _write_record(json_path, comm, attention, record, report, clock, timeout)
     return report
+
+
+def _gpus(attention: RingAttention) -> dict[str, Any]:
+    """Say which GPUs computed, by rank, and how K and V got from one to the other; nothing on CPUs."""
+    if attention.transport is None:
+        return {}
+    return {"gpus": attention.gpus, "gpu_transport": attention.transport.name,
+            "gpu_transport_reason": attention.transport.reason}
 
 
 def _publish(output: Output, comm: mpi.Comm, line: str, rows: dict[str, Array], record: dict[str, Any], clock: Clock,
@@ -276,28 +290,37 @@ def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, r
 def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], quiet: bool,
              clock: Clock) -> tuple[Array, Array]:
     """Read, attend, and bring the result back to the order of the input."""
-    there = {"comm": world, "source": "contiguous", "target": attention.layout, "timeout": attention.timeout}
-    arrays = []
-    for dataset in found:
-        layout = Contiguous.even(len(dataset), comm.size)
-        with clock.phase("read"), comm.together(attention.timeout):
-            start = layout.starts[comm.rank]
-            shard = read_rows(dataset, start, start + layout.counts[comm.rank])
-        with clock.phase("redistribute"):
-            arrays.append(redistribute(shard, **there))
-            del shard
+    arrays = [_read(world, comm, attention, dataset, clock) for dataset in found]
     bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
     with clock.phase("attend"), tqdm(unit="pair", unit_scale=True, disable=not bar_on, desc="attend",
                                      leave=False) as bar:
         out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
+        with attention.backend.current(), comm.together(attention.timeout):
+            out, lse = attention.backend.fetch(out), attention.backend.fetch(lse)
     clock.apart("compile", "attend", attention.trace.compile_seconds)
     del arrays
     attention.close()                         # its buffers go before the result is copied
-    back = {**there, "source": attention.layout, "target": "contiguous"}
+    back = {"comm": world, "source": attention.layout, "target": "contiguous", "timeout": attention.timeout}
     with clock.phase("redistribute"):
         out = redistribute(out, **back)
         lse = redistribute(lse, **back)
     return out, lse
+
+
+def _read(world: Any, comm: mpi.Comm, attention: RingAttention, dataset: h5py.Dataset, clock: Clock) -> Any:
+    """Read this rank's rows of a dataset to where the backend computes, in the layout that it computes in."""
+    layout, backend = Contiguous.even(len(dataset), comm.size), attention.backend
+    start, count = layout.starts[comm.rank], layout.counts[comm.rank]
+    shape, dtype = (count, *dataset.shape[1:]), stored_dtype(dataset)
+    if attention.layout == "contiguous":
+        with clock.phase("read"), comm.together(attention.timeout), backend.current():
+            return backend.gather(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
+    with clock.phase("read"), comm.together(attention.timeout):
+        shard = read_rows(dataset, start, start + count)
+    with clock.phase("redistribute"):
+        shard = redistribute(shard, comm=world, target=attention.layout, timeout=attention.timeout)
+        with comm.together(attention.timeout), backend.current():
+            return backend.place(shard)
 
 
 def _advance(bar: tqdm[Any], done: int, total: int) -> None:

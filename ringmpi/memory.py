@@ -27,21 +27,16 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     -------
     dict of str to int
         Bytes of each array while the ring runs, and `total`: the largest sum of any phase, this process and
-        its libraries included.
+        its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum.
     """
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     item = DTYPES[sizes.dtype].itemsize
     wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
+    if options.backend == "cuda":
+        return _on_gpu(_arrays(sizes, n_q, n_k, item, wide, ranks))
     name, base = _resident_with(options.backend)
     parts = {
-        "q": n_q * sizes.heads * sizes.dim * item,
-        "k": n_k * sizes.kv_heads * sizes.dim * item,
-        "v": n_k * sizes.kv_heads * sizes.dim_v * item,
-        "out": n_q * sizes.heads * sizes.dim_v * item,
-        "lse": n_q * sizes.heads * wide,
-        "acc": n_q * sizes.heads * sizes.dim_v * wide,
-        "max and sum": 2 * n_q * sizes.heads * wide,
-        "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
+        **_arrays(sizes, n_q, n_k, item, wide, ranks),
         "columns": 8 * 8 * n_q,
         "scores": SCORE_BYTES[name],
         "packed K and V": min(PACKED_BYTES[name], n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * wide),
@@ -51,6 +46,25 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
     return {**parts, "process and libraries": base, "total": max(phases) + base}
+
+
+def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, ranks: int) -> dict[str, int]:
+    """Give the bytes of what every backend has, where it computes."""
+    return {
+        "q": n_q * sizes.heads * sizes.dim * item,
+        "k": n_k * sizes.kv_heads * sizes.dim * item,
+        "v": n_k * sizes.kv_heads * sizes.dim_v * item,
+        "out": n_q * sizes.heads * sizes.dim_v * item,
+        "lse": n_q * sizes.heads * wide,
+        "acc": n_q * sizes.heads * sizes.dim_v * wide,
+        "max and sum": 2 * n_q * sizes.heads * wide,
+        "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
+    }
+
+
+def _on_gpu(arrays: dict[str, int]) -> dict[str, int]:
+    """Give what a GPU holds at the end of the ring; CUDA's own memory and the host's come on top."""
+    return {**arrays, "total": sum(arrays.values())}
 
 
 def _resident_with(backend: str) -> tuple[str, int]:

@@ -69,6 +69,21 @@ def choose(comm: Comm, request: str, timeout: float) -> Transport:
     return Transport("direct" if proven else "staged", reason)
 
 
+def choose_alone() -> Transport:
+    """Say which transport this process would choose for itself. Local.
+
+    Raises
+    ------
+    OptionError, LaunchError
+        If the variable names none, or there is no MPI library.
+    """
+    wish, origin = _wish("auto")
+    if wish != "auto":
+        return Transport(wish, origin)
+    proven, reason = cuda_awareness()
+    return Transport("direct" if proven else "staged", reason)
+
+
 def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:
     """Give the report of the first rank that has no proof, else that of rank 0."""
     without = [rank for rank, (proven, _) in enumerate(reports) if not proven]

@@ -13,7 +13,8 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
     {"environment", "layout", "mask", "softmax", "trace"},
-    {"arrays", "device", "backends.base"},
+    {"device", "backends.sources"},
+    {"arrays", "backends.base"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
     {"backends.cpu.pack", "backends.cpu.softmax_rows"},

@@ -107,7 +107,7 @@ def test_auto_follows_the_arrays(comm, gpu):
 def outcome(call):
     try:
         call()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
     return "no error"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,6 +53,19 @@ class Backend:
     def place(self, x: Any) -> Any:
         """Give `x`, a NumPy or GPU array, C-contiguous where the backend computes; `x` itself if it is there. Local."""
         return np.ascontiguousarray(x)
+
+    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
+        """Make an array where the backend computes, and have `read` fill it, in one piece or several. Local.
+
+        Parameters
+        ----------
+        shape, dtype
+        read : callable
+            Given the number of a row and a NumPy array to put the rows from there on into.
+        """
+        x = np.empty(shape, dtype)
+        read(0, x)
+        return x
 
     def fetch(self, x: Any) -> NDArray[Any]:
         """Give a result as a NumPy array. Local."""

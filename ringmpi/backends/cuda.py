@@ -8,9 +8,10 @@ caller can keep messages moving.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,10 @@ class CudaBackend(Backend):
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.place`. Local."""
         return self.device.array(x) if isinstance(x, np.ndarray) else self.device.contiguous(x)
 
+    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Array:
+        """Fill an array in the GPU's memory, by way of page-locked memory; see `Backend.gather`. Local."""
+        return self.device.gather(shape, dtype, read)
+
     def fetch(self, x: Any) -> NDArray[Any]:
         """Copy a result to the host; see `Backend.fetch`. Local."""
         return self.device.host(x)
@@ -295,7 +300,7 @@ class CudaBackend(Backend):
         sizes = [count * x.size for x in (state.acc, state.max, state.sum)]
         room = self._buffer("parts", sum(sizes), kind)
         edges = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
-        return State(*(room[a:b] for a, b in zip(edges, edges[1:], strict=False)))
+        return State(*(room[a:b] for a, b in itertools.pairwise(edges)))
 
     def _widened(self, name: str, x: Array) -> Array:
         """Give a copy of `x` in float64."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..environment import command_line, launched_rank, launched_sizes
-from .options import add_attention, check_mask, positive, seconds
+from .options import add_attention, add_backend, check_mask, positive, seconds
 
 if TYPE_CHECKING:
     from ..job import Options
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
                      help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal")
-    run.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    add_backend(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     run.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",

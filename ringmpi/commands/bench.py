@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, positive, seconds
+from .options import DTYPES, add_backend, positive, seconds
 
 KERNELS = ("numba", "numpy", "torch")
 MASKS = ("full", "causal", "window", "documents")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ring.add_argument("--dim", type=positive, default=64, metavar="D")
     ring.add_argument("--dtype", choices=DTYPES, default="float32")
     ring.add_argument("--causal", action="store_true")
-    ring.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    add_backend(ring)
     ring.add_argument("--heads", type=positive, default=4, metavar="H")
     ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
     for sub in (kernel, ring):

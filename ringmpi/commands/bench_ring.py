@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from .. import layout, mpi
 from ..attention import RingAttention
+from ..engine import Engine
 from ..environment import cores, use_cores
 from ..mask import Mask
-from ..ring import Ring
 from ..softmax import check_dtype
 from ..trace import Trace
 
@@ -50,18 +50,24 @@ class _Bench:
         self.all_threads = int(records[:, 0].sum())
         everyone = comm.share_text(json.dumps(sorted(cores())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
+        self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
+                             arguments.allow_gpu_sharing)
         self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
 
     def _attention(self, comm: Any, name: str, threads: int) -> RingAttention:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
-                             backend=self.arguments.backend, timeout=self.arguments.timeout)
+                             backend=self.arguments.backend, timeout=self.arguments.timeout,
+                             gpu_transport=self.arguments.gpu_transport,
+                             allow_gpu_sharing=self.arguments.allow_gpu_sharing)
 
     def _arrays(self, n: int) -> list[Any]:
         rng = np.random.default_rng(self.comm.rank)
         shape = n, self.arguments.heads, self.arguments.dim
-        return [rng.standard_normal(shape, np.float32).astype(self.dtype) for _ in range(3)]
+        arrays = [rng.standard_normal(shape, np.float32).astype(self.dtype) for _ in range(3)]
+        with self.engine.backend.current():
+            return [self.engine.backend.place(x) for x in arrays]
 
     def runs(self) -> dict[str, Callable[[], Trace]]:
         """Give calls by name: the layouts, the blocks going round without arithmetic, one rank with all threads."""
@@ -89,14 +95,16 @@ class _Bench:
         counts = layout.make("contiguous", self.arguments.tokens, self.comm.size).counts
         shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
-        ring = Ring(self.comm, self.arguments.timeout)
-        ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
+        ring, backend = self.engine.ring, self.engine.backend
+        with backend.current():
+            ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
         hops = [self.comm.size - 1] * self.comm.size
 
         def transfer() -> Trace:
             trace = Trace()
-            for _ in ring.circulate((k, v), shapes, hops, trace):
-                pass
+            with backend.current():
+                for _ in ring.circulate((k, v), shapes, hops, trace):
+                    pass
             return trace
         return transfer
 
@@ -129,14 +137,19 @@ class _Bench:
                 "compute max": float(figures[:, 1].max()),
                 "compute min": float(figures[:1 if alone else None, 1].min()), "wait max": wait, "wait": wait / taken,
                 "hidden": max(0.0, 1 - wait / (transfer * moved / all_moved)) if moved and all_moved else None,
-                "efficiency": seconds[ALONE] / taken if ALONE in seconds else None,
+                "efficiency": seconds[ALONE] / taken / self._gpus(alone) if ALONE in seconds else None,
                 "MiB moved": moved / 2**20})
         return rows if self.comm.rank == 0 else []
+
+    def _gpus(self, alone: bool) -> int:
+        """Count the GPUs that a run has for each that one rank alone has."""
+        return 1 if alone or not self.engine.gpus else len(set(self.engine.gpus))
 
     def close(self) -> None:
         """Give everything back."""
         for attention in (*self.layouts.values(), self.single):
             attention.close()
+        self.engine.close()
         self.alone.Free()
 
 

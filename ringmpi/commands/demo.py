@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import positive, seconds
+from .options import add_backend, positive, seconds
 
 if TYPE_CHECKING:
     from ..mpi import Comm
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", type=contexts, default=[2**10, 2**13, 2**16, 2**18], metavar="N[,N...]",
                         help="bytes that each query sees (default: 1024,8192,65536,262144)")
     parser.add_argument("--queries", type=positive, default=4096, metavar="N", help="bytes to predict (default: 4096)")
-    parser.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    add_backend(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
     parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
@@ -73,7 +73,8 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
             paths = arguments.paths or [standard_library()]
             text = read_text(paths, start, context + arguments.queries)
             write_text(source, text, arguments.queries, BFLOAT16, force=True)
-    options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend)
+    options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend,
+                      gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing)
     report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
     with comm.together(arguments.timeout):
         if text is not None:

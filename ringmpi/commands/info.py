@@ -20,8 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
         "ringmpi": f"{__version__}, Python {platform.python_version()}, {platform.machine()}",
         "MPI": _mpi(),
         "launcher": ", ".join(f"{k}={v}" for k, v in launched_sizes().items()) or "none: one process",
-        "GPUs": "not used: this version has no CUDA backend",
-        "CUDA-aware MPI": "not asked: this version sends host memory only",
+        **_gpus(),
+        "GPU transport": _transport(),
         **{f"backend {name}": text for name, text in _backends().items()},
         "h5py": _h5py(),
         "cores": f"{len(cores())} this process may run on",
@@ -42,11 +42,32 @@ def _mpi() -> str:
         return str(error)
 
 
+def _gpus() -> dict[str, str]:
+    from .. import device
+    lines = device.describe()
+    return {f"GPU {i}": line for i, line in enumerate(lines)} or {"GPUs": str(device.reason_missing())}
+
+
+def _transport() -> str:
+    from ..errors import RingError
+    from ..transport import choose_alone
+    try:
+        chosen = choose_alone()
+    except RingError as error:
+        return str(error)
+    return f"{chosen.name}: {chosen.reason}"
+
+
 def _backends() -> dict[str, str]:
     from ..backends import NAMES, reason_missing
     more = {"numba": _vectors}
-    return {name: reason_missing(name) or f"yes ({name} {_version(name)}{more.get(name, str)()})"
+    return {name: reason_missing(name) or f"yes ({_package(name)}{more.get(name, str)()})"
             for name in NAMES if name != "auto"}
+
+
+def _package(name: str) -> str:
+    from ..device import version
+    return version() if name == "cuda" else f"{name} {_version(name)}"
 
 
 def _vectors() -> str:

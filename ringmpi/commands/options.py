@@ -67,6 +67,15 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                            help=f"dataset of {name} (default: {name})")
 
 
+def add_backend(parser: Any) -> None:
+    """Add what says where to compute."""
+    parser.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto")
+    parser.add_argument("--gpu-transport", choices=("auto", "direct", "staged"), default="auto",
+                        help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
+                             "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
+    parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share a GPU, if there are too few")
+
+
 def check_mask(parser_error: Any, arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     if arguments.prefix is not None and not arguments.causal:
