@@ -226,11 +226,11 @@ class Device:
         """Mark what is on `stream` so far: the event's `done` says whether it has come about."""
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record(stream)
-        return event
+        return Event(event, self._cupy.cuda.runtime)
 
     def follow(self, stream: Any, event: Any) -> None:
         """Let what comes on `stream` wait for `event`."""
-        stream.wait_event(event)
+        stream.wait_event(event.cupy_event)
 
     def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
         """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.gather`."""
@@ -307,6 +307,42 @@ def _bytes(x: Any) -> Any:
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:
     arrived.synchronize()
     target[at] = piece
+
+
+class Event:
+    """A mark on a stream. CuPy's own takes a failed GPU for one that is not done yet, for ever."""
+
+    NOT_READY = 600                            # cudaErrorNotReady
+
+    def __init__(self, cupy_event: Any, runtime: Any) -> None:
+        self.cupy_event, self._runtime = cupy_event, runtime
+
+    @property
+    def done(self) -> bool:
+        """Whether what came before it on its stream is done.
+
+        Raises
+        ------
+        BackendError
+            If the GPU failed.
+        """
+        status = self._runtime.eventQuery(self.cupy_event.ptr)
+        if status not in (0, self.NOT_READY):
+            raise BackendError(f"the GPU failed: {self._runtime.CUDARuntimeError(status)}")
+        return bool(status == 0)
+
+    def synchronize(self) -> None:
+        """Wait for it.
+
+        Raises
+        ------
+        BackendError
+            If the GPU failed.
+        """
+        try:
+            self.cupy_event.synchronize()
+        except self._runtime.CUDARuntimeError as error:
+            raise BackendError(f"the GPU failed: {error}") from error
 
 
 @functools.cache

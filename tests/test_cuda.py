@@ -1,0 +1,208 @@
+"""The CUDA kernels and the backend that launches them, on a lazy device that runs the kernels on the CPU."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from emulate import COMPILER, EmulatedDevice
+
+from ringmpi import BackendError, device
+from ringmpi.backends.cuda import CudaBackend, best, kernels
+from ringmpi.device import choose_index
+from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
+HOPPER, AMPERE = (227 * 1024, 228 * 1024), (163 * 1024, 164 * 1024)      # shared memory of a block, of a multiprocessor
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return CudaBackend(1, EmulatedDevice())
+
+
+def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
+    begin = rng.integers(0, n_k + 1, n_q)
+    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
+
+
+def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
+    """Fold k and v in several blocks; rows see begin..end of the whole."""
+    state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype, kind))
+    pairs, placed = 0, backend.place(q)
+    for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
+        pairs += sum(backend.accumulate(state, placed, backend.place(k[a:b]), backend.place(v[a:b]),
+                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale))
+    assert pairs == (end - begin).sum()
+    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], state.acc.dtype)
+    backend.finish(state, backend.place(end > begin), out, lse)
+    return backend.fetch(out), backend.fetch(lse)
+
+
+def check(backend, q, k, v, begin, end, dtype, scale=0.3, blocks=1):
+    out, lse = run(backend, q, k, v, begin, end, scale, blocks)
+    j = np.arange(len(k))
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale)
+    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
+    assert (out[end <= begin] == 0).all()
+    assert (lse[end <= begin] == -np.inf).all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (3, 1)])
+def test_dense_softmax(backend, dtype, heads, kv_heads):
+    check(backend, *case(0, 75, 303, heads, kv_heads, 24, 40, dtype), dtype, blocks=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "dim_v"), [(7, 9), (64, 64), (128, 72), (256, 256)])
+@pytest.mark.parametrize("n_q", [3, 70])
+def test_dims_and_both_kinds_of_tile(backend, dtype, dim, dim_v, n_q):
+    check(backend, *case(1, n_q, 150, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_queries_split_the_keys(backend, dtype):
+    q, k, v, begin, end = case(2, 2, 1500, 4, 2, 16, 16, dtype)
+    begin[:], end[:] = (3, 0), (1500, 700)
+    check(backend, q, k, v, begin, end, dtype, blocks=2)
+    parts = [grid[2] for name, grid, _, _ in backend.device.launched if name.startswith("accumulate")]
+    assert max(parts) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("intervals", ["full", "causal", "none", "one key", "window"])
+@pytest.mark.parametrize("n_k", [1, 64, 129])
+def test_intervals(backend, dtype, intervals, n_k):
+    n_q = 70
+    q, k, v, _, _ = case(3, n_q, n_k, 1, 1, 16, 16, dtype)
+    i = np.arange(n_q)
+    begin, end = {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.minimum(i + 1, n_k)), "none": (0 * i, 0 * i),
+                  "one key": (i % n_k, i % n_k + 1),
+                  "window": (np.clip(i - 9, 0, n_k), np.clip(i + 1, 0, n_k))}[intervals]
+    check(backend, q, k, v, begin, end, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_others(backend, dtype, bad, where):
+    q, k, v, begin, end = case(4, 40, 100, 4, 2, 16, 16, dtype)
+    begin //= 3
+    arrays = {"q": q, "k": k, "v": v}
+    arrays[where][20, 1, 3] = bad
+    out = check(backend, q, k, v, begin, end, dtype, blocks=2)
+    see = (begin <= 20) & (20 < end) if where != "q" else np.arange(40) == 20
+    touched = ~np.isfinite(out.astype(float)).all(axis=(1, 2))
+    assert not touched[~see].any()
+    assert touched.any() or bad == -np.inf or where == "q"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_accumulator_on_request(backend, dtype):
+    q, k, v, begin, end = case(5, 30, 200, 2, 1, 16, 16, dtype)
+    j = np.arange(200)
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3)
+    out, lse = run(backend, q, k, v, begin, end, kind="float64")
+    assert oracle.error(out, want) <= {"float32": 1e-7, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    assert oracle.error(lse, want_lse) < 1e-13
+
+
+@pytest.mark.parametrize("scores", [1e4, -1e4, 1e30])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_large_scores_do_not_overflow(backend, dtype, scores):
+    q, k, v, _, _ = case(6, 20, 200, 1, 1, 16, 16, dtype)
+    q = (q.astype(np.float64) * scores).astype(q.dtype)
+    out, lse = run(backend, q, k, v, np.zeros(20, int), np.full(20, 200), blocks=3)
+    want, want_lse = oracle.attend(q, k, v, np.ones((20, 200), bool), 0.3)
+    assert oracle.error(out, want) <= (1e-8 if dtype == "float64" else 3e-2)
+    assert oracle.error(lse, want_lse) <= 1e-6
+
+
+def test_negative_scale_and_all_scores_minus_infinity(backend):
+    q, k, v, begin, end = case(7, 33, 90, 2, 1, 16, 16, "float32")
+    check(backend, q, k, v, begin, end, "float32", scale=-0.4)
+    q[...], k[...] = 1, -np.inf
+    begin[:], end[:] = 0, 90
+    out, lse = run(backend, q, k, v, begin, end, blocks=2)
+    assert np.isnan(out).all()
+    assert (lse == -np.inf).all()
+
+
+def test_the_result_does_not_depend_on_the_order_of_threads():
+    outs = []
+    for seed in range(3):
+        backend = CudaBackend(1, EmulatedDevice(seed))
+        outs.append(run(backend, *case(8, 45, 140, 4, 2, 16, 16, "bfloat16"), blocks=2)[0])
+    assert all((out == outs[0]).all() for out in outs)
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_do(backend, n_q, n_k):
+    q, k, v, begin, end = case(9, n_q, n_k, 2, 1, 16, 16, "float32")
+    out, lse = run(backend, q, k, v, 0 * begin, 0 * end)
+    assert (out == 0).all()
+    assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("shared", [HOPPER, AMPERE])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dim_has_a_kernel_that_fits(dtype, shared):
+    for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 65, 5000)):
+        kernel = best(kernels(DTYPES[dtype], dim, dim_v, rows, 16), *shared)
+        assert kernel.shared_bytes + 2048 <= shared[0]
+        assert kernel.threads <= 1024
+        assert kernel.keys % 16 == 0
+
+
+def test_kernels_of_smaller_gpus_compute_the_same():
+    backend = CudaBackend(1, EmulatedDevice(1, (8, 0), *AMPERE))
+    for dtype in DTYPES:
+        check(backend, *case(10, 70, 150, 2, 1, 128, 128, dtype), dtype, scale=0.1)
+
+
+def test_a_gpu_that_is_too_small_or_too_old_says_so():
+    with pytest.raises(BackendError, match="expected a GPU of compute capability 8.0 or later, got fake with 7.5"):
+        CudaBackend(1, EmulatedDevice(0, (7, 5)))
+    with pytest.raises(BackendError, match="bytes of shared memory, this GPU gives 10000"):
+        best(kernels(DTYPES["float64"], 256, 256, 100, 16), 10000, 20000)
+
+
+def test_prepare_proves_the_kernels_and_refuses_what_there_are_none_for(backend):
+    backend.prepare(DTYPES["float16"], np.dtype("f4"), 16, 16)
+    with pytest.raises(BackendError, match="expected dim and dim_v up to 256, got 16 and 272"):
+        backend.prepare(DTYPES["float16"], np.dtype("f4"), 16, 272)
+
+
+def test_copies_in_pieces(monkeypatch):
+    monkeypatch.setattr(device, "PIECE_BYTES", 1000)
+    gpu = EmulatedDevice(3)
+    rng = np.random.default_rng(0)
+    for shape in ((), (0,), (7,), (400,), (123, 5), (3, 40, 2, 8), (2, 0, 4)):
+        x = rng.standard_normal(shape)
+        there = gpu.array(x)
+        assert (gpu.host(there) == x).all()
+    x = np.arange(9000.0).reshape(900, 10)[::3, ::2]          # a strided view
+    assert (gpu.host(gpu.array(x)) == x).all()
+
+
+def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
+    q, k, v, begin, end = case(11, 40, 300, 2, 1, 16, 16, "float32")
+    state = backend.new_state(40, 2, 16, np.float32)
+    loop = backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, 0.3)
+    next(loop)
+    loop.close()
+    check(backend, q, k, v, begin, end, "float32")
+
+
+def test_the_gpu_of_a_rank():
+    assert [choose_index(r, 4, False) for r in range(4)] == [0, 1, 2, 3]
+    assert [choose_index(r, 1, False) for r in range(3)] == [0, 0, 0]
+    assert [choose_index(r, 2, True) for r in range(4)] == [0, 1, 0, 1]
+    with pytest.raises(BackendError, match="expected a GPU for each rank of the node, got 2 GPUs for local rank 2"):
+        choose_index(2, 2, False)
