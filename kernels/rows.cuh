@@ -79,7 +79,7 @@ template <int ROWS, int DIM, int STRIDE, int BYTES, int THREADS, class T, class 
 __device__ inline void copy_tile(T* tile, Row row, int count, int dim) {
     constexpr int EACH = BYTES / static_cast<int>(sizeof(T));
     constexpr int CHUNKS = DIM / EACH;
-#pragma unroll
+#pragma unroll 4                               // all at once would take the registers that the products need
     for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
         const int chunk = i + static_cast<int>(threadIdx.x);
         if (ROWS * CHUNKS % THREADS != 0 && chunk >= ROWS * CHUNKS) break;

@@ -94,10 +94,12 @@ def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int) -
 
 def _shapes_float32(wide_v: int, rows: int) -> list[tuple[int, int, int]]:
     """Row lanes, rows of a thread, keys."""
+    tallest = 8 if wide_v <= 128 else 4        # what a thread's registers hold
     if rows <= 16:
-        height = next(h for h in (1, 2, 4, 8) if 2 * h >= rows)
-        return [(2, height, 32), (2, height, 16)]
-    tall = [(16, 8, 64), (16, 8, 32)] if wide_v <= 128 else []
+        height = next((h for h in (1, 2, 4) if 2 * h >= rows), tallest)
+        lanes = 2 * -(-rows // (2 * height))
+        return [(lanes, height, 32), (lanes, height, 16)]
+    tall = [(16, 8, 64), (16, 8, 32)] if tallest == 8 else []
     return [*tall, (16, 4, 32), (16, 4, 16), (16, 2, 16)]
 
 
@@ -121,7 +123,7 @@ def _simple(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int
     rows, padded = height * lanes, -(-dim // 32) * 32 + 4
     numbers = (rows + keys) * padded + keys * dim_v + rows * (keys + 16 if keys % 32 == 0 else keys)
     name = f"accumulate<{dim}, {dim_v}, {lanes}, {height}, {keys}, {align}>"
-    return Kernel("accumulate_float.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes == 2 else 1)
+    return Kernel("accumulate_float.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes < 16 else 1)
 
 
 def best(candidates: Sequence[Kernel], shared_bytes: int, shared_bytes_processor: int) -> Kernel:

@@ -1,0 +1,65 @@
+"""Every kernel compiles for every architecture with NVRTC, no GPU needed; what ptxas says of registers is bounded."""
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+import re
+
+import pytest
+
+from ringmpi.backends.cuda import best, kernels
+from ringmpi.backends.sources import kernels_folder
+from ringmpi.softmax import BFLOAT16, DTYPES
+
+nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings the interface to NVRTC")
+ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 * 1024),
+                 "sm_100": (227 * 1024, 228 * 1024)}
+MOST_SPILLED = 160            # bytes a thread stores outside its registers, all over the kernel; mostly before its loop
+STATE = [*(f"{kernel}<{kind}>" for kernel in ("reset", "merge_parts") for kind in ("float", "double")),
+         *(f"finish<{kind}, {wide}>" for kind in ("bfloat16", "float16", "float", "double")
+           for wide in (("double",) if kind == "double" else ("float", "double"))),
+         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float"))]
+
+
+def instances(architecture):
+    """What the backend would choose there: (file, name)."""
+    found = {("state.cu", name) for name in STATE}
+    dims = {"float64": (64, 128, 256), "float32": (64, 80, 128, 256), "bfloat16": (64, 80, 128, 192, 256),
+            "float16": (128,)}
+    for dtype, rows in itertools.product(DTYPES, (1, 10, 50, 1000)):
+        for dim in dims[dtype]:
+            kernel = best(kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
+            found.add((kernel.file, kernel.name))
+    for align, dtype in ((2, BFLOAT16), (4, DTYPES["float32"]), (8, DTYPES["float64"])):       # odd dims
+        kernel = best(kernels(dtype, 33, 7, 1000, align), *ARCHITECTURES[architecture])
+        found.add((kernel.file, kernel.name))
+    return sorted(found)
+
+
+def compile_one(architecture, file, name):
+    """Compile; give NVRTC's log, in which ptxas says what the kernel takes."""
+    program = nvrtc.createProgram((kernels_folder() / file).read_text(), file, (), ())
+    nvrtc.addNameExpression(program, name)
+    try:
+        nvrtc.compileProgram(program, (f"-arch={architecture}", "--std=c++17", "--ptxas-options=-v",
+                                       f"-I{kernels_folder()}", "-ftz=true", "--device-as-default-execution-space"))
+    except nvrtc.NVRTCError as error:
+        return f"{error}\n{nvrtc.getProgramLog(program)}"
+    assert len(nvrtc.getCUBIN(program)) > 1000
+    return nvrtc.getProgramLog(program)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_and_keep_to_their_registers(architecture):
+    wanted = instances(architecture)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        logs = list(pool.map(compile_one, [architecture] * len(wanted), *zip(*wanted, strict=True)))
+    for (file, name), log in zip(wanted, logs, strict=True):
+        used = re.search(r"Used (\d+) registers", log)
+        spilled = re.search(r"(\d+) bytes spill stores", log)
+        assert used, f"{architecture} {file} {name}: {log}"
+        assert "warning" not in log, f"{architecture} {file} {name}: {log}"
+        print(f"{architecture} {file} {name}: {used[1]} registers, {spilled[1]} bytes spilled")
+        assert int(spilled[1]) <= MOST_SPILLED, f"{architecture} {file} {name}: {spilled[1]} bytes spilled"
