@@ -1,0 +1,383 @@
+// Fold one block of K and V into the running softmax of the queries, with what Hopper GPUs have for it: bfloat16 and
+// float16. Arguments and promises are those of accumulate_tensor.cu, but for these:
+//
+//   k, v       tensor maps of (n_k, kv_heads, dim) and (n_k, kv_heads, dim_v), 16-bit numbers, in boxes of
+//              (KEYS, 1, 64) with the 128-byte swizzle, zeros outside
+//
+// grid (ceil(n_q group / ROWS), kv_heads, parts) of 128 (GROUPS + 1) threads; ROWS = 64 GROUPS; dynamic shared memory:
+// Room::BYTES. The caller guarantees: dim <= DIM, dim_v <= DIM_V, DIM and DIM_V 64 or 128; dim and dim_v multiples of
+// 8; q, k and v aligned to 16 bytes, acc to 8; n_k + width < 2^31.
+//
+// The threads have roles, as in Shah et al. 2024, FlashAttention-3: one copies tiles of K and V into stages, in turns;
+// each other warpgroup folds them into the state of its 64 rows, which stays in registers. Over tiles that all its
+// rows see in full, a warpgroup starts the scores of the next tile before it adds the values of this one, and works
+// out the weights of the next while the values are added. Tiles that some row sees in part are folded one by one.
+
+#include "finite.cuh"
+#include "hopper.cuh"
+#include "rows.cuh"
+
+constexpr int GROUP_ROWS = 64, WARP_ROWS = 16, WARPS = 4;       // of a warpgroup
+
+// What lies where in shared memory.
+template <int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
+struct Room {
+    static constexpr int Q = GROUP_ROWS * DIM * 2, K = KEYS * DIM * 2, V = KEYS * DIM_V * 2;
+    static constexpr int BYTES = PANEL_ALIGN + GROUPS * Q + STAGES * (K + V + 4 * static_cast<int>(sizeof(PhaseBarrier)));
+
+    unsigned char *q, *k, *v;
+    PhaseBarrier *k_here, *v_here, *k_free, *v_free;      // of each stage
+
+    __device__ explicit Room(unsigned char* start) {
+        q = align_panel(start);
+        k = q + GROUPS * Q;
+        v = k + STAGES * K;
+        k_here = reinterpret_cast<PhaseBarrier*>(v + STAGES * V);
+        v_here = k_here + STAGES;
+        k_free = v_here + STAGES;
+        v_free = k_free + STAGES;
+    }
+
+    // One arrival says that a tile is under way, one of each warp that it is done with it.
+    __device__ void make_barriers() const {
+        for (int i = 0; i < STAGES; ++i) {
+            k_here[i].make(1);
+            v_here[i].make(1);
+            k_free[i].make(GROUPS * WARPS);
+            v_free[i].make(GROUPS * WARPS);
+        }
+        fence_for_hardware();
+    }
+
+    __device__ static int stage(int tile) { return tile % STAGES; }
+    __device__ static int parity(int tile) { return tile / STAGES % 2; }
+};
+
+// Copy a tile of K or V into its stage, once all are done with the tile that was there.
+template <int KEYS, int COLUMNS>
+__device__ inline void copy_tile(unsigned char* tile, const TensorMap& map, int kv_head, int start, int parity,
+                                 PhaseBarrier& free, PhaseBarrier& here) {
+    free.wait(parity ^ 1);
+    here.arrive_and_expect(KEYS * COLUMNS * 2);
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c += PANEL_COLUMNS) {
+        copy_box(tile, map, c, kv_head, start, here);
+        tile += KEYS * PANEL_ROW_BYTES;
+    }
+}
+
+// This warp is done with a tile.
+__device__ inline void let_go(PhaseBarrier& free) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) free.arrive();
+}
+
+__device__ inline Sight join(const Sight& a, const Sight& b) {
+    return {{min(a.any.low, b.any.low), max(a.any.high, b.any.high)},
+            {max(a.every.low, b.every.low), min(a.every.high, b.every.high)}};
+}
+
+// Column of number i of this lane in accumulators that begin 8 n columns after `start`.
+__device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
+
+struct alignas(8) Two {
+    float first, second;
+};
+
+// The rows of a warpgroup, 16 in each warp: what they see, and their state in registers.
+template <class T, int DIM, int DIM_V, int KEYS>
+struct GroupRows {
+    float acc[DIM_V / 8][4];
+    float top[2], sum[2];                      // of rows g and g + 8 of the warp; of sum, this lane's share
+    Interval sees[2];
+    float s[KEYS / 8][4];                      // scores, then weights
+    unsigned p[KEYS / 16][4];                  // weights, as the left side of a product
+
+    // Start s = Q K^T.
+    __device__ void start_scores(Operand q, Operand k) {
+        products_start();
+#pragma unroll
+        for (int column = 0; column < DIM; column += 16) {
+            const int panel = column / PANEL_COLUMNS, inside = column % PANEL_COLUMNS * 2;
+            product(T{}, s, further(q, panel * GROUP_ROWS * PANEL_ROW_BYTES + inside),
+                    further(k, panel * KEYS * PANEL_ROW_BYTES + inside), column > 0);
+        }
+        products_commit();
+    }
+
+    // Start acc += p V.
+    __device__ void start_values(Operand v) {
+        products_start();
+#pragma unroll
+        for (int key = 0; key < KEYS; key += 16) product(T{}, acc, p[key / 16], further(v, key * PANEL_ROW_BYTES));
+        products_commit();
+    }
+
+    // Scores as they count: -infinity what is not seen.
+    template <bool PARTIAL>
+    __device__ void scale_scores(float scale, int start) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[n][i] = __fmul_rn(s[n][i], scale);     // rounded, so that the largest minus itself is 0
+                if (PARTIAL && !sees[i / 2].holds(column_of(start, n, i))) s[n][i] = -infinity(float{});
+            }
+    }
+
+    // Turn scores into weights, and move the maximum and the sum to what they are now; acc is to shrink by `shrink`.
+    __device__ void weigh(float (&shrink)[2]) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float high = top[h];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
+            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
+            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
+            const float base = high == -infinity(float{}) ? 0.f : high;      // -inf - -inf would be NaN
+            shrink[h] = exponential(top[h] - base);
+            top[h] = high;
+            float more = 0;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+                for (int i = 2 * h; i < 2 * h + 2; ++i) {
+                    s[n][i] = exponential(s[n][i] - base);
+                    more += s[n][i];
+                }
+            sum[h] = sum[h] * shrink[h] + more;
+        }
+    }
+
+    // Take the weights and the maximum of a tile over, once no product reads the ones before.
+    __device__ void take(const float (&shrink)[2]) {
+#pragma unroll
+        for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[n][i] *= shrink[i / 2];
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                p[step][i] = pack(T{}, s[2 * step + i / 2][i % 2 * 2], s[2 * step + i / 2][i % 2 * 2 + 1]);
+    }
+
+    // Whether this thread's share of a tile of V has nothing but finite numbers.
+    __device__ static bool finite_share(const unsigned char* v_tile) {
+        bool finite = true;
+#pragma unroll 4
+        for (int at = threadIdx.x % WARPGROUP * 16; at < KEYS * DIM_V * 2; at += WARPGROUP * 16) {
+            const Chunk chunk = *reinterpret_cast<const Chunk*>(v_tile + at);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) finite &= Finite<T>::both(chunk.words[i]);
+        }
+        return finite;
+    }
+
+    // Right sides of two products: rows key .. key + 16 of V, columns column .. column + 8 and eight more.
+    __device__ static void right(unsigned (&b)[4], const unsigned char* v_tile, int key, int column) {
+        const int lane = threadIdx.x % 32;
+        load_matrices_transposed(b, v_tile + chunk_offset(KEYS, key + lane % 16, column / 8 + lane / 16));
+    }
+
+    // acc += p V, where a key that a row does not see may have NaN or infinity; a rare way.
+    __device__ void add_carefully(const unsigned char* v_tile, int start) {
+#pragma unroll
+        for (int n = 0; n < DIM_V / 8; n += 2) {
+            unsigned b[4];
+#pragma unroll
+            for (int step = 0; step < KEYS / 16; ++step) {
+                right(b, v_tile, step * 16, n * 8);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) b[i] = Finite<T>::only(b[i]);      // a weight of 0 times NaN would be NaN
+                multiply_add(T{}, acc[n], p[step], b[0], b[1]);
+                multiply_add(T{}, acc[n + 1], p[step], b[2], b[3]);
+            }
+            float found[2][4] = {};
+#pragma unroll 1
+            for (int key = 0; key < KEYS; key += 16) {
+                unsigned visible[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int column = column_of(start + key, i / 2, 0);
+                    visible[i] = pack(T{}, sees[i % 2].holds(column), sees[i % 2].holds(column + 1));
+                }
+                right(b, v_tile, key, n * 8);
+                multiply_add(T{}, found[0], visible, Finite<T>::codes(b[0]), Finite<T>::codes(b[1]));
+                multiply_add(T{}, found[1], visible, Finite<T>::codes(b[2]), Finite<T>::codes(b[3]));
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) Finite<T>::add(acc[n + i / 4][i % 4], found[i / 4][i % 4]);
+        }
+    }
+};
+
+template <class T, int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
+__global__ void __launch_bounds__(WARPGROUP * (GROUPS + 1), 1)
+accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant__ TensorMap k,
+           const __grid_constant__ TensorMap v, const int* begin, const int* end, int n_q, int n_k, int kv_heads,
+           int group, int dim, int dim_v, int stride_v, float scale, int width, int fresh) {
+    static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
+    static_assert(KEYS == 128, "products are of this width, and codes of non-finite numbers must not run over");
+    constexpr int ROWS = GROUP_ROWS * GROUPS;
+    constexpr int COPIER_REGISTERS = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 2 ? 240 : 160;
+    const Room<DIM, DIM_V, GROUPS, KEYS, STAGES> room(shared_memory());
+
+    // The first warpgroup copies. The same for all lanes of a warp, which the compiler does not see by itself.
+    const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0) - WARPS, lane = threadIdx.x % 32;
+    const int mine = warp * WARP_ROWS;
+    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
+                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
+    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+
+    __shared__ Sight sights[GROUPS * WARPS];
+    const bool has_row = warp >= 0 && lane < WARP_ROWS && rows.there(mine + lane);
+    const Interval interval = has_row ? cut(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
+    const Sight sight_of_warp = sight_of(interval, has_row);
+    if (warp >= 0 && lane == 0) sights[warp] = sight_of_warp;
+    if (threadIdx.x == 0) room.make_barriers();
+    __syncthreads();
+    Sight of_all = sights[0], sight = sights[max(warp, 0) / WARPS * WARPS];
+#pragma unroll
+    for (int w = 1; w < GROUPS * WARPS; ++w) of_all = join(of_all, sights[w]);
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) sight = join(sight, sights[max(warp, 0) / WARPS * WARPS + w]);
+    const Interval range = of_all.any;
+    const int tiles = range.tiles(KEYS);
+    if (tiles == 0 && !fresh) return;
+
+    if (warp < 0) {
+        fewer_registers<COPIER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            for (int i = 0; i < tiles; ++i) {
+                const int stage = room.stage(i), parity = room.parity(i), start = range.low + i * KEYS;
+                copy_tile<KEYS, DIM>(room.k + stage * room.K, k, rows.kv_head, start, parity, room.k_free[stage],
+                                     room.k_here[stage]);
+                copy_tile<KEYS, DIM_V>(room.v + stage * room.V, v, rows.kv_head, start, parity, room.v_free[stage],
+                                       room.v_here[stage]);
+            }
+        }
+    } else {
+        more_registers<REGISTERS>();
+        unsigned char* const q_tile = room.q + warp / WARPS * room.Q;
+        constexpr int CHUNKS = DIM / 8;
+#pragma unroll
+        for (int i = 0; i < GROUP_ROWS * CHUNKS; i += WARPGROUP) {
+            const int chunk = i + threadIdx.x % WARPGROUP, r = chunk / CHUNKS, c = chunk % CHUNKS;
+            const int row = warp / WARPS * GROUP_ROWS + r;
+            const bool there = rows.there(row) && c * 8 < dim;
+            store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c),
+                        there ? *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * dim + c * 8) : Chunk{});
+        }
+        fence_for_hardware();
+        meet(1 + warp / WARPS, WARPGROUP);
+
+        GroupRows<T, DIM, DIM_V, KEYS> state;
+        const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const int local = 8 * h + lane / 4, row = mine + local;
+            state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, local), __shfl_sync(ALL_LANES, interval.high, local)};
+            const bool known = !fresh && rows.there(row);
+            const long long at = known ? rows.state_row(row) : 0;
+            state.top[h] = known ? top[at] : -infinity(float{});
+            state.sum[h] = known && lane % 4 == 0 ? sum[at] : 0.f;
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n) {
+                const int column = column_of(0, n, 0);
+                const Two two = known && column < dim_v ? *reinterpret_cast<const Two*>(acc + at * stride_v + column)
+                                                        : Two{0.f, 0.f};
+                state.acc[n][2 * h] = two.first;
+                state.acc[n][2 * h + 1] = two.second;
+            }
+        }
+
+        const Operand q_operand = operand<true, GROUP_ROWS>(q_tile);
+        const Operand k_operand = operand<true, KEYS>(room.k), v_operand = operand<false, KEYS>(room.v);
+        auto start_scores = [&](int i) {
+            room.k_here[room.stage(i)].wait(room.parity(i));
+            state.start_scores(q_operand, further(k_operand, room.stage(i) * room.K));
+        };
+        auto start_values = [&](int i) {
+            room.v_here[room.stage(i)].wait(room.parity(i));
+            state.start_values(further(v_operand, room.stage(i) * room.V));
+        };
+        auto let_go_of_k = [&](int i) { let_go(room.k_free[room.stage(i)]); };
+        auto let_go_of_v = [&](int i) { let_go(room.v_free[room.stage(i)]); };
+        // Tiles that the other rows see and these don't: only when one is here is it the turn of its phase.
+        auto pass = [&](int from, int to) {
+            for (int i = from; i < to; ++i) {
+                room.k_here[room.stage(i)].wait(room.parity(i));
+                let_go_of_k(i);
+                room.v_here[room.stage(i)].wait(room.parity(i));
+                let_go_of_v(i);
+            }
+        };
+
+        const bool sees_any = sight.any.low < sight.any.high;
+        const int first = sees_any ? (sight.any.low - range.low) / KEYS : tiles;
+        const int last = sees_any ? (sight.any.high - range.low + KEYS - 1) / KEYS : tiles;
+        float shrink[2];
+        pass(0, first);
+        for (int i = first; i < last;) {
+            const int start = range.low + i * KEYS;
+            start_scores(i);
+            products_wait<0>(state.s);
+            let_go_of_k(i);
+            if (sight.full(start, KEYS)) {
+                state.template scale_scores<false>(scale, start);
+                state.weigh(shrink);
+                state.take(shrink);
+                for (const int next = min(last, (sight.every.high - range.low) / KEYS); i + 1 < next; ++i) {
+                    start_scores(i + 1);
+                    start_values(i);
+                    products_wait<1>(state.s);
+                    let_go_of_k(i + 1);
+                    state.template scale_scores<false>(scale, start);
+                    state.weigh(shrink);
+                    products_wait<0>(state.acc);
+                    let_go_of_v(i);
+                    state.take(shrink);
+                }
+                start_values(i);
+                products_wait<0>(state.acc);
+            } else {
+                state.template scale_scores<true>(scale, start);
+                state.weigh(shrink);
+                state.take(shrink);
+                room.v_here[room.stage(i)].wait(room.parity(i));
+                const unsigned char* const v_tile = room.v + room.stage(i) * room.V;
+                if (!meet_any(1 + warp / WARPS, WARPGROUP, !state.finite_share(v_tile))) {
+                    start_values(i);
+                    products_wait<0>(state.acc);
+                } else {
+                    state.add_carefully(v_tile, start);
+                }
+            }
+            let_go_of_v(i);
+            ++i;
+        }
+        pass(last, tiles);
+
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            float total = state.sum[h];
+            total += __shfl_xor_sync(ALL_LANES, total, 1);
+            total += __shfl_xor_sync(ALL_LANES, total, 2);
+            const int row = mine + 8 * h + lane / 4;
+            if (!rows.there(row)) continue;
+            const long long at = offset + rows.state_row(row);
+            if (lane % 4 == 0) {
+                top[at] = state.top[h];
+                sum[at] = total;
+            }
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n) {
+                const int column = column_of(0, n, 0);
+                if (column < dim_v)
+                    *reinterpret_cast<Two*>(acc + at * stride_v + column) = {state.acc[n][2 * h],
+                                                                            state.acc[n][2 * h + 1]};
+            }
+        }
+    }
+}
