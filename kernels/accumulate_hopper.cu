@@ -14,7 +14,7 @@
 // out the weights of the next while the values are added. Tiles that some row sees in part are folded one by one.
 
 #include "finite.cuh"
-#include "hopper.cuh"
+#include "panels.cuh"
 #include "rows.cuh"
 
 constexpr int GROUP_ROWS = 64, WARP_ROWS = 16, WARPS = 4;       // of a warpgroup

@@ -1,10 +1,6 @@
 // The instructions of Hopper GPUs that C++ has no words for, each behind a function of one meaning: barriers in
 // shared memory, copies of whole tiles, and products of a warpgroup (four warps, of which the first has a number
-// divisible by four), all of which run on their own while threads go on. sm_90a.
-//
-// A tile in shared memory is a row of panels, each of 64 16-bit columns: a row of a panel is 128 bytes long, and the
-// eight 16-byte chunks of row r are swizzled, chunk c lying at place c ^ r % 8. Panels begin at multiples of
-// PANEL_ALIGN, so that the hardware, which takes the bits of r from the address, finds the same.
+// divisible by four), all of which run on their own while threads go on. Tiles lie as panels.cuh says. sm_90a.
 //
 // Shared memory has two proxies: threads read and write through one, copies of tiles and products through the other.
 // What a thread has written is not there for the other proxy until that thread has called fence_for_hardware() and
@@ -15,17 +11,7 @@
 
 #include "platform.cuh"
 
-constexpr int WARPGROUP = 128, PANEL_COLUMNS = 64, PANEL_ROW_BYTES = 128, PANEL_ALIGN = 1024;
-
-// Where chunk `chunk`, of 16 bytes, of a row lies in a tile of `rows` rows.
-__device__ inline int chunk_offset(int rows, int row, int chunk) {
-    return (chunk / 8 * rows + row) * PANEL_ROW_BYTES + (chunk % 8 ^ row % 8) * 16;
-}
-
-// The first address from `pointer` on where a panel may begin.
-__device__ inline unsigned char* align_panel(unsigned char* pointer) {
-    return pointer + (PANEL_ALIGN - shared_address(pointer) % PANEL_ALIGN) % PANEL_ALIGN;
-}
+constexpr int WARPGROUP = 128;
 
 __device__ inline void fence_for_hardware() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -104,20 +90,8 @@ __device__ inline bool meet_any(int number, int threads, bool yes) {
     return any != 0;
 }
 
-// What a product reads in shared memory: a place in a tile of ROWS rows, in 16-byte units, and how to go on from
-// there. ALONG: the columns of the tile are the depth of the product. Else its rows are, and the product takes 64
-// columns from each panel, as many panels as it needs.
+// What a product reads in shared memory, as panels.cuh makes it.
 using Operand = unsigned long long;
-
-template <bool ALONG, int ROWS>
-__device__ inline Operand operand(const void* tile) {
-    constexpr Operand SWIZZLE_128 = Operand{1} << 62, EIGHT_ROWS = 8 * PANEL_ROW_BYTES / 16;
-    constexpr Operand NEXT_PANEL = ALONG ? 1 : ROWS * PANEL_ROW_BYTES / 16;           // 1: not used
-    return SWIZZLE_128 | EIGHT_ROWS << 32 | NEXT_PANEL << 16 | (shared_address(tile) & 0x3ffff) >> 4;
-}
-
-// The operand `bytes` further on, a multiple of 16.
-__device__ inline Operand further(Operand from, int bytes) { return from + static_cast<Operand>(bytes / 16); }
 
 // Products run in the order in which they are started. Before the first, and whenever a thread has touched
 // registers that they will read or write:

@@ -25,6 +25,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 using std::max;
 using std::min;
@@ -46,6 +47,7 @@ struct Fibre {
     long meetings = 0;             // of its warp that it has come to
     long barriers = 0;
     std::vector<std::vector<Copy>> groups{1};
+    std::function<bool()> ready;   // what else it waits for
 };
 
 struct Warp {
@@ -65,6 +67,10 @@ inline std::function<void()> body;
 inline int waiting = 0;
 inline long barriers = 0;
 inline std::mt19937 random_numbers;
+inline long block_number = 0;
+inline std::vector<std::function<void()>> deeds;            // what the hardware is yet to do for the block, in any order
+inline std::function<void(unsigned)> passed_barrier;        // told of each thread
+inline std::function<void()> at_end;                        // of the block
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "emulator: %s in block (%u, %u, %u), thread %u\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -73,6 +79,13 @@ inline std::mt19937 random_numbers;
 }
 
 inline void pause() { swapcontext(&current->context, &scheduler); }
+
+// Let others run until it is so.
+inline void wait_until(std::function<bool()> ready) {
+    current->ready = std::move(ready);
+    while (!current->ready()) pause();
+    current->ready = nullptr;
+}
 
 inline void start() {
     body();
@@ -83,6 +96,7 @@ inline void start() {
 // Wait for all threads of the block that have not ended.
 inline void barrier() {
     const long mine = ++current->barriers;
+    if (passed_barrier) passed_barrier(current->index);
     const auto alive = std::count_if(fibres.begin(), fibres.end(), [](const Fibre& f) { return !f.done; });
     if (++waiting == alive) {
         waiting = 0;
@@ -117,6 +131,8 @@ inline void run_block(unsigned threads, size_t shared_size) {
     warps.assign((threads + LANES - 1) / LANES, Warp{});
     waiting = 0;
     barriers = 0;
+    ++block_number;
+    deeds.clear();
     fibres.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
         Fibre& f = fibres[i];
@@ -126,6 +142,7 @@ inline void run_block(unsigned threads, size_t shared_size) {
         f.done = false;
         f.meetings = f.barriers = 0;
         f.groups.assign(1, {});
+        f.ready = nullptr;
         getcontext(&f.context);
         f.context.uc_stack.ss_sp = f.stack.get();
         f.context.uc_stack.ss_size = STACK;
@@ -142,16 +159,23 @@ inline void run_block(unsigned threads, size_t shared_size) {
             Fibre& f = fibres[i];
             if (f.done) continue;
             const Warp& warp = warps[f.index / LANES];
-            if (f.meetings > warp.meetings || f.barriers > barriers) continue;       // still waits
+            if (f.meetings > warp.meetings || f.barriers > barriers || (f.ready && !f.ready())) continue;  // still waits
             current = &f;
             threadIdx = {f.index, 0, 0};
             swapcontext(&scheduler, &f.context);
             moved = true;
             alive -= f.done;
         }
+        std::shuffle(deeds.begin(), deeds.end(), random_numbers);
+        for (size_t i = deeds.size(); i-- > 0 && (!moved || random_numbers() % 4 == 0); moved = true) {
+            const auto deed = std::move(deeds.back());
+            deeds.pop_back();
+            deed();
+        }
         if (!moved) fail("not all threads come to a meeting");
     }
     current = nullptr;
+    if (at_end) at_end();
 }
 
 template <class... Arguments, size_t... I>
@@ -201,6 +225,8 @@ inline int __reduce_max_sync(unsigned, int value) {
     const int* all = emulator::meet(value, "__reduce_max_sync");
     return *std::max_element(all, all + 32);
 }
+
+inline float __fmul_rn(float a, float b) { return a * b; }
 
 inline int __all_sync(unsigned, int value) {
     const int* all = emulator::meet(int(value != 0), "__all_sync");
