@@ -335,6 +335,7 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
                     let_go_of_k(i + 1);
                     state.template scale_scores<false>(scale, start);
                     state.weigh(shrink);
+                    settle(state.sum[0] + state.sum[1]);
                     products_wait<0>(state.acc);
                     let_go_of_v(i);
                     state.take(shrink);

@@ -100,6 +100,16 @@ __device__ inline void products_start() { asm volatile("wgmma.fence.sync.aligned
 // Close a group of products.
 __device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// Work a number out before what comes next; it is not negative. The assembler moves arithmetic past the waits below,
+// where it no longer overlaps with products, but not past a branch, which this is.
+__device__ inline void settle(float number) {
+    asm volatile("{\n"
+                 ".reg .pred negative;\n"
+                 "setp.lt.f32 negative, %0, 0f00000000;\n"
+                 "@negative trap;\n"
+                 "}" :: "f"(number) : "memory");
+}
+
 // Wait until at most PENDING of the latest groups run, and so `d` is there. Nothing may touch the registers of a
 // product, and nobody may write to its tiles, before.
 template <int PENDING, int N>

@@ -343,6 +343,10 @@ inline void products_commit() {
     lane.started = false;
 }
 
+inline void settle(float number) {
+    if (number < 0) emulator::fail("a sum of weights below 0");
+}
+
 template <int PENDING, int N>
 inline void products_wait(float (&)[N][4]) { emulator::wait_for_products(PENDING); }
 
