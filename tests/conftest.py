@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from ringmpi.device import reason_missing
+
 # Ranks outnumber cores here: libraries must neither spin nor start pools of their own.
 QUIET = {
     "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -17,7 +19,17 @@ for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m") != "gpu":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    elif reason := reason_missing():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("--with-mpi"):
         return
     mpi = [item for item in items if item.get_closest_marker("mpi")]

@@ -29,6 +29,7 @@ LAYERS = [
     {"job", "text"},
     {"audit", "memory"},
     {"commands.options", "commands.bench_kernel", "commands.bench_ring"},
+    {"commands.bench_gpu"},
     {"commands", "commands.attend", "commands.make", "commands.check", "commands.merge", "commands.info",
      "commands.demo", "commands.bench"},
     {"cli"},

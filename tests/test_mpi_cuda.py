@@ -8,25 +8,35 @@ from test_mpi_attention import make_layout, make_mask
 
 from ringmpi import Mask, RingAttention, device, link, ring_attention
 from ringmpi.softmax import DTYPES, TOLERANCE
+from ringmpi.transport import cuda_awareness
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 
 
-@pytest.fixture(scope="module")
-def made(comm):
-    return EmulatedDevice(seed=comm.rank)
+@pytest.fixture(scope="module", params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])
+def made(request, comm):
+    """A GPU of its own for each rank, emulated; with `-m gpu` the first real one for all."""
+    return EmulatedDevice(seed=comm.rank) if request.param == "emulated" else device.open_device(0)
 
 
 @pytest.fixture
 def gpu(monkeypatch, made):
-    """Put an emulated GPU of its own in each rank."""
+    monkeypatch.setattr(link, "CHUNK_BYTES", 5000)
+    if not isinstance(made, EmulatedDevice):
+        return made
     monkeypatch.setattr(device, "reason_missing", lambda: None)
     monkeypatch.setattr(device, "count", lambda: 8)
     monkeypatch.setattr(device, "view", lambda x: x)
     monkeypatch.setattr(device, "index_of", lambda x: 3)
     monkeypatch.setattr(device, "open_device", lambda index: made)
-    monkeypatch.setattr(link, "CHUNK_BYTES", 1000)
     return made
+
+
+@pytest.fixture
+def emulated(gpu):
+    if not isinstance(gpu, EmulatedDevice):
+        pytest.skip("of emulated GPUs only")
+    return gpu
 
 
 def case(seed, length, heads, kv_heads, dim, dim_v, dtype):
@@ -35,44 +45,52 @@ def case(seed, length, heads, kv_heads, dim, dim_v, dtype):
             ((length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim_v))]
 
 
-def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=203, seed=0):
+def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0):
     q, k, v = case(seed, length, 4, 2, 16, 16, dtype)
     spec = make_layout(layout, length, comm.size)
     mine = spec.positions(comm.rank)
     arrays = [x[mine] for x in (q, k, v)]
     options = {"mask": Mask(**make_mask(mask, length)), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
-               "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport}
+               "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
+               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
     with RingAttention(comm, **options) as attention:
         for _ in range(2):                     # the second in the same buffers
             given = [gpu.array(x) for x in arrays] if on_gpu else arrays
             out, lse = attention(*given, return_lse=True)
-            there = type(out).__name__
+            there = isinstance(out, np.ndarray)
             out, lse = (x.get() if on_gpu else x for x in (out, lse))
         used, gpus, pairs = attention.transport, attention.gpus, attention.trace.pairs
         name = attention.backend.name
+    expected = comm.allgather(gpu.uuid)
     see = oracle.visible(length, length, **make_mask(mask, length))[mine]
     want, want_lse = oracle.attend(q[mine], k, v, see, 0.25)
     unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
     assert out.dtype == q.dtype
-    assert there == ("FakeArray" if on_gpu else "ndarray")
+    assert there is not on_gpu
     assert oracle.error(out, want, unit) <= TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
     assert pairs == see.sum()
     assert used.name == transport
-    assert gpus == [f"GPU-fake-{rank}" for rank in range(comm.size)]
+    assert gpus == expected
     assert name == "cuda"
+
+
+def skip_unless_mpi_takes(gpu, transport):
+    if transport == "direct" and not isinstance(gpu, EmulatedDevice) and not cuda_awareness()[0]:
+        pytest.skip(cuda_awareness()[1])
 
 
 @pytest.mark.parametrize("transport", ["direct", "staged"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_transports_with_every_dtype(comm, gpu, dtype, transport):
+    skip_unless_mpi_takes(gpu, transport)
     check(comm, gpu, dtype, "striped", "causal", transport, on_gpu=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "uneven", "empty", "zigzag", "custom"])
 @pytest.mark.parametrize("mask", ["full", "documents", "all"])
 def test_layouts_and_masks(comm, gpu, layout, mask):
-    transport = "staged" if mask == "all" else "direct"
+    transport = "staged" if mask == "all" or not isinstance(gpu, EmulatedDevice) else "direct"
     check(comm, gpu, "bfloat16", layout, mask, transport, on_gpu=layout != "uneven", seed=1)
 
 
@@ -85,7 +103,7 @@ def test_a_batch(comm, gpu):
     q, k, v = case(2, 60, 4, 2, 16, 16, "float32")
     mine = make_layout("contiguous", 30, comm.size).positions(comm.rank)
     batch = [np.stack((x[:30], x[30:]))[:, mine] for x in (q, k, v)]
-    out = ring_attention(*(gpu.array(x) for x in batch), comm=comm, timeout=100).get()
+    out = ring_attention(*(gpu.array(x) for x in batch), comm=comm, timeout=100, allow_gpu_sharing=True).get()
     for got, rows in zip(out, (slice(0, 30), slice(30, 60)), strict=True):
         want, _ = oracle.attend(q[rows][mine], k[rows], v[rows], np.ones((len(mine), 30), bool), 0.25)
         assert oracle.error(got, want, np.abs(q).max()) <= 2e-6
@@ -94,7 +112,7 @@ def test_a_batch(comm, gpu):
 def test_auto_follows_the_arrays(comm, gpu):
     arrays = case(3, 20, 2, 2, 16, 16, "float32")
     outs, names = [], []
-    with RingAttention(comm, timeout=100, gpu_transport="staged") as attention:
+    with RingAttention(comm, timeout=100, gpu_transport="staged", allow_gpu_sharing=True) as attention:
         for on_gpu in (False, True, True, False):
             out = attention(*(gpu.array(x) if on_gpu else x for x in arrays))
             outs.append(out.get() if on_gpu else out)
@@ -131,8 +149,8 @@ def test_arrays_on_different_sides_are_refused(comm, gpu):
     assert "BackendError: backend numpy computes on CPUs, and the arrays are on GPUs" in named
 
 
-def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "uuid", "GPU-one")
+def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, emulated, monkeypatch):
+    monkeypatch.setattr(emulated, "uuid", "GPU-one")
     arrays = case(5, 8, 2, 2, 16, 16, "float32")
     options = {"comm": comm, "backend": "cuda", "timeout": 60, "gpu_transport": "staged"}
     said = everywhere(comm, lambda: ring_attention(*arrays, **options))
@@ -154,15 +172,15 @@ def test_options_that_make_no_sense(comm, gpu):
     assert "BackendError: rank 0: backend cuda: expected dim and dim_v up to 256, got 264 and 16" in said
 
 
-def test_a_gpu_that_computes_wrongly_is_found_out(comm, gpu, monkeypatch):
-    right = gpu.launch
+def test_a_gpu_that_computes_wrongly_is_found_out(comm, emulated, monkeypatch):
+    right = emulated.launch
 
     def wrong(kernel, grid, threads, shared_bytes, arguments, stream):
         if kernel[0].startswith("finish") and comm.rank == comm.size - 1:
             arguments = (arguments[0], arguments[1], arguments[1], *arguments[3:])
         right(kernel, grid, threads, shared_bytes, arguments, stream)
-    monkeypatch.setattr(gpu, "launch", wrong)
-    monkeypatch.setattr(gpu, "cache", {})      # nothing is proven yet
+    monkeypatch.setattr(emulated, "launch", wrong)
+    monkeypatch.setattr(emulated, "cache", {})      # nothing is proven yet
     arrays = case(8, 8, 2, 2, 16, 16, "float32")
     said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, backend="cuda", timeout=60))
     assert "gives a wrong result" in said

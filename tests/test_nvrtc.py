@@ -61,5 +61,5 @@ def test_kernels_compile_and_keep_to_their_registers(architecture):
         spilled = re.search(r"(\d+) bytes spill stores", log)
         assert used, f"{architecture} {file} {name}: {log}"
         assert "warning" not in log, f"{architecture} {file} {name}: {log}"
-        print(f"{architecture} {file} {name}: {used[1]} registers, {spilled[1]} bytes spilled")
+        print(f"{architecture} {file} {name}: {used[1]} registers, {spilled[1]} bytes spilled")  # noqa: T201
         assert int(spilled[1]) <= MOST_SPILLED, f"{architecture} {file} {name}: {spilled[1]} bytes spilled"

@@ -14,7 +14,7 @@ from typing import Any
 
 from .options import DTYPES, add_backend, positive, seconds
 
-KERNELS = ("numba", "numpy", "torch")
+KERNELS = ("numba", "numpy", "ringmpi", "torch")
 MASKS = ("full", "causal", "window", "documents")
 
 
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--all", action="store_true",
                         help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
-    kernel.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    kernel.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
+                        help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU")
+    kernel.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS,
+                        help="what to measure: numba, numpy and torch, with --backend cuda ringmpi and torch")
     kernel.add_argument("--heads", type=positive, default=2, metavar="H")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
@@ -59,12 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     more: dict[str, Any] = {}
     if arguments.kind == "kernel":
-        from .bench_kernel import measure as measure_kernel
+        if arguments.backend == "cuda":
+            from .bench_gpu import measure as measure_kernel
+        else:
+            from .bench_kernel import measure as measure_kernel
         if arguments.heads % (arguments.kv_heads or arguments.heads):
             from ..errors import OptionError
             raise OptionError(f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}")
-        rows, more["compile_seconds"] = measure_kernel(arguments)
-        hidden = {"threads", "GB/s", "peak GFLOP/s"}
+        rows, more = measure_kernel(arguments)
+        hidden = {"threads", "GB/s", "peak GFLOP/s", "copy GB/s"}
         print("compiled or loaded in", ", ".join(f"{t:.1f} s ({name})" for name, t in more["compile_seconds"].items()))
     else:
         from .bench_ring import measure as measure_ring
