@@ -1,0 +1,145 @@
+"""One block on one GPU: the CUDA backend, and torch's scaled_dot_product_attention by each of its own backends.
+
+Times are the GPU's own, between two events, with the GPU kept busy before the first so that the host is ahead of it;
+medians over interleaved runs. The yardstick is a copy from GPU memory to GPU memory, bytes read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..backends import open_backend
+from ..device import Device, open_device
+from ..environment import refuse_many
+from ..errors import OptionError
+from ..softmax import accumulator, check_dtype
+from .bench_kernel import GRID, Case
+
+TORCH = ("flash_attention", "cudnn_attention", "efficient_attention", "math")
+FEW = 16                    # queries, at most, where memory can be the limit
+COPY_BYTES = 2**31
+Timed = Callable[[], float]      # runs once; gives seconds
+
+
+def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
+    refuse_many("bench kernel")
+    chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
+    device = open_device(0)
+    backend = open_backend("cuda", 1, device)
+    compiled: dict[str, float] = {}
+    rows = []
+    with device.current():
+        for dtype, dim, mask, shape in itertools.product(*chosen.values()):
+            start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
+            backend.prepare(kind, accumulator(kind), dim, dim)
+            compiled[f"{dtype} {dim}"] = time.perf_counter() - start
+            case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
+            rows += _compare(case, backend, device, arguments)
+    backend.close()
+    return rows, {"compile_seconds": compiled, "device": device.name, "uuid": device.uuid}
+
+
+def _compare(case: Case, backend: Any, device: Device, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    copy = _copy(device)
+    runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k))}
+    if len(case.q) > FEW:
+        runs["state in and out"] = _ours(case, backend, device, 1)
+    if "torch" in arguments.kernels:
+        runs.update(_torch(case))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    copies = []
+    for number in range(arguments.repeat + 1):
+        for name, call in runs.items():
+            seconds = call()
+            if number:                    # the first is the warm-up
+                times[name].append(seconds)
+        copies.append(COPY_BYTES / copy())
+    bandwidth = max(copies)
+    medians = {name: statistics.median(column) for name, column in times.items()}
+    peers = {name: seconds for name, seconds in medians.items() if name.startswith("torch")}
+    best, whole = min(peers.values(), default=None), medians["ringmpi"]
+    rows = []
+    for name, seconds in medians.items():
+        attention = name != "state in and out"
+        rows.append({
+            "dtype": case.dtype, "dim": case.dim, "mask": case.mask, "queries": case.shape[0], "keys": case.shape[1],
+            "heads": f"{case.heads}/{case.kv_heads}", "kernel": name, "ms": 1e3 * seconds,
+            "spread": (max(times[name]) - min(times[name])) / seconds if len(times[name]) > 1 else None,
+            "TFLOP/s": case.flop / seconds / 1e12 if attention else None,
+            "x best torch": best / seconds if best and attention else None,
+            "of copy": case.bytes / seconds / bandwidth if attention and len(case.q) <= FEW else None,
+            "of ringmpi": None if attention else seconds / whole, "copy GB/s": bandwidth / 1e9})
+    return rows
+
+
+def _ours(case: Case, backend: Any, device: Device, keys: int) -> Timed:
+    """Give a run of our kernel: state from memory, the first `keys` keys, state to memory."""
+    kind = accumulator(case.q.dtype)
+    state = backend.new_state(len(case.q), case.heads, case.dim, kind)
+    q, k, v = (backend.place(x) for x in (case.q, case.k, case.v))
+    begin, end = (np.minimum(x, keys) for x in (case.begin, case.end))
+
+    def run() -> float:
+        backend.reset(state)
+        loop = backend.accumulate(state, q, k, v, begin, end, case.scale)
+        seconds = device.seconds(lambda: next(loop))
+        for _ in loop:
+            pass
+        return seconds
+    return run
+
+
+def _copy(device: Device) -> Timed:
+    """Give a copy within the GPU's memory that moves COPY_BYTES in all."""
+    source, target = (device.empty((COPY_BYTES // 2,), np.uint8) for _ in range(2))
+    return lambda: device.seconds(lambda: device.copy(target, source, device.caller_stream()))
+
+
+def _torch(case: Case) -> dict[str, Timed]:
+    """Give torch's attention on the same data by each of its backends that takes it; none if there is no torch."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return {}
+    if not torch.cuda.is_available():
+        return {}
+    if case.mask not in ("full", "causal") or (case.mask == "causal" and case.shape[0] != case.shape[1]):
+        raise OptionError("--mask: torch's fast kernels take full, or causal with as many queries as keys; "
+                          "use --kernels ringmpi for the others")
+    torch.backends.cuda.matmul.allow_tf32 = False         # float32 means float32
+    attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
+    q, k, v = (torch.from_numpy(x.astype(np.float64).transpose(1, 0, 2).copy()).to("cuda", kind)[None]
+               for x in (case.q, case.k, case.v))
+    options: Any = {"enable_gqa": True} if case.heads != case.kv_heads else {}
+    cuda: Any = torch.cuda
+
+    def run(backend: Any) -> float:
+        first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+        with sdpa_kernel(backend):
+            cuda.synchronize()
+            cuda._sleep(5_000_000)                        # cycles: the host gets ahead
+            first.record()
+            attention(q, k, v, is_causal=case.mask == "causal", **options)
+            last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3
+
+    runs: dict[str, Timed] = {}
+    for name in TORCH:
+        once = functools.partial(run, getattr(SDPBackend, name.upper()))
+        with contextlib.suppress(RuntimeError):           # this backend does not take such arguments, or memory ran out
+            once()
+            runs[f"torch {name.removesuffix('_attention')}"] = once
+        cuda.empty_cache()
+    return runs
