@@ -198,11 +198,11 @@ class CudaBackend(Backend):
         want = weights @ v[:, 0].astype(np.float64) / weights.sum(axis=1, keepdims=True)
         return float(np.abs(got - want).max() / np.abs(want).max())
 
-    def place(self, x: Any) -> Array:
+    def place(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.place`. Local."""
         return self.device.array(x) if isinstance(x, np.ndarray) else self.device.contiguous(x)
 
-    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Array:
+    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
         """Fill an array in the GPU's memory, by way of page-locked memory; see `Backend.gather`. Local."""
         return self.device.gather(shape, dtype, read)
 
@@ -210,7 +210,7 @@ class CudaBackend(Backend):
         """Copy a result to the host; see `Backend.fetch`. Local."""
         return self.device.host(x)
 
-    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Array:
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> Any:
         """Make an array in the GPU's memory; see `Backend.empty`. Local."""
         return self.device.empty(shape, dtype)
 
@@ -220,7 +220,7 @@ class CudaBackend(Backend):
         kernel = self._kernel("state.cu", f"reset<{TYPES[state.acc.dtype]}>")
         self._launch_over(kernel, rows * dim_v, (state.acc, state.max, state.sum, np.int64(rows), np.int32(dim_v)))
 
-    def finish(self, state: State, seen: Array, out: Array, lse: Array) -> None:
+    def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
         rows, (_, heads, dim_v) = state.max.size, state.acc.shape
         kernel = self._kernel("state.cu", f"finish<{TYPES[out.dtype]}, {TYPES[state.acc.dtype]}>")
