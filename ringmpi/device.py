@@ -6,8 +6,11 @@ the transports ask of a GPU, so that tests can put another class, over host memo
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import math
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .environment import launched_local_rank
+from .environment import kernel_cache, launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
 
 PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"
+
+# Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_UINT16, _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_L2_256B and
+# _FLOAT_OOB_FILL_NONE.
+UINT16, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZEROS = 1, 0, 3, 3, 0
 
 Array = Any                        # a cupy.ndarray; named so that CuPy is not needed to read this
 Read = Callable[[int, NDArray[Any]], None]      # puts rows from a number on into an array
@@ -309,6 +316,68 @@ class Device:
         module = self._cupy.RawModule(code=path.read_text(), options=tuple(options), name_expressions=list(names))
         return [module.get_function(name) for name in names]
 
+    def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
+        """Compile one kernel with NVRTC for an architecture by name, or load it from a cache beside CuPy's.
+
+        CuPy compiles for sm_90, which is without the instructions that sm_90a has.
+
+        Raises
+        ------
+        BackendError
+            If it does not compile.
+        """
+        nvrtc = self._cupy.cuda.nvrtc
+        options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
+        source = path.read_text()
+        key = hashlib.sha256(repr((nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
+        binary, lowered = (kernel_cache() / f"ringmpi-{key}.{kind}" for kind in ("cubin", "name"))
+        if not binary.exists():
+            program = nvrtc.createProgram(source, path.name, (), ())
+            try:
+                nvrtc.addNameExpression(program, name)
+                nvrtc.compileProgram(program, options)
+                _write(lowered, nvrtc.getLoweredName(program, name).encode())
+                _write(binary, nvrtc.getCUBIN(program) + b"\0")          # the last byte, which CuPy leaves out
+            except nvrtc.NVRTCError as error:
+                log = nvrtc.getProgramLog(program)
+                raise BackendError(f"{path.name}, {name}, {architecture}: {error}\n{log}") from error
+            finally:
+                nvrtc.destroyProgram(program)
+        return self._cupy.RawModule(path=str(binary)).get_function(lowered.read_text())
+
+    def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
+        """Describe an array to the hardware that copies boxes of it into shared memory, as a kernel's argument.
+
+        Parameters
+        ----------
+        x : array of shape (n, heads, columns), of 16-bit numbers, contiguous and aligned to 16 bytes
+            `columns` is a multiple of 8.
+        box : sequence of int
+            Shape of what is copied at a time; its last 64 columns at most. With the 128-byte swizzle; what is outside
+            of the array becomes zeros.
+
+        Returns
+        -------
+        array of shape (1,)
+            A CUtensorMap, 128 bytes: CuPy passes a host array of one item by value.
+
+        Raises
+        ------
+        BackendError
+            If the driver refuses.
+        """
+        room = np.zeros(128 + 64, np.uint8)
+        room = room[-room.ctypes.data % 64:][:128]                        # the driver wants it aligned to 64
+        (n, heads, columns), ones = x.shape, (ctypes.c_uint32 * 3)(1, 1, 1)
+        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        status = encode(
+            ctypes.c_void_p(room.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
+            (ctypes.c_uint64 * 3)(columns, heads, n), (ctypes.c_uint64 * 2)(columns * 2, heads * columns * 2),
+            (ctypes.c_uint32 * 3)(*reversed(box)), ones, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZEROS)
+        if status:
+            raise BackendError(f"cuTensorMapEncodeTiled: error {status} for shape {x.shape}, boxes of {tuple(box)}")
+        return room.copy().view([("opaque", np.uint64, (16,))])
+
     def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
                stream: Any) -> None:
         """Start blocks of `threads` threads of a kernel on `stream`; arguments are GPU arrays and NumPy scalars."""
@@ -321,6 +390,14 @@ class Device:
 def _bytes(x: Any) -> Any:
     """Give a contiguous array as bytes."""
     return x.reshape(-1).view(np.uint8)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file at once: other ranks may look for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:

@@ -18,6 +18,7 @@ RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK",
                "SLURM_LOCALID")
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
+HOPPER = "RINGMPI_HOPPER"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -38,6 +39,16 @@ def launched_local_rank() -> int | None:
 def gpu_transport() -> str:
     """Give RINGMPI_GPU_TRANSPORT, how K and V get from GPU to GPU; empty if not set. Local."""
     return os.environ.get(GPU_TRANSPORT, "").strip()
+
+
+def hopper_kernel() -> bool:
+    """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs alone. Local."""
+    return os.environ.get(HOPPER, "").strip().lower() in ("1", "on")
+
+
+def kernel_cache() -> Path:
+    """Give the folder where CuPy keeps compiled kernels, and this package those that CuPy can't compile. Local."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def mpi_gpu_switches() -> dict[str, str]:

@@ -16,6 +16,10 @@ from fake_device import FakeArray, FakeDevice
 from ringmpi.backends.sources import kernels_folder
 from ringmpi.device import Device
 
+# TensorMap in emulator/hopper.cuh: x first.
+MAP = np.dtype([("address", np.uint64), ("sizes", np.uint64, 3), ("strides", np.uint64, 3), ("box", np.uint32, 3),
+                ("rest", np.uint32, 15)])
+
 EMULATOR = Path(__file__).parent / "emulator"
 COMPILER = shutil.which("g++")
 
@@ -66,6 +70,19 @@ class EmulatedDevice(FakeDevice, Device):
 
     def compile(self, path, names, options):
         return [(name, function(path.name, name)) for name in names]
+
+    def compile_for(self, architecture, path, name, options):
+        return name, function(path.name, name)
+
+    def tensor_map(self, x, box):
+        made = np.zeros(1, MAP)
+        made["address"], made["sizes"], made["strides"] = x.data.ptr, x.shape[::-1], x.strides[::-1]
+        made["box"] = tuple(box)[::-1]
+        if x.ndim != 3 or x.itemsize != 2 or x.data.ptr % 16 or any(stride % 16 for stride in x.strides[:-1]):
+            raise ValueError("cuTensorMapEncodeTiled would refuse this")
+        if not x.flags.c_contiguous or box[-1] * 2 > 128 or max(box) > 256:
+            raise ValueError("cuTensorMapEncodeTiled would refuse this")
+        return made
 
     def launch(self, kernel, grid, threads, shared_bytes, arguments, stream):
         name, compiled = kernel

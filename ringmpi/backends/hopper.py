@@ -1,0 +1,78 @@
+"""The kernel for Hopper GPUs, kernels/accumulate_hopper.cu: which blocks it takes, its instances, what it is given.
+
+It has the arguments of the kernels that `cuda` chooses else, but for tensor maps in place of K and V, and it is
+compiled for sm_90a. It is used where RINGMPI_HOPPER says so: it has not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..device import Device
+from ..environment import hopper_kernel
+from ..softmax import BFLOAT16
+from .sources import digest, kernels_folder
+
+Array = Any
+FILE = "accumulate_hopper.cu"
+ARCHITECTURE = "sm_90a"
+TYPES = {BFLOAT16: "bfloat16", np.dtype(np.float16): "float16"}
+MOST_DIM, KEYS = 128, 128
+FEWEST_ROWS = 65              # of a key head; below, most of a block's rows would be idle
+PANEL_COLUMNS, PANEL_ALIGN = 64, 1024        # as in panels.cuh
+
+
+class Instance(NamedTuple):
+    """An instance of the kernel; the fields are those of `cuda.Kernel`."""
+
+    file: str
+    name: str
+    rows: int
+    keys: int
+    threads: int
+    shared_bytes: int
+    columns: int
+    blocks: int
+
+
+def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
+    """Say whether the kernel is wanted and can fold these arrays. Local.
+
+    Parameters
+    ----------
+    device : Device
+    q : array of shape (n_q, heads, dim), on the GPU
+    k : array of shape (n_k, kv_heads, dim), on the GPU
+    v : array of shape (n_k, kv_heads, dim_v), on the GPU
+    """
+    if not hopper_kernel() or device.capability != (9, 0) or q.dtype not in TYPES:
+        return False
+    dims = q.shape[2], v.shape[2]
+    aligned = all(dim % 8 == 0 for dim in dims) and all(x.data.ptr % 16 == 0 for x in (q, k, v))
+    return aligned and max(dims) <= MOST_DIM and len(q) * q.shape[1] // k.shape[1] >= FEWEST_ROWS
+
+
+def instance(dtype: np.dtype[Any], dim: int, dim_v: int) -> Instance:
+    """Give the instance for arrays of that dtype and width. Local."""
+    wide, wide_v = (-(-n // PANEL_COLUMNS) * PANEL_COLUMNS for n in (dim, dim_v))
+    groups = 3 if wide == wide_v == 64 else 2      # as many as there are registers for
+    stages = 3 if wide + wide_v < 256 else 2
+    barriers = 4 * stages * 8
+    shared_bytes = PANEL_ALIGN + 2 * (64 * groups * wide + stages * KEYS * (wide + wide_v)) + barriers
+    name = f"accumulate<{TYPES[dtype]}, {wide}, {wide_v}, {groups}, {KEYS}, {stages}>"
+    return Instance(FILE, name, 64 * groups, KEYS, 128 * (groups + 1), shared_bytes, MOST_DIM, 1)
+
+
+def compiled(device: Device, name: str) -> Any:
+    """Compile an instance, or load it. Local."""
+    options = ("--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}")
+    return device.compile_for(ARCHITECTURE, kernels_folder() / FILE, name, options)
+
+
+def maps(device: Device, k: Array, v: Array) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Give what the kernel is given in place of K and V. Local."""
+    box = KEYS, 1, PANEL_COLUMNS
+    return device.tensor_map(k, box), device.tensor_map(v, box)
