@@ -1,5 +1,8 @@
 """The CUDA backend on this run's ranks, over lazy devices that run the real kernels on the CPU. Runs under mpiexec."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -7,6 +10,10 @@ from emulate import COMPILER, EmulatedDevice
 from test_mpi_attention import make_layout, make_mask
 
 from ringmpi import Mask, RingAttention, device, link, ring_attention
+from ringmpi.audit import audit
+from ringmpi.hdf5 import create_dataset, write_file, write_rows
+from ringmpi.job import Options, attend
+from ringmpi.shards import read_manifest
 from ringmpi.softmax import DTYPES, TOLERANCE
 from ringmpi.transport import cuda_awareness
 
@@ -193,3 +200,29 @@ def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
     assert "BackendError: rank 0: backend cuda: no GPU: none is visible" in said
 
 
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_from_file_to_file(comm, gpu, monkeypatch, tmp_path, layout):
+    early = []
+    monkeypatch.setattr(device, "choose_early", lambda: early.append(True))
+    monkeypatch.setattr(device, "PIECE_BYTES", 3000)
+    folder = Path(comm.bcast(str(tmp_path)))
+    if comm.rank == 0:
+        with write_file(folder / "in.h5") as file:
+            for name, x in zip("qkv", case(9, 90, 4, 2, 16, 24, "bfloat16"), strict=True):
+                write_rows(create_dataset(file, name, x.shape, x.dtype), 0, x)
+    comm.barrier()
+    options = Options(causal=True, layout=layout, backend="cuda", gpu_transport="staged", allow_gpu_sharing=True)
+    report = attend(folder / "in.h5", folder / "out.h5", options, timeout=100, json_path=folder / "run.json")
+    comm.barrier()
+    result = audit(folder / "in.h5", read_manifest(folder / "out.h5"), options, rows=90, seed=0)
+    record = json.loads((folder / "run.json").read_text())
+    expected = comm.allgather(gpu.uuid)
+    assert result.passed, str(result)
+    assert report.pairs == 90 * 91 // 2
+    assert record["backend"] == "cuda"
+    assert record["gpus"] == expected
+    assert record["gpu_transport"] == "staged"
+    assert "gpu_transport=staged" in record["gpu_transport_reason"]
+    assert early == [True]
