@@ -83,6 +83,8 @@ def test_info_without_mpi():
     assert said.returncode == 0
     assert "no MPI library" in said.stdout
     assert "numpy" in said.stdout
+    assert "backend cuda" in said.stdout
+    assert "GPU transport" in said.stdout
 
 
 def test_python_m():
@@ -265,6 +267,10 @@ def test_dry_run_needs_no_mpi_and_writes_nothing(tmp_path):
     assert "two K/V buffers" in said.stdout
     assert "in 3 hops" in said.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
+    gpu = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "4", "--backend", "cuda")
+    assert gpu.returncode == 0, gpu.stderr
+    assert "two K/V buffers" in gpu.stdout
+    assert "process and libraries" not in gpu.stdout          # what is said is of the GPU's memory
     assert without_mpi("attend", "gone.h5", "out.h5", "--dry-run").returncode == 3
     assert without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--documents").returncode == 3
 

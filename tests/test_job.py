@@ -56,6 +56,18 @@ def exact(source, **mask):
     return oracle.attend(q, k, v, oracle.visible(len(q), len(k), **mask), q.shape[2]**-0.5)
 
 
+@pytest.mark.parametrize("options", [["--backend", "cuda"], ["--backend", "auto"]])
+def test_without_a_gpu(source, tmp_path, options):
+    result = run(2, "attend", source, tmp_path / "out.h5", *options, "--gpu-transport", "direct", folder=tmp_path,
+                 env={"CUDA_VISIBLE_DEVICES": ""})
+    if "cuda" in options:
+        assert result.code == 4, result.text
+        assert re.search("ringmpi: rank 0: backend cuda: (no GPU|CuPy is not installed)", result.text), result.text
+        assert not list(tmp_path.glob("out.h5*"))
+    else:
+        assert result.code == 0, result.text       # the option is there for arrays on GPUs
+
+
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "striped"), (2, "contiguous"), (3, "zigzag"), (4, "striped")])
 def test_file_to_file(source, tmp_path, ranks, layout):
     target = tmp_path / "out.h5"
