@@ -1,0 +1,220 @@
+"""The kernel for Hopper GPUs, run on the CPU with the chip's machinery emulated; with `-m gpu` on the chip itself."""
+
+import itertools
+import re
+
+import numpy as np
+import oracle
+import pytest
+from emulate import COMPILER, EmulatedDevice
+
+from ringmpi import device
+from ringmpi.backends import hopper
+from ringmpi.backends.cuda import CudaBackend, Kernel
+from ringmpi.backends.sources import kernels_folder
+from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
+BOTH = ["bfloat16", "float16"]
+
+
+class HopperBackend(CudaBackend):
+    """The backend with that kernel for all that it takes."""
+
+    def _choose(self, q, k, v):
+        assert hopper.takes(self.device, q, k, v)
+        return Kernel(*hopper.instance(q.dtype, q.shape[2], v.shape[2]))
+
+    def _kernel(self, file, name):
+        if file == hopper.FILE and (file, name) not in self.device.cache:
+            self.device.cache[file, name] = hopper.compiled(self.device, name)
+        return super()._kernel(file, name)
+
+    def _fold(self, state, q, k, v, begin, end, scale):
+        seen = slice(begin[end > begin].min(), end[end > begin].max())
+        self.maps = hopper.maps(self.device, k[seen], v[seen])
+        super()._fold(state, q, k, v, begin, end, scale)
+
+    def _launch(self, file, name, grid, threads, shared_bytes, arguments):
+        if file == hopper.FILE:
+            arguments = (*arguments[:4], *self.maps, *arguments[6:])
+        super()._launch(file, name, grid, threads, shared_bytes, arguments)
+
+
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch):
+    monkeypatch.setenv("RINGMPI_HOPPER", "1")
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request):
+    """The backend on an emulated GPU; with `-m gpu` on a real one."""
+    return HopperBackend(1, EmulatedDevice() if request.param == "emulated" else device.open_device(0))
+
+
+def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
+    begin = rng.integers(0, n_k + 1, n_q)
+    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
+
+
+def run(backend, q, k, v, begin, end, scale, blocks):
+    """Fold k and v in several blocks; rows see begin..end of the whole."""
+    state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype))
+    placed = backend.place(q)
+    for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
+        for _ in backend.accumulate(state, placed, backend.place(k[a:b]), backend.place(v[a:b]),
+                                    np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale):
+            pass
+    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], state.acc.dtype)
+    backend.finish(state, backend.place(end > begin), out, lse)
+    return backend.fetch(out), backend.fetch(lse)
+
+
+def check(backend, q, k, v, begin, end, scale=0.2, blocks=1):
+    out, lse = run(backend, q, k, v, begin, end, scale, blocks)
+    j = np.arange(len(k))
+    want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale)
+    dtype = next(name for name, kind in DTYPES.items() if kind == q.dtype)
+    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= 2e-6
+    assert (out[end <= begin] == 0).all()
+    return out
+
+
+def intervals(kind, n_q, n_k):
+    i = np.arange(n_q)
+    return {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.clip(i + 1 + n_k - n_q, 0, n_k)), "none": (0 * i, 0 * i),
+            "window": (np.clip(i - 9, 0, n_k), np.clip(i + 90, 0, n_k)), "one key": (i % n_k, i % n_k + 1),
+            "half": (0 * i, np.where(i < n_q // 2, n_k, 0)), "late": (0 * i + n_k - 1, 0 * i + n_k),
+            "apart": (np.where(i < n_q // 2, 0, n_k - 3), np.where(i < n_q // 2, 3, n_k))}[kind]
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (128, 128), (40, 40), (72, 104), (64, 128), (128, 8)])
+def test_every_width(backend, dtype, dim, dim_v):
+    q, k, v, begin, end = case(0, 131, 401, 2, 1, dim, dim_v, dtype)
+    check(backend, q, k, v, begin, end, blocks=2)
+    check(backend, q, k, v, *intervals("full", 131, 401))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (6, 2)])
+@pytest.mark.parametrize("kind", ["full", "causal", "none", "window", "one key", "half", "late", "apart"])
+def test_what_is_seen(backend, heads, kind):
+    """Whole tiles, cut ones, and tiles that only some of the warpgroups see."""
+    n_q = 197 // (heads[0] // heads[1])
+    q, k, v, _, _ = case(1, n_q, 600, *heads, 128, 64, "bfloat16")
+    check(backend, q, k, v, *intervals(kind, n_q, 600))
+
+
+@pytest.mark.parametrize("n_k", [1, 127, 128, 129, 256, 1025])
+def test_ends_around_tiles(backend, n_k):
+    q, k, v, begin, end = case(2, 150, n_k, 1, 1, 64, 64, "float16")
+    check(backend, q, k, v, begin, end)
+    check(backend, q, k, v, *intervals("full", 150, n_k), blocks=3)
+
+
+def test_few_rows_split_the_keys(backend):
+    q, k, v, begin, end = case(3, 65, 2200, 1, 1, 64, 64, "bfloat16")
+    check(backend, q, k, v, begin, end)
+    check(backend, q, k, v, *intervals("full", 65, 2200), blocks=2)
+    if isinstance(backend.device, EmulatedDevice):
+        assert max(grid[2] for name, grid, _, _ in backend.device.launched if name.startswith("accumulate")) > 1
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_others(backend, dtype, bad, where):
+    q, k, v, _, _ = case(4, 140, 300, 1, 1, 72, 72, dtype)
+    begin, end = intervals("causal", 140, 300)
+    begin = begin + np.arange(140) % 3 * 80
+    arrays = {"q": q, "k": k, "v": v}
+    arrays[where][{"q": 20}.get(where, 220), 0, 3] = bad
+    if where == "v":
+        v[100, 0, 71], v[101, 0, 70], v[290, 0, 70] = bad, -bad, bad
+    out = check(backend, q, k, v, begin, end)
+    touched = ~np.isfinite(out.astype(float)).all(axis=(1, 2))
+    see = (begin <= 220) & (end > 220) if where != "q" else np.arange(140) == 20
+    if where != "v":
+        assert not touched[~see].any()
+    else:
+        assert 0 < touched.sum() < 140
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
+def test_large_scores_do_not_overflow(backend, size):
+    q, k, v, _, _ = case(5, 70, 300, 1, 1, 16, 16, "bfloat16")
+    q = (q.astype(np.float64) * size).astype(q.dtype)
+    out, lse = run(backend, q, k, v, *intervals("full", 70, 300), 0.3, 3)
+    want, want_lse = oracle.attend(q, k, v, np.ones((70, 300), bool), 0.3)
+    assert oracle.error(out, want) <= 3e-2
+    assert oracle.error(lse, want_lse) <= 1e-6
+
+
+def test_scores_of_minus_infinity(backend):
+    q, k, v, begin, end = case(6, 100, 300, 1, 1, 64, 64, "bfloat16")
+    check(backend, q, k, v, begin, end, scale=-0.4)
+    q[...] = 1
+    k[:200] = -np.inf
+    out, lse = run(backend, q, k, v, np.zeros(100, int), np.full(100, 300), 0.3, 1)
+    assert np.isfinite(out.astype(float)).all()
+    assert np.isfinite(lse).all()
+    out, lse = run(backend, q, k, v, np.zeros(100, int), np.full(100, 200), 0.3, 1)
+    assert np.isnan(out.astype(float)).all()
+    assert (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_the_result_does_not_depend_on_the_order_of_threads_and_arrivals(dims):
+    q, k, v, begin, end = case(7, 140, 700, 1, 1, *dims, "bfloat16")
+    begin //= 4
+    first, *others = (run(HopperBackend(1, EmulatedDevice(seed)), q, k, v, begin, end, 0.2, 1) for seed in range(4))
+    for other in others:
+        assert all((a == b).all() for a, b in zip(first, other, strict=True))
+
+
+def test_what_it_takes(monkeypatch):
+    gpu = EmulatedDevice()
+
+    def takes(n_q, dim, dim_v, dtype="bfloat16", heads=1):
+        q, k, v, _, _ = case(8, n_q, 10, heads, 1, dim, dim_v, dtype)
+        return hopper.takes(gpu, gpu.array(q), gpu.array(k), gpu.array(v))
+
+    assert takes(65, 64, 128)
+    assert takes(17, 128, 8, "float16", heads=4)
+    assert not takes(64, 64, 64)
+    assert not takes(500, 64, 136)
+    assert not takes(500, 60, 64)
+    assert not takes(500, 64, 64, "float32")
+    gpu.capability = (10, 0)
+    assert not takes(500, 64, 64)
+    gpu.capability = (9, 0)
+    monkeypatch.setenv("RINGMPI_HOPPER", "0")
+    assert not takes(500, 64, 64)
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [*itertools.product((64, 128), (64, 128))])
+def test_every_instance_fits_a_block(dim, dim_v):
+    for dtype in BOTH:
+        made = hopper.instance(DTYPES[dtype], dim, dim_v)
+        assert made._fields == tuple(Kernel.__dataclass_fields__)
+        assert made.shared_bytes + 2048 <= 227 * 1024
+
+
+@pytest.mark.parametrize(("dtype", "dim", "dim_v"), [("bfloat16", 64, 64), ("bfloat16", 64, 128), ("bfloat16", 128, 64),
+                                                     ("bfloat16", 128, 128), ("float16", 128, 128)])
+def test_nvrtc_gives_an_instance_the_registers_it_has(dtype, dim, dim_v):
+    """Compiled for the chip, without a GPU: no spills, and nothing that the assembler warns of."""
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings the interface to NVRTC")
+    made = hopper.instance(DTYPES[dtype], dim, dim_v)
+    program = nvrtc.createProgram((kernels_folder() / hopper.FILE).read_text(), hopper.FILE, (), ())
+    nvrtc.addNameExpression(program, made.name)
+    nvrtc.compileProgram(program, (f"-arch={hopper.ARCHITECTURE}", "--std=c++17", "--ptxas-options=-v", "-ftz=true",
+                                   f"-I{kernels_folder()}"))
+    log = nvrtc.getProgramLog(program)
+    assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
+    assert "arning" not in log, log
+    assert f"Used {65536 // made.threads // 8 * 8} registers" in log, log
