@@ -173,10 +173,9 @@ class Device:
         self.shared_bytes = int(properties["sharedMemPerBlockOptin"])
         self.shared_bytes_processor = int(properties["sharedMemPerMultiprocessor"])
         self.cache: dict[Any, Any] = {}
-
-    _staging: Sequence[NDArray[np.uint8]] = ()
-    _free: list[Any]
-    _turn = 0
+        self._staging: list[NDArray[np.uint8]] = []
+        self._free: list[Any] = []
+        self._turn = 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -282,6 +281,9 @@ class Device:
         """Give page-locked pieces of whole units, and which bytes they are for, each when it is free."""
         size = min(max(PIECE_BYTES // unit, 1) * unit, nbytes) if nbytes else 0
         if size and (not self._staging or len(self._staging[0]) < size):
+            for event in self._free:               # the old ones may still be read from
+                if event is not None:
+                    event.synchronize()
             self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
         for number, start in enumerate(range(0, nbytes, max(size, 1))):
             self._turn = number % 2

@@ -62,7 +62,7 @@ class Engine:
                  allow_gpu_sharing: bool) -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
-        self._places: NDArray[np.int64] | None = None
+        self._places: NDArray[np.int64] | None = np.full(comm.size, HOST)      # None after an attempt that failed
         self._index: int | None = None
         self.gpus: list[str] = []
         self.transport: Transport | None = None
@@ -87,12 +87,13 @@ class Engine:
         if self._name in HOST_NAMES and mine != HOST:
             raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
                                "backend='auto' or 'cuda', or copy them to the host")
-        first, self._places = self._places is None, places.copy()
-        if mine == HOST and (first or self._name == "cuda"):        # opened for such arrays when it was made
+        if self._places is not None and mine == HOST and self._name == "cuda":
+            self._places = places.copy()       # they are brought to the GPU that it is open on
             return False
-        self._index = None if mine == HOST else mine
+        self._places, self._index = None, None if mine == HOST else mine
         self.close()
         self._open()
+        self._places = places.copy()
         return True
 
     def _open(self) -> None:

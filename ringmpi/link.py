@@ -64,7 +64,7 @@ class HostLink:
         """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
         views = self.views(0, [array.shape for array in arrays], arrays[0].dtype)
         for view, array in zip(views, arrays, strict=True):
-            view[...] = array
+            self._copy(view, array)
         return views
 
     def views(self, number: int, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[Array, ...]:
@@ -109,6 +109,9 @@ class HostLink:
 
     def _new_slot(self, nbytes: int) -> Array:
         return np.empty(nbytes, np.uint8)
+
+    def _copy(self, target: Array, source: Array) -> None:
+        target[...] = source
 
 
 class DeviceLink(HostLink):
@@ -156,6 +159,9 @@ class DeviceLink(HostLink):
 
     def _new_slot(self, nbytes: int) -> Array:
         return self._device.message_buffer(nbytes)
+
+    def _copy(self, target: Array, source: Array) -> None:
+        self._device.copy(target, source, self._stream)
 
 
 class DirectLink(DeviceLink):

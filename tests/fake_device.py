@@ -169,6 +169,9 @@ class FakeDevice:
     def download(self, target, source, stream):
         self._copy(target, source.host, stream)
 
+    def copy(self, target, source, stream):
+        self._copy(target.host, source.host, stream)
+
     def _copy(self, target, source, stream):
         if target.nbytes != source.nbytes or not (target.flags.c_contiguous and source.flags.c_contiguous):
             raise ValueError("a copy is between contiguous arrays of one size")

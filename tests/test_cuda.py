@@ -81,7 +81,7 @@ def test_few_queries_split_the_keys(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("intervals", ["full", "causal", "none", "one key", "window"])
-@pytest.mark.parametrize("n_k", [1, 64, 129])
+@pytest.mark.parametrize("n_k", [1, 31, 63, 64, 129])     # one less than a tile of each kernel, and around it
 def test_intervals(backend, dtype, intervals, n_k):
     n_q = 70
     q, k, v, _, _ = case(3, n_q, n_k, 1, 1, 16, 16, dtype)
