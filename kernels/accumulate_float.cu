@@ -83,7 +83,6 @@ struct ThreadRows {
 #pragma unroll
                 for (int e = 0; e < VECTOR; ++e) acc[i][n][e] *= shrink;
         }
-        __syncwarp();                              // the weights of a row are written and read within a warp
     }
 
     // Add weights times values.
@@ -107,7 +106,6 @@ struct ThreadRows {
                             if (!PARTIAL || p[i].x[e] != UNSEEN) acc[i][n][c] += p[i].x[e] * v.x[c];
                 }
         }
-        __syncwarp();
     }
 };
 
@@ -138,7 +136,7 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
     auto load = [&](float* tile, const float* array, int stride, int i) {
         const long long at = range.low + static_cast<long long>(i) * KEYS;
         const float* const first = array + (at * kv_heads + rows.kv_head) * stride;
-        const long long step = static_cast<long long>(kv_heads) * stride;
+        const int step = kv_heads * stride;        // within a tile 32 bits are enough
         const int count = range.high - static_cast<int>(at);
         if (tile == k_tile)
             copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, [=](int r) { return first + r * step; }, count, dim);
@@ -177,14 +175,14 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         __syncthreads();                           // K is here
         if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale);
         else state.template weigh<true>(q_tile, k_tile, p_tile, start, scale);
-        __syncthreads();                           // all have read K
+        __syncthreads();                           // all have read K, and the weights are there
         if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
         copy_commit();
         copy_wait<1>();
         __syncthreads();                           // V is here
         if (full) state.template add_values<false>(p_tile, v_tile);
         else state.template add_values<true>(p_tile, v_tile);
-        __syncthreads();                           // all have read V
+        __syncthreads();                           // all have read V and the weights
         if (i + 1 < tiles) load(v_tile, v, stride_v, i + 1);
         copy_commit();
     }

@@ -280,12 +280,12 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         const long long at = range.low + static_cast<long long>(i) * KEYS;
         const int count = range.high - static_cast<int>(at);
         T* const k_tile = stages + i % STAGES * STAGE;
-        const long long skip = static_cast<long long>(kv_heads);
         const T* const k_rows = k + (at * kv_heads + rows.kv_head) * dim;
         const T* const v_rows = v + (at * kv_heads + rows.kv_head) * stride_v;
-        copy_tile<KEYS, DIM, STRIDE, BYTES, THREADS>(k_tile, [=](int r) { return k_rows + r * skip * dim; }, count, dim);
+        const int step = kv_heads * dim, step_v = kv_heads * stride_v;       // within a tile 32 bits are enough
+        copy_tile<KEYS, DIM, STRIDE, BYTES, THREADS>(k_tile, [=](int r) { return k_rows + r * step; }, count, dim);
         copy_tile<KEYS, DIM_V, STRIDE_V, BYTES, THREADS>(
-            k_tile + KEYS * STRIDE, [=](int r) { return v_rows + r * skip * stride_v; }, count, dim_v);
+            k_tile + KEYS * STRIDE, [=](int r) { return v_rows + r * step_v; }, count, dim_v);
     };
     if (tiles) {
         copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(

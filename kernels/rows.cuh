@@ -73,19 +73,30 @@ __device__ inline Sight sight_of_block(const Sight& mine) {
     return all;
 }
 
+// The largest power of two that is at most `most`, or the smallest that is at least `n`.
+__device__ constexpr int lanes_for(int n, int most) {
+    int lanes = 1;
+    while (lanes < n && 2 * lanes <= most) lanes *= 2;
+    return lanes;
+}
+
 // Start to copy ROWS rows of DIM numbers into a tile, BYTES at a time. `row(i)` points to row i of the array, of
-// which there are `count`, at least one; what is not there, and columns from `dim` on, become zeros.
+// which there are `count`; what is not there, and columns from `dim` on, become zeros. The threads stand in rows of
+// LANES, so that each has its columns for good, and little to reckon from row to row.
 template <int ROWS, int DIM, int STRIDE, int BYTES, int THREADS, class T, class Row>
 __device__ inline void copy_tile(T* tile, Row row, int count, int dim) {
-    constexpr int EACH = BYTES / static_cast<int>(sizeof(T));
-    constexpr int CHUNKS = DIM / EACH;
-#pragma unroll 4                               // all at once would take the registers that the products need
-    for (int i = 0; i < ROWS * CHUNKS; i += THREADS) {
-        const int chunk = i + static_cast<int>(threadIdx.x);
-        if (ROWS * CHUNKS % THREADS != 0 && chunk >= ROWS * CHUNKS) break;
-        const int r = chunk / CHUNKS, c = chunk % CHUNKS * EACH;
-        const bool there = r < count && c < dim;
-        copy_async<BYTES>(tile + r * STRIDE + c, there ? row(r) + c : row(0), there);
+    constexpr int EACH = BYTES / static_cast<int>(sizeof(T)), CHUNKS = DIM / EACH;
+    constexpr int LANES = lanes_for(CHUNKS, THREADS), AT_ONCE = THREADS / LANES;
+    const int lane = threadIdx.x % LANES, first = threadIdx.x / LANES;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk += LANES) {
+        const int c = (chunk + lane) * EACH;
+        if (CHUNKS % LANES != 0 && c >= DIM) break;
+#pragma unroll 8
+        for (int r = first; r < first + (ROWS + AT_ONCE - 1) / AT_ONCE * AT_ONCE; r += AT_ONCE) {
+            if (ROWS % AT_ONCE != 0 && r >= ROWS) break;
+            copy_async<BYTES>(tile + r * STRIDE + c, row(r) + c, r < count && c < dim);
+        }
     }
 }
 
