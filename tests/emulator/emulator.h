@@ -1,9 +1,9 @@
 // CUDA's words for a CPU: runs a kernel of kernels/ block by block, its threads as fibres that take turns.
 //
 // Threads meet where CUDA lets them meet: at barriers and in operations of a whole warp. Between two meetings they
-// run in an order shuffled by a seed, so that an order which only happens to work does not always. Shared memory
-// begins as NaN. A copy that is under way reads as NaN until it is waited for. A meeting that not all come to ends
-// the process with a message.
+// run in an order shuffled by a seed, some warps more seldom than others, so that an order which only happens to work
+// does not always. Shared memory begins as NaN. A copy that is under way reads as NaN until it is waited for. A meeting
+// that not all come to ends the process with a message.
 #pragma once
 
 #include <ucontext.h>
@@ -152,12 +152,18 @@ inline void run_block(unsigned threads, size_t shared_size) {
     std::vector<int> order(threads);
     for (unsigned i = 0; i < threads; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_numbers);
+    std::vector<unsigned> slowness(warps.size());        // a warp takes one turn in so many
+    for (unsigned& each : slowness) each = 1u << random_numbers() % 4;
+    std::vector<bool> sleeps(warps.size());
     size_t alive = threads;
+    bool moved = true;
     while (alive) {
-        bool moved = false;
+        bool all_awake = !moved;
+        for (size_t w = 0; w < warps.size(); ++w) sleeps[w] = !all_awake && random_numbers() % slowness[w] != 0;
+        moved = false;
         for (int i : order) {
             Fibre& f = fibres[i];
-            if (f.done) continue;
+            if (f.done || sleeps[f.index / LANES]) continue;
             const Warp& warp = warps[f.index / LANES];
             if (f.meetings > warp.meetings || f.barriers > barriers || (f.ready && !f.ready())) continue;  // still waits
             current = &f;
@@ -167,12 +173,13 @@ inline void run_block(unsigned threads, size_t shared_size) {
             alive -= f.done;
         }
         std::shuffle(deeds.begin(), deeds.end(), random_numbers);
-        for (size_t i = deeds.size(); i-- > 0 && (!moved || random_numbers() % 4 == 0); moved = true) {
+        while (!deeds.empty() && (random_numbers() % 4 == 0 || (all_awake && !moved))) {
             const auto deed = std::move(deeds.back());
             deeds.pop_back();
             deed();
+            moved = true;
         }
-        if (!moved) fail("not all threads come to a meeting");
+        if (all_awake && !moved) fail("not all threads come to a meeting");
     }
     current = nullptr;
     if (at_end) at_end();
