@@ -218,6 +218,7 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
            const __grid_constant__ TensorMap v, const int* begin, const int* end, int n_q, int n_k, int kv_heads,
            int group, int dim, int dim_v, int stride_v, float scale, int width, int fresh) {
     static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
+    static_assert(STAGES >= 2, "scores are started a tile ahead");
     static_assert(KEYS == 128, "products are of this width, and codes of non-finite numbers must not run over");
     constexpr int ROWS = GROUP_ROWS * GROUPS;
     constexpr int COPIER_REGISTERS = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 2 ? 240 : 160;
@@ -249,12 +250,21 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
     if (warp < 0) {
         fewer_registers<COPIER_REGISTERS>();
         if (threadIdx.x == 0) {
+            auto start_of = [&](int i) { return range.low + i * KEYS; };
+            auto load_k = [&](int i) {
+                const int stage = room.stage(i);
+                copy_tile<KEYS, DIM>(room.k + stage * room.K, k, rows.kv_head, start_of(i), room.parity(i),
+                                     room.k_free[stage], room.k_here[stage]);
+            };
+            auto load_v = [&](int i) {
+                const int stage = room.stage(i);
+                copy_tile<KEYS, DIM_V>(room.v + stage * room.V, v, rows.kv_head, start_of(i), room.parity(i),
+                                       room.v_free[stage], room.v_here[stage]);
+            };
+            if (tiles) load_k(0);
             for (int i = 0; i < tiles; ++i) {
-                const int stage = room.stage(i), parity = room.parity(i), start = range.low + i * KEYS;
-                copy_tile<KEYS, DIM>(room.k + stage * room.K, k, rows.kv_head, start, parity, room.k_free[stage],
-                                     room.k_here[stage]);
-                copy_tile<KEYS, DIM_V>(room.v + stage * room.V, v, rows.kv_head, start, parity, room.v_free[stage],
-                                       room.v_here[stage]);
+                if (i + 1 < tiles) load_k(i + 1);              // scores are wanted a tile ahead of values
+                load_v(i);
             }
         }
     } else {
