@@ -11,7 +11,9 @@
 // The threads have roles, as in Shah et al. 2024, FlashAttention-3: one copies tiles of K and V into stages, in turns;
 // each other warpgroup folds them into the state of its 64 rows, which stays in registers. Over tiles that all its
 // rows see in full, a warpgroup starts the scores of the next tile before it adds the values of this one, and works
-// out the weights of the next while the values are added. Tiles that some row sees in part are folded one by one.
+// out the weights of the next while the values are added; where all warpgroups do, they start their products in turns,
+// so that one works out weights while another has the tensor cores. Tiles that some row sees in part are folded one by
+// one.
 
 #include "finite.cuh"
 #include "panels.cuh"
@@ -75,6 +77,12 @@ __device__ inline void let_go(PhaseBarrier& free) {
 __device__ inline Sight join(const Sight& a, const Sight& b) {
     return {{min(a.any.low, b.any.low), max(a.any.high, b.any.high)},
             {max(a.every.low, b.every.low), min(a.every.high, b.every.high)}};
+}
+
+// Tiles of `keys` columns from `start` on that rows see in full: low <= tile < high.
+__device__ inline Interval full_tiles(const Sight& sight, int start, int keys) {
+    if (sight.any.low >= sight.any.high) return {0, 0};
+    return cut({(sight.every.low - start + keys - 1) / keys, (sight.every.high - start) / keys}, {0, NOWHERE});
 }
 
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`.
@@ -238,12 +246,15 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
     if (warp >= 0 && lane == 0) sights[warp] = sight_of_warp;
     if (threadIdx.x == 0) room.make_barriers();
     __syncthreads();
-    Sight of_all = sights[0], sight = sights[max(warp, 0) / WARPS * WARPS];
+    Sight sight_of_group[GROUPS];
+    Interval range{NOWHERE, 0};
 #pragma unroll
-    for (int w = 1; w < GROUPS * WARPS; ++w) of_all = join(of_all, sights[w]);
+    for (int g = 0; g < GROUPS; ++g) {
+        sight_of_group[g] = sights[g * WARPS];
 #pragma unroll
-    for (int w = 1; w < WARPS; ++w) sight = join(sight, sights[max(warp, 0) / WARPS * WARPS + w]);
-    const Interval range = of_all.any;
+        for (int w = 1; w < WARPS; ++w) sight_of_group[g] = join(sight_of_group[g], sights[g * WARPS + w]);
+        range = {min(range.low, sight_of_group[g].any.low), max(range.high, sight_of_group[g].any.high)};
+    }
     const int tiles = range.tiles(KEYS);
     if (tiles == 0 && !fresh) return;
 
@@ -269,18 +280,19 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
         }
     } else {
         more_registers<REGISTERS>();
-        unsigned char* const q_tile = room.q + warp / WARPS * room.Q;
+        const int warpgroup = warp / WARPS;
+        unsigned char* const q_tile = room.q + warpgroup * room.Q;
         constexpr int CHUNKS = DIM / 8;
 #pragma unroll
         for (int i = 0; i < GROUP_ROWS * CHUNKS; i += WARPGROUP) {
             const int chunk = i + threadIdx.x % WARPGROUP, r = chunk / CHUNKS, c = chunk % CHUNKS;
-            const int row = warp / WARPS * GROUP_ROWS + r;
+            const int row = warpgroup * GROUP_ROWS + r;
             const bool there = rows.there(row) && c * 8 < dim;
             store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c),
                         there ? *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * dim + c * 8) : Chunk{});
         }
         fence_for_hardware();
-        meet(1 + warp / WARPS, WARPGROUP);
+        meet(1 + warpgroup, WARPGROUP);
 
         GroupRows<T, DIM, DIM_V, KEYS> state;
         const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
@@ -324,9 +336,25 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
             }
         };
 
+        Sight sight = sight_of_group[0];
+        Interval all_run{0, NOWHERE};
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            if (g == warpgroup) sight = sight_of_group[g];
+            all_run = cut(all_run, full_tiles(sight_of_group[g], range.low, KEYS));
+        }
         const bool sees_any = sight.any.low < sight.any.high;
         const int first = sees_any ? (sight.any.low - range.low) / KEYS : tiles;
         const int last = sees_any ? (sight.any.high - range.low + KEYS - 1) / KEYS : tiles;
+        const Interval full = full_tiles(sight, range.low, KEYS);
+        const Interval turns{all_run.low, all_run.high - 1};       // the last tile of a run starts no scores
+        auto await_turn = [&](int i) {
+            if (turns.holds(i) && (warpgroup > 0 || i > turns.low)) meet(1 + GROUPS + warpgroup, 2 * WARPGROUP);
+        };
+        auto pass_turn_on = [&](int i) {
+            if (turns.holds(i) && (warpgroup < GROUPS - 1 || i + 1 < turns.high))
+                come(1 + GROUPS + (warpgroup + 1) % GROUPS, 2 * WARPGROUP);
+        };
         float shrink[2];
         pass(0, first);
         for (int i = first; i < last;) {
@@ -334,13 +362,15 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
             start_scores(i);
             products_wait<0>(state.s);
             let_go_of_k(i);
-            if (sight.full(start, KEYS)) {
+            if (full.holds(i)) {
                 state.template scale_scores<false>(scale, start);
                 state.weigh(shrink);
                 state.take(shrink);
-                for (const int next = min(last, (sight.every.high - range.low) / KEYS); i + 1 < next; ++i) {
+                for (; i + 1 < full.high; ++i) {
+                    await_turn(i);
                     start_scores(i + 1);
                     start_values(i);
+                    pass_turn_on(i);
                     products_wait<1>(state.s);
                     let_go_of_k(i + 1);
                     state.template scale_scores<false>(scale, start);
@@ -358,7 +388,7 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
                 state.take(shrink);
                 room.v_here[room.stage(i)].wait(room.parity(i));
                 const unsigned char* const v_tile = room.v + room.stage(i) * room.V;
-                if (!meet_any(1 + warp / WARPS, WARPGROUP, !state.finite_share(v_tile))) {
+                if (!meet_any(1 + warpgroup, WARPGROUP, !state.finite_share(v_tile))) {
                     start_values(i);
                     products_wait<0>(state.acc);
                 } else {

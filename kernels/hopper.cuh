@@ -78,6 +78,11 @@ __device__ inline void meet(int number, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 
+// Count as having come to a meeting, and go on.
+__device__ inline void come(int number, int threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
+}
+
 // Meet, and tell whether any thread says yes.
 __device__ inline bool meet_any(int number, int threads, bool yes) {
     int any;

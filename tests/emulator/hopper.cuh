@@ -101,6 +101,8 @@ inline Hopper& hopper() {
             if (!hopper().products.empty()) fail("a product that not all warps of a warpgroup started");
             for (const auto& lane : hopper().lanes)
                 if (!lane.second.values.empty()) fail("a product that nobody waited for");
+            for (const auto& meeting : hopper().meetings)
+                if (meeting.second.arrived) fail("a meeting that not all came to");
             if (!deeds.empty()) fail("a copy that nobody waited for");
         };
     }
@@ -211,7 +213,7 @@ inline void wait_for_products(size_t pending) {
 }
 
 // Meet at a barrier of some threads of the block.
-inline bool meet_at(int number, int threads, bool yes) {
+inline bool meet_at(int number, int threads, bool yes, bool waits = true) {
     if (number < 1 || number > 15 || threads % LANES) fail("a barrier that does not exist");
     meet(number, "meet");
     Meeting& meeting = hopper().meetings[number];
@@ -226,7 +228,7 @@ inline bool meet_at(int number, int threads, bool yes) {
         meeting.any = false;
         meeting.number = mine;
     }
-    wait_until([&meeting, mine] { return meeting.number >= mine; });
+    if (waits) wait_until([&meeting, mine] { return meeting.number >= mine; });
     return meeting.result;
 }
 
@@ -321,6 +323,7 @@ template <int COUNT>
 inline void more_registers() {}
 
 inline void meet(int number, int threads) { emulator::meet_at(number, threads, false); }
+inline void come(int number, int threads) { emulator::meet_at(number, threads, false, false); }
 inline bool meet_any(int number, int threads, bool yes) { return emulator::meet_at(number, threads, yes); }
 
 using Operand = unsigned long long;
