@@ -394,6 +394,7 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
                 } else {
                     state.add_carefully(v_tile, start);
                 }
+                fence_for_hardware();                      // the next tile comes after what threads have read of this
             }
             let_go_of_v(i);
             ++i;
