@@ -177,7 +177,7 @@ struct GroupRows {
         for (int at = threadIdx.x % WARPGROUP * 16; at < KEYS * DIM_V * 2; at += WARPGROUP * 16) {
             const Chunk chunk = *reinterpret_cast<const Chunk*>(v_tile + at);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) finite &= Finite<T>::both(chunk.words[i]);
+            for (int i = 0; i < 4; ++i) finite &= Finite<T>::all(chunk.words[i]);
         }
         return finite;
     }
@@ -190,6 +190,8 @@ struct GroupRows {
 
     // acc += p V, where a key that a row does not see may have NaN or infinity; a rare way.
     __device__ void add_carefully(const unsigned char* v_tile, int start) {
+        constexpr int HALF = KEYS / 2;
+        static_assert(HALF < MINUS, "codes must not run over");
 #pragma unroll
         for (int n = 0; n < DIM_V / 8; n += 2) {
             unsigned b[4];
@@ -201,21 +203,24 @@ struct GroupRows {
                 multiply_add(T{}, acc[n], p[step], b[0], b[1]);
                 multiply_add(T{}, acc[n + 1], p[step], b[2], b[3]);
             }
-            float found[2][4] = {};
 #pragma unroll 1
-            for (int key = 0; key < KEYS; key += 16) {
-                unsigned visible[4];
+            for (int half = 0; half < KEYS; half += HALF) {            // more codes could not be added up
+                float found[2][4] = {};
+#pragma unroll 1
+                for (int key = half; key < half + HALF; key += 16) {
+                    unsigned visible[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int column = column_of(start + key, i / 2, 0);
-                    visible[i] = pack(T{}, sees[i % 2].holds(column), sees[i % 2].holds(column + 1));
+                    for (int i = 0; i < 4; ++i) {
+                        const int column = column_of(start + key, i / 2, 0);
+                        visible[i] = pack(T{}, sees[i % 2].holds(column), sees[i % 2].holds(column + 1));
+                    }
+                    right(b, v_tile, key, n * 8);
+                    multiply_add(T{}, found[0], visible, Finite<T>::codes(b[0]), Finite<T>::codes(b[1]));
+                    multiply_add(T{}, found[1], visible, Finite<T>::codes(b[2]), Finite<T>::codes(b[3]));
                 }
-                right(b, v_tile, key, n * 8);
-                multiply_add(T{}, found[0], visible, Finite<T>::codes(b[0]), Finite<T>::codes(b[1]));
-                multiply_add(T{}, found[1], visible, Finite<T>::codes(b[2]), Finite<T>::codes(b[3]));
-            }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) Finite<T>::add(acc[n + i / 4][i % 4], found[i / 4][i % 4]);
+                for (int i = 0; i < 8; ++i) add_found(acc[n + i / 4][i % 4], found[i / 4][i % 4]);
+            }
         }
     }
 };
@@ -227,7 +232,7 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
            int group, int dim, int dim_v, int stride_v, float scale, int width, int fresh) {
     static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
     static_assert(STAGES >= 2, "scores are started a tile ahead");
-    static_assert(KEYS == 128, "products are of this width, and codes of non-finite numbers must not run over");
+    static_assert(KEYS == 128, "products are of this width");
     constexpr int ROWS = GROUP_ROWS * GROUPS;
     constexpr int COPIER_REGISTERS = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 2 ? 240 : 160;
     const Room<DIM, DIM_V, GROUPS, KEYS, STAGES> room(shared_memory());

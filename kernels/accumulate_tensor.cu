@@ -20,6 +20,7 @@
 // infinity in what it sees come through. No atomics: the result depends on the arguments alone.
 // The algorithm is that of Dao 2023, FlashAttention-2, algorithm 1, with the state kept between launches.
 
+#include "finite.cuh"
 #include "rows.cuh"
 
 // How the lanes of a warp hold tiles of T for a product; the layouts are those of platform.cuh.
@@ -56,23 +57,8 @@ struct Fragments {
         a[3] = pack(T{}, p[2 * step + 1][2], p[2 * step + 1][3]);
     }
 
-    __device__ static bool finite(unsigned half) { return (half & T::EXPONENT) != T::EXPONENT; }
-    __device__ static bool all_finite(Register r) { return finite(r) && finite(r >> 16); }
-    __device__ static Register only_finite(Register r) {
-        return (finite(r) ? r & 0xffffu : 0u) | (finite(r >> 16) ? r & 0xffff0000u : 0u);
-    }
-    __device__ static float code(unsigned half);
-    __device__ static Register codes(Register r) { return pack(T{}, code(r), code(r >> 16)); }
+    using Finite = ::Finite<T>;
 };
-
-// Numbers whose sums over up to 127 keys tell what was among them.
-constexpr int PLUS = 1, MINUS = 128, NAN_SEEN = 16384;
-
-template <class T>
-__device__ float Fragments<T>::code(unsigned half) {
-    if (finite(half)) return 0;
-    return half & 0x7fff & ~T::EXPONENT ? NAN_SEEN : half & 0x8000 ? MINUS : PLUS;
-}
 
 // A product of depth 8 sums over keys in any order, so accumulators serve as left side as they lie: place t of the
 // product is key 2 t, place t + 4 is key 2 t + 1, and `right` takes the rows of V in that order.
@@ -114,9 +100,11 @@ struct Fragments<double> {
         a[3] = p[step][3];
     }
 
-    __device__ static bool all_finite(double x) { return x - x == 0; }
-    __device__ static double only_finite(double x) { return all_finite(x) ? x : 0; }
-    __device__ static double codes(double x) { return all_finite(x) ? 0 : x != x ? NAN_SEEN : x < 0 ? MINUS : PLUS; }
+    struct Finite {
+        __device__ static bool all(double x) { return x - x == 0; }
+        __device__ static double only(double x) { return all(x) ? x : 0; }
+        __device__ static double codes(double x) { return all(x) ? 0 : x != x ? NAN_SEEN : x < 0 ? MINUS : PLUS; }
+    };
 };
 
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`.
@@ -148,17 +136,11 @@ struct WarpRows {
                         visible[i / 4][i % 4] = sees[m][i % 4 / 2].holds(column_of(start + key, i / 4, i % 4));
                     F::weights(a, visible, 0);
                     F::right(b, v_tile, stride, key, n * 16);
-                    multiply_add(T{}, found[0], a, F::codes(b[0]), F::codes(b[1]));
-                    multiply_add(T{}, found[1], a, F::codes(b[2]), F::codes(b[3]));
+                    multiply_add(T{}, found[0], a, F::Finite::codes(b[0]), F::Finite::codes(b[1]));
+                    multiply_add(T{}, found[1], a, F::Finite::codes(b[2]), F::Finite::codes(b[3]));
                 }
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const int count = static_cast<int>(found[i / 4][i % 4]);
-                    A& here = acc[m][2 * n + i / 4][i % 4];
-                    if (count >= NAN_SEEN) here = not_a_number(A{});
-                    if (count % NAN_SEEN >= MINUS) here -= infinity(A{});
-                    if (count % MINUS != 0) here += infinity(A{});
-                }
+                for (int i = 0; i < 8; ++i) add_found(acc[m][2 * n + i / 4][i % 4], found[i / 4][i % 4]);
             }
     }
 
@@ -236,8 +218,8 @@ struct WarpRows {
                 if constexpr (PARTIAL) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {         // a weight of 0 times NaN would be NaN
-                        all_finite &= F::all_finite(b[i]);
-                        b[i] = F::only_finite(b[i]);
+                        all_finite &= F::Finite::all(b[i]);
+                        b[i] = F::Finite::only(b[i]);
                     }
                 }
 #pragma unroll

@@ -12,7 +12,7 @@ from . import device
 from .errors import BackendError, DtypeError
 from .softmax import BFLOAT16
 
-HOST = 1                       # kDLCPU of DLPack
+HOST = (1, 3)                  # kDLCPU of DLPack, and kDLCUDAHost, which is page-locked
 CUDA = (2, 13)                 # kDLCUDA, kDLCUDAManaged
 
 
@@ -61,7 +61,7 @@ def as_array(x: Any, name: str) -> Any:
             return device.view(x)
         except Exception as error:
             raise DtypeError(f"{name}: expected an array, got {type(x).__name__}: {error}") from error
-    if kind not in (None, HOST):
+    if kind not in (None, *HOST):
         raise BackendError(f"{name}: the array is on a device that is neither the host nor a CUDA GPU; copy it to the "
                            "host")
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -45,11 +46,19 @@ class Plan:
     accumulator: np.dtype[Any]
     scale: float
     hops: list[int] = field(default_factory=list)
+    _ahead: tuple[int, list[Interval]] = field(default_factory=lambda: (-1, []))
 
-    def columns(self, source: int) -> Iterator[Interval]:
+    def columns(self, source: int) -> list[Interval]:
         """Turn each interval of positions into columns of the block of rank `source`."""
-        for low, high in self.bounds:
-            yield self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source)
+        if self._ahead[0] == source:
+            return self._ahead[1]
+        return [(self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source))
+                for low, high in self.bounds]
+
+    def look_ahead(self, source: int) -> None:
+        """Have the columns of a block ready: a GPU computes meanwhile, and would wait for them later."""
+        if self._ahead[0] != source:
+            self._ahead = source, self.columns(source)
 
     @property
     def pairs(self) -> int:
@@ -64,6 +73,8 @@ class Call:
     q: Array
     k: Array
     v: Array
+    out: Array
+    lse: Array
     batched: bool
     on_gpu: bool
     plan: Plan
@@ -218,15 +229,15 @@ class RingAttention:
         trace.agree_seconds = time.perf_counter() - start - trace.compile_seconds
         trace.flop_per_pair = 2 * call.q.shape[2] * (call.q.shape[3] + call.v.shape[3])
         with self.backend.current():
-            out, lse = self._run(call, progress)
-            if not call.on_gpu:
-                out, lse = self.backend.fetch(out), self.backend.fetch(lse)
+            self._run(call, progress)
+            with self._agreed_on_gpu():
+                out, lse = self._finish(call)
         if not call.batched:
             out, lse = out[0], lse[0]
         return (out, lse) if return_lse else out
 
-    def _run(self, call: Call, progress: Progress | None) -> tuple[Array, Array]:
-        """Fold every block that comes by, and finish."""
+    def _run(self, call: Call, progress: Progress | None) -> None:
+        """Fold every block that comes by."""
         plan, backend = call.plan, self.backend
         try:
             for state in plan.states:
@@ -239,13 +250,19 @@ class RingAttention:
         except BaseException as error:
             self._engine.ring.abandon(error)
             raise
-        batch, n_q, heads, _ = call.q.shape
-        out = backend.empty((batch, n_q, heads, call.v.shape[3]), call.q.dtype)
-        lse = backend.empty((batch, n_q, heads), plan.accumulator)
-        for state, out_, lse_ in zip(plan.states, out, lse, strict=True):
-            backend.finish(state, plan.seen, out_, lse_)
-        backend.complete()
-        return out, lse
+
+    def _finish(self, call: Call) -> tuple[Array, Array]:
+        """Normalise, and bring the results to where the arrays came from."""
+        for state, out, lse in zip(call.plan.states, call.out, call.lse, strict=True):
+            self.backend.finish(state, call.plan.seen, out, lse)
+        self.backend.complete()
+        if call.on_gpu:
+            return call.out, call.lse
+        return self.backend.fetch(call.out), self.backend.fetch(call.lse)
+
+    def _agreed_on_gpu(self) -> AbstractContextManager[None]:
+        """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
+        return self._comm.together(self.timeout) if self.backend.device else nullcontext()
 
     def _fold(self, plan: Plan, q: Array, block: Block, progress: Progress | None) -> int:
         """Fold a block into the states; return the visible pairs."""
@@ -254,6 +271,7 @@ class RingAttention:
         for begin, end in plan.columns(block.source):
             for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
                 for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
+                    plan.look_ahead((block.source - 1) % self._comm.size)
                     self._engine.ring.progress()
                     total += pairs
                     if progress and pairs:
@@ -272,7 +290,7 @@ class RingAttention:
             record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
                           list(DTYPES.values()).index(q.dtype), place != HOST, q.shape[1], k.shape[1], place)
             accumulator(q.dtype, self.accumulator)
-            if place == HOST:
+            if place == HOST:                 # a copy may fail
                 q, k, v = (np.ascontiguousarray(x) for x in (q, k, v))
         except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
             error = failure
@@ -286,10 +304,11 @@ class RingAttention:
         if self._plan is None or self._plan.key != records.tobytes():
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(records, q, v)
-        if self.backend.device is not None:
-            with self._comm.together(self.timeout), self.backend.current():       # its memory may run out
-                q, k, v = (self.backend.place(x) for x in (q, k, v))
-        return Call(q, k, v, batched, place != HOST, self._plan)
+        with self._agreed_on_gpu(), self.backend.current():
+            q, k, v = (self.backend.place(x) for x in (q, k, v))
+            out = self.backend.empty((*q.shape[:3], v.shape[3]), q.dtype)
+            lse = self.backend.empty(q.shape[:3], self._plan.accumulator)
+        return Call(q, k, v, out, lse, batched, place != HOST, self._plan)
 
     def _make_plan(self, records: NDArray[np.int64], q: Array, v: Array) -> Plan:
         """Plan for these shards, and compile for them. Collective over *comm*."""

@@ -12,6 +12,7 @@ import hashlib
 import math
 import secrets
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,8 +97,8 @@ def choose_index(local_rank: int, visible: int, allow_sharing: bool) -> int:
     local_rank : int
         This rank's place on its node, from 0.
     visible : int
-        GPUs that this process sees. One is this rank's own, whatever its place; `CudaBackend`'s caller finds out
-        whether other ranks have the same one.
+        GPUs that this process sees. One is this rank's own, whatever its place; whether other ranks have the same
+        one is for their UUIDs to tell.
     allow_sharing : bool
         Let ranks without a GPU of their own share, in turns.
 
@@ -166,8 +167,7 @@ class Device:
         except runtime.CUDARuntimeError as error:
             raise BackendError(f"backend cuda: device {index}: {error}") from error
         self.name = properties["name"].decode()
-        raw = bytes(properties["uuid"])[:16].hex()
-        self.uuid = f"GPU-{raw[:8]}-{raw[8:12]}-{raw[12:16]}-{raw[16:20]}-{raw[20:]}"
+        self.uuid = _uuid(index) or f"PCI-{runtime.deviceGetPCIBusId(index)}"
         self.capability = int(properties["major"]), int(properties["minor"])
         self.processors = int(properties["multiProcessorCount"])
         self.shared_bytes = int(properties["sharedMemPerBlockOptin"])
@@ -179,9 +179,20 @@ class Device:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this the thread's device for a while; a caller's own choice comes back after it."""
-        with self._cupy.cuda.Device(self.index):
-            yield
+        """Make this the thread's device for a while; a caller's own choice comes back after it.
+
+        Raises
+        ------
+        BackendError
+            For what CuPy says of the GPU, its memory or the compiler meanwhile.
+        """
+        cuda = self._cupy.cuda
+        try:
+            with cuda.Device(self.index):
+                yield
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError, cuda.memory.OutOfMemoryError,
+                cuda.compiler.CompileException) as error:
+            raise BackendError(f"GPU {self.index} ({self.name}): {type(error).__name__}: {error}") from error
 
     # Memory
 
@@ -259,7 +270,7 @@ class Device:
         def read(first: int, rows: NDArray[Any]) -> None:
             rows[...] = lines[first:first + len(rows)]
 
-        lines = x.reshape(-1, *x.shape[-1:]) if x.ndim > 1 else x[..., None]
+        lines = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 1 else x[..., None]
         return self.gather(lines.shape, x.dtype, read).reshape(x.shape)
 
     def host(self, x: Array) -> NDArray[Any]:
@@ -383,10 +394,18 @@ class Device:
     def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
                stream: Any) -> None:
         """Start blocks of `threads` threads of a kernel on `stream`; arguments are GPU arrays and NumPy scalars."""
-        if shared_bytes > 48 * 1024:           # more than a kernel has unless it asks
+        if shared_bytes > 40 * 1024:           # a kernel has 48 KiB unless it asks, its static share included
             kernel.max_dynamic_shared_size_bytes = shared_bytes
         with stream:
             kernel(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+
+
+def _uuid(index: int) -> str:
+    """Ask the driver, as CuPy cuts a UUID at a zero byte; empty if it does not say."""
+    driver, device, raw = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetUuid_v2(raw, device):
+        return ""
+    return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
 
 
 def _bytes(x: Any) -> Any:

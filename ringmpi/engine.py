@@ -87,8 +87,9 @@ class Engine:
         if self._name in HOST_NAMES and mine != HOST:
             raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
                                "backend='auto' or 'cuda', or copy them to the host")
-        if self._places is not None and mine == HOST and self._name == "cuda":
-            self._places = places.copy()       # they are brought to the GPU that it is open on
+        stays = (mine == HOST and self._name == "cuda") or (places == self._indices).all()
+        if self._places is not None and stays:             # the same on all ranks: on host arrays all agree
+            self._places = places.copy()
             return False
         self._places, self._index = None, None if mine == HOST else mine
         self.close()
@@ -110,6 +111,7 @@ class Engine:
             self.gpus = self._distinct(gpu.uuid)
             self.transport = choose(self._comm, self._gpu_transport, self._timeout)
             link = (DirectLink if self.transport.name == "direct" else StagedLink)(gpu)
+        self._indices = self._comm.share([HOST if gpu is None else gpu.index], self._timeout)[:, 0]
         self.ring = Ring(self._comm, self._timeout, link)
         self._prepared: set[Any] = set()
         # "auto" may open different backends on different ranks: all wait if one compiles.

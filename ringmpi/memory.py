@@ -27,13 +27,17 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     -------
     dict of str to int
         Bytes of each array while the ring runs, and `total`: the largest sum of any phase, this process and
-        its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum.
+        its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum; CUDA's own
+        memory comes on top.
     """
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     item = DTYPES[sizes.dtype].itemsize
     wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
     if options.backend == "cuda":
-        return _on_gpu(_arrays(sizes, n_q, n_k, item, wide, ranks))
+        arrays = _arrays(sizes, n_q, n_k, item, wide, ranks)
+        if wide == 8 > item:           # float64 on request: the kernels take operands of that type
+            arrays["q, k and v widened"] = (arrays["q"] + arrays["k"] + arrays["v"]) // item * wide
+        return {**arrays, "total": sum(arrays.values())}
     name, base = _resident_with(options.backend)
     parts = {
         **_arrays(sizes, n_q, n_k, item, wide, ranks),
@@ -60,11 +64,6 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, ranks: int) 
         "max and sum": 2 * n_q * sizes.heads * wide,
         "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
     }
-
-
-def _on_gpu(arrays: dict[str, int]) -> dict[str, int]:
-    """Give what a GPU holds at the end of the ring; CUDA's own memory and the host's come on top."""
-    return {**arrays, "total": sum(arrays.values())}
 
 
 def _resident_with(backend: str) -> tuple[str, int]:

@@ -61,6 +61,8 @@ def function(file, name):
 class EmulatedDevice(FakeDevice, Device):
     """A lazy device that runs the real kernels, and copies between host and device in the pieces of `Device`."""
 
+    array, host = Device.array, Device.host
+
     def __init__(self, seed=0, capability=(9, 0), shared_bytes=227 * 1024, shared_bytes_processor=228 * 1024):
         super().__init__(seed)
         self.capability, self.shared_bytes = capability, shared_bytes

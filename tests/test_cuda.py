@@ -7,13 +7,15 @@ import oracle
 import pytest
 from emulate import COMPILER, EmulatedDevice
 
-from ringmpi import BackendError, device
+from ringmpi import BackendError, device, link
+from ringmpi.backends import cuda
 from ringmpi.backends.cuda import CudaBackend, best, kernels
 from ringmpi.device import choose_index
 from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
-HOPPER, AMPERE = (227 * 1024, 228 * 1024), (163 * 1024, 164 * 1024)      # shared memory of a block, of a multiprocessor
+# Shared memory of a block, of a multiprocessor: compute capability 9.0, 8.0, 8.6.
+HOPPER, AMPERE, SMALL = (227 * 1024, 228 * 1024), (163 * 1024, 164 * 1024), (99 * 1024, 100 * 1024)
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -154,7 +156,7 @@ def test_nothing_to_do(backend, n_q, n_k):
     assert (lse == -np.inf).all()
 
 
-@pytest.mark.parametrize("shared", [HOPPER, AMPERE])
+@pytest.mark.parametrize("shared", [HOPPER, AMPERE, SMALL])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dim_has_a_kernel_that_fits(dtype, shared):
     for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 65, 5000)):
@@ -168,6 +170,8 @@ def test_kernels_of_smaller_gpus_compute_the_same():
     backend = CudaBackend(1, EmulatedDevice(1, (8, 0), *AMPERE))
     for dtype in DTYPES:
         check(backend, *case(10, 70, 150, 2, 1, 128, 128, dtype), dtype, scale=0.1)
+    backend = CudaBackend(1, EmulatedDevice(1, (8, 6), *SMALL))
+    check(backend, *case(10, 40, 60, 2, 1, 240, 16, "float64"), "float64", scale=0.1)
 
 
 def test_a_gpu_that_is_too_small_or_too_old_says_so():
@@ -195,6 +199,41 @@ def test_copies_in_pieces(monkeypatch):
     assert (gpu.host(gpu.array(x)) == x).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepare_compiles_all_that_is_used_later(dtype):
+    backend = CudaBackend(1, EmulatedDevice(2))
+    kind = accumulator(DTYPES[dtype])
+    backend.prepare(DTYPES[dtype], kind, 16, 16)
+    known = set(backend.device.cache)
+    for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
+        q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
+        q, k, v = (backend.place(x) for x in (q, k, v))
+        for _ in backend.accumulate(backend.new_state(n_q, 1, 16, kind), q, k, v, begin, end, 1.0):
+            pass
+    assert set(backend.device.cache) == known
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_that_begin_askew(backend, dtype):
+    q, k, v, _, _ = case(13, 20, 50, 1, 1, 16, 16, dtype)
+    askew = []
+    for x in (q, k, v):
+        room = backend.device.array(np.concatenate([x.reshape(-1)[:1], x.reshape(-1)]))
+        askew.append(room[1:].reshape(x.shape))
+    placed = [backend.place(x) for x in askew]
+    assert all(x.data.ptr % 16 == 0 for x in placed)
+    assert all((backend.fetch(x) == y).all() for x, y in zip(placed, (q, k, v), strict=True))
+
+
+def test_a_block_is_done_when_its_loop_ends():
+    backend = CudaBackend(1, EmulatedDevice(3))
+    q, k, v, begin, end = case(14, 40, 90, 2, 1, 16, 16, "float32")
+    state = backend.new_state(40, 2, 16, np.float32)
+    for _ in backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, 1.0):
+        pass
+    assert not backend.device.caller_stream().queue
+
+
 def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
     q, k, v, begin, end = case(11, 40, 300, 2, 1, 16, 16, "float32")
     state = backend.new_state(40, 2, 16, np.float32)
@@ -210,3 +249,23 @@ def test_the_gpu_of_a_rank():
     assert [choose_index(r, 2, True) for r in range(4)] == [0, 1, 0, 1]
     with pytest.raises(BackendError, match="expected a GPU for each rank of the node, got 2 GPUs for local rank 2"):
         choose_index(2, 2, False)
+
+
+def test_views_of_real_cupy_arrays():
+    """CuPy's arrays, over host memory: what needs no driver works as the fake's do."""
+    cupy = pytest.importorskip("cupy")
+    room = np.zeros(512, np.uint8)
+    memory = cupy.cuda.UnownedMemory(room.ctypes.data, room.nbytes, room, 0)
+    blocks = link.DeviceLink(None)
+    blocks._slots = [cupy.ndarray((512,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))] * 2
+    k, v = blocks.views(1, [(1, 4, 2, 8), (1, 4, 2, 4)], DTYPES["bfloat16"])
+    assert (k.shape, v.shape, v.dtype) == ((1, 4, 2, 8), (1, 4, 2, 4), DTYPES["bfloat16"])
+    assert v.data.ptr - k.data.ptr == k.nbytes == 128
+    one, = v
+    assert one[1:3].data.ptr == v.data.ptr + 16
+    assert one[1:3].flags.c_contiguous
+    assert cuda._from(one, 5).data.ptr == v.data.ptr + 10
+    assert cuda._alignment(one) == 8
+    assert device.view(v) is v
+    assert device._bytes(v).shape == (64,)
+    assert v[:, :0].nbytes == 0

@@ -175,7 +175,8 @@ def test_options_that_make_no_sense(comm, gpu):
     assert said == ("OptionError: rank 0: gpu_transport: expected one of auto, direct, staged, got 'pigeon'"
                     + "".join(f" [also on rank {', '.join(map(str, range(1, comm.size)))}]" if comm.size > 1 else ""))
     wide = case(7, 8, 1, 1, 264, 16, "float32")
-    said = everywhere(comm, lambda: ring_attention(*wide, comm=comm, backend="cuda", timeout=60))
+    said = everywhere(comm, lambda: ring_attention(*wide, comm=comm, backend="cuda", timeout=60,
+                                                    allow_gpu_sharing=True))
     assert "BackendError: rank 0: backend cuda: expected dim and dim_v up to 256, got 264 and 16" in said
 
 

@@ -28,6 +28,7 @@ from .sources import digest, kernels_folder
 Array = Any
 MOST_DIM = 256
 SLICE_FLOAT64 = 128           # columns of V that fit a thread's registers beside the rest, in float64
+ROWS_TO_PROVE = (2, 16, 50, 130)      # each of the kernels that a number of rows may choose is among theirs
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
 TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16: "bfloat16",
@@ -81,7 +82,7 @@ def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int) -
     if dtype == np.float64:
         wide_v = min(wide_v, SLICE_FLOAT64)
         shapes = [(1, 1, 32, 3), (1, 1, 16, 2), (1, 1, 16, 1)] if rows <= 16 else [
-            (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1)]
+            (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
     elif rows <= 16:
         shapes = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(wide, wide_v) > 128:
@@ -96,8 +97,7 @@ def _shapes_float32(wide_v: int, rows: int) -> list[tuple[int, int, int]]:
     """Row lanes, rows of a thread, keys."""
     tallest = 8 if wide_v <= 128 else 4        # what a thread's registers hold
     if rows <= 16:
-        height = next((h for h in (1, 2, 4) if 2 * h >= rows), tallest)
-        lanes = 2 * -(-rows // (2 * height))
+        lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
         return [(lanes, height, 32), (lanes, height, 16)]
     tall = [(16, 8, 64), (16, 8, 32)] if tallest == 8 else []
     return [*tall, (16, 4, 32), (16, 4, 16), (16, 2, 16)]
@@ -168,7 +168,7 @@ class CudaBackend(Backend):
         if (dtype, accumulator, dim, dim_v) in proven:
             return
         with self.device.current():
-            for n_q in (3, 20, 70, 150):          # each of the kernels that a number of rows may choose
+            for n_q in ROWS_TO_PROVE:
                 error = self._error_of_small_case(n_q, dtype, accumulator, dim, dim_v)
                 bound = {8: 1e-12, 4: 1e-5, 2: 2e-2}[dtype.itemsize]
                 if not error <= bound:
@@ -200,7 +200,13 @@ class CudaBackend(Backend):
 
     def place(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.place`. Local."""
-        return self.device.array(x) if isinstance(x, np.ndarray) else self.device.contiguous(x)
+        if isinstance(x, np.ndarray):
+            return self.device.array(x)
+        x = self.device.contiguous(x)
+        if x.size and x.data.ptr % _alignment(x):       # what begins askew would need kernels of its own
+            askew, x = x, self.device.empty(x.shape, x.dtype)
+            self.device.copy(x, askew, self.device.caller_stream())
+        return x
 
     def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
         """Fill an array in the GPU's memory, by way of page-locked memory; see `Backend.gather`. Local."""
@@ -230,7 +236,7 @@ class CudaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, scale: float) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        pairs = int((end - begin).sum())
+        pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
@@ -248,7 +254,7 @@ class CudaBackend(Backend):
         if kind == np.float64 and q.dtype != kind:
             q, k, v = (self._widened(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         seeing = end > begin
-        first, last = int(begin[seeing].min()), int(end[seeing].max())
+        first, last = int(begin.min(where=seeing, initial=len(k))), int(end.max(where=seeing, initial=0))
         k, v = k[first:last], v[first:last]
         (n_q, heads, dim), (n_k, kv_heads, dim_v) = q.shape, v.shape
         kernel = self._choose(q, k, v)
@@ -257,7 +263,7 @@ class CudaBackend(Backend):
         if max(n_q * heads, n_k + width) >= 2**31:
             raise BackendError(f"backend cuda: expected fewer than 2^31 rows and keys in a block, got {n_q * heads} "
                                f"and {n_k}; use more ranks")
-        columns = self._upload_columns(begin - first, end - first, n_k)
+        columns = self._upload_columns(begin, end, first)
         target = self._parts(parts, state) if fresh else state
         for start in range(0, dim_v, kernel.columns):
             self._launch(
@@ -273,9 +279,7 @@ class CudaBackend(Backend):
                           np.int64(n_q * heads), np.int32(dim_v)))
 
     def _choose(self, q: Array, k: Array, v: Array) -> Kernel:
-        align = math.gcd(16, q.shape[2] * q.itemsize, v.shape[2] * v.itemsize, *(x.data.ptr for x in (q, k, v)))
-        if align % min(q.itemsize, 8):
-            raise BackendError(f"backend cuda: expected arrays aligned to their {q.itemsize}-byte numbers")
+        align = math.gcd(_alignment(q), _alignment(v), *(x.data.ptr for x in (q, k, v)))
         rows = len(q) * q.shape[1] // k.shape[1]
         return best(kernels(q.dtype, q.shape[2], v.shape[2], rows, align), self.device.shared_bytes,
                     self.device.shared_bytes_processor)
@@ -289,10 +293,11 @@ class CudaBackend(Backend):
         width = -(-n_k // (parts * kernel.keys)) * kernel.keys
         return -(-n_k // width), width
 
-    def _upload_columns(self, begin: Integers, end: Integers, n_k: int) -> tuple[Array, Array]:
-        """Copy the intervals to the GPU, as 32-bit numbers within 0 .. n_k."""
-        both = np.clip(np.stack((begin, end)), 0, n_k).astype(np.int32)
-        both[:, end <= begin] = 0
+    def _upload_columns(self, begin: Integers, end: Integers, first: int) -> tuple[Array, Array]:
+        """Copy the intervals to the GPU, counted from column `first`, in 32 bits; empty ones may lie anywhere."""
+        both = np.empty((2, len(begin)), np.int32)
+        for row, x in zip(both, (begin, end), strict=True):
+            np.subtract(x, first, out=row, casting="unsafe")
         placed = self.device.array(both)
         return placed[0], placed[1]
 
@@ -345,6 +350,11 @@ class CudaBackend(Backend):
     def close(self) -> None:
         """Give the buffers back. Local."""
         self._buffers.clear()
+
+
+def _alignment(x: Array) -> int:
+    """Give the bytes, 16 at most, that every row of an array is a multiple of."""
+    return math.gcd(16, x.shape[-1] * x.itemsize)
 
 
 def _from(x: Array, start: int) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from .options import DTYPES, add_backend, positive, seconds
 
-KERNELS = ("numba", "numpy", "ringmpi", "torch")
+KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 MASKS = ("full", "causal", "window", "documents")
 
 
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
     kernel.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
                         help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU")
-    kernel.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS,
-                        help="what to measure: numba, numpy and torch, with --backend cuda ringmpi and torch")
+    kernel.add_argument("--kernels", nargs="+", choices=("numba", "numpy", "ringmpi", "torch"),
+                        help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
     kernel.add_argument("--heads", type=positive, default=2, metavar="H")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     more: dict[str, Any] = {}
     if arguments.kind == "kernel":
+        _check_kernels(arguments)
         if arguments.backend == "cuda":
             from .bench_gpu import measure as measure_kernel
         else:
@@ -74,6 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("compiled or loaded in", ", ".join(f"{t:.1f} s ({name})" for name, t in more["compile_seconds"].items()))
     else:
         from .bench_ring import measure as measure_ring
+        if arguments.backend == "cuda":
+            from ..device import choose_early
+            choose_early()
         rows, hidden = measure_ring(arguments), {"compute min"}
     if rows:
         _print(rows, [name for name in rows[0] if name not in hidden])
@@ -81,6 +85,21 @@ def run(arguments: argparse.Namespace) -> int:
             from ..job import write_json
             write_json(arguments.json, {"arguments": vars(arguments), **more, "rows": rows})
     return 0
+
+
+def _check_kernels(arguments: argparse.Namespace) -> None:
+    """Fill in what is measured by default, and refuse what would not be."""
+    from ..errors import OptionError
+    known = KERNELS[arguments.backend]
+    arguments.kernels = arguments.kernels or known
+    if not set(arguments.kernels) <= set(known):
+        raise OptionError(f"--kernels: expected {', '.join(known)} with --backend {arguments.backend}, got "
+                          f"{', '.join(arguments.kernels)}")
+    if arguments.backend == "cuda":
+        if "ringmpi" not in arguments.kernels:
+            raise OptionError("--kernels: expected ringmpi among them with --backend cuda, which the others are beside")
+        if arguments.threads:
+            raise OptionError("--threads: counts CPU threads, which --backend cuda does not use")
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
-    from .. import mpi
+    from .. import device, mpi
+    if arguments.backend == "cuda":
+        device.choose_early()
     comm = mpi.private(mpi.world(), arguments.timeout)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
