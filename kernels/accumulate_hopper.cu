@@ -203,7 +203,7 @@ struct GroupRows {
                 multiply_add(T{}, acc[n], p[step], b[0], b[1]);
                 multiply_add(T{}, acc[n + 1], p[step], b[2], b[3]);
             }
-#pragma unroll 1
+#pragma unroll
             for (int half = 0; half < KEYS; half += HALF) {            // more codes could not be added up
                 float found[2][4] = {};
 #pragma unroll 1

@@ -152,6 +152,16 @@ def test_nan_and_infinity_reach_the_rows_that_see_them_and_no_others(backend, dt
         assert 0 < touched.sum() < 140
 
 
+@pytest.mark.parametrize("dtype", BOTH)
+def test_whole_columns_of_infinity(backend, dtype):
+    """As many as a tile has keys: more than codes of them can be added up."""
+    q, k, v, _, _ = case(9, 70, 300, 1, 1, 72, 72, dtype)
+    v[:, 0, 1], v[:, 0, 2], v[:, 0, 3], v[::2, 0, 3] = np.inf, -np.inf, np.nan, np.inf
+    check(backend, q, k, v, *intervals("causal", 70, 300))
+    check(backend, q, k, v, *intervals("window", 70, 300))
+    check(backend, q, k, v, np.zeros(70, int), np.where(np.arange(70) == 3, 2, 300))
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30])
 def test_large_scores_do_not_overflow(backend, size):
     q, k, v, _, _ = case(5, 70, 300, 1, 1, 16, 16, "bfloat16")
