@@ -206,10 +206,9 @@ def test_prepare_compiles_all_that_is_used_later(dtype):
     backend.prepare(DTYPES[dtype], kind, 16, 16)
     known = set(backend.device.cache)
     for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
-        q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
-        q, k, v = (backend.place(x) for x in (q, k, v))
-        for _ in backend.accumulate(backend.new_state(n_q, 1, 16, kind), q, k, v, begin, end, 1.0):
-            pass
+        q, k, v = (backend.place(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
+        state, whole = backend.new_state(n_q, 1, 16, kind), np.full(n_q, 70)
+        assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, 1.0)) == 70 * n_q
     assert set(backend.device.cache) == known
 
 
