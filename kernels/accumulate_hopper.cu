@@ -85,9 +85,6 @@ __device__ inline Interval full_tiles(const Sight& sight, int start, int keys) {
     return cut({(sight.every.low - start + keys - 1) / keys, (sight.every.high - start) / keys}, {0, NOWHERE});
 }
 
-// Column of number i of this lane in accumulators that begin 8 n columns after `start`.
-__device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
-
 struct alignas(8) Two {
     float first, second;
 };

@@ -107,9 +107,6 @@ struct Fragments<double> {
     };
 };
 
-// Column of number i of this lane in accumulators that begin 8 n columns after `start`.
-__device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
-
 // The rows of a warp: what they see, and their state in registers.
 template <class T, int DIM_V, int HEIGHT>
 struct WarpRows {

@@ -41,6 +41,9 @@ struct Rows {
     }
 };
 
+// Column of number i of this lane in accumulators that begin 8 n columns after `start`; see platform.cuh.
+__device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
+
 // What a set of rows sees: nobody sees beyond `any`, everybody sees all of `every`.
 struct Sight {
     Interval any, every;

@@ -13,7 +13,7 @@ from emulate import COMPILER, EmulatedDevice
 
 from ringmpi import BackendError, device
 from ringmpi.backends import hopper
-from ringmpi.backends.cuda import CudaBackend, Kernel
+from ringmpi.backends.cuda import CudaBackend
 from ringmpi.backends.sources import kernels_folder
 from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
 
@@ -22,26 +22,12 @@ BOTH = ["bfloat16", "float16"]
 
 
 class HopperBackend(CudaBackend):
-    """The backend with that kernel for all that it takes."""
+    """The backend, which must choose that kernel."""
 
     def _choose(self, q, k, v):
-        assert hopper.takes(self.device, q, k, v)
-        return Kernel(*hopper.instance(q.dtype, q.shape[2], v.shape[2]))
-
-    def _kernel(self, file, name):
-        if file == hopper.FILE and (file, name) not in self.device.cache:
-            self.device.cache[file, name] = hopper.compiled(self.device, name)
-        return super()._kernel(file, name)
-
-    def _fold(self, state, q, k, v, begin, end, scale):
-        seen = slice(begin[end > begin].min(), end[end > begin].max())
-        self.maps = hopper.maps(self.device, k[seen], v[seen])
-        super()._fold(state, q, k, v, begin, end, scale)
-
-    def _launch(self, file, name, grid, threads, shared_bytes, arguments):
-        if file == hopper.FILE:
-            arguments = (*arguments[:4], *self.maps, *arguments[6:])
-        super()._launch(file, name, grid, threads, shared_bytes, arguments)
+        kernel = super()._choose(q, k, v)
+        assert kernel.file == hopper.FILE
+        return kernel
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +204,6 @@ def test_what_it_takes(monkeypatch):
 def test_every_instance_fits_a_block(dim, dim_v):
     for dtype in BOTH:
         made = hopper.instance(DTYPES[dtype], dim, dim_v)
-        assert made._fields == tuple(Kernel.__dataclass_fields__)
         assert made.shared_bytes + 2048 <= 227 * 1024
 
 

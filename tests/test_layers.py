@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"environment", "layout", "mask", "softmax", "trace"},
     {"device", "backends.sources"},
-    {"arrays", "backends.base"},
+    {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
     {"backends.cpu.pack", "backends.cpu.softmax_rows"},

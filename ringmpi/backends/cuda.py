@@ -12,55 +12,29 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..device import Device, open_device
+from ..environment import hopper_kernel
 from ..errors import BackendError
 from ..layout import Integers
 from ..softmax import BFLOAT16, State
+from . import hopper
 from .base import Backend
-from .sources import digest, kernels_folder
+from .sources import Kernel, compiler_options, kernels_folder
 
 Array = Any
 MOST_DIM = 256
 SLICE_FLOAT64 = 128           # columns of V that fit a thread's registers beside the rest, in float64
 ROWS_TO_PROVE = (2, 16, 50, 130)      # each of the kernels that a number of rows may choose is among theirs
+PROOF_SECONDS = 100.0         # for a case of milliseconds
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
 TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16: "bfloat16",
          np.dtype(np.float16): "float16"}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """An instance of `accumulate`, and how to launch it.
-
-    Attributes
-    ----------
-    file, name : str
-        Source, and C++ name with its template arguments.
-    rows, keys : int
-        Of a tile.
-    threads, shared_bytes : int
-        Of a block of threads.
-    columns : int
-        Of V that one launch takes.
-    blocks : int
-        That a multiprocessor is meant to hold at a time.
-    """
-
-    file: str
-    name: str
-    rows: int
-    keys: int
-    threads: int
-    shared_bytes: int
-    columns: int
-    blocks: int
 
 
 def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int) -> list[Kernel]:
@@ -165,7 +139,8 @@ class CudaBackend(Backend):
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                "take backend='numba'")
         proven = self.device.cache.setdefault("proven kernels", set())
-        if (dtype, accumulator, dim, dim_v) in proven:
+        case = dtype, accumulator, dim, dim_v, hopper_kernel()
+        if case in proven:
             return
         with self.device.current():
             for n_q in ROWS_TO_PROVE:
@@ -175,7 +150,7 @@ class CudaBackend(Backend):
                     raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
                                        f"{dim_v} gives a wrong result (error {error:.2g}, bound {bound:.0g}); please "
                                        "report it, and take backend='numba' meanwhile")
-        proven.add((dtype, accumulator, dim, dim_v))
+        proven.add(case)
 
     def _error_of_small_case(self, n_q: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int,
                              dim_v: int) -> float:
@@ -188,8 +163,11 @@ class CudaBackend(Backend):
         scale = 1 / math.sqrt(dim)
         state = self.new_state(n_q, 1, dim_v, accumulator)
         placed = [self.place(x) for x in (q, k, v)]
+        latest = time.monotonic() + PROOF_SECONDS
         for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, scale):
-            pass
+            if time.monotonic() > latest:
+                raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
+                                   f"{dim_v} does not end; please report it, and take backend='numba' meanwhile")
         out, lse = self.empty((n_q, 1, dim_v), dtype), self.empty((n_q, 1), accumulator)
         self.finish(state, self.place(np.ones(n_q, bool)), out, lse)
         got = self.fetch(out)[:, 0].astype(np.float64)
@@ -266,10 +244,11 @@ class CudaBackend(Backend):
         columns = self._upload_columns(begin, end, first)
         target = self._parts(parts, state) if fresh else state
         for start in range(0, dim_v, kernel.columns):
+            keys = hopper.maps(self.device, k, v) if kernel.file == hopper.FILE else (k, _from(v, start))
             self._launch(
                 kernel.file, kernel.name, (-(-n_q * (heads // kv_heads) // kernel.rows), kv_heads, parts),
                 kernel.threads, kernel.shared_bytes,
-                (_from(target.acc, start), target.max, target.sum, q, k, _from(v, start), *columns, np.int32(n_q),
+                (_from(target.acc, start), target.max, target.sum, q, *keys, *columns, np.int32(n_q),
                  np.int32(n_k), np.int32(kv_heads), np.int32(heads // kv_heads), np.int32(dim),
                  np.int32(min(kernel.columns, dim_v - start)), np.int32(dim_v), kind.type(scale), np.int32(width),
                  np.int32(fresh)))
@@ -279,6 +258,8 @@ class CudaBackend(Backend):
                           np.int64(n_q * heads), np.int32(dim_v)))
 
     def _choose(self, q: Array, k: Array, v: Array) -> Kernel:
+        if hopper.takes(self.device, q, k, v):
+            return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         align = math.gcd(_alignment(q), _alignment(v), *(x.data.ptr for x in (q, k, v)))
         rows = len(q) * q.shape[1] // k.shape[1]
         return best(kernels(q.dtype, q.shape[2], v.shape[2], rows, align), self.device.shared_bytes,
@@ -326,9 +307,11 @@ class CudaBackend(Backend):
     def _kernel(self, file: str, name: str) -> Any:
         """Compile a kernel once."""
         if (file, name) not in self.device.cache:
-            options = ("--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}")
+            path, options = kernels_folder() / file, compiler_options()
             with self.device.current():
-                self.device.cache[file, name], = self.device.compile(kernels_folder() / file, [name], options)
+                self.device.cache[file, name] = (
+                    self.device.compile_for(hopper.ARCHITECTURE, path, name, options) if file == hopper.FILE
+                    else self.device.compile(path, [name], options)[0])
         return self.device.cache[file, name]
 
     def _launch(self, file: str, name: str, grid: tuple[int, ...], threads: int, shared_bytes: int,

@@ -6,7 +6,7 @@ compiled for sm_90a. It is used where RINGMPI_HOPPER says so: it has not been ru
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..device import Device
 from ..environment import hopper_kernel
 from ..softmax import BFLOAT16
-from .sources import digest, kernels_folder
+from .sources import Kernel
 
 Array = Any
 FILE = "accumulate_hopper.cu"
@@ -23,19 +23,6 @@ TYPES = {BFLOAT16: "bfloat16", np.dtype(np.float16): "float16"}
 MOST_DIM, KEYS = 128, 128
 FEWEST_ROWS = 65              # of a key head; below, most of a block's rows would be idle
 PANEL_COLUMNS, PANEL_ALIGN = 64, 1024        # as in panels.cuh
-
-
-class Instance(NamedTuple):
-    """An instance of the kernel; the fields are those of `cuda.Kernel`."""
-
-    file: str
-    name: str
-    rows: int
-    keys: int
-    threads: int
-    shared_bytes: int
-    columns: int
-    blocks: int
 
 
 def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
@@ -55,7 +42,7 @@ def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
     return aligned and max(dims) <= MOST_DIM and len(q) * q.shape[1] // k.shape[1] >= FEWEST_ROWS
 
 
-def instance(dtype: np.dtype[Any], dim: int, dim_v: int) -> Instance:
+def instance(dtype: np.dtype[Any], dim: int, dim_v: int) -> Kernel:
     """Give the instance for arrays of that dtype and width. Local."""
     wide, wide_v = (-(-n // PANEL_COLUMNS) * PANEL_COLUMNS for n in (dim, dim_v))
     groups = 3 if wide == wide_v == 64 else 2      # as many as there are registers for
@@ -63,13 +50,7 @@ def instance(dtype: np.dtype[Any], dim: int, dim_v: int) -> Instance:
     barriers = 4 * stages * 8
     shared_bytes = PANEL_ALIGN + 2 * (64 * groups * wide + stages * KEYS * (wide + wide_v)) + barriers
     name = f"accumulate<{TYPES[dtype]}, {wide}, {wide_v}, {groups}, {KEYS}, {stages}>"
-    return Instance(FILE, name, 64 * groups, KEYS, 128 * (groups + 1), shared_bytes, MOST_DIM, 1)
-
-
-def compiled(device: Device, name: str) -> Any:
-    """Compile an instance, or load it. Local."""
-    options = ("--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}")
-    return device.compile_for(ARCHITECTURE, kernels_folder() / FILE, name, options)
+    return Kernel(FILE, name, 64 * groups, KEYS, 128 * (groups + 1), shared_bytes, MOST_DIM, 1)
 
 
 def maps(device: Device, k: Array, v: Array) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,9 +1,10 @@
-"""Where the CUDA C++ sources are."""
+"""Where the CUDA C++ sources are, how they are compiled, and what there is to know of a kernel to launch it."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -19,3 +20,36 @@ def digest() -> str:
     """Give a digest of all sources: compilers' caches don't look into headers. Local."""
     texts = [path.read_bytes() for path in sorted(kernels_folder().glob("*.cu*"))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def compiler_options() -> tuple[str, ...]:
+    """Give the options that NVRTC needs besides the architecture. Local."""
+    return "--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instance of `accumulate`, and how to launch it.
+
+    Attributes
+    ----------
+    file, name : str
+        Source, and C++ name with its template arguments.
+    rows, keys : int
+        Of a tile.
+    threads, shared_bytes : int
+        Of a block of threads.
+    columns : int
+        Of V that one launch takes.
+    blocks : int
+        That a multiprocessor is meant to hold at a time.
+    """
+
+    file: str
+    name: str
+    rows: int
+    keys: int
+    threads: int
+    shared_bytes: int
+    columns: int
+    blocks: int
