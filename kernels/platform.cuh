@@ -1,6 +1,6 @@
 // The instructions of the GPU that C++ has no words for, each behind a function of one meaning.
 //
-// Nothing else in this folder holds PTX, and no header of the CUDA toolkit is needed, so the sources compile with
+// Only this file and hopper.cuh hold PTX, and no header of the CUDA toolkit is needed, so the sources compile with
 // NVRTC alone. The tests put a file of the same name in place of this one that gives the functions their meaning on
 // a CPU. sm_80 and later.
 //
@@ -8,19 +8,7 @@
 // columns 2 t and 2 t + 1, in the order (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 #pragma once
 
-// EXPONENT: all ones there mean an infinity, or NaN if anything but the sign stands beside it.
-struct float16 {
-    unsigned short bits;
-    static constexpr unsigned EXPONENT = 0x7c00;
-};
-struct bfloat16 {
-    unsigned short bits;
-    static constexpr unsigned EXPONENT = 0x7f80;
-};
-
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
-template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+#include "types.cuh"
 
 // Dynamic shared memory of the block, aligned to 128 bytes.
 __device__ inline unsigned char* shared_memory() {

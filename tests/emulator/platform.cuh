@@ -2,19 +2,7 @@
 #pragma once
 
 #include "emulator.h"
-
-struct float16 {
-    unsigned short bits;
-    static constexpr unsigned EXPONENT = 0x7c00;
-};
-struct bfloat16 {
-    unsigned short bits;
-    static constexpr unsigned EXPONENT = 0x7f80;
-};
-
-template <class T> struct AccumulatorOf { using type = float; };
-template <> struct AccumulatorOf<double> { using type = double; };
-template <class T> using Accumulator = typename AccumulatorOf<T>::type;
+#include "types.cuh"
 
 inline unsigned char* shared_memory() { return emulator::shared; }
 
