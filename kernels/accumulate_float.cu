@@ -64,7 +64,7 @@ struct ThreadRows {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 seen[j] = !PARTIAL || sees[i].holds(start + lane() + 16 * j);
-                s[i][j] = seen[j] ? s[i][j] * scale : -infinity(0.0f);
+                s[i][j] = seen[j] ? rounded_product(s[i][j], scale) : -infinity(0.0f);
                 high = larger(high, s[i][j]);
             }
             high = larger(top[i], across_row(high, larger));

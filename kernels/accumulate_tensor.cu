@@ -197,7 +197,7 @@ struct WarpRows {
             for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    s[m][n][i] *= scale;
+                    s[m][n][i] = rounded_product(s[m][n][i], scale);
                     if (PARTIAL && !sees[m][i / 2].holds(column_of(start, n, i)))
                         s[m][n][i] = -infinity(A{});
                 }

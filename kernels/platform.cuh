@@ -124,6 +124,10 @@ __device__ inline void store(float16* at, double x) {
     at->bits = static_cast<unsigned short>(pack(float16{}, static_cast<float>(x), 0));
 }
 
+// A product that is rounded: never one with the sum that follows it, so that what overflows does so everywhere.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // e^x; exactly 1 at 0, 0 at -infinity. Relative error for float: (2 + |x|) 2^-23.
 __device__ inline float exponential(float x) {
     float y;

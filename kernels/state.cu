@@ -6,7 +6,7 @@
 
 #include "rows.cuh"
 
-constexpr int MERGE_WARPS = 8, MOST_COLUMNS = 256;
+struct Merge { static constexpr int WARPS = 8, MOST_COLUMNS = 256; };
 
 __device__ inline long long thread_number() {
     return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -25,28 +25,28 @@ __global__ void reset(A* acc, A* top, A* sum, long long rows, int dim_v) {
 }
 
 // Fold `parts` states of the same rows, one after the other in part_acc, part_top and part_sum, into the first.
-// grid (rows,) of 32 MERGE_WARPS threads; dim_v <= MOST_COLUMNS.
+// grid (rows,) of 32 Merge::WARPS threads; dim_v <= Merge::MOST_COLUMNS.
 template <class A>
-__global__ void __launch_bounds__(32 * MERGE_WARPS)
+__global__ void __launch_bounds__(32 * Merge::WARPS)
 merge_parts(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const A* part_sum, int parts,
             long long rows, int dim_v) {
-    constexpr int EACH = MOST_COLUMNS / 32;
-    __shared__ A highs[MERGE_WARPS], sums[MERGE_WARPS], columns[MERGE_WARPS][MOST_COLUMNS];
+    constexpr int WARPS = Merge::WARPS, MOST_COLUMNS = Merge::MOST_COLUMNS, EACH = MOST_COLUMNS / 32;
+    __shared__ A highs[WARPS], sums[WARPS], columns[WARPS][MOST_COLUMNS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long row = blockIdx.x;
 
     A high = top[row];
-    for (int p = threadIdx.x; p < parts; p += 32 * MERGE_WARPS) high = larger(high, part_top[p * rows + row]);
+    for (int p = threadIdx.x; p < parts; p += 32 * WARPS) high = larger(high, part_top[p * rows + row]);
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) high = larger(high, __shfl_xor_sync(ALL_LANES, high, mask));
     if (lane == 0) highs[warp] = high;
     __syncthreads();
-    for (int w = 0; w < MERGE_WARPS; ++w) high = larger(high, highs[w]);
+    for (int w = 0; w < WARPS; ++w) high = larger(high, highs[w]);
     const A base = high == -infinity(A{}) ? A{0} : high;        // -inf - -inf would be NaN
 
     A more = 0, mine[EACH] = {};
 #pragma unroll 4
-    for (int p = warp; p < parts; p += MERGE_WARPS) {
+    for (int p = warp; p < parts; p += WARPS) {
         const long long at = p * rows + row;
         const A factor = exponential(part_top[at] - base);
         more += factor * part_sum[at];
@@ -59,14 +59,14 @@ merge_parts(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const 
     for (int i = 0; i < EACH; ++i) columns[warp][lane + 32 * i] = mine[i];
     const A shrink = exponential(top[row] - base);
     __syncthreads();
-    for (int c = threadIdx.x; c < dim_v; c += 32 * MERGE_WARPS) {
+    for (int c = threadIdx.x; c < dim_v; c += 32 * WARPS) {
         A total = acc[row * dim_v + c] * shrink;
-        for (int w = 0; w < MERGE_WARPS; ++w) total += columns[w][c];
+        for (int w = 0; w < WARPS; ++w) total += columns[w][c];
         acc[row * dim_v + c] = total;
     }
     if (threadIdx.x == 0) {
         A total = sum[row] * shrink;
-        for (int w = 0; w < MERGE_WARPS; ++w) total += sums[w];
+        for (int w = 0; w < WARPS; ++w) total += sums[w];
         sum[row] = total;
         top[row] = high;
     }

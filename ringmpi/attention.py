@@ -55,9 +55,10 @@ class Plan:
         return [(self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source))
                 for low, high in self.bounds]
 
-    def look_ahead(self, source: int) -> None:
-        """Have the columns of a block ready: a GPU computes meanwhile, and would wait for them later."""
-        if self._ahead[0] != source:
+    def look_ahead(self, block: Block) -> None:
+        """Have the columns of the block after this one ready: a GPU computes now, and would wait for them later."""
+        source = (block.source - 1) % len(self.hops)
+        if self._ahead[0] != source and self.hops[source] > block.step.step:
             self._ahead = source, self.columns(source)
 
     @property
@@ -73,11 +74,17 @@ class Call:
     q: Array
     k: Array
     v: Array
-    out: Array
-    lse: Array
     batched: bool
     on_gpu: bool
     plan: Plan
+    out: Array = None
+    lse: Array = None
+
+    def make_results(self, backend: Backend) -> None:
+        """Make room for the results, unless it is there."""
+        if self.out is None:
+            self.out = backend.empty((*self.q.shape[:3], self.v.shape[3]), self.q.dtype)
+            self.lse = backend.empty(self.q.shape[:3], self.plan.accumulator)
 
 
 class RingAttention:
@@ -150,7 +157,7 @@ class RingAttention:
             self.accumulator = accumulator
             check_name(backend)
             check_transport(gpu_transport)
-            threads = check_threads(threads) or self._comm.threads or 1
+            threads = check_threads(threads) or self._comm.threads
         options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing)}
         self._comm.agree_on({**self._options(), **options}, self.timeout)
         self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
@@ -230,7 +237,7 @@ class RingAttention:
         trace.flop_per_pair = 2 * call.q.shape[2] * (call.q.shape[3] + call.v.shape[3])
         with self.backend.current():
             self._run(call, progress)
-            with self._agreed_on_gpu():
+            with self._agreed_on_gpu(), self.backend.current():
                 out, lse = self._finish(call)
         if not call.batched:
             out, lse = out[0], lse[0]
@@ -240,6 +247,7 @@ class RingAttention:
         """Fold every block that comes by."""
         plan, backend = call.plan, self.backend
         try:
+            call.make_results(backend)
             for state in plan.states:
                 backend.reset(state)
             for block in self._engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops,
@@ -271,7 +279,7 @@ class RingAttention:
         for begin, end in plan.columns(block.source):
             for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
                 for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
-                    plan.look_ahead((block.source - 1) % self._comm.size)
+                    plan.look_ahead(block)
                     self._engine.ring.progress()
                     total += pairs
                     if progress and pairs:
@@ -304,11 +312,12 @@ class RingAttention:
         if self._plan is None or self._plan.key != records.tobytes():
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(records, q, v)
-        with self._agreed_on_gpu(), self.backend.current():
-            q, k, v = (self.backend.place(x) for x in (q, k, v))
-            out = self.backend.empty((*q.shape[:3], v.shape[3]), q.dtype)
-            lse = self.backend.empty(q.shape[:3], self._plan.accumulator)
-        return Call(q, k, v, out, lse, batched, place != HOST, self._plan)
+        call = Call(q, k, v, batched, place != HOST, self._plan)
+        if self.backend.device:
+            with self._agreed_on_gpu(), self.backend.current():
+                call.q, call.k, call.v = (self.backend.place(x) for x in (q, k, v))
+                call.make_results(self.backend)
+        return call
 
     def _make_plan(self, records: NDArray[np.int64], q: Array, v: Array) -> Plan:
         """Plan for these shards, and compile for them. Collective over *comm*."""

@@ -18,7 +18,7 @@ from .errors import ShapeError
 from .hdf5 import read_rows
 from .job import Options, datasets, make_mask
 from .shards import Manifest
-from .softmax import TOLERANCE, State, finish
+from .softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
 
 PIECE_TOKENS = 8192          # keys at a time
 
@@ -93,7 +93,8 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
     shift = 2 * eps * abs(scale) * _norms(queries) * longest      # of a score, (rows, heads)
     tiny = np.finfo(np.float32).tiny
     own = TOLERANCE[result.dtypes["lse"]]
-    return Audit(len(sample), _largest(given, out, (TOLERANCE[sizes.dtype] + shift)[..., None] * spread + tiny),
+    bound = (TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE)[sizes.dtype]
+    return Audit(len(sample), _largest(given, out, (bound + shift)[..., None] * spread + tiny),
                  _largest(given_lse, exact_lse, own * np.maximum(1, np.abs(exact_lse)) + shift),
                  _largest(given, out, spread + tiny))
 

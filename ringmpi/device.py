@@ -14,7 +14,7 @@ import secrets
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,9 @@ def choose_early() -> None:
     """
     local_rank, visible = launched_local_rank(), count()
     if local_rank is not None and visible:
-        _cupy().cuda.Device(choose_index(local_rank, visible, True)).use()
-        _cupy().cuda.runtime.free(0)           # makes the context
+        with suppress(_cupy().cuda.runtime.CUDARuntimeError):
+            _cupy().cuda.Device(choose_index(local_rank, visible, True)).use()
+            _cupy().cuda.runtime.free(0)       # makes the context
 
 
 class Device:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import device
-from .backends import HOST_NAMES, open_backend, reason_missing
+from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
 from .environment import launched_local_rank
 from .errors import BackendError
@@ -101,9 +101,6 @@ class Engine:
         on_gpu = self._name == "cuda" or self._index is not None
         name = "cuda" if on_gpu else self._name
         with self._comm.together(self._timeout):
-            reason = reason_missing(name)
-            if reason:
-                raise BackendError(f"backend {name}: {reason}")
             self.backend = open_backend(name, self._threads, self._gpu() if on_gpu else None)
         self.gpus, self.transport, link = [], None, HostLink()
         gpu = self.backend.device
@@ -111,11 +108,11 @@ class Engine:
             self.gpus = self._distinct(gpu.uuid)
             self.transport = choose(self._comm, self._gpu_transport, self._timeout)
             link = (DirectLink if self.transport.name == "direct" else StagedLink)(gpu)
-        self._indices = self._comm.share([HOST if gpu is None else gpu.index], self._timeout)[:, 0]
         self.ring = Ring(self._comm, self._timeout, link)
         self._prepared: set[Any] = set()
-        # "auto" may open different backends on different ranks: all wait if one compiles.
-        self._compiles = bool(self._comm.share([self.backend.compiles], self._timeout).any())
+        facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles], self._timeout)
+        self._indices = facts[:, 0]
+        self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
 
     def _gpu(self) -> device.Device:
         """Take the GPU of the arrays; for host arrays that of this rank's place on its node."""

@@ -295,7 +295,7 @@ def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h
     with clock.phase("attend"), tqdm(unit="pair", unit_scale=True, disable=not bar_on, desc="attend",
                                      leave=False) as bar:
         out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
-        with attention.backend.current(), comm.together(attention.timeout):
+        with comm.together(attention.timeout), attention.backend.current():
             out, lse = attention.backend.fetch(out), attention.backend.fetch(lse)
     clock.apart("compile", "attend", attention.trace.compile_seconds)
     del arrays

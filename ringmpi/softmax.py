@@ -20,8 +20,10 @@ DTYPES: dict[str, np.dtype[Any]] = {"float64": np.dtype(np.float64), "float32": 
                                     "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 
 # Largest |out - exact| over largest |exact|: the accumulator's error, and for 16-bit output its rounding (unit roundoff
-# 2^-8 for bfloat16, 2^-11 for float16), twice: tensor cores, and CPUs that multiply pairs, take rounded weights too.
-TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-7 + 2e-6, "float16": 2.0**-10 + 2e-6}
+# 2^-8 for bfloat16, 2^-11 for float16). bfloat16 twice: where it is multiplied in pairs, the weights are rounded too;
+# on tensor cores those of float16 as well.
+TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-7 + 2e-6, "float16": 2.0**-11 + 2e-6}
+TENSOR_TOLERANCE = {**TOLERANCE, "float16": 2.0**-10 + 2e-6}
 
 
 def check_dtype(dtype: DTypeLike, what: str) -> np.dtype[Any]:

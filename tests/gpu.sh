@@ -26,6 +26,7 @@ answer info 60 python -m ringmpi info
 answer kernels 200 python -m pytest -m gpu -q -x tests/test_cuda.py
 answer hopper 100 python -m pytest -m gpu -q -x tests/test_hopper.py
 answer large 200 python -m pytest -m gpu -q tests/test_gpu.py
+answer large-hopper 200 env RINGMPI_HOPPER=1 python -m pytest -m gpu -q tests/test_gpu.py
 
 for hopper in 0 1; do
     export RINGMPI_HOPPER=$hopper

@@ -11,7 +11,7 @@ from ringmpi import BackendError, device, link
 from ringmpi.backends import cuda
 from ringmpi.backends.cuda import CudaBackend, best, kernels
 from ringmpi.device import choose_index
-from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 # Shared memory of a block, of a multiprocessor: compute capability 9.0, 8.0, 8.6.
@@ -51,7 +51,7 @@ def check(backend, q, k, v, begin, end, dtype, scale=0.3, blocks=1):
     out, lse = run(backend, q, k, v, begin, end, scale, blocks)
     j = np.arange(len(k))
     want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale)
-    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(out, want) <= TENSOR_TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
     assert (out[end <= begin] == 0).all()
     assert (lse[end <= begin] == -np.inf).all()

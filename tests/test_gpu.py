@@ -12,7 +12,7 @@ from test_cuda import run
 from ringmpi import Mask, RingAttention
 from ringmpi.backends import open_backend
 from ringmpi.device import open_device
-from ringmpi.softmax import DTYPES, TOLERANCE
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = pytest.mark.gpu
 N_Q, N_K = 1500, 4100
@@ -42,7 +42,7 @@ def test_the_same_as_numpy(backends, dtype, mask, heads, kv_heads, dim):
     for begin, end in bounds:
         results = [run(backend, q, k, v, begin, end, scale=dim**-0.5, blocks=3) for backend in backends]
         (out, lse), (want, want_lse) = results
-        assert oracle.error(out, want) <= 2 * TOLERANCE[dtype]
+        assert oracle.error(out, want) <= 2 * TENSOR_TOLERANCE[dtype]
         assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 4e-6)
 
 
@@ -54,7 +54,7 @@ def test_few_queries_and_many_keys(backends, dtype, queries):
                for n, h in ((queries, 8), (200_000, 2), (200_000, 2)))
     begin, end = np.arange(queries) * 3, 200_000 - np.arange(queries) * 5
     (out, lse), (want, want_lse) = [run(backend, q, k, v, begin, end, scale=0.09) for backend in backends]
-    assert oracle.error(out, want) <= 2 * TOLERANCE[dtype]
+    assert oracle.error(out, want) <= 2 * TENSOR_TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 4e-6)
 
 
@@ -83,7 +83,7 @@ def test_torch_arrays_on_torch_streams(dtype):
                 want = torch.nn.functional.scaled_dot_product_attention(
                     *(x.detach().double().transpose(0, 1)[None] for x in (q, k, v)), is_causal=True)[0].transpose(0, 1)
                 error = float((got.double() - want).abs().max() / want.abs().max())
-            assert error <= TOLERANCE[dtype]
+            assert error <= TENSOR_TOLERANCE[dtype]
 
 
 def test_jax_arrays():
@@ -95,7 +95,7 @@ def test_jax_arrays():
     with RingAttention(MPI.COMM_SELF) as attention:
         out = attention(q, k, v).get()
     want, _ = oracle.attend(*(np.asarray(x) for x in (q, k, v)), np.ones((200, 200), bool), 32**-0.5)
-    assert oracle.error(out, want) <= TOLERANCE["float32"]
+    assert oracle.error(out, want) <= TENSOR_TOLERANCE["float32"]
 
 
 def test_copies_at_speed():

@@ -15,7 +15,7 @@ from ringmpi import BackendError, device
 from ringmpi.backends import hopper
 from ringmpi.backends.cuda import CudaBackend
 from ringmpi.backends.sources import kernels_folder
-from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 BOTH = ["bfloat16", "float16"]
@@ -24,15 +24,14 @@ BOTH = ["bfloat16", "float16"]
 class HopperBackend(CudaBackend):
     """The backend, which must choose that kernel."""
 
+    def __init__(self, threads, gpu):
+        super().__init__(threads, gpu)
+        self.hopper = True
+
     def _choose(self, q, k, v):
         kernel = super()._choose(q, k, v)
         assert kernel.file == hopper.FILE
         return kernel
-
-
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch):
-    monkeypatch.setenv("RINGMPI_HOPPER", "1")
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -67,7 +66,7 @@ def check(backend, q, k, v, begin, end, scale=0.2, blocks=1):
     j = np.arange(len(k))
     want, want_lse = oracle.attend(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale)
     dtype = next(name for name, kind in DTYPES.items() if kind == q.dtype)
-    assert oracle.error(out, want) <= TOLERANCE[dtype]
+    assert oracle.error(out, want) <= TENSOR_TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= 2e-6
     assert (out[end <= begin] == 0).all()
     return out
@@ -180,7 +179,21 @@ def test_the_result_does_not_depend_on_the_order_of_threads_and_arrivals(dims):
         assert all((a == b).all() for a, b in zip(first, other, strict=True))
 
 
-def test_what_it_takes(monkeypatch):
+def test_a_variable_turns_it_on_and_it_is_proven(monkeypatch):
+    monkeypatch.setenv("RINGMPI_HOPPER", "0")
+    assert not CudaBackend(1, EmulatedDevice()).hopper
+    monkeypatch.setenv("RINGMPI_HOPPER", "1")
+    backend = CudaBackend(1, EmulatedDevice())
+    backend.prepare(DTYPES["bfloat16"], np.dtype("f4"), 64, 64)
+    rows = [grid[0] for name, grid, *_ in backend.device.launched if name in {k[1] for k in hopper_kernels(backend)}]
+    assert rows == [1, 2]                      # blocks of 192 rows
+
+
+def hopper_kernels(backend):
+    return [key for key in backend.device.cache if key[0] == hopper.FILE]
+
+
+def test_what_it_takes():
     gpu = EmulatedDevice()
 
     def takes(n_q, dim, dim_v, dtype="bfloat16", heads=1):
@@ -196,8 +209,6 @@ def test_what_it_takes(monkeypatch):
     gpu.capability = (10, 0)
     assert not takes(500, 64, 64)
     gpu.capability = (9, 0)
-    monkeypatch.setenv("RINGMPI_HOPPER", "0")
-    assert not takes(500, 64, 64)
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [*itertools.product((64, 128), (64, 128))])

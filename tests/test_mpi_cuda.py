@@ -14,7 +14,7 @@ from ringmpi.audit import audit
 from ringmpi.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.job import Options, attend
 from ringmpi.shards import read_manifest
-from ringmpi.softmax import DTYPES, TOLERANCE
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 from ringmpi.transport import cuda_awareness
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
@@ -74,7 +74,7 @@ def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0)
     unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
     assert out.dtype == q.dtype
     assert there is not on_gpu
-    assert oracle.error(out, want, unit) <= TOLERANCE[dtype]
+    assert oracle.error(out, want, unit) <= TENSOR_TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
     assert pairs == see.sum()
     assert used.name == transport

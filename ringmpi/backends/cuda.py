@@ -29,7 +29,10 @@ from .sources import Kernel, compiler_options, kernels_folder
 Array = Any
 MOST_DIM = 256
 SLICE_FLOAT64 = 128           # columns of V that fit a thread's registers beside the rest, in float64
-ROWS_TO_PROVE = (2, 16, 50, 130)      # each of the kernels that a number of rows may choose is among theirs
+# Queries, of two heads each, and keys: each of the kernels that a number of rows may choose is among theirs; in the
+# last all of Hopper's warpgroups go through some full tiles together, and through the end of the keys.
+TO_PROVE = ((1, 94), (8, 106), (25, 140), (65, 220))
+TO_PROVE_ON_HOPPER = (*TO_PROVE, (100, 1000))
 PROOF_SECONDS = 100.0         # for a case of milliseconds
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
@@ -131,6 +134,7 @@ class CudaBackend(Backend):
         if self.device.capability < (8, 0):
             raise BackendError(f"backend cuda: expected a GPU of compute capability 8.0 or later, got "
                                f"{self.device.name} with {'.'.join(map(str, self.device.capability))}")
+        self.hopper = hopper_kernel()         # for good: what is proven must be what runs
         self._buffers: dict[str, Array] = {}
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
@@ -139,12 +143,12 @@ class CudaBackend(Backend):
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                "take backend='numba'")
         proven = self.device.cache.setdefault("proven kernels", set())
-        case = dtype, accumulator, dim, dim_v, hopper_kernel()
+        case = dtype, accumulator, dim, dim_v, self.hopper
         if case in proven:
             return
         with self.device.current():
-            for n_q in ROWS_TO_PROVE:
-                error = self._error_of_small_case(n_q, dtype, accumulator, dim, dim_v)
+            for n_q, n_k in TO_PROVE_ON_HOPPER if self.hopper else TO_PROVE:
+                error = self._error_of_small_case(n_q, n_k, dtype, accumulator, dim, dim_v)
                 bound = {8: 1e-12, 4: 1e-5, 2: 2e-2}[dtype.itemsize]
                 if not error <= bound:
                     raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
@@ -152,28 +156,27 @@ class CudaBackend(Backend):
                                        "report it, and take backend='numba' meanwhile")
         proven.add(case)
 
-    def _error_of_small_case(self, n_q: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int,
+    def _error_of_small_case(self, n_q: int, n_k: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int,
                              dim_v: int) -> float:
-        """Largest error of a causal case, in units of the largest value, against a dense softmax."""
+        """Give the largest error of a case with a slanting end, in units of the largest value, by a dense softmax."""
         rng = np.random.default_rng(n_q)
-        n_k = 2 * n_q + 90
-        q, k, v = (rng.standard_normal((n, 1, width)).astype(dtype)
-                   for n, width in ((n_q, dim), (n_k, dim), (n_k, dim_v)))
-        begin, end = np.zeros(n_q, np.int64), np.arange(n_q) * 2 + 90
+        q, k, v = (rng.standard_normal((n, heads, width)).astype(dtype)
+                   for n, heads, width in ((n_q, 2, dim), (n_k, 1, dim), (n_k, 1, dim_v)))
+        begin, end = np.zeros(n_q, np.int64), n_k - 1 - np.arange(n_q)[::-1]
         scale = 1 / math.sqrt(dim)
-        state = self.new_state(n_q, 1, dim_v, accumulator)
+        state = self.new_state(n_q, 2, dim_v, accumulator)
         placed = [self.place(x) for x in (q, k, v)]
         latest = time.monotonic() + PROOF_SECONDS
         for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, scale):
             if time.monotonic() > latest:
                 raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
                                    f"{dim_v} does not end; please report it, and take backend='numba' meanwhile")
-        out, lse = self.empty((n_q, 1, dim_v), dtype), self.empty((n_q, 1), accumulator)
+        out, lse = self.empty((n_q, 2, dim_v), dtype), self.empty((n_q, 2), accumulator)
         self.finish(state, self.place(np.ones(n_q, bool)), out, lse)
-        got = self.fetch(out)[:, 0].astype(np.float64)
-        scores = q[:, 0].astype(np.float64) @ k[:, 0].astype(np.float64).T * scale
-        weights = np.exp(np.where(np.arange(n_k) < end[:, None], scores, -np.inf))
-        want = weights @ v[:, 0].astype(np.float64) / weights.sum(axis=1, keepdims=True)
+        got = self.fetch(out).astype(np.float64)
+        scores = q.astype(np.float64) @ k[:, 0].astype(np.float64).T * scale
+        weights = np.exp(np.where(np.arange(n_k) < end[:, None, None], scores, -np.inf))
+        want = weights @ v[:, 0].astype(np.float64) / weights.sum(axis=2, keepdims=True)
         return float(np.abs(got - want).max() / np.abs(want).max())
 
     def place(self, x: Any) -> Any:
@@ -258,7 +261,7 @@ class CudaBackend(Backend):
                           np.int64(n_q * heads), np.int32(dim_v)))
 
     def _choose(self, q: Array, k: Array, v: Array) -> Kernel:
-        if hopper.takes(self.device, q, k, v):
+        if self.hopper and hopper.takes(self.device, q, k, v):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         align = math.gcd(_alignment(q), _alignment(v), *(x.data.ptr for x in (q, k, v)))
         rows = len(q) * q.shape[1] // k.shape[1]

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device
-from ..environment import hopper_kernel
 from ..softmax import BFLOAT16
 from .sources import Kernel
 
@@ -26,7 +25,7 @@ PANEL_COLUMNS, PANEL_ALIGN = 64, 1024        # as in panels.cuh
 
 
 def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
-    """Say whether the kernel is wanted and can fold these arrays. Local.
+    """Say whether the kernel can fold these arrays. Local.
 
     Parameters
     ----------
@@ -35,7 +34,7 @@ def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
     k : array of shape (n_k, kv_heads, dim), on the GPU
     v : array of shape (n_k, kv_heads, dim_v), on the GPU
     """
-    if not hopper_kernel() or device.capability != (9, 0) or q.dtype not in TYPES:
+    if device.capability != (9, 0) or q.dtype not in TYPES:
         return False
     dims = q.shape[2], v.shape[2]
     aligned = all(dim % 8 == 0 for dim in dims) and all(x.data.ptr % 16 == 0 for x in (q, k, v))

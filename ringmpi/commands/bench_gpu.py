@@ -39,16 +39,17 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     backend = open_backend("cuda", 1, device)
     compiled: dict[str, float] = {}
     rows = []
-    with device.current():
-        for dtype, dim, mask, shape in itertools.product(*chosen.values()):
-            start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
-            backend.prepare(kind, accumulator(kind), dim, dim)
-            compiled[f"{dtype} {dim}"] = time.perf_counter() - start
-            case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
-            try:
+    for dtype, dim, mask, shape in itertools.product(*chosen.values()):
+        try:
+            with device.current():
+                start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
+                backend.prepare(kind, accumulator(kind), dim, dim)
+                compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
+                case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
                 rows += _compare(case, backend, device, arguments)
-            except (RingError, RuntimeError, MemoryError) as error:       # the other cases are worth having
-                print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except (RingError, RuntimeError, MemoryError) as error:           # the other cases are worth having
+            print(f"{dtype} dim {dim} {mask} {shape[0]}x{shape[1]}: {type(error).__name__}: {error}", file=sys.stderr,
+                  flush=True)
     backend.close()
     return rows, {"compile_seconds": compiled, "device": device.name, "uuid": device.uuid}
 

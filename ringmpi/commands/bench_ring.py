@@ -96,7 +96,7 @@ class _Bench:
         shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
         ring, backend = self.engine.ring, self.engine.backend
-        with backend.current():
+        with self.comm.together(self.arguments.timeout), backend.current():
             ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
         hops = [self.comm.size - 1] * self.comm.size
 

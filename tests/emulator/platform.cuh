@@ -120,6 +120,8 @@ inline void multiply_add(double, double (&c)[4], const double (&a)[4], double b0
     }
 }
 
+inline float rounded_product(float a, float b) { return a * b; }
+inline double rounded_product(double a, double b) { return a * b; }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 inline float infinity(float) { return INFINITY; }
