@@ -195,6 +195,22 @@ def test_a_gpu_that_computes_wrongly_is_found_out(comm, emulated, monkeypatch):
     assert f"rank {comm.size - 1}: " in said
 
 
+@pytest.mark.parametrize("what", ["complete", "place"])
+def test_a_gpu_that_fails_on_one_rank_is_an_error_on_all(comm, emulated, monkeypatch, what):
+    def fail(*_):
+        raise MemoryError("none is left")
+    arrays = case(10, 9, 2, 2, 16, 16, "float32")
+    with RingAttention(comm, backend="cuda", timeout=60, gpu_transport="staged") as attention:
+        first = attention(*arrays)
+        with monkeypatch.context() as patch:
+            if comm.rank == comm.size - 1:
+                patch.setattr(attention.backend, what, fail)
+            said = everywhere(comm, lambda: attention(*arrays))
+        again = attention(*arrays)             # nobody was left in the ring
+    assert said == f"RingError: rank {comm.size - 1}: MemoryError: none is left"
+    assert (again == first).all()
+
+
 def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
     monkeypatch.setattr(device, "reason_missing", lambda: "no GPU: none is visible")
     said = everywhere(comm, lambda: RingAttention(comm, backend="cuda", timeout=60))
