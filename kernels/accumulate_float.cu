@@ -38,6 +38,45 @@ struct ThreadRows {
     __device__ static int row(int i) { return i * ROW_LANES + threadIdx.x / 16; }
     __device__ static int column(int n, int i) { return (n * 16 + lane()) * VECTOR + i; }
 
+    // Take up the state of the rows, each with what it sees of this part.
+    __device__ void load(const StateArrays<float>& arrays, const Rows& rows, const int* begin, const int* end,
+                         Interval part) {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            const bool there = rows.there(row(i)), known = there && !arrays.fresh;
+            const long long at = there ? rows.state_row(row(i)) : 0;
+            sees[i] = there ? cut(rows.interval(begin, end, row(i)), part) : Interval{0, 0};
+            top[i] = known ? arrays.top[at] : -infinity(0.0f);
+            sum[i] = known && lane() == 0 ? arrays.sum[at] : 0;
+#pragma unroll
+            for (int n = 0; n < VECTORS; ++n)
+#pragma unroll
+                for (int c = 0; c < VECTOR; ++c)
+                    if (known && column(n, c) < arrays.dim_v)
+                        acc[i][n][c] = arrays.acc[at * arrays.stride_v + column(n, c)];
+        }
+    }
+
+    // Put the state back.
+    __device__ void store(const StateArrays<float>& arrays, const Rows& rows) {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            const float total = across_row(sum[i], added);
+            if (!rows.there(row(i))) continue;
+            const long long at = arrays.place(rows.state_row(row(i)));
+            if (lane() == 0) {
+                arrays.top[at] = top[i];
+                arrays.sum[at] = total;
+            }
+#pragma unroll
+            for (int n = 0; n < VECTORS; ++n)
+#pragma unroll
+                for (int c = 0; c < VECTOR; ++c)
+                    if (column(n, c) < arrays.dim_v)
+                        arrays.acc[at * arrays.stride_v + column(n, c)] = acc[i][n][c];
+        }
+    }
+
     // Scores of a tile, turned into weights in `p_tile`; the state moves to the new maximum.
     template <bool PARTIAL>
     __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float scale) {
@@ -152,21 +191,10 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         copy_commit();
     }
 
+    const StateArrays<float> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
+                                    static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
     State state;
-#pragma unroll
-    for (int i = 0; i < HEIGHT; ++i) {
-        const int row = State::row(i);
-        const bool there = rows.there(row), known = there && !fresh;
-        const long long at = there ? rows.state_row(row) : 0;
-        state.sees[i] = there ? cut(rows.interval(begin, end, row), part) : Interval{0, 0};
-        state.top[i] = known ? top[at] : -infinity(0.0f);
-        state.sum[i] = known && State::lane() == 0 ? sum[at] : 0;
-#pragma unroll
-        for (int n = 0; n < State::VECTORS; ++n)
-#pragma unroll
-            for (int c = 0; c < State::VECTOR; ++c)
-                if (known && State::column(n, c) < dim_v) state.acc[i][n][c] = acc[at * stride_v + State::column(n, c)];
-    }
+    state.load(arrays, rows, begin, end, part);
 
     for (int i = 0; i < tiles; ++i) {
         const int start = range.low + i * KEYS;
@@ -187,20 +215,5 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         copy_commit();
     }
 
-    const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
-#pragma unroll
-    for (int i = 0; i < HEIGHT; ++i) {
-        const float total = across_row(state.sum[i], added);
-        if (!rows.there(State::row(i))) continue;
-        const long long at = offset + rows.state_row(State::row(i));
-        if (State::lane() == 0) {
-            top[at] = state.top[i];
-            sum[at] = total;
-        }
-#pragma unroll
-        for (int n = 0; n < State::VECTORS; ++n)
-#pragma unroll
-            for (int c = 0; c < State::VECTOR; ++c)
-                if (State::column(n, c) < dim_v) acc[at * stride_v + State::column(n, c)] = state.acc[i][n][c];
-    }
+    state.store(arrays, rows);
 }

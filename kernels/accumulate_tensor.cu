@@ -116,6 +116,58 @@ struct WarpRows {
     A top[HEIGHT][2], sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of sum, this lane's share
     Interval sees[HEIGHT][2];
 
+    // Take up the state of rows `first` .., each with what it sees, of which a lane knows its own row's.
+    __device__ void load(const StateArrays<A>& arrays, const Rows& rows, int first, Interval interval) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int local = 16 * m + 8 * h + lane / 4;
+                sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
+                              __shfl_sync(ALL_LANES, interval.high, local)};
+                const bool known = !arrays.fresh && rows.there(first + local);
+                const long long at = known ? rows.state_row(first + local) : 0;
+                top[m][h] = known ? arrays.top[at] : -infinity(A{});
+                sum[m][h] = known && lane % 4 == 0 ? arrays.sum[at] : A{0};
+#pragma unroll
+                for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int column = column_of(0, n, i);
+                        acc[m][n][2 * h + i] =
+                            known && column < arrays.dim_v ? arrays.acc[at * arrays.stride_v + column] : A{0};
+                    }
+            }
+    }
+
+    // Put the state back.
+    __device__ void store(const StateArrays<A>& arrays, const Rows& rows, int first) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                A total = sum[m][h];
+                total += __shfl_xor_sync(ALL_LANES, total, 1);
+                total += __shfl_xor_sync(ALL_LANES, total, 2);
+                const int row = first + 16 * m + 8 * h + lane / 4;
+                if (!rows.there(row)) continue;
+                const long long at = arrays.place(rows.state_row(row));
+                if (lane % 4 == 0) {
+                    arrays.top[at] = top[m][h];
+                    arrays.sum[at] = total;
+                }
+#pragma unroll
+                for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int column = column_of(0, n, i);
+                        if (column < arrays.dim_v) arrays.acc[at * arrays.stride_v + column] = acc[m][n][2 * h + i];
+                    }
+            }
+    }
+
     // Add NaN or infinity where V has it among the keys that a row sees; a rare way.
     template <int KEYS>
     __device__ void add_not_finite(const T* v_tile, int stride, int start) {
@@ -276,27 +328,10 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         }
     }
 
+    const StateArrays<A> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
+                                static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
     WarpRows<T, DIM_V, HEIGHT> state;
-    const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
-#pragma unroll
-    for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int local = 16 * m + 8 * h + lane / 4, row = mine + local;
-            state.sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
-                                __shfl_sync(ALL_LANES, interval.high, local)};
-            const bool known = !fresh && rows.there(row);
-            const long long at = known ? rows.state_row(row) : 0;
-            state.top[m][h] = known ? top[at] : -infinity(A{});
-            state.sum[m][h] = known && lane % 4 == 0 ? sum[at] : A{0};
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = column_of(0, n, i);
-                    state.acc[m][n][2 * h + i] = known && column < dim_v ? acc[at * stride_v + column] : A{0};
-                }
-        }
+    state.load(arrays, rows, mine, interval);
 
     for (int i = 0; i < tiles; ++i) {
         if constexpr (STAGES == 1) {
@@ -314,32 +349,11 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         const T* const k_tile = stages + i % STAGES * STAGE;
         const T* const v_tile = k_tile + KEYS * STRIDE;
         const int start = range.low + i * KEYS;
+        if (sight.skips(start, KEYS)) continue;
         if (sight.full(start, KEYS))
             state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
-        else if (!sight.skips(start, KEYS))
+        else
             state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
     }
-
-#pragma unroll
-    for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            A total = state.sum[m][h];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const int row = mine + 16 * m + 8 * h + lane / 4;
-            if (!rows.there(row)) continue;
-            const long long at = offset + rows.state_row(row);
-            if (lane % 4 == 0) {
-                top[at] = state.top[m][h];
-                sum[at] = total;
-            }
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = column_of(0, n, i);
-                    if (column < dim_v) acc[at * stride_v + column] = state.acc[m][n][2 * h + i];
-                }
-        }
+    state.store(arrays, rows, mine);
 }

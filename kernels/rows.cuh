@@ -44,6 +44,17 @@ struct Rows {
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`; see platform.cuh.
 __device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
 
+// The state in global memory: to be taken up and put back, or, if `fresh`, begun anew and put into an array of this part.
+template <class A>
+struct StateArrays {
+    A *acc, *top, *sum;
+    int dim_v, stride_v;
+    bool fresh;
+    long long part;            // rows before this part's
+
+    __device__ long long place(long long state_row) const { return fresh ? part + state_row : state_row; }
+};
+
 // What a set of rows sees: nobody sees beyond `any`, everybody sees all of `every`.
 struct Sight {
     Interval any, every;
