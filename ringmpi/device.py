@@ -1,6 +1,6 @@
 """One GPU as this package uses it: memory, copies, streams, events and kernels, through CuPy.
 
-The only module that imports CuPy, and only when a `Device` is made. What is here is all that the CUDA backend and
+The only module that imports CuPy, and only when it is asked about a GPU. What is here is all that the CUDA backend and
 the transports ask of a GPU, so that tests can put another class, over host memory, in its place.
 """
 

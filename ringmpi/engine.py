@@ -68,8 +68,8 @@ class Engine:
         self.transport: Transport | None = None
         self._open()
 
-    def follow(self, places: NDArray[np.int64]) -> bool:
-        """Open the backend where the arrays are, unless it is open there; say whether it moved. Collective over *comm*.
+    def follow(self, places: NDArray[np.int64]) -> None:
+        """Open the backend where the arrays are, unless it is open there. Collective over *comm*.
 
         Parameters
         ----------
@@ -82,7 +82,7 @@ class Engine:
             If the backend does not compute there; the same on every rank.
         """
         if self._places is not None and (places == self._places).all():
-            return False
+            return
         mine = int(places[self._comm.rank])
         if self._name in HOST_NAMES and mine != HOST:
             raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
@@ -90,12 +90,11 @@ class Engine:
         stays = (mine == HOST and self._name == "cuda") or (places == self._indices).all()
         if self._places is not None and stays:             # the same on all ranks: on host arrays all agree
             self._places = places.copy()
-            return False
+            return
         self._places, self._index = None, None if mine == HOST else mine
         self.close()
         self._open()
         self._places = places.copy()
-        return True
 
     def _open(self) -> None:
         on_gpu = self._name == "cuda" or self._index is not None

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from ringmpi.softmax import DTYPES
+
 
 def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None):
     """Dense boolean mask of shape (n_q, n_k)."""
@@ -29,6 +31,15 @@ def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None,
         mine = np.where(inside, number[np.clip(aligned, 0, max(n_k - 1, 0))] if n_k else -2, -2)
         see &= mine[:, None] == number[None, :]
     return see
+
+
+def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    """Random q, k and v, and for each query an interval of keys that it sees, maybe empty."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
+    begin = rng.integers(0, n_k + 1, n_q)
+    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
 
 def attend(q, k, v, see, scale):

@@ -8,6 +8,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import case
 
 from ringmpi import BackendError, DtypeError, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend, reason_missing
@@ -39,14 +40,6 @@ def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     out, lse = np.empty((*q.shape[:2], v.shape[2]), q.dtype), np.empty(q.shape[:2], state.acc.dtype)
     finish(state, end > begin, out, lse)
     return out, lse
-
-
-def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
-    begin = rng.integers(0, n_k + 1, n_q)
-    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
 
 def check(backend, q, k, v, begin, end, dtype, blocks=1):

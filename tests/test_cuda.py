@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from emulate import COMPILER, EmulatedDevice
+from oracle import case
 
 from ringmpi import BackendError, device, link
 from ringmpi.backends import cuda
@@ -24,14 +25,6 @@ def backend(request):
     if request.param == "emulated":
         return CudaBackend(1, EmulatedDevice())
     return CudaBackend(1, device.open_device(0))
-
-
-def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
-    begin = rng.integers(0, n_k + 1, n_q)
-    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
 
 def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):

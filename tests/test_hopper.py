@@ -10,12 +10,14 @@ import numpy as np
 import oracle
 import pytest
 from emulate import COMPILER, EmulatedDevice
+from oracle import case
+from test_cuda import run
 
 from ringmpi import BackendError, device
 from ringmpi.backends import hopper
 from ringmpi.backends.cuda import CudaBackend
 from ringmpi.backends.sources import kernels_folder
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 BOTH = ["bfloat16", "float16"]
@@ -38,27 +40,6 @@ class HopperBackend(CudaBackend):
 def backend(request):
     """The backend on an emulated GPU; with `-m gpu` on a real one."""
     return HopperBackend(1, EmulatedDevice() if request.param == "emulated" else device.open_device(0))
-
-
-def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
-    begin = rng.integers(0, n_k + 1, n_q)
-    return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
-
-
-def run(backend, q, k, v, begin, end, scale, blocks):
-    """Fold k and v in several blocks; rows see begin..end of the whole."""
-    state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype))
-    placed = backend.place(q)
-    for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
-        for _ in backend.accumulate(state, placed, backend.place(k[a:b]), backend.place(v[a:b]),
-                                    np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale):
-            pass
-    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], state.acc.dtype)
-    backend.finish(state, backend.place(end > begin), out, lse)
-    return backend.fetch(out), backend.fetch(lse)
 
 
 def check(backend, q, k, v, begin, end, scale=0.2, blocks=1):

@@ -1,9 +1,9 @@
 """The GPU path: the CUDA C++ kernels of kernels/, chosen, launched and watched from here.
 
 A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
-puts it back. Where there are too few tiles of rows to fill the GPU (decoding), the columns are split into parts, each
-with a state of its own, which a second kernel folds into the state. While kernels run, `accumulate` yields, so that the
-caller can keep messages moving.
+puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns, and a merge. Where there are too few
+tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
+kernel folds into the state. While kernels run, `accumulate` yields, so that the caller can keep messages moving.
 """
 
 from __future__ import annotations
