@@ -24,6 +24,7 @@ from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .mpi import TIMEOUT, private
 from .ring import Block, travel
+from .score import Score
 from .softmax import DTYPES, State, accumulator
 from .trace import Trace
 from .transport import Transport, check_transport
@@ -278,7 +279,7 @@ class RingAttention:
         total = 0
         for begin, end in plan.columns(block.source):
             for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
-                for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, plan.scale):
+                for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, Score(plan.scale)):
                     plan.look_ahead(block)
                     self._engine.ring.progress()
                     total += pairs

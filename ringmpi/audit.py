@@ -18,6 +18,7 @@ from .errors import ShapeError
 from .hdf5 import read_rows
 from .job import Options, datasets, make_mask
 from .shards import Manifest
+from .score import Score
 from .softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
 
 PIECE_TOKENS = 8192          # keys at a time
@@ -123,7 +124,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
             seen |= end > begin
-            for _ in backend.accumulate(state, q, keys, values, begin, end, scale):
+            for _ in backend.accumulate(state, q, keys, values, begin, end, Score(scale)):
                 pass
     out, lse = np.empty_like(state.acc), np.empty_like(state.max)
     finish(state, seen, out, lse)

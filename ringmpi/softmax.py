@@ -82,11 +82,47 @@ class State:
         state.reset()
         return state
 
-    def reset(self) -> None:
-        """Forget every key. Local."""
+    def reset(self, sinks: NDArray[Any] | None = None) -> None:
+        """Forget every key. Local.
+
+        `sinks`, of shape (heads,), are scores that each row of a head has besides those of its keys, with value 0.
+        """
         self.acc.fill(0)
-        self.max.fill(-np.inf)
-        self.sum.fill(0)
+        self.max[...] = -np.inf if sinks is None else sinks
+        self.sum.fill(0 if sinks is None else 1)
+
+
+@dataclass
+class Gradient:
+    """What the backward pass knows of a query shard, and the gradient that it sums up.
+
+    Attributes
+    ----------
+    dout : array of shape (n_q, heads, dim_v), dtype of q
+        Gradient of the result.
+    lse : array of shape (n_q, heads), accumulator dtype
+        Log-sum-exp of the scores, of all keys and the sink: a weight is ``exp(score - lse)``.
+    delta : array of shape (n_q, heads), accumulator dtype
+        ``sum(dout · out) - dlse``: the gradient of a score is ``weight (dout · v - delta)``.
+    dq : array of shape (n_q, heads, dim), accumulator dtype
+        Gradient of the queries so far.
+    """
+
+    dout: Any
+    lse: Any
+    delta: Any
+    dq: Any
+
+
+def dots(dout: NDArray[Any], out: NDArray[Any], dlse: NDArray[Any] | None, delta: NDArray[Any]) -> None:
+    """Write ``sum(dout · out) - dlse`` to `delta`, (n_q, heads), summed in its dtype. Local."""
+    rows = max(1, 2**20 // max(1, dout[0].size if len(dout) else 1))      # at a time: widened copies stay small
+    with np.errstate(all="ignore"):
+        for start in range(0, len(dout), rows):
+            x, y = (a[start:start + rows].astype(delta.dtype, copy=False) for a in (dout, out))
+            np.einsum("ihd,ihd->ih", x, y, out=delta[start:start + rows])
+        if dlse is not None:
+            delta -= dlse
 
 
 def merge(state: State, parts: State) -> None:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 
+from ringmpi.score import random_words, streams
 from ringmpi.softmax import DTYPES
 
 
@@ -75,3 +76,64 @@ def error(got, want, scale=None):
     with np.errstate(invalid="ignore"):
         wrong = np.where(same, 0.0, np.abs(got - want) / unit)
     return float(np.inf if np.isnan(wrong).any() else wrong.max())
+
+
+FUNCTIONS = ("plain", "softcap", "alibi", "dropout", "sinks", "all")
+
+
+def functions(kind, heads, queries, keys, seed=0):
+    """Arguments of `dense` and `Score` for a score function, by name, and sinks: strong enough to be seen."""
+    wanted = FUNCTIONS[1:-1] if kind == "all" else (kind,)
+    rng = np.random.default_rng(seed)
+    score, sinks = {}, rng.standard_normal(heads)
+    if "softcap" in wanted:
+        score["softcap"] = 1.5
+    if "alibi" in wanted:
+        score["slopes"] = 2.0 ** -np.arange(1, heads + 1) / 64
+    if "dropout" in wanted:
+        score |= {"dropout": 0.3, "streams": streams(seed, 1, heads)[0]}
+    if "slopes" in score or "dropout" in score:
+        score |= {"queries": np.asarray(queries, np.int64), "keys": np.asarray(keys, np.int64)}
+    return score, sinks if "sinks" in wanted else None
+
+
+def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams=None, queries=None, keys=None,
+          sinks=None, dout=None, dlse=None):
+    """Dense attention in float64, and its gradient where `dout` is given, from the definitions, head by head.
+
+    A dict of out, lse, and dq, dk, dv, dsinks.
+    """
+    group, (n_q, heads, dim), dim_v = q.shape[1] // k.shape[1], q.shape, v.shape[2]
+    got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf), "dq": np.zeros(q.shape),
+           "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
+    for h in range(heads):
+        a, b, c = (x.astype(np.float64) for x in (q[:, h], k[:, h // group], v[:, h // group]))
+        x, slope = a @ b.T * scale, scale
+        if softcap:
+            slope = scale / np.cosh(x / softcap)**2
+            x = softcap * np.tanh(x / softcap)
+        if slopes is not None:
+            x = x - slopes[h] * np.abs(queries[:, None] - keys[None])
+        x = np.where(see, x, -np.inf)
+        if sinks is not None:
+            x = np.concatenate([x, np.full((n_q, 1), sinks[h])], axis=1)
+        rows = np.isfinite(x).any(axis=1)
+        top = x[rows].max(axis=1, keepdims=True, initial=-np.inf)
+        norm = np.exp(x[rows] - top).sum(axis=1, keepdims=True)
+        p = np.zeros(x.shape)
+        p[rows] = np.exp(x[rows] - top) / norm
+        got["lse"][rows, h] = (top + np.log(norm))[:, 0]
+        m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) / (1 - dropout) \
+            if dropout else np.ones((n_q, len(k)))
+        got["out"][:, h] = (p[:, :len(k)] * m) @ c
+        if dout is None:
+            continue
+        g = dout[:, h].astype(np.float64)
+        delta = (g * got["out"][:, h]).sum(axis=1) - (0 if dlse is None else dlse[:, h])
+        dx = p[:, :len(k)] * (m * (g @ c.T) - delta[:, None])
+        got["dq"][:, h] = (dx * slope) @ b
+        got["dk"][:, h // group] += (dx * slope).T @ a
+        got["dv"][:, h // group] += (p[:, :len(k)] * m).T @ g
+        if sinks is not None:
+            got["dsinks"][h] = -(p[:, -1] * delta).sum()
+    return got

@@ -16,6 +16,7 @@ from ringmpi.backends.base import Backend
 from ringmpi.backends.cuda import CudaBackend
 from ringmpi.backends.numba_ import NumbaBackend
 from ringmpi.backends.numpy_ import NumpyBackend
+from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish
 
 BACKENDS = list(HOST_NAMES)
@@ -35,7 +36,7 @@ def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     pairs = 0
     for a, b in itertools.pairwise(edges):
         pairs += sum(backend.accumulate(state, q, np.ascontiguousarray(k[a:b]), np.ascontiguousarray(v[a:b]),
-                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale))
+                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, Score(scale)))
     assert pairs == (end - begin).sum()
     out, lse = np.empty((*q.shape[:2], v.shape[2]), q.dtype), np.empty(q.shape[:2], state.acc.dtype)
     finish(state, end > begin, out, lse)
@@ -79,7 +80,7 @@ def test_any_shape(backend, n_q, n_k, heads, dim, dim_v, dtype, seed, blocks):
 def test_accumulator_on_request(backend, dtype):
     q, k, v, begin, end = case(5, 50, 400, 2, 1, 16, 16, dtype)
     state = State.empty(50, 2, 16, accumulator(q.dtype, "float64"))
-    for _ in backend.accumulate(state, q, k, v, begin, end, 0.3):
+    for _ in backend.accumulate(state, q, k, v, begin, end, Score(0.3)):
         pass
     out, lse = np.empty((50, 2, 16)), np.empty((50, 2))
     finish(state, end > begin, out, lse)
@@ -148,12 +149,12 @@ def test_an_abandoned_loop_writes_no_more(backend):
     n = 4000
     q, k, v, _, _ = case(6, n, n, 2, 2, 16, 16, "float32")
     state = State.empty(n, 2, 16, np.float32)
-    loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), 0.3)
+    loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), Score(0.3))
     next(loop)
     loop.close()
     before = state.acc.copy()
     for _ in range(20):
-        sum(backend.accumulate(State.empty(1, 2, 16, np.float32), q[:1], k, v, np.array([0]), np.array([n]), 0.3))
+        sum(backend.accumulate(State.empty(1, 2, 16, np.float32), q[:1], k, v, np.array([0]), np.array([n]), Score(0.3)))
     assert (state.acc == before).all()
 
 

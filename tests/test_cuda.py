@@ -12,6 +12,7 @@ from ringmpi import BackendError, device, link
 from ringmpi.backends import cuda
 from ringmpi.backends.cuda import CudaBackend, best, kernels
 from ringmpi.device import choose_index
+from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
@@ -33,7 +34,7 @@ def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     pairs, placed = 0, backend.place(q)
     for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
         pairs += sum(backend.accumulate(state, placed, backend.place(k[a:b]), backend.place(v[a:b]),
-                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, scale))
+                                        np.clip(begin, a, b) - a, np.clip(end, a, b) - a, Score(scale)))
     assert pairs == (end - begin).sum()
     out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], state.acc.dtype)
     backend.finish(state, backend.place(end > begin), out, lse)
@@ -201,7 +202,7 @@ def test_prepare_compiles_all_that_is_used_later(dtype):
     for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
         q, k, v = (backend.place(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
         state, whole = backend.new_state(n_q, 1, 16, kind), np.full(n_q, 70)
-        assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, 1.0)) == 70 * n_q
+        assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(1.0))) == 70 * n_q
     assert set(backend.device.cache) == known
 
 
@@ -221,7 +222,7 @@ def test_a_block_is_done_when_its_loop_ends():
     backend = CudaBackend(1, EmulatedDevice(3))
     q, k, v, begin, end = case(14, 40, 90, 2, 1, 16, 16, "float32")
     state = backend.new_state(40, 2, 16, np.float32)
-    for _ in backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, 1.0):
+    for _ in backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, Score(1.0)):
         pass
     assert not backend.device.caller_stream().queue
 
@@ -229,7 +230,7 @@ def test_a_block_is_done_when_its_loop_ends():
 def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
     q, k, v, begin, end = case(11, 40, 300, 2, 1, 16, 16, "float32")
     state = backend.new_state(40, 2, 16, np.float32)
-    loop = backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, 0.3)
+    loop = backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, Score(0.3))
     next(loop)
     loop.close()
     check(backend, q, k, v, begin, end, "float32")

@@ -15,6 +15,7 @@ from ringmpi.backends import numba_, open_backend
 from ringmpi.backends.cpu import vector
 from ringmpi.backends.cpu.product import ROWS, VECTORS
 from ringmpi.backends.cpu.tile import tile_shape
+from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish, merge
 
 HERE = Path(__file__).parent
@@ -28,7 +29,7 @@ def attend(q, k, v, begin, end, scale, threads=2, blocks=1):
         for a, b in zip(range(blocks), range(1, blocks + 1), strict=True):
             low, high = len(k) * a // blocks, len(k) * b // blocks
             pairs = sum(backend.accumulate(state, q, k[low:high], v[low:high], np.clip(begin, low, high) - low,
-                                           np.clip(end, low, high) - low, scale))
+                                           np.clip(end, low, high) - low, Score(scale)))
             assert pairs == (np.clip(end, low, high) - np.clip(begin, low, high)).sum()
         out, lse = np.empty((*q.shape[:2], v.shape[2]), q.dtype), np.empty(q.shape[:2], state.acc.dtype)
         finish(state, end > begin, out, lse)
@@ -190,10 +191,10 @@ def test_a_block_makes_nothing_anew():
     q, k, v = data(0, 600, 4000, 2, 2, 64, 64, "float32")
     begin, end = np.zeros(600, int), np.full(600, 4000)
     backend, state = open_backend("numba", 2), State.empty(600, 2, 64, np.float32)
-    sum(backend.accumulate(state, q, k, v, begin, end, 0.1))
+    sum(backend.accumulate(state, q, k, v, begin, end, Score(0.1)))
     tracemalloc.start()
     try:
-        sum(backend.accumulate(state, q, k, v, begin, end, 0.1))
+        sum(backend.accumulate(state, q, k, v, begin, end, Score(0.1)))
         assert tracemalloc.get_traced_memory()[1] < k.nbytes / 10
     finally:
         tracemalloc.stop()
@@ -351,7 +352,7 @@ def only_prepared(dtype):
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
-        sum(backend.accumulate(State.empty(n_q, 2, dim_v, kind), q, k, v, np.zeros(n_q, int), np.full(n_q, 50), 0.1))
+        sum(backend.accumulate(State.empty(n_q, 2, dim_v, kind), q, k, v, np.zeros(n_q, int), np.full(n_q, 50), Score(0.1)))
     assert [len(f.signatures) for f in (fold_keys, pack_tiles)] == compiled
     backend.close()
 

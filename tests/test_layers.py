@@ -12,7 +12,7 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
-    {"environment", "layout", "mask", "softmax", "trace"},
+    {"environment", "layout", "mask", "score", "softmax", "trace"},
     {"device", "backends.sources"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-SAME_LEVEL = {("mask", "layout"), ("softmax", "errors")}
+SAME_LEVEL = {("mask", "layout"), ("score", "layout"), ("softmax", "errors")}
 WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("ring", "backends"), ("link", "backends"),
          ("exchange", "backends"), ("device", "mpi"), ("device", "mpi4py"),
          ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi")]

@@ -9,6 +9,7 @@ from test_kernels import data
 from ringmpi import BackendError
 from ringmpi.backends import open_backend
 from ringmpi.backends.cpu.team import Task, Team
+from ringmpi.score import Score
 from ringmpi.softmax import State
 
 
@@ -51,7 +52,7 @@ def test_one_thread_starts_none():
     q, k, v = data(0, 300, 300, 1, 1, 16, 16, "float32")
     for name in ("numba", "numpy"):
         backend, state = open_backend(name, 1), State.empty(300, 1, 16, np.float32)
-        sum(backend.accumulate(state, q, k, v, np.zeros(300, int), np.full(300, 300), 0.1))
+        sum(backend.accumulate(state, q, k, v, np.zeros(300, int), np.full(300, 300), Score(0.1)))
         assert threading.active_count() == before
         backend.close()
 
@@ -61,23 +62,23 @@ def test_one_loop_at_a_time(n_q):
     q, k, v = data(0, n_q, 3000, 2, 2, 64, 64, "float32")
     begin, end = np.zeros(n_q, int), np.full(n_q, 3000)
     backend, state = open_backend("numba", 2), State.empty(n_q, 2, 64, np.float32)
-    loop = backend.accumulate(state, q, k, v, begin, end, 0.1)
+    loop = backend.accumulate(state, q, k, v, begin, end, Score(0.1))
     next(loop)
     with pytest.raises(BackendError, match="has not ended"):
-        next(backend.accumulate(state, q, k, v, begin, end, 0.1))
+        next(backend.accumulate(state, q, k, v, begin, end, Score(0.1)))
     loop.close()
     state.reset()
-    assert sum(backend.accumulate(state, q, k, v, begin, end, 0.1)) == n_q * 3000
+    assert sum(backend.accumulate(state, q, k, v, begin, end, Score(0.1))) == n_q * 3000
     backend.close()
     with pytest.raises(BackendError, match="is closed"):
-        sum(backend.accumulate(state, q, k, v, begin, end, 0.1))
+        sum(backend.accumulate(state, q, k, v, begin, end, Score(0.1)))
 
 
 @pytest.mark.parametrize("name", ["numba", "numpy"])
 def test_a_loop_whose_backend_is_closed_says_so(name):
     q, k, v = data(0, 4000, 4000, 2, 2, 16, 16, "float32")
     backend, state = open_backend(name, 2), State.empty(4000, 2, 16, np.float32)
-    loop = backend.accumulate(state, q, k, v, np.zeros(4000, int), np.full(4000, 4000), 0.1)
+    loop = backend.accumulate(state, q, k, v, np.zeros(4000, int), np.full(4000, 4000), Score(0.1))
     while not next(loop):
         pass
     backend.close()
@@ -93,7 +94,7 @@ def test_an_error_thrown_into_a_loop_ends_its_threads_too(name):
     n = 8000
     q, k, v = data(0, n, n, 2, 2, 64, 64, "float32")
     backend, state = open_backend(name, 2), State.empty(n, 2, 64, np.float32)
-    loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), 0.1)
+    loop = backend.accumulate(state, q, k, v, np.zeros(n, int), np.full(n, n), Score(0.1))
     while not next(loop):                 # packing: nothing is folded yet
         pass
     with pytest.raises(RuntimeError, match="stop here") as held:
@@ -113,7 +114,7 @@ def test_blas_threads_are_given_back():
     backends, loops = [open_backend("numpy", 2) for _ in range(2)], []
     for backend in backends:
         state = State.empty(2000, 1, 16, np.float32)
-        loops.append(backend.accumulate(state, q, k, v, np.zeros(2000, int), np.full(2000, 500), 0.1))
+        loops.append(backend.accumulate(state, q, k, v, np.zeros(2000, int), np.full(2000, 500), Score(0.1)))
         next(loops[-1])
     for loop, backend in zip(loops, backends, strict=True):
         loop.close()

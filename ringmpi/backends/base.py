@@ -11,7 +11,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..device import Device
 from ..layout import Integers
-from ..softmax import State, finish
+from ..score import Score
+from ..softmax import Gradient, State, dots, finish
 
 
 class Backend:
@@ -41,8 +42,18 @@ class Backend:
         """Make the backend's GPU the current one for a while; nothing on the host. Local."""
         return self.device.current() if self.device else nullcontext()
 
-    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
+                plain: bool = True, backward: bool = False) -> None:
         """Make ready for such inputs and that accumulator: compile, or load what was compiled. Local.
+
+        Parameters
+        ----------
+        dtype, accumulator : dtype
+        dim, dim_v : int
+        plain : bool
+            Whether scores will be plain; see `Score.plain`.
+        backward : bool
+            Whether for `backward`, else for `accumulate`.
 
         Raises
         ------
@@ -81,16 +92,16 @@ class Backend:
         self.reset(state)
         return state
 
-    def reset(self, state: State) -> None:
-        """Let a state forget every key. Local."""
-        state.reset()
+    def reset(self, state: State, sinks: NDArray[Any] | None = None) -> None:
+        """Let a state forget every key; see `State.reset`. `sinks` are NumPy, whatever the backend. Local."""
+        state.reset(sinks)
 
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `softmax.finish`. Local."""
         finish(state, seen, out, lse)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-                   begin: Integers, end: Integers, scale: float) -> Iterator[int]:
+                   begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax of `q`. Local.
 
         Row i sees columns ``begin[i] <= j < end[i]`` and nothing else: not a NaN, not an infinity. A row that
@@ -106,10 +117,10 @@ class Backend:
         v : array of shape (n_k, kv_heads, dim_v), dtype of `q`
         begin, end : int64 arrays of shape (n_q,)
             ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
-        scale : float
-            Factor of the scores ``q · k``.
+        score : Score
+            Its arrays are NumPy, whatever the backend.
 
-        One loop at a time: the iterator must end or be closed before the next call.
+        One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
 
         Yields
         ------
@@ -118,6 +129,56 @@ class Backend:
             few milliseconds, so that the caller can keep messages moving.
         """
         raise NotImplementedError
+
+    def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dim: int) -> Gradient:
+        """Begin the backward pass of queries: reckon delta, with `dlse` None for 0; dq is 0. Local."""
+        n_q, heads, _ = dout.shape
+        gradient = Gradient(dout, lse, self.empty((n_q, heads), lse.dtype), self.empty((n_q, heads, dim), lse.dtype))
+        dots(dout, out, dlse, gradient.delta)
+        self.clear(gradient.dq)
+        return gradient
+
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add to the gradients of `q`, `k` and `v` what one block of K and V gives. Local.
+
+        As FlashAttention-2 does (Dao 2023, algorithm 2): the weights are made again from the scores and lse. With
+        p the weights before dropout, m what dropout multiplies them by, and x' the derivative of the score::
+
+            dv = (m p)ᵀ dout        ds = p (m (dout · v) - delta) x'        dq = ds k        dk = dsᵀ q
+
+        A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through.
+        The result depends on the arguments and the number of threads alone.
+
+        Parameters
+        ----------
+        gradient : Gradient
+            C-contiguous arrays; dq is updated in place.
+        q, k, v, begin, end, score
+            As for `accumulate`.
+        dk : array of shape (n_k, kv_heads, dim), accumulator dtype
+            C-contiguous, updated in place.
+        dv : array of shape (n_k, kv_heads, dim_v), accumulator dtype
+            The same.
+
+        Yields
+        ------
+        int
+            As `accumulate` does.
+        """
+        raise NotImplementedError
+
+    def clear(self, x: Any) -> None:
+        """Fill an array with zeros. Local."""
+        x.fill(0)
+
+    def add(self, x: Any, y: Any) -> None:
+        """Add `y` to `x`, of the same shape and dtype, in place. Local."""
+        x += y
+
+    def rounded(self, x: Any, dtype: np.dtype[Any]) -> Any:
+        """Give `x` in `dtype`; `x` itself if it has it. Local."""
+        return x.astype(dtype, copy=False)
 
     def complete(self) -> None:
         """Wait until what was asked for has been done: no more than launching comes back from a GPU at once. Local."""

@@ -21,7 +21,8 @@ from ..device import Device, open_device
 from ..environment import hopper_kernel
 from ..errors import BackendError
 from ..layout import Integers
-from ..softmax import BFLOAT16, State
+from ..score import Score
+from ..softmax import BFLOAT16, Gradient, State
 from . import hopper
 from .base import Backend
 from .sources import Kernel, compiler_options, kernels_folder
@@ -137,7 +138,8 @@ class CudaBackend(Backend):
         self.hopper = hopper_kernel()         # for good: what is proven must be what runs
         self._buffers: dict[str, Array] = {}
 
-    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
+                plain: bool = True, backward: bool = False) -> None:
         """Compile the kernels, or load them, and prove each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
@@ -167,7 +169,7 @@ class CudaBackend(Backend):
         state = self.new_state(n_q, 2, dim_v, accumulator)
         placed = [self.place(x) for x in (q, k, v)]
         latest = time.monotonic() + PROOF_SECONDS
-        for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, scale):
+        for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, Score(scale)):
             if time.monotonic() > latest:
                 raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
                                    f"{dim_v} does not end; please report it, and take backend='numba' meanwhile")
@@ -201,7 +203,7 @@ class CudaBackend(Backend):
         """Make an array in the GPU's memory; see `Backend.empty`. Local."""
         return self.device.empty(shape, dtype)
 
-    def reset(self, state: State) -> None:
+    def reset(self, state: State, sinks: NDArray[Any] | None = None) -> None:
         """Let a state forget every key; see `Backend.reset`. Local."""
         rows, dim_v = state.max.size, state.acc.shape[2]
         kernel = self._kernel("state.cu", f"reset<{TYPES[state.acc.dtype]}>")
@@ -215,14 +217,14 @@ class CudaBackend(Backend):
                                                  np.int32(heads), np.int32(dim_v)))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-                   begin: Integers, end: Integers, scale: float) -> Iterator[int]:
+                   begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
         with device.current():
-            self._fold(state, q, k, v, begin, end, scale)
+            self._fold(state, q, k, v, begin, end, score.scale)
             done = device.record(device.caller_stream())
         while not done.done:
             yield 0

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from ..device import Device
 from ..errors import BackendError
 from ..layout import Integers
-from ..softmax import BFLOAT16, State, merge
+from ..score import Score
+from ..softmax import BFLOAT16, Gradient, State, merge
 from .base import Backend
 from .cpu.fold import compile_for, fold_keys, pack_tiles
 from .cpu.peak import multiply_add_peak
@@ -56,7 +57,8 @@ class NumbaBackend(Backend):
         self._packed: Packed | None = None
         self._busy = False
 
-    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> None:
+    def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
+                plain: bool = True, backward: bool = False) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
         for some in (1, 2):               # an odd dim has no pairs
             x, none = np.zeros((1, 1, some), dtype), np.zeros(1, np.int64)
@@ -68,7 +70,7 @@ class NumbaBackend(Backend):
                         block.scale, (0, 1, 0, 1), (0, 0, 1, True, True), packed, True, rows.work)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-                   begin: Integers, end: Integers, scale: float) -> Iterator[int]:
+                   begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         if not (end > begin).any():
             return
@@ -76,7 +78,7 @@ class NumbaBackend(Backend):
             raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
         self._busy = True
         try:
-            block = _Block(state, q, k, v, begin, end, scale)
+            block = _Block(state, q, k, v, begin, end, score.scale)
             packed = self._reserve(block)
             way = self._few_rows if block.rows <= packed.rows else self._many_rows
             area = counted = 0

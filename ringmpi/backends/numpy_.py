@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
@@ -17,7 +18,8 @@ from threadpoolctl import ThreadpoolController
 
 from ..device import Device
 from ..layout import Integers
-from ..softmax import State
+from ..score import Score, random_words
+from ..softmax import Gradient, State
 from .base import Backend
 from .cpu.team import Task, Team
 
@@ -34,21 +36,31 @@ class NumpyBackend(Backend):
         self._team = Team(threads)
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-                   begin: Integers, end: Integers, scale: float) -> Iterator[int]:
+                   begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         group = q.shape[1] // k.shape[1]
         queries = max(1, ROWS // group)
         rooms = [np.empty(queries * group * COLUMNS, state.acc.dtype) for _ in range(self.threads)]
         tiles = [(rows, head, int((end[rows] - begin[rows]).sum()))
                  for rows in _slices(0, len(q), queries) for head in range(k.shape[1])]
-        tasks = [Task(area, _steps(state, q, k, v, begin, end, scale, rows, head, rooms))
-                 for rows, head, area in tiles if area]
+        yield from self._run([Task(area, _steps(state, q, k, v, begin, end, score, rows, head, rooms))
+                              for rows, head, area in tiles if area], k.shape[1])
+
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
+        area = int((end - begin).sum())       # all rows of a key head add to the same dk: one task
+        yield from self._run([Task(area, _steps_back(gradient, q, k, v, dk, dv, begin, end, score, head))
+                              for head in range(k.shape[1]) if area], k.shape[1])
+
+    def _run(self, tasks: list[Task], heads: int) -> Iterator[int]:
+        """Do the tasks; their costs are pairs, each counted once for each of the heads."""
         done = counted = 0
         with _blas_threads(max(1, self.threads // max(1, len(tasks)))), closing(self._team.run(tasks)) as steps:
             for area in steps:
                 done += area
-                yield done // k.shape[1] - counted
-                counted = done // k.shape[1]
+                yield done // heads - counted
+                counted = done // heads
 
     def close(self) -> None:
         """End the threads. Local."""
@@ -83,38 +95,110 @@ _blas_threads = _BlasLimit()
 
 
 def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begin: Integers, end: Integers,
-           scale: float, rows: slice, head: int, rooms: list[NDArray[Any]]
+           score: Score, rows: slice, head: int, rooms: list[NDArray[Any]]
            ) -> Iterator[tuple[Callable[[int], None], int]]:
     """Fold all columns into `rows` of one key head, one tile after the other."""
-    group = q.shape[1] // k.shape[1]
-    mine = rows, slice(head * group, (head + 1) * group)
+    mine = rows, _heads(q, k, head)
     part = State(state.acc[mine], state.max[mine], state.sum[mine])
+    for columns, low, high, pairs in _tiles(rows, begin, end, q.shape[2] + v.shape[2]):
+        tile = Tile(score, *mine, columns, low, high)
+        yield partial(_fold, part, q[mine], k[columns, head], v[columns, head], tile, rooms), pairs
+
+
+def _steps_back(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+                dv: NDArray[Any], begin: Integers, end: Integers, score: Score, head: int
+                ) -> Iterator[tuple[Callable[[int], None], int]]:
+    """Differentiate all that one key head is multiplied with, one tile after the other."""
+    heads = _heads(q, k, head)
+    for rows in _slices(0, len(q), max(1, ROWS // (heads.stop - heads.start))):
+        mine = rows, heads
+        part = Gradient(gradient.dout[mine], gradient.lse[mine], gradient.delta[mine], gradient.dq[mine])
+        for columns, low, high, pairs in _tiles(rows, begin, end, q.shape[2] + v.shape[2]):
+            tile = Tile(score, *mine, columns, low, high)
+            keys = columns, head
+            yield partial(_differentiate, part, q[mine], k[keys], v[keys], dk[keys], dv[keys], tile), pairs
+
+
+def _heads(q: NDArray[Any], k: NDArray[Any], head: int) -> slice:
+    group = q.shape[1] // k.shape[1]
+    return slice(head * group, (head + 1) * group)
+
+
+def _tiles(rows: slice, begin: Integers, end: Integers, numbers: int) -> Iterator[tuple[slice, Integers, Integers, int]]:
+    """Yield the columns of each tile that some row sees, what each row sees of it, and the pairs."""
     seeing = end[rows] > begin[rows]
-    width = min(COLUMNS, max(128, COLUMNS * 256 // (q.shape[2] + v.shape[2])))
+    if not seeing.any():
+        return
+    width = min(COLUMNS, max(128, COLUMNS * 256 // numbers))
     for columns in _slices(int(begin[rows][seeing].min()), int(end[rows][seeing].max()), width):
         low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start for edge in (begin, end))
         pairs = int((high - low).sum())
         if pairs:
-            yield partial(_fold, part, q[mine], k[columns, head], v[columns, head], low, high, scale, rooms), pairs
+            yield columns, low, high, pairs
 
 
 def _slices(start: int, stop: int, width: int) -> list[slice]:
     return [slice(i, min(i + width, stop)) for i in range(start, stop, width)]
 
 
-def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
-          low: Integers, high: Integers, scale: float, rooms: list[NDArray[Any]], thread: int) -> None:
+@dataclass(frozen=True)
+class Tile:
+    """A tile of scores (rows, heads of a group, columns): where it is, and what of it is seen."""
+
+    score: Score
+    rows: slice
+    heads: slice
+    columns: slice
+    low: Integers
+    high: Integers
+
+    @cached_property
+    def full(self) -> bool:
+        """Whether every row sees every column."""
+        return bool((self.low == 0).all() and (self.high == self.columns.stop - self.columns.start).all())
+
+    @cached_property
+    def hidden(self) -> NDArray[np.bool_]:
+        """What is not seen, (rows, 1, columns)."""
+        j = np.arange(self.columns.stop - self.columns.start)
+        return ((j < self.low[:, None]) | (j >= self.high[:, None]))[:, None, :]
+
+    def shape(self, x: NDArray[Any]) -> NDArray[Any] | None:
+        """Turn scaled products into scores, in place; give the derivative if it is not 1."""
+        score, derivative = self.score, None
+        if score.softcap:
+            x /= x.dtype.type(score.softcap)
+            np.tanh(x, out=x)
+            derivative = 1 - x * x
+            x *= x.dtype.type(score.softcap)
+        if score.slopes is not None:
+            i, j = self._positions()
+            x -= score.slopes[self.heads, None].astype(x.dtype) * np.abs(i - j).astype(x.dtype)
+        return derivative
+
+    def kept(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Give the factors of the weights, with dropout: (rows, heads, columns)."""
+        score = self.score
+        words = random_words(score.streams[self.heads, None], *self._positions())
+        return np.where(words >= score.threshold, dtype.type(score.gain), dtype.type(0))
+
+    def _positions(self) -> tuple[Integers, Integers]:
+        """Positions of the rows, (rows, 1, 1), and of the columns."""
+        return self.score.queries[self.rows, None, None], self.score.keys[self.columns]
+
+
+def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], tile: Tile, rooms: list[NDArray[Any]],
+          thread: int) -> None:
     """Fold a tile: q (rows, group, dim), k (columns, dim), v (columns, dim_v), one key head; scores go to a room."""
     dtype = state.acc.dtype
     q, k, v = (x.astype(dtype, copy=False) for x in (q, k, v))
-    full = bool((low == 0).all() and (high == len(k)).all())
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that see them
         flat = rooms[thread][:q.shape[0] * q.shape[1] * len(k)].reshape(-1, len(k))
-        scores = np.matmul((q * dtype.type(scale)).reshape(-1, q.shape[2]), k.T, out=flat).reshape(*q.shape[:2], -1)
-        if not full:
-            j = np.arange(len(k))
-            hidden = (j < low[:, None]) | (j >= high[:, None])
-            np.copyto(scores, -np.inf, where=hidden[:, None, :])
+        scaled = (q * dtype.type(tile.score.scale)).reshape(-1, q.shape[2])
+        scores = np.matmul(scaled, k.T, out=flat).reshape(*q.shape[:2], -1)
+        tile.shape(scores)
+        if not tile.full:
+            np.copyto(scores, -np.inf, where=tile.hidden)
         top = np.maximum(state.max, scores.max(axis=2))
         shift = np.where(top == -np.inf, dtype.type(0), top)      # -inf - -inf would be NaN
         scores -= shift[..., None]
@@ -124,8 +208,47 @@ def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
         state.sum *= shrink
         state.max[...] = top
         state.sum += weights.sum(axis=2)
-        if full or np.isfinite(v).all():
+        if tile.score.dropout:
+            weights *= tile.kept(dtype)
+        if tile.full or np.isfinite(v).all():
             state.acc += (flat @ v).reshape(state.acc.shape)
         else:                             # 0 × NaN is NaN: rows that do not see it must not multiply it
-            for i, (a, b) in enumerate(zip(low, high, strict=True)):
+            for i, (a, b) in enumerate(zip(tile.low, tile.high, strict=True)):
                 state.acc[i] += weights[i, :, a:b] @ v[a:b]
+
+
+def _differentiate(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+                   dv: NDArray[Any], tile: Tile, thread: int) -> None:
+    """Add what a tile gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v), one key head."""
+    dtype, columns = gradient.dq.dtype, len(k)
+    q, k, v, dout = (x.astype(dtype, copy=False) for x in (q, k, v, gradient.dout))
+    scale, lse, delta = dtype.type(tile.score.scale), gradient.lse[..., None], gradient.delta[..., None]
+    with np.errstate(all="ignore"):
+        weights = ((q * scale).reshape(-1, q.shape[2]) @ k.T).reshape(*q.shape[:2], columns)
+        ds = (dout.reshape(-1, dout.shape[2]) @ v.T).reshape(weights.shape)
+        derivative = tile.shape(weights)
+        weights -= lse
+        np.exp(weights, out=weights)
+        kept = tile.kept(dtype) if tile.score.dropout else dtype.type(1)
+        ds *= kept
+        ds -= delta
+        ds *= weights
+        if derivative is not None:
+            ds *= derivative
+        ds *= scale
+        weights *= kept
+        # Where dout is not finite delta is not: what it makes of dv goes by the weights. Below, 0 × NaN is nothing.
+        np.copyto(weights, np.nan, where=~np.isfinite(delta))
+        if not tile.full:
+            np.copyto(weights, 0, where=tile.hidden)
+            np.copyto(ds, 0, where=tile.hidden)
+        flat, flat_ds = weights.reshape(-1, columns), ds.reshape(-1, columns)
+        dv += flat.T @ _finite(dout).reshape(-1, dout.shape[2])
+        dk += flat_ds.T @ _finite(q).reshape(-1, q.shape[2])
+        gradient.dq[...] += (flat_ds @ _finite(k)).reshape(q.shape)
+
+
+def _finite(x: NDArray[Any]) -> NDArray[Any]:
+    """Give `x` with zeros for what is not finite: that has made its scores NaN, and so all that it belongs to."""
+    finite = np.isfinite(x)
+    return x if finite.all() else np.where(finite, x, x.dtype.type(0))

@@ -96,7 +96,7 @@ def _ours(case: Case, backend: Any, device: Device, keys: int) -> Timed:
 
     def run() -> float:
         backend.reset(state)
-        loop = backend.accumulate(state, q, k, v, begin, end, case.scale)
+        loop = backend.accumulate(state, q, k, v, begin, end, Score(case.scale))
         seconds = device.seconds(lambda: next(loop))
         for _ in loop:
             pass

@@ -19,6 +19,7 @@ import numpy as np
 from ..backends import NAMES, open_backend, reason_missing
 from ..environment import cores, refuse_many
 from ..mask import Mask
+from ..score import Score
 from ..softmax import State, accumulator, check_dtype
 
 MASKS = ("full", "causal", "window", "documents")
@@ -95,7 +96,7 @@ def _compare(case: Case, backends: dict[str, Any], threads: int, arguments: argp
 
     def fold(backend: Any) -> None:
         state.reset()
-        for _ in backend.accumulate(state, case.q, case.k, case.v, case.begin, case.end, case.scale):
+        for _ in backend.accumulate(state, case.q, case.k, case.v, case.begin, case.end, Score(case.scale)):
             pass
 
     runs: dict[str, Callable[[], Any]] = {name: lambda b=b: fold(b) for name, b in backends.items()}  # type: ignore[misc]

@@ -1,0 +1,113 @@
+"""The score of a query and a key, and what becomes of its weight: all that stands between q · k and the softmax.
+
+A score function changes products or weights one by one, so it goes with every mask, layout and schedule. What it needs
+to know of a pair is the head and the two global positions, never which rank has them or which block they are in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .layout import Integers
+
+Array = NDArray[Any]
+# Philox-2x32 of Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*: ten rounds.
+MULTIPLIER, WEYL, ROUNDS = 0xD256D193, 0x9E3779B9, 10
+MOST_POSITION = 2**31        # where positions matter: a counter has 32 bits for each of the two
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How a query weighs the keys of one block.
+
+    For query head h, query position i and key position j, in this order::
+
+        x = scale q·k
+        x = softcap tanh(x / softcap)               if softcap     (Gemma Team 2024)
+        x = x - slopes[h] |i - j|                   if slopes      (ALiBi: Press, Smith & Lewis 2022)
+        weight = exp(x - lse)                       what the sum, lse and the maximum are made of
+        weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by
+
+    A weight is dropped iff ``random_words(streams[h], i, j) < threshold``.
+
+    Attributes
+    ----------
+    scale : float
+    softcap : float
+        Bound of \\|x\\|; 0 for none.
+    slopes : float64 array of shape (heads,), optional
+    dropout : float
+        Probability that a weight is dropped, ``0 <= dropout < 1``.
+    streams : uint32 array of shape (heads,)
+        The generator's key of each head; with dropout, else empty.
+    queries, keys : int64 arrays of shapes (n_q,) and (n_k,)
+        Global positions, those of the queries as the mask aligns them with the keys; within ±2^31. With slopes or
+        dropout, else empty.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    slopes: Array | None = None
+    dropout: float = 0.0
+    streams: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    queries: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    keys: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the score is ``scale q·k`` and every weight counts."""
+        return not self.softcap and self.slopes is None and not self.dropout
+
+    @property
+    def positional(self) -> bool:
+        """Whether positions matter."""
+        return self.slopes is not None or self.dropout > 0
+
+    @property
+    def threshold(self) -> int:
+        """Random words below it drop their weight."""
+        return int(self.dropout * 2**32)
+
+    @property
+    def gain(self) -> float:
+        """Factor of the weights that are kept."""
+        return 1 / (1 - self.dropout)
+
+    def of_keys(self, keys: Integers) -> Score:
+        """Give the score for a block whose keys have these positions. Local."""
+        return replace(self, keys=keys) if self.positional else self
+
+    def of_streams(self, streams: NDArray[np.uint32]) -> Score:
+        """Give the score for another element of the batch. Local."""
+        return replace(self, streams=streams) if self.dropout else self
+
+
+def streams(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
+    """Give the generator's keys, of shape (batch, heads): all different, by a hash of the seed. Local.
+
+    The hash is SplitMix64's (Steele, Lea & Flood 2014), its upper half.
+    """
+    x = (seed + 0x9E3779B97F4A7C15) % 2**64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor % 2**64
+    first = (x ^ x >> 31) >> 32
+    return ((first + np.arange(batch * heads, dtype=np.uint64)) % 2**32).astype(np.uint32).reshape(batch, heads)
+
+
+def random_words(stream: ArrayLike, i: ArrayLike, j: ArrayLike) -> NDArray[np.uint32]:
+    """Give the random word of each (stream, query position, key position), by broadcasting. Local.
+
+    Philox-2x32-10 with counter (j, i), each modulo 2^32, and key `stream`; the first word of two.
+    """
+    mask = np.uint64(2**32 - 1)
+    low, high = (np.asarray(x).astype(np.int64).astype(np.uint64) & mask for x in (j, i))
+    key = np.asarray(stream).astype(np.uint64)
+    for _ in range(ROUNDS):
+        product = low * np.uint64(MULTIPLIER)
+        low, high = (product >> np.uint64(32)) ^ key ^ high, product & mask
+        key = (key + np.uint64(WEYL)) & mask
+    return np.broadcast_to(low, np.broadcast_shapes(low.shape, high.shape)).astype(np.uint32)

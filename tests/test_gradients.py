@@ -1,0 +1,158 @@
+"""Score functions, and the backward pass of one block: every backend against a dense float64 softmax."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import FUNCTIONS, case, dense, functions
+
+from ringmpi.backends import HOST_NAMES, open_backend
+from ringmpi.score import Score
+from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
+
+BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}       # of gradients
+
+
+@pytest.fixture(scope="module", params=list(HOST_NAMES))
+def backend(request):
+    opened = open_backend(request.param, 2)
+    yield opened
+    opened.close()
+
+
+def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=None, dlse=None, kind=None):
+    """Forward and backward of k and v in several blocks; rows see begin..end of the whole. A dict as `dense` gives."""
+    kind = accumulator(q.dtype, kind)
+    state = backend.new_state(len(q), q.shape[1], v.shape[2], kind)
+    backend.reset(state, sinks)
+    q_, edges = backend.place(q), np.linspace(0, len(k), blocks + 1).astype(int)
+    cuts = []
+    for a, b in itertools.pairwise(edges):
+        mine = Score(scale, **(score | ({"keys": score["keys"][a:b]} if "keys" in score else {})))
+        cuts.append((a, b, backend.place(k[a:b]), backend.place(v[a:b]), np.clip(begin, a, b) - a,
+                     np.clip(end, a, b) - a, mine))
+    pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
+    assert pairs == (end - begin).sum()
+    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], kind)
+    seen = np.full(len(q), True) if sinks is not None else end > begin
+    backend.finish(state, backend.place(seen), out, lse)
+    got = {"out": backend.fetch(out), "lse": backend.fetch(lse)}
+    if dout is not None:
+        gradient = backend.new_gradient(backend.place(dout), out, lse, None if dlse is None else backend.place(
+            dlse.astype(kind)), q.shape[2])
+        dk, dv = [], []
+        for a, b, k_, v_, low, high, mine in cuts:
+            ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)
+            for x in ours:
+                backend.clear(x)
+            pairs = sum(backend.backward(gradient, q_, k_, v_, *ours, low, high, mine))
+            assert pairs == (high - low).sum()
+            dk.append(backend.fetch(ours[0]))
+            dv.append(backend.fetch(ours[1]))
+        got |= {"dq": backend.fetch(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
+    return got
+
+
+def check(backend, q, k, v, begin, end, dtype, kind="plain", scale=0.3, blocks=1, seed=0, bound=None):
+    """Forward and backward against the dense softmax, with random cotangents and positions."""
+    rng = np.random.default_rng(seed)
+    queries, keys = np.sort(rng.choice(3000, len(q), replace=False)), np.sort(rng.choice(3000, len(k), replace=False))
+    score, sinks = functions(kind, q.shape[1], queries, keys, seed)
+    dout = rng.standard_normal((*q.shape[:2], v.shape[2])).astype(q.dtype)
+    dlse = rng.standard_normal(q.shape[:2])
+    got = run(backend, q, k, v, begin, end, scale, score, sinks, blocks, dout, dlse)
+    j = np.arange(len(k))
+    see = (j >= begin[:, None]) & (j < end[:, None])
+    want = dense(q, k, v, see, scale, sinks=sinks, dout=dout, dlse=dlse, **score)
+    for name, x in got.items():
+        error = oracle.error(x, want[name])
+        most = bound or (BOUND[dtype] if name.startswith("d") else TOLERANCE[dtype] * (2 if kind != "plain" else 1))
+        if name == "lse":
+            most = 1e-13 if dtype == "float64" else 2e-6
+        assert error <= most, (name, error)
+    unseen = ~see.any(axis=1)
+    assert (got["dq"][unseen] == 0).all()
+    assert (got["dk"][~see.any(axis=0)] == 0).all()
+    assert (got["dv"][~see.any(axis=0)] == 0).all()
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (3, 1)])
+def test_dense_softmax(backend, dtype, kind, heads, kv_heads):
+    check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n_q=st.integers(0, 300), n_k=st.integers(0, 300), heads=st.sampled_from([(1, 1), (4, 2)]),
+       dim=st.integers(1, 40), dim_v=st.integers(1, 40), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99),
+       blocks=st.integers(1, 4), kind=st.sampled_from(FUNCTIONS))
+def test_any_shape(backend, n_q, n_k, heads, dim, dim_v, dtype, seed, blocks, kind):
+    check(backend, *case(seed, n_q, n_k, *heads, dim, dim_v, dtype), dtype, kind, blocks=blocks, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_accumulator_on_request(backend, dtype):
+    q, k, v, begin, end = case(5, 50, 400, 2, 1, 16, 16, dtype)
+    dout = np.random.default_rng(0).standard_normal((50, 2, 16)).astype(q.dtype)
+    score, sinks = functions("all", 2, np.arange(50), np.arange(400))
+    j = np.arange(400)
+    want = dense(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3, sinks=sinks, dout=dout, **score)
+    got = run(backend, q, k, v, begin, end, 0.3, score, sinks, dout=dout, kind="float64")
+    bound = {"float32": 2e-7, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]      # out is rounded, and delta by it
+    for name, x in got.items():
+        assert oracle.error(x, want[name]) <= (1e-13 if name in ("lse", "dv") else bound), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_nan_reaches_the_pairs_that_see_it_and_no_others(backend, dtype, where):
+    q, k, v, begin, end = case(2, 90, 300, 4, 2, 8, 8, dtype)
+    dout = np.random.default_rng(0).standard_normal((90, 4, 8)).astype(q.dtype)
+    see = (np.arange(300) >= begin[:, None]) & (np.arange(300) < end[:, None])
+    {"q": q, "k": k, "v": v, "dout": dout}[where][40, 1, 3] = np.nan
+    got = run(backend, q, k, v, begin, end, 0.3, {}, dout=dout, blocks=2)
+    nan = {name: np.isnan(x).any(axis=2) for name, x in got.items() if name != "lse"}
+    if where in ("q", "dout"):                     # a row of head 1, whose keys are those of key head 0
+        rows, keys = np.zeros((90, 4), bool), np.zeros((300, 2), bool)
+        rows[40, 1] = see[40].any()
+        keys[see[40], 0] = True
+    else:                                          # a key of key head 1, which heads 2 and 3 have
+        rows = np.repeat([[False, False, True, True]], 90, axis=0) & see[:, 40, None]
+        keys = np.zeros((300, 2), bool)
+        keys[see[see[:, 40]].any(axis=0), 1] = True
+    assert (nan["dq"] == rows).all()
+    assert (nan["dk"] == keys).all()
+    if where != "v":
+        assert (nan["dv"] == keys).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_central_differences(kind):
+    """The oracle of the oracle: what backward says is how the result changes."""
+    q, k, v, begin, end = case(8, 6, 9, 4, 2, 5, 3, "float64")
+    score, sinks = functions(kind, 4, np.arange(6), np.arange(9))
+    rng = np.random.default_rng(0)
+    dout, dlse = rng.standard_normal((6, 4, 3)), rng.standard_normal((6, 4))
+    backend = open_backend("numpy", 1)
+
+    def loss(q, k, v):
+        got = run(backend, q, k, v, begin, end, 0.3, score, sinks)
+        return (got["out"] * dout).sum() + (np.where(np.isfinite(got["lse"]), got["lse"], 0) * dlse).sum()
+
+    got = run(backend, q, k, v, begin, end, 0.3, score, sinks, dout=dout, dlse=dlse)
+    for name, x in (("dq", q), ("dk", k), ("dv", v)):
+        for _ in range(20):
+            at, step = tuple(rng.integers(n) for n in x.shape), 1e-5
+            middle = x[at]
+            x[at] = middle + step
+            more = loss(q, k, v)
+            x[at] = middle - step
+            less = loss(q, k, v)
+            x[at] = middle
+            assert abs((more - less) / (2 * step) - got[name][at]) < 1e-8
+    backend.close()
