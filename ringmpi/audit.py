@@ -17,8 +17,8 @@ from .environment import cores
 from .errors import ShapeError
 from .hdf5 import read_rows
 from .job import Options, datasets, make_mask
-from .shards import Manifest
 from .score import Score
+from .shards import Manifest
 from .softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
 
 PIECE_TOKENS = 8192          # keys at a time

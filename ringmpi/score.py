@@ -22,7 +22,7 @@ MOST_POSITION = 2**31        # where positions matter: a counter has 32 bits for
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How a query weighs the keys of one block.
+    r"""How a query weighs the keys of one block.
 
     For query head h, query position i and key position j, in this order::
 
@@ -38,7 +38,7 @@ class Score:
     ----------
     scale : float
     softcap : float
-        Bound of \\|x\\|; 0 for none.
+        Bound of \|x\|; 0 for none.
     slopes : float64 array of shape (heads,), optional
     dropout : float
         Probability that a weight is dropped, ``0 <= dropout < 1``.

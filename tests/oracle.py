@@ -103,7 +103,7 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
 
     A dict of out, lse, and dq, dk, dv, dsinks.
     """
-    group, (n_q, heads, dim), dim_v = q.shape[1] // k.shape[1], q.shape, v.shape[2]
+    group, (n_q, heads), dim_v = q.shape[1] // k.shape[1], q.shape[:2], v.shape[2]
     got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf), "dq": np.zeros(q.shape),
            "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
     for h in range(heads):

@@ -352,7 +352,8 @@ def only_prepared(dtype):
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
-        sum(backend.accumulate(State.empty(n_q, 2, dim_v, kind), q, k, v, np.zeros(n_q, int), np.full(n_q, 50), Score(0.1)))
+        state, whole = State.empty(n_q, 2, dim_v, kind), np.full(n_q, 50)
+        sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(0.1)))
     assert [len(f.signatures) for f in (fold_keys, pack_tiles)] == compiled
     backend.close()
 

@@ -22,7 +22,7 @@ from ..environment import hopper_kernel
 from ..errors import BackendError
 from ..layout import Integers
 from ..score import Score
-from ..softmax import BFLOAT16, Gradient, State
+from ..softmax import BFLOAT16, State
 from . import hopper
 from .base import Backend
 from .sources import Kernel, compiler_options, kernels_folder

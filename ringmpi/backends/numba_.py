@@ -27,7 +27,7 @@ from ..device import Device
 from ..errors import BackendError
 from ..layout import Integers
 from ..score import Score
-from ..softmax import BFLOAT16, Gradient, State, merge
+from ..softmax import BFLOAT16, State, merge
 from .base import Backend
 from .cpu.fold import compile_for, fold_keys, pack_tiles
 from .cpu.peak import multiply_add_peak

@@ -124,7 +124,8 @@ def _heads(q: NDArray[Any], k: NDArray[Any], head: int) -> slice:
     return slice(head * group, (head + 1) * group)
 
 
-def _tiles(rows: slice, begin: Integers, end: Integers, numbers: int) -> Iterator[tuple[slice, Integers, Integers, int]]:
+def _tiles(rows: slice, begin: Integers, end: Integers, numbers: int
+           ) -> Iterator[tuple[slice, Integers, Integers, int]]:
     """Yield the columns of each tile that some row sees, what each row sees of it, and the pairs."""
     seeing = end[rows] > begin[rows]
     if not seeing.any():
@@ -180,7 +181,8 @@ class Tile:
         """Give the factors of the weights, with dropout: (rows, heads, columns)."""
         score = self.score
         words = random_words(score.streams[self.heads, None], *self._positions())
-        return np.where(words >= score.threshold, dtype.type(score.gain), dtype.type(0))
+        factors: NDArray[Any] = np.where(words >= score.threshold, dtype.type(score.gain), dtype.type(0))
+        return factors
 
     def _positions(self) -> tuple[Integers, Integers]:
         """Positions of the rows, (rows, 1, 1), and of the columns."""

@@ -22,6 +22,7 @@ from ..backends import open_backend
 from ..device import Device, open_device
 from ..environment import refuse_many
 from ..errors import RingError
+from ..score import Score
 from ..softmax import accumulator, check_dtype
 from .bench_kernel import GRID, Case
 
