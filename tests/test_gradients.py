@@ -42,7 +42,7 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
     got = {"out": backend.fetch(out), "lse": backend.fetch(lse)}
     if dout is not None:
         gradient = backend.new_gradient(backend.place(dout), out, lse, None if dlse is None else backend.place(
-            dlse.astype(kind)), q.shape[2])
+            dlse.astype(kind)), backend.empty(q.shape, kind))
         dk, dv = [], []
         for a, b, k_, v_, low, high, mine in cuts:
             ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)

@@ -130,10 +130,9 @@ class Backend:
         """
         raise NotImplementedError
 
-    def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dim: int) -> Gradient:
-        """Begin the backward pass of queries: reckon delta, with `dlse` None for 0; dq is 0. Local."""
-        n_q, heads, _ = dout.shape
-        gradient = Gradient(dout, lse, self.empty((n_q, heads), lse.dtype), self.empty((n_q, heads, dim), lse.dtype))
+    def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
+        """Begin the backward pass of queries: reckon delta, with `dlse` None for 0, and clear `dq`. Local."""
+        gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq)
         dots(dout, out, dlse, gradient.delta)
         self.clear(gradient.dq)
         return gradient
