@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import RingAttention, ring_attention
+    from .attention import RingAttention, ring_attention, ring_attention_backward
     from .errors import (
         BackendError,
         CommError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .trace import Step, Trace
 
 _HOME = {
-    "attention": ("RingAttention", "ring_attention"),
+    "attention": ("RingAttention", "ring_attention", "ring_attention_backward"),
     "errors": ("BackendError", "CommError", "DtypeError", "LaunchError", "MaskError", "OptionError", "OutputError",
                "RankLost", "RingError", "RingTimeout", "ShapeError", "ShardError"),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
@@ -44,7 +44,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "LaunchError", "Layout", "Mask", "MaskError",
     "OptionError", "OutputError", "RankLost", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError",
-    "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
+    "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention", "ring_attention_backward",
 ]
 
 try:

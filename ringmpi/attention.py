@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -17,15 +17,31 @@ from . import device
 from .arrays import as_array
 from .backends import check_name
 from .backends.base import Backend
-from .checks import RECORD, check_arrays, check_mask, check_records, check_scale, check_threads, check_timeout
+from .checks import (
+    RECORD,
+    check_arrays,
+    check_dropout,
+    check_like,
+    check_mask,
+    check_records,
+    check_scale,
+    check_seed,
+    check_sinks,
+    check_slopes,
+    check_softcap,
+    check_threads,
+    check_timeout,
+)
 from .engine import HOST, Engine
-from .errors import BackendError, OptionError, RingError
-from .layout import Layout, check_spec, resolve
-from .mask import Interval, Mask
+from .errors import BackendError, OptionError, RingError, ShapeError
+from .homeward import first_hops
+from .layout import Integers, Layout, check_spec, resolve
+from .mask import Mask
 from .mpi import TIMEOUT, private
+from .plan import Plan
 from .ring import Block, travel
-from .score import Score
-from .softmax import DTYPES, State, accumulator
+from .score import MOST_POSITION, Score, streams
+from .softmax import DTYPES, Gradient, accumulator
 from .trace import Trace
 from .transport import Transport, check_transport
 
@@ -33,39 +49,7 @@ Array = Any                       # of NumPy, or of CuPy on a GPU
 Progress = Callable[[int, int], object]
 
 
-@dataclass
-class Plan:
-    """What a call needs to know and have; made once, used while the shapes stay the same."""
-
-    key: bytes
-    kv_layout: Layout
-    bounds: list[Interval]
-    seen: Array
-    shapes: list[list[tuple[int, ...]]]
-    block_bytes: int
-    states: list[State]
-    accumulator: np.dtype[Any]
-    scale: float
-    hops: list[int] = field(default_factory=list)
-    _ahead: tuple[int, list[Interval]] = field(default_factory=lambda: (-1, []))
-
-    def columns(self, source: int) -> list[Interval]:
-        """Turn each interval of positions into columns of the block of rank `source`."""
-        if self._ahead[0] == source:
-            return self._ahead[1]
-        return [(self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source))
-                for low, high in self.bounds]
-
-    def look_ahead(self, block: Block) -> None:
-        """Have the columns of the block after this one ready: a GPU computes now, and would wait for them later."""
-        source = (block.source - 1) % len(self.hops)
-        if self._ahead[0] != source and self.hops[source] > block.step.step:
-            self._ahead = source, self.columns(source)
-
-    @property
-    def pairs(self) -> int:
-        """Visible query-key pairs of this rank, all batches."""
-        return len(self.states) * int(sum((high - low).sum() for low, high in self.bounds))
+Work = Callable[[int, Block, Integers, Integers, Score], Iterator[int]]
 
 
 @dataclass
@@ -78,8 +62,14 @@ class Call:
     batched: bool
     on_gpu: bool
     plan: Plan
+    streams: NDArray[np.uint32]
+    sinks: NDArray[Any] | None
     out: Array = None
     lse: Array = None
+
+    def given(self, x: Array) -> Array:
+        """View an array as the caller's are: with the batch axis, or without."""
+        return x if self.batched else x[0]
 
     def make_results(self, backend: Backend) -> None:
         """Make room for the results, unless it is there."""
@@ -105,6 +95,16 @@ class RingAttention:
         the ranks, any counts), ``"striped"``, ``"zigzag"`` or a `Custom`. `kv_layout` is `layout` by default.
     scale : float, optional
         Factor of the scores; ``1/sqrt(dim)`` by default.
+    softcap : float, optional
+        Scaled scores x become ``softcap tanh(x / softcap)``, as in Gemma 2.
+    alibi : array of shape (heads,), optional
+        Slopes: ``alibi[h] |i - j|`` is subtracted from the score of query position i and key position j of head h, after
+        `softcap` (Press, Smith & Lewis 2022, *Train Short, Test Long*). Positions are global, so it is right in any
+        layout; queries are aligned with the keys as the mask aligns them.
+    dropout : float
+        Probability with which a weight is left out, ``0 <= dropout < 1``; the others are divided by ``1 - dropout``.
+        Which are is a matter of the seed of the call, the head (and element of the batch) and the two positions alone:
+        the same on any number of ranks, in any layout, with any backend.
     backend : {"auto", "numba", "numpy", "cuda"}
         Where to compute; ``"auto"`` follows the arrays: on the GPU that they are on, else with Numba, else with NumPy.
         With ``"cuda"`` host arrays are copied to the GPU of this rank's place on its node, and results back.
@@ -142,7 +142,8 @@ class RingAttention:
     """
 
     def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
-                 kv_layout: str | Layout | None = None, scale: float | None = None, backend: str = "auto",
+                 kv_layout: str | Layout | None = None, scale: float | None = None, softcap: float | None = None,
+                 alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False) -> None:
         self.timeout, wrong = check_timeout(timeout)
@@ -155,6 +156,7 @@ class RingAttention:
             check_spec(self.layout)
             check_spec(self.kv_layout)
             self.scale = check_scale(scale)
+            self.softcap, self.alibi, self.dropout = check_softcap(softcap), check_slopes(alibi), check_dropout(dropout)
             self.accumulator = accumulator
             check_name(backend)
             check_transport(gpu_transport)
@@ -163,6 +165,7 @@ class RingAttention:
         self._comm.agree_on({**self._options(), **options}, self.timeout)
         self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
         self._plan: Plan | None = None
+        self._last: Call | None = None
         self._closed = False
         self.trace = Trace()
 
@@ -183,19 +186,20 @@ class RingAttention:
 
     def _options(self) -> dict[str, Any]:
         layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
-        return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator,
+        return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator, "softcap": self.softcap,
+                "alibi": None if self.alibi is None else self.alibi.tolist(), "dropout": self.dropout,
                 **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Literal[False] = False,
-                 progress: Progress | None = None) -> Array: ...
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: Literal[False] = False, progress: Progress | None = None) -> Array: ...
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: Literal[True],
-                 progress: Progress | None = None) -> tuple[Array, Array]: ...
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: Literal[True], progress: Progress | None = None) -> tuple[Array, Array]: ...
 
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, return_lse: bool = False,
-                 progress: Progress | None = None) -> Array | tuple[Array, Array]:
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: bool = False, progress: Progress | None = None) -> Array | tuple[Array, Array]:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
 
         Parameters
@@ -208,6 +212,11 @@ class RingAttention:
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
             This rank's values.
+        sinks : array of shape (heads,), optional
+            A score of each head that joins the softmax of every query, with no value (learned attention sinks). A query
+            that sees no key has out 0 and lse ``sinks[head]`` then.
+        seed : int
+            Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool
             Return the log-sum-exp of the scores too.
         progress : callable, optional
@@ -219,45 +228,124 @@ class RingAttention:
             A query that sees no key has 0. NumPy for host arrays; for GPU arrays CuPy on the same GPU, complete when
             the call returns.
         lse : array of shape ([batch,] n_q, heads), accumulator dtype
-            With `return_lse`. A query that sees no key has -inf.
+            With `return_lse`. A query that sees no key has -inf. The sink counts.
 
         Raises
         ------
-        ShapeError, DtypeError, MaskError, BackendError
+        ShapeError, DtypeError, MaskError, OptionError, BackendError
             The same on every rank, before any block is sent.
         RingTimeout, RankLost
             If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
             calls on it raise `CommError`.
         """
-        if self._closed:
-            raise RingError("this RingAttention is closed; make a new one")
-        trace = self.trace = Trace()
+        self._last = None                 # what the last call worked on goes before this call's memory comes
         start = time.perf_counter()
-        call = self._agree(q, k, v)
-        trace.agree_seconds = time.perf_counter() - start - trace.compile_seconds
-        trace.flop_per_pair = 2 * call.q.shape[2] * (call.q.shape[3] + call.v.shape[3])
+        call = self._take(q, k, v, sinks, seed)
+        self._get_ready(call.plan, "forward")
+        self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
+        self.trace.flop_per_pair = 2 * call.plan.dims[0] * sum(call.plan.dims[1:])
         with self.backend.current():
-            self._run(call, progress)
+            self._forward(call, progress)
             with self._agreed_on_gpu(), self.backend.current():
                 out, lse = self._finish(call)
-        if not call.batched:
-            out, lse = out[0], lse[0]
-        return (out, lse) if return_lse else out
+        self._last = call
+        return (call.given(out), call.given(lse)) if return_lse else call.given(out)
 
-    def _run(self, call: Call, progress: Progress | None) -> None:
+    def backward(self, dout: ArrayLike, dlse: ArrayLike | None = None, *,
+                 progress: Progress | None = None) -> tuple[Array, ...]:
+        """Give the gradients of the last call's inputs. Collective over *comm*.
+
+        What went into the last call and came out of it, lse too, must be as it was: it is not copied.
+
+        Parameters
+        ----------
+        dout : array of the shape and dtype of the last call's `out`
+            Gradient of `out`, where `out` is.
+        dlse : array of the shape of the last call's `lse`, optional
+            Gradient of `lse`, for callers that use it, to merge results say.
+        progress : callable, optional
+            See `__call__`.
+
+        Returns
+        -------
+        dq, dk, dv : arrays of the shapes and dtype of q, k and v
+            Of this rank's shards, with what all ranks make of its k and v. A query that sees no key, and a key that no
+            query sees, has exactly 0.
+        dsinks : array of shape (heads,), accumulator dtype
+            If the call had sinks: this rank's queries' share, to be summed over the ranks as the gradient of every
+            parameter that all of them have.
+
+        Raises
+        ------
+        RingError
+            If there was no call, or it failed.
+        ShapeError, DtypeError, BackendError
+            If `dout` or `dlse` do not go with it; the same on every rank.
+        RingTimeout, RankLost
+            See `__call__`.
+        """
+        call = self._last
+        self._start()
+        with self._comm.together(self.timeout):
+            if call is None:
+                raise RingError("backward: expected a call before it on this object, and there is none, or it failed; "
+                                "call the object first, or use backward_of or ring_attention_backward")
+        if call is None:
+            return ()
+        return self._differentiate(call, dout, dlse, progress)
+
+    def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
+                    dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> tuple[Array, ...]:
+        """Give the gradients of any call with these options, from what went into it and came out. Collective over *comm*.
+
+        Parameters
+        ----------
+        dout
+            See `backward`.
+        q, k, v, sinks, seed
+            As they were given to the call.
+        out, lse
+            As it returned them.
+        dlse, progress
+            See `backward`.
+
+        Returns
+        -------
+        dq, dk, dv[, dsinks]
+            See `backward`.
+
+        Raises
+        ------
+        RingError
+            See `backward` and `__call__`.
+        """
+        self._last = None
+        call = self._take(q, k, v, sinks, seed, out, lse)
+        return self._differentiate(call, dout, dlse, progress)
+
+    def _start(self) -> None:
+        """Begin a call."""
+        if self._closed:
+            raise RingError("this RingAttention is closed; make a new one")
+        self.trace = Trace()
+
+    def _forward(self, call: Call, progress: Progress | None) -> None:
         """Fold every block that comes by."""
-        plan, backend = call.plan, self.backend
+        plan, backend, engine = call.plan, self.backend, self._engine
+
+        def fold(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+            k, v = (x[number] for x in block.arrays)
+            return backend.accumulate(plan.states[number], call.q[number], k, v, begin, end, score)
+
         try:
             call.make_results(backend)
             for state in plan.states:
-                backend.reset(state)
-            for block in self._engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops,
-                                                     self.trace):
-                start = time.perf_counter()
-                block.step.pairs = self._fold(plan, call.q, block, progress)
-                block.step.compute_seconds = time.perf_counter() - start
+                backend.reset(state, call.sinks)
+            for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace):
+                self._compute(call, block, fold, progress)
         except BaseException as error:
-            self._engine.ring.abandon(error)
+            engine.ring.abandon(error)
             raise
 
     def _finish(self, call: Call) -> tuple[Array, Array]:
@@ -265,42 +353,118 @@ class RingAttention:
         for state, out, lse in zip(call.plan.states, call.out, call.lse, strict=True):
             self.backend.finish(state, call.plan.seen, out, lse)
         self.backend.complete()
-        if call.on_gpu:
-            return call.out, call.lse
-        return self.backend.fetch(call.out), self.backend.fetch(call.lse)
+        return self._bring(call, call.out), self._bring(call, call.lse)
+
+    def _differentiate(self, call: Call, dout: Any, dlse: Any, progress: Progress | None) -> tuple[Array, ...]:
+        """Check what the backward pass starts from, and do it."""
+        plan, kind = call.plan, call.plan.accumulator
+        with self._comm.together(self.timeout):
+            dout, dlse = self._check_cotangents(call, dout, dlse)
+        self._get_ready(plan, "backward")
+        self.trace.flop_per_pair = plan.dims[0] * (6 * plan.dims[1] + 4 * plan.dims[2])
+        backend = self.backend
+        with self._comm.together(self.timeout), backend.current():
+            dout, dlse = backend.place(dout), None if dlse is None else backend.place(dlse)
+            dq, dk, dv = (backend.empty(x.shape, kind) for x in (call.q, call.k, call.v))
+            gradients = [backend.new_gradient(dout[i], call.out[i], call.lse[i], None if dlse is None else dlse[i], dq[i])
+                         for i in range(plan.batch)]
+            for x in (dk, dv):
+                backend.clear(x)
+        with backend.current():
+            self._backward(call, gradients, (dk, dv), progress)
+        with self._comm.together(self.timeout), backend.current():
+            results = [call.given(self._bring(call, backend.rounded(x, call.q.dtype))) for x in (dq, dk, dv)]
+            if call.sinks is not None:
+                results.append(self._gradient_of_sinks(call, gradients))
+            backend.complete()
+        return tuple(results)
+
+    def _backward(self, call: Call, gradients: list[Gradient], shares: tuple[Array, ...],
+                  progress: Progress | None) -> None:
+        """Differentiate with every block that comes by, and bring the gradients of k and v home."""
+        plan, backend, engine = call.plan, self.backend, self._engine
+
+        def differentiate(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+            k, v, dk, dv = (x[number] for x in (*block.arrays, *block.gradients))
+            return backend.backward(gradients[number], call.q[number], k, v, dk, dv, begin, end, score)
+
+        try:
+            engine.homeward.begin(shares, plan.shapes, plan.hops, plan.firsts)
+            for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace, engine.homeward):
+                self._compute(call, block, differentiate, progress)
+        except BaseException as error:
+            engine.ring.abandon(error)
+            raise
+
+    def _compute(self, call: Call, block: Block, work: Work, progress: Progress | None) -> None:
+        """Do all work on a block, of every interval and element of the batch, and let messages move meanwhile."""
+        plan, start = call.plan, time.perf_counter()
+        score = plan.score_of(block.source)
+        for begin, end in plan.columns(block.source):
+            for number in range(plan.batch):
+                for pairs in work(number, block, begin, end, score.of_streams(call.streams[number])):
+                    plan.look_ahead(block)
+                    self._engine.ring.progress()
+                    block.step.pairs += pairs
+                    if progress and pairs:
+                        progress(pairs, plan.pairs)
+        block.step.compute_seconds = time.perf_counter() - start
+
+    def _gradient_of_sinks(self, call: Call, gradients: list[Gradient]) -> Array:
+        """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries."""
+        sinks, total = np.asarray(call.sinks, np.float64), np.zeros(len(call.sinks or ()))
+        for gradient in gradients:
+            lse, delta = (self.backend.fetch(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
+            with np.errstate(all="ignore"):
+                total -= (np.where(sinks == -np.inf, 0, np.exp(sinks - lse)) * delta).sum(axis=0)
+        return total.astype(call.plan.accumulator)
+
+    def _bring(self, call: Call, x: Array) -> Array:
+        """Bring a result to where the arrays came from."""
+        return x if call.on_gpu else self.backend.fetch(x)
 
     def _agreed_on_gpu(self) -> AbstractContextManager[None]:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
         return self._comm.together(self.timeout) if self.backend.device else nullcontext()
 
-    def _fold(self, plan: Plan, q: Array, block: Block, progress: Progress | None) -> int:
-        """Fold a block into the states; return the visible pairs."""
-        k, v = block.arrays
-        total = 0
-        for begin, end in plan.columns(block.source):
-            for state, q_, k_, v_ in zip(plan.states, q, k, v, strict=True):
-                for pairs in self.backend.accumulate(state, q_, k_, v_, begin, end, Score(plan.scale)):
-                    plan.look_ahead(block)
-                    self._engine.ring.progress()
-                    total += pairs
-                    if progress and pairs:
-                        progress(pairs, plan.pairs)
-        return total
+    def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
+        """Check what the backward pass starts from, here; give it with a batch axis."""
+        given = {"dout": (as_array(dout, "dout"), call.out)}
+        if dlse is not None:
+            given["dlse"] = as_array(dlse, "dlse"), call.lse
+        for name, (x, like) in given.items():
+            check_like(name, x, call.given(like).shape, like.dtype)
+            if isinstance(x, np.ndarray) == call.on_gpu:
+                raise BackendError(f"{name}: expected it where the call's arrays are, on "
+                                   f"{'a GPU' if call.on_gpu else 'the host'}; copy it")
+        arrays = [x if call.batched else x[None] for x, _ in given.values()]
+        if not call.on_gpu:
+            arrays = [np.ascontiguousarray(x) for x in arrays]
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
 
-    def _agree(self, q: Any, k: Any, v: Any) -> Call:
-        """Check the shards here, then everywhere; plan unless the last call's plan fits."""
+    def _take(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any = None, lse: Any = None) -> Call:
+        """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
+        self._start()
         error: Exception | None = None
         record = np.zeros(len(RECORD) + 3, np.int64)
-        batched, place = False, HOST
+        batched, place, arrays = False, HOST, []
         try:
-            q, k, v = (as_array(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-            batched, place = check_arrays(q, k, v), _place(q, k, v)
-            q, k, v = (x if batched else x[None] for x in (q, k, v))
+            named = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out, "lse": lse})
+            arrays = [as_array(x, name) for name, x in named.items()]
+            q, k, v = arrays[:3]
+            batched, place = check_arrays(q, k, v), _place(dict(zip(named, arrays, strict=True)))
+            kind = accumulator(q.dtype, self.accumulator)
+            if out is not None:
+                check_like("out", arrays[3], (*q.shape[:-1], v.shape[-1]), q.dtype)
+                check_like("lse", arrays[4], q.shape[:-1], kind)
+            sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self.dropout else 0
+            arrays = [x if batched else x[None] for x in arrays]
+            q, k, v = arrays[:3]
             record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-                          list(DTYPES.values()).index(q.dtype), place != HOST, q.shape[1], k.shape[1], place)
-            accumulator(q.dtype, self.accumulator)
+                          list(DTYPES.values()).index(q.dtype), place != HOST, sinks is not None,
+                          np.uint64(seed).astype(np.int64), q.shape[1], k.shape[1], place)
             if place == HOST:                 # a copy may fail
-                q, k, v = (np.ascontiguousarray(x) for x in (q, k, v))
+                arrays = [np.ascontiguousarray(x) for x in arrays]
         except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
             error = failure
         except BaseException as failure:  # an interrupt
@@ -310,66 +474,79 @@ class RingAttention:
         records = self._comm.share(record, self.timeout)
         if records[:, 0].any():
             self._comm.raise_agreed(error, self.timeout)
-        if self._plan is None or self._plan.key != records.tobytes():
+        check_records(records)
+        key = np.delete(records, RECORD.index("seed"), axis=1).tobytes()
+        if self._plan is None or self._plan.key != key:
             self._plan = None             # the old plan's memory goes before the new one's comes
-            self._plan = self._make_plan(records, q, v)
-        call = Call(q, k, v, batched, place != HOST, self._plan)
+            self._plan = self._make_plan(key, records)
+        q, k, v, out, lse = (*arrays, None, None)[:5]
+        call = Call(q, k, v, batched, place != HOST, self._plan, streams(seed, len(q), q.shape[2]), sinks, out, lse)
         if self.backend.device:
             with self._agreed_on_gpu(), self.backend.current():
                 call.q, call.k, call.v = (self.backend.place(x) for x in (q, k, v))
-                call.make_results(self.backend)
+                if out is None:
+                    call.make_results(self.backend)
+                else:
+                    call.out, call.lse = self.backend.place(out), self.backend.place(lse)
         return call
 
-    def _make_plan(self, records: NDArray[np.int64], q: Array, v: Array) -> Plan:
-        """Plan for these shards, and compile for them. Collective over *comm*."""
-        check_records(records)
+    def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
+        """Plan for these shards. Collective over *comm*."""
         self._engine.follow(records[:, -1])
-        layouts = self._resolve(records)
-        kind = accumulator(q.dtype, self.accumulator)
-        self.trace.compile_seconds = self._engine.prepare(q.dtype, kind, q.shape[3], v.shape[3])
-        with self._comm.together(self.timeout), self.backend.current():
-            plan = self._new_plan(records, *layouts, q.dtype)
-            self._engine.ring.reserve(plan.block_bytes)
-        plan.hops = self._agree_hops(plan)
-        return plan
-
-    def _resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
-        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
-        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
-        self.mask.check(kv_layout.length)
-        kind = accumulator(list(DTYPES.values())[records[0, 7]], self.accumulator)
-        if self.scale is not None and abs(self.scale) > float(np.finfo(kind).max):
-            raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind}")
-        return q_layout, kv_layout
-
-    def _new_plan(self, records: NDArray[np.int64], q_layout: Layout, kv_layout: Layout,
-                  dtype: np.dtype[Any]) -> Plan:
-        batch, heads, kv_heads, dim, dim_v = (int(x) for x in records[0, 2:7])
-        positions = q_layout.positions(self._comm.rank)
-        bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
-        seen = np.zeros(len(positions), bool)
-        for low, high in bounds:
-            seen |= high > low
+        dtype = list(DTYPES.values())[records[0, RECORD.index("dtype")]]
         kind = accumulator(dtype, self.accumulator)
-        return Plan(
-            records.tobytes(), kv_layout, bounds, self.backend.place(seen),
-            [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in kv_layout.counts],
-            max(kv_layout.counts) * batch * kv_heads * (dim + dim_v) * dtype.itemsize,
-            [self.backend.new_state(len(positions), heads, dim_v, kind) for _ in range(batch)], kind,
-            1 / math.sqrt(dim) if self.scale is None else self.scale)
-
-    def _agree_hops(self, plan: Plan) -> list[int]:
-        """Agree on how far each block must travel: no farther than somebody needs it."""
+        sizes = tuple(int(x) for x in records[0, 2:7])
+        layouts = self._resolve(records, kind)
+        scale = 1 / math.sqrt(sizes[3]) if self.scale is None else self.scale
+        score = Score(scale, self.softcap or 0.0, self.alibi, self.dropout)
+        with self._comm.together(self.timeout):
+            plan = Plan.make(key, self._comm.rank, self.mask, *layouts, score, sizes, dtype, kind)
         needed = np.array([any((end > begin).any() for begin, end in plan.columns(source))
                            for source in range(self._comm.size)])
         bits = self._comm.share(np.packbits(needed), self.timeout)
-        return travel(np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool))
+        by_rank = np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool)
+        plan.hops, plan.firsts = travel(by_rank), first_hops(by_rank)
+        return plan
+
+    def _resolve(self, records: NDArray[np.int64], kind: np.dtype[Any]) -> tuple[Layout, Layout]:
+        """Give the layouts of the shards that were brought, and check what depends on them; alike on all ranks."""
+        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
+        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
+        self.mask.check(kv_layout.length)
+        for name, x in (("scale", self.scale), ("softcap", self.softcap)):
+            if x is not None and abs(x) > float(np.finfo(kind).max):
+                raise OptionError(f"{name}: {x} is not finite in the accumulator's dtype, {kind}")
+        heads = records[0, RECORD.index("heads")]
+        if self.alibi is not None and len(self.alibi) != heads:
+            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
+        farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
+        if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
+            raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
+        return q_layout, kv_layout
+
+    def _get_ready(self, plan: Plan, way: str) -> None:
+        """Compile what such a pass needs, and make its buffers, the first time. Collective over *comm*."""
+        if way in plan.ready:
+            return
+        heads, dim, dim_v = plan.dims
+        self.trace.compile_seconds += self._engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
+                                                           plain=plan.score.plain, backward=way == "backward")
+        with self._comm.together(self.timeout), self.backend.current():
+            self._engine.ring.reserve(plan.block_bytes(plan.dtype))
+            if way == "backward":
+                self._engine.homeward.reserve(plan.block_bytes(plan.accumulator))
+            else:
+                seen = plan.sees
+                plan.seen = self.backend.place(seen)
+                plan.states = [self.backend.new_state(len(seen), heads, dim_v, plan.accumulator)
+                               for _ in range(plan.batch)]
+        plan.ready.add(way)
 
     def close(self) -> None:
         """Give buffers and threads back; the caller's communicator is left as it is. Local."""
         if not self._closed:
             self._closed = True
-            self._plan = None
+            self._plan = self._last = None
             self._engine.close()
 
     def __enter__(self) -> RingAttention:
@@ -380,28 +557,28 @@ class RingAttention:
         self.close()
 
 
-def _place(q: Array, k: Array, v: Array) -> int:
+def _place(arrays: dict[str, Array]) -> int:
     """Index of the GPU that the arrays are on; HOST for host arrays."""
-    places = [HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in (q, k, v)]
+    places = [HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in arrays.values()]
     if len(set(places)) > 1:
         named = ", ".join(f"{name} on {'the host' if place == HOST else f'GPU {place}'}"
-                          for name, place in zip("qkv", places, strict=True))
-        raise BackendError(f"q, k and v: expected all on the host or all on one GPU, got {named}; copy them")
+                          for name, place in zip(arrays, places, strict=True))
+        raise BackendError(f"{', '.join(arrays)}: expected all on the host or all on one GPU, got {named}; copy them")
     return places[0]
 
 
 @overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: Literal[False] = False,
-                   **options: Any) -> Array: ...
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: Literal[False] = False, **options: Any) -> Array: ...
 
 
 @overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: Literal[True],
-                   **options: Any) -> tuple[Array, Array]: ...
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
 
 
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, return_lse: bool = False,
-                   **options: Any) -> Array | tuple[Array, Array]:
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
     """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
 
     Parameters
@@ -410,11 +587,15 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, retur
         This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and
         ([batch,] n_k, kv_heads, dim_v); see `RingAttention.__call__`.
     comm : MPI.Intracomm
+    sinks : array of shape (heads,), optional
+        A score of each head that joins the softmax, with no value.
+    seed : int
+        Of dropout.
     return_lse : bool
         Return the log-sum-exp of the scores too.
     **options
-        `mask`, `layout`, `kv_layout`, `scale`, `backend`, `threads`, `timeout`, `accumulator`, `gpu_transport`,
-        `allow_gpu_sharing`: see `RingAttention`.
+        `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
+        `accumulator`, `gpu_transport`, `allow_gpu_sharing`: see `RingAttention`.
 
     Returns
     -------
@@ -429,5 +610,39 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, retur
     """
     with RingAttention(comm, **options) as attention:
         if return_lse:
-            return attention(q, k, v, return_lse=True)
-        return attention(q, k, v)
+            return attention(q, k, v, sinks=sinks, seed=seed, return_lse=True)
+        return attention(q, k, v, sinks=sinks, seed=seed)
+
+
+def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
+                            comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
+                            **options: Any) -> tuple[Array, ...]:
+    """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
+
+    Parameters
+    ----------
+    dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+        Gradient of `out`.
+    q, k, v, sinks, seed
+        As they were given to `ring_attention`.
+    out, lse
+        As it returned them, with `return_lse`.
+    comm : MPI.Intracomm
+    dlse : array of shape ([batch,] n_q, heads), accumulator dtype, optional
+        Gradient of `lse`.
+    **options
+        As they were given to `ring_attention`.
+
+    Returns
+    -------
+    dq, dk, dv : arrays of the shapes and dtype of q, k and v
+    dsinks : array of shape (heads,), accumulator dtype
+        With `sinks`: this rank's share; see `RingAttention.backward`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank.
+    """
+    with RingAttention(comm, **options) as attention:
+        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, seed=seed)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import as_host_array
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
 from .mpi import TIMEOUT
@@ -16,7 +17,8 @@ from .softmax import DTYPES, check_dtype
 Array = NDArray[Any]
 
 # What must be equal on all ranks before the first message; then come tokens of q and of k, and the GPU they are on.
-RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)")
+RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)",
+          "sinks (0 none, 1 given)", "seed")
 
 
 def check_arrays(q: Array, k: Array, v: Array) -> bool:
@@ -96,13 +98,81 @@ def check_scale(scale: Any) -> float | None:
     """Return the scale as a finite number, or None for the default, or raise `OptionError`. Local."""
     if scale is None:
         return None
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        value = math.nan
+    value = _number(scale)
     if not math.isfinite(value):
         raise OptionError(f"scale: expected a finite number, got {scale!r}")
     return value
+
+
+def check_like(name: str, x: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raise `ShapeError` or `DtypeError` unless `x` has this shape and dtype. Local."""
+    if x.shape != shape:
+        raise ShapeError(f"{name}: expected shape {shape}, as the call had it, got {x.shape}")
+    if x.dtype != dtype:
+        raise DtypeError(f"{name}: expected dtype {dtype}, as the call had it, got {x.dtype}; convert it first")
+
+
+def check_softcap(softcap: Any) -> float | None:
+    """Return the bound of the scores, or None for none, or raise `OptionError`. Local."""
+    if softcap is None:
+        return None
+    value = _number(softcap)
+    if not 0 < value < math.inf:
+        raise OptionError(f"softcap: expected a finite number > 0, or None, got {softcap!r}")
+    return value
+
+
+def check_slopes(slopes: Any) -> NDArray[np.float64] | None:
+    """Return the slopes of ALiBi, or None for none, or raise `OptionError`. Local."""
+    if slopes is None:
+        return None
+    try:
+        values = np.array(slopes, np.float64)
+    except (TypeError, ValueError):
+        values = np.array(math.nan)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise OptionError(f"alibi: expected a finite slope for each head, got {slopes!r}")
+    return values
+
+
+def check_dropout(dropout: Any) -> float:
+    """Return the probability of dropout, or raise `OptionError`. Local."""
+    value = _number(dropout)
+    if not 0 <= value < 1:
+        raise OptionError(f"dropout: expected a probability, 0 <= dropout < 1, got {dropout!r}")
+    return value
+
+
+def check_seed(seed: Any) -> int:
+    """Return the seed of dropout, or raise `OptionError`. Local."""
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise OptionError(f"seed: expected an integer, 0 <= seed < 2**64, got {seed!r}")
+    return int(seed)
+
+
+def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | None:
+    """Return the sinks in dtype `kind`, or None for none. Local.
+
+    Raises
+    ------
+    ShapeError, DtypeError, BackendError
+        If they are no array of floats of shape (heads,) on the host.
+    """
+    if sinks is None:
+        return None
+    values = as_host_array(sinks, "sinks")
+    check_dtype(values.dtype, "sinks")
+    if values.shape != (heads,):
+        raise ShapeError(f"sinks: expected shape ({heads},), one for each head, got {values.shape}")
+    return values.astype(kind)
+
+
+def _number(x: Any) -> float:
+    """Give a number as a float; NaN for what is none."""
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def check_threads(threads: Any) -> int | None:

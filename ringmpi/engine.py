@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
 from .environment import launched_local_rank
 from .errors import BackendError
+from .homeward import Homeward
 from .link import DirectLink, HostLink, StagedLink
 from .mpi import Comm
 from .ring import Ring
@@ -44,6 +47,8 @@ class Engine:
     ----------
     backend : Backend
     ring : Ring
+    homeward : Homeward
+        What takes gradients home, over links of the ring's kind.
     gpus : list of str
         UUID of the GPU of each rank; empty on CPUs.
     transport : Transport or None
@@ -57,6 +62,7 @@ class Engine:
 
     backend: Backend
     ring: Ring
+    homeward: Homeward
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
                  allow_gpu_sharing: bool) -> None:
@@ -101,13 +107,15 @@ class Engine:
         name = "cuda" if on_gpu else self._name
         with self._comm.together(self._timeout):
             self.backend = open_backend(name, self._threads, self._gpu() if on_gpu else None)
-        self.gpus, self.transport, link = [], None, HostLink()
+        self.gpus, self.transport = [], None
+        new_link: Callable[..., HostLink] = HostLink
         gpu = self.backend.device
         if gpu is not None:
             self.gpus = self._distinct(gpu.uuid)
             self.transport = choose(self._comm, self._gpu_transport, self._timeout)
-            link = (DirectLink if self.transport.name == "direct" else StagedLink)(gpu)
-        self.ring = Ring(self._comm, self._timeout, link)
+            new_link = partial(DirectLink if self.transport.name == "direct" else StagedLink, gpu)
+        self.ring = Ring(self._comm, self._timeout, new_link())
+        self.homeward = Homeward(self._comm, new_link, self.backend.clear, self.backend.add)
         self._prepared: set[Any] = set()
         facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles], self._timeout)
         self._indices = facts[:, 0]
@@ -133,23 +141,31 @@ class Engine:
                                "choose a GPU of its own, or allow_gpu_sharing (--allow-gpu-sharing)")
         return uuids
 
-    def prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any], dim: int, dim_v: int) -> float:
+    def prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any], dim: int, dim_v: int, *, plain: bool,
+                backward: bool) -> float:
         """Compile what such a call needs, once; one rank of a node first. Collective over *comm*.
+
+        Parameters
+        ----------
+        dtype, kind, dim, dim_v, plain, backward
+            See `Backend.prepare`.
 
         Returns
         -------
         float
             Seconds that it took, waiting for other ranks included.
         """
-        wanted = dtype, kind, dim, dim_v
+        wanted = dtype, kind, dim, dim_v, plain, backward
         if not self._compiles or wanted in self._prepared:
             return 0.0
         start = time.perf_counter()
-        self._comm.by_turns(lambda: self.backend.prepare(*wanted), max(self._timeout, COMPILE_TIMEOUT))
+        self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
+                            max(self._timeout, COMPILE_TIMEOUT))
         self._prepared.add(wanted)
         return time.perf_counter() - start
 
     def close(self) -> None:
         """Give buffers and threads back. Local."""
         self.ring = Ring(self._comm, self._timeout)
+        self.homeward = Homeward(self._comm, HostLink, self.backend.clear, self.backend.add)
         self.backend.close()

@@ -1,6 +1,6 @@
 """How a block gets from this rank's memory to the next rank's: the only place that knows what memory that is.
 
-A link has two slots that take turns, one for the block at hand and one for the block on its way here. `Ring` drives
+A link has slots that take turns: of two, one for the block at hand and one for the block on its way here. `Ring` drives
 all links alike: it asks for a block to be received or sent, lets the link advance while it computes or waits, and
 settles the step when all is done.
 """
@@ -40,6 +40,12 @@ class Transfer(Protocol):
 class HostLink:
     """Slots in host memory, which MPI is given; and what all links have in common.
 
+    Parameters
+    ----------
+    slots : int
+    written : bool
+        Whether the blocks that are sent have been written to where they are, so that a GPU must be done with that.
+
     Attributes
     ----------
     requests : list of MPI.Request
@@ -48,17 +54,21 @@ class HostLink:
         The blocks on their way in this step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 2, written: bool = False) -> None:
         self.requests: list[Any] = []
         self.incoming: Transfer | None = None
         self.outgoing: Transfer | None = None
+        self._count, self._always_written = slots, written
         self._slots: list[Array] = []
 
     def reserve(self, nbytes: int) -> None:
         """Make the buffers for blocks of up to `nbytes` bytes, unless those there are large enough. Local."""
         if not self._holds(nbytes):
             self._slots = []               # the old ones go first
-            self._slots = [self._new_slot(nbytes) for _ in range(2)]
+            self._slots = [self._new_slot(nbytes) for _ in range(self._count)]
+
+    def begin(self) -> None:
+        """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
 
     def load(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
@@ -105,7 +115,7 @@ class HostLink:
         return bool(self._slots) and self._slots[0].nbytes >= nbytes
 
     def _slot(self, number: int) -> Array:
-        return self._slots[number % 2]
+        return self._slots[number % self._count]
 
     def _new_slot(self, nbytes: int) -> Array:
         return np.empty(nbytes, np.uint8)
@@ -124,20 +134,25 @@ class DeviceLink(HostLink):
     Parameters
     ----------
     device : Device
+    slots, written
+        See `HostLink`.
     """
 
-    def __init__(self, device: Any) -> None:
-        super().__init__()
+    def __init__(self, device: Any, slots: int = 2, written: bool = False) -> None:
+        super().__init__(slots, written)
         self._device = device
         self._stream: Any = None
         self._loaded: Any = None       # the event of the copy into the first slot
         self._read: Any = None         # the event of the kernels that read the blocks given up so far
 
-    def load(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
+    def begin(self) -> None:
+        """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
         self._stream = self._device.caller_stream()
         if self._read is not None:     # on another stream, in the call before this
             self._device.follow(self._stream, self._read)
+
+    def load(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
         views = super().load(arrays)
         self._loaded = self._device.record(self._stream)
         return views
@@ -155,6 +170,8 @@ class DeviceLink(HostLink):
 
     def _written(self, number: int) -> Any:
         """Give the event of what wrote the block of step `number`; None if it was received, and so is there."""
+        if self._always_written:
+            return self._device.record(self._stream)
         return None if number else self._loaded
 
     def _new_slot(self, nbytes: int) -> Array:
@@ -193,12 +210,14 @@ class StagedLink(DeviceLink):
     Parameters
     ----------
     device : Device
+    slots, written
+        See `HostLink`.
     chunk_bytes : int
         The same on all ranks: both sides cut a block alike.
     """
 
-    def __init__(self, device: Any, chunk_bytes: int | None = None) -> None:
-        super().__init__(device)
+    def __init__(self, device: Any, slots: int = 2, written: bool = False, chunk_bytes: int | None = None) -> None:
+        super().__init__(device, slots, written)
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES
         self._lanes: list[Lane] = []
 

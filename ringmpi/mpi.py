@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 TIMEOUT = 1800.0                  # seconds; a step of a long sequence on CPUs can take minutes
-FAILED_TAG = 32767                # the largest tag that every MPI has; the ring uses the others
+FAILED_TAG = 32767                # the largest tag that every MPI has; others use those below
 LONGEST_PAUSE = 5e-4              # seconds between two polls of a long wait
 LONGEST_TEXT = 1500               # characters of an error or option that travel to the other ranks
 
@@ -155,6 +155,11 @@ class Comm:
             self.fail(error, requests)
             raise
         return time.perf_counter() - start
+
+    def starter(self, call: str, peer: int, tag: int) -> Callable[[Any], Any]:
+        """Give what starts a message of a buffer and gives its request; `call` is ``"Isend"`` or ``"Irecv"``. Local."""
+        start, byte = getattr(self.ring, call), load().BYTE
+        return lambda buffer: start([buffer, byte], peer, tag)
 
     def test(self, requests: list[Any], describe: Callable[[], str],
              advance: Callable[[], bool] | None = None) -> bool:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .link import HostLink, Post
-from .mpi import FAILED_TAG, Comm, load
+from .homeward import TAGS, Homeward
+from .link import HostLink
+from .mpi import Comm
 from .trace import Step, Trace
-
-TAGS = FAILED_TAG          # of the ring, from 0; messages of one pair keep their order anyway
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Block:
     step: Step
     source: int
     arrays: tuple[Any, ...]
+    gradients: tuple[Any, ...] = ()
 
 
 def travel(needed: NDArray[np.bool_]) -> list[int]:
@@ -66,6 +66,8 @@ class Ring:
         self.comm = comm
         self.timeout = timeout
         self._link = link or HostLink()
+        self._links: list[HostLink] = [self._link]
+        self._homeward: Homeward | None = None
         self._step = Step(0, comm.rank)
 
     def reserve(self, nbytes: int) -> None:
@@ -87,17 +89,19 @@ class Ring:
         RankLost
             If a neighbour is gone.
         """
-        link = self._link
-        if link.incoming or link.outgoing:
-            self.comm.test(link.requests, self._describe, link.advance)
+        moving = [link for link in self._links if link.incoming or link.outgoing]
+        if moving:
+            together = _Together(moving)
+            self.comm.test(together.requests, self._describe, together.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
         self.comm.fail(error, [])
-        self.comm.keep(self._link.drop())
+        for link in self._links:
+            self.comm.keep(link.drop())
 
     def circulate(self, arrays: Sequence[Any], shapes: Sequence[Sequence[tuple[int, ...]]],
-                  hops: Sequence[int], trace: Trace) -> Iterator[Block]:
+                  hops: Sequence[int], trace: Trace, homeward: Homeward | None = None) -> Iterator[Block]:
         """Yield this rank's block, then those of the ranks before it, each while the next is on its way.
 
         Collective over *comm*: every rank must take all its blocks, or say `abandon`. At most ``size - 1`` hops.
@@ -111,11 +115,14 @@ class Ring:
             See `travel`.
         trace : Trace
             A `Step` for each position of the ring is added.
+        homeward : Homeward, optional
+            For gradients, begun with the same shapes and hops.
 
         Yields
         ------
         Block
-            Its arrays are views of a buffer, valid until the next block is asked for.
+            Its arrays are views of a buffer, valid until the next block is asked for. With `homeward`, what is added
+            to its gradients by then goes home.
 
         Raises
         ------
@@ -125,7 +132,9 @@ class Ring:
         size, rank, link = self.comm.size, self.comm.rank, self._link
         dtype = arrays[0].dtype
         sizes = [sum(math.prod(shape) for shape in theirs) * dtype.itemsize for theirs in shapes]
+        self._homeward, self._links = homeward, [link, *(homeward.links if homeward else ())]
         self.reserve(max(sizes))
+        link.begin()
         here = link.load(arrays) if size > 1 else tuple(arrays)
         for number in range(size):
             source, following = (rank - number) % size, (rank - number - 1) % size
@@ -133,23 +142,48 @@ class Ring:
             trace.steps.append(step)
             if hops[following] > number:
                 step.bytes_received = sizes[following]
-                link.receive(number + 1, sizes[following], self._post("Irecv", self.comm.source, number))
+                link.receive(number + 1, sizes[following], self.comm.starter("Irecv", self.comm.source, number % TAGS))
             if hops[source] > number:
                 step.bytes_sent = sizes[source]
-                link.send(number, sizes[source], self._post("Isend", self.comm.dest, number))
+                link.send(number, sizes[source], self.comm.starter("Isend", self.comm.dest, number % TAGS))
             if hops[source] >= number:
-                yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype))
-            step.wait_seconds = self.comm.wait(link.requests, self.timeout, self._describe, link.advance)
+                yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype),
+                            homeward.open(step) if homeward else ())
+            step.wait_seconds = self._wait(self._links[:2])
             link.settle()
+            if homeward:
+                homeward.close(step)
+        if homeward:
+            step.wait_seconds += self._wait(self._links[1:])
+            homeward.finish()
 
-    def _post(self, call: str, peer: int, tag: int) -> Post:
-        start, byte = getattr(self.comm.ring, call), load().BYTE
-        return lambda buffer: start([buffer, byte], peer, tag % TAGS)
+    def _wait(self, links: Sequence[HostLink]) -> float:
+        """Wait for some links, and let all advance; return the seconds it took."""
+        together = _Together(links, [link for link in self._links if link not in links])
+        return self.comm.wait(together.requests, self.timeout, self._describe, together.advance)
 
     def _describe(self) -> str:
         comm, step, link = self.comm, self._step, self._link
-        ways = ((link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}"),
-                (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes"))
+        ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}"),
+                (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes")]
+        if self._homeward:
+            ways += self._homeward.ways(step)
         late = [f"{text} {way.obstacle()}".rstrip() for way, text in ways if way and not way.done()]
         return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: waited "
                 f"{' and '.join(late or [text for _, text in ways])}")
+
+
+class _Together:
+    """Several links as one: the messages of `links`, which are waited for, and all that must advance meanwhile."""
+
+    def __init__(self, links: Sequence[HostLink], others: Sequence[HostLink] = ()) -> None:
+        self._links, self._others = links, others
+        self.requests: list[Any] = []
+
+    def advance(self) -> bool:
+        """Do what has become possible; say whether nothing but `requests` is left. Local."""
+        for link in self._others:
+            link.advance()
+        nothing_else = [link.advance() for link in self._links]
+        self.requests[:] = [request for link in self._links for request in link.requests]
+        return all(nothing_else)

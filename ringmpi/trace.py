@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Step:
-    """One block of K and V on one rank. Times in seconds, sizes in bytes."""
+    """One block of K and V on one rank. Times in seconds, sizes in bytes, of K and V but where it says gradient."""
 
     step: int
     source: int
@@ -17,6 +17,7 @@ class Step:
     wait_seconds: float = 0.0
     bytes_sent: int = 0
     bytes_received: int = 0
+    gradient_bytes_sent: int = 0
 
 
 @dataclass
@@ -67,6 +68,11 @@ class Trace:
         return sum(s.bytes_sent for s in self.steps)
 
     @property
+    def gradient_bytes_sent(self) -> int:
+        """Bytes of the gradients of K and V sent on, or home."""
+        return sum(s.gradient_bytes_sent for s in self.steps)
+
+    @property
     def hops(self) -> int:
         """Blocks received from the neighbour."""
         return sum(s.bytes_received > 0 for s in self.steps)
@@ -74,5 +80,5 @@ class Trace:
     def as_dict(self) -> dict[str, Any]:
         """Give sums and steps as plain numbers, for JSON."""
         names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds", "bytes_sent",
-                 "hops")
+                 "gradient_bytes_sent", "hops")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}

@@ -220,7 +220,7 @@ def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
 
 def links_under_way():
     """Links of every kind with a block on its way in, and the wire it is on."""
-    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), 4)):
+    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
         link, wire = kind(), Wire()
         link.reserve(22)
         link.receive(1, 22, wire.post)

@@ -36,7 +36,7 @@ class World:
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
         links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
-                 "staged": lambda: StagedLink(self.device, CHUNK)}
+                 "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}
         self.link = links[kind]()
         self.ring = Ring(private(comm), timeout, self.link)
         self.random = np.random.default_rng(seed)       # the same on all ranks

@@ -1,0 +1,137 @@
+"""The gradients of K and V on their way home.
+
+Each rank computes its own share of a block's gradient in the step in which the block is there, while the sum of the
+ranks before it comes in; then it adds the two and passes them on. The owner keeps its own share. The last rank that
+computes with a block sends the sum straight home, so that a block of a causal mask does not go round in vain: one
+message for each block but from neighbour to neighbour. Sums travel in the accumulator's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .link import HostLink, Transfer
+from .mpi import FAILED_TAG, Comm
+from .trace import Step
+
+TAGS = FAILED_TAG // 3      # of blocks, of sums, and then one of sums that come home
+Array = Any                 # of NumPy, or of a device
+
+
+def first_hops(needed: NDArray[np.bool_]) -> list[int]:
+    """Say how far each block is from its owner when another rank first computes with it; 0 if none does. Local.
+
+    Parameters
+    ----------
+    needed : bool array of shape (size, size)
+        ``needed[rank, source]``: rank computes with the block of source.
+    """
+    size = len(needed)
+    return [min((hop for hop in range(1, size) if needed[(source + hop) % size, source]), default=0)
+            for source in range(size)]
+
+
+class Homeward:
+    """Sums that go from rank to rank behind the blocks of a `Ring`, which drives this.
+
+    Parameters
+    ----------
+    comm : Comm
+    new_link : callable
+        Makes a link of ``(slots, written)``; of the kind that the ring has.
+    clear : callable
+        Fills an array with zeros.
+    add : callable
+        Adds the second array to the first.
+    """
+
+    def __init__(self, comm: Comm, new_link: Callable[[int, bool], HostLink], clear: Callable[[Array], None],
+                 add: Callable[[Array, Array], None]) -> None:
+        self._comm, self._clear, self._add = comm, clear, add
+        # Of the three slots one is for this rank's share, one for the sum coming in, one for the sum going out.
+        self._chain, self._home = new_link(3, True), new_link(1, False)
+
+    @property
+    def links(self) -> tuple[HostLink, HostLink]:
+        """What goes from neighbour to neighbour, and what comes home."""
+        return self._chain, self._home
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the buffers for the sums of blocks, of up to `nbytes` bytes. Local."""
+        if self._comm.size > 1:
+            self._chain.reserve(nbytes)
+            self._home.reserve(nbytes)
+
+    def begin(self, arrays: Sequence[Array], shapes: Sequence[Sequence[tuple[int, ...]]], hops: Sequence[int],
+              firsts: Sequence[int]) -> None:
+        """Begin a pass over all blocks. Local.
+
+        Parameters
+        ----------
+        arrays : sequence of arrays, all of one dtype
+            The gradient of this rank's block, which its own share and then those of the others are added to.
+        shapes : for each rank, the shapes of its arrays
+        hops, firsts : for each rank, where the last and the first other rank that computes with its block is
+            See `ring.travel` and `first_hops`.
+        """
+        comm, self._arrays, self._shapes, self._hops, self._firsts = self._comm, arrays, shapes, hops, firsts
+        self._sizes = [sum(math.prod(shape) for shape in theirs) * arrays[0].dtype.itemsize for theirs in shapes]
+        if comm.size > 1:
+            self.reserve(max(self._sizes))
+            self._chain.begin()
+            self._home.begin()
+            if hops[comm.rank]:
+                last = (comm.rank + hops[comm.rank]) % comm.size
+                self._home.receive(0, self._sizes[comm.rank], comm.starter("Irecv", last, 2 * TAGS))
+
+    def open(self, step: Step) -> tuple[Array, ...]:
+        """Give the arrays that this rank's share of a step is added to; the sum so far starts to come in. Local."""
+        number, source = step.step, step.source
+        if number == 0:
+            return tuple(self._arrays)
+        share = self._views(number, source)
+        for x in share:
+            self._clear(x)
+        if self._comes(number, source):
+            self._chain.receive(number + 1, self._sizes[source], self._comm.starter("Irecv", self._comm.source,
+                                                                                   TAGS + (number - 1) % TAGS))
+        return share
+
+    def close(self, step: Step) -> None:
+        """Add what came in to this rank's share, when both are there, and pass the sum on, or home. Local."""
+        number, source, comm = step.step, step.source, self._comm
+        if number and self._comes(number, source):
+            for share, others in zip(self._views(number, source), self._views(number + 1, source), strict=True):
+                self._add(share, others)
+        self._chain.settle()
+        if number and self._firsts[source] <= number <= self._hops[source]:
+            step.gradient_bytes_sent = self._sizes[source]
+            dest, tag = (source, 2 * TAGS) if number == self._hops[source] else (comm.dest, TAGS + number % TAGS)
+            self._chain.send(number, self._sizes[source], comm.starter("Isend", dest, tag))
+
+    def finish(self) -> None:
+        """Add what has come home. Local."""
+        self._chain.settle()
+        if self._comm.size > 1 and self._hops[self._comm.rank]:
+            theirs = self._home.views(0, self._shapes[self._comm.rank], self._arrays[0].dtype)
+            for x, y in zip(self._arrays, theirs, strict=True):
+                self._add(x, y)
+        self._home.settle()
+
+    def ways(self, step: Step) -> list[tuple[Transfer | None, str]]:
+        """Give what may be on its way, each with what waiting for it is called. Local."""
+        source = self._comm.source
+        return [(self._chain.incoming, f"for the gradients of rank {step.source}'s block from rank {source}"),
+                (self._chain.outgoing, "for the gradients of another rank's block to be taken"),
+                (self._home.incoming, "for its own gradients to come home")]
+
+    def _comes(self, number: int, source: int) -> bool:
+        return self._firsts[source] < number <= self._hops[source]
+
+    def _views(self, number: int, source: int) -> tuple[Array, ...]:
+        return self._chain.views(number, self._shapes[source], self._arrays[0].dtype)
