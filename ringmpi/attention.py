@@ -241,7 +241,7 @@ class RingAttention:
         self._last = None                 # what the last call worked on goes before this call's memory comes
         start = time.perf_counter()
         call = self._take(q, k, v, sinks, seed)
-        self._get_ready(call.plan, "forward")
+        self._get_ready(call, "forward")
         self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
         self.trace.flop_per_pair = 2 * call.plan.dims[0] * sum(call.plan.dims[1:])
         with self.backend.current():
@@ -360,7 +360,7 @@ class RingAttention:
         plan, kind = call.plan, call.plan.accumulator
         with self._comm.together(self.timeout):
             dout, dlse = self._check_cotangents(call, dout, dlse)
-        self._get_ready(plan, "backward")
+        self._get_ready(call, "backward")
         self.trace.flop_per_pair = plan.dims[0] * (6 * plan.dims[1] + 4 * plan.dims[2])
         backend = self.backend
         with self._comm.together(self.timeout), backend.current():
@@ -375,7 +375,7 @@ class RingAttention:
         with self._comm.together(self.timeout), backend.current():
             results = [call.given(self._bring(call, backend.rounded(x, call.q.dtype))) for x in (dq, dk, dv)]
             if call.sinks is not None:
-                results.append(self._gradient_of_sinks(call, gradients))
+                results.append(self._gradient_of_sinks(call.sinks, gradients))
             backend.complete()
         return tuple(results)
 
@@ -410,14 +410,14 @@ class RingAttention:
                         progress(pairs, plan.pairs)
         block.step.compute_seconds = time.perf_counter() - start
 
-    def _gradient_of_sinks(self, call: Call, gradients: list[Gradient]) -> Array:
+    def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: list[Gradient]) -> NDArray[Any]:
         """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries."""
-        sinks, total = np.asarray(call.sinks, np.float64), np.zeros(len(call.sinks or ()))
+        total = np.zeros(len(sinks))
         for gradient in gradients:
             lse, delta = (self.backend.fetch(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
             with np.errstate(all="ignore"):
                 total -= (np.where(sinks == -np.inf, 0, np.exp(sinks - lse)) * delta).sum(axis=0)
-        return total.astype(call.plan.accumulator)
+        return total.astype(sinks.dtype)
 
     def _bring(self, call: Call, x: Array) -> Array:
         """Bring a result to where the arrays came from."""
@@ -524,8 +524,9 @@ class RingAttention:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
         return q_layout, kv_layout
 
-    def _get_ready(self, plan: Plan, way: str) -> None:
+    def _get_ready(self, call: Call, way: str) -> None:
         """Compile what such a pass needs, and make its buffers, the first time. Collective over *comm*."""
+        plan = call.plan
         if way in plan.ready:
             return
         heads, dim, dim_v = plan.dims
@@ -536,7 +537,7 @@ class RingAttention:
             if way == "backward":
                 self._engine.homeward.reserve(plan.block_bytes(plan.accumulator))
             else:
-                seen = plan.sees
+                seen = plan.sees | (call.sinks is not None)       # a sink is seen by all
                 plan.seen = self.backend.place(seen)
                 plan.states = [self.backend.new_state(len(seen), heads, dim_v, plan.accumulator)
                                for _ in range(plan.batch)]

@@ -23,12 +23,12 @@ LOST = """
 import os, signal, sys
 from ringmpi import attention
 from ringmpi.cli import main
-fold = attention.RingAttention._fold
-def dying(self, plan, q, block, progress):
+compute = attention.RingAttention._compute
+def dying(self, call, block, work, progress):
     if self._comm.rank == 2 and block.step.step == 1:
         os.kill(os.getpid(), signal.SIGNAL)
-    return fold(self, plan, q, block, progress)
-attention.RingAttention._fold = dying
+    return compute(self, call, block, work, progress)
+attention.RingAttention._compute = dying
 sys.exit(main())
 """
 # Between mpiexec and a rank, so that mpiexec does not see it die: it would end some of the others before they speak.

@@ -1,0 +1,265 @@
+"""Gradients and score functions on this run's ranks against a dense float64 softmax. Runs under mpiexec."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from oracle import FUNCTIONS, functions
+from test_gradients import BOUND
+from test_mpi_attention import FACTORS, arrays, make_layout, make_mask
+
+from ringmpi import (
+    BackendError,
+    DtypeError,
+    Mask,
+    OptionError,
+    RingAttention,
+    RingError,
+    ShapeError,
+    ring_attention,
+    ring_attention_backward,
+)
+from ringmpi.layout import make
+from ringmpi.score import streams
+from ringmpi.softmax import DTYPES, TOLERANCE
+
+pytestmark = pytest.mark.mpi
+
+LEVELS = {**FACTORS, "function": list(FUNCTIONS), "length": [1, 2, "P-1", 103, 301]}
+NAMES = ("dq", "dk", "dv", "dsinks")
+
+
+def covering():
+    """Cases in which every pair of levels of any two factors occurs."""
+    names, rng = list(LEVELS), np.random.default_rng(1)
+    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in LEVELS[a] for y in LEVELS[b]}
+    cases = []
+    while missing:
+        drawn = [{name: LEVELS[name][rng.integers(len(LEVELS[name]))] for name in names} for _ in range(60)]
+        best = max(drawn, key=lambda case: len({(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)}
+                                               & missing))
+        missing -= {(a, b, best[a], best[b]) for a, b in itertools.combinations(names, 2)}
+        cases.append(best)
+    return cases
+
+
+def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function="plain", n_q=None, seed=0, bound=None,
+          accumulator=None):
+    """One forward and backward pass; gives the errors of the gradients."""
+    n_q = length if n_q is None else n_q
+    q, k, v = arrays(seed, n_q, length, *heads, 16, dim_v, dtype)
+    rng = np.random.default_rng(seed + 1)
+    dout, dlse = rng.standard_normal((n_q, heads[0], dim_v)).astype(q.dtype), rng.standard_normal((n_q, heads[0]))
+    q_layout, kv_layout = make_layout(layout, n_q, comm.size), make_layout(layout, length, comm.size)
+    mine, theirs = q_layout.positions(comm.rank), kv_layout.positions(comm.rank)
+    named = layout in ("striped", "zigzag")
+    offset = Mask(**mask).offset(n_q, length)
+    score, sinks = functions(function, heads[0], np.arange(n_q) + offset, np.arange(length), seed)
+    if "streams" in score:
+        score["streams"] = streams(seed, 1, heads[0])[0]
+    options = {"mask": Mask(**mask), "layout": layout if named else q_layout, "softcap": score.get("softcap"),
+               "kv_layout": layout if named else kv_layout, "alibi": score.get("slopes"),
+               "dropout": score.get("dropout", 0.0), "accumulator": accumulator}
+    with RingAttention(comm, backend=backend, timeout=60, **options) as attention:
+        out, lse = attention(q[mine], k[theirs], v[theirs], sinks=sinks, seed=seed, return_lse=True)
+        got = dict(zip(NAMES, attention.backward(dout[mine], dlse[mine].astype(lse.dtype)), strict=False))
+        trace = attention.trace
+    see = oracle.visible(n_q, length, **mask)
+    want = oracle.dense(q, k, v, see, 0.25, dout=dout, dlse=dlse, sinks=sinks, **score)
+    errors = {"out": oracle.error(out, want["out"][mine], np.abs(want["out"]).max(initial=0) or 1.0) / 2,
+              "lse": oracle.error(lse, want["lse"][mine])}
+    if sinks is not None:
+        got["dsinks"] = comm.allreduce(got["dsinks"].astype(float))
+    for name, x in got.items():
+        part = want[name] if name == "dsinks" else want[name][mine if name == "dq" else theirs]
+        errors[name] = oracle.error(x, part, np.abs(want[name]).max(initial=0) or 1.0)
+    bound = bound or BOUND[dtype]
+    assert all(errors[name] <= (TOLERANCE[dtype] if name == "out" else bound if name in NAMES else
+                                1e-13 if dtype == "float64" else 2e-6) for name in errors), errors
+    assert all(x.dtype == q.dtype for name, x in got.items() if name != "dsinks")
+    assert (got["dq"][~see[mine].any(axis=1)] == 0).all()
+    assert (got["dk"][~see[:, theirs].any(axis=0)] == 0).all()
+    assert (got["dv"][~see[:, theirs].any(axis=0)] == 0).all()
+    assert trace.pairs == see[mine].sum()
+    return errors
+
+
+@pytest.mark.parametrize("number", range(len(covering())))
+def test_dense_softmax(comm, number):
+    case = dict(covering()[number])
+    length = comm.size - 1 if case["length"] == "P-1" else case["length"]
+    case |= {"length": length, "mask": make_mask(case["mask"], length)}
+    check(comm, **case, seed=number)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_any_case(comm, data):
+    draw = data.draw
+    length = draw(st.integers(0, 60))
+    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
+    mask = {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
+            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
+            "documents": documents if length > 1 and draw(st.booleans()) else None}
+    check(comm, backend=draw(st.sampled_from(FACTORS["backend"])), dtype=draw(st.sampled_from(FACTORS["dtype"])),
+          layout=draw(st.sampled_from(FACTORS["layout"])), heads=draw(st.sampled_from(FACTORS["heads"])),
+          function=draw(st.sampled_from(FUNCTIONS)), dim_v=draw(st.integers(1, 20)), length=length,
+          n_q=draw(st.integers(0, 60)), mask=mask, seed=draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("backend", FACTORS["backend"])
+def test_float64_accumulator(comm, backend):
+    """Of float32 inputs: what is summed is exact to the rounding of out, which delta goes by."""
+    check(comm, backend=backend, dtype="float32", layout="striped", mask={"causal": True}, heads=(4, 2), length=301,
+          dim_v=16, function="all", accumulator="float64", bound=2e-7)
+
+
+@pytest.mark.parametrize("backend", FACTORS["backend"])
+def test_dropout_is_the_same_on_any_ranks_in_any_layout(comm, backend):
+    from mpi4py import MPI
+    q, k, v = arrays(3, 90, 90, 4, 2, 8, 8, "float64")
+    options = {"mask": Mask(causal=True), "dropout": 0.4, "backend": backend, "seed": 11, "return_lse": True}
+    alone, lse = ring_attention(q, k, v, comm=MPI.COMM_SELF, **options)
+    same, other = [], True
+    for layout in ("contiguous", "striped", "zigzag"):
+        mine = make(layout, 90, comm.size).positions(comm.rank)
+        out, some = ring_attention(q[mine], k[mine], v[mine], comm=comm, layout=layout, **options)
+        same.append(oracle.error(out, alone[mine], 1.0) < 1e-13 and oracle.error(some, lse[mine]) < 1e-13)
+        out = ring_attention(q[mine], k[mine], v[mine], comm=comm, layout=layout, mask=Mask(causal=True), dropout=0.4,
+                             backend=backend, seed=12)
+        other &= not len(mine) or np.abs(out - alone[mine]).max() > 1e-3
+    assert all(same)
+    assert other
+
+
+def test_batch_axis(comm):
+    cases = [arrays(seed, 30, 30, 4, 2, 8, 12, "float64") for seed in range(3)]
+    mine = make("striped", 30, comm.size).positions(comm.rank)
+    q, k, v = (np.stack([case[i][mine] for case in cases]) for i in range(3))
+    dout = np.random.default_rng(9).standard_normal((3, 30, 4, 12))
+    see, sinks = oracle.visible(30, 30, causal=True), np.array([0.1, -1, 2, 0])
+    with RingAttention(comm, mask=Mask(causal=True), layout="striped", dropout=0.2, backend="numpy") as attention:
+        attention(q, k, v, seed=5, sinks=sinks)
+        grads = attention.backward(dout[:, mine])
+    total = comm.allreduce(grads[3])
+    keys, want_sinks = streams(5, 3, 4), 0.0
+    for number, case in enumerate(cases):
+        want = oracle.dense(*case, see, 8**-0.5, dout=dout[number], sinks=sinks, dropout=0.2, streams=keys[number],
+                            queries=np.arange(30), keys=np.arange(30))
+        for got, name in zip(grads, NAMES[:3], strict=False):
+            assert oracle.error(got[number], want[name][mine], np.abs(want[name]).max()) < 1e-12
+        want_sinks = want_sinks + want["dsinks"]
+    assert oracle.error(total, want_sinks) < 1e-12
+
+
+def test_the_functional_form_is_the_same(comm):
+    q, k, v = arrays(4, 40, 40, 4, 2, 8, 12, "float32")
+    dout = np.random.default_rng(0).standard_normal((40, 4, 12)).astype("f4")
+    mine = make("zigzag", 40, comm.size).positions(comm.rank)
+    options = {"mask": Mask(causal=True), "layout": "zigzag", "softcap": 3.0}
+    with RingAttention(comm, **options) as attention:
+        out, lse = attention(q[mine], k[mine], v[mine], return_lse=True)
+        first, second = attention.backward(dout[mine]), attention.backward(dout[mine])
+        again = attention.backward_of(dout[mine], q[mine], k[mine], v[mine], out, lse)
+    alone = ring_attention_backward(dout[mine], q[mine], k[mine], v[mine], out, lse, comm=comm, **options)
+    for other in (second, again, alone):
+        assert all((a == b).all() for a, b in zip(first, other, strict=True))
+
+
+def test_causal_contiguous_sends_each_gradient_only_as_far_as_it_must(comm):
+    q, k, v = arrays(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
+    mine = slice(4 * comm.rank, 4 * comm.rank + 4)
+    with RingAttention(comm) as full, RingAttention(comm, mask=Mask(causal=True)) as causal:
+        for attention in (full, causal):
+            attention(q[mine], k[mine], v[mine])
+            attention.backward(q[mine])
+        p, block = comm.size, 4 * 8 * 4
+        sent = [comm.allreduce(x.trace.gradient_bytes_sent) for x in (full, causal)]
+        moved = comm.allreduce(causal.trace.bytes_sent)
+    assert sent == [p * (p - 1) * block, p * (p - 1) // 2 * block]
+    assert moved == p * (p - 1) // 2 * block
+
+
+def test_gradients_of_narrow_inputs_travel_wide(comm):
+    q, k, v = arrays(8, 2 * comm.size, 2 * comm.size, 1, 1, 4, 4, "bfloat16")
+    mine = slice(2 * comm.rank, 2 * comm.rank + 2)
+    with RingAttention(comm) as attention:
+        attention(q[mine], k[mine], v[mine])
+        attention.backward(q[mine])
+        assert attention.trace.gradient_bytes_sent == (comm.size - 1) * 2 * 8 * 4
+        assert attention.trace.bytes_sent == (comm.size - 1) * 2 * 8 * 2
+
+
+def test_messages_are_cut(comm, monkeypatch):
+    monkeypatch.setattr("ringmpi.link.MESSAGE_BYTES", 100)
+    check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=101,
+          dim_v=7)
+
+
+def said(comm, call):
+    """What each rank's call raises, on every rank: type and text."""
+    try:
+        call()
+    except RingError as error:
+        return comm.allgather((type(error), str(error)))
+    return comm.allgather((None, ""))
+
+
+def expect(comm, call, kind, *texts):
+    """The same error on every rank."""
+    outcomes = said(comm, call)
+    assert all(outcome == outcomes[0] for outcome in outcomes), outcomes
+    assert outcomes[0][0] is kind, outcomes
+    assert all(text in outcomes[0][1] for text in texts), outcomes
+
+
+def test_bad_calls_are_errors_on_every_rank(comm):
+    q, k, v = arrays(6, 5, 5, 2, 1, 4, 3, "float32")
+    last = comm.size - 1
+    with RingAttention(comm) as attention:
+        expect(comm, lambda: attention.backward(q), RingError, "backward: expected a call before it")
+        out, lse = attention(q, k, v, return_lse=True)
+        bad = out[:4] if comm.rank == last else out
+        expect(comm, lambda: attention.backward(bad), ShapeError, f"rank {last}: dout: expected shape (5, 2, 3)",
+               "got (4, 2, 3)")
+        bad = out.astype(float) if comm.rank == last else out
+        expect(comm, lambda: attention.backward(bad), DtypeError, f"rank {last}: dout: expected dtype float32")
+        expect(comm, lambda: attention.backward(out, lse[:2]), ShapeError, "dlse: expected shape (5, 2)")
+        fine = attention.backward(out, lse)
+        assert len(fine) == 3
+        attention(q[:3], k[:3], v[:3])
+        expect(comm, lambda: attention.backward(out), ShapeError, "dout: expected shape (3, 2, 3)")
+        expect(comm, lambda: attention.backward_of(out, q, k, v, out[:2], lse), ShapeError, "out: expected shape")
+        expect(comm, lambda: attention.backward_of(out, q, k, v, out, lse.astype(float)), DtypeError, "lse: expected")
+        expect(comm, lambda: attention(q, k, v, sinks=np.zeros(3, "f4")), ShapeError, "sinks: expected shape (2,)")
+        expect(comm, lambda: attention.backward(out), RingError, "it failed")
+        if comm.size > 1:
+            some = np.zeros(2, "f4") if comm.rank == last else None
+            expect(comm, lambda: attention(q, k, v, sinks=some), ShapeError, f"rank {last}: expected the same sinks")
+    expect(comm, lambda: attention.backward(out), RingError, "closed")
+    for name, value, text in (("softcap", 0, "softcap: expected a finite number > 0"),
+                              ("softcap", "x", "softcap"), ("dropout", 1.0, "0 <= dropout < 1"),
+                              ("dropout", -0.1, "dropout"), ("alibi", [[1.0]], "alibi: expected a finite slope"),
+                              ("alibi", [np.inf], "alibi")):
+        expect(comm, lambda n=name, x=value: RingAttention(comm, **{n: x}), OptionError, text)
+    with RingAttention(comm, alibi=[1.0, 2.0, 3.0]) as attention:
+        expect(comm, lambda: attention(q, k, v), ShapeError, "alibi: expected a slope for each of 2 heads, got 3")
+    with RingAttention(comm, dropout=0.5) as attention:
+        expect(comm, lambda: attention(q, k, v, seed=-1), OptionError, "seed: expected an integer")
+        if comm.size > 1:
+            expect(comm, lambda: attention(q, k, v, seed=comm.rank), ShapeError, "expected the same seed")
+    if comm.size > 1:
+        expect(comm, lambda: RingAttention(comm, dropout=0.1 * comm.rank), OptionError, "dropout is 0.1 here")
+    with RingAttention(comm, alibi=[1.0, 2.0], mask=Mask(q_offset=2**31)) as attention:
+        expect(comm, lambda: attention(q, k, v), OptionError, "expected positions below 2^31")
+    with RingAttention(comm) as attention:
+        attention(q, k, v)
+
+        class Elsewhere:
+            __cuda_array_interface__ = {}
+
+        expect(comm, lambda: attention.backward(Elsewhere()), BackendError, "dout: the array is on a GPU")
