@@ -98,9 +98,9 @@ class RingAttention:
     softcap : float, optional
         Scaled scores x become ``softcap tanh(x / softcap)``, as in Gemma 2.
     alibi : array of shape (heads,), optional
-        Slopes: ``alibi[h] |i - j|`` is subtracted from the score of query position i and key position j of head h, after
-        `softcap` (Press, Smith & Lewis 2022, *Train Short, Test Long*). Positions are global, so it is right in any
-        layout; queries are aligned with the keys as the mask aligns them.
+        Slopes: ``alibi[h] |i - j|`` is subtracted from the score of query position i and key position j of head h,
+        after `softcap` (Press, Smith & Lewis 2022, *Train Short, Test Long*). Positions are global, so it is right in
+        any layout; queries are aligned with the keys as the mask aligns them.
     dropout : float
         Probability with which a weight is left out, ``0 <= dropout < 1``; the others are divided by ``1 - dropout``.
         Which are is a matter of the seed of the call, the head (and element of the batch) and the two positions alone:
@@ -297,7 +297,7 @@ class RingAttention:
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
                     progress: Progress | None = None) -> tuple[Array, ...]:
-        """Give the gradients of any call with these options, from what went into it and came out. Collective over *comm*.
+        """Give the gradients of any call with these options, by what went in and came out. Collective over *comm*.
 
         Parameters
         ----------
@@ -366,8 +366,8 @@ class RingAttention:
         with self._comm.together(self.timeout), backend.current():
             dout, dlse = backend.place(dout), None if dlse is None else backend.place(dlse)
             dq, dk, dv = (backend.empty(x.shape, kind) for x in (call.q, call.k, call.v))
-            gradients = [backend.new_gradient(dout[i], call.out[i], call.lse[i], None if dlse is None else dlse[i], dq[i])
-                         for i in range(plan.batch)]
+            gradients = [backend.new_gradient(dout[i], call.out[i], call.lse[i], dlse if dlse is None else dlse[i],
+                                              dq[i]) for i in range(plan.batch)]
             for x in (dk, dv):
                 backend.clear(x)
         with backend.current():
@@ -615,9 +615,9 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         return attention(q, k, v, sinks=sinks, seed=seed)
 
 
-def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
-                            comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
-                            **options: Any) -> tuple[Array, ...]:
+def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
+                            *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
+                            seed: int = 0, **options: Any) -> tuple[Array, ...]:
     """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
 
     Parameters

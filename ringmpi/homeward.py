@@ -123,12 +123,12 @@ class Homeward:
                 self._add(x, y)
         self._home.settle()
 
-    def ways(self, step: Step) -> list[tuple[Transfer | None, str]]:
-        """Give what may be on its way, each with what waiting for it is called. Local."""
+    def ways(self, step: Step, last: bool) -> list[tuple[Transfer | None, str]]:
+        """Give what is waited for in a step, and after the last one, each with what waiting for it is called. Local."""
         source = self._comm.source
-        return [(self._chain.incoming, f"for the gradients of rank {step.source}'s block from rank {source}"),
-                (self._chain.outgoing, "for the gradients of another rank's block to be taken"),
-                (self._home.incoming, "for its own gradients to come home")]
+        ways = [(self._chain.incoming, f"for the gradients of rank {step.source}'s block from rank {source}"),
+                (self._chain.outgoing, "for the gradients of another rank's block to be taken")]
+        return [*ways, (self._home.incoming, "for its own gradients to come home")] if last else ways
 
     def _comes(self, number: int, source: int) -> bool:
         return self._firsts[source] < number <= self._hops[source]

@@ -68,6 +68,7 @@ class Ring:
         self._link = link or HostLink()
         self._links: list[HostLink] = [self._link]
         self._homeward: Homeward | None = None
+        self._last = False             # whether all blocks are done, and gradients alone are waited for
         self._step = Step(0, comm.rank)
 
     def reserve(self, nbytes: int) -> None:
@@ -132,7 +133,7 @@ class Ring:
         size, rank, link = self.comm.size, self.comm.rank, self._link
         dtype = arrays[0].dtype
         sizes = [sum(math.prod(shape) for shape in theirs) * dtype.itemsize for theirs in shapes]
-        self._homeward, self._links = homeward, [link, *(homeward.links if homeward else ())]
+        self._last, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
         self.reserve(max(sizes))
         link.begin()
         here = link.load(arrays) if size > 1 else tuple(arrays)
@@ -154,6 +155,7 @@ class Ring:
             if homeward:
                 homeward.close(step)
         if homeward:
+            self._last = True
             step.wait_seconds += self._wait(self._links[1:])
             homeward.finish()
 
@@ -167,7 +169,7 @@ class Ring:
         ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}"),
                 (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes")]
         if self._homeward:
-            ways += self._homeward.ways(step)
+            ways += self._homeward.ways(step, self._last)
         late = [f"{text} {way.obstacle()}".rstrip() for way, text in ways if way and not way.done()]
         return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: waited "
                 f"{' and '.join(late or [text for _, text in ways])}")

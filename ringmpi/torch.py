@@ -1,0 +1,131 @@
+"""Ring attention for PyTorch: differentiable by autograd, on tensors of the CPU or of a GPU, which are not copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .attention import RingAttention
+from .errors import OptionError
+from .softmax import BFLOAT16
+
+try:
+    import torch
+    from torch import Tensor
+    from torch.autograd.function import once_differentiable
+except ImportError as error:
+    raise ImportError("ringmpi.torch needs PyTorch: pip install 'ringmpi[torch]'") from error
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
+                   sinks: Tensor | None = None, seed: int = 0, return_lse: bool = False,
+                   **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend, and be differentiated by autograd: `q`, `k`, `v` and `sinks`, by `out` and `lse`. Collective over *comm*.
+
+    Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
+    of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there.
+
+    Parameters
+    ----------
+    q, k, v : tensors
+        This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and ([batch,] n_k,
+        kv_heads, dim_v), of one dtype: float64, float32, bfloat16 or float16. All on the CPU or all on one GPU.
+    comm : MPI.Intracomm
+        Or `attention`.
+    attention : RingAttention, optional
+        Keeps its buffers and plan from call to call; for training loops. It must live until the last backward pass.
+    sinks : tensor of shape (heads,), optional
+        Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
+        parameter that all ranks have.
+    seed : int
+        Of dropout; the same on all ranks. Take another one for each layer and step, ``layer + layers * step`` say.
+    return_lse : bool
+        Return the log-sum-exp of the scores too, differentiable.
+    **options
+        With `comm`: what `RingAttention` takes, `mask`, `layout` and `dropout` for example.
+
+    Returns
+    -------
+    out : tensor of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+        Where `q` is.
+    lse : tensor of shape ([batch,] n_q, heads), accumulator dtype
+        With `return_lse`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank; from the backward pass too.
+
+    Examples
+    --------
+    ::
+
+        with ringmpi.RingAttention(comm, mask=ringmpi.Mask(causal=True), layout="striped") as attention:
+            for batch in batches:
+                out = ringmpi.torch.ring_attention(q, k, v, attention=attention)
+                ...
+                loss.backward()
+    """
+    if (comm is None) == (attention is None) or (options and attention is not None):
+        raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
+    out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed)
+    return (out, lse) if return_lse else out
+
+
+class _Source:
+    """Where a pass gets its `RingAttention` from: the caller's, or one for this pass."""
+
+    def __init__(self, comm: Any, attention: RingAttention | None, options: dict[str, Any]) -> None:
+        self._comm, self._attention, self._options = comm, attention, options
+
+    @contextmanager
+    def open(self) -> Iterator[RingAttention]:
+        """Give it, and close it if it is for this pass alone. Collective over *comm*."""
+        if self._attention is not None:
+            yield self._attention
+        else:
+            with RingAttention(self._comm, **self._options) as attention:
+                yield attention
+
+
+class _Attend(torch.autograd.Function):  # type: ignore[misc]
+    """Attention as autograd knows it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, source: _Source,
+                seed: int) -> tuple[Tensor, Tensor]:
+        """Attend; keep what the backward pass needs."""
+        with source.open() as attention:
+            out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True)
+        result, log = _tensor(out), _tensor(lse)
+        ctx.source, ctx.seed = source, seed
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks, result, log)
+        return result, log
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate; on all ranks if on one."""
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        with ctx.source.open() as attention:
+            grads = attention.backward_of(dout, *(x.detach() for x in (q, k, v, out, lse)), dlse=dlse,
+                                          sinks=_on_host(sinks), seed=ctx.seed)
+        dq, dk, dv = (_tensor(x) for x in grads[:3])
+        dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
+        return dq, dk, dv, dsinks, None, None
+
+
+def _on_host(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().cpu()
+
+
+def _tensor(x: Any) -> Tensor:
+    """View an array of NumPy or CuPy as a tensor; bfloat16 by its bits, which NumPy has no name for."""
+    bits = x.view(np.int16) if x.dtype == BFLOAT16 else x
+    tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.from_dlpack(bits)
+    return tensor.view(torch.bfloat16) if bits is not x else tensor

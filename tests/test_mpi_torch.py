@@ -1,0 +1,181 @@
+"""ringmpi.torch: autograd through the ring, and training through it. Runs under mpiexec."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import ringmpi  # noqa: E402
+import ringmpi.torch  # noqa: E402
+from ringmpi.layout import make  # noqa: E402
+
+pytestmark = pytest.mark.mpi
+
+STEPS, TOKENS, WIDTH, HEADS, VOCABULARY = 20, 64, 32, 4, 17
+
+
+def tensors(seed, n, *, dtype=torch.float64, grad=True):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, heads, dim, generator=rng, dtype=torch.float64).to(dtype).requires_grad_(grad)
+            for heads, dim in ((4, 6), (2, 6), (2, 5))]
+
+
+def dense(q, k, v, see, sinks=None):
+    """The same by torch alone, dense: out and lse."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
+    scores = scores.masked_fill(~see, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=2)
+    weights = torch.softmax(scores, dim=2)[:, :, :len(k)]
+    return torch.einsum("hij,jhd->ihd", weights, v), torch.logsumexp(scores, dim=2).T
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_gradcheck(backend):
+    from mpi4py import MPI
+    q, k, v = tensors(0, 7)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend=backend, softcap=2.0, dropout=0.2,
+                               alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
+        assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
+            *x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True), (q, k, v, sinks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_gradients_are_those_of_a_dense_softmax(comm, dtype, backend):
+    n = 41
+    q, k, v = tensors(1, n, dtype=dtype)
+    sinks = torch.linspace(-1, 1, 4).requires_grad_()
+    rng = torch.Generator().manual_seed(5)
+    dout, dlse = torch.randn(n, 4, 5, generator=rng).to(dtype), torch.randn(n, 4, generator=rng)
+    mine = torch.from_numpy(make("striped", n, comm.size).positions(comm.rank))
+    parts = [x.detach()[mine].requires_grad_() for x in (q, k, v)]
+    shared = sinks.detach().clone().requires_grad_()
+    out, lse = ringmpi.torch.ring_attention(*parts, comm=comm, mask=ringmpi.Mask(causal=True), layout="striped",
+                                            sinks=shared, backend=backend, return_lse=True)
+    kinds = out.dtype, lse.dtype
+    torch.autograd.backward([out, lse], [dout[mine], dlse[mine].to(lse.dtype)])
+    total = torch.from_numpy(comm.allreduce(shared.grad.numpy()))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v, sinks)]
+    want = dense(*exact[:3], torch.ones(n, n, dtype=torch.bool).tril(), exact[3])
+    torch.autograd.backward(want, [dout.double(), dlse.double()])
+    bound = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}[dtype]
+    assert kinds == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    for x, y in zip(parts, exact, strict=False):
+        assert x.grad.dtype == dtype
+        if len(mine):
+            assert (x.grad.double() - y.grad[mine]).abs().max() <= bound * y.grad.abs().max()
+    assert (total - exact[3].grad).abs().max() <= max(bound, 1e-6) * exact[3].grad.abs().max()
+
+
+def test_no_copies_and_no_graph_without_gradients(comm):
+    x = np.arange(24.0).reshape(3, 2, 4)
+    tensor = torch.from_numpy(x)
+    assert ringmpi.arrays.as_array(tensor, "x").ctypes.data == x.ctypes.data
+    assert ringmpi.torch._tensor(x).data_ptr() == x.ctypes.data
+    q, k, v = tensors(2, 5, grad=False)
+    out = ringmpi.torch.ring_attention(q, k, v, comm=comm)
+    assert not out.requires_grad
+
+
+def test_only_one_output_is_used_and_some_inputs_are_fixed(comm):
+    q, k, v = tensors(3, 6)
+    fixed = k.detach()
+    _, lse = ringmpi.torch.ring_attention(q, fixed, v, comm=comm, return_lse=True)
+    lse.sum().backward()
+    grad, none = q.grad.clone(), v.grad.clone()
+    out = ringmpi.torch.ring_attention(q, fixed, v, comm=comm)
+    out.sum().backward()                        # an expanded gradient, without memory of its own
+    assert grad.abs().max() > 0
+    assert (none == 0).all()
+    assert (v.grad != 0).all()
+
+
+def test_activation_checkpointing(comm):
+    grads = []
+    for checkpointed in (False, True):
+        q, k, v = tensors(4, 9)
+
+        def block(q, k, v):
+            return ringmpi.torch.ring_attention(q.sin(), k, v, comm=comm, dropout=0.3, seed=1).cos()
+
+        out = checkpoint(block, q, k, v, use_reentrant=False) if checkpointed else block(q, k, v)
+        out.square().sum().backward()
+        grads.append([x.grad for x in (q, k, v)])
+    assert all((a == b).all() for a, b in zip(*grads, strict=True))
+
+
+def test_bad_arguments(comm):
+    q, k, v = tensors(5, 4)
+    with pytest.raises(ringmpi.OptionError, match="expected either comm"):
+        ringmpi.torch.ring_attention(q, k, v)
+    with ringmpi.RingAttention(comm) as attention:
+        for more in ({"comm": comm}, {"layout": "striped"}):
+            with pytest.raises(ringmpi.OptionError, match="expected either comm"):
+                ringmpi.torch.ring_attention(q, k, v, attention=attention, **more)
+
+
+class Layer(torch.nn.Module):
+    """Attention with rotary embeddings, and a feed-forward part."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(WIDTH, 3 * WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = torch.nn.Linear(WIDTH, 2 * WIDTH), torch.nn.Linear(2 * WIDTH, WIDTH)
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(WIDTH) for _ in range(2)])
+
+    def forward(self, x, positions, attend):
+        q, k, v = self.qkv(self.norms[0](x)).view(len(x), 3, HEADS, -1).unbind(1)
+        x = x + self.out(attend(rotated(q, positions), rotated(k, positions), v).reshape(len(x), -1))
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norms[1](x))))
+
+
+def rotated(x, positions):
+    """Rotary embeddings (Su et al. 2021), by the global position of each token."""
+    half = x.shape[2] // 2
+    angles = positions[:, None, None] * 100.0 ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=2)
+
+
+def train(positions, attend, reduce):
+    """Losses of some steps on the tokens at `positions` of a sequence; `reduce` sums over all that train together."""
+    torch.manual_seed(0)
+    embedding, layers = torch.nn.Embedding(VOCABULARY, WIDTH), torch.nn.ModuleList([Layer(), Layer()])
+    head = torch.nn.Linear(WIDTH, VOCABULARY)
+    parameters = [*embedding.parameters(), *layers.parameters(), *head.parameters()]
+    optimiser = torch.optim.SGD(parameters, lr=0.3)
+    tokens = torch.from_numpy(np.cumsum(np.random.default_rng(0).integers(0, 3, TOKENS + 1)) % VOCABULARY)
+    losses = []
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        x = embedding(tokens[positions])
+        for layer in layers:
+            x = layer(x, positions, attend)
+        loss = torch.nn.functional.cross_entropy(head(x), tokens[positions + 1], reduction="sum") / TOKENS
+        loss.backward()
+        for parameter in parameters:
+            parameter.grad = reduce(parameter.grad)
+        optimiser.step()
+        losses.append(float(reduce(loss.detach())))
+    return losses
+
+
+def test_a_transformer_trains_as_in_one_process(comm):
+    """Step for step: a sequence in stripes over the ranks, against torch alone."""
+    see = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    alone = train(torch.arange(TOKENS), lambda q, k, v: dense(q, k, v, see)[0], lambda x: x)
+    positions = torch.from_numpy(make("striped", TOKENS, comm.size).positions(comm.rank))
+    with ringmpi.RingAttention(comm, mask=ringmpi.Mask(causal=True), layout="striped") as attention:
+        together = train(positions, lambda q, k, v: ringmpi.torch.ring_attention(q, k, v, attention=attention),
+                         lambda x: torch.from_numpy(np.asarray(comm.allreduce(x.numpy()))))
+    assert alone[-1] < 0.7 * alone[0]
+    assert max(abs(a - b) for a, b in zip(alone, together, strict=True)) < 1e-6 * alone[0]
+    assert all(b < a for a, b in itertools.pairwise(alone[:5]))
