@@ -9,6 +9,8 @@ The vectors that not all of the rows see are masked by comparing lane numbers, w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -36,7 +38,7 @@ def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         s, low, high, top, norm, shrink, shift = (data(context, builder, signature.args[i], values[i])
                                                   for i in (0, 7, 8, 10, 11, 12, 13))
-        group = _Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
+        group = Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
         group.raise_maxima(*(at(builder, x, values[1]) for x in (top, norm, shrink, shift)), values[14])
         return context.get_dummy_value()
 
@@ -56,7 +58,7 @@ def weigh(context, s, row, row_keys, first, inner_first, inner_last, last,  # ty
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         s, low, high, p, norm, shift = (data(context, builder, signature.args[i], values[i])
                                         for i in (0, 7, 8, 10, 11, 12))
-        group = _Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
+        group = Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
         norm, shift = (at(builder, x, values[1]) for x in (norm, shift))
         group.weigh(p, signature.args[10].dtype == types.uint32, norm, shift, values[13])
         return context.get_dummy_value()
@@ -65,7 +67,7 @@ def weigh(context, s, row, row_keys, first, inner_first, inner_last, last,  # ty
                       p, norm, shift, scale), emit
 
 
-class _Group:
+class Group:
     """Emits a pass over the columns of a group of rows; `edges` are first, inner first, inner last, last."""
 
     def __init__(self, vectors: Vectors, s: Any, row: Any, row_keys: Any, edges: Any, low: Any, high: Any,
@@ -124,11 +126,17 @@ class _Group:
             b.store(start, total)
         for part, masked in ((0, True), (1, False), (2, True)):
             first, last = self.edges[part:part + 2]
-            with loop(b, constant(0), b.sdiv(b.sub(last, first), constant(v.lanes))) as i:
-                j = b.add(first, b.mul(i, constant(v.lanes)))
+            with self.columns(first, last) as j:
                 for r, total in enumerate(totals):
                     b.store(step(r, j, b.load(total), masked), total)
         return [b.load(total) for total in totals]
+
+    @contextmanager
+    def columns(self, first: Any, last: Any) -> Iterator[Any]:
+        """Emit a loop over the vectors of columns first..last; gives the column that each starts with."""
+        v, b = self.v, self.v.builder
+        with loop(b, constant(0), b.sdiv(b.sub(last, first), constant(v.lanes))) as i:
+            yield b.add(first, b.mul(i, constant(v.lanes)))
 
 
 def _chunks(lanes: int) -> list[range]:

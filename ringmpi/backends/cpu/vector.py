@@ -22,6 +22,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
+from ...score import MULTIPLIER, ROUNDS, WEYL
+
 LOG2E = 1.4426950408889634
 
 # 2^f for |f| <= 1/2 is 1 + f (c1 + f (c2 + ...)): minimax of the relative error with the constant held at 1, so that
@@ -168,8 +170,28 @@ class Vectors:
         """Larger of the two; y where either is NaN. One instruction on x86."""
         return self.builder.select(self.builder.fcmp_ordered(">", x, y), x, y)
 
+    def smaller(self, x: Any, y: Any) -> Any:
+        """Smaller of the two; y where either is NaN. One instruction on x86."""
+        return self.builder.select(self.builder.fcmp_ordered("<", x, y), x, y)
+
     def exp(self, x: Any) -> Any:
         """Give e^x for x <= 0: exactly 1 at 0, 0 below the normal numbers, NaN for NaN."""
+        power, fraction, p = self._powers(x)
+        return self.builder.fmul(self.fma(p, fraction, self.number(1.0)), power)
+
+    def tanh(self, x: Any) -> Any:
+        """Give tanh(x) to a few units in the last place, however small; 1 at infinity, NaN for NaN."""
+        b = self.builder
+        sign = self.integers(1 << self.integer.width - 1)
+        bits = b.bitcast(x, self.bits)
+        size = b.bitcast(b.and_(bits, b.not_(sign)), self.kind)
+        power, fraction, p = self._powers(b.fmul(size, self.number(-2.0)))
+        t = self.fma(b.fmul(p, fraction), power, b.fsub(power, self.number(1.0)))        # e^(-2|x|) - 1
+        result = b.fdiv(t, b.fsub(self.number(-2.0), t))
+        return b.bitcast(b.or_(b.bitcast(result, self.bits), b.and_(bits, sign)), self.kind)
+
+    def _powers(self, x: Any) -> tuple[Any, Any, Any]:
+        """Give 2^n, f and p such that e^x = 2^n (1 + f p), n an integer and |f| <= 1/2."""
         b = self.builder
         mantissa, bias, log2e = MANTISSA[self.dtype], BIAS[self.dtype], self.number(LOG2E)
         # Adding 1.5·2^mantissa rounds to an integer, which is then in the low bits. The bias goes in with it.
@@ -181,9 +203,26 @@ class Vectors:
         p = self.number(terms[-1])
         for term in reversed(terms[:-1]):
             p = self.fma(p, fraction, self.number(term))
-        p = self.fma(p, fraction, self.number(1.0))
         power = b.shl(b.bitcast(shifted, self.bits), self.integers(mantissa))
-        return b.fmul(p, b.bitcast(power, self.kind))
+        return b.bitcast(power, self.kind), fraction, p
+
+    def random_words(self, stream: Any, i: Any, j: Any) -> Any:
+        """Give `score.random_words`, lane by lane, for integers as wide as the elements: its 32 bits, zeros above."""
+        b = self.builder
+        wide = ir.VectorType(I64, self.lanes * self.integer.width // 64)
+        mask, factor, half = (_fill(wide, x) for x in (2**32 - 1, MULTIPLIER, 32))
+        word = self.integers(2**32 - 1)
+        low, high, key = (b.and_(x, word) for x in (j, i, stream))
+        for _ in range(ROUNDS):
+            x = b.bitcast(low, wide)
+            even = b.mul(b.and_(x, mask), factor)
+            upper, lower = b.lshr(even, half), b.and_(even, mask)
+            if self.integer != I64:             # two words in each of the wide lanes
+                odd = b.mul(b.lshr(x, half), factor)
+                upper, lower = b.or_(upper, b.and_(odd, b.not_(mask))), b.or_(lower, b.shl(odd, half))
+            low, high = b.xor(b.xor(b.bitcast(upper, self.bits), key), high), b.bitcast(lower, self.bits)
+            key = b.and_(b.add(key, self.integers(WEYL)), word)
+        return low
 
     def sum(self, x: Any) -> Any:
         """Sum of the lanes, pairwise."""
