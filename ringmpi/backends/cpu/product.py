@@ -16,6 +16,7 @@ is the limit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -56,28 +57,27 @@ def add_product(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, 
     """C[ROWS, n] = shrink[ROWS]·C + A[ROWS, depth] · B[depth, n] for n = vectors·lanes, 1 <= vectors <= VECTORS."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         a, b, c, shrink = _pointers(context, builder, signature, values, (0, 3, 5, 11))
-        choice = builder.trunc(values[13], ir.IntType(8))
-        done = builder.append_basic_block("done")
-        cases = builder.switch(choice, done)
-        for width in range(1, VECTORS + 1):
-            case = builder.append_basic_block(f"vectors{width}")
-            cases.add_case(ir.Constant(ir.IntType(8), width), case)
-            builder.position_at_end(case)
-            block = _Registers(builder, signature.args[5].dtype, width)
+        for block in _widths(builder, signature.args[5].dtype, values[13]):
             total = block.multiply(a, values[2], b, signature.args[3].dtype, *values[8:11])
-            for i, row in enumerate(total):
-                factor = block.vectors.splat(builder.load(at(builder, shrink, i)))
-                start = builder.mul(values[7], constant(i))
-                for j, x in enumerate(row):
-                    place = builder.add(start, constant(j * block.vectors.lanes))
-                    old = block.vectors.load(c, place)
-                    block.vectors.store(block.vectors.fma(old, factor, x), c, place)
-            builder.branch(done)
-        builder.position_at_end(done)
+            block.add(total, c, values[7], [builder.load(at(builder, shrink, i)) for i in range(ROWS)])
         return context.get_dummy_value()
 
     return types.void(a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, stride,
                       shrink, shrink_at, vectors), emit
+
+
+@intrinsic
+def add_turned(context, a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, stride,  # type: ignore[no-untyped-def]
+               vectors):
+    """C[ROWS, n] = C + A[depth, ROWS]ᵀ · B[depth, n]; else as `add_product`, of floats alone."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        a, b, c = _pointers(context, builder, signature, values, (0, 3, 5))
+        for block in _widths(builder, signature.args[5].dtype, values[11]):
+            total = block.multiply(a, values[2], b, signature.args[3].dtype, *values[8:11], True)
+            block.add(total, c, values[7])
+        return context.get_dummy_value()
+
+    return types.void(a, a_at, a_row, b, b_at, c, c_at, c_row, depth, ahead, stride, vectors), emit
 
 
 @intrinsic
@@ -171,24 +171,52 @@ class _Registers:
         self.vectors = Vectors(builder, dtype)
 
     def multiply(self, a: Any, a_row: Any, b: Any, stored: types.Type, depth: Any,
-                 ahead: Any, stride: Any) -> list[list[Any]]:
-        """Emit A·B over the depth, asking for address ahead + stride a step; give the accumulators."""
+                 ahead: Any, stride: Any, turned: bool = False) -> list[list[Any]]:
+        """Emit A·B over the depth, asking for address ahead + stride a step; give the accumulators.
+
+        Rows of A are `a_row` elements apart; where it is `turned`, its columns are.
+        """
         builder, v, zero = self.builder, self.vectors, self.vectors.number(0.0)
         total = [[cgutils.alloca_once(builder, v.kind) for _ in range(self.width)] for _ in range(ROWS)]
         for row in total:
             for x in row:
                 builder.store(zero, x)
-        rows = [at(builder, a, builder.mul(a_row, constant(i))) for i in range(ROWS)]
+        rows = [at(builder, a, constant(i) if turned else builder.mul(a_row, constant(i))) for i in range(ROWS)]
         pairs = stored == types.uint32
         kind = v.bits if pairs else v.kind
         with loop(builder, constant(0), depth) as step:
             prefetch(builder, builder.add(ahead, builder.mul(step, stride)))
             start = builder.mul(step, constant(self.width * v.lanes))
+            place = builder.mul(step, a_row) if turned else step
             panel = [load(builder, b, builder.add(start, constant(j * v.lanes)), kind) for j in range(self.width)]
             for i in range(ROWS):
-                x = splat(builder, builder.load(at(builder, rows[i], step)), v.lanes)
+                x = splat(builder, builder.load(at(builder, rows[i], place)), v.lanes)
                 for j in range(self.width):
                     old = builder.load(total[i][j])
                     new = dot_pairs(builder, old, x, panel[j]) if pairs else v.fma(x, panel[j], old)
                     builder.store(new, total[i][j])
         return [[builder.load(x) for x in row] for row in total]
+
+    def add(self, total: list[list[Any]], c: Any, c_row: Any, shrink: list[Any] | None = None) -> None:
+        """Emit C = C + total, or shrink·C + total with a number for each row."""
+        builder, v = self.builder, self.vectors
+        for i, row in enumerate(total):
+            start = builder.mul(c_row, constant(i))
+            factor = v.splat(shrink[i]) if shrink else None
+            for j, x in enumerate(row):
+                place = builder.add(start, constant(j * v.lanes))
+                old = v.load(c, place)
+                v.store(v.fma(old, factor, x) if shrink else builder.fadd(old, x), c, place)
+
+
+def _widths(builder: ir.IRBuilder, dtype: types.Type, vectors: Any) -> Iterator[_Registers]:
+    """Emit a switch over the number of vectors in a panel; gives the block of C for each, where its code goes."""
+    done = builder.append_basic_block("done")
+    cases = builder.switch(builder.trunc(vectors, ir.IntType(8)), done)
+    for width in range(1, VECTORS + 1):
+        case = builder.append_basic_block(f"vectors{width}")
+        cases.add_case(ir.Constant(ir.IntType(8), width), case)
+        builder.position_at_end(case)
+        yield _Registers(builder, dtype, width)
+        builder.branch(done)
+    builder.position_at_end(done)
