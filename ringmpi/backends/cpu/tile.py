@@ -21,6 +21,7 @@ import numpy as np
 
 from .pack import lanes, pack_queries, panels, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
+from .score_rows import drop, turn
 from .softmax_rows import exponential, raise_maxima, weigh
 from .vector import machine
 
@@ -73,10 +74,9 @@ def tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]
 
 
 @numba.njit(error_model="numpy")
-def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untyped-def]
+def score_panels(rows, n, queries, s, groups, keys, keys_at, ahead):  # type: ignore[no-untyped-def]
     """S of a packed tile of keys, panel by panel; each asks for the next, the last for address `ahead`."""
-    queries, s, _, acc, _, _, _, _, _, _, groups = work
-    depth, wide = queries.shape[1], VECTORS * lanes(acc)
+    depth, wide = queries.shape[1], VECTORS * lanes(s)
     share = -(-wide * ROWS // rows) * keys.itemsize               # bytes of the next panel that a step asks for
     for panel in range(0, n, wide):
         following = address(keys) + (keys_at + (panel + wide) * depth) * keys.itemsize if panel + wide < n else ahead
@@ -87,7 +87,7 @@ def score_panels(rows, n, work, keys, keys_at, ahead):  # type: ignore[no-untype
 
 
 @numba.njit(error_model="numpy")
-def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-untyped-def]
+def fold_direct(count, n, work, k, v, start, head, scale, shape):  # type: ignore[no-untyped-def]
     """Fold keys start..start + n of a head, as they came, into the first `count` rows, at most ROWS."""
     queries, s, _, acc, top, norm, shrink, shift, low, high, groups = work
     depth, dim_v, side = queries.shape[1], v.shape[2], lanes(acc)
@@ -97,9 +97,13 @@ def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-un
         for r in range(count):
             dot_keys(queries, r * depth, k, (start + j) * row + head * depth, row, min(side, n - j), depth,
                      s, r * s.shape[1] + j)
+    if shape is not None:
+        turn(s, 0, first, last, start, shape)
     raise_maxima(s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last, low, high, start,
                  top, norm, shrink, shift, scale)
     weigh(s, 0, s.shape[1], first, groups[0, 2], groups[0, 3], last, low, high, start, s, norm, shift, scale)
+    if shape is not None:
+        drop(s, 0, first, last, start, shape)
     for r in range(count):
         a, b = max(low[r] - start, 0), min(high[r] - start, n)
         if a < b:
@@ -113,8 +117,8 @@ def fold_direct(count, n, work, k, v, start, head, scale):  # type: ignore[no-un
 
 
 @numba.njit(error_model="numpy")
-def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, scale, ahead):  # type: ignore[no-untyped-def]
-    """Fold a tile of n keys whose scores are in S into the first `rows` rows (a multiple of ROWS) of the work space.
+def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, scale, shape, ahead):  # type: ignore[no-untyped-def]
+    """Fold a tile of n keys whose products are in S into the first `rows` rows (a multiple of ROWS) of the work space.
 
     values[values_at:] is a tile as `pack_values` made it, of `tile` keys; v[start:start + n, head] are the values as
     they came, for rows that must not multiply what they do not see. The last panel asks for address `ahead`.
@@ -125,9 +129,13 @@ def fold_scores(rows, work, values, values_at, finite, v, start, n, head, tile, 
     for g in range(0, rows, ROWS):
         if groups[g, 0] < groups[g, 1]:
             first, last = groups[g, 0] // side * side, -(-groups[g, 1] // side) * side
+            if shape is not None:
+                turn(s, g, first, last, start, shape)
             raise_maxima(s, g, s.shape[1], first, groups[g, 2], groups[g, 3], last, low, high, start,
                          top, norm, shrink, shift, scale)
             weigh(s, g, s.shape[1], first, groups[g, 2], groups[g, 3], last, low, high, start, p, norm, shift, scale)
+            if shape is not None:
+                drop(p, g, first, last, start, shape)
     place = values_at
     for column, width in panels(columns, side):
         following = address(values) + (place + tile // step * width) * values.itemsize
