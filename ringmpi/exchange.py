@@ -44,6 +44,12 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     RingTimeout, RankLost
         If a rank does not take part in time, or is gone.
     """
+    return moved(x, comm, source, target, timeout)[0]
+
+
+def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
+          timeout: float) -> tuple[NDArray[Any], Layout, Layout]:
+    """Redistribute, and give the layouts before and after, by which it is undone. Collective over *comm*."""
     timeout, wrong = check_timeout(timeout)
     ring = private(comm, timeout)
     shard: NDArray[Any] = np.empty(0)
@@ -64,7 +70,7 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     counts = [int(n) for n in ring.share([len(shard)], timeout)[:, 0]]
     old = resolve(source, counts, "x")
     new = make(target, old.length, old.size)
-    return shard if new == old else _exchange(shard, old, new, ring, timeout)
+    return (shard if new == old else _exchange(shard, old, new, ring, timeout)), old, new
 
 
 def owned(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:

@@ -10,6 +10,9 @@ import numpy as np
 
 from .attention import RingAttention
 from .errors import OptionError
+from .exchange import moved
+from .layout import Layout
+from .mpi import TIMEOUT
 from .softmax import BFLOAT16
 
 try:
@@ -73,6 +76,52 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
     out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed)
     return (out, lse) if return_lse else out
+
+
+def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
+                 timeout: float = TIMEOUT) -> Tensor:
+    """Move the tokens of a sharded tensor from one layout to another, differentiably. Collective over *comm*.
+
+    Its backward pass moves the gradient back, and is collective too. The rest is as for `ringmpi.redistribute`.
+
+    Parameters
+    ----------
+    x : tensor of shape (tokens, ...), any dtype, on the CPU
+        This rank's shard, laid out as `source` says.
+    comm : MPI.Intracomm
+    source, target : str or Layout
+    timeout : float
+        Seconds to wait for the other ranks.
+
+    Returns
+    -------
+    tensor of shape (tokens, ...), dtype of `x`
+        This rank's shard under `target`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank.
+    """
+    result: Tensor = _Redistribute.apply(x, comm, source, target, timeout)
+    return result
+
+
+class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
+    """Redistribution as autograd knows it: linear, its adjoint is the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float) -> Tensor:
+        """Move; keep the layouts."""
+        result, old, new = moved(x.detach(), comm, source, target, timeout)
+        ctx.comm, ctx.back = comm, (new, old, timeout)
+        return _tensor(result.copy() if new == old else result)      # autograd allows no result that is its input
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Move back."""
+        return _tensor(moved(gradient, ctx.comm, *ctx.back)[0]), None, None, None, None
 
 
 class _Source:

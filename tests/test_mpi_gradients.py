@@ -24,7 +24,7 @@ from ringmpi import (
 )
 from ringmpi.layout import make
 from ringmpi.score import streams
-from ringmpi.softmax import DTYPES, TOLERANCE
+from ringmpi.softmax import TOLERANCE
 
 pytestmark = pytest.mark.mpi
 
@@ -260,6 +260,6 @@ def test_bad_calls_are_errors_on_every_rank(comm):
         attention(q, k, v)
 
         class Elsewhere:
-            __cuda_array_interface__ = {}
+            __cuda_array_interface__ = None
 
         expect(comm, lambda: attention.backward(Elsewhere()), BackendError, "dout: the array is on a GPU")

@@ -112,6 +112,23 @@ def test_activation_checkpointing(comm):
     assert all((a == b).all() for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_redistribute_and_its_way_back(comm, dtype):
+    """Of uneven contiguous shards: the gradient comes back to where each token came from."""
+    counts = [3 * rank % 5 for rank in range(comm.size)]
+    start, length = sum(counts[:comm.rank]), sum(counts)
+    x = torch.arange(2 * length, dtype=dtype).reshape(length, 2)[start:start + counts[comm.rank]].requires_grad_()
+    moved = ringmpi.torch.redistribute(x, comm=comm, target="striped")
+    tokens = make("striped", length, comm.size).positions(comm.rank)
+    weights = torch.from_numpy(tokens * 10.0).to(dtype)[:, None].expand(-1, 2)
+    (moved * weights).sum().backward()
+    same = ringmpi.torch.redistribute(x, comm=comm, target=ringmpi.Contiguous(counts))
+    assert (moved.detach().double().numpy() == 2 * tokens[:, None] + [0, 1]).all()
+    assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
+    assert (same == x).all()
+    assert x.grad.dtype == moved.dtype == dtype
+
+
 def test_bad_arguments(comm):
     q, k, v = tensors(5, 4)
     with pytest.raises(ringmpi.OptionError, match="expected either comm"):
