@@ -7,7 +7,8 @@ import pytest
 
 HERE = Path(__file__).parent
 RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"))} | {
-    "test_mpi_leaks.py": (2,), "test_mpi_torch.py": (1, 2, 4), "test_mpi_cuda.py": (1, 2, 3, 7), "test_mpi_redistribute.py": tuple(range(1, 10))}
+    "test_mpi_leaks.py": (2,), "test_mpi_torch.py": (1, 2, 4), "test_mpi_cuda.py": (1, 2, 3, 7),
+    "test_mpi_redistribute.py": tuple(range(1, 10))}
 
 
 @pytest.mark.parametrize(("file", "ranks"), [(file, ranks) for file, many in RANKS.items() for ranks in many])

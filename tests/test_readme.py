@@ -17,13 +17,25 @@ def blocks(language):
 
 
 def test_the_library_example_runs(tmp_path):
-    code, = blocks("python")
+    code, _ = blocks("python")
     (tmp_path / "example.py").write_text(code)
     result = launch.launch(4, [tmp_path / "example.py"], folder=tmp_path / "said", timeout=120)
     assert result.code == 0, result.text
     for rank, text in enumerate(result.ranks):
         assert f"{rank} (1000, 8, 64) (1000, 8)" in text
         assert "s waiting" in text
+
+
+def test_the_training_example_runs(tmp_path):
+    pytest.importorskip("torch")
+    _, code = blocks("python")
+    (tmp_path / "train.py").write_text(code)
+    result = launch.launch(4, [tmp_path / "train.py"], folder=tmp_path / "said", timeout=120)
+    assert result.code == 0, result.text
+    losses = [[line.split() for line in text.splitlines()] for text in result.ranks]
+    assert [step for step, _ in losses[0]] == ["0", "1", "2"]
+    assert all(other == losses[0] for other in losses)
+    assert float(losses[0][2][1]) < float(losses[0][0][1])
 
 
 def test_the_file_example_runs(tmp_path):
