@@ -332,3 +332,14 @@ def test_bench(capsys):
     assert "zigzag" in said
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert {row["kernel"] for row in rows} >= {"numpy", "numba"}
+    assert {row["pass"] for row in rows} == {"forward"}
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
+def test_bench_of_the_backward_pass(capsys, mask):
+    assert code("bench", "kernel", "--shape", "600x600", "--dim", 8, "--mask", mask, "--repeat", 1,
+                "--pass", "forward", "backward", "--json", "b.json") == 0
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    assert [row["pass"] for row in rows] == ["forward"] * (len(rows) // 2) + ["backward"] * (len(rows) // 2)
+    first, last = rows[0], rows[-1]
+    assert last["GFLOP/s"] * last["seconds"] == pytest.approx(2.5 * first["GFLOP/s"] * first["seconds"])

@@ -1,9 +1,10 @@
 """Measure speed: of the kernels, with torch beside them where it is installed, or of the ring.
 
-    ringmpi bench kernel --dim 64 128 --mask full causal --shape 8192x8192
+    ringmpi bench kernel --dim 64 128 --mask full causal --shape 8192x8192 --pass forward backward
     mpiexec -n 4 ringmpi bench ring --tokens 16384 --causal
 
-Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each.
+Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
+of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .options import DTYPES, add_backend, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 MASKS = ("full", "causal", "window", "documents")
+PASSES = ("forward", "backward")
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -36,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="window: 4096 keys; documents: 512 tokens on average")
     kernel.add_argument("--shape", nargs="+", type=_shape, default=[(8192, 8192)], metavar="QxK",
                         help="queries and keys (default: 8192x8192)")
+    kernel.add_argument("--pass", nargs="+", choices=PASSES, default=["forward"], dest="passes",
+                        help="backward: gradients of q, k and v from that of the result (default: forward)")
     kernel.add_argument("--all", action="store_true",
                         help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
