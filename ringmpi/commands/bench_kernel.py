@@ -116,7 +116,8 @@ def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int,
     medians = {name: statistics.median(column) for name, column in times.items()}
     flop = case.flop if direction == "forward" else case.flop * 5 // 2            # two products, five products
     return [{"pass": direction, "dtype": case.dtype, "dim": case.dim, "mask": case.mask,
-             "queries": case.shape[0], "keys": case.shape[1], "heads": f"{case.heads}/{case.kv_heads}", "threads": threads, "kernel": name, "seconds": t,
+             "queries": case.shape[0], "keys": case.shape[1], "heads": f"{case.heads}/{case.kv_heads}",
+             "threads": threads, "kernel": name, "seconds": t,
              "spread": (max(times[name]) - min(times[name])) / t if len(times[name]) > 1 else None,
              "GFLOP/s": flop / t / 1e9, "peak GFLOP/s": peak / 1e9, "of peak": flop / t / peak,
              "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth if from_memory else None,
