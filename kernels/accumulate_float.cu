@@ -6,13 +6,8 @@
 // columns. Dynamic shared memory: ROWS rows of Q, KEYS of K and of V, ROWS of weights, padded as below.
 // The caller guarantees further: DIM, DIM_V and KEYS multiples of 16; ROW_LANES even.
 
-#include "rows.cuh"
-
-struct alignas(16) Four { float x[4]; };
-
-// Floats to a row of a tile: lanes that read the same columns of neighbouring rows meet in no bank.
-__device__ constexpr int padded(int dim) { return (dim + 31) / 32 * 32 + 4; }
-__device__ constexpr int padded_weights(int keys) { return keys % 32 == 0 ? keys + 16 : keys; }
+#include "lanes.cuh"
+#include "score.cuh"
 
 __device__ inline float across_row(float x, float (*both)(float, float)) {
 #pragma unroll
@@ -22,29 +17,31 @@ __device__ inline float across_row(float x, float (*both)(float, float)) {
 
 __device__ inline float added(float a, float b) { return a + b; }
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS>
-struct ThreadRows {
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, class S>
+struct ThreadRows : Lanes<ROW_LANES> {
+    using Lanes<ROW_LANES>::lane;
+    using Lanes<ROW_LANES>::row;
+    using Lanes<ROW_LANES>::other;
     static constexpr int EACH = KEYS / 16;                                        // keys of a thread
-    static constexpr int VECTOR = DIM_V % 64 == 0 ? 4 : DIM_V % 32 == 0 ? 2 : 1;  // columns side by side
-    static constexpr int VECTORS = DIM_V / 16 / VECTOR;
+    static constexpr int VECTOR = vector_of(DIM_V), VECTORS = vectors_of(DIM_V);
     static constexpr int STRIDE = padded(DIM), STRIDE_P = padded_weights(KEYS);
     static constexpr float UNSEEN = -1;       // in place of a weight
 
     float acc[HEIGHT][VECTORS][VECTOR] = {};
     float top[HEIGHT], sum[HEIGHT];           // of sum, this thread's share
     Interval sees[HEIGHT];
+    typename S::Row what[HEIGHT];
 
-    __device__ static int lane() { return threadIdx.x % 16; }
-    __device__ static int row(int i) { return i * ROW_LANES + threadIdx.x / 16; }
-    __device__ static int column(int n, int i) { return (n * 16 + lane()) * VECTOR + i; }
+    __device__ static int column(int n, int i) { return Lanes<ROW_LANES>::template column<VECTOR>(n, i); }
 
     // Take up the state of the rows, each with what it sees of this part.
     __device__ void load(const StateArrays<float>& arrays, const Rows& rows, const int* begin, const int* end,
-                         Interval part) {
+                         Interval part, const S& score) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
             const bool there = rows.there(row(i)), known = there && !arrays.fresh;
             const long long at = there ? rows.state_row(row(i)) : 0;
+            what[i] = score.row(rows, row(i));
             sees[i] = there ? cut(rows.interval(begin, end, row(i)), part) : Interval{0, 0};
             top[i] = known ? arrays.top[at] : -infinity(0.0f);
             sum[i] = known && lane() == 0 ? arrays.sum[at] : 0;
@@ -79,31 +76,20 @@ struct ThreadRows {
 
     // Scores of a tile, turned into weights in `p_tile`; the state moves to the new maximum.
     template <bool PARTIAL>
-    __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float scale) {
+    __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float scale,
+                          const S& score) {
         float s[HEIGHT][EACH] = {};
-#pragma unroll 4
-        for (int d = 0; d < DIM; d += 4) {
-            Four q[HEIGHT], k[EACH];
-#pragma unroll
-            for (int i = 0; i < HEIGHT; ++i) q[i] = *reinterpret_cast<const Four*>(q_tile + row(i) * STRIDE + d);
-#pragma unroll
-            for (int j = 0; j < EACH; ++j)
-                k[j] = *reinterpret_cast<const Four*>(k_tile + (lane() + 16 * j) * STRIDE + d);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-#pragma unroll
-                for (int i = 0; i < HEIGHT; ++i)
-#pragma unroll
-                    for (int j = 0; j < EACH; ++j) s[i][j] += q[i].x[e] * k[j].x[e];
-        }
+        ThreadRows::template multiply_transposed<DIM>(s, q_tile, k_tile, STRIDE);
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
             float high = -infinity(0.0f);
             bool seen[EACH];
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
-                seen[j] = !PARTIAL || sees[i].holds(start + lane() + 16 * j);
-                s[i][j] = seen[j] ? rounded_product(s[i][j], scale) : -infinity(0.0f);
+                const int column = start + other(j);
+                seen[j] = !PARTIAL || sees[i].holds(column);
+                s[i][j] = score.shape(rounded_product(s[i][j], scale), what[i], score.key(column));
+                if (!seen[j]) s[i][j] = -infinity(0.0f);
                 high = larger(high, s[i][j]);
             }
             high = larger(top[i], across_row(high, larger));
@@ -114,7 +100,8 @@ struct ThreadRows {
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 const float p = exponential(s[i][j] - base);
-                p_tile[row(i) * STRIDE_P + lane() + 16 * j] = seen[j] ? p : UNSEEN;
+                const float kept = score.kept(what[i], score.key(start + other(j)));
+                p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * kept : UNSEEN;
                 if (seen[j]) sum[i] += p;
             }
 #pragma unroll
@@ -136,8 +123,8 @@ struct ThreadRows {
             for (int e = 0; e < 4; ++e)
 #pragma unroll
                 for (int n = 0; n < VECTORS; ++n) {
-                    struct alignas(4 * VECTOR) Vector { float x[VECTOR]; };
-                    const Vector v = *reinterpret_cast<const Vector*>(v_tile + (key + e) * DIM_V + column(n, 0));
+                    const Vector<VECTOR> v =
+                        *reinterpret_cast<const Vector<VECTOR>*>(v_tile + (key + e) * DIM_V + column(n, 0));
 #pragma unroll
                     for (int i = 0; i < HEIGHT; ++i)
 #pragma unroll
@@ -148,13 +135,14 @@ struct ThreadRows {
     }
 };
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * ROW_LANES)
 accumulate(float* acc, float* top, float* sum, const float* q, const float* k, const float* v, const int* begin,
            const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v, int stride_v, float scale,
-           int width, int fresh) {
+           int width, int fresh, const void* packed_score) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
-    using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS>;
+    using S = Score<float, FUNCTIONS>;
+    using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S>;
     static_assert(ROWS <= THREADS, "one interval a thread");
 
     const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
@@ -193,16 +181,17 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
 
     const StateArrays<float> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
                                     static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
+    const S score(packed_score, n_q, n_k, kv_heads * group);
     State state;
-    state.load(arrays, rows, begin, end, part);
+    state.load(arrays, rows, begin, end, part, score);
 
     for (int i = 0; i < tiles; ++i) {
         const int start = range.low + i * KEYS;
         const bool full = sight.full(start, KEYS);
         copy_wait<1>();
         __syncthreads();                           // K is here
-        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale);
-        else state.template weigh<true>(q_tile, k_tile, p_tile, start, scale);
+        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale, score);
+        else state.template weigh<true>(q_tile, k_tile, p_tile, start, scale, score);
         __syncthreads();                           // all have read K, and the weights are there
         if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
         copy_commit();

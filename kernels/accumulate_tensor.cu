@@ -8,6 +8,7 @@
 //   begin, end (n_q,)                  query i sees columns begin[i] <= j < end[i], within 0 .. n_k
 //   scale                              factor of the scores q . k
 //   width                              columns of a part: the grid's z has as many parts as cover n_k
+//   packed_score                       with FUNCTIONS: a PackedScore; see score.cuh
 //   fresh                              whether to leave out what acc, top and sum hold, and to write each part to
 //                                      arrays of its own, (parts, n_q, heads, ..), for merge_parts of state.cu
 //
@@ -20,104 +21,21 @@
 // infinity in what it sees come through. No atomics: the result depends on the arguments alone.
 // The algorithm is that of Dao 2023, FlashAttention-2, algorithm 1, with the state kept between launches.
 
-#include "finite.cuh"
-#include "rows.cuh"
-
-// How the lanes of a warp hold tiles of T for a product; the layouts are those of platform.cuh.
-template <class T>
-struct Fragments {
-    using Register = unsigned;                // two numbers
-    static constexpr int DEPTH = 16;          // of a product
-    static constexpr int PAD = 8, PAD_V = 8;  // numbers after each row of a tile: no two lanes of a load share a bank
-
-    // Left side: rows row .. row + 16, columns column .. column + DEPTH.
-    __device__ static void left(Register (&a)[4], const T* tile, int stride, int row, int column) {
-        const int lane = threadIdx.x % 32;
-        load_matrices(a, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
-    }
-
-    // Right sides from the transposed of rows key .. key + 16: b[0..1] for the first eight, b[2..3] for the others.
-    __device__ static void right_transposed(Register (&b)[4], const T* tile, int stride, int key, int column) {
-        const int lane = threadIdx.x % 32;
-        load_matrices(b, tile + (key + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
-    }
-
-    // Right sides: rows key .. key + DEPTH, b[0..1] of columns column .. column + 8, b[2..3] of eight more.
-    __device__ static void right(Register (&b)[4], const T* tile, int stride, int key, int column) {
-        const int lane = threadIdx.x % 32;
-        load_matrices_transposed(b, tile + (key + lane % 16) * stride + column + lane / 16 * 8);
-    }
-
-    // Left side from the accumulators of keys DEPTH * step .. DEPTH * (step + 1).
-    template <int N>
-    __device__ static void weights(Register (&a)[4], const float (&p)[N][4], int step) {
-        a[0] = pack(T{}, p[2 * step][0], p[2 * step][1]);
-        a[1] = pack(T{}, p[2 * step][2], p[2 * step][3]);
-        a[2] = pack(T{}, p[2 * step + 1][0], p[2 * step + 1][1]);
-        a[3] = pack(T{}, p[2 * step + 1][2], p[2 * step + 1][3]);
-    }
-
-    using Finite = ::Finite<T>;
-};
-
-// A product of depth 8 sums over keys in any order, so accumulators serve as left side as they lie: place t of the
-// product is key 2 t, place t + 4 is key 2 t + 1, and `right` takes the rows of V in that order.
-template <>
-struct Fragments<double> {
-    using Register = double;
-    static constexpr int DEPTH = 8;
-    static constexpr int PAD = 4, PAD_V = 2;
-
-    __device__ static void left(double (&a)[4], const double* tile, int stride, int row, int column) {
-        const double* at = tile + (row + threadIdx.x % 32 / 4) * stride + column + threadIdx.x % 4;
-        a[0] = at[0];
-        a[1] = at[8 * stride];
-        a[2] = at[4];
-        a[3] = at[8 * stride + 4];
-    }
-
-    __device__ static void right_transposed(double (&b)[4], const double* tile, int stride, int key, int column) {
-        const double* at = tile + (key + threadIdx.x % 32 / 4) * stride + column + threadIdx.x % 4;
-        b[0] = at[0];
-        b[1] = at[4];
-        b[2] = at[8 * stride];
-        b[3] = at[8 * stride + 4];
-    }
-
-    __device__ static void right(double (&b)[4], const double* tile, int stride, int key, int column) {
-        const double* at = tile + (key + 2 * (threadIdx.x % 4)) * stride + column + threadIdx.x % 32 / 4;
-        b[0] = at[0];
-        b[1] = at[stride];
-        b[2] = at[8];
-        b[3] = at[stride + 8];
-    }
-
-    template <int N>
-    __device__ static void weights(double (&a)[4], const double (&p)[N][4], int step) {
-        a[0] = p[step][0];
-        a[1] = p[step][2];
-        a[2] = p[step][1];
-        a[3] = p[step][3];
-    }
-
-    struct Finite {
-        __device__ static bool all(double x) { return x - x == 0; }
-        __device__ static double only(double x) { return all(x) ? x : 0; }
-        __device__ static double codes(double x) { return all(x) ? 0 : x != x ? NAN_SEEN : x < 0 ? MINUS : PLUS; }
-    };
-};
+#include "fragments.cuh"
+#include "score.cuh"
 
 // The rows of a warp: what they see, and their state in registers.
-template <class T, int DIM_V, int HEIGHT>
+template <class T, int DIM_V, int HEIGHT, class S>
 struct WarpRows {
     using A = Accumulator<T>;
     using F = Fragments<T>;
     A acc[HEIGHT][DIM_V / 8][4];
     A top[HEIGHT][2], sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of sum, this lane's share
     Interval sees[HEIGHT][2];
+    typename S::Row what[HEIGHT][2];
 
     // Take up the state of rows `first` .., each with what it sees, of which a lane knows its own row's.
-    __device__ void load(const StateArrays<A>& arrays, const Rows& rows, int first, Interval interval) {
+    __device__ void load(const StateArrays<A>& arrays, const Rows& rows, int first, Interval interval, const S& score) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
@@ -126,6 +44,7 @@ struct WarpRows {
                 const int local = 16 * m + 8 * h + lane / 4;
                 sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
                               __shfl_sync(ALL_LANES, interval.high, local)};
+                what[m][h] = score.row(rows, first + local);
                 const bool known = !arrays.fresh && rows.there(first + local);
                 const long long at = known ? rows.state_row(first + local) : 0;
                 top[m][h] = known ? arrays.top[at] : -infinity(A{});
@@ -226,69 +145,42 @@ struct WarpRows {
     // Fold the tile of keys from `start`. PARTIAL: some rows don't see all of it.
     template <bool PARTIAL, int DIM, int KEYS>
     __device__ void fold(const T* q_tile, int row, const T* k_tile, int stride, const T* v_tile, int stride_v,
-                         int start, A scale) {
+                         int start, A scale, const S& score) {
         A s[HEIGHT][KEYS / 8][4] = {};
-#pragma unroll
-        for (int step = 0; step < DIM / F::DEPTH; ++step) {
-            typename F::Register a[HEIGHT][4], b[4];
-#pragma unroll
-            for (int m = 0; m < HEIGHT; ++m) F::left(a[m], q_tile, stride, row + 16 * m, step * F::DEPTH);
-#pragma unroll
-            for (int n = 0; n < KEYS / 16; ++n) {
-                F::right_transposed(b, k_tile, stride, n * 16, step * F::DEPTH);
-#pragma unroll
-                for (int m = 0; m < HEIGHT; ++m) {
-                    multiply_add(T{}, s[m][2 * n], a[m], b[0], b[1]);
-                    multiply_add(T{}, s[m][2 * n + 1], a[m], b[2], b[3]);
-                }
-            }
-        }
+        multiply_transposed<DIM>(s, q_tile, row, k_tile, stride);
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m) {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    s[m][n][i] = rounded_product(s[m][n][i], scale);
-                    if (PARTIAL && !sees[m][i / 2].holds(column_of(start, n, i)))
-                        s[m][n][i] = -infinity(A{});
+                    const int column = column_of(start, n, i);
+                    s[m][n][i] = score.shape(rounded_product(s[m][n][i], scale), what[m][i / 2], score.key(column));
+                    if (PARTIAL && !sees[m][i / 2].holds(column)) s[m][n][i] = -infinity(A{});
                 }
             weigh(s[m], m);
-        }
-        bool all_finite = true;
+            if constexpr (S::FUNCTIONS) {
 #pragma unroll
-        for (int step = 0; step < KEYS / F::DEPTH; ++step) {
-            typename F::Register p[HEIGHT][4], b[4];
+                for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-            for (int m = 0; m < HEIGHT; ++m) F::weights(p[m], s[m], step);
-#pragma unroll
-            for (int n = 0; n < DIM_V / 16; ++n) {
-                F::right(b, v_tile, stride_v, step * F::DEPTH, n * 16);
-                if constexpr (PARTIAL) {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {         // a weight of 0 times NaN would be NaN
-                        all_finite &= F::Finite::all(b[i]);
-                        b[i] = F::Finite::only(b[i]);
-                    }
-                }
-#pragma unroll
-                for (int m = 0; m < HEIGHT; ++m) {
-                    multiply_add(T{}, acc[m][2 * n], p[m], b[0], b[1]);
-                    multiply_add(T{}, acc[m][2 * n + 1], p[m], b[2], b[3]);
-                }
+                    for (int i = 0; i < 4; ++i)
+                        s[m][n][i] *= score.kept(what[m][i / 2], score.key(column_of(start, n, i)));
             }
         }
+        const bool all_finite = multiply<PARTIAL, T>(acc, s, v_tile, stride_v, 0);
         if (PARTIAL && !__all_sync(ALL_LANES, all_finite)) add_not_finite<KEYS>(v_tile, stride_v, start);
     }
 };
 
-template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES>
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
+          bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
 accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const T* q, const T* k, const T* v,
            const int* begin, const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v,
-           int stride_v, Accumulator<T> scale, int width, int fresh) {
+           int stride_v, Accumulator<T> scale, int width, int fresh, const void* packed_score) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
+    using S = Score<A, FUNCTIONS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
@@ -330,8 +222,9 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
 
     const StateArrays<A> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
                                 static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
-    WarpRows<T, DIM_V, HEIGHT> state;
-    state.load(arrays, rows, mine, interval);
+    const S score(packed_score, n_q, n_k, kv_heads * group);
+    WarpRows<T, DIM_V, HEIGHT, S> state;
+    state.load(arrays, rows, mine, interval, score);
 
     for (int i = 0; i < tiles; ++i) {
         if constexpr (STAGES == 1) {
@@ -351,9 +244,9 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         const int start = range.low + i * KEYS;
         if (sight.skips(start, KEYS)) continue;
         if (sight.full(start, KEYS))
-            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
+            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);
         else
-            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale);
+            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);
     }
     state.store(arrays, rows, mine);
 }

@@ -113,6 +113,7 @@ __device__ inline float value(float16 x) {
     return y;
 }
 __device__ inline float value(float x) { return x; }
+__device__ inline double value(double x) { return x; }
 
 // Rounded to the type it is stored as; to 16 bits by way of float.
 __device__ inline void store(double* at, double x) { *at = x; }
@@ -136,6 +137,10 @@ __device__ inline float exponential(float x) {
 }
 
 __device__ inline double exponential(double x) { return exp(x); }
+
+// Relative error for float: 2^-22.
+__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
 
 __device__ inline float infinity(float) { return __int_as_float(0x7f800000); }
 __device__ inline double infinity(double) { return __longlong_as_double(0x7ff0000000000000ll); }

@@ -29,6 +29,7 @@ struct Rows {
     __device__ int count() const { return n_q * group - first; }
     __device__ bool there(int row) const { return row < count(); }
     __device__ int query(int row) const { return (first + row) / group; }
+    __device__ int head(int row) const { return kv_head * group + (first + row) % group; }
 
     // Number of a row among all (query, head).
     __device__ long long state_row(int row) const {
@@ -62,6 +63,14 @@ struct Sight {
     __device__ bool full(int start, int count) const { return every.low <= start && start + count <= every.high; }
 };
 
+__device__ inline Sight joined(const Sight& a, const Sight& b) {
+    return {{min(a.any.low, b.any.low), max(a.any.high, b.any.high)},
+            {max(a.every.low, b.every.low), min(a.every.high, b.every.high)}};
+}
+
+// What no rows see.
+__device__ inline Sight sight_of_none() { return {{NOWHERE, 0}, {0, NOWHERE}}; }
+
 // What the rows of a warp see, one interval a lane; a lane that has no row does not count.
 __device__ inline Sight sight_of(Interval mine, bool has_row) {
     const bool sees = mine.low < mine.high;
@@ -77,13 +86,9 @@ __device__ inline Sight sight_of_block(const Sight& mine) {
     __shared__ Sight sights[WARPS];
     if (threadIdx.x % 32 == 0) sights[threadIdx.x / 32] = mine;
     __syncthreads();
-    Sight all{{NOWHERE, 0}, {0, NOWHERE}};
+    Sight all = sight_of_none();
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        const Sight& s = sights[w];
-        all.any = {min(all.any.low, s.any.low), max(all.any.high, s.any.high)};
-        all.every = {max(all.every.low, s.every.low), min(all.every.high, s.every.high)};
-    }
+    for (int w = 0; w < WARPS; ++w) all = joined(all, sights[w]);
     return all;
 }
 
@@ -113,6 +118,10 @@ __device__ inline void copy_tile(T* tile, Row row, int count, int dim) {
         }
     }
 }
+
+// For functions that are told so at compile time.
+struct False { static constexpr bool value = false; };
+struct True { static constexpr bool value = true; };
 
 // The larger of two numbers; of a number and NaN, the number.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }

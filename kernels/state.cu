@@ -1,4 +1,5 @@
-// What is done to the state of the queries besides accumulating: reset, merge parts, finish; and widening of inputs.
+// What is done to the state of the queries besides accumulating: reset, merge parts, finish; what the backward pass
+// needs besides its products; and little things: widen, round, clear, add.
 //
 //   acc       (rows, dim_v)   rows = n_q heads; sum of exp(score - top) v
 //   top, sum  (rows,)         running maximum, -inf before the first key, and sum
@@ -14,13 +15,13 @@ __device__ inline long long thread_number() {
 
 __device__ inline long long thread_count() { return static_cast<long long>(gridDim.x) * blockDim.x; }
 
-// Forget every key. Any grid.
+// Forget every key. `sinks`, null or (heads,), are scores that the rows of a head have besides. Any grid.
 template <class A>
-__global__ void reset(A* acc, A* top, A* sum, long long rows, int dim_v) {
+__global__ void reset(A* acc, A* top, A* sum, const A* sinks, long long rows, int heads, int dim_v) {
     for (long long i = thread_number(); i < rows * dim_v; i += thread_count()) acc[i] = 0;
     for (long long i = thread_number(); i < rows; i += thread_count()) {
-        top[i] = -infinity(A{});
-        sum[i] = 0;
+        top[i] = sinks ? sinks[i % heads] : -infinity(A{});
+        sum[i] = sinks ? 1 : 0;
     }
 }
 
@@ -88,4 +89,50 @@ __global__ void finish(const A* acc, const A* top, const A* sum, const unsigned 
 template <class T>
 __global__ void widen(double* target, const T* source, long long count) {
     for (long long i = thread_number(); i < count; i += thread_count()) target[i] = value(source[i]);
+}
+
+// Write `count` numbers of `source` as T. Any grid.
+template <class T, class A>
+__global__ void rounded(T* target, const A* source, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) store(target + i, source[i]);
+}
+
+template <class T>
+__global__ void clear(T* target, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) target[i] = T{};
+}
+
+template <class A>
+__global__ void add(A* target, const A* source, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) target[i] += source[i];
+}
+
+// delta = sum(dout out) - dlse, for each row; `dlse` null for 0. Any grid of whole warps, one to a row at a time.
+template <class T, class A>
+__global__ void dots(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {
+    const int lane = threadIdx.x % 32;
+    for (long long row = thread_number() / 32; row < rows; row += thread_count() / 32) {
+        A total = 0;
+        for (long long i = row * dim_v + lane; i < (row + 1) * dim_v; i += 32)
+            total += static_cast<A>(value(dout[i])) * static_cast<A>(value(out[i]));
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(ALL_LANES, total, mask);
+        if (lane == 0) delta[row] = dlse ? total - dlse[row] : total;
+    }
+}
+
+// What the rows of each tile see, in numbers of rows of a key head; rows that are not there see nothing. Any grid of
+// whole warps, one to a tile at a time.
+__global__ void sights(Sight* sights, const int* begin, const int* end, int n_q, int group, int rows_of_tile,
+                       int tiles) {
+    for (long long tile = thread_number() / 32; tile < tiles; tile += thread_count() / 32) {
+        const Rows rows{n_q, 1, group, 0, static_cast<int>(tile) * rows_of_tile};
+        Sight all = sight_of_none();
+        for (int first = 0; first < rows_of_tile; first += 32) {
+            const int row = first + threadIdx.x % 32;
+            const bool of_tile = row < rows_of_tile, there = of_tile && rows.there(row);
+            all = joined(all, sight_of(there ? rows.interval(begin, end, row) : Interval{0, 0}, of_tile));
+        }
+        if (threadIdx.x % 32 == 0) sights[tile] = all;
+    }
 }

@@ -10,7 +10,8 @@ from oracle import case
 
 from ringmpi import BackendError, device, link
 from ringmpi.backends import cuda
-from ringmpi.backends.cuda import CudaBackend, best, kernels
+from ringmpi.backends.cuda import CudaBackend
+from ringmpi.backends.instances import best, kernels
 from ringmpi.device import choose_index
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator

@@ -17,6 +17,7 @@ from ringmpi import BackendError, device
 from ringmpi.backends import hopper
 from ringmpi.backends.cuda import CudaBackend
 from ringmpi.backends.sources import kernels_folder
+from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
@@ -30,8 +31,8 @@ class HopperBackend(CudaBackend):
         super().__init__(threads, gpu)
         self.hopper = True
 
-    def _choose(self, q, k, v):
-        kernel = super()._choose(q, k, v)
+    def _choose(self, q, k, v, score):
+        kernel = super()._choose(q, k, v, score)
         assert kernel.file == hopper.FILE
         return kernel
 
@@ -179,7 +180,7 @@ def test_what_it_takes():
 
     def takes(n_q, dim, dim_v, dtype="bfloat16", heads=1):
         q, k, v, _, _ = case(8, n_q, 10, heads, 1, dim, dim_v, dtype)
-        return hopper.takes(gpu, gpu.array(q), gpu.array(k), gpu.array(v))
+        return hopper.takes(gpu, gpu.array(q), gpu.array(k), gpu.array(v), Score(1.0))
 
     assert takes(65, 64, 128)
     assert takes(17, 128, 8, "float16", heads=4)

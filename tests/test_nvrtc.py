@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from ringmpi.backends.cuda import best, kernels
+from ringmpi.backends.instances import best, kernels
 from ringmpi.backends.sources import kernels_folder
 from ringmpi.softmax import BFLOAT16, DTYPES
 

@@ -3,7 +3,8 @@
 A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
 puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns, and a merge. Where there are too few
 tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
-kernel folds into the state. While kernels run, `accumulate` yields, so that the caller can keep messages moving.
+kernel folds into the state. The gradient of a block is a launch for dq, and one or two for dk and dv. While kernels
+run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
 """
 
 from __future__ import annotations
@@ -22,105 +23,23 @@ from ..environment import hopper_kernel
 from ..errors import BackendError
 from ..layout import Integers
 from ..score import Score
-from ..softmax import BFLOAT16, State
+from ..softmax import Gradient, State
 from . import hopper
 from .base import Backend
+from .instances import TYPES, best, kernels, key_gradients, query_gradients
+from .proof import Proof
 from .sources import Kernel, compiler_options, kernels_folder
 
 Array = Any
 MOST_DIM = 256
-SLICE_FLOAT64 = 128           # columns of V that fit a thread's registers beside the rest, in float64
 # Queries, of two heads each, and keys: each of the kernels that a number of rows may choose is among theirs; in the
 # last all of Hopper's warpgroups go through some full tiles together, and through the end of the keys.
 TO_PROVE = ((1, 94), (8, 106), (25, 140), (65, 220))
 TO_PROVE_ON_HOPPER = (*TO_PROVE, (100, 1000))
-PROOF_SECONDS = 100.0         # for a case of milliseconds
+TO_PROVE_BACKWARD = ((7, 106), (75, 220))
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
-TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16: "bfloat16",
-         np.dtype(np.float16): "float16"}
-
-
-def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int) -> list[Kernel]:
-    """List the kernels for `rows` rows of a key head, the one that should be fastest first. Local.
-
-    Parameters
-    ----------
-    dtype : dtype
-        Of q, k and v.
-    dim, dim_v : int
-    rows : int
-        Queries times the heads that share a key head.
-    align : int
-        Bytes that every row of q, k and v is aligned to, and a multiple of: 2, 4, 8 or 16.
-    """
-    wide, wide_v = _sixteens(dim), _sixteens(dim_v)
-    if dtype == np.float32:
-        return [_simple(wide, wide_v, *shape, align) for shape in _shapes_float32(wide_v, rows)]
-    if dtype == np.float64:
-        wide_v = min(wide_v, SLICE_FLOAT64)
-        shapes = [(1, 1, 32, 3), (1, 1, 16, 2), (1, 1, 16, 1)] if rows <= 16 else [
-            (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
-    elif rows <= 16:
-        shapes = [(1, 1, 32, 3), (1, 1, 32, 2)]
-    elif max(wide, wide_v) > 128:
-        shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
-    else:
-        height = 1 if rows <= 64 else 2
-        shapes = [(4, height, 64, 2), (4, height, 32, 2)]
-    return [_tensor(dtype, wide, wide_v, *shape, align) for shape in shapes]
-
-
-def _shapes_float32(wide_v: int, rows: int) -> list[tuple[int, int, int]]:
-    """Row lanes, rows of a thread, keys."""
-    tallest = 8 if wide_v <= 128 else 4        # what a thread's registers hold
-    if rows <= 16:
-        lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
-        return [(lanes, height, 32), (lanes, height, 16)]
-    tall = [(16, 8, 64), (16, 8, 32)] if tallest == 8 else []
-    return [*tall, (16, 4, 32), (16, 4, 16), (16, 2, 16)]
-
-
-def _sixteens(n: int) -> int:
-    return -(-n // 16) * 16
-
-
-def _tensor(dtype: np.dtype[Any], dim: int, dim_v: int, warps: int, height: int, keys: int, stages: int,
-            align: int) -> Kernel:
-    """Give an instance of accumulate_tensor.cu."""
-    rows = 16 * height * warps
-    pad, pad_v = (4, 2) if dtype == np.float64 else (8, 8)
-    numbers = rows * (dim + pad) + stages * keys * (dim + pad + dim_v + pad_v)
-    blocks = 8 if warps == 1 else 2 if warps == 4 and dtype != np.float64 else 1
-    name = f"accumulate<{TYPES[dtype]}, {dim}, {dim_v}, {warps}, {height}, {keys}, {stages}, {align}>"
-    return Kernel("accumulate_tensor.cu", name, rows, keys, 32 * warps, numbers * dtype.itemsize, dim_v, blocks)
-
-
-def _simple(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int) -> Kernel:
-    """Give an instance of accumulate_float.cu."""
-    rows, padded = height * lanes, -(-dim // 32) * 32 + 4
-    numbers = (rows + keys) * padded + keys * dim_v + rows * (keys + 16 if keys % 32 == 0 else keys)
-    name = f"accumulate<{dim}, {dim_v}, {lanes}, {height}, {keys}, {align}>"
-    return Kernel("accumulate_float.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes < 16 else 1)
-
-
-def best(candidates: Sequence[Kernel], shared_bytes: int, shared_bytes_processor: int) -> Kernel:
-    """Choose the first kernel whose blocks fit a multiprocessor as meant, else the first that fits at all. Local.
-
-    Raises
-    ------
-    BackendError
-        If none fits.
-    """
-    static = 2048             # what a block has besides: its own, and the driver's 1 KiB
-    fitting = [kernel for kernel in candidates if kernel.shared_bytes + static <= shared_bytes]
-    for kernel in fitting:
-        if min(kernel.blocks, 2) * (kernel.shared_bytes + static) <= shared_bytes_processor:
-            return kernel
-    if fitting:
-        return fitting[0]
-    raise BackendError(f"backend cuda: the kernels need {min(k.shared_bytes for k in candidates)} bytes of shared "
-                       f"memory, this GPU gives {shared_bytes} to a block; take a smaller dim, or backend='numba'")
+NULL = np.uint64(0)           # in place of an array
 
 
 class CudaBackend(Backend):
@@ -145,41 +64,24 @@ class CudaBackend(Backend):
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                "take backend='numba'")
         proven = self.device.cache.setdefault("proven kernels", set())
-        case = dtype, accumulator, dim, dim_v, self.hopper
-        if case in proven:
+        case = dim, dim_v, dtype, accumulator, plain, backward
+        if (case, self.hopper) in proven:
             return
-        with self.device.current():
-            for n_q, n_k in TO_PROVE_ON_HOPPER if self.hopper else TO_PROVE:
-                error = self._error_of_small_case(n_q, n_k, dtype, accumulator, dim, dim_v)
-                bound = {8: 1e-12, 4: 1e-5, 2: 2e-2}[dtype.itemsize]
-                if not error <= bound:
-                    raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
-                                       f"{dim_v} gives a wrong result (error {error:.2g}, bound {bound:.0g}); please "
-                                       "report it, and take backend='numba' meanwhile")
-        proven.add(case)
-
-    def _error_of_small_case(self, n_q: int, n_k: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int,
-                             dim_v: int) -> float:
-        """Give the largest error of a case with a slanting end, in units of the largest value, by a dense softmax."""
-        rng = np.random.default_rng(n_q)
-        q, k, v = (rng.standard_normal((n, heads, width)).astype(dtype)
-                   for n, heads, width in ((n_q, 2, dim), (n_k, 1, dim), (n_k, 1, dim_v)))
-        begin, end = np.zeros(n_q, np.int64), n_k - 1 - np.arange(n_q)[::-1]
-        scale = 1 / math.sqrt(dim)
-        state = self.new_state(n_q, 2, dim_v, accumulator)
-        placed = [self.place(x) for x in (q, k, v)]
-        latest = time.monotonic() + PROOF_SECONDS
-        for _ in self.accumulate(state, placed[0], placed[1], placed[2], begin, end, Score(scale)):
-            if time.monotonic() > latest:
-                raise BackendError(f"backend cuda: on {self.device.name} the kernel for {dtype}, dim {dim}, dim_v "
-                                   f"{dim_v} does not end; please report it, and take backend='numba' meanwhile")
-        out, lse = self.empty((n_q, 2, dim_v), dtype), self.empty((n_q, 2), accumulator)
-        self.finish(state, self.place(np.ones(n_q, bool)), out, lse)
-        got = self.fetch(out).astype(np.float64)
-        scores = q.astype(np.float64) @ k[:, 0].astype(np.float64).T * scale
-        weights = np.exp(np.where(np.arange(n_k) < end[:, None, None], scores, -np.inf))
-        want = weights @ v[:, 0].astype(np.float64) / weights.sum(axis=2, keepdims=True)
-        return float(np.abs(got - want).max() / np.abs(want).max())
+        what = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
+                f"{dim_v}{'' if plain else ', with score functions,'}")
+        advice = "please report it, and take backend='numba' meanwhile"
+        bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
+        sizes = TO_PROVE_BACKWARD if backward else TO_PROVE_ON_HOPPER if self.hopper and plain else TO_PROVE
+        for n_q, n_k in sizes:
+            try:
+                with self.device.current():
+                    error = Proof(n_q, n_k, *case).error(self)
+            except TimeoutError as late:
+                raise BackendError(f"backend cuda: {what} does not end; {advice}") from late
+            if not error <= bound:
+                raise BackendError(f"backend cuda: {what} gives a wrong result (error {error:.2g}, bound {bound:.0g}); "
+                                   f"{advice}")
+        proven.add((case, self.hopper))
 
     def place(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.place`. Local."""
@@ -205,9 +107,12 @@ class CudaBackend(Backend):
 
     def reset(self, state: State, sinks: NDArray[Any] | None = None) -> None:
         """Let a state forget every key; see `Backend.reset`. Local."""
-        rows, dim_v = state.max.size, state.acc.shape[2]
-        kernel = self._kernel("state.cu", f"reset<{TYPES[state.acc.dtype]}>")
-        self._launch_over(kernel, rows * dim_v, (state.acc, state.max, state.sum, np.int64(rows), np.int32(dim_v)))
+        rows, (_, heads, dim_v), kind = state.max.size, state.acc.shape, state.acc.dtype
+        kernel = self._kernel("state.cu", f"reset<{TYPES[kind]}>")
+        with self.device.current():
+            placed = NULL if sinks is None or not rows else self.device.array(np.ascontiguousarray(sinks, kind))
+        self._launch_over(kernel, rows * dim_v, (state.acc, state.max, state.sum, placed, np.int64(rows),
+                                                 np.int32(heads), np.int32(dim_v)))
 
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
@@ -219,56 +124,122 @@ class CudaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
+        yield from self._done(lambda: self._fold(state, q, k, v, begin, end, score), begin, end)
+
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
+        yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
+
+    def _done(self, launch: Callable[[], None], begin: Integers, end: Integers) -> Iterator[int]:
+        """Launch what does a block, and yield until it is done."""
         pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
         with device.current():
-            self._fold(state, q, k, v, begin, end, score.scale)
+            launch()
             done = device.record(device.caller_stream())
         while not done.done:
             yield 0
             time.sleep(POLL_SECONDS)
         yield pairs
 
-    def _fold(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, scale: float) -> None:
+    def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
+        """Begin the backward pass of queries; see `Backend.new_gradient`. Local."""
+        gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq)
+        kernel = self._kernel("state.cu", f"dots<{TYPES[dout.dtype]}, {TYPES[lse.dtype]}>")
+        self._launch_over(kernel, 32 * lse.size, (gradient.delta, dout, out, NULL if dlse is None else dlse,
+                                                  np.int64(lse.size), np.int32(dout.shape[2])))
+        self.clear(dq)
+        return gradient
+
+    def clear(self, x: Any) -> None:
+        """Fill an array with zeros; see `Backend.clear`. Local."""
+        self._launch_over(self._kernel("state.cu", f"clear<{TYPES[x.dtype]}>"), x.size, (x, np.int64(x.size)))
+
+    def add(self, x: Any, y: Any) -> None:
+        """Add `y` to `x`; see `Backend.add`. Local."""
+        self._launch_over(self._kernel("state.cu", f"add<{TYPES[x.dtype]}>"), x.size, (x, y, np.int64(x.size)))
+
+    def rounded(self, x: Any, dtype: np.dtype[Any]) -> Any:
+        """Give `x` in `dtype`; see `Backend.rounded`. Local."""
+        if x.dtype == dtype:
+            return x
+        made = self.empty(x.shape, dtype)
+        kernel = self._kernel("state.cu", f"rounded<{TYPES[dtype]}, {TYPES[x.dtype]}>")
+        self._launch_over(kernel, x.size, (made, x, np.int64(x.size)))
+        return made
+
+    def _fold(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, score: Score) -> None:
         """Launch what folds a block: of the columns that any row sees, in one part or several."""
         kind = state.acc.dtype
-        if kind == np.float64 and q.dtype != kind:
-            q, k, v = (self._widened(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-        seeing = end > begin
-        first, last = int(begin.min(where=seeing, initial=len(k))), int(end.max(where=seeing, initial=0))
-        k, v = k[first:last], v[first:last]
+        q, k, v = self._widened(kind, q=q, k=k, v=v)
+        seen = _seen(begin, end)
+        k, v = k[seen], v[seen]
         (n_q, heads, dim), (n_k, kv_heads, dim_v) = q.shape, v.shape
-        kernel = self._choose(q, k, v)
+        kernel = self._choose(q, k, v, score)
         parts, width = self._split(kernel, n_q * heads // kv_heads, kv_heads, n_k)
         fresh = parts > 1 or dim_v > kernel.columns
-        if max(n_q * heads, n_k + width) >= 2**31:
-            raise BackendError(f"backend cuda: expected fewer than 2^31 rows and keys in a block, got {n_q * heads} "
-                               f"and {n_k}; use more ranks")
-        columns = self._upload_columns(begin, end, first)
+        _refuse_many(n_q * heads, n_k + width)
+        columns, packed = self._upload(begin, end, seen, score, kind, heads)
         target = self._parts(parts, state) if fresh else state
         for start in range(0, dim_v, kernel.columns):
-            keys = hopper.maps(self.device, k, v) if kernel.file == hopper.FILE else (k, _from(v, start))
+            on_hopper = kernel.file == hopper.FILE
+            keys = hopper.maps(self.device, k, v) if on_hopper else (k, _from(v, start))
             self._launch(
                 kernel.file, kernel.name, (-(-n_q * (heads // kv_heads) // kernel.rows), kv_heads, parts),
                 kernel.threads, kernel.shared_bytes,
                 (_from(target.acc, start), target.max, target.sum, q, *keys, *columns, np.int32(n_q),
                  np.int32(n_k), np.int32(kv_heads), np.int32(heads // kv_heads), np.int32(dim),
-                 np.int32(min(kernel.columns, dim_v - start)), np.int32(dim_v), kind.type(scale), np.int32(width),
-                 np.int32(fresh)))
+                 np.int32(min(kernel.columns, dim_v - start)), np.int32(dim_v), kind.type(score.scale), np.int32(width),
+                 np.int32(fresh), *(() if on_hopper else (packed,))))
         if fresh:
             self._launch("state.cu", f"merge_parts<{TYPES[kind]}>", (n_q * heads,), 256, 0,
                          (state.acc, state.max, state.sum, target.acc, target.max, target.sum, np.int32(parts),
                           np.int64(n_q * heads), np.int32(dim_v)))
 
-    def _choose(self, q: Array, k: Array, v: Array) -> Kernel:
-        if self.hopper and hopper.takes(self.device, q, k, v):
+    def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
+        if self.hopper and hopper.takes(self.device, q, k, v, score):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
-        align = math.gcd(_alignment(q), _alignment(v), *(x.data.ptr for x in (q, k, v)))
         rows = len(q) * q.shape[1] // k.shape[1]
-        return best(kernels(q.dtype, q.shape[2], v.shape[2], rows, align), self.device.shared_bytes,
-                    self.device.shared_bytes_processor)
+        align = _common_alignment(q, k, v)
+        return self._best(kernels(q.dtype, q.shape[2], v.shape[2], rows, align, plain=score.plain))
+
+    def _best(self, candidates: Sequence[Kernel]) -> Kernel:
+        return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
+
+    def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
+                       end: Integers, score: Score) -> None:
+        """Launch what differentiates a block: of the columns that any row sees, first for dq, then for dk and dv."""
+        kind = gradient.dq.dtype
+        q, k, v, dout = self._widened(kind, q=q, k=k, v=v, dout=gradient.dout)
+        seen = _seen(begin, end)
+        k, v, dk, dv = k[seen], v[seen], dk[seen], dv[seen]
+        (n_q, heads, dim), (n_k, kv_heads, dim_v) = q.shape, v.shape
+        rows, align = n_q * (heads // kv_heads), _common_alignment(q, k, v, dout)
+        _refuse_many(n_q * heads + 1024, n_k + 1024)               # the last tiles reach beyond
+        columns, packed = self._upload(begin, end, seen, score, kind, heads)
+        inputs = dout, gradient.lse, gradient.delta, q, k, v, *columns
+        sizes = (np.int32(n_q), np.int32(n_k), np.int32(kv_heads), np.int32(heads // kv_heads), np.int32(dim),
+                 np.int32(dim_v), kind.type(score.scale), packed)
+        kernel = self._best(query_gradients(q.dtype, dim, dim_v, rows, align, plain=score.plain))
+        self._launch(kernel.file, kernel.name, (-(-rows // kernel.rows), kv_heads, -(-dim // kernel.columns)),
+                     kernel.threads, kernel.shared_bytes, (gradient.dq, *inputs, *sizes))
+        for candidates in key_gradients(q.dtype, dim, dim_v, align, plain=score.plain):
+            kernel = self._best(candidates)
+            sights = self._sights(kernel.rows, rows, *columns, heads // kv_heads)
+            slices = -(-max(dim, dim_v) // kernel.columns)
+            self._launch(kernel.file, kernel.name, (-(-n_k // kernel.keys), kv_heads, slices), kernel.threads,
+                         kernel.shared_bytes, (dk, dv, *inputs, sights, *sizes))
+
+    def _sights(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
+        """Reckon what the rows of each tile see."""
+        tiles = -(-rows // tile)
+        sights = self._buffer("sights", 4 * tiles, np.dtype(np.int32))
+        self._launch_over(self._kernel("state.cu", "sights"), 32 * tiles, (
+            sights, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles)))
+        return sights
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
         """Give the number of parts that fill the GPU, and the columns of each, in whole tiles."""
@@ -279,13 +250,20 @@ class CudaBackend(Backend):
         width = -(-n_k // (parts * kernel.keys)) * kernel.keys
         return -(-n_k // width), width
 
-    def _upload_columns(self, begin: Integers, end: Integers, first: int) -> tuple[Array, Array]:
-        """Copy the intervals to the GPU, counted from column `first`, in 32 bits; empty ones may lie anywhere."""
-        both = np.empty((2, len(begin)), np.int32)
-        for row, x in zip(both, (begin, end), strict=True):
-            np.subtract(x, first, out=row, casting="unsafe")
-        placed = self.device.array(both)
-        return placed[0], placed[1]
+    def _upload(self, begin: Integers, end: Integers, seen: slice, score: Score, kind: np.dtype[Any], heads: int
+                ) -> tuple[tuple[Array, Array], Any]:
+        """Copy to the GPU, at once, the intervals, counted from the first column seen, in 32 bits, and the score.
+
+        Empty intervals may lie anywhere. A plain score is nothing but its scale.
+        """
+        packed = np.empty(0, np.int32) if score.plain else _packed(score, seen, kind, heads, len(begin))
+        words = np.empty(len(packed) + 2 * len(begin), np.int32)
+        words[:len(packed)] = packed
+        for row, x in zip(words[len(packed):].reshape(2, -1), (begin, end), strict=True):
+            np.subtract(x, seen.start, out=row, casting="unsafe")
+        placed = self.device.array(words)
+        columns = placed[len(packed):]
+        return (columns[:len(begin)], columns[len(begin):]), NULL if score.plain else placed
 
     def _parts(self, count: int, state: State) -> State:
         """Give room for `count` states like `state`, one after the other."""
@@ -295,8 +273,11 @@ class CudaBackend(Backend):
         edges = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
         return State(*(room[a:b] for a, b in itertools.pairwise(edges)))
 
-    def _widened(self, name: str, x: Array) -> Array:
-        """Give a copy of `x` in float64."""
+    def _widened(self, kind: np.dtype[Any], **arrays: Array) -> list[Array]:
+        """Give the arrays themselves, or copies in float64 where that is what is summed in."""
+        return [self._wide(name, x) if kind == np.float64 and x.dtype != kind else x for name, x in arrays.items()]
+
+    def _wide(self, name: str, x: Array) -> Array:
         wide = self._buffer(name, x.size, np.dtype(np.float64)).reshape(x.shape)
         self._launch_over(self._kernel("state.cu", f"widen<{TYPES[x.dtype]}>"), x.size, (wide, x, np.int64(x.size)))
         return wide
@@ -348,3 +329,33 @@ def _alignment(x: Array) -> int:
 def _from(x: Array, start: int) -> Array:
     """View an array from number `start` on."""
     return x.reshape(-1)[start:]
+
+
+def _common_alignment(*arrays: Array) -> int:
+    """Give the bytes, 16 at most, that every row of some arrays is aligned to, and a multiple of."""
+    return math.gcd(*(_alignment(x) for x in arrays), *(x.data.ptr for x in arrays))
+
+
+def _seen(begin: Integers, end: Integers) -> slice:
+    """Give the columns from the first to the last that any row sees."""
+    seeing = end > begin
+    return slice(int(begin.min(where=seeing, initial=2**62)), int(end.max(where=seeing, initial=0)))
+
+
+def _packed(score: Score, seen: slice, kind: np.dtype[Any], heads: int, n_q: int) -> NDArray[np.int32]:
+    """Give the PackedScore of score.cuh, and what follows it, in words of 32 bits."""
+    head = np.zeros(1, [("softcap", kind), ("gain", kind), ("threshold", np.uint32), ("sloped", np.int32)])
+    head[0] = score.softcap, score.gain if score.dropout else 0, score.threshold, score.slopes is not None
+    n_k = seen.stop - seen.start
+    slopes = np.zeros(heads, kind) if score.slopes is None else score.slopes.astype(kind)
+    streams = score.streams if score.dropout else np.zeros(heads, np.uint32)
+    queries, keys = (score.queries, score.keys[seen]) if score.positional else (np.zeros(n_q), np.zeros(n_k))
+    parts = head, slopes, streams, queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
+    return np.concatenate([np.ascontiguousarray(part).view(np.int32) for part in parts])
+
+
+def _refuse_many(rows: int, keys: int) -> None:
+    """Kernels number rows and keys in 32 bits."""
+    if max(rows, keys) >= 2**31:
+        raise BackendError(f"backend cuda: expected fewer than 2^31 rows and keys in a block, got {rows} and {keys}; "
+                           "use more ranks")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..device import Device
+from ..score import Score
 from ..softmax import BFLOAT16
 from .sources import Kernel
 
@@ -24,7 +25,7 @@ FEWEST_ROWS = 65              # of a key head; below, most of a block's rows wou
 PANEL_COLUMNS, PANEL_ALIGN = 64, 1024        # as in panels.cuh
 
 
-def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
+def takes(device: Device, q: Array, k: Array, v: Array, score: Score) -> bool:
     """Say whether the kernel can fold these arrays. Local.
 
     Parameters
@@ -33,8 +34,10 @@ def takes(device: Device, q: Array, k: Array, v: Array) -> bool:
     q : array of shape (n_q, heads, dim), on the GPU
     k : array of shape (n_k, kv_heads, dim), on the GPU
     v : array of shape (n_k, kv_heads, dim_v), on the GPU
+    score : Score
+        The kernel has no score functions.
     """
-    if device.capability != (9, 0) or q.dtype not in TYPES:
+    if device.capability != (9, 0) or q.dtype not in TYPES or not score.plain:
         return False
     dims = q.shape[2], v.shape[2]
     aligned = all(dim % 8 == 0 for dim in dims) and all(x.data.ptr % 16 == 0 for x in (q, k, v))

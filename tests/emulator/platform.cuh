@@ -84,6 +84,7 @@ inline unsigned pack(T, float low, float high) { return narrow(T{}, low) | narro
 inline float value(bfloat16 x) { return wide(x, x.bits); }
 inline float value(float16 x) { return wide(x, x.bits); }
 inline float value(float x) { return x; }
+inline double value(double x) { return x; }
 
 inline void store(double* at, double x) { *at = x; }
 inline void store(float* at, double x) { *at = float(x); }
@@ -124,6 +125,8 @@ inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
+inline double hyperbolic_tangent(double x) { return std::tanh(x); }
 inline float infinity(float) { return INFINITY; }
 inline double infinity(double) { return INFINITY; }
 inline float not_a_number(float) { return NAN; }

@@ -1,0 +1,110 @@
+"""Small cases that a GPU's kernels are proven by before they are used: the same blocks in NumPy, in float64."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..score import Score, streams
+from .base import Backend
+from .numpy_ import NumpyBackend
+
+Arrays = list[NDArray[Any]]
+HEADS = 2                     # of one key head
+SECONDS = 100.0               # for a case of milliseconds
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A block with a slanting end, random numbers of a dtype, and maybe all score functions at once.
+
+    Attributes
+    ----------
+    n_q, n_k, dim, dim_v : int
+    dtype, accumulator : dtype
+    plain : bool
+        Whether scores are plain.
+    backward : bool
+        Whether the gradient is proven, else the result.
+    """
+
+    n_q: int
+    n_k: int
+    dim: int
+    dim_v: int
+    dtype: np.dtype[Any]
+    accumulator: np.dtype[Any]
+    plain: bool
+    backward: bool
+
+    def error(self, backend: Backend) -> float:
+        """Give the largest error, in units of the largest value of an array. Local.
+
+        Raises
+        ------
+        TimeoutError
+            If the backend does not come to an end.
+        """
+        rng = np.random.default_rng(self.n_q)
+        inputs = [rng.standard_normal(shape).astype(self.dtype) for shape in (
+            (self.n_q, HEADS, self.dim), (self.n_k, 1, self.dim), (self.n_k, 1, self.dim_v),
+            (self.n_q, HEADS, self.dim_v))]
+        with closing(NumpyBackend(1)) as numpy:
+            exact = replace(self, dtype=np.dtype(np.float64), accumulator=np.dtype(np.float64))
+            wide = [x.astype(np.float64) for x in inputs]
+            want = exact.forward(numpy, *wide[:3])
+            if self.backward:
+                out, lse = want
+                want = exact.gradient(numpy, *wide, out, lse)
+                got = self.gradient(backend, *inputs, out.astype(self.dtype), lse.astype(self.accumulator))
+            else:
+                got = self.forward(backend, *inputs[:3])
+        with np.errstate(all="ignore"):
+            errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in zip(got, want, strict=True)]
+        return float(np.max(errors))
+
+    def forward(self, backend: Backend, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any]) -> Arrays:
+        """Give the result and lse. Local."""
+        state = backend.new_state(self.n_q, HEADS, self.dim_v, self.accumulator)
+        backend.reset(state, None if self.plain else np.linspace(-1, 1, HEADS))
+        q, k, v = (backend.place(x) for x in (q, k, v))
+        self._finish(backend.accumulate(state, q, k, v, *self._columns(), self._score()))
+        out = backend.empty((self.n_q, HEADS, self.dim_v), self.dtype)
+        lse = backend.empty((self.n_q, HEADS), self.accumulator)
+        backend.finish(state, backend.place(np.ones(self.n_q, bool)), out, lse)
+        return [backend.fetch(x) for x in (out, lse)]
+
+    def gradient(self, backend: Backend, *inputs: NDArray[Any]) -> Arrays:
+        """Give the gradients of q, k and v, from q, k, v, dout, out and lse. Local."""
+        q, k, v, dout, out, lse = (backend.place(x) for x in inputs)
+        dq, dk, dv = made = [backend.empty(x.shape, self.accumulator) for x in (q, k, v)]
+        gradient = backend.new_gradient(dout, out, lse, lse, dq)         # of the cotangents for lse, any will do
+        for x in (dk, dv):
+            backend.clear(x)
+        self._finish(backend.backward(gradient, q, k, v, dk, dv, *self._columns(), self._score()))
+        backend.add(dk, dk)
+        return [backend.fetch(backend.rounded(x, self.dtype)) for x in made]
+
+    def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros(self.n_q, np.int64), self.n_k - 1 - np.arange(self.n_q)[::-1]
+
+    def _score(self) -> Score:
+        scale = 1 / math.sqrt(self.dim)
+        if self.plain:
+            return Score(scale)
+        return Score(scale, 2.0, np.array([0.02, 0.01]), 0.2, streams(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
+                     np.arange(self.n_k))
+
+    @staticmethod
+    def _finish(loop: Iterator[int]) -> None:
+        latest = time.monotonic() + SECONDS
+        for _ in loop:
+            if time.monotonic() > latest:
+                raise TimeoutError

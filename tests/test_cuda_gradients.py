@@ -1,0 +1,227 @@
+"""Score functions and gradients of the CUDA kernels, on a lazy device that runs them on the CPU; `-m gpu`: on a GPU."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import test_gradients
+from emulate import COMPILER, EmulatedDevice
+from oracle import FUNCTIONS, case, dense, functions
+from test_cuda import AMPERE, HOPPER, SMALL
+from test_gradients import BOUND, check, run
+
+from ringmpi import BackendError, device
+from ringmpi.backends import cuda, hopper
+from ringmpi.backends.cuda import CudaBackend
+from ringmpi.backends.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.score import Score
+from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request):
+    """The backend on an emulated GPU; with `-m gpu` on a real one."""
+    return CudaBackend(1, EmulatedDevice() if request.param == "emulated" else device.open_device(0))
+
+
+@pytest.fixture(autouse=True)
+def tensor_tolerance(monkeypatch):
+    """Weights are rounded to 16 bits here."""
+    monkeypatch.setattr(test_gradients, "TOLERANCE", TENSOR_TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "heads", "kv_heads"), [
+    *((kind, 4, 2) for kind in FUNCTIONS), ("plain", 3, 3), ("plain", 3, 1), ("all", 3, 3), ("all", 3, 1)])
+def test_dense_softmax(backend, dtype, kind, heads, kv_heads):
+    check(backend, *case(0, 50, 101, heads, kv_heads, 16, 16, dtype), dtype, kind, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "dim_v"), [(7, 9), (64, 64), (128, 72), (256, 256)])
+def test_dims(backend, dtype, dim, dim_v):
+    check(backend, *case(1, 36, 70, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_with_score_functions(backend, dtype):
+    check(backend, *case(1, 20, 40, 2, 1, 128, 72, dtype), dtype, "all", scale=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("intervals", ["full", "causal", "none", "one key", "window", "two ends"])
+@pytest.mark.parametrize("n_k", [1, 63, 65, 129])          # around a tile of each kernel
+def test_intervals(backend, dtype, intervals, n_k):
+    n_q = 66
+    q, k, v, _, _ = case(3, n_q, n_k, 1, 1, 16, 16, dtype)
+    i = np.arange(n_q)
+    begin, end = {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.minimum(i + 1, n_k)), "none": (0 * i, 0 * i),
+                  "one key": (i % n_k, i % n_k + 1),
+                  "window": (np.clip(i - 9, 0, n_k), np.clip(i + 1, 0, n_k)),
+                  "two ends": (np.where(i < 33, 0, n_k - 1), np.where(i < 33, 1, n_k))}[intervals]
+    check(backend, q, k, v, begin, end, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles_of_rows_that_see_nothing_of_a_key(backend, dtype):
+    """The search for the next tile of rows goes beyond what one warp looks at."""
+    n_q = 2300
+    q, k, v, _, _ = case(15, n_q, 130, 1, 1, 8, 8, dtype)
+    begin, end = np.zeros(n_q, int), np.zeros(n_q, int)
+    for row in (0, 1100, n_q - 1):
+        begin[row], end[row] = row % 128, 130
+    check(backend, q, k, v, begin, end, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_pairs_that_see_it_and_no_others(backend, dtype, where, bad):
+    q, k, v, begin, end = case(2, 50, 100, 4, 2, 16, 16, dtype)
+    dout = np.random.default_rng(0).standard_normal((50, 4, 16)).astype(q.dtype)
+    see = (np.arange(100) >= begin[:, None]) & (np.arange(100) < end[:, None])
+    at = 20
+    see_at = see[at].any() if where in ("q", "dout") else see[:, at].any()
+    assert see_at
+    {"q": q, "k": k, "v": v, "dout": dout}[where][at, 1, 3] = bad
+    got = run(backend, q, k, v, begin, end, 0.3, {}, dout=dout, blocks=2)
+    touched = {name: ~np.isfinite(got[name]).all(axis=2) for name in ("dq", "dk", "dv")}
+    if where in ("q", "dout"):                     # a row of head 1, whose keys are those of key head 0
+        rows, keys = np.zeros((50, 4), bool), np.zeros((100, 2), bool)
+        rows[at, 1] = True
+        keys[see[at], 0] = True
+    else:                                          # a key of key head 1, which heads 2 and 3 have
+        rows = np.repeat([[False, False, True, True]], 50, axis=0) & see[:, at, None]
+        keys = np.zeros((100, 2), bool)
+        keys[see[see[:, at]].any(axis=0), 1] = True
+    for name, most in (("dq", rows), ("dk", keys), ("dv", keys)):
+        assert not (touched[name] & ~most).any(), name
+        if np.isnan(bad):
+            assert (touched[name] == most).all(), name
+    assert touched["dq"].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_accumulator_on_request(backend, dtype):
+    q, k, v, begin, end = case(5, 40, 90, 2, 1, 16, 16, dtype)
+    dout = np.random.default_rng(0).standard_normal((40, 2, 16)).astype(q.dtype)
+    score, sinks = functions("all", 2, np.arange(40), np.arange(90))
+    j = np.arange(90)
+    want = dense(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3, sinks=sinks, dout=dout, **score)
+    got = run(backend, q, k, v, begin, end, 0.3, score, sinks, dout=dout, kind="float64")
+    bound = {"float32": 2e-7, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]      # out is rounded, and delta by it
+    for name, x in got.items():
+        assert oracle.error(x, want[name]) <= (1e-13 if name in ("lse", "dv") else bound), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_positions_far_apart(backend, dtype):
+    """A distance may take 32 bits without a sign; dropout counts positions modulo 2^32."""
+    q, k, v, _, _ = case(16, 20, 40, 1, 1, 8, 8, dtype)
+    begin, end = np.zeros(20, int), np.full(20, 40)
+    score = {"slopes": np.array([2.0**-31]), "dropout": 0.25, "streams": np.array([2**32 - 1], np.uint32),
+             "queries": 2**31 - 1 - np.arange(20), "keys": np.arange(40) * 13 - 2**31}
+    dout = np.random.default_rng(0).standard_normal((20, 1, 8)).astype(q.dtype)
+    got = run(backend, q, k, v, begin, end, 0.3, score, dout=dout)
+    want = dense(q, k, v, np.ones((20, 40), bool), 0.3, dout=dout, **score)
+    for name, x in got.items():
+        assert oracle.error(x, want[name]) <= BOUND[dtype], name
+
+
+@pytest.mark.parametrize("n", [(0, 5), (5, 0), (0, 0), (1, 1)])
+def test_nothing_or_little_to_do(backend, n):
+    check(backend, *case(9, *n, 2, 1, 16, 16, "float32"), "float32", "all")
+
+
+def test_the_result_does_not_depend_on_the_order_of_threads():
+    q, k, v, begin, end = case(8, 45, 140, 4, 2, 16, 16, "bfloat16")
+    runs = [check(CudaBackend(1, EmulatedDevice(seed)), q, k, v, begin, end, "bfloat16", "all", blocks=2)
+            for seed in range(3)]
+    assert all((other[name] == x).all() for other in runs for name, x in runs[0].items())
+
+
+def test_the_little_kernels(backend):
+    rng = np.random.default_rng(0)
+    for kind in (np.float32, np.float64):
+        x, y = (rng.standard_normal((37, 3, 5)).astype(kind) for _ in range(2))
+        x_, y_ = backend.place(x), backend.place(y)
+        backend.add(x_, y_)
+        assert (backend.fetch(x_) == x + y).all()
+        for dtype in DTYPES.values():
+            if dtype.itemsize <= x.itemsize:
+                rounded = backend.rounded(x_, dtype)
+                assert rounded.dtype == dtype
+                want = (x + y).astype(np.float32).astype(dtype) if dtype.itemsize == 2 else (x + y).astype(dtype)
+                assert (backend.fetch(rounded) == want).all()
+                assert (backend.fetch(x_) == x + y).all()
+        assert backend.rounded(x_, np.dtype(kind)) is x_
+        backend.clear(x_)
+        assert (backend.fetch(x_) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("plain", "backward"), [(False, False), (True, True), (False, True)])
+def test_prepare_compiles_all_that_is_used_later(dtype, plain, backward):
+    backend = CudaBackend(1, EmulatedDevice(2))
+    kind = accumulator(DTYPES[dtype])
+    backend.prepare(DTYPES[dtype], kind, 16, 16, plain=plain, backward=backward)
+    known = set(backend.device.cache)
+    forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "merge_parts")}
+    for n_q in (1, 2, 3, 7, 16, 17, 65, 140):
+        q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
+        score, sinks = functions("plain" if plain else "all", 1, np.arange(n_q), np.arange(70))
+        run(backend, q, k, v, begin, end, 1.0, score, sinks, dout=q if backward else None)
+    new = set(backend.device.cache) - known
+    if backward:              # the forward pass of the run was not prepared for
+        new = {(file, name) for file, name in new if not file.startswith("accumulate")
+               and not any(name.startswith(start) for _, start in forward)}
+    assert not new
+
+
+def test_prepare_finds_a_wrong_gradient(monkeypatch):
+    backend = CudaBackend(1, EmulatedDevice(2))
+    right = backend.new_gradient
+    monkeypatch.setattr(backend, "new_gradient", lambda dout, out, lse, dlse, dq: right(dout, dout, lse, dlse, dq))
+    with pytest.raises(BackendError, match="the backward kernel for float32, dim 16, dim_v 16 gives a wrong result"):
+        backend.prepare(DTYPES["float32"], np.dtype("f4"), 16, 16, backward=True)
+
+
+def test_prepare_gives_up_on_a_kernel_that_does_not_end(monkeypatch):
+    backend = CudaBackend(1, EmulatedDevice(2))
+    monkeypatch.setattr(cuda.Proof, "_finish", lambda *_: (_ for _ in ()).throw(TimeoutError))
+    with pytest.raises(BackendError, match="float32, dim 16, dim_v 16, with score functions, does not end"):
+        backend.prepare(DTYPES["float32"], np.dtype("f4"), 16, 16, plain=False)
+
+
+def test_hopper_leaves_score_functions_to_others():
+    gpu = EmulatedDevice()
+    q, k, v = (gpu.empty((200, 1, 64), DTYPES["bfloat16"]) for _ in range(3))
+    assert hopper.takes(gpu, q, k, v, Score(1.0))
+    assert not hopper.takes(gpu, q, k, v, Score(1.0, softcap=3.0))
+
+
+@pytest.mark.parametrize("shared", [HOPPER, AMPERE, SMALL])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_dim_has_kernels_that_fit(dtype, shared, plain):
+    kind = DTYPES[dtype]
+    for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 5000)):
+        if dtype == "float64" and shared == SMALL and dim + dim_v > 350:
+            continue          # Q, dout, K and V of 16 rows each are too much
+        for candidates in (kernels(kind, dim, dim_v, rows, 16, plain=plain),
+                           query_gradients(kind, dim, dim_v, rows, 16, plain=plain),
+                           *key_gradients(kind, dim, dim_v, 16, plain=plain)):
+            kernel = best(candidates, *shared)
+            assert kernel.shared_bytes + 2048 <= shared[0]
+            assert kernel.threads <= 1024
+
+
+def test_kernels_of_smaller_gpus_compute_the_same():
+    for capability, shared in (((8, 0), AMPERE), ((8, 6), SMALL)):
+        backend = CudaBackend(1, EmulatedDevice(1, capability, *shared))
+        for dtype in DTYPES:
+            dim = 128 if dtype == "float64" else 256
+            check(backend, *case(10, 20, 40, 1, 1, dim, dim, dtype), dtype, scale=0.05)
