@@ -77,7 +77,7 @@ class Backward:
 
         before = np.append(0, np.cumsum(block.areas(start, stop, ROWS)))
         inner = np.searchsorted(before, before[-1] * np.arange(1, chunks) // chunks) * ROWS
-        edges = [0, *inner.tolist(), block.rows]
+        edges = [0, *np.minimum(inner, block.rows).tolist(), block.rows]
         seen = [block.seen(range(a, b), start, stop) for a, b in itertools.pairwise(edges)]
         spans = np.array([columns for _, *columns in seen], np.int64)
         tasks = []
