@@ -1,0 +1,424 @@
+"""The backward pass of the Numba kernels: shapes around tiles and vectors, pieces, timing, accuracy, scores."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numba
+import numpy as np
+import oracle
+import pytest
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from oracle import dense, functions
+from test_kernels import NARROW, data, ranges
+
+from ringmpi.backends import numba_, open_backend
+from ringmpi.backends.cpu import backward, vector
+from ringmpi.backends.cpu.gradient import gradient_tile_shape
+from ringmpi.backends.cpu.product import ROWS, VECTORS
+from ringmpi.score import Score, random_words
+from ringmpi.softmax import DTYPES, Gradient, State, accumulator
+
+HERE = Path(__file__).parent
+BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 5e-6, "float16": 5e-6}      # dq, dk, dv are not rounded
+
+
+def known(q, k, v, begin, end, scale, seed=0, **score):
+    """Random dout, lse and delta as a forward pass would leave them, and dense float64 gradients."""
+    rng = np.random.default_rng(seed)
+    dout, kind = rng.standard_normal((*q.shape[:2], v.shape[2])).astype(q.dtype), accumulator(q.dtype)
+    j = np.arange(len(k))
+    want = dense(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), scale, dout=dout, **score)
+    delta = (want["out"] * dout.astype("f8")).sum(axis=2)
+    return Gradient(dout, want["lse"].astype(kind), delta.astype(kind), np.zeros(q.shape, kind)), want
+
+
+def differentiate(gradient, q, k, v, begin, end, scale, threads=2, **score):
+    """Gradients of Numba, from 0."""
+    kind = gradient.dq.dtype
+    gradient.dq.fill(0)
+    dk, dv, backend = np.zeros(k.shape, kind), np.zeros(v.shape, kind), open_backend("numba", threads)
+    try:
+        pairs = sum(backend.backward(gradient, q, k, v, dk, dv, begin, end, Score(scale, **score)))
+    finally:
+        backend.close()
+    assert pairs == (end - begin).sum()
+    return {"dq": gradient.dq.copy(), "dk": dk, "dv": dv}
+
+
+def check(q, k, v, begin, end, scale=0.2, seed=0, threads=2, bound=1.0, **score):
+    gradient, want = known(q, k, v, begin, end, scale, seed, **score)
+    got = differentiate(gradient, q, k, v, begin, end, scale, threads, **score)
+    dtype = next(name for name, kind in DTYPES.items() if kind == q.dtype)
+    largest = {name: np.abs(want[name]).max(initial=0) for name in got}
+    for name, x in got.items():                          # of one key dq and dk are 0, but for rounding
+        unit = max(largest[name], max(largest.values()) / 10)
+        assert oracle.error(x, want[name], unit) <= bound * BOUND[dtype], name
+    return got
+
+
+@pytest.mark.parametrize("n_q", [1, 5, 6, 7, 13, 200, 389])
+@pytest.mark.parametrize("kind", ["causal", "window", "documents", "random"])
+def test_shapes_around_tiles(n_q, kind):
+    for seed, (n_k, heads, kv_heads) in enumerate([(1, 2, 2), (129, 3, 1), (1000, 2, 1)]):
+        q, k, v = data(seed, n_q, n_k, heads, kv_heads, 24, 20, "float32")
+        check(q, k, v, *ranges(kind, n_q, n_k, seed), seed=seed, threads=1 + seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 3, 15, 16, 17, 80, 100, 257, 512])
+def test_any_dim(dtype, dim):
+    for n_q in (3, 210):
+        q, k, v = data(dim, n_q, 150, 2, 1, dim, 513 - dim, dtype)
+        check(q, k, v, *ranges("causal", n_q, 150), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_any_sign_of_the_scale(scale, kind):
+    for dtype in DTYPES:
+        q, k, v = data(0, 50, 300, 2, 2, 16, 16, dtype)
+        score, _ = functions(kind, 2, np.arange(50), np.arange(300))
+        got = check(q, k, v, *ranges("random", 50, 300), scale=scale, **score)
+        assert (got["dq"] == 0).all() == (scale == 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_pieces_of_keys(kind, monkeypatch):
+    """One tile at a time, one step for each: the sums of all are those of the whole."""
+    q, k, v = data(0, 300, 2000, 4, 2, 32, 40, "float32")
+    begin, end = ranges("window", 300, 2000)
+    score, _ = functions(kind, 4, np.arange(300), np.arange(2000))
+    gradient, _ = known(q, k, v, begin, end, 0.2, **score)
+    whole = differentiate(gradient, q, k, v, begin, end, 0.2, **score)
+    monkeypatch.setattr(numba_, "PACKED_BYTES", 1)
+    monkeypatch.setattr(numba_, "STEP_FLOP", 1)
+    pieces = check(q, k, v, begin, end, **score)
+    assert all(oracle.error(pieces[name], whole[name]) < 2e-6 for name in whole)
+    monkeypatch.undo()
+    monkeypatch.setattr(backward, "SUMS_BYTES", 1)
+    check(q, k, v, begin, end, threads=3, **score)
+
+
+def test_steps_are_short(monkeypatch):
+    """Between two yields lie a few tiles, whatever there is to do."""
+    q, k, v = data(0, 400, 3000, 1, 1, 16, 16, "float32")
+    begin, end = np.zeros(400, int), np.full(400, 3000)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    monkeypatch.setattr(numba_, "STEP_FLOP", 1e7)
+    backend = open_backend("numba", 1)
+    steps = list(backend.backward(gradient, q, k, v, np.zeros_like(k), np.zeros_like(v), begin, end, Score(0.2)))
+    backend.close()
+    flop = 10 * 16 * np.array(steps)
+    assert flop.sum() == 10 * 16 * 400 * 3000
+    assert flop.max() < 4e7
+    assert np.median(flop[flop > 0]) > 1e6
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_timing(threads, heads, monkeypatch):
+    from ringmpi.backends.cpu import team
+    q, k, v = data(0, 400, 3000, heads, heads, 16, 16, "float32")
+    begin, end = ranges("causal", 400, 3000)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    first = differentiate(gradient, q, k, v, begin, end, 0.2, threads)
+    taken, rng = team._next, np.random.default_rng(0)
+
+    def late(queue):
+        time.sleep(rng.random() * 0.003)
+        return taken(queue)
+
+    monkeypatch.setattr(team, "_next", late)
+    for _ in range(3):
+        again = differentiate(gradient, q, k, v, begin, end, 0.2, threads)
+        assert all((again[name] == first[name]).all() for name in first)
+
+
+def test_gradients_are_added_to_what_is_there():
+    q, k, v = data(0, 70, 500, 2, 1, 16, 24, "float32")
+    begin, end = ranges("random", 70, 500)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    got = differentiate(gradient, q, k, v, begin, end, 0.2)
+    backend, more = open_backend("numba", 2), [np.ones_like(k), np.ones_like(v)]
+    gradient.dq.fill(1)
+    sum(backend.backward(gradient, q, k, v, *more, begin, end, Score(0.2)))
+    backend.close()
+    for name, x in zip(("dq", "dk", "dv"), (gradient.dq, *more), strict=True):
+        assert np.abs(x - 1 - got[name]).max() < 1e-5
+        assert (x[got[name] == 0] == 1).all()
+
+
+def test_nothing_to_do():
+    for n_q, n_k in ((0, 5), (5, 0), (5, 5)):
+        q, k, v = data(0, n_q, n_k, 2, 1, 8, 8, "float32")
+        got = check(q, k, v, np.full(n_q, n_k // 2), np.full(n_q, n_k // 2))
+        assert all((x == 0).all() for x in got.values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_what_is_not_seen_adds_nothing(where, bad):
+    """Numbers that are not finite, in rows and keys that no pair is made of."""
+    q, k, v = data(1, 100, 700, 2, 1, 20, 36, "float32")
+    begin, end = ranges("window", 100, 700)
+    begin[::7] = end[::7]
+    end = np.minimum(end, 690)
+    begin = np.minimum(begin, end)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    clean = differentiate(gradient, q, k, v, begin, end, 0.2)
+    unseen = ~((np.arange(700)[None] >= begin[:, None]) & (np.arange(700)[None] < end[:, None])).any(axis=0)
+    if where in "kv":
+        {"k": k, "v": v}[where][unseen] = bad
+    else:
+        {"q": q, "dout": gradient.dout}[where][begin == end] = bad
+        gradient.delta[begin == end] = np.nan
+    got = differentiate(gradient, q, k, v, begin, end, 0.2)
+    assert unseen.any()
+    assert all((got[name] == clean[name]).all() for name in got)
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_key_that_is_not_finite_spoils_what_sees_it_alone(where):
+    """In the same tile, the same panel, the same group of rows: others keep every bit."""
+    q, k, v = data(1, 12, 200, 1, 1, 20, 36, "float32")
+    begin, end = np.zeros(12, int), np.where(np.arange(12) % 2, 200, 100)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    clean = differentiate(gradient, q, k, v, begin, end, 0.2)
+    {"k": k, "v": v}[where][150, 0, 3] = np.nan
+    got = differentiate(gradient, q, k, v, begin, end, 0.2)
+    assert (got["dq"][::2] == clean["dq"][::2]).all()
+    assert np.isnan(got["dq"][1::2]).all()
+    assert np.isnan(got["dk"][150]).all()
+    if where == "v":                             # delta was not reckoned anew
+        assert (got["dv"] == clean["dv"]).all()
+
+
+def test_read_only_and_strided_arrays():
+    q, k, v = data(0, 30, 200, 2, 2, 16, 16, "float32")
+    begin, end = ranges("causal", 30, 200)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    want = differentiate(gradient, q, k, v, begin, end, 0.2)
+    for x in (q, k, v, begin, end, gradient.dout, gradient.lse, gradient.delta):
+        x.flags.writeable = False
+    mirrored = np.ascontiguousarray(v[:, :, ::-1])[:, :, ::-1]
+    gradient.dout = np.asfortranarray(gradient.dout)
+    got = differentiate(gradient, q, np.asfortranarray(k), mirrored, begin, end, 0.2)
+    assert all((got[name] == want[name]).all() for name in want)
+
+
+def test_a_block_makes_nothing_anew():
+    import tracemalloc
+    q, k, v = data(0, 600, 4000, 2, 2, 64, 64, "float32")
+    begin, end = np.zeros(600, int), np.full(600, 4000)
+    backend, dk, dv = open_backend("numba", 2), np.zeros_like(k), np.zeros_like(v)
+    gradient = Gradient(np.zeros_like(q), *np.zeros((2, 600, 2), np.float32), np.zeros_like(q))
+    sum(backend.backward(gradient, q, k, v, dk, dv, begin, end, Score(0.1)))
+    tracemalloc.start()
+    try:
+        sum(backend.backward(gradient, q, k, v, dk, dv, begin, end, Score(0.1)))
+        assert tracemalloc.get_traced_memory()[1] < k.nbytes / 10
+    finally:
+        tracemalloc.stop()
+        backend.close()
+
+
+def test_work_space_does_not_grow_with_the_tokens():
+    """Beyond the bounds keys come in pieces."""
+    backend = open_backend("numba", 2)
+    room = {}
+    for n in (40_000, 80_000):
+        q, k, v = data(0, 2, n, 2, 2, 64, 64, "float32")
+        begin, end = np.zeros(2, int), np.full(2, n)
+        gradient = Gradient(np.zeros_like(q), *np.zeros((2, 2, 2), np.float32), np.zeros_like(q))
+        sum(backend.backward(gradient, q, k, v, np.zeros_like(k), np.zeros_like(v), begin, end, Score(0.1)))
+        room[n] = sum(x.nbytes for x in (*backend._back._packed, *backend._back._sums))
+    backend.close()
+    assert max(room.values()) <= 1.1 * (numba_.PACKED_BYTES + 2 * backward.SUMS_BYTES)
+
+
+def test_one_loop_at_a_time():
+    from ringmpi.errors import BackendError
+    q, k, v = data(0, 30, 200, 2, 2, 16, 16, "float32")
+    begin, end = np.zeros(30, int), np.full(30, 200)
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    backend = open_backend("numba", 2)
+    loop = backend.backward(gradient, q, k, v, np.zeros_like(k), np.zeros_like(v), begin, end, Score(0.2))
+    next(loop)
+    state = State.empty(30, 2, 16, np.float32)
+    with pytest.raises(BackendError, match="has not ended"):
+        next(backend.accumulate(state, q, k, v, begin, end, Score(0.2)))
+    loop.close()
+    assert sum(backend.accumulate(state, q, k, v, begin, end, Score(0.2))) == 30 * 200
+    backend.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_accuracy(dtype):
+    """Over a long sequence the error is that of the products, not of the sums."""
+    for n_q, n_k in ((300, 8192), (8192, 300)):
+        q, k, v = data(7, n_q, n_k, 1, 1, 128, 128, dtype)
+        check(q, k, v, np.zeros(n_q, int), np.full(n_q, n_k), 128**-0.5, bound=0.6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_scores(dtype):
+    """A row that sees one key has weight 1 there, however large the score; lse and score are rounded alike."""
+    q, k, v = data(11, 60, 500, 2, 1, 8, 8, dtype)
+    q *= 1e9 if dtype == "float32" else 1e18
+    begin = np.arange(60) * 5
+    got = {}
+    for scale in (1.0, -1.0):
+        gradient, want = known(q, k, v, begin, begin + 1, scale)
+        got = differentiate(gradient, q, k, v, begin, begin + 1, scale)
+        backend, state = open_backend("numba", 2), State.empty(60, 2, 8, dtype)
+        sum(backend.accumulate(state, q, k, v, begin, begin + 1, Score(scale)))
+        backend.close()
+        gradient.lse = state.max + np.log(state.sum)
+        got = differentiate(gradient, q, k, v, begin, begin + 1, scale)
+        assert oracle.error(got["dv"], want["dv"]) <= BOUND[dtype]
+    # Were lse a little less than the score, e^(score - lse) would be no number: a weight is never more than 1.
+    gradient.lse -= np.abs(gradient.lse) / 1000
+    got = differentiate(gradient, q, k, v, begin, begin + 1, scale)
+    assert oracle.error(got["dv"], want["dv"]) <= BOUND[dtype]
+
+
+def test_tile_shape_fits_the_cache():
+    lanes = vector.machine().vector_bytes // 4
+    for cache in (2**18, 2**20, 2**21):
+        for dim in (16, 128, 512):
+            rows, keys = gradient_tile_shape(dim, dim, 4, cache)
+            assert rows % ROWS == keys % (VECTORS * lanes) == 0
+            assert rows >= 8 * ROWS
+            if rows > 8 * ROWS:
+                assert 4 * (rows * (5 * dim + 2 * keys) + 5 * keys * dim) <= cache * 3 / 4
+
+
+def emitted(name, kind):
+    """Compile a word of the vector vocabulary for arrays, a vector at a time."""
+    numbers, words = {"float32": (types.float32, types.int32), "float64": (types.float64, types.int64)}[kind]
+
+    @intrinsic
+    def word(context, x, y, z, out, at):
+        def emit(context, builder, signature, values):
+            v = vector.Vectors(builder, numbers)
+            pointers = [vector.data(context, builder, signature.args[i], values[i]) for i in range(4)]
+            if name == "tanh":
+                v.store(v.tanh(v.load(pointers[0], values[4])), pointers[3], values[4])
+                return context.get_dummy_value()
+            arguments = [vector.load(builder, p, values[4], v.bits) for p in pointers[:3]]
+            vector.store(builder, v.random_words(*arguments), pointers[3], values[4])
+            return context.get_dummy_value()
+
+        return types.void(x, y, z, out, at), emit
+
+    lanes = vector.machine().lanes(numbers)
+
+    @numba.njit
+    def run(x, y, z, out):
+        for at in range(0, len(out), lanes):
+            word(x, y, z, out, at)
+
+    assert isinstance(vector.Vectors(ir.IRBuilder(), numbers).bits, ir.VectorType)
+    return run, np.dtype(str(words))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_tanh_is_good_to_the_last_bits(kind):
+    run, _ = emitted("tanh", kind)
+    sizes = np.logspace(-37 if kind == "float32" else -300, 3, 2**14)
+    x = np.concatenate([sizes, -sizes, np.linspace(-3, 3, 2**14)]).astype(kind)
+    out = np.empty_like(x)
+    run(x, x, x, out)
+    want = np.tanh(x.astype(np.longdouble))
+    assert (np.abs(out - want) <= 3 * np.finfo(kind).eps * np.abs(want)).all()
+    x = np.resize(np.array([np.inf, -np.inf, np.nan, 0, 1e30, -1e30], kind), 48)
+    out = np.empty_like(x)
+    run(x, x, x, out)
+    assert np.array_equal(out, np.tanh(x), equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_random_words_are_those_of_numpy(kind):
+    run, integer = emitted("words", kind)
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, 2**32, 4096).astype(np.uint32)
+    i, j = (rng.integers(-2**31, 2**31, 4096) for _ in range(2))
+    out = np.empty(4096, integer)
+    run(stream.astype(integer), i.astype(integer), j.astype(integer), out)
+    assert (out.astype(np.uint32) == random_words(stream, i, j)).all()
+    assert kind == "float32" or (out >> 32 == 0).all()
+
+
+@pytest.mark.parametrize("n_q", [4, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_drops_what_numpy_drops(dtype, n_q):
+    """With equal scores and values e_j the result says which weights are left."""
+    kind = accumulator(DTYPES[dtype])
+    q, k, v = np.zeros((n_q, 2, 4), DTYPES[dtype]), np.zeros((200, 1, 4), DTYPES[dtype]), np.eye(200)[:, None]
+    score, _ = functions("dropout", 2, np.arange(n_q) - 2**31, np.arange(200) * 10**7)
+    backend, state = open_backend("numba", 2), State.empty(n_q, 2, 200, kind)
+    sum(backend.accumulate(state, q, k, v.astype(DTYPES[dtype]), np.zeros(n_q, int), np.full(n_q, 200),
+                           Score(1.0, **score)))
+    backend.close()
+    words = random_words(score["streams"][:, None], score["queries"][:, None, None], score["keys"])
+    assert ((state.acc > 0) == (words >= int(0.3 * 2**32))).all()
+    assert np.unique(state.acc).tolist() == [0, kind.type(1 / (1 - 0.3))]
+    assert (state.sum == 200).all()
+
+
+@pytest.mark.parametrize("n_q", [4, 300])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
+    """Distances up to 2^32 - 1 are right."""
+    q, k, v = data(4, n_q, 100, 2, 1, 8, 8, dtype)
+    queries, keys = np.linspace(-2**31, 2**31 - 1, n_q).astype(int), np.linspace(-2**31, 2**31 - 1, 100).astype(int)
+    score = {"slopes": np.array([1e-9, 3e-10]), "queries": queries, "keys": keys}
+    begin, end = np.zeros(n_q, int), np.full(n_q, 100)
+    backend, state = open_backend("numba", 2), State.empty(n_q, 2, 8, dtype)
+    sum(backend.accumulate(state, q, k, v, begin, end, Score(0.3, **score)))
+    backend.close()
+    want = dense(q, k, v, np.ones((n_q, 100), bool), 0.3, **score)
+    assert oracle.error(state.max + np.log(state.sum), want["lse"]) <= (1e-13 if dtype == "float64" else 2e-6)
+    check(q, k, v, begin, end, 0.3, **score)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepare_compiles_all_that_a_pass_needs(dtype, back, plain):
+    from ringmpi.backends.cpu.fold import add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
+    every = add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
+    backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
+    backend.prepare(DTYPES[dtype], kind, 8, 8, plain=plain, backward=back)
+    compiled = [len(f.signatures) for f in every]
+    for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
+        q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
+        q.flags.writeable = False
+        functions_of, _ = functions("plain" if plain else "all", 2, np.arange(n_q), np.arange(50))
+        score, whole = Score(0.1, **functions_of), np.full(n_q, 50)
+        if back:
+            dout, numbers = np.ones((n_q, 2, dim_v), DTYPES[dtype]), np.zeros((2, n_q, 2), kind)
+            sum(backend.backward(Gradient(dout, *numbers, np.zeros(q.shape, kind)), q, k, v, np.zeros(k.shape, kind),
+                                 np.zeros(v.shape, kind), 0 * whole, whole, score))
+        else:
+            sum(backend.accumulate(State.empty(n_q, 2, dim_v, kind), q, k, v, 0 * whole, whole, score))
+    assert [len(f.signatures) for f in every] == compiled
+    backend.close()
+
+
+@pytest.mark.parametrize("width", NARROW)
+def test_narrower_vectors_pass_the_same_tests(width):
+    if os.uname().machine != "x86_64":
+        pytest.skip("names of x86 CPUs")
+    environment = os.environ | {"NUMBA_CPU_NAME": NARROW[width], "NUMBA_CPU_FEATURES": ""}
+    tests = [str(HERE / "test_gradients.py"), __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k",
+               "numba or around_tiles or tanh or words or drops or slopes or (any_dim and (16 or 257))"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=HERE.parent,
+                         check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
