@@ -13,6 +13,7 @@ from ringmpi import Mask, RingAttention, device, link, ring_attention
 from ringmpi.audit import audit
 from ringmpi.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.job import Options, attend
+from ringmpi.score import streams
 from ringmpi.shards import read_manifest
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 from ringmpi.transport import cuda_awareness
@@ -114,6 +115,52 @@ def test_a_batch(comm, gpu):
     for got, rows in zip(out, (slice(0, 30), slice(30, 60)), strict=True):
         want, _ = oracle.attend(q[rows][mine], k[rows], v[rows], np.ones((len(mine), 30), bool), 0.25)
         assert oracle.error(got, want, np.abs(q).max()) <= 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "layout", "mask", "transport", "function", "on_gpu"), [
+    ("float64", "striped", "causal", "direct", "plain", True),
+    ("float32", "contiguous", "causal", "staged", "all", False),
+    ("bfloat16", "empty", "documents", "direct", "softcap", False),
+    ("float16", "zigzag", "all", "staged", "dropout", True),
+    ("float32", "custom", "full", "direct", "sinks", True),
+    ("float64", "uneven", "first", "staged", "alibi", True)])
+def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu):
+    """Twice, in the same buffers; on a batch of two."""
+    skip_unless_mpi_takes(gpu, transport)
+    n, heads = 83, 4
+    spec, sees = make_layout(layout, n, comm.size), make_mask(mask, n)
+    mine = spec.positions(comm.rank)
+    cases = [case(seed, n, heads, 2, 16, 24, dtype) for seed in (4, 5)]
+    rng = np.random.default_rng(6)
+    dout = rng.standard_normal((2, n, heads, 24)).astype(DTYPES[dtype])
+    dlse = rng.standard_normal((2, n, heads)).astype("f8" if dtype == "float64" else "f4")
+    score, sinks = oracle.functions(function, heads, np.arange(n), np.arange(n))
+    options = {"mask": Mask(**sees), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
+               "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
+               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
+               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0)}
+    there = gpu.array if on_gpu else lambda x: x
+    q, k, v, dout_, dlse_ = (there(np.ascontiguousarray(x[:, mine])) for x in
+                             (*(np.stack(x) for x in zip(*cases, strict=True)), dout, dlse))
+    with RingAttention(comm, **options) as attention:
+        for _ in range(2):
+            attention(q, k, v, sinks=sinks, seed=9)
+            got = attention.backward(dout_, dlse_)
+        kinds = [type(x) for x in got[:3]]
+    got = [x.get() if on_gpu else x for x in got[:3]] + [comm.allreduce(x) for x in got[3:]]
+    bound = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}[dtype]
+    see, dsinks = oracle.visible(n, n, **sees), 0.0
+    for number, arrays in enumerate(cases):
+        if "streams" in score:
+            score["streams"] = streams(9, 2, heads)[number]
+        want = oracle.dense(*arrays, see, 0.25, dout=dout[number], dlse=dlse[number], sinks=sinks, **score)
+        dsinks = dsinks + want["dsinks"]
+        for x, name in zip(got, ("dq", "dk", "dv"), strict=False):
+            assert x.dtype == DTYPES[dtype]
+            assert oracle.error(x[number], want[name][mine], np.abs(want[name]).max()) <= bound, name
+    assert all((kind is np.ndarray) is not on_gpu for kind in kinds)
+    if sinks is not None:
+        assert oracle.error(got[3], dsinks) <= bound
 
 
 def test_auto_follows_the_arrays(comm, gpu):
