@@ -284,15 +284,9 @@ class RingAttention:
         RingTimeout, RankLost
             See `__call__`.
         """
-        call = self._last
+        start, call = time.perf_counter(), self._last
         self._start()
-        with self._comm.together(self.timeout):
-            if call is None:
-                raise RingError("backward: expected a call before it on this object, and there is none, or it failed; "
-                                "call the object first, or use backward_of or ring_attention_backward")
-        if call is None:
-            return ()
-        return self._differentiate(call, dout, dlse, progress)
+        return self._differentiate(call, dout, dlse, start, progress)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -320,9 +314,9 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        self._last = None
+        start, self._last = time.perf_counter(), None
         call = self._take(q, k, v, sinks, seed, out, lse)
-        return self._differentiate(call, dout, dlse, progress)
+        return self._differentiate(call, dout, dlse, start, progress)
 
     def _start(self) -> None:
         """Begin a call."""
@@ -355,12 +349,14 @@ class RingAttention:
         self.backend.complete()
         return self._bring(call, call.out), self._bring(call, call.lse)
 
-    def _differentiate(self, call: Call, dout: Any, dlse: Any, progress: Progress | None) -> tuple[Array, ...]:
-        """Check what the backward pass starts from, and do it."""
-        plan, kind = call.plan, call.plan.accumulator
+    def _differentiate(self, last: Call | None, dout: Any, dlse: Any, start: float,
+                       progress: Progress | None) -> tuple[Array, ...]:
+        """Check what the backward pass starts from, and do it; `start` is when the call began."""
         with self._comm.together(self.timeout):
-            dout, dlse = self._check_cotangents(call, dout, dlse)
+            call, dout, dlse = self._check_cotangents(last, dout, dlse)
+        plan, kind = call.plan, call.plan.accumulator
         self._get_ready(call, "backward")
+        self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
         self.trace.flop_per_pair = plan.dims[0] * (6 * plan.dims[1] + 4 * plan.dims[2])
         backend = self.backend
         with self._comm.together(self.timeout), backend.current():
@@ -427,8 +423,11 @@ class RingAttention:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
         return self._comm.together(self.timeout) if self.backend.device else nullcontext()
 
-    def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
+    def _check_cotangents(self, call: Call | None, dout: Any, dlse: Any) -> tuple[Call, Array, Array | None]:
         """Check what the backward pass starts from, here; give it with a batch axis."""
+        if call is None:
+            raise RingError("backward: expected a call before it on this object, and there is none, or it failed; "
+                            "call the object first, or use backward_of or ring_attention_backward")
         given = {"dout": (as_array(dout, "dout"), call.out)}
         if dlse is not None:
             given["dlse"] = as_array(dlse, "dlse"), call.lse
@@ -440,7 +439,7 @@ class RingAttention:
         arrays = [x if call.batched else x[None] for x, _ in given.values()]
         if not call.on_gpu:
             arrays = [np.ascontiguousarray(x) for x in arrays]
-        return arrays[0], arrays[1] if len(arrays) > 1 else None
+        return call, arrays[0], arrays[1] if len(arrays) > 1 else None
 
     def _take(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any = None, lse: Any = None) -> Call:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""

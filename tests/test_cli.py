@@ -327,6 +327,7 @@ def test_compiling_is_no_part_of_attending():
 def test_bench(capsys):
     assert code("bench", "kernel", "--shape", "64x64", "--repeat", 1, "--json", "b.json") == 0
     assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal") == 0
+    assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal", "--pass", "backward") == 0
     said = capsys.readouterr().out
     assert "GFLOP/s" in said
     assert "zigzag" in said

@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ring.add_argument("--dim", type=positive, default=64, metavar="D")
     ring.add_argument("--dtype", choices=DTYPES, default="float32")
     ring.add_argument("--causal", action="store_true")
+    ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
+                      help="what to measure (default: forward)")
     add_backend(ring)
     ring.add_argument("--heads", type=positive, default=4, metavar="H")
     ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")

@@ -75,21 +75,36 @@ class _Bench:
         runs: dict[str, Callable[[], Trace]] = {}
         for name, attention in self.layouts.items():
             arrays = self._arrays(layout.make(name, tokens, ranks).counts[rank])
-            runs[name] = lambda attention=attention, arrays=arrays: _attend(attention, arrays)  # type: ignore[misc]
-        if ranks > 1:
+            runs[name] = self._pass(attention, arrays)
+        if ranks > 1 and self.arguments.which == "forward":
             runs[TRANSFER] = self._transfer()
         if self.one_node and ranks > 1:
-            whole = self._arrays(tokens if rank == 0 else 1)
+            alone = self._pass(self.single, self._arrays(tokens if rank == 0 else 1))
 
             def one_rank() -> Trace:
                 before = cores()
                 use_cores(self.all_cores)
                 try:
-                    return _attend(self.single, whole)
+                    return alone()
                 finally:
                     use_cores(before)
             runs[ALONE] = one_rank if rank == 0 else lambda: Trace()
         return runs
+
+    def _pass(self, attention: RingAttention, arrays: list[Any]) -> Callable[[], Trace]:
+        """Give a call that attends; or that differentiates, after having attended once."""
+        def forward() -> Trace:
+            attention(*arrays)
+            return attention.trace
+
+        def backward() -> Trace:
+            attention.backward(arrays[0])
+            return attention.trace
+
+        if self.arguments.which == "forward":
+            return forward
+        attention(*arrays)
+        return backward
 
     def _transfer(self) -> Callable[[], Trace]:
         counts = layout.make("contiguous", self.arguments.tokens, self.comm.size).counts
@@ -151,8 +166,3 @@ class _Bench:
             attention.close()
         self.engine.close()
         self.alone.Free()
-
-
-def _attend(attention: RingAttention, arrays: list[Any]) -> Trace:
-    attention(*arrays)
-    return attention.trace
