@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import RingAttention, ring_attention, ring_attention_backward
+    from .attention import RingAttention
     from .errors import (
         BackendError,
         CommError,
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
         ShardError,
     )
     from .exchange import redistribute
+    from .functional import ring_attention, ring_attention_backward
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
     from .trace import Step, Trace
 
 _HOME = {
-    "attention": ("RingAttention", "ring_attention", "ring_attention_backward"),
+    "attention": ("RingAttention",),
+    "functional": ("ring_attention", "ring_attention_backward"),
     "errors": ("BackendError", "CommError", "DtypeError", "LaunchError", "MaskError", "OptionError", "OutputError",
                "RankLost", "RingError", "RingTimeout", "ShapeError", "ShardError"),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),

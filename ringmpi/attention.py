@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,27 +19,22 @@ from .backends.base import Backend
 from .checks import (
     RECORD,
     check_arrays,
-    check_dropout,
     check_like,
-    check_mask,
     check_records,
-    check_scale,
     check_seed,
     check_sinks,
-    check_slopes,
-    check_softcap,
     check_threads,
     check_timeout,
 )
 from .engine import HOST, Engine
-from .errors import BackendError, OptionError, RingError, ShapeError
+from .errors import BackendError, OptionError, RingError
 from .homeward import first_hops
-from .layout import Integers, Layout, check_spec, resolve
+from .layout import Integers, Layout
 from .mask import Mask
 from .mpi import TIMEOUT, private
-from .plan import Plan
+from .plan import Plan, Problem
 from .ring import Block, travel
-from .score import MOST_POSITION, Score, streams
+from .score import Score, streams
 from .softmax import DTYPES, Gradient, accumulator
 from .trace import Trace
 from .transport import Transport, check_transport
@@ -151,23 +145,22 @@ class RingAttention:
         with self._comm.together(self.timeout):
             if wrong:
                 raise OptionError(wrong)
-            self.mask = check_mask(mask)
-            self.layout, self.kv_layout = layout, layout if kv_layout is None else kv_layout
-            check_spec(self.layout)
-            check_spec(self.kv_layout)
-            self.scale = check_scale(scale)
-            self.softcap, self.alibi, self.dropout = check_softcap(softcap), check_slopes(alibi), check_dropout(dropout)
-            self.accumulator = accumulator
+            self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator)
             check_name(backend)
             check_transport(gpu_transport)
             threads = check_threads(threads) or self._comm.threads
         options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing)}
-        self._comm.agree_on({**self._options(), **options}, self.timeout)
+        self._comm.agree_on({**self._problem.describe(), **options}, self.timeout)
         self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
         self._plan: Plan | None = None
         self._last: Call | None = None
         self._closed = False
         self.trace = Trace()
+
+    @property
+    def layout(self) -> str | Layout:
+        """How the shards of q and of the result are laid out."""
+        return self._problem.layout
 
     @property
     def backend(self) -> Backend:
@@ -183,12 +176,6 @@ class RingAttention:
     def transport(self) -> Transport | None:
         """How K and V get from GPU to GPU, and why; None on CPUs."""
         return self._engine.transport
-
-    def _options(self) -> dict[str, Any]:
-        layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
-        return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator, "softcap": self.softcap,
-                "alibi": None if self.alibi is None else self.alibi.tolist(), "dropout": self.dropout,
-                **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
@@ -452,11 +439,11 @@ class RingAttention:
             arrays = [as_array(x, name) for name, x in named.items()]
             q, k, v = arrays[:3]
             batched, place = check_arrays(q, k, v), _place(dict(zip(named, arrays, strict=True)))
-            kind = accumulator(q.dtype, self.accumulator)
+            kind = accumulator(q.dtype, self._problem.accumulator)
             if out is not None:
                 check_like("out", arrays[3], (*q.shape[:-1], v.shape[-1]), q.dtype)
                 check_like("lse", arrays[4], q.shape[:-1], kind)
-            sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self.dropout else 0
+            sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self._problem.dropout else 0
             arrays = [x if batched else x[None] for x in arrays]
             q, k, v = arrays[:3]
             record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
@@ -492,36 +479,15 @@ class RingAttention:
     def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
         """Plan for these shards. Collective over *comm*."""
         self._engine.follow(records[:, -1])
-        dtype = list(DTYPES.values())[records[0, RECORD.index("dtype")]]
-        kind = accumulator(dtype, self.accumulator)
-        sizes = tuple(int(x) for x in records[0, 2:7])
-        layouts = self._resolve(records, kind)
-        scale = 1 / math.sqrt(sizes[3]) if self.scale is None else self.scale
-        score = Score(scale, self.softcap or 0.0, self.alibi, self.dropout)
+        layouts = self._problem.resolve(records)
         with self._comm.together(self.timeout):
-            plan = Plan.make(key, self._comm.rank, self.mask, *layouts, score, sizes, dtype, kind)
+            plan = self._problem.plan(key, records, layouts, self._comm.rank)
         needed = np.array([any((end > begin).any() for begin, end in plan.columns(source))
                            for source in range(self._comm.size)])
         bits = self._comm.share(np.packbits(needed), self.timeout)
         by_rank = np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool)
         plan.hops, plan.firsts = travel(by_rank), first_hops(by_rank)
         return plan
-
-    def _resolve(self, records: NDArray[np.int64], kind: np.dtype[Any]) -> tuple[Layout, Layout]:
-        """Give the layouts of the shards that were brought, and check what depends on them; alike on all ranks."""
-        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
-        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
-        self.mask.check(kv_layout.length)
-        for name, x in (("scale", self.scale), ("softcap", self.softcap)):
-            if x is not None and abs(x) > float(np.finfo(kind).max):
-                raise OptionError(f"{name}: {x} is not finite in the accumulator's dtype, {kind}")
-        heads = records[0, RECORD.index("heads")]
-        if self.alibi is not None and len(self.alibi) != heads:
-            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
-        farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
-        if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
-            raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
-        return q_layout, kv_layout
 
     def _get_ready(self, call: Call, way: str) -> None:
         """Compile what such a pass needs, and make its buffers, the first time. Collective over *comm*."""
@@ -565,84 +531,3 @@ def _place(arrays: dict[str, Array]) -> int:
                           for name, place in zip(arrays, places, strict=True))
         raise BackendError(f"{', '.join(arrays)}: expected all on the host or all on one GPU, got {named}; copy them")
     return places[0]
-
-
-@overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: Literal[False] = False, **options: Any) -> Array: ...
-
-
-@overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
-
-
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
-    """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
-
-    Parameters
-    ----------
-    q, k, v : arrays
-        This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and
-        ([batch,] n_k, kv_heads, dim_v); see `RingAttention.__call__`.
-    comm : MPI.Intracomm
-    sinks : array of shape (heads,), optional
-        A score of each head that joins the softmax, with no value.
-    seed : int
-        Of dropout.
-    return_lse : bool
-        Return the log-sum-exp of the scores too.
-    **options
-        `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
-        `accumulator`, `gpu_transport`, `allow_gpu_sharing`: see `RingAttention`.
-
-    Returns
-    -------
-    out : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
-    lse : array of shape ([batch,] n_q, heads), accumulator dtype
-        With `return_lse`.
-
-    Raises
-    ------
-    RingError
-        One of its children, the same on every rank.
-    """
-    with RingAttention(comm, **options) as attention:
-        if return_lse:
-            return attention(q, k, v, sinks=sinks, seed=seed, return_lse=True)
-        return attention(q, k, v, sinks=sinks, seed=seed)
-
-
-def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
-                            *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                            seed: int = 0, **options: Any) -> tuple[Array, ...]:
-    """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
-
-    Parameters
-    ----------
-    dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
-        Gradient of `out`.
-    q, k, v, sinks, seed
-        As they were given to `ring_attention`.
-    out, lse
-        As it returned them, with `return_lse`.
-    comm : MPI.Intracomm
-    dlse : array of shape ([batch,] n_q, heads), accumulator dtype, optional
-        Gradient of `lse`.
-    **options
-        As they were given to `ring_attention`.
-
-    Returns
-    -------
-    dq, dk, dv : arrays of the shapes and dtype of q, k and v
-    dsinks : array of shape (heads,), accumulator dtype
-        With `sinks`: this rank's share; see `RingAttention.backward`.
-
-    Raises
-    ------
-    RingError
-        One of its children, the same on every rank.
-    """
-    with RingAttention(comm, **options) as attention:
-        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, seed=seed)

@@ -1,4 +1,4 @@
-"""What a call needs to know of all ranks and of each block; made once, used while the shapes stay the same."""
+"""What is computed, and the plan of it for shards of some shapes: what a call needs to know of all ranks' blocks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from .layout import Layout
+from .checks import RECORD, check_dropout, check_mask, check_scale, check_slopes, check_softcap
+from .errors import OptionError, ShapeError
+from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .ring import Block
-from .score import Score
-from .softmax import State
+from .score import MOST_POSITION, Score
+from .softmax import DTYPES, State, accumulator
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 
@@ -63,19 +65,6 @@ class Plan:
     ready: set[str] = field(default_factory=set)
     _ahead: tuple[int, list[Interval]] = field(default_factory=lambda: (-1, []))
 
-    @classmethod
-    def make(cls, key: bytes, rank: int, mask: Mask, q_layout: Layout, kv_layout: Layout, score: Score,
-             sizes: tuple[int, ...], dtype: np.dtype[Any], accumulator: np.dtype[Any]) -> Plan:
-        """Plan for `rank`; `sizes` are batch, heads, kv_heads, dim and dim_v. Local."""
-        batch, heads, kv_heads, dim, dim_v = sizes
-        positions = q_layout.positions(rank)
-        bounds = mask.bounds(positions, q_layout.length, kv_layout.length)
-        if score.positional:
-            score = replace(score, queries=positions + mask.offset(q_layout.length, kv_layout.length))
-        shapes: list[list[tuple[int, ...]]] = [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)]
-                                               for n in kv_layout.counts]
-        return cls(key, kv_layout, bounds, shapes, score, accumulator, dtype, (heads, dim, dim_v))
-
     @property
     def batch(self) -> int:
         """Elements of the batch."""
@@ -114,3 +103,83 @@ class Plan:
     def score_of(self, source: int) -> Score:
         """Give the score for the block of rank `source`. Local."""
         return self.score.of_keys(self.kv_layout.positions(source)) if self.score.positional else self.score
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed, by the caller's options; the same on all ranks."""
+
+    mask: Mask
+    layout: str | Layout
+    kv_layout: str | Layout
+    scale: float | None
+    softcap: float | None
+    alibi: NDArray[np.float64] | None
+    dropout: float
+    accumulator: DTypeLike | None
+
+    @classmethod
+    def check(cls, mask: Any, layout: Any, kv_layout: Any, scale: Any, softcap: Any, alibi: Any, dropout: Any,
+              accumulator: Any) -> Problem:
+        """Take a caller's options, or raise `OptionError`. Local."""
+        kv_layout = layout if kv_layout is None else kv_layout
+        for spec in (layout, kv_layout):
+            check_spec(spec)
+        return cls(check_mask(mask), layout, kv_layout, check_scale(scale), check_softcap(softcap), check_slopes(alibi),
+                   check_dropout(dropout), accumulator)
+
+    def describe(self) -> dict[str, Any]:
+        """Give the options as plain values. Local."""
+        layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
+        return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator, "softcap": self.softcap,
+                "alibi": None if self.alibi is None else self.alibi.tolist(), "dropout": self.dropout,
+                **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
+
+    def resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
+        """Give the layouts of the shards that were brought, and check what depends on them. Local.
+
+        Parameters
+        ----------
+        records : int64 array
+            What each rank brings; see `checks.RECORD`.
+
+        Raises
+        ------
+        OptionError, ShapeError, MaskError
+            The same on all ranks.
+        """
+        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
+        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
+        self.mask.check(kv_layout.length)
+        kind = accumulator(_dtype(records), self.accumulator)
+        for name, x in (("scale", self.scale), ("softcap", self.softcap)):
+            if x is not None and abs(x) > float(np.finfo(kind).max):
+                raise OptionError(f"{name}: {x} is not finite in the accumulator's dtype, {kind}")
+        heads = records[0, RECORD.index("heads")]
+        if self.alibi is not None and len(self.alibi) != heads:
+            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
+        farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
+        if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
+            raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
+        return q_layout, kv_layout
+
+    def plan(self, key: bytes, records: NDArray[np.int64], layouts: tuple[Layout, Layout], rank: int) -> Plan:
+        """Make the plan of `rank`, but for how far blocks go, which is agreed. Local."""
+        q_layout, kv_layout = layouts
+        batch, heads, kv_heads, dim, dim_v = (int(x) for x in records[0, 2:7])
+        dtype = _dtype(records)
+        positions = q_layout.positions(rank)
+        bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
+        score = Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0, self.alibi,
+                      self.dropout)
+        if score.positional:
+            score = replace(score, queries=positions + self.mask.offset(q_layout.length, kv_layout.length))
+        shapes: list[list[tuple[int, ...]]] = [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)]
+                                               for n in kv_layout.counts]
+        return Plan(key, kv_layout, bounds, shapes, score, accumulator(dtype, self.accumulator), dtype,
+                    (heads, dim, dim_v))
+
+
+def _dtype(records: NDArray[np.int64]) -> np.dtype[Any]:
+    """Of q, k and v."""
+    return list(DTYPES.values())[int(records[0, RECORD.index("dtype")])]

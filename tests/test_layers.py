@@ -31,7 +31,7 @@ LAYERS = [
     {"ring"},
     {"engine", "plan"},
     {"attention"},
-    {"job", "text", "torch"},
+    {"functional", "job", "text", "torch"},
     {"audit", "memory"},
     {"commands.options", "commands.bench_kernel", "commands.bench_ring"},
     {"commands.bench_gpu"},

@@ -1,0 +1,90 @@
+"""Ring attention as functions: for one call."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from numpy.typing import ArrayLike
+
+from .attention import Array, RingAttention
+
+
+@overload
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: Literal[False] = False, **options: Any) -> Array: ...
+
+
+@overload
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
+
+
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
+                   seed: int = 0, return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
+    """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
+
+    Parameters
+    ----------
+    q, k, v : arrays
+        This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and
+        ([batch,] n_k, kv_heads, dim_v); see `RingAttention.__call__`.
+    comm : MPI.Intracomm
+    sinks : array of shape (heads,), optional
+        A score of each head that joins the softmax, with no value.
+    seed : int
+        Of dropout.
+    return_lse : bool
+        Return the log-sum-exp of the scores too.
+    **options
+        `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
+        `accumulator`, `gpu_transport`, `allow_gpu_sharing`: see `RingAttention`.
+
+    Returns
+    -------
+    out : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+    lse : array of shape ([batch,] n_q, heads), accumulator dtype
+        With `return_lse`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank.
+    """
+    with RingAttention(comm, **options) as attention:
+        if return_lse:
+            return attention(q, k, v, sinks=sinks, seed=seed, return_lse=True)
+        return attention(q, k, v, sinks=sinks, seed=seed)
+
+
+def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
+                            *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
+                            seed: int = 0, **options: Any) -> tuple[Array, ...]:
+    """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
+
+    Parameters
+    ----------
+    dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
+        Gradient of `out`.
+    q, k, v, sinks, seed
+        As they were given to `ring_attention`.
+    out, lse
+        As it returned them, with `return_lse`.
+    comm : MPI.Intracomm
+    dlse : array of shape ([batch,] n_q, heads), accumulator dtype, optional
+        Gradient of `lse`.
+    **options
+        As they were given to `ring_attention`.
+
+    Returns
+    -------
+    dq, dk, dv : arrays of the shapes and dtype of q, k and v
+    dsinks : array of shape (heads,), accumulator dtype
+        With `sinks`: this rank's share; see `RingAttention.backward`.
+
+    Raises
+    ------
+    RingError
+        One of its children, the same on every rank.
+    """
+    with RingAttention(comm, **options) as attention:
+        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, seed=seed)
