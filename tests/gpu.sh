@@ -24,6 +24,7 @@ bench() { # NAME [OPTIONS]
 
 answer info 60 python -m ringmpi info
 answer kernels 200 python -m pytest -m gpu -q -x tests/test_cuda.py
+answer gradients 300 python -m pytest -m gpu -q -x tests/test_cuda_gradients.py
 answer hopper 100 python -m pytest -m gpu -q -x tests/test_hopper.py
 answer large 200 python -m pytest -m gpu -q tests/test_gpu.py
 answer large-hopper 200 env RINGMPI_HOPPER=1 python -m pytest -m gpu -q tests/test_gpu.py
@@ -35,6 +36,8 @@ done
 export RINGMPI_HOPPER=0
 bench float32 --dtype float32 --dim 128 --heads 16 --shape 16384x16384 --repeat 3
 bench float64 --dtype float64 --dim 128 --heads 2 --shape 16384x16384 --repeat 3
+bench backward --pass backward --dtype bfloat16 --dim 64 128 --heads 16 --shape 16384x16384 --repeat 3
+bench backward-float32 --pass backward --dtype float32 --dim 64 128 --heads 8 --shape 8192x8192 --repeat 3
 bench state --dtype bfloat16 --dim 128 --heads 16 --mask full --shape 65536x65536 --repeat 3 --kernels ringmpi
 bench decode --dtype bfloat16 float32 --dim 128 --heads 8 --kv-heads 8 --mask full --shape 1x1048576
 bench grouped --dtype bfloat16 --dim 128 --heads 32 --kv-heads 8 --shape 8192x8192

@@ -7,6 +7,8 @@ import launch
 import numpy as np
 import oracle
 import pytest
+import test_gradients
+from oracle import functions
 from test_cuda import run
 
 from ringmpi import Mask, RingAttention
@@ -58,12 +60,31 @@ def test_few_queries_and_many_keys(backends, dtype, queries):
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 4e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", ["full", "all"])
+@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (4, 1, 128), (1, 1, 256)])
+def test_gradients_are_the_same_as_numpys(backends, dtype, mask, kind, heads, kv_heads, dim):
+    rng = np.random.default_rng(4)
+    q, k, v, dout = (rng.standard_normal((n, h, dim)).astype(DTYPES[dtype])
+                     for n, h in ((N_Q, heads), (N_K, kv_heads), (N_K, kv_heads), (N_Q, heads)))
+    score, sinks = functions(kind, heads, np.arange(N_Q) + N_K - N_Q, np.arange(N_K))
+    for begin, end in Mask(**MASKS[mask]).bounds(np.arange(N_Q), N_Q, N_K):
+        got, want = (test_gradients.run(backend, q, k, v, begin, end, dim**-0.5, score, sinks, 3, dout)
+                     for backend in backends)
+        for name, x in got.items():
+            bound = 2 * test_gradients.BOUND[dtype] if name[0] == "d" else 4 * TENSOR_TOLERANCE[dtype]
+            assert oracle.error(x, want[name]) <= bound, name
+
+
 def test_runs_are_the_same_bit_for_bit(backends):
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((3000, 4, 128)).astype(DTYPES["bfloat16"]) for _ in range(3))
     begin, end = np.zeros(3000, int), np.arange(1, 3001)
     outs = [run(backends[0], q, k, v, begin, end, blocks=2)[0] for _ in range(20)]
     assert all((out == outs[0]).all() for out in outs)
+    gradients = [test_gradients.run(backends[0], q, k, v, begin, end, 0.09, {}, None, 2, v) for _ in range(10)]
+    assert all((other[name] == x).all() for other in gradients for name, x in gradients[0].items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

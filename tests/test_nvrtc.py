@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from ringmpi.backends.instances import best, kernels
+from ringmpi.backends.instances import best, kernels, key_gradients, query_gradients
 from ringmpi.backends.sources import kernels_folder
 from ringmpi.softmax import BFLOAT16, DTYPES
 
@@ -16,10 +16,16 @@ nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings
 ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 * 1024),
                  "sm_100": (227 * 1024, 228 * 1024)}
 MOST_SPILLED = 160            # bytes a thread stores outside its registers, all over the kernel; mostly before its loop
-STATE = [*(f"{kernel}<{kind}>" for kernel in ("reset", "merge_parts") for kind in ("float", "double")),
-         *(f"finish<{kind}, {wide}>" for kind in ("bfloat16", "float16", "float", "double")
+STATE = ["sights", *(f"{kernel}<{kind}>" for kernel in ("reset", "merge_parts", "add") for kind in ("float", "double")),
+         *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "dots", "rounded")
+           for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
-         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float"))]
+         *(f"{kernel}<{kind}>" for kernel in ("widen", "clear") for kind in ("bfloat16", "float16", "float"))]
+# Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions.
+GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),
+             ("bfloat16", 256, 1000, True), ("float32", 256, 10, True), ("float64", 256, 10, True),
+             ("bfloat16", 64, 1000, False), ("bfloat16", 128, 1000, False), ("float32", 128, 1000, False),
+             ("float64", 128, 1000, False)]
 
 
 def instances(architecture):
@@ -30,6 +36,15 @@ def instances(architecture):
     for dtype, rows in itertools.product(DTYPES, (1, 10, 50, 1000)):
         for dim in dims[dtype]:
             kernel = best(kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
+            found.add((kernel.file, kernel.name))
+    for dtype, dim, rows, plain in GRADIENTS:
+        kind = DTYPES[dtype]
+        chosen = [query_gradients(kind, dim, dim, rows, 16, plain=plain),
+                  *key_gradients(kind, dim, dim, 16, plain=plain)]
+        if not plain:
+            chosen.append(kernels(kind, dim, dim, rows, 16, plain=False))
+        for candidates in chosen:
+            kernel = best(candidates, *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
     for align, dtype in ((2, BFLOAT16), (4, DTYPES["float32"]), (8, DTYPES["float64"])):       # odd dims
         kernel = best(kernels(dtype, 33, 7, 1000, align), *ARCHITECTURES[architecture])

@@ -1,7 +1,9 @@
 """One block on one GPU: the CUDA backend, and torch's scaled_dot_product_attention by each of its own backends.
 
 Times are the GPU's own, between two events, with the GPU kept busy before the first so that the host is ahead of it;
-medians over interleaved runs. The yardstick is a copy from GPU memory to GPU memory, bytes read and written.
+medians over interleaved runs. The yardstick is a copy from GPU memory to GPU memory, bytes read and written. The
+backward pass is all of it, from the result and its gradient on: ours sums in the accumulator's type, and leaves the
+gradients in it; torch's is autograd's alone.
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
         try:
             with device.current():
                 start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
-                backend.prepare(kind, accumulator(kind), dim, dim)
+                for direction in {"forward", *arguments.passes}:        # the backward pass begins with a result
+                    backend.prepare(kind, accumulator(kind), dim, dim, backward=direction == "backward")
                 compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
                 case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
-                rows += _compare(case, backend, device, arguments)
+                for direction in arguments.passes:
+                    rows += _compare(case, direction, backend, device, arguments)
         except (RingError, RuntimeError, MemoryError) as error:           # the other cases are worth having
             print(f"{dtype} dim {dim} {mask} {shape[0]}x{shape[1]}: {type(error).__name__}: {error}", file=sys.stderr,
                   flush=True)
@@ -55,13 +59,15 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     return rows, {"compile_seconds": compiled, "device": device.name, "uuid": device.uuid}
 
 
-def _compare(case: Case, backend: Any, device: Device, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    copy = _copy(device)
-    runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k))}
-    if len(case.q) > FEW:
+def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace
+             ) -> list[dict[str, Any]]:
+    copy, forward = _copy(device), direction == "forward"
+    runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k)) if forward
+                              else _our_gradient(case, backend, device)}
+    if forward and len(case.q) > FEW:
         runs["state in and out"] = _ours(case, backend, device, 1)
     if "torch" in arguments.kernels:
-        runs.update(_torch(case))
+        runs.update(_torch(case, direction))
     times: dict[str, list[float]] = {name: [] for name in runs}
     copies = []
     for number in range(arguments.repeat + 1):
@@ -74,16 +80,18 @@ def _compare(case: Case, backend: Any, device: Device, arguments: argparse.Names
     medians = {name: statistics.median(column) for name, column in times.items()}
     peers = {name: seconds for name, seconds in medians.items() if name.startswith("torch")}
     best, whole = min(peers.values(), default=None), medians["ringmpi"]
+    flop = case.flop if forward else case.flop * 5 // 2            # two products, five products
     rows = []
     for name, seconds in medians.items():
         attention = name != "state in and out"
         rows.append({
-            "dtype": case.dtype, "dim": case.dim, "mask": case.mask, "queries": case.shape[0], "keys": case.shape[1],
-            "heads": f"{case.heads}/{case.kv_heads}", "kernel": name, "ms": 1e3 * seconds,
+            "pass": direction, "dtype": case.dtype, "dim": case.dim, "mask": case.mask,
+            "queries": case.shape[0], "keys": case.shape[1], "heads": f"{case.heads}/{case.kv_heads}", "kernel": name,
+            "ms": 1e3 * seconds,
             "spread": (max(times[name]) - min(times[name])) / seconds if len(times[name]) > 1 else None,
-            "TFLOP/s": case.flop / seconds / 1e12 if attention else None,
+            "TFLOP/s": flop / seconds / 1e12 if attention else None,
             "x best torch": best / seconds if best and attention else None,
-            "of copy": case.bytes / seconds / bandwidth if attention and len(case.q) <= FEW else None,
+            "of copy": case.bytes / seconds / bandwidth if forward and attention and len(case.q) <= FEW else None,
             "of ringmpi": None if attention else seconds / whole, "copy GB/s": bandwidth / 1e9})
     return rows
 
@@ -105,13 +113,41 @@ def _ours(case: Case, backend: Any, device: Device, keys: int) -> Timed:
     return run
 
 
+def _our_gradient(case: Case, backend: Any, device: Device) -> Timed:
+    """Give a run of our backward pass, from the result of the forward pass on."""
+    kind = accumulator(case.q.dtype)
+    state = backend.new_state(len(case.q), case.heads, case.dim, kind)
+    q, k, v, dout = (backend.place(x) for x in (case.q, case.k, case.v, case.dout))
+    block = case.begin, case.end, Score(case.scale)
+    for _ in backend.accumulate(state, q, k, v, *block):
+        pass
+    out, lse = backend.empty(q.shape, q.dtype), backend.empty(q.shape[:2], kind)
+    backend.finish(state, backend.place(case.end > case.begin), out, lse)
+    dq, dk, dv = (backend.empty(x.shape, kind) for x in (q, k, v))
+
+    def launch() -> Any:
+        backend.clear(dk)
+        backend.clear(dv)
+        loop = backend.backward(backend.new_gradient(dout, out, lse, None, dq), q, k, v, dk, dv, *block)
+        next(loop)
+        return loop
+
+    def run() -> float:
+        loops: list[Any] = []
+        seconds = device.seconds(lambda: loops.append(launch()))
+        for _ in loops[0]:
+            pass
+        return seconds
+    return run
+
+
 def _copy(device: Device) -> Timed:
     """Give a copy within the GPU's memory that moves COPY_BYTES in all."""
     source, target = (device.empty((COPY_BYTES // 2,), np.uint8) for _ in range(2))
     return lambda: device.seconds(lambda: device.copy(target, source, device.caller_stream()))
 
 
-def _torch(case: Case) -> dict[str, Timed]:
+def _torch(case: Case, direction: str) -> dict[str, Timed]:
     """Give torch's attention on the same data by each of its backends that takes it; none if there is no torch."""
     try:
         import torch
@@ -125,18 +161,23 @@ def _torch(case: Case) -> dict[str, Timed]:
         return {}                                              # torch's fast kernels have no such mask
     torch.backends.cuda.matmul.allow_tf32 = False         # float32 means float32
     attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
-    q, k, v = (torch.from_numpy(x.view(f"i{x.itemsize}")).to("cuda").view(kind).transpose(0, 1)[None].contiguous()
-               for x in (case.q, case.k, case.v))
+    q, k, v, dout = (torch.from_numpy(x.view(f"i{x.itemsize}")).to("cuda").view(kind).transpose(0, 1)[None].contiguous()
+                     for x in (case.q, case.k, case.v, case.dout))
+    leaves = [x.requires_grad_(direction == "backward") for x in (q, k, v)]
     options: Any = {"enable_gqa": True} if case.heads != case.kv_heads else {}
     cuda: Any = torch.cuda
 
     def run(backend: Any) -> float:
         first, last = (cuda.Event(enable_timing=True) for _ in range(2))
         with sdpa_kernel(backend):
+            out = attention(q, k, v, is_causal=causal, **options) if direction == "backward" else None
             cuda.synchronize()
             cuda._sleep(5_000_000)                        # cycles: the host gets ahead
             first.record()
-            attention(q, k, v, is_causal=causal, **options)
+            if out is None:
+                attention(q, k, v, is_causal=causal, **options)
+            else:
+                torch.autograd.grad(out, leaves, dout)
             last.record()
         last.synchronize()
         return float(first.elapsed_time(last)) / 1e3
