@@ -88,8 +88,8 @@ struct Fragments<double> {
     };
 };
 
-// s += left right^T over DEPTH columns: of `left` 16 HEIGHT rows from `row` on, of `right` 8 N rows. Accumulators s[m][n]
-// have rows 16 m .. 16 m + 16 of the first, and 8 n .. 8 n + 8 of the others.
+// s += left right^T over DEPTH columns: of `left` 16 HEIGHT rows from `row` on, of `right` 8 N rows. Accumulators
+// s[m][n] have rows 16 m .. 16 m + 16 of the first, and 8 n .. 8 n + 8 of the others.
 template <int DEPTH, class T, int HEIGHT, int N>
 __device__ inline void multiply_transposed(Accumulator<T> (&s)[HEIGHT][N][4], const T* left, int row, const T* right,
                                            int stride) {

@@ -26,7 +26,32 @@
 // dout . v or delta NaN for each pair that it belongs to. A row whose delta is not finite has NaN for weights.
 #pragma once
 
+#include "rows.cuh"
 #include "score.cuh"
+
+// The rows of a tile, as `Rows` has them, but without a division for each: 2^32 / group, rounded up, times a number
+// less than group + ROWS gives the quotient in its upper half.
+class NearRows {
+    int n_q, heads, group, first_head, first_query, past, there_are;
+    unsigned inverse;
+
+    // Queries from the first of the tile to that of a row.
+    __device__ int queries_on(int row) const {
+        if (group == 1) return row;
+        return static_cast<int>(static_cast<unsigned long long>(past + row) * inverse >> 32);
+    }
+
+public:
+    __device__ NearRows(int n_q, int kv_heads, int group, int kv_head, int first)
+        : n_q(n_q), heads(kv_heads * group), group(group), first_head(kv_head * group), first_query(first / group),
+          past(first % group), there_are(n_q * group - first), inverse(0xffffffffu / group + 1) {}
+
+    __device__ int count() const { return there_are; }
+    __device__ bool there(int row) const { return row < there_are; }
+    __device__ int query(int row) const { return first_query + queries_on(row); }
+    __device__ int head(int row) const { return first_head + past + row - queries_on(row) * group; }
+    __device__ long long state_row(int row) const { return static_cast<long long>(query(row)) * heads + head(row); }
+};
 
 // What is known of a row.
 template <class A>
@@ -47,7 +72,7 @@ struct KnownRows {
     // Start to copy it; a row that is not there sees nothing.
     template <int THREADS>
     __device__ void copy(const A* all_lse, const A* all_delta, const int* all_begin, const int* all_end,
-                         const Rows& rows) {
+                         const NearRows& rows) {
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
             const bool there = rows.there(r);
             const long long at = there ? rows.state_row(r) : 0;

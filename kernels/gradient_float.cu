@@ -1,10 +1,10 @@
 // The backward pass of one block of K and V in float32 throughout, without tensor cores. Arguments and promises are in
 // gradient.cuh, with float for T.
 //
-// gradient_queries: grid (ceil(n_q group / ROWS), kv_heads) of 16 LANES threads; ROWS = HEIGHT LANES. gradient_keys: grid
-// (ceil(n_k / KEYS), kv_heads); KEYS = HEIGHT LANES. Thread (lane % 16, row lane) has what Lanes says. Dynamic shared
+// gradient_queries: grid (ceil(n_q group / ROWS), kv_heads) of 16 LANES threads; ROWS = HEIGHT LANES.
+// gradient_keys: grid (ceil(n_k / KEYS), kv_heads); KEYS = HEIGHT LANES. Threads have what Lanes says. Dynamic shared
 // memory: of Q and dout, or K and V, the rows of the block; PLACES times the tile of the others; ds, and for
-// gradient_keys the weights; PLACES KnownRows of gradient_keys; padded as in lanes.cuh.
+// gradient_keys the weights and PLACES KnownRows; padded as in lanes.cuh.
 // DIM, DIM_V and tiles are multiples of 16; LANES is even.
 
 #include "gradient.cuh"
@@ -148,10 +148,10 @@ gradient_keys(float* dk, float* dv, const float* dout, const float* lse, const f
         k, v, [=](int r) { return first_row + r * kv_heads; }, n_k - first, dim, dim_v);
 
     const S score(packed_score, n_q, n_k, kv_heads * group);
-    auto rows_of = [&](int tile) { return Rows{n_q, kv_heads, group, kv_head, tile * ROWS}; };
+    auto rows_of = [&](int tile) { return NearRows(n_q, kv_heads, group, kv_head, tile * ROWS); };
     Sums<LANES, HEIGHT, DIM> sums;
     Sums<LANES, HEIGHT, DIM_V> sums_v;
-    auto add = [&](auto partial, const Other& other, const Known& those, const Rows& rows) {
+    auto add = [&](auto partial, const Other& other, const Known& those, const NearRows& rows) {
         constexpr bool PARTIAL = decltype(partial)::value;
         float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
         L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Mine::STRIDE);
@@ -173,7 +173,7 @@ gradient_keys(float* dk, float* dv, const float* dout, const float* lse, const f
         L::template multiply<PARTIAL, ROWS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
     };
     auto load = [&](int tile, int place) {
-        const Rows rows = rows_of(tile);
+        const NearRows rows = rows_of(tile);
         Other(memory + Mine::NUMBERS + place * Other::NUMBERS).template copy<BYTES, THREADS>(
             q, dout, [&](int r) { return rows.state_row(r); }, rows.count(), dim, dim_v);
         known[place].template copy<THREADS>(lse, delta, begin, end, rows);

@@ -1,11 +1,11 @@
 // The backward pass of one block of K and V on tensor cores: bfloat16, float16, float64. Arguments and promises are in
 // gradient.cuh. Weights and ds are rounded to 16 bits for the products that they are the left side of.
 //
-// gradient_queries: grid (ceil(n_q group / ROWS), kv_heads, slices) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; a block
-// has COLUMNS columns of dq, slice for slice. gradient_keys: grid (ceil(n_k / KEYS), kv_heads, slices); KEYS = 16 HEIGHT
-// WARPS; a block has COLUMNS columns of dk and COLUMNS_V of dv, 0 of one of them if both are too many for its
-// registers; if there are several slices, either is 0. Dynamic shared memory: of Q and dout, or K and V, the rows of the
-// block; PLACES times the tile of the others; each row padded as Fragments says; gradient_keys has PLACES KnownRows.
+// gradient_queries: grid (ceil(n_q group / ROWS), kv_heads, slices) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; a
+// block has COLUMNS columns of dq, those of its slice. gradient_keys: grid (ceil(n_k / KEYS), kv_heads, slices); KEYS =
+// 16 HEIGHT WARPS; a block has COLUMNS columns of dk and COLUMNS_V of dv, 0 of one of them if both are too many for its
+// registers; if there are several slices, either is 0. Dynamic shared memory: of Q and dout, or K and V, the rows of
+// the block; PLACES times the tile of the others; for gradient_keys PLACES KnownRows; rows padded as Fragments says.
 // DIM, DIM_V, COLUMNS and tiles are multiples of 16.
 
 #include "fragments.cuh"
@@ -154,9 +154,9 @@ gradient_keys(Accumulator<T>* dk, Accumulator<T>* dv, const T* dout, const Accum
         k, v, [=](int r) { return first_row + r * kv_heads; }, n_k - first, dim, dim_v);
 
     const S score(packed_score, n_q, n_k, kv_heads * group);
-    auto rows_of = [&](int tile) { return Rows{n_q, kv_heads, group, kv_head, tile * ROWS}; };
+    auto rows_of = [&](int tile) { return NearRows(n_q, kv_heads, group, kv_head, tile * ROWS); };
     A acc[HEIGHT][COLUMNS ? COLUMNS / 8 : 1][4] = {}, acc_v[HEIGHT][COLUMNS_V ? COLUMNS_V / 8 : 1][4] = {};
-    auto add = [&](auto partial, const Other& other, const Known& those, const Rows& rows) {
+    auto add = [&](auto partial, const Other& other, const Known& those, const NearRows& rows) {
         constexpr bool PARTIAL = decltype(partial)::value;
         A qk[HEIGHT][ROWS / 8][4] = {}, dout_v[HEIGHT][ROWS / 8][4] = {};
         multiply_transposed<DIM>(qk, own.tile, mine, other.tile, Mine::STRIDE);
@@ -181,7 +181,7 @@ gradient_keys(Accumulator<T>* dk, Accumulator<T>* dv, const T* dout, const Accum
         if constexpr (COLUMNS != 0) multiply<PARTIAL, T>(acc, dout_v, other.tile, Other::STRIDE, slice);
     };
     auto load = [&](int tile, int place) {
-        const Rows rows = rows_of(tile);
+        const NearRows rows = rows_of(tile);
         Other(memory + Mine::NUMBERS + place * Other::NUMBERS).template copy<BYTES, THREADS>(
             q, dout, [&](int r) { return rows.state_row(r); }, rows.count(), dim, dim_v);
         known[place].template copy<THREADS>(lse, delta, begin, end, rows);

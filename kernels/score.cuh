@@ -2,7 +2,7 @@
 // defines them. A kernel takes a Score of one of two kinds: the plain one has nothing to keep and nothing to do.
 #pragma once
 
-#include "rows.cuh"
+#include "platform.cuh"
 
 // How a Score comes to the GPU. Arrays follow it, one after the other: slopes (heads,) of type A, streams (heads,),
 // positions of the queries (n_q,) and of the keys (n_k,), 32 bits each; what the score does not use is 0.
@@ -31,7 +31,8 @@ struct Score {
     static constexpr bool FUNCTIONS = false;
     struct Row {};
     __device__ Score(const void*, int, int, int) {}
-    __device__ Row row(const Rows&, int) const { return {}; }
+    template <class R>
+    __device__ Row row(const R&, int) const { return {}; }
     __device__ int key(int) const { return 0; }
     __device__ A shape(A x, const Row&, int) const { return x; }
     __device__ A shape(A x, const Row&, int, A&) const { return x; }
@@ -55,8 +56,9 @@ struct Score<A, true> {
           streams(reinterpret_cast<const unsigned*>(slopes + heads)),
           queries(reinterpret_cast<const int*>(streams + heads)), keys(queries + n_q), last_key(n_k - 1) {}
 
-    // What the score of a row depends on.
-    __device__ Row row(const Rows& rows, int row) const {
+    // What the score of a row depends on; R: a kind of Rows.
+    template <class R>
+    __device__ Row row(const R& rows, int row) const {
         if (!rows.there(row)) return {};
         const int head = rows.head(row);
         return {slopes[head], streams[head], queries[rows.query(row)]};
