@@ -8,7 +8,7 @@ Two ways through a block, after what there is to reuse:
   came: a range of keys of one key head × all rows, into a state of its own; the states are merged at the end.
 
 A row is a query and a head: the heads of a group share the packed keys. Results depend on the number of threads, not on
-which of them was faster.
+which of them was faster. The backward pass has one way, `cpu.backward`.
 """
 
 from __future__ import annotations
