@@ -16,7 +16,8 @@ from .backends import open_backend
 from .environment import cores
 from .errors import ShapeError
 from .hdf5 import read_rows
-from .job import Options, datasets, make_mask
+from .job import Options, datasets, make_mask, read_heads
+from .mask import Interval
 from .score import Score
 from .shards import Manifest
 from .softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
@@ -78,7 +79,7 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
         If the files do not belong together.
     """
     with datasets(source, options) as (file, (q, k, v), sizes):
-        mask = make_mask(file, options, sizes.n_k)
+        mask, of_heads = make_mask(file, options, sizes.n_k), read_heads(file, options, sizes.heads)
         want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
         if result.shapes != want or result.dtypes["out"] != sizes.dtype:
             raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} for this input, got {result.shapes} of "
@@ -86,12 +87,20 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
         sample = np.sort(np.random.default_rng(seed).permutation(sizes.n_q)[:rows])
         scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
         queries = _sampled(sample, q.shape, functools.partial(read_rows, q))
-        exact, exact_lse, longest = _exact(queries, k, v, mask, sample, sizes.n_q, scale)
+        positions = sample + mask.offset(sizes.n_q, sizes.n_k)
+        slopes, sinks = of_heads["alibi"], of_heads["sinks"]
+        score = Score(scale, options.softcap or 0.0, slopes, queries=positions)
+        bounds = mask.bounds(sample, sizes.n_q, sizes.n_k)
+        exact, exact_lse, longest = _exact(queries, k, v, bounds, score, sinks)
     given, given_lse = (_sampled(sample, result.shapes[name], functools.partial(result.rows, name))
                         for name in ("out", "lse"))
     out, spread = exact[..., :sizes.dim_v], exact[..., sizes.dim_v:]
     eps = float(np.finfo(result.dtypes["lse"]).eps)
-    shift = 2 * eps * abs(scale) * _norms(queries) * longest      # of a score, (rows, heads)
+    most = abs(scale) * _norms(queries) * longest                 # of a score, (rows, heads)
+    shift = 2 * eps * most + 4 * eps * (options.softcap or 0.0)
+    if slopes is not None:            # of far keys more than this makes their weights nothing
+        reach = np.maximum(positions, sizes.n_k - positions)[:, None]
+        shift = shift + 2 * eps * np.minimum(np.abs(slopes) * reach, 2 * most + 40)
     tiny = np.finfo(np.float32).tiny
     own = TOLERANCE[result.dtypes["lse"]]
     bound = (TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE)[sizes.dtype]
@@ -107,15 +116,15 @@ def _sampled(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callable[[
     return np.concatenate([np.empty((0, *shape[1:])), *rows])
 
 
-def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np.int64], n_q: int,
-           scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _exact(q: NDArray[np.float64], k: Any, v: Any, bounds: list[Interval], score: Score,
+           sinks: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Attention in float64 with values (v, |v|) side by side; and the longest key of each query head."""
     n_k, dim_v, group = len(k), v.shape[2], q.shape[1] // k.shape[1]
     longest = np.zeros(q.shape[1])
     state = State.empty(len(q), q.shape[1], 2 * dim_v, np.float64)
-    seen = np.zeros(len(q), bool)
+    state.reset(sinks)
+    seen = np.full(len(q), sinks is not None)
     backend = open_backend("numpy", len(cores()))
-    bounds = mask.bounds(sample, n_q, n_k)
     for start in range(0, n_k, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, n_k)
         keys, values = (read_rows(x, start, stop).astype(np.float64) for x in (k, v))
@@ -124,7 +133,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, mask: Any, sample: NDArray[np
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
             seen |= end > begin
-            for _ in backend.accumulate(state, q, keys, values, begin, end, Score(scale)):
+            for _ in backend.accumulate(state, q, keys, values, begin, end, score.of_keys(np.arange(start, stop))):
                 pass
     out, lse = np.empty_like(state.acc), np.empty_like(state.max)
     finish(state, seen, out, lse)

@@ -107,6 +107,19 @@ def read_integers(file: h5py.File, name: str) -> NDArray[np.int64]:
         return np.asarray(dataset[...], np.int64)
 
 
+def read_floats(file: h5py.File, name: str) -> NDArray[np.float64]:
+    """Read a one-dimensional dataset of floats, one for each head, with the checks of `open_dataset`. Local.
+
+    Raises
+    ------
+    ShardError, DtypeError, ShapeError
+        If it is not there, not to be trusted, not of floats or not one-dimensional.
+    """
+    dataset = open_dataset(file, name)
+    check_axes(dataset, ("heads",))
+    return read_rows(dataset, 0, len(dataset)).astype(np.float64)
+
+
 def stored_dtype(dataset: h5py.Dataset) -> np.dtype[Any]:
     """Give the NumPy dtype of a dataset's floats, bfloat16 included. Local.
 

@@ -22,7 +22,7 @@ from . import __version__, device, mpi
 from .attention import RingAttention
 from .checks import check_shapes
 from .environment import resident_bytes, shows_on_terminal
-from .errors import CommError, DtypeError, OptionError, OutputError, RankLost, RingError, RingTimeout
+from .errors import CommError, DtypeError, OptionError, OutputError, RankLost, RingError, RingTimeout, ShapeError
 from .exchange import redistribute
 from .hdf5 import (
     check_axes,
@@ -30,6 +30,7 @@ from .hdf5 import (
     flush_to_disk,
     open_dataset,
     open_file,
+    read_floats,
     read_integers,
     read_rows,
     read_rows_into,
@@ -54,6 +55,9 @@ class Options:
     first: int = 0
     q_offset: int | None = None
     scale: float | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None
@@ -149,10 +153,29 @@ def make_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
     return mask
 
 
+def read_heads(file: h5py.File, options: Options, heads: int) -> dict[str, NDArray[np.float64] | None]:
+    """Read what the scores of each head are changed by, as far as it is asked for: `alibi` and `sinks`. Local.
+
+    Raises
+    ------
+    ShapeError, DtypeError, ShardError
+        If there is not one number for each head.
+    """
+    found: dict[str, NDArray[np.float64] | None] = {}
+    for name, wanted in (("alibi", options.alibi), ("sinks", options.sinks)):
+        numbers = read_floats(file, name) if wanted else None
+        if numbers is not None and len(numbers) != heads:
+            raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads},), one number for each head, "
+                             f"got {numbers.shape}")
+        found[name] = numbers
+    return found
+
+
 def inspect(path: Path, options: Options) -> Sizes:
     """Check an input without computing, as a dry run does. Local."""
     with datasets(path, options) as (file, _, sizes):
         make_mask(file, options, sizes.n_k)
+        read_heads(file, options, sizes.heads)
         return sizes
 
 
@@ -223,6 +246,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         with comm.together(timeout):
             file, found, sizes = files.enter_context(datasets(source, options))
             mask = make_mask(file, options, sizes.n_k)
+            of_heads = read_heads(file, options, sizes.heads)
         comm.agree_on(asdict(sizes), timeout)
         with comm.together(timeout):
             if comm.rank == 0:
@@ -230,11 +254,11 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
                 output.prepare()
         try:
             attention = RingAttention(world, mask=mask, layout=options.layout, scale=options.scale,
-                                      backend=options.backend, threads=threads, timeout=timeout,
-                                      accumulator=options.accumulator, gpu_transport=options.gpu_transport,
-                                      allow_gpu_sharing=options.allow_gpu_sharing)
+                                      softcap=options.softcap, alibi=of_heads["alibi"], backend=options.backend,
+                                      threads=threads, timeout=timeout, accumulator=options.accumulator,
+                                      gpu_transport=options.gpu_transport, allow_gpu_sharing=options.allow_gpu_sharing)
             with attention:
-                out, lse = _compute(world, comm, attention, found, quiet, clock)
+                out, lse = _compute(world, comm, attention, found, of_heads["sinks"], quiet, clock)
             record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
                       "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       "backend": attention.backend.name, "options": asdict(options), **_gpus(attention)}
@@ -287,14 +311,15 @@ def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, r
             write_json(path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops, "per_rank": details})
 
 
-def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], quiet: bool,
-             clock: Clock) -> tuple[Array, Array]:
+def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], sinks: Array | None,
+             quiet: bool, clock: Clock) -> tuple[Array, Array]:
     """Read, attend, and bring the result back to the order of the input."""
     arrays = [_read(world, comm, attention, dataset, clock) for dataset in found]
     bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
     with clock.phase("attend"), tqdm(unit="pair", unit_scale=True, disable=not bar_on, desc="attend",
                                      leave=False) as bar:
-        out, lse = attention(*arrays, return_lse=True, progress=lambda done, total: _advance(bar, done, total))
+        out, lse = attention(*arrays, sinks=sinks, return_lse=True,
+                             progress=lambda done, total: _advance(bar, done, total))
         with comm.together(attention.timeout), attention.backend.current():
             out, lse = attention.backend.fetch(out), attention.backend.fetch(lse)
     clock.apart("compile", "attend", attention.trace.compile_seconds)

@@ -56,6 +56,44 @@ def exact(source, **mask):
     return oracle.attend(q, k, v, oracle.visible(len(q), len(k), **mask), q.shape[2]**-0.5)
 
 
+def test_scores_of_a_file(source, tmp_path):
+    """Softcap, and slopes and sinks from datasets; `check` knows them from the record, and that others are wrong."""
+    numbers = {"alibi": np.array([0.5, 0.1, 0.02, 0.004]), "sinks": np.array([1, -2, 0, 5], "f4")}
+    with open_file(source) as file, h5py.File(tmp_path / "in.h5", "w") as copy:
+        for name in "qkv":
+            file.copy(name, copy)
+            copy[name][...] = 2 * copy[name][...]
+        for name, x in numbers.items():
+            copy[name] = x
+    flags = ["--causal", "--softcap", "4", "--alibi", "--sinks"]
+    result = run(3, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, "--layout", "zigzag", folder=tmp_path)
+    assert result.code == 0, result.text
+    with open_file(tmp_path / "in.h5") as file:
+        q, k, v = (read_rows(file[name], 0, len(file[name])) for name in "qkv")
+    i = np.arange(len(q))
+    want = oracle.dense(q, k, v, oracle.visible(len(q), len(k), causal=True), 0.25, softcap=4, slopes=numbers["alibi"],
+                        sinks=numbers["sinks"], queries=i, keys=i)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert oracle.error(file["out"][...], want["out"]) < 2e-6
+        assert oracle.error(file["lse"][...], want["lse"]) < 2e-6
+    again = ["check", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--rows", "200"]
+    assert main(again) == 0
+    assert main([*again, "--softcap", "4.01"]) == 1
+    for name, x in numbers.items():
+        with h5py.File(tmp_path / "in.h5", "r+") as file:
+            file[name][...] = x * 1.001
+        assert main(again) == 1
+        with h5py.File(tmp_path / "in.h5", "r+") as file:
+            file[name][...] = x
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        del file["sinks"]
+        file["sinks"] = np.zeros(3)
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "new.h5", *flags, folder=tmp_path)
+    assert result.code == 3, result.text
+    assert "dataset 'sinks': expected shape (4,), one number for each head, got (3,)" in result.text
+    assert not (tmp_path / "new.h5").exists()
+
+
 @pytest.mark.parametrize("options", [["--backend", "cuda"], ["--backend", "auto"]])
 def test_without_a_gpu(source, tmp_path, options):
     result = run(2, "attend", source, tmp_path / "out.h5", *options, "--gpu-transport", "direct", folder=tmp_path,

@@ -33,12 +33,17 @@ def positive(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Read a number > 0."""
+    return above_zero(text, "seconds")
+
+
+def above_zero(text: str, what: str = "a number") -> float:
+    """Read a number > 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected seconds > 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {what} > 0, got {text!r}")
     return value
 
 
@@ -62,6 +67,12 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
     group.add_argument("--scale", type=float, default=default(None), metavar="X",
                        help="factor of the scores (default: 1/sqrt(dim))")
+    group.add_argument("--softcap", type=above_zero, default=default(None), metavar="X",
+                       help="scaled scores s become X tanh(s / X)")
+    group.add_argument("--alibi", action="store_true", default=default(False),
+                       help="subtract slope times distance from each score: slopes (heads,) in dataset `alibi`")
+    group.add_argument("--sinks", action="store_true", default=default(False),
+                       help="a score of each head that joins the softmax with no value: (heads,) in dataset `sinks`")
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
