@@ -235,6 +235,7 @@ def test_bad_calls_are_errors_on_every_rank(comm):
         expect(comm, lambda: attention.backward(out), ShapeError, "dout: expected shape (3, 2, 3)")
         expect(comm, lambda: attention.backward_of(out, q, k, v, out[:2], lse), ShapeError, "out: expected shape")
         expect(comm, lambda: attention.backward_of(out, q, k, v, out, lse.astype(float)), DtypeError, "lse: expected")
+        attention(q, k, v)
         expect(comm, lambda: attention(q, k, v, sinks=np.zeros(3, "f4")), ShapeError, "sinks: expected shape (2,)")
         expect(comm, lambda: attention.backward(out), RingError, "it failed")
         if comm.size > 1:
