@@ -22,6 +22,7 @@ MAP = np.dtype([("address", np.uint64), ("sizes", np.uint64, 3), ("strides", np.
 
 EMULATOR = Path(__file__).parent / "emulator"
 COMPILER = shutil.which("g++")
+OPTIONS = "-std=c++17", "-O1", "-w", "-fPIC"
 
 
 @functools.cache
@@ -37,6 +38,8 @@ def _folder():
             (Path(parent) / "sources").mkdir()
             for source in sources:             # the emulator's platform.cuh last, in place of the GPU's
                 shutil.copy(source, Path(parent) / "sources" / source.name)
+            subprocess.run([COMPILER, *OPTIONS, "-x", "c++-header", "emulator.h"], cwd=Path(parent) / "sources",
+                           check=True, timeout=300)                # once for all kernels
             with contextlib.suppress(OSError):             # another process was quicker
                 (Path(parent) / "sources").rename(folder)
     return folder
@@ -52,7 +55,7 @@ def function(file, name):
                 'extern "C" void run(const unsigned* grid, unsigned threads, size_t shared, unsigned seed, '
                 f"void** arguments) {{ emulator::run(grid, threads, shared, seed, &{name}, arguments); }}\n")
         temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([COMPILER, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++", "-", "-o", temporary],
+        subprocess.run([COMPILER, *OPTIONS, "-shared", "-x", "c++", "-", "-o", temporary],
                        input=code, text=True, cwd=folder, check=True, timeout=300)
         temporary.rename(path)
     return ctypes.CDLL(str(path)).run
