@@ -198,6 +198,22 @@ def test_a_key_that_is_not_finite_spoils_what_sees_it_alone(where):
         assert (got["dv"] == clean["dv"]).all()
 
 
+@pytest.mark.parametrize("where", ["q", "dout"])
+def test_a_row_that_is_not_finite_spoils_what_it_sees_alone(where):
+    q, k, v = data(1, 12, 200, 1, 1, 20, 36, "float32")
+    begin, end = np.zeros(12, int), np.full(12, 200)
+    end[4] = 50
+    gradient, _ = known(q, k, v, begin, end, 0.2)
+    clean = differentiate(gradient, q, k, v, begin, end, 0.2)
+    {"q": q, "dout": gradient.dout}[where][4, 0, 3] = gradient.delta[4] = np.nan
+    got = differentiate(gradient, q, k, v, begin, end, 0.2)
+    for name in ("dk", "dv"):
+        assert np.isnan(got[name][:50]).all()
+        assert (got[name][50:] == clean[name][50:]).all()
+    assert np.isnan(got["dq"][4]).all()
+    assert (np.delete(got["dq"], 4, axis=0) == np.delete(clean["dq"], 4, axis=0)).all()
+
+
 def test_read_only_and_strided_arrays():
     q, k, v = data(0, 30, 200, 2, 2, 16, 16, "float32")
     begin, end = ranges("causal", 30, 200)
