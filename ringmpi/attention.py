@@ -372,7 +372,7 @@ class RingAttention:
             return backend.backward(gradients[number], call.q[number], k, v, dk, dv, begin, end, score)
 
         try:
-            engine.homeward.begin(shares, plan.shapes, plan.hops, plan.firsts)
+            engine.homeward.take(shares, plan.shapes, plan.hops, plan.firsts)
             for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace, engine.homeward):
                 self._compute(call, block, differentiate, progress)
         except BaseException as error:

@@ -67,9 +67,9 @@ class Homeward:
             self._chain.reserve(nbytes)
             self._home.reserve(nbytes)
 
-    def begin(self, arrays: Sequence[Array], shapes: Sequence[Sequence[tuple[int, ...]]], hops: Sequence[int],
-              firsts: Sequence[int]) -> None:
-        """Begin a pass over all blocks. Local.
+    def take(self, arrays: Sequence[Array], shapes: Sequence[Sequence[tuple[int, ...]]], hops: Sequence[int],
+             firsts: Sequence[int]) -> None:
+        """Take what the next pass over all blocks is about. Local.
 
         Parameters
         ----------
@@ -79,8 +79,12 @@ class Homeward:
         hops, firsts : for each rank, where the last and the first other rank that computes with its block is
             See `ring.travel` and `first_hops`.
         """
-        comm, self._arrays, self._shapes, self._hops, self._firsts = self._comm, arrays, shapes, hops, firsts
+        self._arrays, self._shapes, self._hops, self._firsts = arrays, shapes, hops, firsts
         self._sizes = [sum(math.prod(shape) for shape in theirs) * arrays[0].dtype.itemsize for theirs in shapes]
+
+    def begin(self) -> None:
+        """Begin the pass: be ready for what comes home. Local."""
+        comm, hops = self._comm, self._hops
         if comm.size > 1:
             self.reserve(max(self._sizes))
             self._chain.begin()

@@ -117,7 +117,7 @@ class Ring:
         trace : Trace
             A `Step` for each position of the ring is added.
         homeward : Homeward, optional
-            For gradients, begun with the same shapes and hops.
+            For gradients; it has taken the same shapes and hops.
 
         Yields
         ------
@@ -136,6 +136,8 @@ class Ring:
         self._last, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
         self.reserve(max(sizes))
         link.begin()
+        if homeward:
+            homeward.begin()
         here = link.load(arrays) if size > 1 else tuple(arrays)
         for number in range(size):
             source, following = (rank - number) % size, (rank - number - 1) % size

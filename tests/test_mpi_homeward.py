@@ -61,7 +61,7 @@ class World:
         for x in (*mine, *arrays):
             self.clear(x)
         hops, trace = travel(needed), Trace()
-        self.homeward.begin(mine, shapes, hops, first_hops(needed))
+        self.homeward.take(mine, shapes, hops, first_hops(needed))
         for block in self.ring.circulate(arrays, shapes, hops, trace, self.homeward):
             if needed[rank, block.source]:
                 for x, share in zip(block.gradients, shares[rank][block.source], strict=True):
