@@ -370,7 +370,7 @@ def test_random_words_are_those_of_numpy(kind):
     assert kind == "float32" or (out >> 32 == 0).all()
 
 
-@pytest.mark.parametrize("n_q", [4, 300])
+@pytest.mark.parametrize("n_q", [2, 4, 300])       # keys as they came, packed by each task, packed for all
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_drops_what_numpy_drops(dtype, n_q):
     """With equal scores and values e_j the result says which weights are left."""
@@ -387,7 +387,7 @@ def test_dropout_drops_what_numpy_drops(dtype, n_q):
     assert (state.sum == 200).all()
 
 
-@pytest.mark.parametrize("n_q", [4, 300])
+@pytest.mark.parametrize("n_q", [2, 4, 300])       # keys as they came, packed by each task, packed for all
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
     """Distances up to 2^32 - 1 are right."""
