@@ -47,6 +47,18 @@ def test_dims(backend, dtype, dim, dim_v):
     check(backend, *case(1, 36, 70, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5)
 
 
+def test_slices_of_columns_keep_to_the_columns_there_are():
+    backend = CudaBackend(1, EmulatedDevice())
+    for dim, dim_v, slices in ((40, 256, [1, 1, 2]), (144, 16, [2, 2, 1]), (64, 64, [1, 1])):
+        backend.device.launched.clear()
+        check(backend, *case(17, 9, 20, 1, 1, dim, dim_v, "float64"), "float64", scale=0.1)
+        assert [grid[2] for name, grid, *_ in backend.device.launched if name.startswith("gradient")] == slices
+    for wide in range(16, 257, 16):
+        for kernel in (query_gradients(DTYPES["float64"], wide, 256, 99, 16)[0],
+                       key_gradients(DTYPES["float64"], wide, 256, 16)[0][0]):
+            assert 0 <= -(-wide // kernel.columns) * kernel.columns - wide <= 16
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 def test_wide_heads_with_score_functions(backend, dtype):
     check(backend, *case(1, 20, 40, 2, 1, 128, 72, dtype), dtype, "all", scale=0.1)

@@ -226,12 +226,13 @@ class CudaBackend(Backend):
         kernel = self._best(query_gradients(q.dtype, dim, dim_v, rows, align, plain=score.plain))
         self._launch(kernel.file, kernel.name, (-(-rows // kernel.rows), kv_heads, -(-dim // kernel.columns)),
                      kernel.threads, kernel.shared_bytes, (gradient.dq, *inputs, *sizes))
-        for candidates in key_gradients(q.dtype, dim, dim_v, align, plain=score.plain):
+        # Where one launch gives both, it has all columns of both.
+        for candidates, width in zip(key_gradients(q.dtype, dim, dim_v, align, plain=score.plain), (dim, dim_v),
+                                     strict=False):
             kernel = self._best(candidates)
             sights = self._sights(kernel.rows, rows, *columns, heads // kv_heads)
-            slices = -(-max(dim, dim_v) // kernel.columns)
-            self._launch(kernel.file, kernel.name, (-(-n_k // kernel.keys), kv_heads, slices), kernel.threads,
-                         kernel.shared_bytes, (dk, dv, *inputs, sights, *sizes))
+            self._launch(kernel.file, kernel.name, (-(-n_k // kernel.keys), kv_heads, -(-width // kernel.columns)),
+                         kernel.threads, kernel.shared_bytes, (dk, dv, *inputs, sights, *sizes))
 
     def _sights(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
         """Reckon what the rows of each tile see."""

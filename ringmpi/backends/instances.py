@@ -92,7 +92,7 @@ def query_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
     if dtype == np.float32:
         lanes = [(8, 2, 32), (8, 2, 16)] if rows <= 16 else _lanes(widest)
         return [_simple_gradient("queries", wide, wide_v, *shape, align, plain) for shape in lanes]
-    columns = min(wide, SLICE_FLOAT64) if dtype == np.float64 else wide
+    columns = _slice(wide, SLICE_FLOAT64) if dtype == np.float64 else wide
     if dtype == np.float64:
         shapes = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
     elif widest <= 64:
@@ -107,13 +107,13 @@ def query_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
 
 
 def key_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
-    """List, for each launch, the kernels for dk and dv, or one of them; as `query_gradients`. Local."""
+    """List the kernels for dk and dv together, or those for dk and those for dv; as `query_gradients`. Local."""
     wide, wide_v = _sixteens(dim), _sixteens(dim_v)
     widest = max(wide, wide_v)
     if dtype == np.float32:
         return [[_simple_gradient("keys", wide, wide_v, *shape, align, plain) for shape in _lanes(widest)]]
     most = 128 if dtype == np.float64 else 256                  # columns that fit a thread's registers
-    columns, columns_v = min(wide, most), min(wide_v, most)
+    columns, columns_v = _slice(wide, most), _slice(wide_v, most)
     both = wide + wide_v <= most
     if dtype == np.float64:
         shapes = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
@@ -123,6 +123,14 @@ def key_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, pla
         shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)] if widest > 128 else [(4, 1, 32, 2)]
     return [[_tensor_gradient("keys", dtype, wide, wide_v, slices, *shape, align, plain) for shape in shapes]
             for slices in ([(columns, columns_v)] if both else [(columns, 0), (0, columns_v)])]
+
+
+def _slice(wide: int, most: int) -> int:
+    """Give the columns of a slice, a multiple of 16: even slices reach beyond the last column by 16 at most.
+
+    That is as far as the kernels may read beyond a row of a tile: what follows the tile is longer.
+    """
+    return _sixteens(-(-wide // -(-wide // most)))
 
 
 def _lanes(widest: int) -> list[tuple[int, int, int]]:
@@ -138,9 +146,10 @@ def _tensor_gradient(what: str, dtype: np.dtype[Any], dim: int, dim_v: int, colu
     known = 2 * max(4, dtype.itemsize) + 8 if what == "keys" else 0
     shared_bytes = (own + places * others) * (dim + dim_v + 2 * pad) * dtype.itemsize + places * others * known
     numbers = ", ".join(map(str, (dim, dim_v, *columns, warps, height, others, places, align)))
+    blocks = 2 if warps == 4 and dtype != np.float64 and max(dim, dim_v) <= 128 else 1
     rows, keys = (own, others) if what == "queries" else (others, own)
     return Kernel("gradient_tensor.cu", f"gradient_{what}<{TYPES[dtype]}, {numbers}, {_flag(plain)}>", rows, keys,
-                  32 * warps, shared_bytes, max(columns), 2)
+                  32 * warps, shared_bytes, max(columns), blocks)
 
 
 def _simple_gradient(what: str, dim: int, dim_v: int, lanes: int, height: int, others: int, align: int, plain: bool
@@ -152,7 +161,7 @@ def _simple_gradient(what: str, dim: int, dim_v: int, lanes: int, height: int, o
     numbers = ", ".join(map(str, (dim, dim_v, lanes, height, others, places, align)))
     rows, keys = (own, others) if what == "queries" else (others, own)
     return Kernel("gradient_float.cu", f"gradient_{what}<{numbers}, {_flag(plain)}>", rows, keys, 16 * lanes,
-                  4 * ((own + places * others) * padded + weights + known), max(dim, dim_v), 2)
+                  4 * ((own + places * others) * padded + weights + known), max(dim, dim_v), 1)
 
 
 def _flag(plain: bool) -> str:
