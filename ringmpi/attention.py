@@ -17,6 +17,7 @@ from .arrays import as_array
 from .backends import check_name
 from .backends.base import Backend
 from .checks import (
+    CALL,
     RECORD,
     check_arrays,
     check_like,
@@ -25,6 +26,7 @@ from .checks import (
     check_sinks,
     check_threads,
     check_timeout,
+    column,
 )
 from .engine import HOST, Engine
 from .errors import BackendError, OptionError, RingError
@@ -50,6 +52,7 @@ Work = Callable[[int, Block, Integers, Integers, Score], Iterator[int]]
 class Call:
     """What one call works on: arrays with a batch axis where the backend computes, and where they came from."""
 
+    record: NDArray[np.int64]
     q: Array
     k: Array
     v: Array
@@ -179,14 +182,16 @@ class RingAttention:
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[False] = False, progress: Progress | None = None) -> Array: ...
+                 return_lse: Literal[False] = False, keep: bool = True, progress: Progress | None = None) -> Array: ...
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[True], progress: Progress | None = None) -> tuple[Array, Array]: ...
+                 return_lse: Literal[True], keep: bool = True,
+                 progress: Progress | None = None) -> tuple[Array, Array]: ...
 
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: bool = False, progress: Progress | None = None) -> Array | tuple[Array, Array]:
+                 return_lse: bool = False, keep: bool = True,
+                 progress: Progress | None = None) -> Array | tuple[Array, Array]:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
 
         Parameters
@@ -200,12 +205,15 @@ class RingAttention:
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
             This rank's values.
         sinks : array of shape (heads,), optional
-            A score of each head that joins the softmax of every query, with no value (learned attention sinks). A query
-            that sees no key has out 0 and lse ``sinks[head]`` then.
+            A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
+            attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
         seed : int
             Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool
             Return the log-sum-exp of the scores too.
+        keep : bool
+            Keep hold of q, k, v and the results until the next call, for `backward`; without, their memory is free as
+            soon as the caller lets go of it.
         progress : callable, optional
             Called on this rank with the visible pairs done since the last time, and with all there are.
 
@@ -235,14 +243,15 @@ class RingAttention:
             self._forward(call, progress)
             with self._agreed_on_gpu(), self.backend.current():
                 out, lse = self._finish(call)
-        self._last = call
+        self._last = call if keep else None
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
 
     def backward(self, dout: ArrayLike, dlse: ArrayLike | None = None, *,
                  progress: Progress | None = None) -> tuple[Array, ...]:
         """Give the gradients of the last call's inputs. Collective over *comm*.
 
-        What went into the last call and came out of it, lse too, must be as it was: it is not copied.
+        What went into the last call and came out of it, lse too, must be as it was: it is not copied. `backward_of`
+        makes the object forget the last call.
 
         Parameters
         ----------
@@ -271,9 +280,19 @@ class RingAttention:
         RingTimeout, RankLost
             See `__call__`.
         """
-        start, call = time.perf_counter(), self._last
+        start, call, error = time.perf_counter(), self._last, None
         self._start()
-        return self._differentiate(call, dout, dlse, start, progress)
+        record = np.zeros(len(RECORD), np.int64) if call is None else call.record.copy()
+        record[CALL.index("pass (0 forward, 1 backward)")] = 1
+        try:
+            call, dout, dlse = self._check_cotangents(call, dout, dlse)
+        except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
+            error = failure
+        except BaseException as failure:  # an interrupt
+            self._comm.fail(failure, [])
+            raise
+        self._agree(error, record)
+        return self._differentiate(call, dout, dlse, start, progress) if call else ()
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -303,6 +322,8 @@ class RingAttention:
         """
         start, self._last = time.perf_counter(), None
         call = self._take(q, k, v, sinks, seed, out, lse)
+        with self._comm.together(self.timeout):
+            call, dout, dlse = self._check_cotangents(call, dout, dlse)
         return self._differentiate(call, dout, dlse, start, progress)
 
     def _start(self) -> None:
@@ -336,11 +357,9 @@ class RingAttention:
         self.backend.complete()
         return self._bring(call, call.out), self._bring(call, call.lse)
 
-    def _differentiate(self, last: Call | None, dout: Any, dlse: Any, start: float,
+    def _differentiate(self, call: Call, dout: Array, dlse: Array | None, start: float,
                        progress: Progress | None) -> tuple[Array, ...]:
-        """Check what the backward pass starts from, and do it; `start` is when the call began."""
-        with self._comm.together(self.timeout):
-            call, dout, dlse = self._check_cotangents(last, dout, dlse)
+        """Do the backward pass of a call; `start` is when it began."""
         plan, kind = call.plan, call.plan.accumulator
         self._get_ready(call, "backward")
         self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
@@ -399,7 +418,7 @@ class RingAttention:
         for gradient in gradients:
             lse, delta = (self.backend.fetch(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
             with np.errstate(all="ignore"):
-                total -= (np.where(sinks == -np.inf, 0, np.exp(sinks - lse)) * delta).sum(axis=0)
+                total -= (np.exp(sinks - lse) * delta).sum(axis=0)
         return total.astype(sinks.dtype)
 
     def _bring(self, call: Call, x: Array) -> Array:
@@ -413,8 +432,9 @@ class RingAttention:
     def _check_cotangents(self, call: Call | None, dout: Any, dlse: Any) -> tuple[Call, Array, Array | None]:
         """Check what the backward pass starts from, here; give it with a batch axis."""
         if call is None:
-            raise RingError("backward: expected a call before it on this object, and there is none, or it failed; "
-                            "call the object first, or use backward_of or ring_attention_backward")
+            raise RingError("backward: expected a call before it on this object, and there is none, it failed, or did "
+                            "not keep its arrays, or backward_of came after it; call the object first, or use "
+                            "backward_of or ring_attention_backward")
         given = {"dout": (as_array(dout, "dout"), call.out)}
         if dlse is not None:
             given["dlse"] = as_array(dlse, "dlse"), call.lse
@@ -432,7 +452,7 @@ class RingAttention:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
         self._start()
         error: Exception | None = None
-        record = np.zeros(len(RECORD) + 3, np.int64)
+        record = np.zeros(len(RECORD), np.int64)
         batched, place, arrays = False, HOST, []
         try:
             named = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out, "lse": lse})
@@ -446,9 +466,9 @@ class RingAttention:
             sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self._problem.dropout else 0
             arrays = [x if batched else x[None] for x in arrays]
             q, k, v = arrays[:3]
-            record[1:] = (batched, len(q), q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-                          list(DTYPES.values()).index(q.dtype), place != HOST, sinks is not None,
-                          np.uint64(seed).astype(np.int64), q.shape[1], k.shape[1], place)
+            record[1:] = (out is not None, np.uint64(seed).astype(np.int64), batched, len(q), q.shape[2], k.shape[2],
+                          q.shape[3], v.shape[3], list(DTYPES.values()).index(q.dtype), place != HOST,
+                          sinks is not None, q.shape[1], k.shape[1], place)
             if place == HOST:                 # a copy may fail
                 arrays = [np.ascontiguousarray(x) for x in arrays]
         except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
@@ -456,17 +476,14 @@ class RingAttention:
         except BaseException as failure:  # an interrupt
             self._comm.fail(failure, [])
             raise
-        record[0] = error is not None
-        records = self._comm.share(record, self.timeout)
-        if records[:, 0].any():
-            self._comm.raise_agreed(error, self.timeout)
-        check_records(records)
-        key = np.delete(records, RECORD.index("seed"), axis=1).tobytes()
+        records = self._agree(error, record)
+        key = records[:, len(CALL):].tobytes()
         if self._plan is None or self._plan.key != key:
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(key, records)
         q, k, v, out, lse = (*arrays, None, None)[:5]
-        call = Call(q, k, v, batched, place != HOST, self._plan, streams(seed, len(q), q.shape[2]), sinks, out, lse)
+        keys = streams(seed, len(q), q.shape[2] if self._problem.dropout else 0)
+        call = Call(record, q, k, v, batched, place != HOST, self._plan, keys, sinks, out, lse)
         if self.backend.device:
             with self._agreed_on_gpu(), self.backend.current():
                 call.q, call.k, call.v = (self.backend.place(x) for x in (q, k, v))
@@ -476,9 +493,18 @@ class RingAttention:
                     call.out, call.lse = self.backend.place(out), self.backend.place(lse)
         return call
 
+    def _agree(self, error: Exception | None, record: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Raise on all ranks what any brings, or if their records do not go together; give the records of all."""
+        record[0] = error is not None
+        records = self._comm.share(record, self.timeout)
+        if records[:, 0].any():
+            self._comm.raise_agreed(error, self.timeout)
+        check_records(records)
+        return records
+
     def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
         """Plan for these shards. Collective over *comm*."""
-        self._engine.follow(records[:, -1])
+        self._engine.follow(column(records, "GPU"))
         layouts = self._problem.resolve(records)
         with self._comm.together(self.timeout):
             plan = self._problem.plan(key, records, layouts, self._comm.rank)

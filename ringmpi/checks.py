@@ -16,9 +16,12 @@ from .softmax import DTYPES, check_dtype
 
 Array = NDArray[Any]
 
-# What must be equal on all ranks before the first message; then come tokens of q and of k, and the GPU they are on.
-RECORD = ("failed", "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)",
-          "sinks (0 none, 1 given)", "seed")
+# What each rank says before the first message: of the call and then of the shapes what must be equal on all ranks, and
+# then what may differ.
+CALL = ("failed", "pass (0 forward, 1 backward)", "seed")
+EQUAL = (*CALL, "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)",
+         "sinks (0 none, 1 given)")
+RECORD = (*EQUAL, "tokens of q", "tokens of k and v", "GPU")
 
 
 def check_arrays(q: Array, k: Array, v: Array) -> bool:
@@ -37,18 +40,26 @@ def check_arrays(q: Array, k: Array, v: Array) -> bool:
     return q.ndim == 4
 
 
+def column(records: NDArray[np.int64], name: str) -> NDArray[np.int64]:
+    """Give what each rank says under a name of `RECORD`. Local."""
+    return records[:, RECORD.index(name)]
+
+
 def check_records(records: NDArray[np.int64]) -> None:
     """Check that the arrays of all ranks go together: one row of `RECORD` for each rank. Local.
 
     Raises
     ------
-    ShapeError, DtypeError
+    ShapeError, DtypeError, OptionError
         If one differs from that of rank 0.
     """
-    for name, column in zip(RECORD, records.T, strict=False):
-        for rank in np.flatnonzero(column != column[0]):
-            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (column[rank], column[0]))
-            raise (DtypeError if name == "dtype" else ShapeError)(
+    if (records[:, :len(EQUAL)] == records[0, :len(EQUAL)]).all():
+        return
+    for name in EQUAL:
+        values = column(records, name)
+        for rank in np.flatnonzero(values != values[0]):
+            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (values[rank], values[0]))
+            raise (DtypeError if name == "dtype" else OptionError if name in CALL else ShapeError)(
                 f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
 
 
@@ -155,8 +166,8 @@ def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | N
 
     Raises
     ------
-    ShapeError, DtypeError, BackendError
-        If they are no array of floats of shape (heads,) on the host.
+    ShapeError, DtypeError, OptionError, BackendError
+        If they are no array of finite floats of shape (heads,) on the host.
     """
     if sinks is None:
         return None
@@ -164,7 +175,12 @@ def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | N
     check_dtype(values.dtype, "sinks")
     if values.shape != (heads,):
         raise ShapeError(f"sinks: expected shape ({heads},), one for each head, got {values.shape}")
-    return values.astype(kind)
+    with np.errstate(over="ignore"):
+        numbers: NDArray[Any] = values.astype(kind)
+    if not np.isfinite(numbers).all():
+        raise OptionError(f"sinks: expected finite numbers in {kind}, got {values}; for a head without a sink take one "
+                          "far below its scores")
+    return numbers
 
 
 def _number(x: Any) -> float:

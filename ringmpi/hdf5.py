@@ -113,11 +113,14 @@ def read_floats(file: h5py.File, name: str) -> NDArray[np.float64]:
     Raises
     ------
     ShardError, DtypeError, ShapeError
-        If it is not there, not to be trusted, not of floats or not one-dimensional.
+        If it is not there, not to be trusted, not of finite floats or not one-dimensional.
     """
     dataset = open_dataset(file, name)
     check_axes(dataset, ("heads",))
-    return read_rows(dataset, 0, len(dataset)).astype(np.float64)
+    numbers = read_rows(dataset, 0, len(dataset)).astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ShardError(f"{file.filename}: dataset {name!r}: expected finite numbers, got {numbers}")
+    return numbers
 
 
 def stored_dtype(dataset: h5py.Dataset) -> np.dtype[Any]:

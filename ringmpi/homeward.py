@@ -53,7 +53,9 @@ class Homeward:
     def __init__(self, comm: Comm, new_link: Callable[[int, bool], HostLink], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
         self._comm, self._clear, self._add = comm, clear, add
-        # Of the three slots one is for this rank's share, one for the sum coming in, one for the sum going out.
+        self._arrays: Sequence[Array] = ()
+        # Slot n % 3 takes this rank's share of step n, while (n + 1) % 3 takes the sum coming in, and (n - 1) % 3, of
+        # the step before, goes out.
         self._chain, self._home = new_link(3, True), new_link(1, False)
 
     @property
@@ -119,13 +121,14 @@ class Homeward:
             self._chain.send(number, self._sizes[source], comm.starter("Isend", dest, tag))
 
     def finish(self) -> None:
-        """Add what has come home. Local."""
-        self._chain.settle()
+        """Add what has come home; let go of the arrays. Local."""
+        self._chain.settle()           # of what the last step sent
         if self._comm.size > 1 and self._hops[self._comm.rank]:
             theirs = self._home.views(0, self._shapes[self._comm.rank], self._arrays[0].dtype)
             for x, y in zip(self._arrays, theirs, strict=True):
                 self._add(x, y)
         self._home.settle()
+        self._arrays = ()
 
     def ways(self, step: Step, last: bool) -> list[tuple[Transfer | None, str]]:
         """Give what is waited for in a step, and after the last one, each with what waiting for it is called. Local."""

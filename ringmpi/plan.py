@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import RECORD, check_dropout, check_mask, check_scale, check_slopes, check_softcap
+from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap, column
 from .errors import OptionError, ShapeError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
@@ -148,14 +148,11 @@ class Problem:
         OptionError, ShapeError, MaskError
             The same on all ranks.
         """
-        q_layout = resolve(self.layout, records[:, -3].tolist(), "q")
-        kv_layout = resolve(self.kv_layout, records[:, -2].tolist(), "k and v")
+        q_layout = resolve(self.layout, column(records, "tokens of q").tolist(), "q")
+        kv_layout = resolve(self.kv_layout, column(records, "tokens of k and v").tolist(), "k and v")
         self.mask.check(kv_layout.length)
-        kind = accumulator(_dtype(records), self.accumulator)
-        for name, x in (("scale", self.scale), ("softcap", self.softcap)):
-            if x is not None and abs(x) > float(np.finfo(kind).max):
-                raise OptionError(f"{name}: {x} is not finite in the accumulator's dtype, {kind}")
-        heads = records[0, RECORD.index("heads")]
+        self._check_range(np.finfo(accumulator(_dtype(records), self.accumulator)))
+        heads = int(column(records, "heads")[0])
         if self.alibi is not None and len(self.alibi) != heads:
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
         farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
@@ -163,10 +160,22 @@ class Problem:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
         return q_layout, kv_layout
 
+    def _check_range(self, kind: np.finfo[Any]) -> None:
+        """Raise `OptionError` unless the accumulator's dtype holds the options, and what they are multiplied by."""
+        scale, most = abs(self.scale or 0.0), float(kind.max)
+        if scale > most:
+            raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind.dtype}")
+        if self.softcap is not None and not max(float(kind.tiny), scale / most) <= self.softcap <= most:
+            raise OptionError(f"softcap: {self.softcap} is too small or too large for the accumulator's dtype, "
+                              f"{kind.dtype}")
+        if self.alibi is not None and np.abs(self.alibi).max(initial=0.0) > most / MOST_POSITION:
+            raise OptionError(f"alibi: {self.alibi.tolist()} is too large for the accumulator's dtype, {kind.dtype}")
+
     def plan(self, key: bytes, records: NDArray[np.int64], layouts: tuple[Layout, Layout], rank: int) -> Plan:
         """Make the plan of `rank`, but for how far blocks go, which is agreed. Local."""
         q_layout, kv_layout = layouts
-        batch, heads, kv_heads, dim, dim_v = (int(x) for x in records[0, 2:7])
+        batch, heads, kv_heads, dim, dim_v = (int(column(records, name)[0]) for name in
+                                              ("batch", "heads", "kv_heads", "dim", "dim_v"))
         dtype = _dtype(records)
         positions = q_layout.positions(rank)
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
@@ -182,4 +191,4 @@ class Problem:
 
 def _dtype(records: NDArray[np.int64]) -> np.dtype[Any]:
     """Of q, k and v."""
-    return list(DTYPES.values())[int(records[0, RECORD.index("dtype")])]
+    return list(DTYPES.values())[int(column(records, "dtype")[0])]

@@ -68,7 +68,7 @@ class Ring:
         self._link = link or HostLink()
         self._links: list[HostLink] = [self._link]
         self._homeward: Homeward | None = None
-        self._last = False             # whether all blocks are done, and gradients alone are waited for
+        self._draining = False         # whether all blocks are done, and gradients alone are waited for
         self._step = Step(0, comm.rank)
 
     def reserve(self, nbytes: int) -> None:
@@ -92,7 +92,7 @@ class Ring:
         """
         moving = [link for link in self._links if link.incoming or link.outgoing]
         if moving:
-            together = _Together(moving)
+            together = _Joined(moving)
             self.comm.test(together.requests, self._describe, together.advance)
 
     def abandon(self, error: BaseException) -> None:
@@ -133,7 +133,8 @@ class Ring:
         size, rank, link = self.comm.size, self.comm.rank, self._link
         dtype = arrays[0].dtype
         sizes = [sum(math.prod(shape) for shape in theirs) * dtype.itemsize for theirs in shapes]
-        self._last, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
+        self._draining, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
+        moving, sums = self._links[:2], self._links[1:]
         self.reserve(max(sizes))
         link.begin()
         if homeward:
@@ -152,18 +153,18 @@ class Ring:
             if hops[source] >= number:
                 yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype),
                             homeward.open(step) if homeward else ())
-            step.wait_seconds = self._wait(self._links[:2])
+            step.wait_seconds = self._wait(moving)
             link.settle()
             if homeward:
                 homeward.close(step)
         if homeward:
-            self._last = True
-            step.wait_seconds += self._wait(self._links[1:])
+            self._draining = True
+            step.wait_seconds += self._wait(sums)
             homeward.finish()
 
     def _wait(self, links: Sequence[HostLink]) -> float:
         """Wait for some links, and let all advance; return the seconds it took."""
-        together = _Together(links, [link for link in self._links if link not in links])
+        together = _Joined(links, [link for link in self._links if link not in links])
         return self.comm.wait(together.requests, self.timeout, self._describe, together.advance)
 
     def _describe(self) -> str:
@@ -171,13 +172,13 @@ class Ring:
         ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}"),
                 (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes")]
         if self._homeward:
-            ways += self._homeward.ways(step, self._last)
+            ways += self._homeward.ways(step, self._draining)
         late = [f"{text} {way.obstacle()}".rstrip() for way, text in ways if way and not way.done()]
         return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: waited "
                 f"{' and '.join(late or [text for _, text in ways])}")
 
 
-class _Together:
+class _Joined:
     """Several links as one: the messages of `links`, which are waited for, and all that must advance meanwhile."""
 
     def __init__(self, links: Sequence[HostLink], others: Sequence[HostLink] = ()) -> None:

@@ -89,6 +89,8 @@ class Score:
 def streams(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
     """Give the generator's keys, of shape (batch, heads): all different, by a hash of the seed. Local.
 
+    They have 32 bits: of two seeds, one in 2^31 / (batch heads) pairs gives some heads the same words.
+
     The hash is SplitMix64's (Steele, Lea & Flood 2014), its upper half.
     """
     x = (seed + 0x9E3779B97F4A7C15) % 2**64

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .attention import RingAttention
-from .errors import OptionError
+from .errors import OptionError, RingError
 from .exchange import moved
 from .layout import Layout
 from .mpi import TIMEOUT
@@ -18,7 +18,6 @@ from .softmax import BFLOAT16
 try:
     import torch
     from torch import Tensor
-    from torch.autograd.function import once_differentiable
 except ImportError as error:
     raise ImportError("ringmpi.torch needs PyTorch: pip install 'ringmpi[torch]'") from error
 
@@ -29,7 +28,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """Attend, and be differentiated by autograd: `q`, `k`, `v` and `sinks`, by `out` and `lse`. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
-    of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there.
+    of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there, and asking
+    for one is an error.
 
     Parameters
     ----------
@@ -115,13 +115,12 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
         """Move; keep the layouts."""
         result, old, new = moved(x.detach(), comm, source, target, timeout)
         ctx.comm, ctx.back = comm, (new, old, timeout)
-        return _tensor(result.copy() if new == old else result)      # autograd allows no result that is its input
+        return _tensor(result.copy() if new == old else result)      # else it would share x's memory, untracked
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Move back."""
-        return _tensor(moved(gradient, ctx.comm, *ctx.back)[0]), None, None, None, None
+        return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None
 
 
 class _Source:
@@ -148,7 +147,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
                 seed: int) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True)
+            out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True,
+                                 keep=False)
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed = source, seed
         ctx.set_materialize_grads(False)
@@ -156,9 +156,10 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         return result, log
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate; on all ranks if on one."""
+        if torch.is_grad_enabled():           # create_graph: what follows would count as constant
+            raise RingError("ring_attention: there is no second derivative; leave out create_graph")
         q, k, v, sinks, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         with ctx.source.open() as attention:

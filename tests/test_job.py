@@ -86,6 +86,10 @@ def test_scores_of_a_file(source, tmp_path):
         with h5py.File(tmp_path / "in.h5", "r+") as file:
             file[name][...] = x
     with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["alibi"][2] = np.nan
+    assert main(["attend", str(tmp_path / "in.h5"), str(tmp_path / "new.h5"), "--alibi", "--dry-run"]) == 3
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["alibi"][...] = numbers["alibi"]
         del file["sinks"]
         file["sinks"] = np.zeros(3)
     result = run(2, "attend", tmp_path / "in.h5", tmp_path / "new.h5", *flags, folder=tmp_path)

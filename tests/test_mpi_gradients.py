@@ -217,6 +217,23 @@ def expect(comm, call, kind, *texts):
     assert all(text in outcomes[0][1] for text in texts), outcomes
 
 
+def test_ranks_that_do_not_do_the_same_pass_say_so(comm):
+    """The commonest mistake in training: one rank's result does not need a gradient."""
+    q, k, v = arrays(6, 5, 5, 2, 1, 4, 3, "float32")
+    if comm.size == 1:
+        pytest.skip("takes two")
+    with RingAttention(comm, timeout=20) as attention:
+        out, lse = attention(q, k, v, return_lse=True)
+        passes = [lambda: attention(q, k, v), lambda: attention.backward(out),
+                  lambda: attention.backward_of(out, q, k, v, out, lse)]
+        for first, second in itertools.permutations(passes[:2]):
+            attention(q, k, v)
+            expect(comm, first if comm.rank else second, OptionError, "expected the same pass")
+        expect(comm, passes[0] if comm.rank else passes[2], OptionError, "expected the same pass")
+        again = attention(q, k, v)
+    assert (again == out).all()
+
+
 def test_bad_calls_are_errors_on_every_rank(comm):
     q, k, v = arrays(6, 5, 5, 2, 1, 4, 3, "float32")
     last = comm.size - 1
@@ -252,11 +269,21 @@ def test_bad_calls_are_errors_on_every_rank(comm):
     with RingAttention(comm, dropout=0.5) as attention:
         expect(comm, lambda: attention(q, k, v, seed=-1), OptionError, "seed: expected an integer")
         if comm.size > 1:
-            expect(comm, lambda: attention(q, k, v, seed=comm.rank), ShapeError, "expected the same seed")
+            expect(comm, lambda: attention(q, k, v, seed=comm.rank), OptionError, "expected the same seed")
+    for name, value, text in (("softcap", 1e-300, "softcap: 1e-300 is too small"), ("scale", 1e300, "scale"),
+                              ("alibi", [1e300, 1], "alibi"), ("softcap", 1e300, "softcap")):
+        with RingAttention(comm, **{name: value}) as attention:
+            expect(comm, lambda a=attention: a(q, k, v), OptionError, text)
+    with RingAttention(comm) as attention:
+        for bad in (np.inf, -np.inf, np.nan, 1e300):
+            expect(comm, lambda x=bad: attention(q, k, v, sinks=np.array([0, x])), OptionError, "expected finite")
+        out, lse = attention(q, k, v, return_lse=True, keep=False)
+        expect(comm, lambda: attention.backward(out), RingError, "did not keep its arrays")
     if comm.size > 1:
         expect(comm, lambda: RingAttention(comm, dropout=0.1 * comm.rank), OptionError, "dropout is 0.1 here")
-    with RingAttention(comm, alibi=[1.0, 2.0], mask=Mask(q_offset=2**31)) as attention:
-        expect(comm, lambda: attention(q, k, v), OptionError, "expected positions below 2^31")
+    for offset in (2**31, -2**31):
+        with RingAttention(comm, alibi=[1.0, 2.0], mask=Mask(q_offset=offset)) as attention:
+            expect(comm, lambda a=attention: a(q, k, v), OptionError, "expected positions below 2^31")
     with RingAttention(comm) as attention:
         attention(q, k, v)
 

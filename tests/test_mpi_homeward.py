@@ -1,6 +1,7 @@
 """Gradients come home whole over every link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from test_mpi_link import CHUNK, LINKS, TOKENS
 from ringmpi import RankLost, RingTimeout
 from ringmpi.homeward import Homeward, first_hops
 from ringmpi.link import DirectLink, HostLink, StagedLink
-from ringmpi.mpi import private
+from ringmpi.mpi import _stranded, private
 from ringmpi.ring import Ring, travel
 from ringmpi.trace import Trace
 
@@ -50,7 +51,7 @@ class World:
         x, y = host(x), y if isinstance(y, np.ndarray) else y.host
         self.work(lambda: np.add(x, y, out=x))
 
-    def pass_round(self, tokens, needed, dtype):
+    def pass_round(self, tokens, needed, dtype, each=lambda step: None):
         """Each rank adds numbers to the gradients of what it needs; give ours, what they should be, and the trace."""
         rank, size = self.comm.rank, self.comm.size
         shapes = [[(n, 2), (n, 4)] for n in tokens]
@@ -67,6 +68,7 @@ class World:
                 for x, share in zip(block.gradients, shares[rank][block.source], strict=True):
                     self.add(x, share)
             self.ring.progress()
+            each(block.step.step)
         if self.device:
             self.device.caller_stream().synchronize()
         want = [sum((shares[other][rank][i] for other in range(size) if needed[other, rank]), np.zeros(x.shape, dtype))
@@ -96,6 +98,42 @@ def test_the_sum_of_all_shares_comes_home(comm, kind, seed):
     for right, sent, expected in outcomes:
         assert all(right)
         assert sent == expected
+
+
+def test_sums_come_in_while_a_rank_computes(comm):
+    """No more is done than what a kernel does between its tiles."""
+    if comm.size < 3:
+        pytest.skip("takes three")
+    world = World(comm, "staged", 2)
+    there = []
+
+    def compute(step):
+        latest = time.monotonic() + 20
+        while step > 1 and not world.homeward._chain.incoming.done() and time.monotonic() < latest:
+            world.ring.progress()
+        there.append(step < 2 or world.homeward._chain.incoming.done())
+
+    world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), compute)
+    assert all(there)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
+    if comm.size == 1:
+        pytest.skip("takes two")
+    other = comm.Dup()
+    world, before = World(other, kind, 3), len(_stranded())
+    links = [world.ring._link, *world.homeward.links]
+
+    def fail(step):
+        raise ValueError("on purpose")
+
+    try:
+        world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), fail)
+    except (ValueError, RankLost) as error:
+        world.ring.abandon(error)
+    assert not any(link._slots for link in links)
+    assert len(_stranded()) >= before + 2          # the slots of what comes home among them
 
 
 def test_first_hops(comm):

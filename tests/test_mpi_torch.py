@@ -75,6 +75,19 @@ def test_gradients_are_those_of_a_dense_softmax(comm, dtype, backend):
     assert (total - exact[3].grad).abs().max() <= max(bound, 1e-6) * exact[3].grad.abs().max()
 
 
+def test_a_second_derivative_is_an_error_and_never_a_constant(comm):
+    q, k, v = tensors(1, 6)
+    out = ringmpi.torch.ring_attention(q, k, v, comm=comm)
+    for loss in (out.sum(), out.square().sum()):
+        with pytest.raises(ringmpi.RingError, match="no second derivative"):
+            torch.autograd.grad(loss, q, create_graph=True)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    moved = ringmpi.torch.redistribute(x, comm=comm)
+    gradient, = torch.autograd.grad(moved.pow(3).sum(), x, create_graph=True)
+    gradient.sum().backward()
+    assert torch.allclose(x.grad, 6 * x)
+
+
 def test_no_copies_and_no_graph_without_gradients(comm):
     x = np.arange(24.0).reshape(3, 2, 4)
     tensor = torch.from_numpy(x)

@@ -169,8 +169,9 @@ class Tile:
         score, derivative = self.score, None
         if score.softcap:
             x /= x.dtype.type(score.softcap)
+            derivative = np.cosh(x)
+            derivative **= -2              # 1 - tanh² would cancel
             np.tanh(x, out=x)
-            derivative = 1 - x * x
             x *= x.dtype.type(score.softcap)
         if score.slopes is not None:
             i, j = self._positions()
