@@ -466,7 +466,7 @@ class RingAttention:
             sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self._problem.dropout else 0
             arrays = [x if batched else x[None] for x in arrays]
             q, k, v = arrays[:3]
-            record[1:] = (out is not None, np.uint64(seed).astype(np.int64), batched, len(q), q.shape[2], k.shape[2],
+            record[1:] = (out is not None, seed - 2**64 * (seed >= 2**63), batched, len(q), q.shape[2], k.shape[2],
                           q.shape[3], v.shape[3], list(DTYPES.values()).index(q.dtype), place != HOST,
                           sinks is not None, q.shape[1], k.shape[1], place)
             if place == HOST:                 # a copy may fail
@@ -482,7 +482,7 @@ class RingAttention:
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(key, records)
         q, k, v, out, lse = (*arrays, None, None)[:5]
-        keys = streams(seed, len(q), q.shape[2] if self._problem.dropout else 0)
+        keys = streams(seed, len(q), q.shape[2]) if self._problem.dropout else np.empty((len(q), 0), np.uint32)
         call = Call(record, q, k, v, batched, place != HOST, self._plan, keys, sinks, out, lse)
         if self.backend.device:
             with self._agreed_on_gpu(), self.backend.current():
