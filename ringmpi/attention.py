@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -58,11 +58,11 @@ class Call:
     v: Array
     batched: bool
     on_gpu: bool
-    plan: Plan
     streams: NDArray[np.uint32]
     sinks: NDArray[Any] | None
     out: Array = None
     lse: Array = None
+    plan: Plan = field(init=False)
 
     def given(self, x: Array) -> Array:
         """View an array as the caller's are: with the batch axis, or without."""
@@ -280,19 +280,12 @@ class RingAttention:
         RingTimeout, RankLost
             See `__call__`.
         """
-        start, call, error = time.perf_counter(), self._last, None
+        start = time.perf_counter()
         self._start()
-        record = np.zeros(len(RECORD), np.int64) if call is None else call.record.copy()
-        record[CALL.index("pass (0 forward, 1 backward)")] = 1
-        try:
-            call, dout, dlse = self._check_cotangents(call, dout, dlse)
-        except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
-            error = failure
-        except BaseException as failure:  # an interrupt
-            self._comm.fail(failure, [])
-            raise
-        self._agree(error, record)
-        return self._differentiate(call, dout, dlse, start, progress) if call else ()
+        with self._noting() as failures:
+            dout, dlse = self._check_cotangents(self._last, dout, dlse)
+        call, _ = self._agree(self._last, failures, backward=True)
+        return self._differentiate(call, dout, dlse, start, progress)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -323,7 +316,7 @@ class RingAttention:
         start, self._last = time.perf_counter(), None
         call = self._take(q, k, v, sinks, seed, out, lse)
         with self._comm.together(self.timeout):
-            call, dout, dlse = self._check_cotangents(call, dout, dlse)
+            dout, dlse = self._check_cotangents(call, dout, dlse)
         return self._differentiate(call, dout, dlse, start, progress)
 
     def _start(self) -> None:
@@ -429,7 +422,7 @@ class RingAttention:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
         return self._comm.together(self.timeout) if self.backend.device else nullcontext()
 
-    def _check_cotangents(self, call: Call | None, dout: Any, dlse: Any) -> tuple[Call, Array, Array | None]:
+    def _check_cotangents(self, call: Call | None, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Check what the backward pass starts from, here; give it with a batch axis."""
         if call is None:
             raise RingError("backward: expected a call before it on this object, and there is none, it failed, or did "
@@ -446,61 +439,79 @@ class RingAttention:
         arrays = [x if call.batched else x[None] for x, _ in given.values()]
         if not call.on_gpu:
             arrays = [np.ascontiguousarray(x) for x in arrays]
-        return call, arrays[0], arrays[1] if len(arrays) > 1 else None
+        return arrays[0], arrays[1] if len(arrays) > 1 else None
 
     def _take(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any = None, lse: Any = None) -> Call:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
         self._start()
-        error: Exception | None = None
-        record = np.zeros(len(RECORD), np.int64)
-        batched, place, arrays = False, HOST, []
-        try:
-            named = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out, "lse": lse})
-            arrays = [as_array(x, name) for name, x in named.items()]
-            q, k, v = arrays[:3]
-            batched, place = check_arrays(q, k, v), _place(dict(zip(named, arrays, strict=True)))
-            kind = accumulator(q.dtype, self._problem.accumulator)
-            if out is not None:
-                check_like("out", arrays[3], (*q.shape[:-1], v.shape[-1]), q.dtype)
-                check_like("lse", arrays[4], q.shape[:-1], kind)
-            sinks, seed = check_sinks(sinks, q.shape[-2], kind), check_seed(seed) if self._problem.dropout else 0
-            arrays = [x if batched else x[None] for x in arrays]
-            q, k, v = arrays[:3]
-            record[1:] = (out is not None, seed - 2**64 * (seed >= 2**63), batched, len(q), q.shape[2], k.shape[2],
-                          q.shape[3], v.shape[3], list(DTYPES.values()).index(q.dtype), place != HOST,
-                          sinks is not None, q.shape[1], k.shape[1], place)
-            if place == HOST:                 # a copy may fail
-                arrays = [np.ascontiguousarray(x) for x in arrays]
-        except Exception as failure:      # noqa: BLE001 (the other ranks must hear of it)
-            error = failure
-        except BaseException as failure:  # an interrupt
-            self._comm.fail(failure, [])
-            raise
-        records = self._agree(error, record)
+        call: Call | None = None
+        with self._noting() as failures:
+            call = self._check_call(q, k, v, sinks, seed, out, lse)
+        call, records = self._agree(call, failures, backward=out is not None)
         key = records[:, len(CALL):].tobytes()
         if self._plan is None or self._plan.key != key:
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(key, records)
-        q, k, v, out, lse = (*arrays, None, None)[:5]
-        keys = streams(seed, len(q), q.shape[2]) if self._problem.dropout else np.empty((len(q), 0), np.uint32)
-        call = Call(record, q, k, v, batched, place != HOST, self._plan, keys, sinks, out, lse)
+        call.plan = self._plan
         if self.backend.device:
             with self._agreed_on_gpu(), self.backend.current():
-                call.q, call.k, call.v = (self.backend.place(x) for x in (q, k, v))
+                call.q, call.k, call.v = (self.backend.place(x) for x in (call.q, call.k, call.v))
                 if out is None:
                     call.make_results(self.backend)
                 else:
-                    call.out, call.lse = self.backend.place(out), self.backend.place(lse)
+                    call.out, call.lse = self.backend.place(call.out), self.backend.place(call.lse)
         return call
 
-    def _agree(self, error: Exception | None, record: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Raise on all ranks what any brings, or if their records do not go together; give the records of all."""
-        record[0] = error is not None
+    def _check_call(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any, lse: Any) -> Call:
+        """Check what a call is given, on this rank."""
+        named = {"q": q, "k": k, "v": v} | ({} if out is None else {"out": out, "lse": lse})
+        arrays = [as_array(x, name) for name, x in named.items()]
+        q, k, v = arrays[:3]
+        batched, place = check_arrays(q, k, v), _place(dict(zip(named, arrays, strict=True)))
+        kind = accumulator(q.dtype, self._problem.accumulator)
+        if out is not None:
+            check_like("out", arrays[3], (*q.shape[:-1], v.shape[-1]), q.dtype)
+            check_like("lse", arrays[4], q.shape[:-1], kind)
+        sinks = check_sinks(sinks, q.shape[-2], kind)
+        arrays = [x if batched else x[None] for x in arrays]
+        if place == HOST:
+            arrays = [np.ascontiguousarray(x) for x in arrays]
+        (batch, n_q, heads, dim), (n_k, kv_heads, dim_v) = arrays[0].shape, arrays[2].shape[1:]
+        keys = np.empty((batch, 0), np.uint32)
+        if self._problem.dropout:
+            seed = check_seed(seed)
+            keys = streams(seed, batch, heads)
+        else:
+            seed = 0
+        record = np.array([False, False, seed - 2**64 * (seed >= 2**63), batched, batch, heads, kv_heads, dim, dim_v,
+                           list(DTYPES.values()).index(q.dtype), place != HOST, sinks is not None, n_q, n_k, place],
+                          np.int64)
+        call = Call(record, arrays[0], arrays[1], arrays[2], batched, place != HOST, keys, sinks)
+        if out is not None:
+            call.out, call.lse = arrays[3:]
+        return call
+
+    @contextmanager
+    def _noting(self) -> Iterator[list[Exception]]:
+        """Note what fails in a block, for the other ranks to hear of; an interrupt they are told at once. Local."""
+        failures: list[Exception] = []
+        try:
+            yield failures
+        except Exception as failure:      # noqa: BLE001
+            failures.append(failure)
+        except BaseException as failure:
+            self._comm.fail(failure, [])
+            raise
+
+    def _agree(self, call: Call | None, failures: list[Exception], backward: bool) -> tuple[Call, NDArray[np.int64]]:
+        """Raise on all ranks what failed on any, or if their calls do not go together; give the records of all."""
+        record = np.zeros(len(RECORD), np.int64) if call is None else call.record.copy()
+        record[:2] = bool(failures), backward
         records = self._comm.share(record, self.timeout)
-        if records[:, 0].any():
-            self._comm.raise_agreed(error, self.timeout)
+        if call is None or records[:, 0].any():
+            self._comm.raise_agreed(failures[0] if failures else None, self.timeout)
         check_records(records)
-        return records
+        return call, records
 
     def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
         """Plan for these shards. Collective over *comm*."""

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -265,7 +265,7 @@ class Comm:
         if self.share([error is not None], timeout).any():
             self.raise_agreed(error, timeout)
 
-    def raise_agreed(self, error: BaseException | None, timeout: float) -> None:
+    def raise_agreed(self, error: BaseException | None, timeout: float) -> NoReturn:
         """Raise the error of the lowest rank that has one, on every rank. Collective over *comm*."""
         kind, text = "", ""
         if error is not None:
