@@ -9,7 +9,7 @@ template <class T>
 struct Fragments {
     using Register = unsigned;                // two numbers
     static constexpr int DEPTH = 16;          // of a product
-    static constexpr int PAD = 8, PAD_V = 8;  // numbers after each row of a tile: no two lanes of a load share a bank
+    static constexpr int PAD = 8, PAD_V = 8;  // numbers after each row of a tile, so that lanes of a load share no bank
 
     // Left side: rows row .. row + 16, columns column .. column + DEPTH.
     __device__ static void left(Register (&a)[4], const T* tile, int stride, int row, int column) {

@@ -30,7 +30,7 @@
 #include "score.cuh"
 
 // The rows of a tile, as `Rows` has them, but without a division for each: 2^32 / group, rounded up, times a number
-// less than group + ROWS gives the quotient in its upper half.
+// less than group + ROWS gives the quotient in its upper half, for groups of up to 65,000.
 class NearRows {
     int n_q, heads, group, first_head, first_query, past, there_are;
     unsigned inverse;
@@ -94,7 +94,8 @@ __device__ inline void differentiate(A& qk, A& dout_v, const KnownRow<A>& row, c
     A derivative = 1;
     const A x = score.shape(rounded_product(qk, scale), what, key, derivative);
     const bool seen = !PARTIAL || row.sees.holds(column);
-    const A p = exponential(x - row.lse), kept = score.kept(what, key);
+    const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
+    const A p = exponential(shift > 0 ? A{0} : shift), kept = score.kept(what, key);
     qk = seen ? p * kept : A{0};
     dout_v = seen ? p * (kept * dout_v - row.delta) * derivative : A{0};
 }

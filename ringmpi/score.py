@@ -30,7 +30,7 @@ class Score:
         x = softcap tanh(x / softcap)               if softcap     (Gemma Team 2024)
         x = x - slopes[h] |i - j|                   if slopes      (ALiBi: Press, Smith & Lewis 2022)
         weight = exp(x - lse)                       what the sum, lse and the maximum are made of
-        weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by
+        weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by; see `gain`
 
     A weight is dropped iff ``random_words(streams[h], i, j) < threshold``.
 
@@ -74,8 +74,8 @@ class Score:
 
     @property
     def gain(self) -> float:
-        """Factor of the weights that are kept."""
-        return 1 / (1 - self.dropout)
+        """Factor of the weights that are kept: one over the share of the words that keep."""
+        return 2**32 / (2**32 - self.threshold)
 
     def of_keys(self, keys: Integers) -> Score:
         """Give the score for a block whose keys have these positions. Local."""

@@ -123,8 +123,8 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
         p = np.zeros(x.shape)
         p[rows] = np.exp(x[rows] - top) / norm
         got["lse"][rows, h] = (top + np.log(norm))[:, 0]
-        m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) / (1 - dropout) \
-            if dropout else np.ones((n_q, len(k)))
+        m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) \
+            / (1 - int(dropout * 2**32) / 2**32) if dropout else np.ones((n_q, len(k)))
         got["out"][:, h] = (p[:, :len(k)] * m) @ c
         if dout is None:
             continue

@@ -31,6 +31,13 @@ def test_words_are_uniform_and_know_each_argument():
     assert abs(kept - 0.7) < 5 * (0.21 / words.size)**0.5
 
 
+@pytest.mark.parametrize("p", [1e-12, 2.0**-32, 0.1, 0.5, 1 - 2.0**-20, 1 - 2.0**-33, 1 - 2.0**-53])
+def test_what_is_kept_makes_up_for_what_is_dropped(p):
+    score = Score(1, dropout=p)
+    assert score.gain * (1 - score.threshold / 2**32) == 1
+    assert 0 <= score.threshold < 2**32
+
+
 def test_streams_differ():
     a = streams(0, 3, 50)
     assert a.shape == (3, 50)

@@ -107,6 +107,8 @@ class Backend:
         Row i sees columns ``begin[i] <= j < end[i]`` and nothing else: not a NaN, not an infinity. A row that
         sees nothing is left as it was. No array of ``n_q × n_k`` is made.
 
+        One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
+
         Parameters
         ----------
         state : State
@@ -119,8 +121,6 @@ class Backend:
             ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
         score : Score
             Its arrays are NumPy, whatever the backend.
-
-        One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
 
         Yields
         ------
@@ -146,7 +146,8 @@ class Backend:
 
             dv = (m p)ᵀ dout        ds = p (m (dout · v) - delta) x'        dq = ds k        dk = dsᵀ q
 
-        A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through.
+        A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through; an infinity
+        may not, where it makes a weight 0. A row whose delta is not finite makes NaN of dk and dv of all it sees.
         The result depends on the arguments and the number of threads alone.
 
         Parameters

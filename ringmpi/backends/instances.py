@@ -170,7 +170,7 @@ def _flag(plain: bool) -> str:
 
 
 def best(candidates: Sequence[Kernel], shared_bytes: int, shared_bytes_processor: int) -> Kernel:
-    """Choose the first kernel whose blocks fit a multiprocessor as meant, else the first that fits at all. Local.
+    """Choose the first kernel of which a multiprocessor holds two blocks, if meant, else the first that fits. Local.
 
     Raises
     ------

@@ -231,6 +231,7 @@ def _differentiate(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
         ds = (dout.reshape(-1, dout.shape[2]) @ v.T).reshape(weights.shape)
         derivative = tile.shape(weights)
         weights -= lse
+        np.minimum(weights, 0, out=weights)        # above it by rounding alone, which is far where scores are huge
         np.exp(weights, out=weights)
         kept = tile.kept(dtype) if tile.score.dropout else dtype.type(1)
         ds *= kept
@@ -252,6 +253,6 @@ def _differentiate(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
 
 
 def _finite(x: NDArray[Any]) -> NDArray[Any]:
-    """Give `x` with zeros for what is not finite: that has made its scores NaN, and so all that it belongs to."""
+    """Give `x` with zeros for what is not finite: NaN has made its scores NaN, and so all that it belongs to."""
     finite = np.isfinite(x)
     return x if finite.all() else np.where(finite, x, x.dtype.type(0))

@@ -29,7 +29,7 @@ def compiler_options() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An instance of `accumulate`, and how to launch it.
+    """An instance of a kernel over tiles, and how to launch it.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Kernel:
     threads, shared_bytes : int
         Of a block of threads.
     columns : int
-        Of V that one launch takes.
+        That one launch takes: of V, and of dq, dk or dv in the backward pass.
     blocks : int
         That a multiprocessor is meant to hold at a time.
     """

@@ -79,7 +79,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
         if dtype not in compiled:
             start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
             for backend in backends.values():
-                for direction in arguments.passes:
+                for direction in {"forward", *arguments.passes}:
                     backend.prepare(kind, accumulator(kind), dim, dim, backward=direction == "backward")
             compiled[dtype] = time.perf_counter() - start
         case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)

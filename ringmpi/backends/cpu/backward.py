@@ -69,13 +69,15 @@ class Backward:
     def _piece(self, start: int, stop: int, chunks: int) -> Generator[int, None, None]:
         """Differentiate columns start..stop."""
         block, tile, heads = self.block, self.room.tile, self.block.heads
+        before = np.append(0, np.cumsum(block.areas(start, stop, ROWS)))
+        if not before[-1]:                # between two intervals
+            return
         tiles = -(-(stop - start) // tile)
         packed = self.room.reserve(heads, tiles)
         sums = self.room.reserve_sums(heads * chunks, tiles * tile + ROWS)
         slots = _parts(heads * tiles, TASKS * self.team.size)
         yield from self.team.run([_task(partial(self._pack, start, stop, a, b, packed)) for a, b in slots])
 
-        before = np.append(0, np.cumsum(block.areas(start, stop, ROWS)))
         inner = np.searchsorted(before, before[-1] * np.arange(1, chunks) // chunks) * ROWS
         edges = [0, *np.minimum(inner, block.rows).tolist(), block.rows]
         seen = [block.seen(range(a, b), start, stop) for a, b in itertools.pairwise(edges)]
