@@ -566,5 +566,6 @@ def _place(arrays: dict[str, Array]) -> int:
     if len(set(places)) > 1:
         named = ", ".join(f"{name} on {'the host' if place == HOST else f'GPU {place}'}"
                           for name, place in zip(arrays, places, strict=True))
-        raise BackendError(f"{', '.join(arrays)}: expected all on the host or all on one GPU, got {named}; copy them")
+        *others, last = arrays
+        raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; copy them")
     return places[0]

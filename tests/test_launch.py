@@ -14,7 +14,7 @@ RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"
 @pytest.mark.parametrize(("file", "ranks"), [(file, ranks) for file, many in RANKS.items() for ranks in many])
 def test_under_mpiexec(file, ranks, tmp_path):
     result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", HERE / file],
-                           folder=tmp_path, timeout=240)
+                           folder=tmp_path, timeout=400)
     assert result.code == 0, result.text
     assert len(result.ranks) == ranks, result.text
     for text in result.ranks:
