@@ -567,5 +567,6 @@ def _place(arrays: dict[str, Array]) -> int:
         named = ", ".join(f"{name} on {'the host' if place == HOST else f'GPU {place}'}"
                           for name, place in zip(arrays, places, strict=True))
         *others, last = arrays
-        raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; copy them")
+        raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; "
+                           "copy them")
     return places[0]
