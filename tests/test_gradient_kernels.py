@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numba
@@ -14,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from oracle import dense, functions
-from test_kernels import NARROW, data, ranges
+from test_kernels import NARROW, data, make_late, ranges
 
 from ringmpi.backends import numba_, open_backend
 from ringmpi.backends.cpu import backward, vector
@@ -122,18 +121,11 @@ def test_steps_are_short(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 2, 5])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_results_do_not_depend_on_timing(threads, heads, monkeypatch):
-    from ringmpi.backends.cpu import team
     q, k, v = data(0, 400, 3000, heads, heads, 16, 16, "float32")
     begin, end = ranges("causal", 400, 3000)
     gradient, _ = known(q, k, v, begin, end, 0.2)
     first = differentiate(gradient, q, k, v, begin, end, 0.2, threads)
-    taken, rng = team._next, np.random.default_rng(0)
-
-    def late(queue):
-        time.sleep(rng.random() * 0.003)
-        return taken(queue)
-
-    monkeypatch.setattr(team, "_next", late)
+    make_late(monkeypatch)
     for _ in range(3):
         again = differentiate(gradient, q, k, v, begin, end, 0.2, threads)
         assert all((again[name] == first[name]).all() for name in first)

@@ -26,16 +26,16 @@ FACTORS = {
 }
 
 
-def covering():
+def covering(factors, seed=0):
     """Cases in which every pair of levels of any two factors occurs; the long length seldom more than needed."""
-    names = list(FACTORS)
-    rng = np.random.default_rng(0)
-    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in FACTORS[a] for y in FACTORS[b]}
+    names = list(factors)
+    rng = np.random.default_rng(seed)
+    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     cases = []
     while missing:
         best, gain = None, -1
         for _ in range(60):
-            case = {name: FACTORS[name][rng.integers(len(FACTORS[name]))] for name in names}
+            case = {name: factors[name][rng.integers(len(factors[name]))] for name in names}
             covers = {(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)} & missing
             if len(covers) > gain:
                 best, gain = (case, covers), len(covers)
@@ -99,12 +99,24 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None,
     return out, lse
 
 
-@pytest.mark.parametrize("number", range(len(covering())))
+def of_size(case, size):
+    """A case of `covering` for a number of ranks."""
+    length = size - 1 if case["length"] == "P-1" else case["length"]
+    return case | {"length": length, "mask": make_mask(case["mask"], length)}
+
+
+def draw_mask(draw, length):
+    """Options of any mask."""
+    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
+    return {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
+            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
+            "documents": documents if length > 1 and draw(st.booleans()) else None}
+
+
+@pytest.mark.parametrize("number", range(len(covering(FACTORS))))
 def test_dense_softmax(comm, number):
-    case = dict(covering()[number])
-    length = comm.size - 1 if case["length"] == "P-1" else case["length"]
-    case |= {"length": length, "mask": make_mask(case["mask"], length)}
-    check(comm, **case, seed=number)
+    check(comm, **of_size(covering(FACTORS)[number], comm.size), seed=number)
 
 
 @settings(deadline=None, max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
@@ -112,12 +124,7 @@ def test_dense_softmax(comm, number):
 def test_any_case(comm, data):
     draw = data.draw
     length = draw(st.integers(0, 60))
-    n_q = draw(st.integers(0, 60))
-    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
-    mask = {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
-            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
-            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
-            "documents": documents if length > 1 and draw(st.booleans()) else None}
+    n_q, mask = draw(st.integers(0, 60)), draw_mask(draw, length)
     check(comm, backend=draw(st.sampled_from(FACTORS["backend"])), dtype=draw(st.sampled_from(FACTORS["dtype"])),
           layout=draw(st.sampled_from(FACTORS["layout"])), heads=draw(st.sampled_from(FACTORS["heads"])),
           dim_v=draw(st.integers(1, 20)), length=length, n_q=n_q, mask=mask, seed=draw(st.integers(0, 99)))

@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import FUNCTIONS, functions
 from test_gradients import BOUND
-from test_mpi_attention import FACTORS, arrays, make_layout, make_mask
+from test_mpi_attention import FACTORS, arrays, covering, draw_mask, make_layout, of_size
 
 from ringmpi import (
     BackendError,
@@ -32,18 +32,7 @@ LEVELS = {**FACTORS, "function": list(FUNCTIONS), "length": [1, 2, "P-1", 103, 3
 NAMES = ("dq", "dk", "dv", "dsinks")
 
 
-def covering():
-    """Cases in which every pair of levels of any two factors occurs."""
-    names, rng = list(LEVELS), np.random.default_rng(1)
-    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in LEVELS[a] for y in LEVELS[b]}
-    cases = []
-    while missing:
-        drawn = [{name: LEVELS[name][rng.integers(len(LEVELS[name]))] for name in names} for _ in range(60)]
-        best = max(drawn, key=lambda case: len({(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)}
-                                               & missing))
-        missing -= {(a, b, best[a], best[b]) for a, b in itertools.combinations(names, 2)}
-        cases.append(best)
-    return cases
+CASES = covering(LEVELS, seed=1)
 
 
 def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function="plain", n_q=None, seed=0, bound=None,
@@ -87,12 +76,9 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     return errors
 
 
-@pytest.mark.parametrize("number", range(len(covering())))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_dense_softmax(comm, number):
-    case = dict(covering()[number])
-    length = comm.size - 1 if case["length"] == "P-1" else case["length"]
-    case |= {"length": length, "mask": make_mask(case["mask"], length)}
-    check(comm, **case, seed=number)
+    check(comm, **of_size(CASES[number], comm.size), seed=number)
 
 
 @settings(deadline=None, max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
@@ -100,11 +86,7 @@ def test_dense_softmax(comm, number):
 def test_any_case(comm, data):
     draw = data.draw
     length = draw(st.integers(0, 60))
-    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
-    mask = {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
-            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
-            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
-            "documents": documents if length > 1 and draw(st.booleans()) else None}
+    mask = draw_mask(draw, length)
     check(comm, backend=draw(st.sampled_from(FACTORS["backend"])), dtype=draw(st.sampled_from(FACTORS["dtype"])),
           layout=draw(st.sampled_from(FACTORS["layout"])), heads=draw(st.sampled_from(FACTORS["heads"])),
           function=draw(st.sampled_from(FUNCTIONS)), dim_v=draw(st.integers(1, 20)), length=length,
