@@ -53,6 +53,23 @@ public:
     __device__ long long state_row(int row) const { return static_cast<long long>(query(row)) * heads + head(row); }
 };
 
+// Tiles of two arrays side by side in shared memory, Q and dout, or K and V; rows are ROW and ROW_V numbers apart.
+template <class T, int DIM, int DIM_V, int ROWS, int ROW, int ROW_V>
+struct TilePair {
+    static constexpr int STRIDE = ROW, STRIDE_V = ROW_V, NUMBERS = ROWS * (STRIDE + STRIDE_V);
+    T *tile, *tile_v;
+
+    __device__ explicit TilePair(T* memory) : tile(memory), tile_v(memory + ROWS * STRIDE) {}
+
+    // Start to copy rows; `row(i)` is the number of row i in arrays of `dim` and `dim_v` columns.
+    template <int BYTES, int THREADS, class Row>
+    __device__ void copy(const T* array, const T* array_v, Row row, int count, int dim, int dim_v) const {
+        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(tile, [=](int r) { return array + row(r) * dim; }, count, dim);
+        copy_tile<ROWS, DIM_V, STRIDE_V, BYTES, THREADS>(
+            tile_v, [=](int r) { return array_v + row(r) * dim_v; }, count, dim_v);
+    }
+};
+
 // What is known of a row.
 template <class A>
 struct KnownRow {

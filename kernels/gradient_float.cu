@@ -10,22 +10,8 @@
 #include "gradient.cuh"
 #include "lanes.cuh"
 
-// Tiles of two arrays side by side: Q and dout, or K and V.
 template <int DIM, int DIM_V, int ROWS>
-struct Pair {
-    static constexpr int STRIDE = padded(DIM), STRIDE_V = padded(DIM_V), NUMBERS = ROWS * (STRIDE + STRIDE_V);
-    float *tile, *tile_v;
-
-    __device__ explicit Pair(float* memory) : tile(memory), tile_v(memory + ROWS * STRIDE) {}
-
-    // Start to copy rows; `row(i)` is the number of row i in arrays of `dim` and `dim_v` columns.
-    template <int BYTES, int THREADS, class Row>
-    __device__ void copy(const float* array, const float* array_v, Row row, int count, int dim, int dim_v) const {
-        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(tile, [=](int r) { return array + row(r) * dim; }, count, dim);
-        copy_tile<ROWS, DIM_V, STRIDE_V, BYTES, THREADS>(
-            tile_v, [=](int r) { return array_v + row(r) * dim_v; }, count, dim_v);
-    }
-};
+using Pair = TilePair<float, DIM, DIM_V, ROWS, padded(DIM), padded(DIM_V)>;
 
 // Sums of COLUMNS columns of the rows of a thread.
 template <int LANES, int HEIGHT, int COLUMNS>

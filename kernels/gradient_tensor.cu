@@ -11,23 +11,8 @@
 #include "fragments.cuh"
 #include "gradient.cuh"
 
-// Tiles of two arrays side by side: Q and dout, or K and V.
 template <class T, int DIM, int DIM_V, int ROWS>
-struct Pair {
-    static constexpr int STRIDE = DIM + Fragments<T>::PAD, STRIDE_V = DIM_V + Fragments<T>::PAD;
-    static constexpr int NUMBERS = ROWS * (STRIDE + STRIDE_V);
-    T *tile, *tile_v;
-
-    __device__ explicit Pair(T* memory) : tile(memory), tile_v(memory + ROWS * STRIDE) {}
-
-    // Start to copy rows; `row(i)` is the number of row i in arrays of `dim` and `dim_v` columns.
-    template <int BYTES, int THREADS, class Row>
-    __device__ void copy(const T* array, const T* array_v, Row row, int count, int dim, int dim_v) const {
-        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(tile, [=](int r) { return array + row(r) * dim; }, count, dim);
-        copy_tile<ROWS, DIM_V, STRIDE_V, BYTES, THREADS>(
-            tile_v, [=](int r) { return array_v + row(r) * dim_v; }, count, dim_v);
-    }
-};
+using Pair = TilePair<T, DIM, DIM_V, ROWS, DIM + Fragments<T>::PAD, DIM_V + Fragments<T>::PAD>;
 
 // Add accumulators, times `factor`, to columns `start` .. of rows; `row(i)` points to row i, or is null.
 template <class A, int HEIGHT, int N, class Row>

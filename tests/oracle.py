@@ -43,6 +43,17 @@ def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
     return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
 
+INTERVALS = ("full", "causal", "none", "one key", "window")
+
+
+def intervals(kind, n_q, n_k):
+    """For each query the interval of keys that it sees, by the name of a shape."""
+    i = np.arange(n_q)
+    return {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.minimum(i + 1, n_k)), "none": (0 * i, 0 * i),
+            "one key": (i % n_k, i % n_k + 1), "window": (np.clip(i - 9, 0, n_k), np.clip(i + 1, 0, n_k)),
+            "two ends": (np.where(i < n_q // 2, 0, n_k - 1), np.where(i < n_q // 2, 1, n_k))}[kind]
+
+
 def attend(q, k, v, see, scale):
     """Dense softmax attention in float64: out (n_q, heads, dim_v), lse (n_q, heads). Rows that see nothing: 0, -inf."""
     group = q.shape[1] // k.shape[1]

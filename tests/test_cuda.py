@@ -77,16 +77,11 @@ def test_few_queries_split_the_keys(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("intervals", ["full", "causal", "none", "one key", "window"])
+@pytest.mark.parametrize("intervals", oracle.INTERVALS)
 @pytest.mark.parametrize("n_k", [1, 31, 63, 64, 129])     # one less than a tile of each kernel, and around it
 def test_intervals(backend, dtype, intervals, n_k):
-    n_q = 70
-    q, k, v, _, _ = case(3, n_q, n_k, 1, 1, 16, 16, dtype)
-    i = np.arange(n_q)
-    begin, end = {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.minimum(i + 1, n_k)), "none": (0 * i, 0 * i),
-                  "one key": (i % n_k, i % n_k + 1),
-                  "window": (np.clip(i - 9, 0, n_k), np.clip(i + 1, 0, n_k))}[intervals]
-    check(backend, q, k, v, begin, end, dtype)
+    q, k, v, _, _ = case(3, 70, n_k, 1, 1, 16, 16, dtype)
+    check(backend, q, k, v, *oracle.intervals(intervals, 70, n_k), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ import test_gradients
 from emulate import COMPILER, EmulatedDevice
 from oracle import FUNCTIONS, case, dense, functions
 from test_cuda import AMPERE, HOPPER, SMALL
-from test_gradients import BOUND, check, run
+from test_gradients import BOUND, check, check_float64_accumulator, run
 
 from ringmpi import BackendError, device
 from ringmpi.backends import cuda, hopper
@@ -65,17 +65,11 @@ def test_wide_heads_with_score_functions(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("intervals", ["full", "causal", "none", "one key", "window", "two ends"])
+@pytest.mark.parametrize("intervals", [*oracle.INTERVALS, "two ends"])
 @pytest.mark.parametrize("n_k", [1, 63, 65, 129])          # around a tile of each kernel
 def test_intervals(backend, dtype, intervals, n_k):
-    n_q = 66
-    q, k, v, _, _ = case(3, n_q, n_k, 1, 1, 16, 16, dtype)
-    i = np.arange(n_q)
-    begin, end = {"full": (0 * i, 0 * i + n_k), "causal": (0 * i, np.minimum(i + 1, n_k)), "none": (0 * i, 0 * i),
-                  "one key": (i % n_k, i % n_k + 1),
-                  "window": (np.clip(i - 9, 0, n_k), np.clip(i + 1, 0, n_k)),
-                  "two ends": (np.where(i < 33, 0, n_k - 1), np.where(i < 33, 1, n_k))}[intervals]
-    check(backend, q, k, v, begin, end, dtype)
+    q, k, v, _, _ = case(3, 66, n_k, 1, 1, 16, 16, dtype)
+    check(backend, q, k, v, *oracle.intervals(intervals, 66, n_k), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,15 +113,7 @@ def test_what_is_not_finite_reaches_the_pairs_that_see_it_and_no_others(backend,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_accumulator_on_request(backend, dtype):
-    q, k, v, begin, end = case(5, 40, 90, 2, 1, 16, 16, dtype)
-    dout = np.random.default_rng(0).standard_normal((40, 2, 16)).astype(q.dtype)
-    score, sinks = functions("all", 2, np.arange(40), np.arange(90))
-    j = np.arange(90)
-    want = dense(q, k, v, (j >= begin[:, None]) & (j < end[:, None]), 0.3, sinks=sinks, dout=dout, **score)
-    got = run(backend, q, k, v, begin, end, 0.3, score, sinks, dout=dout, kind="float64")
-    bound = {"float32": 2e-7, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]      # out is rounded, and delta by it
-    for name, x in got.items():
-        assert oracle.error(x, want[name]) <= (1e-13 if name in ("lse", "dv") else bound), name
+    check_float64_accumulator(backend, dtype, 40, 90)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
