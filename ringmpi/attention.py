@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -29,15 +29,15 @@ from .checks import (
     column,
 )
 from .engine import HOST, Engine
-from .errors import BackendError, OptionError, RingError
+from .errors import BackendError, InternalError, OptionError, RingError
 from .homeward import first_hops
 from .layout import Integers, Layout
 from .mask import Mask
-from .mpi import TIMEOUT, private
+from .mpi import TIMEOUT, digest_of, private
 from .plan import Plan, Problem
 from .ring import Block, travel
 from .score import Score, streams
-from .softmax import DTYPES, Gradient, accumulator
+from .softmax import DTYPES, Gradient, State, accumulator
 from .trace import Trace
 from .transport import Transport, check_transport
 
@@ -62,6 +62,8 @@ class Call:
     sinks: NDArray[Any] | None
     out: Array = None
     lse: Array = None
+    number: int = 0               # of the calls on the communicator, from 1 on, once all ranks have made it
+    states: list[State] = field(default_factory=list)
     plan: Plan = field(init=False)
 
     def given(self, x: Array) -> Array:
@@ -145,20 +147,42 @@ class RingAttention:
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False) -> None:
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private(comm, self.timeout)
-        with self._comm.together(self.timeout):
+        self._options: dict[str, Any] = {}
+        engine: Engine | None = None
+        with self._comm.noting() as failures:
             if wrong:
                 raise OptionError(wrong)
             self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator)
             check_name(backend)
             check_transport(gpu_transport)
-            threads = check_threads(threads) or self._comm.threads
-        options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing)}
-        self._comm.agree_on({**self._problem.describe(), **options}, self.timeout)
-        self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
+            self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
+                             "allow_gpu_sharing": bool(allow_gpu_sharing)}
+            engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
+                            gpu_transport, bool(allow_gpu_sharing))
+        self._engine = self._connect(engine, failures)
+        # What each call brings along, so that none is taken for another's.
+        self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
+        self._digest = digest_of(self._options)
         self._plan: Plan | None = None
+        self._number = 0                  # of the last forward call
         self._last: Call | None = None
         self._closed = False
         self.trace = Trace()
+
+    def _connect(self, engine: Engine | None, failures: list[Exception]) -> Engine:
+        """Agree on the options, and what computes. Collective over *comm*."""
+        facts = np.zeros(3, np.int64).view(np.uint8) if engine is None else engine.facts()
+        try:
+            rows = self._comm.exchange("RingAttention", self.timeout, facts, error=failures[0] if failures else None,
+                                       options=self._options)
+            if engine is None:
+                raise InternalError("a RingAttention without an engine")
+            engine.connect(rows)
+        except BaseException:
+            if engine is not None:
+                engine.close()
+            raise
+        return engine
 
     @property
     def layout(self) -> str | Layout:
@@ -234,10 +258,9 @@ class RingAttention:
             calls on it raise `CommError`.
         """
         self._last = None                 # what the last call worked on goes before this call's memory comes
-        start = time.perf_counter()
         call = self._take(q, k, v, sinks, seed)
         self._get_ready(call, "forward")
-        self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
+        self.trace.agree_seconds = self.trace.now() - self.trace.compile_seconds
         self.trace.flop_per_pair = 2 * call.plan.dims[0] * sum(call.plan.dims[1:])
         with self.backend.current():
             self._forward(call, progress)
@@ -280,12 +303,14 @@ class RingAttention:
         RingTimeout, RankLost
             See `__call__`.
         """
-        start = time.perf_counter()
         self._start()
-        with self._noting() as failures:
-            dout, dlse = self._check_cotangents(self._last, dout, dlse)
-        call, _ = self._agree(self._last, failures, backward=True)
-        return self._differentiate(call, dout, dlse, start, progress)
+        call = self._last
+        with self._comm.noting() as failures:
+            dout, dlse = self._check_cotangents(call, dout, dlse)
+        if call is not None:
+            call.record[0] = call.number
+        call, _ = self._agree(call, failures, "backward")
+        return self._differentiate(call, dout, dlse, progress)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -313,11 +338,16 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        start, self._last = time.perf_counter(), None
-        call = self._take(q, k, v, sinks, seed, out, lse)
+        return self._backward_of(0, dout, q, k, v, out, lse, dlse, sinks, seed, progress)
+
+    def _backward_of(self, number: int, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, sinks: Any,
+                     seed: Any, progress: Progress | None = None) -> tuple[Array, ...]:
+        """Differentiate the call of a number, by which ranks see that they mean the same one; 0 if it is not known."""
+        self._last = None
+        call = self._take(q, k, v, sinks, seed, out, lse, number)
         with self._comm.together(self.timeout):
             dout, dlse = self._check_cotangents(call, dout, dlse)
-        return self._differentiate(call, dout, dlse, start, progress)
+        return self._differentiate(call, dout, dlse, progress)
 
     def _start(self) -> None:
         """Begin a call."""
@@ -331,11 +361,13 @@ class RingAttention:
 
         def fold(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
             k, v = (x[number] for x in block.arrays)
-            return backend.accumulate(plan.states[number], call.q[number], k, v, begin, end, score)
+            return backend.accumulate(call.states[number], call.q[number], k, v, begin, end, score)
 
         try:
             call.make_results(backend)
-            for state in plan.states:
+            call.states = engine.states(plan.batch, len(plan.bounds[0][0]), plan.dims[0], plan.dims[2],
+                                        plan.accumulator)
+            for state in call.states:
                 backend.reset(state, call.sinks)
             for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace):
                 self._compute(call, block, fold, progress)
@@ -345,17 +377,18 @@ class RingAttention:
 
     def _finish(self, call: Call) -> tuple[Array, Array]:
         """Normalise, and bring the results to where the arrays came from."""
-        for state, out, lse in zip(call.plan.states, call.out, call.lse, strict=True):
+        for state, out, lse in zip(call.states, call.out, call.lse, strict=True):
             self.backend.finish(state, call.plan.seen, out, lse)
+        call.states = []                  # the next call's, of whichever object
         self.backend.complete()
         return self._bring(call, call.out), self._bring(call, call.lse)
 
-    def _differentiate(self, call: Call, dout: Array, dlse: Array | None, start: float,
+    def _differentiate(self, call: Call, dout: Array, dlse: Array | None,
                        progress: Progress | None) -> tuple[Array, ...]:
-        """Do the backward pass of a call; `start` is when it began."""
+        """Do the backward pass of a call."""
         plan, kind = call.plan, call.plan.accumulator
         self._get_ready(call, "backward")
-        self.trace.agree_seconds = time.perf_counter() - start - self.trace.compile_seconds
+        self.trace.agree_seconds = self.trace.now() - self.trace.compile_seconds
         self.trace.flop_per_pair = plan.dims[0] * (6 * plan.dims[1] + 4 * plan.dims[2])
         backend = self.backend
         with self._comm.together(self.timeout), backend.current():
@@ -367,7 +400,7 @@ class RingAttention:
                 backend.clear(x)
         with backend.current():
             self._backward(call, gradients, (dk, dv), progress)
-        with self._comm.together(self.timeout), backend.current():
+        with self._agreed_on_gpu(), backend.current():
             results = [call.given(self._bring(call, backend.rounded(x, call.q.dtype))) for x in (dq, dk, dv)]
             if call.sinks is not None:
                 results.append(self._gradient_of_sinks(call.sinks, gradients))
@@ -441,13 +474,15 @@ class RingAttention:
             arrays = [np.ascontiguousarray(x) for x in arrays]
         return arrays[0], arrays[1] if len(arrays) > 1 else None
 
-    def _take(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any = None, lse: Any = None) -> Call:
+    def _take(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any = None, lse: Any = None,
+              number: int = 0) -> Call:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
         self._start()
         call: Call | None = None
-        with self._noting() as failures:
+        with self._comm.noting() as failures:
             call = self._check_call(q, k, v, sinks, seed, out, lse)
-        call, records = self._agree(call, failures, backward=out is not None)
+            call.record[0] = number
+        call, records = self._agree(call, failures, "forward" if out is None else "backward")
         key = records[:, len(CALL):].tobytes()
         if self._plan is None or self._plan.key != key:
             self._plan = None             # the old plan's memory goes before the new one's comes
@@ -483,7 +518,7 @@ class RingAttention:
             keys = streams(seed, batch, heads)
         else:
             seed = 0
-        record = np.array([False, False, seed - 2**64 * (seed >= 2**63), batched, batch, heads, kv_heads, dim, dim_v,
+        record = np.array([0, seed - 2**64 * (seed >= 2**63), batched, batch, heads, kv_heads, dim, dim_v,
                            list(DTYPES.values()).index(q.dtype), place != HOST, sinks is not None, n_q, n_k, place],
                           np.int64)
         call = Call(record, arrays[0], arrays[1], arrays[2], batched, place != HOST, keys, sinks)
@@ -491,39 +526,35 @@ class RingAttention:
             call.out, call.lse = arrays[3:]
         return call
 
-    @contextmanager
-    def _noting(self) -> Iterator[list[Exception]]:
-        """Note what fails in a block, for the other ranks to hear of; an interrupt they are told at once. Local."""
-        failures: list[Exception] = []
-        try:
-            yield failures
-        except Exception as failure:      # noqa: BLE001
-            failures.append(failure)
-        except BaseException as failure:
-            self._comm.fail(failure, [])
-            raise
-
-    def _agree(self, call: Call | None, failures: list[Exception], backward: bool) -> tuple[Call, NDArray[np.int64]]:
+    def _agree(self, call: Call | None, failures: list[Exception], way: str) -> tuple[Call, NDArray[np.int64]]:
         """Raise on all ranks what failed on any, or if their calls do not go together; give the records of all."""
-        record = np.zeros(len(RECORD), np.int64) if call is None else call.record.copy()
-        record[:2] = bool(failures), backward
-        records = self._comm.share(record, self.timeout)
-        if call is None or records[:, 0].any():
-            self._comm.raise_agreed(failures[0] if failures else None, self.timeout)
+        record = np.zeros(len(RECORD), np.int64) if call is None else call.record
+        rows = self._comm.exchange(way, self.timeout, record.view(np.uint8), error=failures[0] if failures else None,
+                                   options=self._options, digest=self._digest)
+        if call is None:
+            raise InternalError("a call without arrays")
+        records = np.concatenate(rows).view(np.int64).reshape(len(rows), -1)
         check_records(records)
+        if way == "forward":
+            call.number = self._number = self._comm.calls
         return call, records
 
     def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
         """Plan for these shards. Collective over *comm*."""
         self._engine.follow(column(records, "GPU"))
         layouts = self._problem.resolve(records)
-        with self._comm.together(self.timeout):
+        size = self._comm.size
+        plan: Plan | None = None
+        needed = np.zeros(size, bool)
+        with self._comm.noting() as failures:
             plan = self._problem.plan(key, records, layouts, self._comm.rank)
-        needed = np.array([any((end > begin).any() for begin, end in plan.columns(source))
-                           for source in range(self._comm.size)])
-        bits = self._comm.share(np.packbits(needed), self.timeout)
-        by_rank = np.unpackbits(bits, axis=1, count=self._comm.size).astype(bool)
-        plan.hops, plan.firsts = travel(by_rank), first_hops(by_rank)
+            needed[:] = [any((end > begin).any() for begin, end in plan.columns(source)) for source in range(size)]
+        bits = self._comm.exchange("", self.timeout, np.packbits(needed), error=failures[0] if failures else None)
+        if plan is None:
+            raise InternalError("a plan is missing")
+        by_rank = np.unpackbits(np.stack(bits), axis=1, count=size).astype(bool)
+        plan.hops = travel(by_rank)
+        plan.firsts = first_hops(by_rank)
         return plan
 
     def _get_ready(self, call: Call, way: str) -> None:
@@ -541,8 +572,7 @@ class RingAttention:
             else:
                 seen = plan.sees | (call.sinks is not None)       # a sink is seen by all
                 plan.seen = self.backend.place(seen)
-                plan.states = [self.backend.new_state(len(seen), heads, dim_v, plan.accumulator)
-                               for _ in range(plan.batch)]
+                self._engine.states(plan.batch, len(seen), heads, dim_v, plan.accumulator)
         plan.ready.add(way)
 
     def close(self) -> None:

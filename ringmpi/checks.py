@@ -18,7 +18,7 @@ Array = NDArray[Any]
 
 # What each rank says before the first message: of the call and then of the shapes what must be equal on all ranks, and
 # then what may differ.
-CALL = ("failed", "pass (0 forward, 1 backward)", "seed")
+CALL = ("number of the call that is differentiated", "seed")
 EQUAL = (*CALL, "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)",
          "sinks (0 none, 1 given)")
 RECORD = (*EQUAL, "tokens of q", "tokens of k and v", "GPU")

@@ -1,4 +1,8 @@
-"""What a rank computes with: a backend where the arrays are, and the ring whose link moves blocks in that memory."""
+"""What a rank computes with: a backend where the arrays are, and the ring whose link moves blocks in that memory.
+
+Calls on one communicator come one after the other, so its objects share what they compute with: a model of many layers
+has the buffers of one.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,70 @@ from .homeward import Homeward
 from .link import DirectLink, HostLink, StagedLink
 from .mpi import Comm
 from .ring import Ring
+from .softmax import State
 from .transport import Transport, choose
 
-COMPILE_TIMEOUT = 600.0           # seconds at least: compiling is not being late
+COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
 HOST = -1                         # where host arrays are, among the indices of GPUs
 
 
+class Workspace:
+    """A backend, and what moves blocks and holds sums for it: shared by the objects of a communicator. Local.
+
+    Buffers are there while an object is; the backend, and its threads, as long as the communicator.
+
+    Parameters
+    ----------
+    comm : Comm
+    backend : Backend
+    number : int
+        Of the workspaces of the communicator on this rank, in the order in which they were made.
+    """
+
+    def __init__(self, comm: Comm, backend: Backend, number: int) -> None:
+        self._comm = comm
+        self.backend = backend
+        self.number = number
+        self.users = 0
+        self._rings: dict[str, tuple[Ring, Homeward]] = {}
+        self._states: tuple[Any, list[State]] = (None, [])
+
+    def ring(self, transport: str) -> tuple[Ring, Homeward]:
+        """Give the ring, and what takes gradients home, over links of a kind: host, direct or staged."""
+        if transport not in self._rings:
+            new_link: Callable[..., HostLink] = HostLink
+            if transport != "host":
+                new_link = partial(DirectLink if transport == "direct" else StagedLink, self.backend.device)
+            self._rings[transport] = (Ring(self._comm, 0.0, new_link()),
+                                      Homeward(self._comm, new_link, self.backend.clear, self.backend.add))
+        return self._rings[transport]
+
+    def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
+        """Give states of these sizes, one for each element of the batch; those of the last call if they fit."""
+        key = batch, n_q, heads, dim_v, kind
+        if self._states[0] != key:
+            self._states = None, []            # the old memory goes before the new comes
+            self._states = key, [self.backend.new_state(n_q, heads, dim_v, kind) for _ in range(batch)]
+        return self._states[1]
+
+    def leave(self) -> None:
+        """Take note that an object is done with it; the last one's buffers go."""
+        self.users -= 1
+        if self.users == 0:
+            self._rings = {}
+            self._states = None, []
+            self.backend.release()
+
+    def close(self) -> None:
+        """End the backend, when its communicator goes."""
+        self._rings = {}
+        self.backend.close()
+
+
 class Engine:
-    """Opened on the host or on a GPU, and again elsewhere if the arrays are elsewhere. Collective over *comm*.
+    """A workspace on the host or on a GPU, and another one if the arrays are elsewhere.
+
+    Made on each rank alone; `connect` comes next, with the facts of all ranks.
 
     Parameters
     ----------
@@ -46,9 +106,7 @@ class Engine:
     Attributes
     ----------
     backend : Backend
-    ring : Ring
-    homeward : Homeward
-        What takes gradients home, over links of the ring's kind.
+        What computes; it can be asked about, though no longer used, after `close`.
     gpus : list of str
         UUID of the GPU of each rank; empty on CPUs.
     transport : Transport or None
@@ -57,12 +115,10 @@ class Engine:
     Raises
     ------
     BackendError
-        If the backend can't run on some rank; the same on every rank.
+        If the backend can't run on this rank.
     """
 
     backend: Backend
-    ring: Ring
-    homeward: Homeward
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
                  allow_gpu_sharing: bool) -> None:
@@ -70,9 +126,36 @@ class Engine:
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._places: NDArray[np.int64] | None = np.full(comm.size, HOST)      # None after an attempt that failed
         self._index: int | None = None
+        self._workspace: Workspace | None = None
         self.gpus: list[str] = []
         self.transport: Transport | None = None
         self._open()
+
+    @property
+    def ring(self) -> Ring:
+        """What moves K and V."""
+        ring = self._links[0]
+        ring.timeout = self._timeout
+        return ring
+
+    @property
+    def homeward(self) -> Homeward:
+        """What takes gradients home, over links of the ring's kind."""
+        return self._links[1]
+
+    @property
+    def _shared(self) -> Workspace:
+        if self._workspace is None:
+            raise BackendError("this backend is closed; make a new RingAttention")
+        return self._workspace
+
+    @property
+    def _links(self) -> tuple[Ring, Homeward]:
+        return self._shared.ring(self.transport.name if self.transport else "host")
+
+    def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
+        """Give the states of a call, one for each element of the batch; see `Workspace.states`. Local."""
+        return self._shared.states(batch, n_q, heads, dim_v, kind)
 
     def follow(self, places: NDArray[np.int64]) -> None:
         """Open the backend where the arrays are, unless it is open there. Collective over *comm*.
@@ -98,28 +181,51 @@ class Engine:
             self._places = places.copy()
             return
         self._places, self._index = None, None if mine == HOST else mine
-        self.close()
-        self._open()
+        with self._comm.noting() as failures:
+            self.close()
+            self._open()
+        rows = self._comm.exchange("", self._timeout, self.facts(), error=failures[0] if failures else None)
+        self.connect(rows)
         self._places = places.copy()
 
     def _open(self) -> None:
+        """Take the workspace that these options are about, a new one if there is none. Local."""
         on_gpu = self._name == "cuda" or self._index is not None
+        gpu = self._gpu() if on_gpu else None
         name = "cuda" if on_gpu else self._name
-        with self._comm.together(self._timeout):
-            self.backend = open_backend(name, self._threads, self._gpu() if on_gpu else None)
+        key = name, self._threads, gpu
+        workspaces = self._comm.shared
+        if key not in workspaces:
+            workspaces[key] = Workspace(self._comm, open_backend(name, self._threads, gpu), len(workspaces))
+        self._workspace = workspaces[key]
+        self._workspace.users += 1
+        self.backend = self._workspace.backend
+
+    def facts(self) -> NDArray[np.uint8]:
+        """Give what the other ranks must know of this rank's backend. Local."""
+        if self._workspace is None:
+            return np.zeros(3, np.int64).view(np.uint8)
+        gpu = self.backend.device
+        return np.array([HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number],
+                        np.int64).view(np.uint8)
+
+    def connect(self, rows: list[NDArray[np.uint8]]) -> None:
+        """Take the facts of all ranks, and on GPUs agree on how blocks travel. Collective over *comm* there.
+
+        Raises
+        ------
+        BackendError, OptionError
+            If ranks share a GPU, or ask for different ways; the same on every rank.
+        """
+        self._facts = np.concatenate(rows)
+        facts = self._facts.view(np.int64).reshape(self._comm.size, -1)
+        self._indices = facts[:, 0]
+        self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
         self.gpus, self.transport = [], None
-        new_link: Callable[..., HostLink] = HostLink
         gpu = self.backend.device
         if gpu is not None:
             self.gpus = self._distinct(gpu.uuid)
             self.transport = choose(self._comm, self._gpu_transport, self._timeout)
-            new_link = partial(DirectLink if self.transport.name == "direct" else StagedLink, gpu)
-        self.ring = Ring(self._comm, self._timeout, new_link())
-        self.homeward = Homeward(self._comm, new_link, self.backend.clear, self.backend.add)
-        self._prepared: set[Any] = set()
-        facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles], self._timeout)
-        self._indices = facts[:, 0]
-        self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
 
     def _gpu(self) -> device.Device:
         """Take the GPU of the arrays; for host arrays that of this rank's place on its node."""
@@ -155,17 +261,20 @@ class Engine:
         float
             Seconds that it took, waiting for other ranks included.
         """
-        wanted = dtype, kind, dim, dim_v, plain, backward
-        if not self._compiles or wanted in self._prepared:
+        # by the facts of all ranks, so that all know alike what is there
+        prepared: set[Any] = self._comm.prepared
+        wanted = self._facts.tobytes(), dtype, kind, dim, dim_v, plain, backward
+        if not self._compiles or wanted in prepared:
             return 0.0
         start = time.perf_counter()
+        self._comm.place = ", compiling kernels"
         self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
                             max(self._timeout, COMPILE_TIMEOUT))
-        self._prepared.add(wanted)
+        prepared.add(wanted)
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Give buffers and threads back. Local."""
-        self.ring = Ring(self._comm, self._timeout)
-        self.homeward = Homeward(self._comm, HostLink, self.backend.clear, self.backend.add)
-        self.backend.close()
+        """Let go of the workspace; the last object's buffers go. Local."""
+        if self._workspace is not None:
+            workspace, self._workspace = self._workspace, None
+            workspace.leave()

@@ -62,6 +62,14 @@ def virtual_prefix() -> str | None:
     return os.environ.get("HDF5_VDS_PREFIX")
 
 
+def boot_id() -> str:
+    """Give what tells this machine, since it was started, from others of its name; empty if it does not say. Local."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 def cores() -> set[int]:
     """Give the cores that this process may run on. Local."""
     return os.sched_getaffinity(0)

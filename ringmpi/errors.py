@@ -68,3 +68,15 @@ class OutputError(RingError, OSError):
     """Output that could not be written; nothing is left under its name."""
 
     exit_code = 6
+
+
+class ResourceError(RingError, MemoryError):
+    """Memory, or another resource of this machine, that ran out; the text says on which rank."""
+
+    exit_code = 4
+
+
+class InternalError(RingError, RuntimeError):
+    """An error that is ringmpi's own fault, or one that nobody foresaw; the text has the traceback."""
+
+    exit_code = 70

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from .checks import check_timeout
 from .errors import OptionError, ShapeError
 from .layout import Integers, Layout, check_spec, make, resolve
 from .mpi import TIMEOUT, Comm, load, private
+
+SURE_BYTES = 2**20            # what a rank always has memory for
 
 
 def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
@@ -53,7 +55,8 @@ def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
     timeout, wrong = check_timeout(timeout)
     ring = private(comm, timeout)
     shard: NDArray[Any] = np.empty(0)
-    with ring.together(timeout):
+    names: list[Any] = []
+    with ring.noting() as failures:
         if wrong:
             raise OptionError(wrong)
         shard = as_host_array(x, "x")
@@ -64,10 +67,13 @@ def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
             raise ShapeError(f"x: expected items of fixed size, got dtype {shard.dtype}")
         for spec in (source, target):
             check_spec(spec)
-    names = [spec if isinstance(spec, str) else spec.describe() for spec in (source, target)]
-    ring.agree_on({"dtype of x": shard.dtype, "trailing shape of x": shard.shape[1:], "source": names[0],
-                   "target": names[1]}, timeout)
-    counts = [int(n) for n in ring.share([len(shard)], timeout)[:, 0]]
+        names = [spec if isinstance(spec, str) else spec.describe() for spec in (source, target)]
+    rows = ring.exchange("redistribute", timeout, np.array([len(shard) if shard.ndim else 0]).view(np.uint8),
+                         error=failures[0] if failures else None,
+                         options=None if failures else {
+                             "dtype of x": shard.dtype, "trailing shape of x": shard.shape[1:], "source": names[0],
+                             "target": names[1]})
+    counts = np.concatenate(rows).view(np.int64).tolist()
     old = resolve(source, counts, "x")
     new = make(target, old.length, old.size)
     return (shard if new == old else _exchange(shard, old, new, ring, timeout)), old, new
@@ -81,19 +87,21 @@ def owned(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
 def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout: float) -> NDArray[Any]:
     """Order rows by destination, exchange them, put them in the order of their new positions."""
     mine, wanted = old.positions(comm.rank), new.positions(comm.rank)
-    with comm.together(timeout):          # memory may run out on one rank
+    row_bytes = int(np.prod(shard.shape[1:])) * shard.dtype.itemsize
+    largest = max(*old.counts, *new.counts) * row_bytes
+    # memory may run out on one rank, and the others must not wait for it
+    with comm.together(timeout) if largest > SURE_BYTES else nullcontext():
         outgoing = [np.flatnonzero(owned(new, rank, mine)) for rank in range(comm.size)]
         incoming = [np.flatnonzero(owned(old, rank, wanted)) for rank in range(comm.size)]
         packed = shard[np.concatenate(outgoing)]
         received = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
         result = np.empty_like(received)
     # Counts in rows, not bytes: they stay below 2^31 for shards far beyond 2 GiB.
-    row = load().BYTE.Create_contiguous(int(np.prod(shard.shape[1:])) * shard.dtype.itemsize).Commit()
+    row = load().BYTE.Create_contiguous(row_bytes).Commit()
     try:
-        request = comm.ring.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
+        request = comm.comm.Ialltoallv([_bytes(packed), [len(rows) for rows in outgoing], row],
                                        [_bytes(received), [len(rows) for rows in incoming], row])
-        comm.wait([request], timeout, lambda: f"rank {comm.rank} on {socket.gethostname()} waited in redistribute "
-                                              f"for {received.nbytes} bytes")
+        comm.wait([request], timeout, lambda: f"{comm.name()} waited in redistribute for {received.nbytes} bytes")
     finally:
         row.Free()
     result[np.concatenate(incoming)] = received

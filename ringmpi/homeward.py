@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .link import HostLink, Transfer
-from .mpi import FAILED_TAG, Comm
+from .mpi import Comm
+from .notices import NOTICE_TAG
 from .trace import Step
 
-TAGS = FAILED_TAG // 3      # of blocks, of sums, and then one of sums that come home
+TAGS = NOTICE_TAG // 3      # of blocks, of sums, and then one of sums that come home
 Array = Any                 # of NumPy, or of a device
 
 
@@ -34,6 +35,11 @@ def first_hops(needed: NDArray[np.bool_]) -> list[int]:
     size = len(needed)
     return [min((hop for hop in range(1, size) if needed[(source + hop) % size, source]), default=0)
             for source in range(size)]
+
+
+def block_sizes(shapes: Sequence[Sequence[tuple[int, ...]]], dtype: np.dtype[Any]) -> list[list[int]]:
+    """Give the bytes of each array of each rank's block, from the shapes of the arrays. Local."""
+    return [[math.prod(shape) * dtype.itemsize for shape in theirs] for theirs in shapes]
 
 
 class Homeward:
@@ -54,6 +60,7 @@ class Homeward:
                  add: Callable[[Array, Array], None]) -> None:
         self._comm, self._clear, self._add = comm, clear, add
         self._arrays: Sequence[Array] = ()
+        self._taker = self._last = comm.rank      # who takes the sum going out, and who sends this rank's own home
         # Slot n % 3 takes this rank's share of step n, while (n + 1) % 3 takes the sum coming in, and (n - 1) % 3, of
         # the step before, goes out.
         self._chain, self._home = new_link(3, True), new_link(1, False)
@@ -82,18 +89,18 @@ class Homeward:
             See `ring.travel` and `first_hops`.
         """
         self._arrays, self._shapes, self._hops, self._firsts = arrays, shapes, hops, firsts
-        self._sizes = [sum(math.prod(shape) for shape in theirs) * arrays[0].dtype.itemsize for theirs in shapes]
+        self._sizes = block_sizes(shapes, arrays[0].dtype)
 
     def begin(self) -> None:
         """Begin the pass: be ready for what comes home. Local."""
         comm, hops = self._comm, self._hops
         if comm.size > 1:
-            self.reserve(max(self._sizes))
+            self.reserve(max(map(sum, self._sizes)))
             self._chain.begin()
             self._home.begin()
             if hops[comm.rank]:
-                last = (comm.rank + hops[comm.rank]) % comm.size
-                self._home.receive(0, self._sizes[comm.rank], comm.starter("Irecv", last, 2 * TAGS))
+                self._last = (comm.rank + hops[comm.rank]) % comm.size
+                self._home.receive(0, self._sizes[comm.rank], comm.starter("Irecv", self._last, 2 * TAGS))
 
     def open(self, step: Step) -> tuple[Array, ...]:
         """Give the arrays that this rank's share of a step is added to; the sum so far starts to come in. Local."""
@@ -116,9 +123,11 @@ class Homeward:
                 self._add(share, others)
         self._chain.settle()
         if number and self._firsts[source] <= number <= self._hops[source]:
-            step.gradient_bytes_sent = self._sizes[source]
-            dest, tag = (source, 2 * TAGS) if number == self._hops[source] else (comm.dest, TAGS + number % TAGS)
-            self._chain.send(number, self._sizes[source], comm.starter("Isend", dest, tag))
+            step.gradient_bytes_sent = sum(self._sizes[source])
+            home = number == self._hops[source]
+            self._taker = source if home else comm.dest
+            tag = 2 * TAGS if home else TAGS + number % TAGS
+            self._chain.send(number, self._sizes[source], comm.starter("Isend", self._taker, tag))
 
     def finish(self) -> None:
         """Add what has come home; let go of the arrays. Local."""
@@ -130,12 +139,12 @@ class Homeward:
         self._home.settle()
         self._arrays = ()
 
-    def ways(self, step: Step, last: bool) -> list[tuple[Transfer | None, str]]:
-        """Give what is waited for in a step, and after the last one, each with what waiting for it is called. Local."""
-        source = self._comm.source
-        ways = [(self._chain.incoming, f"for the gradients of rank {step.source}'s block from rank {source}"),
-                (self._chain.outgoing, "for the gradients of another rank's block to be taken")]
-        return [*ways, (self._home.incoming, "for its own gradients to come home")] if last else ways
+    def ways(self, step: Step, last: bool) -> list[tuple[Transfer | None, str, int]]:
+        """Give what is waited for in a step, and after the last one: in words, and with the other end's rank. Local."""
+        source, taker = self._comm.source, self._taker
+        ways = [(self._chain.incoming, f"for the gradients of rank {step.source}'s block from rank {source}", source),
+                (self._chain.outgoing, f"for rank {taker} to take the gradients of a block", taker)]
+        return [*ways, (self._home.incoming, "for its own gradients to come home", self._last)] if last else ways
 
     def _comes(self, number: int, source: int) -> bool:
         return self._firsts[source] < number <= self._hops[source]

@@ -237,7 +237,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     if options.backend == "cuda":
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
     world = mpi.world(expect_ranks)
-    comm = mpi.private(world, timeout)
+    comm = mpi.private(world, timeout, exclusive=True)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
     comm.agree_on(asked, timeout)

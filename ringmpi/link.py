@@ -7,6 +7,7 @@ settles the step when all is done.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -60,6 +61,7 @@ class HostLink:
         self.outgoing: Transfer | None = None
         self._count, self._always_written = slots, written
         self._slots: list[Array] = []
+        self._own: tuple[Array, ...] = ()
 
     def reserve(self, nbytes: int) -> None:
         """Make the buffers for blocks of up to `nbytes` bytes, unless those there are large enough. Local."""
@@ -71,11 +73,9 @@ class HostLink:
         """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
 
     def load(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
-        views = self.views(0, [array.shape for array in arrays], arrays[0].dtype)
-        for view, array in zip(views, arrays, strict=True):
-            self._copy(view, array)
-        return views
+        """Take this rank's arrays, which stay where they are until they are sent; return them. Local."""
+        self._own = tuple(arrays)
+        return self._own
 
     def views(self, number: int, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> tuple[Array, ...]:
         """View the slot of step `number` as arrays of these shapes, one after the other. Local."""
@@ -86,13 +86,18 @@ class HostLink:
             start = stop
         return tuple(views)
 
-    def receive(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to receive a block of `nbytes` bytes into the slot of step `number`. Local."""
-        self.incoming = Messages(pieces(self._slot(number), nbytes, MESSAGE_BYTES), post, self.requests)
+    def receive(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to receive a block into the slot of step `number`; `sizes` are the bytes of its arrays. Local."""
+        self.incoming = Messages(self._cut(number, sizes), post, self.requests)
 
-    def send(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to send the block of `nbytes` bytes in the slot of step `number`. Local."""
-        self.outgoing = Messages(pieces(self._slot(number), nbytes, MESSAGE_BYTES), post, self.requests)
+    def send(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to send the block in the slot of step `number`, or this rank's own. Local."""
+        if self._own:
+            chunks = itertools.chain.from_iterable(
+                pieces(x.reshape(-1).view(np.uint8), x.nbytes, MESSAGE_BYTES) for x in self._own)
+            self.outgoing = Messages(chunks, post, self.requests)
+        else:
+            self.outgoing = Messages(self._cut(number, sizes), post, self.requests)
 
     def advance(self) -> bool:
         """Do what has become possible; say whether nothing but `requests` is left. Local."""
@@ -102,6 +107,7 @@ class HostLink:
         """Forget the transfers of a step, which are done. Local."""
         self.requests.clear()
         self.incoming = self.outgoing = None
+        self._own = ()
 
     def drop(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""
@@ -109,7 +115,15 @@ class HostLink:
         self.requests.clear()
         self.incoming = self.outgoing = None
         self._slots = []
+        self._own = ()
         return written
+
+    def _cut(self, number: int, sizes: Sequence[int]) -> Iterator[Array]:
+        """Cut a slot into messages, array by array: whoever sends from two arrays cuts them alike."""
+        start = 0
+        for nbytes in sizes:
+            yield from pieces(self._slot(number)[start:start + nbytes], nbytes, MESSAGE_BYTES)
+            start += nbytes
 
     def _holds(self, nbytes: int) -> bool:
         return bool(self._slots) and self._slots[0].nbytes >= nbytes
@@ -119,9 +133,6 @@ class HostLink:
 
     def _new_slot(self, nbytes: int) -> Array:
         return np.empty(nbytes, np.uint8)
-
-    def _copy(self, target: Array, source: Array) -> None:
-        target[...] = source
 
 
 class DeviceLink(HostLink):
@@ -153,7 +164,9 @@ class DeviceLink(HostLink):
 
     def load(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Copy this rank's arrays into the first slot; return the views of it that took them. Local."""
-        views = super().load(arrays)
+        views = self.views(0, [array.shape for array in arrays], arrays[0].dtype)
+        for view, array in zip(views, arrays, strict=True):
+            self._device.copy(view, array, self._stream)
         self._loaded = self._device.record(self._stream)
         return views
 
@@ -177,9 +190,6 @@ class DeviceLink(HostLink):
     def _new_slot(self, nbytes: int) -> Array:
         return self._device.message_buffer(nbytes)
 
-    def _copy(self, target: Array, source: Array) -> None:
-        self._device.copy(target, source, self._stream)
-
 
 class DirectLink(DeviceLink):
     """Slots in a GPU's memory, which MPI is given: for an MPI library that is CUDA-aware.
@@ -191,14 +201,14 @@ class DirectLink(DeviceLink):
     device : Device
     """
 
-    def receive(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to receive a block of `nbytes` bytes into the slot of step `number`. Local."""
-        self.incoming = Messages(pieces(self._slot(number), nbytes, MESSAGE_BYTES), post, self.requests, self._read,
+    def receive(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to receive a block into the slot of step `number`; `sizes` are the bytes of its arrays. Local."""
+        self.incoming = Messages(self._cut(number, sizes), post, self.requests, self._read,
                                  "(not asked for yet: this rank's GPU still reads the buffer)")
 
-    def send(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to send the block of `nbytes` bytes in the slot of step `number`. Local."""
-        self.outgoing = Messages(pieces(self._slot(number), nbytes, MESSAGE_BYTES), post, self.requests,
+    def send(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to send the block in the slot of step `number`. Local."""
+        self.outgoing = Messages(self._cut(number, sizes), post, self.requests,
                                  self._written(number), "(not sent yet: this rank's GPU still writes the buffer)")
 
 
@@ -228,19 +238,19 @@ class StagedLink(DeviceLink):
             self._lanes = [Lane(self._device, sizes) for _ in range(2)]
             super().reserve(nbytes)
 
-    def receive(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to receive a block of `nbytes` bytes into the slot of step `number`. Local."""
+    def receive(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to receive a block into the slot of step `number`; `sizes` are the bytes of its arrays. Local."""
         if self._read is not None:
             self._device.follow(self._lanes[0].stream, self._read)
-        self.incoming = CopyIn(self._lanes[0], pieces(self._slot(number), nbytes, self._chunk_bytes), post)
+        self.incoming = CopyIn(self._lanes[0], pieces(self._slot(number), sum(sizes), self._chunk_bytes), post)
         self.incoming.advance()
 
-    def send(self, number: int, nbytes: int, post: Post) -> None:
-        """Start to send the block of `nbytes` bytes in the slot of step `number`. Local."""
+    def send(self, number: int, sizes: Sequence[int], post: Post) -> None:
+        """Start to send the block in the slot of step `number`. Local."""
         written = self._written(number)
         if written is not None:
             self._device.follow(self._lanes[1].stream, written)
-        self.outgoing = CopyOut(self._lanes[1], pieces(self._slot(number), nbytes, self._chunk_bytes), post)
+        self.outgoing = CopyOut(self._lanes[1], pieces(self._slot(number), sum(sizes), self._chunk_bytes), post)
         self.outgoing.advance()
 
     def advance(self) -> bool:

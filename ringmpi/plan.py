@@ -15,7 +15,7 @@ from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .ring import Block
 from .score import MOST_POSITION, Score
-from .softmax import DTYPES, State, accumulator
+from .softmax import DTYPES, accumulator
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 
@@ -43,9 +43,7 @@ class Plan:
     hops, firsts : list of int
         Where the last and the first other rank that computes with a block is; see `ring.travel`, `first_hops`.
     seen : array of shape (n_q,), bool
-        Which queries have a result, where the backend computes; with `states`.
-    states : list of State
-        One for each element of the batch, once there has been a forward pass.
+        Which queries have a result, where the backend computes, once there has been a forward pass.
     ready : set of str
         What the backend and the ring have been made ready for: ``"forward"``, ``"backward"``.
     """
@@ -61,7 +59,6 @@ class Plan:
     hops: list[int] = field(default_factory=list)
     firsts: list[int] = field(default_factory=list)
     seen: Array = None
-    states: list[State] = field(default_factory=list)
     ready: set[str] = field(default_factory=set)
     _ahead: tuple[int, list[Interval]] = field(default_factory=lambda: (-1, []))
 

@@ -6,8 +6,6 @@ knows neither backend nor mask; of the mask it is told how far each block must t
 
 from __future__ import annotations
 
-import math
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .homeward import TAGS, Homeward
+from .homeward import TAGS, Homeward, block_sizes
 from .link import HostLink
 from .mpi import Comm
 from .trace import Step, Trace
@@ -93,7 +91,7 @@ class Ring:
         moving = [link for link in self._links if link.incoming or link.outgoing]
         if moving:
             together = _Joined(moving)
-            self.comm.test(together.requests, self._describe, together.advance)
+            self.comm.progress(together.requests, self._describe, together.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
@@ -110,7 +108,7 @@ class Ring:
         Parameters
         ----------
         arrays : sequence of C-contiguous arrays, all of one dtype, in the memory of the link
-            This rank's block (K and V). Not changed; copied once, so they need not outlive the call.
+            This rank's block (K and V). Not changed.
         shapes : for each rank, the shapes of its arrays
         hops : for each rank, how far its block travels
             See `travel`.
@@ -132,27 +130,29 @@ class Ring:
         """
         size, rank, link = self.comm.size, self.comm.rank, self._link
         dtype = arrays[0].dtype
-        sizes = [sum(math.prod(shape) for shape in theirs) * dtype.itemsize for theirs in shapes]
+        sizes = block_sizes(shapes, dtype)
         self._draining, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
         moving, sums = self._links[:2], self._links[1:]
-        self.reserve(max(sizes))
+        self.reserve(max(map(sum, sizes)))
         link.begin()
         if homeward:
             homeward.begin()
         here = link.load(arrays) if size > 1 else tuple(arrays)
         for number in range(size):
             source, following = (rank - number) % size, (rank - number - 1) % size
-            step = self._step = Step(number, source)
+            step = self._step = Step(number, source, trace.now())
             trace.steps.append(step)
+            self.comm.place = f", ring step {number} of {size}"
             if hops[following] > number:
-                step.bytes_received = sizes[following]
+                step.bytes_received = sum(sizes[following])
                 link.receive(number + 1, sizes[following], self.comm.starter("Irecv", self.comm.source, number % TAGS))
             if hops[source] > number:
-                step.bytes_sent = sizes[source]
+                step.bytes_sent = sum(sizes[source])
                 link.send(number, sizes[source], self.comm.starter("Isend", self.comm.dest, number % TAGS))
             if hops[source] >= number:
                 yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype),
                             homeward.open(step) if homeward else ())
+            step.wait_start = trace.now()
             step.wait_seconds = self._wait(moving)
             link.settle()
             if homeward:
@@ -165,17 +165,22 @@ class Ring:
     def _wait(self, links: Sequence[HostLink]) -> float:
         """Wait for some links, and let all advance; return the seconds it took."""
         together = _Joined(links, [link for link in self._links if link not in links])
-        return self.comm.wait(together.requests, self.timeout, self._describe, together.advance)
+        return self.comm.wait(together.requests, self.timeout, self._describe, together.advance,
+                              lambda: [peer for _, peer in self._late()])
 
-    def _describe(self) -> str:
+    def _late(self) -> list[tuple[str, int]]:
+        """Give what is waited for in this step, in words, and the rank at the other end."""
         comm, step, link = self.comm, self._step, self._link
-        ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}"),
-                (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes")]
+        ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}", comm.source),
+                (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes", comm.dest)]
         if self._homeward:
             ways += self._homeward.ways(step, self._draining)
-        late = [f"{text} {way.obstacle()}".rstrip() for way, text in ways if way and not way.done()]
-        return (f"rank {comm.rank} on {socket.gethostname()}, ring step {step.step} of {comm.size}: waited "
-                f"{' and '.join(late or [text for _, text in ways])}")
+        late = [(f"{text} {way.obstacle()}".rstrip(), peer) for way, text, peer in ways if way and not way.done()]
+        return late or [(text, peer) for _, text, peer in ways]
+
+    def _describe(self) -> str:
+        return (f"{self.comm.name()}, ring step {self._step.step} of {self.comm.size}: waited "
+                f"{' and '.join(text for text, _ in self._late())}")
 
 
 class _Joined:

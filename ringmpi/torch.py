@@ -150,7 +150,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
             out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True,
                                  keep=False)
         result, log = _tensor(out), _tensor(lse)
-        ctx.source, ctx.seed = source, seed
+        ctx.source, ctx.seed, ctx.number = source, seed, attention._number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, result, log)
         return result, log
@@ -163,8 +163,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         q, k, v, sinks, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         with ctx.source.open() as attention:
-            grads = attention.backward_of(dout, *(x.detach() for x in (q, k, v, out, lse)), dlse=dlse,
-                                          sinks=_on_host(sinks), seed=ctx.seed)
+            grads = attention._backward_of(ctx.number, dout, *(x.detach() for x in (q, k, v, out, lse)), dlse,
+                                           _on_host(sinks), ctx.seed)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
         return dq, dk, dv, dsinks, None, None

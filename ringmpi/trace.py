@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
 class Step:
-    """One block of K and V on one rank. Times in seconds, sizes in bytes, of K and V but where it says gradient."""
+    """One block of K and V on one rank. Times in seconds, sizes in bytes, of K and V but where it says gradient.
+
+    What begins, the work on a block and the wait for the next, begins so many seconds after the call did.
+    """
 
     step: int
     source: int
+    compute_start: float = 0.0
+    wait_start: float = 0.0
     pairs: int = 0
     compute_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -26,6 +32,8 @@ class Trace:
 
     Attributes
     ----------
+    started : float
+        When the call began, by this rank's clock (`time.perf_counter`).
     steps : list of Step
         One for each position in the ring, idle ones included.
     agree_seconds : float
@@ -37,10 +45,15 @@ class Trace:
         Floating-point operations for each visible query-key pair, all heads: ``2 heads (dim + dim_v)``.
     """
 
+    started: float = field(default_factory=time.perf_counter)
     steps: list[Step] = field(default_factory=list)
     agree_seconds: float = 0.0
     compile_seconds: float = 0.0
     flop_per_pair: int = 0
+
+    def now(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self.started
 
     @property
     def pairs(self) -> int:
@@ -79,6 +92,6 @@ class Trace:
 
     def as_dict(self) -> dict[str, Any]:
         """Give sums and steps as plain numbers, for JSON."""
-        names = ("pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds", "bytes_sent",
-                 "gradient_bytes_sent", "hops")
+        names = ("started", "pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds",
+                 "bytes_sent", "gradient_bytes_sent", "hops")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}

@@ -11,7 +11,7 @@ import ringmpi
 
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "notices"},
     {"environment", "layout", "mask", "score", "softmax", "trace"},
     {"device", "backends.sources"},
     {"arrays", "backends.base", "backends.hopper"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"backends.proof"},
     {"backends.cuda"},
     {"backends"},
-    {"checks", "link", "transport"},
+    {"checks", "clocks", "link", "transport"},
     {"homeward", "exchange", "shards"},
     {"ring"},
     {"engine", "plan"},
@@ -44,7 +44,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 SAME_LEVEL = {("mask", "layout"), ("score", "layout"), ("softmax", "errors")}
 WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("ring", "backends"), ("link", "backends"),
          ("exchange", "backends"), ("device", "mpi"), ("device", "mpi4py"),
-         ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi")]
+         ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi"), ("notices", "mpi4py")]
 
 
 def modules():

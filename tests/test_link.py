@@ -223,7 +223,7 @@ def links_under_way():
     for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
         link, wire = kind(), Wire()
         link.reserve(22)
-        link.receive(1, 22, wire.post)
+        link.receive(1, [22], wire.post)
         link.advance()
         yield link, wire
 

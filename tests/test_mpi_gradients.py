@@ -210,8 +210,8 @@ def test_ranks_that_do_not_do_the_same_pass_say_so(comm):
                   lambda: attention.backward_of(out, q, k, v, out, lse)]
         for first, second in itertools.permutations(passes[:2]):
             attention(q, k, v)
-            expect(comm, first if comm.rank else second, OptionError, "expected the same pass")
-        expect(comm, passes[0] if comm.rank else passes[2], OptionError, "expected the same pass")
+            expect(comm, first if comm.rank else second, OptionError, "expected the same call")
+        expect(comm, passes[0] if comm.rank else passes[2], OptionError, "expected the same call")
         again = attention(q, k, v)
     assert (again == out).all()
 

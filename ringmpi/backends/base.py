@@ -183,5 +183,8 @@ class Backend:
     def complete(self) -> None:
         """Wait until what was asked for has been done: no more than launching comes back from a GPU at once. Local."""
 
+    def release(self) -> None:
+        """Give buffers back; they are made again when they are needed. Local."""
+
     def close(self) -> None:
         """Give threads and buffers back. Local."""

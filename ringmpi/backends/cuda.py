@@ -317,9 +317,13 @@ class CudaBackend(Backend):
         """Wait for the GPU; see `Backend.complete`. Local."""
         self.device.record(self.device.caller_stream()).synchronize()
 
-    def close(self) -> None:
+    def release(self) -> None:
         """Give the buffers back. Local."""
         self._buffers.clear()
+
+    def close(self) -> None:
+        """Give the buffers back. Local."""
+        self.release()
 
 
 def _alignment(x: Array) -> int:

@@ -210,8 +210,14 @@ class NumbaBackend(Backend):
         shares = [area * (i + 1) // count - area * i // count for i in range(count)]      # about what each step sees
         return Task(area, [(partial(call, start=start), share) for start, share in zip(starts, shares, strict=True)])
 
+    def release(self) -> None:
+        """Give the work space back. Local."""
+        self._rows, self._packed, self._key = [], None, None
+        self._back, self._back_key = None, None
+
     def close(self) -> None:
         """End the threads. Local."""
+        self.release()
         self._team.close()
 
 

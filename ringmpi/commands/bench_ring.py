@@ -27,7 +27,7 @@ TRANSFER = "transfer"
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
     world = mpi.world()
-    bench = _Bench(arguments, world, mpi.private(world, arguments.timeout))
+    bench = _Bench(arguments, world, mpi.private(world, arguments.timeout, exclusive=True))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):
         for name, call in runs.items():

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import device, mpi
     if arguments.backend == "cuda":
         device.choose_early()
-    comm = mpi.private(mpi.world(), arguments.timeout)
+    comm = mpi.private(mpi.world(), arguments.timeout, exclusive=True)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.together(arguments.timeout):

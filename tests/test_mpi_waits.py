@@ -1,0 +1,267 @@
+"""Calls that do not go together, waits that say for whom, and what objects share. Runs under mpiexec."""
+
+import itertools
+import logging
+import re
+import time
+
+import numpy as np
+import pytest
+
+from ringmpi import (
+    Mask,
+    OptionError,
+    RankLost,
+    RingAttention,
+    RingError,
+    RingTimeout,
+    clocks,
+    mpi,
+    redistribute,
+    ring_attention,
+)
+from ringmpi.errors import InternalError, ResourceError
+from ringmpi.mpi import private
+
+pytestmark = pytest.mark.mpi
+X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")
+
+
+def said(comm, call):
+    """What a call raises on each rank; "" where it does not."""
+    try:
+        call()
+    except (RingError, MemoryError) as error:
+        return comm.allgather(f"{type(error).__name__}: {error}")
+    return comm.allgather("")
+
+
+def other_order(comm, first, second):
+    """Make two calls, on the last rank in the other order."""
+    calls = (second, first) if comm.rank == comm.size - 1 else (first, second)
+
+    def both():
+        for call in calls:
+            call()
+    return said(comm, both)
+
+
+@pytest.mark.parametrize(("first", "second", "text"), [
+    ({"scale": 0.3}, {"scale": 0.1, "softcap": 3.0}, "scale is"),
+    ({}, {"mask": Mask(causal=True)}, "calls in the same order"),
+    ({}, {}, "by the order in which they were made"),            # layers of a model: only which object it is differs
+])
+def test_objects_called_in_another_order(comm, first, second, text):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    with RingAttention(comm, **first) as a, RingAttention(comm, **second) as b:
+        right = a(X, X, X), b(X, X, X)
+        outcomes = other_order(comm, lambda: a(X, X, X), lambda: b(X, X, X))
+        assert len(set(outcomes)) == 1
+        assert outcomes[0].startswith("OptionError")
+        assert text in outcomes[0]
+        assert (a(X, X, X) == right[0]).all()                    # nothing is lost
+        assert (b(X, X, X) == right[1]).all()
+
+
+def test_backward_of_objects_called_in_another_order(comm):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    with RingAttention(comm) as a, RingAttention(comm) as b:
+        out = a(X, X, X)
+        b(X, X, 2 * X)
+        outcomes = other_order(comm, lambda: a.backward(out), lambda: b.backward(out))
+    assert len(set(outcomes)) == 1
+    assert "OptionError" in outcomes[0]
+
+
+def test_backward_of_calls_in_another_order(comm):
+    """One object for all layers: what tells its calls apart is their number."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    torch = pytest.importorskip("torch")
+    import ringmpi.torch
+    with RingAttention(comm) as attention:
+        xs = [torch.tensor(X * factor, requires_grad=True) for factor in (1, 2)]
+        outs = [ringmpi.torch.ring_attention(x, x, x, attention=attention) for x in xs]
+        outcomes = other_order(comm, *(lambda out=out: out.sum().backward() for out in outs))
+    assert len(set(outcomes)) == 1
+    assert "the same number of the call that is differentiated on every rank" in outcomes[0]
+
+
+def test_different_calls(comm):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    with RingAttention(comm) as attention:
+        outcomes = other_order(comm, lambda: attention(X, X, X), lambda: redistribute(X, comm=comm))
+        assert len(set(outcomes)) == 1
+        assert f"rank {comm.size - 1}: expected the same call on every rank, got redistribute here and forward" in (
+            outcomes[0])
+        with pytest.raises(OptionError, match="expected the same call"):
+            redistribute(X, comm=comm) if comm.rank else RingAttention(comm)
+        assert attention(X, X, X).shape == X.shape
+
+
+@pytest.mark.parametrize("late", ["the first", "the last"])
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_a_timeout_names_the_rank_that_is_missing(comm, late, place):
+    """Whether it never comes to a call, or stops in the ring, where the others need its share of their gradients."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    missing = 0 if late == "the first" else comm.size - 1
+    mine, outcome = comm.Dup(), ""
+    naps = iter([4.0])
+
+    def stop(done, total):
+        if place == "within" and comm.rank == missing:
+            time.sleep(next(naps, 0))
+    with RingAttention(mine, timeout=1.5) as attention:
+        out = attention(X, X, X)
+        attention.backward(out)
+        if place == "before" and comm.rank == missing:
+            time.sleep(4)
+        start = time.perf_counter()
+        try:
+            attention.backward(out, progress=stop)
+        except (RingTimeout, RankLost) as error:
+            outcome = f"{type(error).__name__}: {error}"
+        seconds = time.perf_counter() - start
+    for rank, (taken, text) in enumerate(comm.allgather((seconds, outcome))):
+        if rank != missing:
+            assert taken < 3.5, text
+            assert re.search(rf"no word from rank {missing} on \S+ for \d", text), text
+            assert not re.search(r"no word from.*; rank \d on", text), text
+
+
+def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setattr(mpi, "LOG_SECONDS", 0.5)
+    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.1)
+    ring = private(comm)
+    comm.Barrier()
+    if comm.rank == comm.size - 1:
+        time.sleep(0.9)
+    with caplog.at_level(logging.WARNING, "ringmpi"):
+        ring.share([0], 60, "forward")
+    lines = comm.allgather([record.getMessage() for record in caplog.records])
+    assert [len(line) for line in lines] == [1, *[0] * (comm.size - 1)]
+    assert f"no word from rank {comm.size - 1} on" in lines[0][0]
+
+
+def test_a_communicator_is_freed_with_notices_unread(comm, monkeypatch):
+    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.01)
+    for _ in range(20):
+        mine = comm.Dup()
+        ring = private(mine)
+        if comm.rank == 0:
+            time.sleep(0.03)                 # the others ask, and nobody reads it
+        ring.share([0], 60)
+        mine.Free()
+        assert ring.lost.startswith("the caller has freed")
+
+
+@pytest.mark.parametrize(("error", "kind", "text"), [
+    (MemoryError("no more"), ResourceError, "out of memory: no more"),
+    (ZeroDivisionError("odd"), InternalError, "ZeroDivisionError: odd\nTraceback"),
+])
+def test_errors_that_nobody_foresaw(comm, error, kind, text):
+    ring = private(comm)
+
+    def fail():
+        with ring.together(60):
+            if comm.rank == comm.size - 1:
+                raise error
+    outcomes = said(comm, fail)
+    assert len(set(outcomes)) == 1
+    assert outcomes[0].startswith(f"{kind.__name__}: rank {comm.size - 1}: {text}")
+    assert kind.exit_code == {ResourceError: 4, InternalError: 70}[kind]
+
+
+def test_payloads_of_any_size(comm):
+    ring = private(comm)
+    for sizes in ([0], [1], [223], [224], [225], [5000], [0, 300, 224]):
+        mine = np.full(sizes[comm.rank % len(sizes)], comm.rank, np.uint8)
+        rows = ring.exchange("", 60, mine)
+        assert [row.tolist() for row in rows] == [[rank] * sizes[rank % len(sizes)] for rank in range(comm.size)]
+    texts = ring.share_text("é" * comm.rank * 100, 60)
+    assert texts == ["é" * rank * 100 for rank in range(comm.size)]
+
+
+def test_objects_share_buffers_and_give_them_back(comm):
+    with RingAttention(comm, backend="numpy") as a, RingAttention(comm, backend="numpy", scale=0.5) as b:
+        assert a.backend is b.backend
+        assert a._engine.ring is b._engine.ring
+        right = a(X, X, X), b(X, X, X)
+        a.close()
+        assert (b(X, X, X) == right[1]).all()
+    with pytest.raises(RingError, match="closed"):
+        a(X, X, X)
+    (workspace,) = {id(x): x for x in private(comm).shared.values() if x.backend is a.backend}.values()
+    assert workspace.users == 0
+    assert not workspace._rings
+    assert workspace._states == (None, [])
+    with RingAttention(comm, backend="numpy", threads=1 + comm.rank % 2) as c:       # not the same on all ranks
+        assert (c(X, X, X) == right[0]).all()
+
+
+def test_clocks_are_compared(comm, monkeypatch):
+    ring, clock = private(comm), time.perf_counter
+    shift = 100.0 * comm.rank                        # ranks of one node have one clock
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: clock() + shift)
+    offset = clocks.clock_offset(ring, 60)
+    monkeypatch.undo()
+    assert abs(offset + shift) < 0.5
+
+
+def test_steps_have_times(comm):
+    with RingAttention(comm) as attention:
+        before = time.perf_counter()
+        attention(X, X, X)
+        trace = attention.trace
+        assert before <= trace.started <= time.perf_counter()
+        times = [x for step in trace.steps for x in (step.compute_start, step.wait_start)]
+        assert times == sorted(times)
+        assert trace.agree_seconds <= times[0]
+        assert times[-1] + trace.steps[-1].wait_seconds <= time.perf_counter() - trace.started
+        assert {"compute_start", "wait_start"} <= set(trace.as_dict()["steps"][0])
+
+
+def test_progress_of_all_ranks(comm):
+    ring = private(comm)
+    ring.report_progress(comm.rank + 1, 10)
+    ring.report_progress(10, 10)
+    deadline = time.perf_counter() + 30
+    while comm.rank == 0 and ring.progress_of_all() != (10 * comm.size,) * 2 and time.perf_counter() < deadline:
+        ring._notices.read(str)
+    if comm.rank == 0:
+        assert ring.progress_of_all() == (10 * comm.size, 10 * comm.size)
+    comm.Barrier()
+
+
+def test_only_a_communicator_is_one(comm):
+    from mpi4py import MPI
+    with pytest.raises(RingError, match=r"MPI\.COMM_NULL: this rank is no member of it"):
+        ring_attention(X, X, X, comm=MPI.COMM_NULL)
+
+
+def test_a_call_takes_few_exchanges(comm, monkeypatch):
+    """One for a call, and one more for the arrays of a backward pass."""
+    if comm.size == 1:
+        pytest.skip("one rank exchanges nothing")
+    counted = itertools.count()
+    original = mpi.Comm._allgather
+    monkeypatch.setattr(mpi.Comm, "_allgather", lambda *x: (next(counted), original(*x))[1])
+
+    def exchanges(call):
+        start = next(counted)
+        call()
+        return next(counted) - start - 1
+
+    with RingAttention(comm) as attention:
+        out = attention(X, X, X)
+        attention.backward(out)
+        assert exchanges(lambda: attention(X, X, X)) == 1
+        assert exchanges(lambda: attention.backward(out)) == 2
+    assert exchanges(lambda: redistribute(X, comm=comm)) == 1
+    assert exchanges(lambda: RingAttention(comm).close()) == 1
