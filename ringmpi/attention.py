@@ -16,6 +16,7 @@ from . import device
 from .arrays import as_array
 from .backends import check_name
 from .backends.base import Backend
+from .backends.products import wish
 from .checks import (
     CALL,
     RECORD,
@@ -116,6 +117,10 @@ class RingAttention:
         is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
+    bfloat16_products : {"auto", "widen", "pairs"}
+        How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
+        rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
+        ``attention.backend.products`` says what was agreed.
 
     Attributes
     ----------
@@ -142,7 +147,8 @@ class RingAttention:
                  kv_layout: str | Layout | None = None, scale: float | None = None, softcap: float | None = None,
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
-                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False) -> None:
+                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False,
+                 bfloat16_products: str = "auto") -> None:
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private(comm, self.timeout)
         with self._comm.together(self.timeout):
@@ -151,10 +157,13 @@ class RingAttention:
             self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator)
             check_name(backend)
             check_transport(gpu_transport)
+            bfloat16_products = wish(bfloat16_products)
             threads = check_threads(threads) or self._comm.threads
-        options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing)}
+        options = {"backend": backend, "gpu_transport": gpu_transport, "allow_gpu_sharing": bool(allow_gpu_sharing),
+                   "bfloat16_products": bfloat16_products}
         self._comm.agree_on({**self._problem.describe(), **options}, self.timeout)
-        self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing))
+        self._engine = Engine(self._comm, self.timeout, backend, threads or 1, gpu_transport, bool(allow_gpu_sharing),
+                              bfloat16_products)
         self._plan: Plan | None = None
         self._last: Call | None = None
         self._closed = False

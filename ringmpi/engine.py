@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from . import device
 from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
+from .backends.products import choose as choose_products
 from .environment import launched_local_rank
 from .errors import BackendError
 from .homeward import Homeward
@@ -42,6 +43,8 @@ class Engine:
         See `transport.choose`.
     allow_gpu_sharing : bool
         Let ranks of a node share a GPU.
+    bfloat16_products : str
+        See `backends.products.choose`.
 
     Attributes
     ----------
@@ -65,9 +68,10 @@ class Engine:
     homeward: Homeward
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool) -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto") -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
+        self._products = bfloat16_products
         self._places: NDArray[np.int64] | None = np.full(comm.size, HOST)      # None after an attempt that failed
         self._index: int | None = None
         self.gpus: list[str] = []
@@ -117,7 +121,10 @@ class Engine:
         self.ring = Ring(self._comm, self._timeout, new_link())
         self.homeward = Homeward(self._comm, new_link, self.backend.clear, self.backend.add)
         self._prepared: set[Any] = set()
-        facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles], self._timeout)
+        facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles, self.backend.ways],
+                                 self._timeout)
+        if gpu is None:
+            self.backend.products = choose_products(self._products, facts[:, 2])
         self._indices = facts[:, 0]
         self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
 

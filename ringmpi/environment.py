@@ -19,6 +19,7 @@ LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
                "SLURM_LOCALID")
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
 HOPPER = "RINGMPI_HOPPER"
+BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -44,6 +45,11 @@ def gpu_transport() -> str:
 def hopper_kernel() -> bool:
     """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs alone. Local."""
     return os.environ.get(HOPPER, "").strip().lower() in ("1", "on")
+
+
+def bfloat16_products() -> str:
+    """Give RINGMPI_BFLOAT16_PRODUCTS, how CPUs multiply bfloat16; empty if not set. Local."""
+    return os.environ.get(BFLOAT16_PRODUCTS, "").strip()
 
 
 def kernel_cache() -> Path:

@@ -95,10 +95,10 @@ def test_the_width_is_that_of_the_named_cpu(name, size):
 
 @pytest.fixture
 def in_pairs(monkeypatch):
-    """bfloat16 multiplied in pairs, fast here or not."""
+    """bfloat16 multiplied in pairs, which nobody asks for by himself."""
     if not vector.machine().pairs:
         pytest.skip("this CPU has no product of bfloat16 pairs")
-    monkeypatch.setattr(numba_, "pairs_pay", lambda: True)
+    monkeypatch.setattr(numba_.NumbaBackend, "products", "pairs")
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (80, 33), (2, 24), (17, 16)])

@@ -13,7 +13,7 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
     {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"device", "backends.sources"},
+    {"device", "backends.sources", "backends.products"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},

@@ -13,6 +13,7 @@ from ..device import Device
 from ..layout import Integers
 from ..score import Score
 from ..softmax import Gradient, State, dots, finish
+from .products import bits
 
 
 class Backend:
@@ -29,10 +30,19 @@ class Backend:
     ------
     BackendError
         If this machine cannot run the backend; the message says what is missing.
+
+    Attributes
+    ----------
+    ways : int
+        How it can multiply bfloat16 on this CPU; see `products.bits`.
+    products : str
+        How it does: one of `products.PRODUCTS`. Set it before `prepare`, to what all ranks have.
     """
 
     name = "base"
     compiles = False                  # whether `prepare` may take long
+    ways = bits(["widen"])
+    products = "widen"
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
     def __init__(self, threads: int, device: Device | None = None) -> None:

@@ -13,7 +13,6 @@ which of them was faster. The backward pass has one way, `cpu.backward`.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -33,11 +32,11 @@ from .base import Backend
 from .cpu.backward import Backward, Limits
 from .cpu.block import Block, plain, speed
 from .cpu.fold import add_sums, compile_for, differentiate_keys, fold_keys, pack_tiles, pack_twice
-from .cpu.peak import multiply_add_peak
 from .cpu.product import ROWS
 from .cpu.team import Task, Team
 from .cpu.vector import machine
 from .cpu.workspace import BackRoom, Packed, Rows
+from .products import PRODUCTS, bits
 
 Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
@@ -54,6 +53,7 @@ class NumbaBackend(Backend):
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
+        self.ways = bits(PRODUCTS if machine().pairs else ["widen"])
         self._team = Team(threads)
         self._key: Any = None
         self._rows: list[Rows] = []
@@ -139,8 +139,8 @@ class NumbaBackend(Backend):
         """Give a block for the forward pass: its scale is positive, for maxima of products; the sign goes to q."""
         if score.scale < 0:
             q, score = -q, replace(score, scale=-score.scale)
-        pairs = score.plain and q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0 and pairs_pay()
-        return Block(kind, q, k, v, begin, end, score, pairs)
+        pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and kind == np.float32
+        return Block(kind, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
 
     def _reserve(self, block: Block) -> Packed:
         """Make the work space for blocks like this one, unless the last one was."""
@@ -223,17 +223,3 @@ def _key(block: Block) -> tuple[int, int, np.dtype[Any], bool]:
 def _step(block: Block, rows: int, packed: Packed) -> int:
     """Columns that `rows` rows take about STEP_FLOP for, in whole tiles."""
     return max(1, int(STEP_FLOP * speed(block.kind) / (2 * rows * packed.tile * block.numbers))) * packed.tile
-
-
-@functools.cache
-def pairs_pay() -> bool:
-    """Say whether multiplying pairs of bfloat16 is faster here than widening them first. Local.
-
-    Both occur: some CPUs do twice the arithmetic in pairs, some half. Measured, the best of ten turns of 0.2 ms each,
-    since other ranks may be busy on the same cores.
-    """
-    if not machine().pairs:
-        return False
-    turns = [[multiply_add_peak(kind, 1, 2e-4) for kind in ("pairs", "float32")] for _ in range(10)]
-    in_pairs, widened = (max(column) for column in zip(*turns, strict=True))
-    return bool(in_pairs > widened)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import NAMES, open_backend, reason_missing
+from ..backends.products import choose, wish
 from ..environment import cores, refuse_many
 from ..mask import Mask
 from ..score import Score
@@ -72,6 +73,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     threads = arguments.threads or len(cores())
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
+    if "numba" in backends:
+        backends["numba"].products = choose(wish(arguments.bfloat16_products), [backends["numba"].ways])
     compiled: dict[str, float] = {}
     memory = np.ones(MEMORY // 4, np.float32)
     rows = []
@@ -93,13 +96,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int, arguments: argparse.Namespace,
              memory: Any) -> list[dict[str, Any]]:
     from ..backends.cpu.peak import multiply_add_peak, read_bandwidth
-    from ..backends.numba_ import pairs_pay
     runs = {name: (_forward if direction == "forward" else _backward)(case, backend)
             for name, backend in backends.items()}
     peer = _torch(case, direction, threads) if "torch" in arguments.kernels else None
     if peer:
         runs["torch"] = peer
-    in_pairs = direction == "forward" and case.dtype == "bfloat16" and case.dim % 2 == 0 and pairs_pay()
+    in_pairs = (direction == "forward" and case.dtype == "bfloat16" and case.dim % 2 == 0 and "numba" in backends
+                and backends["numba"].products == "pairs")
     product = "pairs" if in_pairs else str(accumulator(case.q.dtype))
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks, bandwidths = [], []
