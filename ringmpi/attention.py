@@ -107,7 +107,9 @@ class RingAttention:
         Where to compute; ``"auto"`` follows the arrays: on the GPU that they are on, else with Numba, else with NumPy.
         With ``"cuda"`` host arrays are copied to the GPU of this rank's place on its node, and results back.
     threads : int, optional
-        CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks.
+        CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks. Last bits go
+        by their number in the backward pass, and in the forward pass where a rank has few queries (up to 192, times the
+        heads that share a key head) or computes with NumPy.
     timeout : float
         Seconds after which waiting for another rank is an error.
     accumulator : dtype, optional
@@ -212,7 +214,9 @@ class RingAttention:
         k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
-            This rank's values.
+            This rank's values. Weights times values are summed before they are divided, so the largest value times the
+            keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in float32;
+            beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the room.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.

@@ -127,6 +127,16 @@ def test_any_dim(dtype, dim):
         check(q, k, v, *ranges("causal", n_q, 150), scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_have_the_same_bits_on_any_number_of_threads(dtype):
+    for n_q, n_k, heads, kv_heads, dim in [(400, 700, 2, 2, 64), (1500, 2000, 1, 1, 24), (210, 900, 6, 2, 40)]:
+        q, k, v = data(5, n_q, n_k, heads, kv_heads, dim, dim, dtype)
+        results = [attend(q, k, v, *ranges("causal", n_q, n_k), 0.1, threads=threads) for threads in (1, 2, 3, 5)]
+        for other in results[1:]:
+            for x, y in zip(results[0], other, strict=True):
+                assert x.tobytes() == y.tobytes()
+
+
 @pytest.mark.parametrize("n_q", [1, 7])
 def test_many_heads_of_few_rows(n_q):
     """More heads than the work space holds at a time."""

@@ -118,6 +118,7 @@ class Backend:
         sees nothing is left as it was. No array of ``n_q × n_k`` is made.
 
         One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
+        The result depends on the arguments and the number of threads alone.
 
         Parameters
         ----------

@@ -7,8 +7,11 @@ Two ways through a block, after what there is to reuse:
 * *Few rows* (decoding). A packed tile would be used once, so each task packs it in its own cache, or reads keys as they
   came: a range of keys of one key head × all rows, into a state of its own; the states are merged at the end.
 
-A row is a query and a head: the heads of a group share the packed keys. Results depend on the number of threads, not on
-which of them was faster. The backward pass has one way, `cpu.backward`.
+A row is a query and a head: the heads of a group share the packed keys. The backward pass has one way, `cpu.backward`.
+
+Which thread was faster never matters. With many rows their number does not either: the result has the same bits on any.
+With few rows the ranges of keys, and in the backward pass the chunks of rows, are as many as the threads ask for, and
+so the order of sums, and the last bits, go by the number of threads.
 """
 
 from __future__ import annotations
