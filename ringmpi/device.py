@@ -13,6 +13,7 @@ import math
 import secrets
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -326,9 +327,18 @@ class Device:
     # Kernels
 
     def compile(self, path: Path, names: Sequence[str], options: Sequence[str]) -> list[Any]:
-        """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name."""
+        """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name.
+
+        CuPy keeps a digest in each file, and compiles anew what is damaged.
+
+        Raises
+        ------
+        BackendError
+            If the cache can't be read or written.
+        """
         module = self._cupy.RawModule(code=path.read_text(), options=tuple(options), name_expressions=list(names))
-        return [module.get_function(name) for name in names]
+        with _usable_cache():
+            return [module.get_function(name) for name in names]
 
     def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
         """Compile one kernel with NVRTC for an architecture by name, or load it from a cache beside CuPy's.
@@ -338,26 +348,36 @@ class Device:
         Raises
         ------
         BackendError
-            If it does not compile.
+            If it does not compile, or the cache can't be read or written.
         """
         nvrtc = self._cupy.cuda.nvrtc
         options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
         source = path.read_text()
-        key = hashlib.sha256(repr((nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
-        binary, lowered = (kernel_cache() / f"ringmpi-{key}.{kind}" for kind in ("cubin", "name"))
-        if not binary.exists():
-            program = nvrtc.createProgram(source, path.name, (), ())
-            try:
-                nvrtc.addNameExpression(program, name)
-                nvrtc.compileProgram(program, options)
-                _write(lowered, nvrtc.getLoweredName(program, name).encode())
-                _write(binary, nvrtc.getCUBIN(program) + b"\0")          # the last byte, which CuPy leaves out
-            except nvrtc.NVRTCError as error:
-                log = nvrtc.getProgramLog(program)
-                raise BackendError(f"{path.name}, {name}, {architecture}: {error}\n{log}") from error
-            finally:
-                nvrtc.destroyProgram(program)
-        return self._cupy.RawModule(path=str(binary)).get_function(lowered.read_text())
+        key = hashlib.sha256(repr(("digest", nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
+        binary = kernel_cache() / f"ringmpi-{key}.cubin"
+        with _usable_cache():
+            lowered = _kept_name(binary)
+            if lowered is None:
+                lowered = self._compile_to(binary, source, path.name, name, options)
+            return self._cupy.RawModule(path=str(binary)).get_function(lowered)
+
+    def _compile_to(self, binary: Path, source: str, file: str, name: str, options: Sequence[str]) -> str:
+        """Compile to a file; give the kernel's name in it, which is kept beside it with a digest."""
+        nvrtc = self._cupy.cuda.nvrtc
+        program = nvrtc.createProgram(source, file, (), ())
+        try:
+            nvrtc.addNameExpression(program, name)
+            nvrtc.compileProgram(program, options)
+            lowered = str(nvrtc.getLoweredName(program, name))
+            content = nvrtc.getCUBIN(program) + b"\0"            # the last byte, which CuPy leaves out
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise BackendError(f"{file}, {name}, {options[0]}: {error}\n{log}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        _write(binary.with_suffix(".name"), f"{lowered}\n{hashlib.sha256(content).hexdigest()}".encode())
+        _write(binary, content)
+        return lowered
 
     def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
         """Describe an array to the hardware that copies boxes of it into shared memory, as a kernel's argument.
@@ -420,6 +440,31 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(f".{secrets.token_hex(8)}")
     temporary.write_bytes(content)
     temporary.replace(path)
+
+
+def _kept_name(binary: Path) -> str | None:
+    """Give the kernel's name in a file of the cache; None if it is not there, or damaged, which is removed."""
+    names = binary.with_suffix(".name")
+    if not (binary.exists() and names.exists()):
+        return None
+    lowered, _, digest = names.read_bytes().decode(errors="replace").partition("\n")
+    if hashlib.sha256(binary.read_bytes()).hexdigest() == digest:
+        return lowered
+    for path in (binary, names):
+        path.unlink(missing_ok=True)
+    warnings.warn(f"the kernel cache is damaged, a kernel is compiled anew: {binary} was removed", RuntimeWarning,
+                  stacklevel=2)
+    return None
+
+
+@contextmanager
+def _usable_cache() -> Iterator[None]:
+    """Say of an error of the file system which folder it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise BackendError(f"backend cuda: the kernel cache {kernel_cache()} can't be used: {error}; empty it, or set "
+                           "CUPY_CACHE_DIR to a folder that can be read and written") from error
 
 
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:

@@ -15,7 +15,7 @@ LAYERS = [
     {"environment", "layout", "mask", "score", "softmax", "trace"},
     {"device", "backends.sources", "backends.products"},
     {"arrays", "backends.base", "backends.hopper"},
-    {"backends.cpu", "backends.cpu.vector"},
+    {"backends.cpu", "backends.cpu.vector", "backends.cpu.cache"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
     {"backends.cpu.pack", "backends.cpu.softmax_rows", "backends.cpu.score_rows"},
     {"backends.cpu.tile", "backends.cpu.gradient_rows", "backends.cpu.block"},
