@@ -52,6 +52,9 @@ def as_array(x: Any, name: str) -> Any:
         raise DtypeError(f"{name}: expected an array without a mask of its own; fill it, or say what is seen by mask=")
     if isinstance(x, np.ndarray):
         return x
+    if getattr(x, "requires_grad", False):
+        raise DtypeError(f"{name}: expected an array, got a tensor that requires a gradient, which "
+                         "ringmpi.torch.ring_attention gives; or detach() it")
     kind = _dlpack_device(x)
     if hasattr(x, "__cuda_array_interface__") or kind in CUDA:
         reason = device.reason_missing()

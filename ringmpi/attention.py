@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -28,10 +28,12 @@ from .checks import (
     check_threads,
     check_timeout,
     column,
+    warn_of_order,
 )
 from .engine import HOST, Engine
 from .errors import BackendError, OptionError, RingError
 from .homeward import first_hops
+from .keywords import explained
 from .layout import Integers, Layout
 from .mask import Mask
 from .mpi import TIMEOUT, private
@@ -39,6 +41,7 @@ from .plan import Plan, Problem
 from .ring import Block, travel
 from .score import Score, streams
 from .softmax import DTYPES, Gradient, accumulator
+from .threads import check_thread
 from .trace import Trace
 from .transport import Transport, check_transport
 
@@ -145,12 +148,14 @@ class RingAttention:
             out = attention(q, k, v)         # this rank's 1000 of 4000 tokens
     """
 
+    @explained()
     def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
                  kv_layout: str | Layout | None = None, scale: float | None = None, softcap: float | None = None,
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False,
                  bfloat16_products: str = "auto") -> None:
+        check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private(comm, self.timeout)
         with self._comm.together(self.timeout):
@@ -200,6 +205,7 @@ class RingAttention:
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
+    @explained()
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True,
                  progress: Progress | None = None) -> Array | tuple[Array, Array]:
@@ -336,6 +342,7 @@ class RingAttention:
         """Begin a call."""
         if self._closed:
             raise RingError("this RingAttention is closed; make a new one")
+        check_thread()
         self.trace = Trace()
 
     def _forward(self, call: Call, progress: Progress | None) -> None:
@@ -531,6 +538,8 @@ class RingAttention:
         self._engine.follow(column(records, "GPU"))
         layouts = self._problem.resolve(records)
         with self._comm.together(self.timeout):
+            if self._comm.rank == 0:
+                warn_of_order(records)
             plan = self._problem.plan(key, records, layouts, self._comm.rank)
         needed = np.array([any((end > begin).any() for begin, end in plan.columns(source))
                            for source in range(self._comm.size)])
@@ -564,6 +573,18 @@ class RingAttention:
             self._closed = True
             self._plan = self._last = None
             self._engine.close()
+
+    def __copy__(self) -> RingAttention:
+        """Give the object itself: its communicator and its threads are not to be had twice. Local."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingAttention:
+        """Give the object itself, so that a module which holds one can be copied. Local."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a RingAttention can't be pickled: it holds a communicator, threads and buffers of this "
+                        "process; save what is around it (of a torch module its state_dict()), and make a new one")
 
     def __enter__(self) -> RingAttention:
         return self

@@ -73,6 +73,11 @@ def cores() -> set[int]:
     return os.sched_getaffinity(0)
 
 
+def most_threads() -> int:
+    """Give the number of threads that nobody can mean to go beyond: four for each core of this machine. Local."""
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
 def use_cores(wanted: set[int]) -> None:
     """Let this thread, and those it starts, run on other cores. Local."""
     os.sched_setaffinity(0, wanted)

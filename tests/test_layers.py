@@ -11,7 +11,7 @@ import ringmpi
 
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "keywords"},
     {"environment", "layout", "mask", "score", "softmax", "trace"},
     {"device", "backends.sources", "backends.products"},
     {"arrays", "backends.base", "backends.hopper"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"backends.proof"},
     {"backends.cuda"},
     {"backends"},
-    {"checks", "link", "transport"},
+    {"checks", "link", "threads", "transport"},
     {"homeward", "exchange", "shards"},
     {"ring"},
     {"engine", "plan"},

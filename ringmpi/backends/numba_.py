@@ -126,6 +126,7 @@ class NumbaBackend(Backend):
             return
         if self._busy:
             raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
+        self._team.check()
         self._busy = True
         try:
             area = counted = 0
@@ -214,8 +215,9 @@ class NumbaBackend(Backend):
         return Task(area, [(partial(call, start=start), share) for start, share in zip(starts, shares, strict=True)])
 
     def close(self) -> None:
-        """End the threads. Local."""
+        """End the threads, and give the work space back. Local."""
         self._team.close()
+        self._rows, self._packed, self._back = [], None, None
 
 
 def _key(block: Block) -> tuple[int, int, np.dtype[Any], bool]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .. import layout, mpi
 from ..attention import RingAttention
 from ..backends.products import wish
+from ..checks import check_threads
 from ..engine import Engine
 from ..environment import cores, use_cores
 from ..mask import Mask
@@ -45,7 +46,8 @@ class _Bench:
         self.arguments, self.comm = arguments, comm
         self.dtype = check_dtype(arguments.dtype, "--dtype")
         self.figures: dict[str, list[NDArray[np.float64]]] = {}
-        self.threads = arguments.threads or comm.threads
+        with comm.together(arguments.timeout):
+            self.threads = check_threads(arguments.threads) or comm.threads
         records = comm.share([self.threads, comm.leader], arguments.timeout)
         self.one_node = len(set(records[:, 1])) == 1
         self.all_threads = int(records[:, 0].sum())

@@ -59,7 +59,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="how many keys before and after the query are visible; one number is both, "
                             "an empty side is no limit")
     group.add_argument("--documents", action="store_true", default=default(False),
-                       help="tokens see their own document only: offsets [0, ..., tokens] in dataset `documents`")
+                       help="tokens see their own document only: offsets [0, ...] in dataset `documents`; tokens "
+                            "from the last one on are padding")
     group.add_argument("--prefix", type=natural, default=default(None), metavar="N",
                        help="the first N keys are visible in spite of --causal")
     group.add_argument("--first", type=natural, default=default(0), metavar="N",

@@ -15,7 +15,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 _warned: set[str] = set()
 
 
-class KernelCache(FunctionCache):  # type: ignore[misc]
+class KernelCache(FunctionCache):
     """The cache of one function.
 
     Raises
@@ -30,7 +30,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
                                   self._impl.locator.get_source_stamp())
 
 
-class _Files(IndexDataCacheFile):  # type: ignore[misc]
+class _Files(IndexDataCacheFile):
     """The index of a function and a file for each signature: a digest, then what it is of."""
 
     def load(self, key: Any) -> Any:

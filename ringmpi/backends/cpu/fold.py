@@ -175,7 +175,7 @@ def _warn(error: Exception) -> None:
 def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
     """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
     for function in functions:
-        compiled = numba.njit(nogil=True, error_model="numpy")(function)
+        compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
         try:
             compiled._cache = KernelCache(function)       # as enable_caching does, with Numba's own
         except RuntimeError as error:
