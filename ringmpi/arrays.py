@@ -54,7 +54,7 @@ def as_array(x: Any, name: str) -> Any:
         return x
     if getattr(x, "requires_grad", False):
         raise DtypeError(f"{name}: expected an array, got a tensor that requires a gradient, which "
-                         "ringmpi.torch.ring_attention gives; or detach() it")
+                         "ringmpi.torch gives; or detach() it")
     kind = _dlpack_device(x)
     if hasattr(x, "__cuda_array_interface__") or kind in CUDA:
         reason = device.reason_missing()

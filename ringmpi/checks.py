@@ -155,7 +155,7 @@ def check_slopes(slopes: Any) -> NDArray[np.float64] | None:
     for x in (slopes, *(slopes if isinstance(slopes, (list, tuple)) else ())):
         _check_constant(x, "alibi")
     try:
-        values = np.array(slopes, np.float64)
+        values = np.array(np.asarray(slopes), np.float64)
     except (TypeError, ValueError):
         values = np.array(math.nan)
     if values.ndim != 1 or not np.isfinite(values).all():
