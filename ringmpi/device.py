@@ -77,8 +77,6 @@ def view(x: Any) -> Array:
     cupy = _cupy()
     if isinstance(x, cupy.ndarray):
         return x
-    if hasattr(x, "detach"):                   # torch exports no tensor that requires a gradient
-        x = x.detach()
     with cupy.cuda.Device(x.__dlpack_device__()[1] if hasattr(x, "__dlpack_device__") else None):
         if str(getattr(x, "dtype", "")) == "torch.bfloat16":      # a dtype that not every version can name
             return cupy.from_dlpack(x.view(sys.modules["torch"].int16)).view(BFLOAT16)

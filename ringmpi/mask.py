@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import MaskError, OptionError
+from .keywords import explained
 from .layout import Integers
 
 Interval = tuple[Integers, Integers]
@@ -175,6 +176,9 @@ class Mask:
         inside = (number > 0) & (number < len(offsets))
         edges = np.concatenate([[0], offsets, [0]])
         return np.where(inside, edges[number], 0), np.where(inside, edges[number + 1], 0)
+
+
+Mask.__init__ = explained()(Mask.__init__)  # type: ignore[method-assign]      # the one that dataclass makes
 
 
 def _interval(low: Integers, high: Integers) -> Interval:

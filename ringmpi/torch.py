@@ -166,10 +166,11 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():           # create_graph: what follows would count as constant
             raise RingError("ring_attention: there is no second derivative; leave out create_graph")
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else dout.detach()
         with ctx.source.open() as attention:
-            grads = attention.backward_of(dout, *(x.detach() for x in (q, k, v, out, lse)), dlse=dlse,
-                                          sinks=_on_host(sinks), seed=ctx.seed)
+            grads = attention.backward_of(dout, *(x.detach() for x in (q, k, v, out, lse)),
+                                          dlse=None if dlse is None else dlse.detach(), sinks=_on_host(sinks),
+                                          seed=ctx.seed)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
         return dq, dk, dv, dsinks, None, None

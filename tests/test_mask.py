@@ -93,6 +93,11 @@ def test_numbers_that_mean_no_limit_do_not_wrap():
             Mask(q_offset=offset)
 
 
+def test_keywords_of_others_are_answered_with_ours():
+    with pytest.raises(TypeError, match=r"Mask got an unexpected keyword argument 'cu_seqlens'; here .*documents=off"):
+        Mask(cu_seqlens=[0, 3])
+
+
 def test_equality():
     assert Mask(documents=[0, 3]) == Mask(documents=np.array([0, 3]))
     assert Mask(documents=[0, 3]) != Mask(documents=[0, 4])

@@ -263,6 +263,13 @@ def test_the_function_for_arrays_refuses_what_it_would_not_differentiate(comm, d
         ringmpi.ring_attention(q, k, v, comm=comm)
 
 
+def test_a_cotangent_may_require_a_gradient(comm):
+    q, k, v = tensors(0, 3)
+    out, lse = ringmpi.torch.ring_attention(q, k, v, comm=comm, return_lse=True)
+    torch.autograd.backward([out, lse], [torch.ones_like(x, requires_grad=True) for x in (out, lse)])
+    assert q.grad.isfinite().all()
+
+
 def test_keywords_of_torch_are_answered_with_ours(comm):
     q, k, v = tensors(0, 3)
     with pytest.raises(TypeError, match=r"ring_attention got .* 'is_causal'; here that is mask=ringmpi.Mask\(causal"):
