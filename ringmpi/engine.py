@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from . import device
 from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
-from .backends.products import choose as choose_products
 from .environment import launched_local_rank
 from .errors import BackendError
 from .homeward import Homeward
@@ -44,7 +43,7 @@ class Engine:
     allow_gpu_sharing : bool
         Let ranks of a node share a GPU.
     bfloat16_products : str
-        See `backends.products.choose`.
+        What is wished for; see `Backend.settle`.
 
     Attributes
     ----------
@@ -123,8 +122,7 @@ class Engine:
         self._prepared: set[Any] = set()
         facts = self._comm.share([HOST if gpu is None else gpu.index, self.backend.compiles, self.backend.ways],
                                  self._timeout)
-        if gpu is None:
-            self.backend.products = choose_products(self._products, facts[:, 2])
+        self.backend.settle(self._products, facts[:, 2].tolist())
         self._indices = facts[:, 0]
         self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
 

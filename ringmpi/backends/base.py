@@ -13,7 +13,7 @@ from ..device import Device
 from ..layout import Integers
 from ..score import Score
 from ..softmax import Gradient, State, dots, finish
-from .products import bits
+from .products import bits, choose
 
 
 class Backend:
@@ -34,9 +34,9 @@ class Backend:
     Attributes
     ----------
     ways : int
-        How it can multiply bfloat16 on this CPU; see `products.bits`.
+        Bits of what it can do here in more than one way, for `settle`: how to multiply bfloat16, see `products.bits`.
     products : str
-        How it does: one of `products.PRODUCTS`. Set it before `prepare`, to what all ranks have.
+        How it does: one of `products.PRODUCTS`.
     """
 
     name = "base"
@@ -47,6 +47,16 @@ class Backend:
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         self.threads = threads
+
+    def settle(self, wished: str, ways: Sequence[int]) -> None:
+        """Take the same way on all ranks, before `prepare`: by a wish, and the `ways` of each. Local.
+
+        Raises
+        ------
+        BackendError
+            If what is wished for is not there on a rank.
+        """
+        self.products = choose(wished, ways)
 
     def current(self) -> AbstractContextManager[None]:
         """Make the backend's GPU the current one for a while; nothing on the host. Local."""

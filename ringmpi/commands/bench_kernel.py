@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..backends import NAMES, open_backend, reason_missing
-from ..backends.products import choose, wish
+from ..backends.products import wish
 from ..checks import check_threads
 from ..environment import cores, refuse_many
 from ..mask import Mask
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
     if "numba" in backends:
-        backends["numba"].products = choose(wish(arguments.bfloat16_products), [backends["numba"].ways])
+        backends["numba"].settle(wish(arguments.bfloat16_products), [backends["numba"].ways])
     compiled: dict[str, float] = {}
     memory = np.ones(MEMORY // 4, np.float32)
     rows = []
