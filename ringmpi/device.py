@@ -10,10 +10,8 @@ import ctypes
 import functools
 import hashlib
 import math
-import secrets
 import sys
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .binaries import keep, kept_name, usable_cache
 from .environment import kernel_cache, launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
@@ -335,7 +334,7 @@ class Device:
             If the cache can't be read or written.
         """
         module = self._cupy.RawModule(code=path.read_text(), options=tuple(options), name_expressions=list(names))
-        with _usable_cache():
+        with usable_cache():
             return [module.get_function(name) for name in names]
 
     def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
@@ -353,8 +352,8 @@ class Device:
         source = path.read_text()
         key = hashlib.sha256(repr(("digest", nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
         binary = kernel_cache() / f"ringmpi-{key}.cubin"
-        with _usable_cache():
-            lowered = _kept_name(binary)
+        with usable_cache():
+            lowered = kept_name(binary)
             if lowered is None:
                 lowered = self._compile_to(binary, source, path.name, name, options)
             return self._cupy.RawModule(path=str(binary)).get_function(lowered)
@@ -373,8 +372,7 @@ class Device:
             raise BackendError(f"{file}, {name}, {options[0]}: {error}\n{log}") from error
         finally:
             nvrtc.destroyProgram(program)
-        _write(binary.with_suffix(".name"), f"{lowered}\n{hashlib.sha256(content).hexdigest()}".encode())
-        _write(binary, content)
+        keep(binary, lowered, content)
         return lowered
 
     def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
@@ -430,39 +428,6 @@ def _uuid(index: int) -> str:
 def _bytes(x: Any) -> Any:
     """Give a contiguous array as bytes."""
     return x.reshape(-1).view(np.uint8)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: other ranks may look for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def _kept_name(binary: Path) -> str | None:
-    """Give the kernel's name in a file of the cache; None if it is not there, or damaged, which is removed."""
-    names = binary.with_suffix(".name")
-    if not (binary.exists() and names.exists()):
-        return None
-    lowered, _, digest = names.read_bytes().decode(errors="replace").partition("\n")
-    if hashlib.sha256(binary.read_bytes()).hexdigest() == digest:
-        return lowered
-    for path in (binary, names):
-        path.unlink(missing_ok=True)
-    warnings.warn(f"the kernel cache is damaged, a kernel is compiled anew: {binary} was removed", RuntimeWarning,
-                  stacklevel=2)
-    return None
-
-
-@contextmanager
-def _usable_cache() -> Iterator[None]:
-    """Say of an error of the file system which folder it is about."""
-    try:
-        yield
-    except OSError as error:
-        raise BackendError(f"backend cuda: the kernel cache {kernel_cache()} can't be used: {error}; empty it, or set "
-                           "CUPY_CACHE_DIR to a folder that can be read and written") from error
 
 
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:

@@ -13,7 +13,8 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "keywords"},
     {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"device", "backends.sources", "backends.products"},
+    {"binaries", "backends.sources", "backends.products"},
+    {"device"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector", "backends.cpu.cache"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
