@@ -111,8 +111,8 @@ class RingAttention:
         With ``"cuda"`` host arrays are copied to the GPU of this rank's place on its node, and results back.
     threads : int, optional
         CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks. Last bits go
-        by their number in the backward pass, and in the forward pass where a rank has few queries (up to 192, times the
-        heads that share a key head) or computes with NumPy.
+        by their number in the backward pass, and in the forward pass where a rank's queries times the heads that share
+        a key head are few, 192 at most, or NumPy computes.
     timeout : float
         Seconds after which waiting for another rank is an error.
     accumulator : dtype, optional
