@@ -52,6 +52,9 @@ def as_array(x: Any, name: str) -> Any:
         raise DtypeError(f"{name}: expected an array without a mask of its own; fill it, or say what is seen by mask=")
     if isinstance(x, np.ndarray):
         return x
+    if getattr(x, "requires_grad", False):
+        raise DtypeError(f"{name}: expected an array, got a tensor that requires a gradient, which "
+                         "ringmpi.torch gives; or detach() it")
     kind = _dlpack_device(x)
     if hasattr(x, "__cuda_array_interface__") or kind in CUDA:
         reason = device.reason_missing()
@@ -66,7 +69,7 @@ def as_array(x: Any, name: str) -> Any:
                            "host")
     try:
         if str(getattr(x, "dtype", "")) == "torch.bfloat16":     # a dtype that NumPy and DLPack can't name
-            return np.asarray(x.detach().view(sys.modules["torch"].int16)).view(BFLOAT16)
+            return np.asarray(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
         return np.asarray(x) if hasattr(x, "__array__") or _dlpack_device(x) is None else np.from_dlpack(x)
     except Exception as error:
         raise DtypeError(f"{name}: expected an array, got {type(x).__name__}: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -16,6 +16,7 @@ from . import device
 from .arrays import as_array
 from .backends import check_name
 from .backends.base import Backend
+from .backends.products import wish
 from .checks import (
     CALL,
     RECORD,
@@ -27,10 +28,12 @@ from .checks import (
     check_threads,
     check_timeout,
     column,
+    warn_of_order,
 )
-from .engine import HOST, Engine
+from .engine import HOST, NO_FACTS, Engine
 from .errors import BackendError, InternalError, OptionError, RingError
 from .homeward import first_hops
+from .keywords import explained
 from .layout import Integers, Layout
 from .mask import Mask
 from .mpi import TIMEOUT, digest_of, private
@@ -38,6 +41,7 @@ from .plan import Plan, Problem
 from .ring import Block, travel
 from .score import Score, streams
 from .softmax import DTYPES, Gradient, State, accumulator
+from .threads import check_thread
 from .trace import Trace
 from .transport import Transport, check_transport
 
@@ -108,7 +112,9 @@ class RingAttention:
         Where to compute; ``"auto"`` follows the arrays: on the GPU that they are on, else with Numba, else with NumPy.
         With ``"cuda"`` host arrays are copied to the GPU of this rank's place on its node, and results back.
     threads : int, optional
-        CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks.
+        CPU threads of this rank; by default its fair share of the node's cores. May differ between ranks. Last bits go
+        by their number in the backward pass, and in the forward pass where a rank's queries times the heads that share
+        a key head are few, 192 at most, or NumPy computes.
     timeout : float
         Seconds after which waiting for another rank is an error.
     accumulator : dtype, optional
@@ -118,6 +124,10 @@ class RingAttention:
         is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
+    bfloat16_products : {"auto", "widen", "pairs"}
+        How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
+        rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
+        ``attention.backend.products`` says what was agreed.
 
     Attributes
     ----------
@@ -140,11 +150,14 @@ class RingAttention:
             out = attention(q, k, v)         # this rank's 1000 of 4000 tokens
     """
 
+    @explained()
     def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
                  kv_layout: str | Layout | None = None, scale: float | None = None, softcap: float | None = None,
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
-                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False) -> None:
+                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False,
+                 bfloat16_products: str = "auto") -> None:
+        check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private(comm, self.timeout)
         self._options: dict[str, Any] = {}
@@ -155,10 +168,11 @@ class RingAttention:
             self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator)
             check_name(backend)
             check_transport(gpu_transport)
+            bfloat16_products = wish(bfloat16_products)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
-                             "allow_gpu_sharing": bool(allow_gpu_sharing)}
+                             "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
-                            gpu_transport, bool(allow_gpu_sharing))
+                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products)
         self._engine = self._connect(engine, failures)
         # What each call brings along, so that none is taken for another's.
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
@@ -171,7 +185,7 @@ class RingAttention:
 
     def _connect(self, engine: Engine | None, failures: list[Exception]) -> Engine:
         """Agree on the options, and what computes. Collective over *comm*."""
-        facts = np.zeros(3, np.int64).view(np.uint8) if engine is None else engine.facts()
+        facts = NO_FACTS if engine is None else engine.facts()
         try:
             rows = self._comm.exchange("RingAttention", self.timeout, facts, error=failures[0] if failures else None,
                                        options=self._options)
@@ -213,6 +227,7 @@ class RingAttention:
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
+    @explained()
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True,
                  progress: Progress | None = None) -> Array | tuple[Array, Array]:
@@ -227,7 +242,9 @@ class RingAttention:
         k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
-            This rank's values.
+            This rank's values. Weights times values are summed before they are divided, so the largest value times the
+            keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in float32;
+            beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the room.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -353,6 +370,7 @@ class RingAttention:
         """Begin a call."""
         if self._closed:
             raise RingError("this RingAttention is closed; make a new one")
+        check_thread()
         self.trace = Trace()
 
     def _forward(self, call: Call, progress: Progress | None) -> None:
@@ -547,6 +565,8 @@ class RingAttention:
         plan: Plan | None = None
         needed = np.zeros(size, bool)
         with self._comm.noting() as failures:
+            if self._comm.rank == 0:
+                warn_of_order(records)
             plan = self._problem.plan(key, records, layouts, self._comm.rank)
             needed[:] = [any((end > begin).any() for begin, end in plan.columns(source)) for source in range(size)]
         bits = self._comm.exchange("", self.timeout, np.packbits(needed), error=failures[0] if failures else None)
@@ -581,6 +601,18 @@ class RingAttention:
             self._closed = True
             self._plan = self._last = None
             self._engine.close()
+
+    def __copy__(self) -> RingAttention:
+        """Give the object itself: its communicator and its threads are not to be had twice. Local."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingAttention:
+        """Give the object itself, so that a module which holds one can be copied. Local."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a RingAttention can't be pickled: it holds a communicator, threads and buffers of this "
+                        "process; save what is around it (of a torch module its state_dict()), and make a new one")
 
     def __enter__(self) -> RingAttention:
         return self

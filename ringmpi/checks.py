@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_host_array
+from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
 from .mpi import TIMEOUT
@@ -63,6 +65,19 @@ def check_records(records: NDArray[np.int64]) -> None:
                 f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
 
 
+def warn_of_order(records: NDArray[np.int64]) -> None:
+    """Warn if the arrays of all ranks look like (heads, tokens, dim), as torch has them. Local.
+
+    More than 64 heads, and more heads than tokens in all, are rarely meant.
+    """
+    for many, few in (("heads", "tokens of q"), ("kv_heads", "tokens of k and v")):
+        if not 64 < column(records, many)[0] > column(records, few).sum() > 0:
+            return
+    heads, tokens = column(records, "heads")[0], column(records, "tokens of q").sum()
+    warnings.warn(f"q, k and v: {heads} heads and {tokens} tokens in all, which looks like (heads, tokens, dim); "
+                  "expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant", stacklevel=2)
+
+
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
     """Check that arrays of these shapes go together. Local.
 
@@ -109,7 +124,7 @@ def check_scale(scale: Any) -> float | None:
     """Return the scale as a finite number, or None for the default, or raise `OptionError`. Local."""
     if scale is None:
         return None
-    value = _number(scale)
+    value = _number(scale, "scale")
     if not math.isfinite(value):
         raise OptionError(f"scale: expected a finite number, got {scale!r}")
     return value
@@ -127,7 +142,7 @@ def check_softcap(softcap: Any) -> float | None:
     """Return the bound of the scores, or None for none, or raise `OptionError`. Local."""
     if softcap is None:
         return None
-    value = _number(softcap)
+    value = _number(softcap, "softcap")
     if not 0 < value < math.inf:
         raise OptionError(f"softcap: expected a finite number > 0, or None, got {softcap!r}")
     return value
@@ -137,8 +152,10 @@ def check_slopes(slopes: Any) -> NDArray[np.float64] | None:
     """Return the slopes of ALiBi, or None for none, or raise `OptionError`. Local."""
     if slopes is None:
         return None
+    for x in (slopes, *(slopes if isinstance(slopes, (list, tuple)) else ())):
+        _check_constant(x, "alibi")
     try:
-        values = np.array(slopes, np.float64)
+        values = np.array(np.asarray(slopes), np.float64)
     except (TypeError, ValueError):
         values = np.array(math.nan)
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -148,7 +165,7 @@ def check_slopes(slopes: Any) -> NDArray[np.float64] | None:
 
 def check_dropout(dropout: Any) -> float:
     """Return the probability of dropout, or raise `OptionError`. Local."""
-    value = _number(dropout)
+    value = _number(dropout, "dropout")
     if not 0 <= value < 1:
         raise OptionError(f"dropout: expected a probability, 0 <= dropout < 1, got {dropout!r}")
     return value
@@ -183,8 +200,16 @@ def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | N
     return numbers
 
 
-def _number(x: Any) -> float:
+def _check_constant(x: Any, name: str) -> None:
+    """Raise `OptionError` for a tensor whose gradient somebody waits for."""
+    if getattr(x, "requires_grad", False):
+        raise OptionError(f"{name}: expected a constant, got a tensor that requires a gradient, and there is none with "
+                          f"respect to {name}; detach() it, or change q, k or v by it")
+
+
+def _number(x: Any, name: str) -> float:
     """Give a number as a float; NaN for what is none."""
+    _check_constant(x, name)
     try:
         return float(x)
     except (TypeError, ValueError):
@@ -195,6 +220,9 @@ def check_threads(threads: Any) -> int | None:
     """Return a number of threads, or None for the default, or raise `OptionError`. Local."""
     if threads is None:
         return None
-    if not isinstance(threads, (int, np.integer)) or threads < 1:
+    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
         raise OptionError(f"threads: expected an integer >= 1, got {threads!r}")
+    if threads > most_threads():
+        raise OptionError(f"threads: expected at most {most_threads()} CPU threads a rank on this machine, got "
+                          f"{threads}; leave it out for a fair share of the cores")
     return int(threads)

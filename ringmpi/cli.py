@@ -6,7 +6,9 @@ import argparse
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import __version__
 from .environment import launched_rank
@@ -43,13 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(own)
     options = own.parse_args(chosen.arguments)
     try:
-        return int(command.run(options))
+        with _short_warnings():
+            return int(command.run(options))
     except RingError as error:
         return _explain(error)
     except Exception:         # noqa: BLE001 (the other ranks must not wait for this one)
         return _break_off(70, f"ringmpi: rank {_rank()} failed:\n{traceback.format_exc()}")
     except KeyboardInterrupt:
         return _break_off(130, "ringmpi: interrupted")
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Let a warning be a line for users, without the line of code that it comes from."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"ringmpi: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _explain(error: RingError) -> int:

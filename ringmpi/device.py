@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import math
-import secrets
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .binaries import keep, kept_name, usable_cache
 from .environment import kernel_cache, launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
@@ -76,8 +76,6 @@ def view(x: Any) -> Array:
     cupy = _cupy()
     if isinstance(x, cupy.ndarray):
         return x
-    if hasattr(x, "detach"):                   # torch exports no tensor that requires a gradient
-        x = x.detach()
     with cupy.cuda.Device(x.__dlpack_device__()[1] if hasattr(x, "__dlpack_device__") else None):
         if str(getattr(x, "dtype", "")) == "torch.bfloat16":      # a dtype that not every version can name
             return cupy.from_dlpack(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
@@ -326,9 +324,18 @@ class Device:
     # Kernels
 
     def compile(self, path: Path, names: Sequence[str], options: Sequence[str]) -> list[Any]:
-        """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name."""
+        """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name.
+
+        CuPy keeps a digest in each file, and compiles anew what is damaged.
+
+        Raises
+        ------
+        BackendError
+            If the cache can't be read or written.
+        """
         module = self._cupy.RawModule(code=path.read_text(), options=tuple(options), name_expressions=list(names))
-        return [module.get_function(name) for name in names]
+        with usable_cache():
+            return [module.get_function(name) for name in names]
 
     def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
         """Compile one kernel with NVRTC for an architecture by name, or load it from a cache beside CuPy's.
@@ -338,26 +345,35 @@ class Device:
         Raises
         ------
         BackendError
-            If it does not compile.
+            If it does not compile, or the cache can't be read or written.
         """
         nvrtc = self._cupy.cuda.nvrtc
         options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
         source = path.read_text()
-        key = hashlib.sha256(repr((nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
-        binary, lowered = (kernel_cache() / f"ringmpi-{key}.{kind}" for kind in ("cubin", "name"))
-        if not binary.exists():
-            program = nvrtc.createProgram(source, path.name, (), ())
-            try:
-                nvrtc.addNameExpression(program, name)
-                nvrtc.compileProgram(program, options)
-                _write(lowered, nvrtc.getLoweredName(program, name).encode())
-                _write(binary, nvrtc.getCUBIN(program) + b"\0")          # the last byte, which CuPy leaves out
-            except nvrtc.NVRTCError as error:
-                log = nvrtc.getProgramLog(program)
-                raise BackendError(f"{path.name}, {name}, {architecture}: {error}\n{log}") from error
-            finally:
-                nvrtc.destroyProgram(program)
-        return self._cupy.RawModule(path=str(binary)).get_function(lowered.read_text())
+        key = hashlib.sha256(repr(("digest", nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
+        binary = kernel_cache() / f"ringmpi-{key}.cubin"
+        with usable_cache():
+            lowered = kept_name(binary)
+            if lowered is None:
+                lowered = self._compile_to(binary, source, path.name, name, options)
+            return self._cupy.RawModule(path=str(binary)).get_function(lowered)
+
+    def _compile_to(self, binary: Path, source: str, file: str, name: str, options: Sequence[str]) -> str:
+        """Compile to a file; give the kernel's name in it, which is kept beside it with a digest."""
+        nvrtc = self._cupy.cuda.nvrtc
+        program = nvrtc.createProgram(source, file, (), ())
+        try:
+            nvrtc.addNameExpression(program, name)
+            nvrtc.compileProgram(program, options)
+            lowered = str(nvrtc.getLoweredName(program, name))
+            content = nvrtc.getCUBIN(program) + b"\0"            # the last byte, which CuPy leaves out
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise BackendError(f"{file}, {name}, {options[0]}: {error}\n{log}") from error
+        finally:
+            nvrtc.destroyProgram(program)
+        keep(binary, lowered, content)
+        return lowered
 
     def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
         """Describe an array to the hardware that copies boxes of it into shared memory, as a kernel's argument.
@@ -412,14 +428,6 @@ def _uuid(index: int) -> str:
 def _bytes(x: Any) -> Any:
     """Give a contiguous array as bytes."""
     return x.reshape(-1).view(np.uint8)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: other ranks may look for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:

@@ -30,6 +30,7 @@ from .transport import Transport, choose
 
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
 HOST = -1                         # where host arrays are, among the indices of GPUs
+NO_FACTS = np.zeros(4, np.int64).view(np.uint8)      # of a rank that has failed
 
 
 class Workspace:
@@ -102,6 +103,8 @@ class Engine:
         See `transport.choose`.
     allow_gpu_sharing : bool
         Let ranks of a node share a GPU.
+    bfloat16_products : str
+        What is wished for; see `Backend.settle`.
 
     Attributes
     ----------
@@ -121,9 +124,10 @@ class Engine:
     backend: Backend
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool) -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto") -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
+        self._products = bfloat16_products
         self._places: NDArray[np.int64] | None = np.full(comm.size, HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
@@ -193,7 +197,7 @@ class Engine:
         on_gpu = self._name == "cuda" or self._index is not None
         gpu = self._gpu() if on_gpu else None
         name = "cuda" if on_gpu else self._name
-        key = name, self._threads, gpu
+        key = name, self._threads, gpu, self._products
         workspaces = self._comm.shared
         if key not in workspaces:
             workspaces[key] = Workspace(self._comm, open_backend(name, self._threads, gpu), len(workspaces))
@@ -204,10 +208,10 @@ class Engine:
     def facts(self) -> NDArray[np.uint8]:
         """Give what the other ranks must know of this rank's backend. Local."""
         if self._workspace is None:
-            return np.zeros(3, np.int64).view(np.uint8)
+            return NO_FACTS
         gpu = self.backend.device
-        return np.array([HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number],
-                        np.int64).view(np.uint8)
+        return np.array([HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number,
+                         self.backend.ways], np.int64).view(np.uint8)
 
     def connect(self, rows: list[NDArray[np.uint8]]) -> None:
         """Take the facts of all ranks, and on GPUs agree on how blocks travel. Collective over *comm* there.
@@ -219,6 +223,7 @@ class Engine:
         """
         self._facts = np.concatenate(rows)
         facts = self._facts.view(np.int64).reshape(self._comm.size, -1)
+        self.backend.settle(self._products, facts[:, 3].tolist())
         self._indices = facts[:, 0]
         self._compiles = bool(facts[:, 1].any())       # "auto" may open different backends: all wait if one compiles
         self.gpus, self.transport = [], None

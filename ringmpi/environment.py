@@ -19,6 +19,7 @@ LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
                "SLURM_LOCALID")
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
 HOPPER = "RINGMPI_HOPPER"
+BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -44,6 +45,11 @@ def gpu_transport() -> str:
 def hopper_kernel() -> bool:
     """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs alone. Local."""
     return os.environ.get(HOPPER, "").strip().lower() in ("1", "on")
+
+
+def bfloat16_products() -> str:
+    """Give RINGMPI_BFLOAT16_PRODUCTS, how CPUs multiply bfloat16; empty if not set. Local."""
+    return os.environ.get(BFLOAT16_PRODUCTS, "").strip()
 
 
 def kernel_cache() -> Path:
@@ -73,6 +79,11 @@ def boot_id() -> str:
 def cores() -> set[int]:
     """Give the cores that this process may run on. Local."""
     return os.sched_getaffinity(0)
+
+
+def most_threads() -> int:
+    """Give the number of threads that nobody can mean to go beyond: four for each core of this machine. Local."""
+    return max(64, 4 * (os.cpu_count() or 1))
 
 
 def use_cores(wanted: set[int]) -> None:

@@ -13,6 +13,7 @@ from .checks import check_timeout
 from .errors import OptionError, ShapeError
 from .layout import Integers, Layout, check_spec, make, resolve
 from .mpi import TIMEOUT, Comm, load, private
+from .threads import check_thread
 
 SURE_BYTES = 2**20            # what a rank always has memory for
 
@@ -52,6 +53,7 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
 def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
           timeout: float) -> tuple[NDArray[Any], Layout, Layout]:
     """Redistribute, and give the layouts before and after, by which it is undone. Collective over *comm*."""
+    check_thread()
     timeout, wrong = check_timeout(timeout)
     ring = private(comm, timeout)
     shard: NDArray[Any] = np.empty(0)

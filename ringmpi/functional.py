@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from numpy.typing import ArrayLike
 
 from .attention import Array, RingAttention
+from .keywords import explained
 
 
 @overload
@@ -19,6 +20,7 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
                    seed: int = 0, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
 
 
+@explained(RingAttention)
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
                    seed: int = 0, return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
     """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
@@ -37,7 +39,7 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         Return the log-sum-exp of the scores too.
     **options
         `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
-        `accumulator`, `gpu_transport`, `allow_gpu_sharing`: see `RingAttention`.
+        `accumulator`, `gpu_transport`, `allow_gpu_sharing`, `bfloat16_products`: see `RingAttention`.
 
     Returns
     -------
@@ -56,6 +58,7 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         return attention(q, k, v, sinks=sinks, seed=seed)
 
 
+@explained(RingAttention)
 def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
                             *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
                             seed: int = 0, **options: Any) -> tuple[Array, ...]:

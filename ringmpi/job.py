@@ -63,6 +63,7 @@ class Options:
     accumulator: str | None = None
     gpu_transport: str = "auto"
     allow_gpu_sharing: bool = False
+    bfloat16_products: str = "auto"
     q: str = "q"
     k: str = "k"
     v: str = "v"
@@ -256,12 +257,14 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
             attention = RingAttention(world, mask=mask, layout=options.layout, scale=options.scale,
                                       softcap=options.softcap, alibi=of_heads["alibi"], backend=options.backend,
                                       threads=threads, timeout=timeout, accumulator=options.accumulator,
-                                      gpu_transport=options.gpu_transport, allow_gpu_sharing=options.allow_gpu_sharing)
+                                      gpu_transport=options.gpu_transport, allow_gpu_sharing=options.allow_gpu_sharing,
+                                      bfloat16_products=options.bfloat16_products)
             with attention:
                 out, lse = _compute(world, comm, attention, found, of_heads["sinks"], quiet, clock)
             record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
                       "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                      "backend": attention.backend.name, "options": asdict(options), **_gpus(attention)}
+                      "backend": attention.backend.name, "options": asdict(options), **_products(attention),
+                      **_gpus(attention)}
             start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
             with clock.phase("write"), comm.together(timeout):
                 line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
@@ -272,6 +275,11 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     report = _report(comm, sizes, attention.trace, clock, timeout)
     _write_record(json_path, comm, attention, record, report, clock, timeout)
     return report
+
+
+def _products(attention: RingAttention) -> dict[str, Any]:
+    """Say how bfloat16 was multiplied; nothing on GPUs, which do that in one way."""
+    return {} if attention.backend.device else {"bfloat16_products": attention.backend.products}
 
 
 def _gpus(attention: RingAttention) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import MaskError, OptionError
+from .keywords import explained
 from .layout import Integers
 
 Interval = tuple[Integers, Integers]
@@ -57,7 +58,9 @@ class Mask:
     window : int, (int or None, int or None), optional
         ``(left, right)``: how many keys before and after i are visible; None is no limit; n means (n, n).
     documents : integer array of shape (n_documents + 1,), optional
-        Offsets of packed documents in the keys: ``[0, ..., n_k]``, strictly increasing.
+        Offsets of packed documents in the keys, as flash-attn's ``cu_seqlens``: from 0, never decreasing; a document
+        may be empty. Tokens from the last offset on are padding, in no document: as queries they see nothing (out 0,
+        lse -inf), as keys nobody sees them.
     prefix : int, optional
         Keys before `prefix` are visible in spite of `causal` (prefix-LM). Widens only `causal`.
     first : int
@@ -70,7 +73,7 @@ class Mask:
     OptionError
         If a number is negative or no integer.
     MaskError
-        If the document offsets do not start at 0 and strictly increase.
+        If the document offsets do not start at 0, or decrease.
     """
 
     causal: bool = False
@@ -105,8 +108,8 @@ class Mask:
         if offsets.ndim != 1 or offsets.size == 0 or offsets.dtype.kind not in "iu":
             raise MaskError("documents: expected integer offsets of shape (n_documents + 1,), "
                             f"got {offsets.dtype} of shape {offsets.shape}")
-        if offsets[0] != 0 or np.any(offsets[1:] <= offsets[:-1]):
-            raise MaskError("documents: offsets must start at 0 and strictly increase (leave empty documents out), "
+        if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]):
+            raise MaskError("documents: offsets must start at 0 and never decrease, "
                             f"got {np.array2string(offsets, threshold=8)}")
         offsets = offsets.astype(np.int64)
         offsets.flags.writeable = False
@@ -128,8 +131,9 @@ class Mask:
 
     def check(self, n_k: int) -> None:
         """Raise `MaskError` unless the mask fits `n_k` keys. Local."""
-        if self.documents is not None and self.documents[-1] != n_k:
-            raise MaskError(f"documents: the last offset must be the number of keys, {n_k}, got {self.documents[-1]}")
+        if self.documents is not None and self.documents[-1] > n_k:
+            raise MaskError(f"documents: the last offset must be at most the number of keys, {n_k}, got "
+                            f"{self.documents[-1]}")
 
     def offset(self, n_q: int, n_k: int) -> int:
         """Position of query 0 among the keys. Local."""
@@ -168,10 +172,13 @@ class Mask:
         if self.documents is None:
             return np.zeros_like(i), np.full_like(i, n_k)
         offsets = self.documents
-        number = np.searchsorted(offsets, i, side="right")
-        inside = (i >= 0) & (i < n_k)
-        edges = np.concatenate([[0], offsets, [n_k]])
+        number = np.searchsorted(offsets, i, side="right")            # of offsets up to i: empty documents are passed
+        inside = (number > 0) & (number < len(offsets))
+        edges = np.concatenate([[0], offsets, [0]])
         return np.where(inside, edges[number], 0), np.where(inside, edges[number + 1], 0)
+
+
+Mask.__init__ = explained()(Mask.__init__)  # type: ignore[method-assign]      # the one that dataclass makes
 
 
 def _interval(low: Integers, high: Integers) -> Interval:

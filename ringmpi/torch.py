@@ -11,6 +11,7 @@ import numpy as np
 from .attention import RingAttention
 from .errors import OptionError, RingError
 from .exchange import moved
+from .keywords import explained
 from .layout import Layout
 from .mpi import TIMEOUT
 from .softmax import BFLOAT16
@@ -22,6 +23,8 @@ except ImportError as error:
     raise ImportError("ringmpi.torch needs PyTorch: pip install 'ringmpi[torch]'") from error
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@explained(RingAttention)
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
                    sinks: Tensor | None = None, seed: int = 0, return_lse: bool = False,
                    **options: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -29,7 +32,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
     of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there, and asking
-    for one is an error.
+    for one is an error. ``torch.compile`` leaves the call as it is, between two graphs.
 
     Parameters
     ----------
@@ -78,11 +81,13 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     return (out, lse) if return_lse else out
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
                  timeout: float = TIMEOUT) -> Tensor:
     """Move the tokens of a sharded tensor from one layout to another, differentiably. Collective over *comm*.
 
-    Its backward pass moves the gradient back, and is collective too. The rest is as for `ringmpi.redistribute`.
+    Its backward pass moves the gradient back, and is collective too. ``torch.compile`` leaves the call as it is. The
+    rest is as for `ringmpi.redistribute`.
 
     Parameters
     ----------
@@ -161,10 +166,10 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():           # create_graph: what follows would count as constant
             raise RingError("ring_attention: there is no second derivative; leave out create_graph")
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else dout.detach()
         with ctx.source.open() as attention:
-            grads = attention._backward_of(ctx.number, dout, *(x.detach() for x in (q, k, v, out, lse)), dlse,
-                                           _on_host(sinks), ctx.seed)
+            grads = attention._backward_of(ctx.number, dout, *(x.detach() for x in (q, k, v, out, lse)),
+                                           None if dlse is None else dlse.detach(), _on_host(sinks), ctx.seed)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
         return dq, dk, dv, dsinks, None, None

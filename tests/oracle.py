@@ -29,8 +29,8 @@ def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None,
             number[a:b] = d
         aligned = i[:, 0]
         inside = (aligned >= 0) & (aligned < n_k)
-        mine = np.where(inside, number[np.clip(aligned, 0, max(n_k - 1, 0))] if n_k else -2, -2)
-        see &= mine[:, None] == number[None, :]
+        mine = np.where(inside, number[np.clip(aligned, 0, max(n_k - 1, 0))] if n_k else -1, -1)
+        see &= (mine[:, None] == number[None, :]) & (mine[:, None] >= 0)
     return see
 
 

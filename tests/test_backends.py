@@ -102,6 +102,29 @@ def test_large_scores_do_not_overflow(backend, scores):
     assert oracle.error(lse, want_lse) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("signs", [False, True])
+@pytest.mark.parametrize("n_q", [4, 250])
+def test_the_largest_values_are_right_or_not_finite(backend, dtype, signs, n_q):
+    """Right where largest value × keys is in range; beyond it, in any number of blocks, right or not finite."""
+    rng, n_k = np.random.default_rng(3), 300
+    most = float(np.finfo(accumulator(DTYPES[dtype])).max)
+    q, k = (rng.standard_normal((n, 2, 8)).astype(DTYPES[dtype]) for n in (n_q, n_k))
+    sign = np.where(rng.random((n_k, 2, 8)) < 0.5, -1, 1) if signs else np.ones((n_k, 2, 8))
+    begin, end = np.zeros(n_q, np.int64), np.full(n_q, n_k)
+    for factor in (0.99 / n_k, 0.01, 0.5, 0.99):
+        v = (sign * most * factor).astype(DTYPES[dtype])
+        want, _ = oracle.attend(q, k, (v.astype(np.float64) / most), np.ones((n_q, n_k), bool), 0.3)
+        for blocks in (1, 3):
+            out, _ = run(backend, q, k, v, begin, end, blocks=blocks)
+            finite, bound = np.isfinite(out.astype(np.float64)), TOLERANCE[dtype] * np.abs(want).max()
+            assert finite.all() or factor * n_k > 1
+            assert np.abs(out.astype(np.float64) / most - want)[finite].max(initial=0.0) <= bound
+            if dtype != "float64":
+                exact, _ = run(backend, q, k, v, begin, end, blocks=blocks, kind="float64")
+                assert np.abs(exact.astype(np.float64) / most - want).max() <= bound
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])

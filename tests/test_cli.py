@@ -143,9 +143,50 @@ def test_every_mask_option_does_what_it_says(name):
         assert oracle.error(result["lse"][...], want_lse) < 1e-13
 
 
+def test_more_threads_than_anybody_means_are_refused(capsys):
+    assert code("make", "random", "in.h5", "--tokens", 50, "--heads", 2) == 0
+    for command in (["attend", "in.h5", "out.h5"], ["attend", "in.h5", "out.h5", "--dry-run"],
+                    ["bench", "kernel", "--shape", "8x8"], ["bench", "ring", "--tokens", 8]):
+        capsys.readouterr()
+        assert code(*command, "--threads", 100000) == 2
+        assert "threads: expected at most" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line():
+    """It names no line of ours."""
+    assert code("make", "random", "in.h5", "--tokens", 3, "--heads", 70) == 0
+    command = ["attend", "in.h5", "out.h5", "--backend", "numpy", "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "ringmpi", *command],
+                          capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.startswith("ringmpi: q, k and v: 70 heads and 3 tokens in all, which looks like (heads, tokens")
+    assert done.stderr.count("\n") == 1
+
+
+def test_documents_may_be_empty_and_leave_padding(capsys):
+    assert code("make", "random", "in.h5", "--tokens", 90, "--heads", 2, "--dim", 8, "--documents", 3) == 0
+    with h5py.File("in.h5", "r+") as file:
+        file["documents"][...] = [0, 30, 30, 80]
+        q, k, v = (file[name][...] for name in "qkv")
+    assert code("attend", "in.h5", "out.h5", "--documents", "--causal") == 0
+    assert code("check", "in.h5", "out.h5", "--rows", 90) == 0
+    with h5py.File("out.h5") as file:
+        out, lse = file["out"][...], file["lse"][...]
+    want, _ = oracle.attend(q, k, v, oracle.visible(90, 90, causal=True, documents=[0, 30, 30, 80]), 8**-0.5)
+    assert oracle.error(out, want) < 2e-6
+    assert (out[80:] == 0).all()
+    assert (lse[80:] == -np.inf).all()
+
+
 def test_run_options_do_what_they_say(capsys):
     assert code("make", "random", "in.h5", "--tokens", 50, "--heads", 2) == 0
     capsys.readouterr()
+    for products in ("auto", "widen"):
+        assert code("attend", "in.h5", "o.h5", "--force", "--bfloat16-products", products, "--json", "r.json") == 0
+        record = json.loads(Path("r.json").read_text())
+        assert record["bfloat16_products"] == "widen"
+        assert record["options"]["bfloat16_products"] == products
+    assert code("attend", "in.h5", "o.h5", "--force", "--backend", "numpy", "--bfloat16-products", "pairs") == 4
+    assert "'pairs' is not there on rank 0" in capsys.readouterr().err
     for backend in ("numpy", "numba"):
         assert code("attend", "in.h5", f"{backend}.h5", "--backend", backend, "--threads", 3, "--json", "r.json",
                     "--accumulator", "float64", "--quiet") == 0

@@ -224,6 +224,16 @@ def test_a_binary_is_whole_and_compiled_once(tmp_path, monkeypatch):
     assert len(list(loaded[0].parent.iterdir())) == 4
     with pytest.raises(BackendError, match="no_such"):
         gpu.compile_for("sm_90a", source, "no_such<int>", ())
+    for suffix in (".cubin", ".name"):              # what is damaged is made anew, and never loaded
+        file = loaded[0].with_suffix(suffix)
+        file.write_bytes(file.read_bytes()[:-2] + b"\xff\0")
+        with pytest.warns(RuntimeWarning, match=r"damaged, a kernel is compiled anew: .*cubin was removed"):
+            assert gpu.compile_for("sm_90a", source, "twice<int>", ()) == names[0]
+        assert loaded[-1].read_bytes() == elf
+    loaded[0].unlink()
+    loaded[0].mkdir()
+    with pytest.raises(BackendError, match=r"cache .* can't be used: .*directory.*CUPY_CACHE_DIR"):
+        gpu.compile_for("sm_90a", source, "twice<int>", ())
 
 
 @pytest.mark.parametrize(("dtype", "dim", "dim_v"), [("bfloat16", 64, 64), ("bfloat16", 64, 128), ("bfloat16", 128, 64),

@@ -1,5 +1,6 @@
 """The Numba kernels: every vector width, every way through a block, shapes around tiles and vectors, accuracy."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -95,10 +96,10 @@ def test_the_width_is_that_of_the_named_cpu(name, size):
 
 @pytest.fixture
 def in_pairs(monkeypatch):
-    """bfloat16 multiplied in pairs, fast here or not."""
+    """bfloat16 multiplied in pairs, which nobody asks for by himself."""
     if not vector.machine().pairs:
         pytest.skip("this CPU has no product of bfloat16 pairs")
-    monkeypatch.setattr(numba_, "pairs_pay", lambda: True)
+    monkeypatch.setattr(numba_.NumbaBackend, "products", "pairs")
 
 
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (80, 33), (2, 24), (17, 16)])
@@ -125,6 +126,16 @@ def test_any_dim(dtype, dim):
     for n_q in (3, 210):
         q, k, v = data(dim, n_q, 150, 2, 1, dim, 513 - dim, dtype)
         check(q, k, v, *ranges("causal", n_q, 150), scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_have_the_same_bits_on_any_number_of_threads(dtype):
+    for n_q, n_k, heads, kv_heads, dim in [(400, 700, 2, 2, 64), (1500, 2000, 1, 1, 24), (210, 900, 6, 2, 40)]:
+        q, k, v = data(5, n_q, n_k, heads, kv_heads, dim, dim, dtype)
+        results = [attend(q, k, v, *ranges("causal", n_q, n_k), 0.1, threads=threads) for threads in (1, 2, 3, 5)]
+        for other in results[1:]:
+            for x, y in zip(results[0], other, strict=True):
+                assert x.tobytes() == y.tobytes()
 
 
 @pytest.mark.parametrize("n_q", [1, 7])
@@ -316,7 +327,7 @@ def test_the_cache_knows_every_source(tmp_path, monkeypatch):
     from ringmpi.backends.cpu import fold
     names = {module.__name__.rsplit(".", 1)[1] for module in fold.SOURCES} | {"fold"}
     kernels = {path.stem for path in Path(fold.__file__).parent.glob("*.py")
-               if "numba" in path.read_text() and path.stem not in ("__init__", "peak")}
+               if "numba" in path.read_text() and path.stem not in ("__init__", "cache", "peak")}
     assert names == kernels
     before = fold._digest()
     copy = tmp_path / "tile.py"
@@ -379,3 +390,49 @@ def test_a_cache_that_cannot_be_written_is_one_warning():
 def test_the_packed_bytes_that_memory_counts_are_the_backend_s():
     from ringmpi import memory
     assert memory.PACKED_BYTES["numba"] == numba_.PACKED_BYTES
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped", "a folder"])
+def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, damage):
+    """Whichever file it is: never an exception, and no damaged machine code is run; then it is whole again."""
+    script, folder = tmp_path / "kernel.py", tmp_path / "cache"
+    script.write_text("import numba; from ringmpi.backends.cpu import cache, fold\n"
+                      "def add(x):\n    return x + 1\n"
+                      "f = numba.njit(add)\nf._cache = cache.KernelCache(add)\nfold.compile_for(f, 1)\n"
+                      "assert f(1) == 2\nprint(sum(f.stats.cache_hits.values()))\n"
+                      "assert type(fold.fold_keys._cache) is cache.KernelCache")
+
+    def run():
+        return subprocess.run([sys.executable, script], env=os.environ | {"NUMBA_CACHE_DIR": str(folder)},
+                              capture_output=True, text=True, timeout=100, check=True)
+
+    assert (run().stdout, run().stdout) == ("0\n", "1\n")
+    files = sorted(folder.rglob("*.nb?"))
+    assert len(files) == 2
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) * 2 // 3] ^= 4
+        file.write_bytes({"half": content[:len(content) // 2], "empty": b""}.get(damage, content))
+        if damage == "a folder":
+            file.unlink()
+            file.mkdir()
+        done = run()
+        assert done.stdout == "0\n"
+        assert done.stderr.count("the kernel cache") == 1
+        assert str(file) in done.stderr
+        if damage == "a folder":
+            assert "remove the file, or set NUMBA_CACHE_DIR" in done.stderr
+            file.rmdir()
+            run()
+        again = run()
+        assert (again.stdout, again.stderr) == ("1\n", "")
+
+
+def test_a_cache_of_another_version_is_left_without_a_word(tmp_path):
+    """What was saved names classes that are no longer there."""
+    from ringmpi.backends.cpu import cache
+    file = tmp_path / "x.nbi"
+    body = b"cno_such_module\nThing\n."
+    file.write_bytes(hashlib.sha256(body).digest() + body)
+    assert cache._read(file) is None
+    assert not file.exists()

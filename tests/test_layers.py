@@ -11,11 +11,12 @@ import ringmpi
 
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
-    {"errors", "notices"},
+    {"errors", "keywords", "notices"},
     {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"device", "backends.sources"},
+    {"binaries", "backends.sources", "backends.products"},
+    {"device"},
     {"arrays", "backends.base", "backends.hopper"},
-    {"backends.cpu", "backends.cpu.vector"},
+    {"backends.cpu", "backends.cpu.vector", "backends.cpu.cache"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
     {"backends.cpu.pack", "backends.cpu.softmax_rows", "backends.cpu.score_rows"},
     {"backends.cpu.tile", "backends.cpu.gradient_rows", "backends.cpu.block"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"backends.proof"},
     {"backends.cuda"},
     {"backends"},
-    {"checks", "clocks", "link", "transport"},
+    {"checks", "clocks", "link", "threads", "transport"},
     {"homeward", "exchange", "shards"},
     {"ring"},
     {"engine", "plan"},

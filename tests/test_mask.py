@@ -22,8 +22,7 @@ def masks(draw, n_k):
         "q_offset": draw(st.none() | st.integers(-10, 40)),
     }
     if draw(st.booleans()):
-        inner = draw(st.sets(st.integers(1, max(n_k - 1, 1)), max_size=5)) if n_k > 1 else set()
-        options["documents"] = [0, *sorted(inner), n_k] if n_k else [0]
+        options["documents"] = [0, *sorted(draw(st.lists(st.integers(0, n_k) | st.just(n_k), max_size=5)))]
     return options
 
 
@@ -54,15 +53,26 @@ def test_ends_are_aligned():
     assert high.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("documents", [[0, 5, 5, 10], [0, 7, 3, 10], [1, 10], [], [[0, 10]], [0.0, 10.0]])
-def test_documents_must_increase(documents):
+@pytest.mark.parametrize("documents", [[0, 7, 3, 10], [1, 10], [], [[0, 10]], [0.0, 10.0]])
+def test_documents_must_not_decrease(documents):
     with pytest.raises(MaskError, match="documents"):
         Mask(documents=documents)
 
 
-def test_documents_must_end_at_the_last_key():
-    with pytest.raises(MaskError, match="must be the number of keys, 10, got 9"):
-        Mask(documents=[0, 4, 9]).check(10)
+def test_documents_must_end_among_the_keys():
+    with pytest.raises(MaskError, match="must be at most the number of keys, 10, got 11"):
+        Mask(documents=[0, 4, 11]).check(10)
+
+
+def test_documents_may_be_empty_and_leave_padding():
+    mask = Mask(documents=[0, 0, 2, 2, 2, 5, 5], causal=True, window=(1, 0), first=1)
+    mask.check(8)
+    seen = sum(((np.arange(8) >= low[:, None]) & (np.arange(8) < high[:, None]) for low, high in
+                mask.bounds(np.arange(8), 8, 8)), np.zeros((8, 8), bool))
+    assert [np.flatnonzero(row).tolist() for row in seen] == [[0], [0, 1], [2], [2, 3], [3, 4], [], [], []]
+    (low, high), = Mask(documents=[0]).bounds(np.arange(3), 3, 3)
+    assert (high - low).tolist() == [0, 0, 0]
+    assert Mask(documents=[0, 2]) != Mask(documents=[0, 2, 2])
 
 
 @pytest.mark.parametrize("options", [{"window": -1}, {"window": (1, 2, 3)}, {"window": 1.5}, {"prefix": -1},
@@ -81,6 +91,11 @@ def test_numbers_that_mean_no_limit_do_not_wrap():
     for offset in (far, -far, 2**63):
         with pytest.raises(OptionError, match="q_offset"):
             Mask(q_offset=offset)
+
+
+def test_keywords_of_others_are_answered_with_ours():
+    with pytest.raises(TypeError, match=r"Mask got an unexpected keyword argument 'cu_seqlens'; here .*documents=off"):
+        Mask(cu_seqlens=[0, 3])
 
 
 def test_equality():

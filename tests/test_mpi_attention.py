@@ -63,8 +63,9 @@ def make_layout(kind, length, size):
 def make_mask(kind, n_k):
     inner = sorted({n_k // 5, n_k // 3, n_k // 2} - {0, n_k})
     documents = [0, *inner, n_k] if n_k else [0]
+    padded = [0, *inner, *inner[:2], n_k - n_k // 9]              # empty documents, and tokens in none
     return {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
-            "documents": {"documents": documents}, "prefix": {"causal": True, "prefix": n_k // 3},
+            "documents": {"documents": sorted(padded)}, "prefix": {"causal": True, "prefix": n_k // 3},
             "first": {"window": (n_k // 6, 0), "first": 3},
             "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
             }[kind]
@@ -107,7 +108,7 @@ def of_size(case, size):
 
 def draw_mask(draw, length):
     """Options of any mask."""
-    documents = [0, *sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=3))), length]
+    documents = [0, *sorted(draw(st.lists(st.integers(0, length) | st.just(length), max_size=4)))]
     return {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
             "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
             "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),

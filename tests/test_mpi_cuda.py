@@ -292,3 +292,10 @@ def test_from_file_to_file(comm, gpu, monkeypatch, tmp_path, layout):
     assert record["gpu_transport"] == "staged"
     assert "gpu_transport=staged" in record["gpu_transport_reason"]
     assert early == [True]
+
+
+def test_all_ranks_take_the_kernel_for_hopper_or_none(comm, emulated, monkeypatch):
+    for asked, taken in (([True] * comm.size, True), ([True] * (comm.size - 1) + [False], False)):
+        monkeypatch.setenv("RINGMPI_HOPPER", str(int(asked[comm.rank])))
+        with RingAttention(comm, backend="cuda") as attention:
+            assert attention.backend.hopper is taken

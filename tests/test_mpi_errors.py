@@ -2,11 +2,13 @@
 
 import re
 import time
+import warnings
 
 import numpy as np
 import pytest
 
 from ringmpi import (
+    BackendError,
     CommError,
     Contiguous,
     DtypeError,
@@ -54,10 +56,12 @@ EVERYWHERE = {
     "scale": (OptionError, "scale: expected a finite number, got nan", good(), {"scale": float("nan")}),
     "scale text": (OptionError, "scale: expected a finite number", good(), {"scale": "big"}),
     "threads": (OptionError, "threads: expected an integer >= 1", good(), {"threads": 0}),
+    "many threads": (OptionError, r"threads: expected at most \d+ CPU threads a rank on this machine, got 100000",
+                     good(), {"threads": 100000}),
     "timeout": (OptionError, "timeout: expected seconds > 0", good(), {"timeout": 0}),
     "backend": (OptionError, "backend: expected one of auto, numba, numpy", good(), {"backend": "abacus"}),
     "mask": (OptionError, r"mask: expected a ringmpi.Mask", good(), {"mask": "causal"}),
-    "documents": (MaskError, "the last offset must be the number of keys", good(), {"mask": Mask(documents=[0, 3])}),
+    "documents": (MaskError, "the last offset must be at most the", good(), {"mask": Mask(documents=[0, 99])}),
     "masked array": (DtypeError, "k: expected an array without a mask", good(k=np.ma.masked_less(f4(4, 2, 8), 0)), {}),
     "overflowing scale": (OptionError, "scale: 1e.39 is not finite", good(), {"scale": 1e39}),
     "accumulator": (DtypeError, "accumulator: expected", good(), {"accumulator": "float16"}),
@@ -269,3 +273,47 @@ def attempt(attention):
     except (MemoryError, RingError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def test_what_looks_like_torch_s_order_is_warned_of_once(comm):
+    """On rank 0 alone, and once for a plan; where a warning is an error all ranks have it."""
+    x, fitting = f4(2, 2 * comm.size + 65, 8), f4(70, 70, 8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with RingAttention(comm, backend="numpy") as attention:
+            for y in (x, x, fitting):
+                attention(y, y, y)
+    assert len(said) == (comm.rank == 0)
+    for one in said:
+        assert re.search(rf"heads and {2 * comm.size} tokens in all, which looks like \(heads, tokens, dim\)",
+                         str(one.message))
+    with warnings.catch_warnings(), RingAttention(comm, backend="numpy") as attention:
+        warnings.simplefilter("error")
+        with pytest.raises(Exception, match="which looks like"):
+            attention(x, x, x)
+        attention(fitting, fitting, fitting)
+
+
+def test_a_way_to_multiply_that_one_rank_lacks(comm, monkeypatch):
+    from ringmpi.backends.numba_ import NumbaBackend
+    from ringmpi.backends.products import PRODUCTS, bits
+    made = NumbaBackend.__init__
+
+    def make(self, *arguments):
+        made(self, *arguments)
+        self.ways = bits(["widen"] if comm.rank == comm.size - 1 else PRODUCTS)
+
+    monkeypatch.setattr(NumbaBackend, "__init__", make)
+    x = f4(2, 2, 8)
+    with RingAttention(comm, backend="numba") as attention:
+        assert attention.backend.products == "widen"
+    with pytest.raises(BackendError, match=f"'pairs' is not there on rank {comm.size - 1}"):
+        ring_attention(x, x, x, comm=comm, backend="numba", bfloat16_products="pairs")
+    monkeypatch.setattr(NumbaBackend, "__init__", made)
+    monkeypatch.setenv("RINGMPI_BFLOAT16_PRODUCTS", "native")
+    with pytest.raises(OptionError, match="RINGMPI_BFLOAT16_PRODUCTS: expected one of auto, widen, pairs"):
+        ring_attention(x, x, x, comm=comm)
+    if comm.size > 1:
+        monkeypatch.setenv("RINGMPI_BFLOAT16_PRODUCTS", "widen" if comm.rank else "auto")
+        with pytest.raises(OptionError, match="bfloat16_products is"):
+            ring_attention(x, x, x, comm=comm)

@@ -1,5 +1,7 @@
 """ringmpi.torch: autograd through the ring, and training through it. Runs under mpiexec."""
 
+import copy
+import io
 import itertools
 import math
 
@@ -196,6 +198,82 @@ def train(positions, attend, reduce):
         optimiser.step()
         losses.append(float(reduce(loss.detach())))
     return losses
+
+
+class Holder(torch.nn.Module):
+    """Holds what can't be copied."""
+
+    def __init__(self, comm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.comm = torch.nn.Linear(8, 24), comm
+        self.attention = ringmpi.RingAttention(comm, mask=ringmpi.Mask(causal=True), backend="numpy", layout="striped")
+
+    def forward(self, x):
+        x = ringmpi.torch.redistribute(x, comm=self.comm)
+        q, k, v = self.project(x * 2).reshape(len(x), 2, 12).split(4, dim=2)
+        return ringmpi.torch.ring_attention(q, k, v, attention=self.attention).sin().sum()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")      # torch's own, on tracing
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_module_gives_what_it_gives_without(comm, backend):
+    layer, x = Holder(comm), torch.randn(5, 8, generator=torch.Generator().manual_seed(comm.rank))
+    torch.compiler.reset()
+    results = []
+    for model in (layer, torch.compile(layer, backend=backend)):
+        layer.zero_grad()
+        loss = model(x)
+        loss.backward()
+        results.append([loss.detach(), layer.project.weight.grad.clone()])
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+    layer.attention.close()
+
+
+def test_a_module_that_holds_a_ring_attention_is_copied_but_not_saved(comm):
+    layer = Holder(comm)
+    twin = copy.deepcopy(layer)
+    assert twin.attention is layer.attention
+    assert twin.project.weight is not layer.project.weight
+    torch.save(layer.state_dict(), io.BytesIO())
+    with pytest.raises(TypeError, match=r"can't be pickled: .*state_dict\(\)"):
+        torch.save(layer.attention, io.BytesIO())
+    layer.attention.close()
+
+
+@pytest.mark.parametrize("options", [
+    {"scale": torch.tensor(0.3, requires_grad=True)}, {"softcap": torch.tensor(30.0, requires_grad=True)},
+    {"dropout": torch.tensor(0.1, requires_grad=True)}, {"alibi": torch.ones(4, requires_grad=True)},
+    {"alibi": [torch.tensor(1.0, requires_grad=True)] * 4}], ids=lambda x: str(next(iter(x))))
+def test_a_constant_that_wants_a_gradient_is_refused(comm, options):
+    q, k, v = tensors(0, 3)
+    name = next(iter(options))
+    with pytest.raises(ringmpi.OptionError, match=f"{name}: expected a constant, got a tensor that requires"):
+        ringmpi.torch.ring_attention(q, k, v, comm=comm, **options)
+    value = options[name]
+    plain = {name: [x.detach() for x in value] if isinstance(value, list) else value.detach()}
+    ringmpi.torch.ring_attention(q, k, v, comm=comm, **plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_function_for_arrays_refuses_what_it_would_not_differentiate(comm, dtype):
+    q, k, v = tensors(0, 3, dtype=dtype)
+    with pytest.raises(ringmpi.DtypeError, match="q: expected an array, got a tensor that requires a gradient"):
+        ringmpi.ring_attention(q, k, v, comm=comm)
+
+
+def test_a_cotangent_may_require_a_gradient(comm):
+    q, k, v = tensors(0, 3)
+    out, lse = ringmpi.torch.ring_attention(q, k, v, comm=comm, return_lse=True)
+    torch.autograd.backward([out, lse], [torch.ones_like(x, requires_grad=True) for x in (out, lse)])
+    assert q.grad.isfinite().all()
+
+
+def test_keywords_of_torch_are_answered_with_ours(comm):
+    q, k, v = tensors(0, 3)
+    with pytest.raises(TypeError, match=r"ring_attention got .* 'is_causal'; here that is mask=ringmpi.Mask\(causal"):
+        ringmpi.torch.ring_attention(q, k, v, comm=comm, is_causal=True)
 
 
 def test_a_transformer_trains_as_in_one_process(comm):

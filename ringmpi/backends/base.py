@@ -13,6 +13,7 @@ from ..device import Device
 from ..layout import Integers
 from ..score import Score
 from ..softmax import Gradient, State, dots, finish
+from .products import bits, choose
 
 
 class Backend:
@@ -29,14 +30,33 @@ class Backend:
     ------
     BackendError
         If this machine cannot run the backend; the message says what is missing.
+
+    Attributes
+    ----------
+    ways : int
+        Bits of what it can do here in more than one way, for `settle`: how to multiply bfloat16, see `products.bits`.
+    products : str
+        How it does: one of `products.PRODUCTS`.
     """
 
     name = "base"
     compiles = False                  # whether `prepare` may take long
+    ways = bits(["widen"])
+    products = "widen"
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         self.threads = threads
+
+    def settle(self, wished: str, ways: Sequence[int]) -> None:
+        """Take the same way on all ranks, before `prepare`: by a wish, and the `ways` of each. Local.
+
+        Raises
+        ------
+        BackendError
+            If what is wished for is not there on a rank.
+        """
+        self.products = choose(wished, ways)
 
     def current(self) -> AbstractContextManager[None]:
         """Make the backend's GPU the current one for a while; nothing on the host. Local."""
@@ -108,6 +128,7 @@ class Backend:
         sees nothing is left as it was. No array of ``n_q × n_k`` is made.
 
         One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
+        The result depends on the arguments and the number of threads alone.
 
         Parameters
         ----------

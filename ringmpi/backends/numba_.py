@@ -7,13 +7,15 @@ Two ways through a block, after what there is to reuse:
 * *Few rows* (decoding). A packed tile would be used once, so each task packs it in its own cache, or reads keys as they
   came: a range of keys of one key head × all rows, into a state of its own; the states are merged at the end.
 
-A row is a query and a head: the heads of a group share the packed keys. Results depend on the number of threads, not on
-which of them was faster. The backward pass has one way, `cpu.backward`.
+A row is a query and a head: the heads of a group share the packed keys. The backward pass has one way, `cpu.backward`.
+
+Which thread was faster never matters. With many rows their number does not either: the result has the same bits on any.
+With few rows the ranges of keys, and in the backward pass the chunks of rows, are as many as the threads ask for, and
+so the order of sums, and the last bits, go by the number of threads.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -33,11 +35,11 @@ from .base import Backend
 from .cpu.backward import Backward, Limits
 from .cpu.block import Block, plain, speed
 from .cpu.fold import add_sums, compile_for, differentiate_keys, fold_keys, pack_tiles, pack_twice
-from .cpu.peak import multiply_add_peak
 from .cpu.product import ROWS
 from .cpu.team import Task, Team
 from .cpu.vector import machine
 from .cpu.workspace import BackRoom, Packed, Rows
+from .products import PRODUCTS, bits
 
 Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
@@ -54,6 +56,7 @@ class NumbaBackend(Backend):
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
+        self.ways = bits(PRODUCTS if machine().pairs else ["widen"])
         self._team = Team(threads)
         self._key: Any = None
         self._rows: list[Rows] = []
@@ -123,6 +126,7 @@ class NumbaBackend(Backend):
             return
         if self._busy:
             raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
+        self._team.check()
         self._busy = True
         try:
             area = counted = 0
@@ -139,8 +143,8 @@ class NumbaBackend(Backend):
         """Give a block for the forward pass: its scale is positive, for maxima of products; the sign goes to q."""
         if score.scale < 0:
             q, score = -q, replace(score, scale=-score.scale)
-        pairs = score.plain and q.dtype == BFLOAT16 and kind == np.float32 and q.shape[2] % 2 == 0 and pairs_pay()
-        return Block(kind, q, k, v, begin, end, score, pairs)
+        pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and kind == np.float32
+        return Block(kind, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
 
     def _reserve(self, block: Block) -> Packed:
         """Make the work space for blocks like this one, unless the last one was."""
@@ -212,11 +216,12 @@ class NumbaBackend(Backend):
 
     def release(self) -> None:
         """Give the work space back. Local."""
-        self._rows, self._packed, self._key = [], None, None
-        self._back, self._back_key = None, None
+        self._rows = []
+        self._key = self._packed = None
+        self._back_key = self._back = None
 
     def close(self) -> None:
-        """End the threads. Local."""
+        """End the threads, and give the work space back. Local."""
         self.release()
         self._team.close()
 
@@ -229,17 +234,3 @@ def _key(block: Block) -> tuple[int, int, np.dtype[Any], bool]:
 def _step(block: Block, rows: int, packed: Packed) -> int:
     """Columns that `rows` rows take about STEP_FLOP for, in whole tiles."""
     return max(1, int(STEP_FLOP * speed(block.kind) / (2 * rows * packed.tile * block.numbers))) * packed.tile
-
-
-@functools.cache
-def pairs_pay() -> bool:
-    """Say whether multiplying pairs of bfloat16 is faster here than widening them first. Local.
-
-    Both occur: some CPUs do twice the arithmetic in pairs, some half. Measured, the best of ten turns of 0.2 ms each,
-    since other ranks may be busy on the same cores.
-    """
-    if not machine().pairs:
-        return False
-    turns = [[multiply_add_peak(kind, 1, 2e-4) for kind in ("pairs", "float32")] for _ in range(10)]
-    in_pairs, widened = (max(column) for column in zip(*turns, strict=True))
-    return bool(in_pairs > widened)

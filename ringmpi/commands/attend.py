@@ -60,10 +60,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace, options: Options) -> int:
+    from ..checks import check_threads
     from ..job import check_paths, inspect
     from ..memory import predict
     if launched_rank():
         return 0
+    check_threads(arguments.threads)
     sizes = inspect(arguments.input, options)
     check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .options import DTYPES, add_backend, positive, seconds
+from .options import DTYPES, add_backend, add_products, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 MASKS = ("full", "causal", "window", "documents")
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--kernels", nargs="+", choices=("numba", "numpy", "ringmpi", "torch"),
                         help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
     kernel.add_argument("--heads", type=positive, default=2, metavar="H")
+    add_products(kernel)
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
     ring.add_argument("--dim", type=positive, default=64, metavar="D")
@@ -106,6 +107,8 @@ def _check_kernels(arguments: argparse.Namespace) -> None:
             raise OptionError("--kernels: expected ringmpi among them with --backend cuda, which the others are beside")
         if arguments.threads:
             raise OptionError("--threads: counts CPU threads, which --backend cuda does not use")
+        if arguments.bfloat16_products != "auto":
+            raise OptionError("--bfloat16-products: says how CPUs multiply, and --backend cuda does not use them")
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..backends import NAMES, open_backend, reason_missing
+from ..backends.products import wish
+from ..checks import check_threads
 from ..environment import cores, refuse_many
 from ..mask import Mask
 from ..score import Score
@@ -69,9 +71,11 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
     refuse_many("bench kernel")
     chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
-    threads = arguments.threads or len(cores())
+    threads = check_threads(arguments.threads) or len(cores())
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
+    if "numba" in backends:
+        backends["numba"].settle(wish(arguments.bfloat16_products), [backends["numba"].ways])
     compiled: dict[str, float] = {}
     memory = np.ones(MEMORY // 4, np.float32)
     rows = []
@@ -93,13 +97,13 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int, arguments: argparse.Namespace,
              memory: Any) -> list[dict[str, Any]]:
     from ..backends.cpu.peak import multiply_add_peak, read_bandwidth
-    from ..backends.numba_ import pairs_pay
     runs = {name: (_forward if direction == "forward" else _backward)(case, backend)
             for name, backend in backends.items()}
     peer = _torch(case, direction, threads) if "torch" in arguments.kernels else None
     if peer:
         runs["torch"] = peer
-    in_pairs = direction == "forward" and case.dtype == "bfloat16" and case.dim % 2 == 0 and pairs_pay()
+    in_pairs = (direction == "forward" and case.dtype == "bfloat16" and case.dim % 2 == 0 and "numba" in backends
+                and backends["numba"].products == "pairs")
     product = "pairs" if in_pairs else str(accumulator(case.q.dtype))
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks, bandwidths = [], []

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from .. import layout, mpi
 from ..attention import RingAttention
+from ..backends.products import wish
+from ..checks import check_threads
 from ..engine import Engine
 from ..environment import cores, use_cores
 from ..mask import Mask
@@ -44,14 +46,15 @@ class _Bench:
         self.arguments, self.comm = arguments, comm
         self.dtype = check_dtype(arguments.dtype, "--dtype")
         self.figures: dict[str, list[NDArray[np.float64]]] = {}
-        self.threads = arguments.threads or comm.threads
+        with comm.together(arguments.timeout):
+            self.threads = check_threads(arguments.threads) or comm.threads
         records = comm.share([self.threads, comm.leader], arguments.timeout)
         self.one_node = len(set(records[:, 1])) == 1
         self.all_threads = int(records[:, 0].sum())
         everyone = comm.share_text(json.dumps(sorted(cores())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
-                             arguments.allow_gpu_sharing)
+                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
         self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
@@ -60,7 +63,8 @@ class _Bench:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
                              backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
-                             allow_gpu_sharing=self.arguments.allow_gpu_sharing)
+                             allow_gpu_sharing=self.arguments.allow_gpu_sharing,
+                             bfloat16_products=self.arguments.bfloat16_products)
 
     def _arrays(self, n: int) -> list[Any]:
         rng = np.random.default_rng(self.comm.rank)

@@ -76,7 +76,8 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
             text = read_text(paths, start, context + arguments.queries)
             write_text(source, text, arguments.queries, BFLOAT16, force=True)
     options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend,
-                      gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing)
+                      gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing,
+                      bfloat16_products=arguments.bfloat16_products)
     report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
     with comm.together(arguments.timeout):
         if text is not None:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+PRODUCTS = ("auto", "widen", "pairs")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
@@ -58,7 +59,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="how many keys before and after the query are visible; one number is both, "
                             "an empty side is no limit")
     group.add_argument("--documents", action="store_true", default=default(False),
-                       help="tokens see their own document only: offsets [0, ..., tokens] in dataset `documents`")
+                       help="tokens see their own document only: offsets [0, ...] in dataset `documents`; tokens "
+                            "from the last one on are padding")
     group.add_argument("--prefix", type=natural, default=default(None), metavar="N",
                        help="the first N keys are visible in spite of --causal")
     group.add_argument("--first", type=natural, default=default(0), metavar="N",
@@ -85,6 +87,14 @@ def add_backend(parser: Any) -> None:
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
     parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share a GPU, if there are too few")
+    add_products(parser)
+
+
+def add_products(parser: Any) -> None:
+    """Add what says how CPUs multiply bfloat16."""
+    parser.add_argument("--bfloat16-products", choices=PRODUCTS, default="auto",
+                        help="how CPUs multiply bfloat16: widened to float32, or in pairs (AVX512_BF16), which rounds "
+                             "the weights too (default: RINGMPI_BFLOAT16_PRODUCTS, else widened)")
 
 
 def check_mask(parser_error: Any, arguments: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ alone, so the digest of all the files that the machine code comes from is part o
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numba
 
 from ...environment import launched_rank
 from . import gradient, gradient_rows, pack, product, score_rows, softmax_rows, tile, vector
+from .cache import KernelCache, warn_once
 from .gradient import differentiate_tile, load_back, pack_tile, store_back
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
@@ -33,7 +33,6 @@ from .tile import (
     visible,
 )
 
-_warned: list[bool] = []
 SOURCES = (vector, product, softmax_rows, score_rows, gradient_rows, pack, tile, gradient)
 
 
@@ -168,22 +167,20 @@ def compile_for(function: Any, *arguments: Any) -> None:
 
 def _warn(error: Exception) -> None:
     """Say once, on the launcher's rank 0, that there is no cache."""
-    if launched_rank() == 0 and not _warned:
-        _warned.append(True)
-        warnings.warn(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
-                      "that can be written", RuntimeWarning, stacklevel=3)
+    if launched_rank() == 0:
+        warn_once(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
+                  "that can be written")
 
 
 def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
     """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
     for function in functions:
+        compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
         try:
-            yield numba.njit(**options)(function)
+            compiled._cache = KernelCache(function)       # as enable_caching does, with Numba's own
         except RuntimeError as error:
             _warn(error)
-            options["cache"] = False
-            yield numba.njit(**options)(function)
+        yield compiled
 
 
 pack_tiles, fold_keys, pack_twice, differentiate_keys, add_sums = _compiled(

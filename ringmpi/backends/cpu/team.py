@@ -38,7 +38,7 @@ class Team:
 
         The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
         """
-        self._check()
+        self.check()
         queue, stop = deque(sorted(tasks, key=lambda task: -task.cost)), Event()
         self._live.add(stop)
         done: deque[int] = deque()
@@ -51,11 +51,11 @@ class Team:
                 for call, cost in task.steps:
                     call(0)
                     yield cost + _collect(done)
-                    self._check()
+                    self.check()
             while working := [helper for helper in helpers if not helper.done()]:
                 wait(working, POLL_SECONDS, FIRST_COMPLETED)
                 yield _collect(done)
-            self._check()
+            self.check()
             for helper in helpers:
                 helper.result()
             yield _collect(done)
@@ -64,7 +64,8 @@ class Team:
             wait(helpers)
             self._live.discard(stop)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise `BackendError` if the team is closed. Local."""
         if self._closed:
             raise BackendError("this backend is closed; open another one")
 

@@ -1,0 +1,64 @@
+"""How CPUs multiply bfloat16: a choice with a name, never a matter of a stopwatch, and the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..environment import BFLOAT16_PRODUCTS, bfloat16_products
+from ..errors import BackendError, OptionError
+
+# By preference. `widen` makes float32 of what is multiplied, and every CPU has it. `pairs` multiplies two numbers at a
+# time as they are (AVX512_BF16), and rounds the weights too. On a Xeon with AVX512_BF16 and AMX, dim 64 and 128, it
+# took 1.5 to 1.6 times as long: there the instruction does half of what float32's does.
+PRODUCTS = ("widen", "pairs")
+NAMES = ("auto", *PRODUCTS)
+
+
+def check_products(name: str, what: str = "bfloat16_products") -> None:
+    """Raise `OptionError` unless `name` is one of `NAMES`. Local."""
+    if name not in NAMES:
+        raise OptionError(f"{what}: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def wish(request: str) -> str:
+    """Give what is asked for: by the caller, else by the variable RINGMPI_BFLOAT16_PRODUCTS, else ``"auto"``. Local.
+
+    Raises
+    ------
+    OptionError
+        If one of the two is none of `NAMES`.
+    """
+    variable = bfloat16_products() or "auto"
+    check_products(request)
+    check_products(variable, BFLOAT16_PRODUCTS)
+    return variable if request == "auto" else request
+
+
+def bits(names: Iterable[str]) -> int:
+    """Give some of `PRODUCTS` as an integer, a bit for each. Local."""
+    return sum(1 << PRODUCTS.index(name) for name in names)
+
+
+def choose(wished: str, ways: Iterable[int]) -> str:
+    """Choose among what all ranks have: what is wished for, with ``"auto"`` the first of `PRODUCTS`. Local.
+
+    Parameters
+    ----------
+    wished : str
+        The same on all ranks.
+    ways : iterable of int
+        What each rank has; see `Backend.ways`.
+
+    Raises
+    ------
+    BackendError
+        If a rank does not have it.
+    """
+    ways = [int(way) for way in ways]
+    if wished == "auto":
+        return next(name for name in PRODUCTS if all(way & bits([name]) for way in ways))
+    without = [rank for rank, way in enumerate(ways) if not way & bits([wished])]
+    if without:
+        raise BackendError(f"bfloat16_products: {wished!r} is not there on rank {without[0]}: expected a CPU with "
+                           f"AVX512_BF16, and backend numba; take 'auto' or 'widen'")
+    return wished

@@ -1,0 +1,61 @@
+"""How bfloat16 is multiplied: chosen by name and by what the ranks have, not by a stopwatch."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ringmpi import BackendError, OptionError
+from ringmpi.backends import open_backend
+from ringmpi.backends.cpu import vector
+from ringmpi.backends.products import PRODUCTS, bits, choose, wish
+from ringmpi.commands import options
+from ringmpi.environment import BFLOAT16_PRODUCTS
+
+BOTH, WIDEN = bits(PRODUCTS), bits(["widen"])
+
+
+def test_what_all_ranks_have_is_chosen():
+    assert choose("auto", [BOTH, BOTH]) == choose("auto", [BOTH, WIDEN]) == "widen"
+    assert choose("auto", np.array([bits(["pairs"])] * 2)) == "pairs"
+    assert choose("pairs", [BOTH, BOTH]) == "pairs"
+    with pytest.raises(BackendError, match="'pairs' is not there on rank 1: expected a CPU with AVX512_BF16"):
+        choose("pairs", [BOTH, WIDEN])
+
+
+def test_the_caller_is_heard_before_the_variable(monkeypatch):
+    monkeypatch.delenv(BFLOAT16_PRODUCTS, raising=False)
+    assert wish("auto") == "auto"
+    monkeypatch.setenv(BFLOAT16_PRODUCTS, "pairs")
+    assert (wish("auto"), wish("widen")) == ("pairs", "widen")
+    with pytest.raises(OptionError, match="bfloat16_products: expected one of auto, widen, pairs, got 'fast'"):
+        wish("fast")
+    monkeypatch.setenv(BFLOAT16_PRODUCTS, "native")
+    with pytest.raises(OptionError, match=f"{BFLOAT16_PRODUCTS}: expected one of"):
+        wish("auto")
+
+
+def test_the_command_line_has_the_same_names():
+    assert ("auto", *PRODUCTS) == options.PRODUCTS
+
+
+def test_numba_has_what_the_cpu_has():
+    backend = open_backend("numba", 1)
+    assert backend.ways == (BOTH if vector.machine().pairs else WIDEN)
+    assert backend.products == "widen"
+    backend.close()
+    assert open_backend("numpy", 1).ways == WIDEN
+
+
+def test_no_backend_asks_a_clock_what_to_do():
+    """In a process of its own, as what was found may be kept."""
+    code = ("import time\n"
+            "def clock(): raise AssertionError('a stopwatch')\n"
+            "import numpy as np, ml_dtypes, ringmpi.backends as b; from ringmpi.score import Score\n"
+            "x = b.open_backend('numba', 1); q = np.ones((1, 1, 2), ml_dtypes.bfloat16)\n"
+            "x.prepare(q.dtype, np.dtype('f4'), 2, 2); s = x.new_state(1, 1, 2, 'f4')\n"
+            "time.perf_counter = time.monotonic = clock\n"
+            "one = np.ones(1, int); list(x.accumulate(s, q, q, q, 0 * one, one, Score(1.0))); print(x.products)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout == "widen\n", done.stderr
