@@ -44,7 +44,8 @@ ASK_SECONDS = 5.0                 # of waiting before the other ranks are asked 
 LOG_SECONDS = 60.0                # of waiting before the log says so; then twice, four times it
 FREE_SECONDS = 5.0                # to wait for the other ranks to free a communicator with this one
 
-HEADER = np.dtype([("call", "i8"), ("options", "i8"), ("failed", "i8"), ("nbytes", "i8")])
+CALL, OPTIONS, FAILED, NBYTES = range(4)      # int64 numbers at the head of what an exchange brings
+HEADER_BYTES = 32
 RECORD_BYTES = 256                # of the first message of an exchange, with a payload that fits
 NOTHING = np.empty(0, np.uint8)
 
@@ -221,6 +222,7 @@ class Comm:
         start = moved = self._waits_since = time.perf_counter()
         self._peers = peers
         ask = min(ASK_SECONDS, timeout / 4)
+        slept = False
         say = LOG_SECONDS
         try:
             while True:
@@ -228,7 +230,8 @@ class Comm:
                 if done:
                     return time.perf_counter() - start
                 now = time.perf_counter()
-                if busy > MOVING * self._idle:
+                slow = busy > MOVING * self._idle
+                if slow and not slept:          # just awake, polls are slow for want of a warm cache: look again
                     moved = now
                 self._idle = min(self._idle, busy)
                 seconds = now - start
@@ -242,7 +245,8 @@ class Comm:
                     say *= 2
                     self._log(describe(), start)
                 pause = (now - moved - SPIN) / 8
-                if pause > 0:
+                slept = pause > 0 and not (slow and slept)
+                if slept:
                     time.sleep(min(pause, LONGEST_PAUSE))
                 else:
                     os.sched_yield()
@@ -392,20 +396,20 @@ class Comm:
             self.place = ""
         if digest is None:
             digest = 0 if options is None else digest_of(options)
-        mine = np.array((_hash(call), digest, error is not None, payload.size), HEADER)
+        mine = np.array((_hash(call), digest, error is not None, payload.size), np.int64)
         heads, rows = self._meet(mine, payload, timeout)
         if (heads == mine).all() and error is None:
             return rows
-        if (heads["call"] != mine["call"]).any():
+        if (heads[:, CALL] != heads[0, CALL]).any():
             self._refuse_calls(call, timeout)
-        if heads["failed"].any():
+        if heads[:, FAILED].any():
             self.raise_agreed(error, timeout)
-        if (heads["options"] != mine["options"]).any():
+        if (heads[:, OPTIONS] != heads[0, OPTIONS]).any():
             self._refuse_options(options or {}, timeout)
         return rows
 
-    def _meet(self, head: NDArray[Any], payload: NDArray[np.uint8],
-              timeout: float) -> tuple[NDArray[Any], list[NDArray[np.uint8]]]:
+    def _meet(self, head: NDArray[np.int64], payload: NDArray[np.uint8],
+              timeout: float) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]]]:
         """Exchange headers and payloads, of whatever size each is."""
         if load().Is_finalized():
             raise CommError("MPI is finalized: no communicator can be used any more")
@@ -413,14 +417,14 @@ class Comm:
             raise CommError(f"this communicator can't be used after an earlier failure ({self.lost}); make a new one")
         if self.size == 1:
             return head[None], [payload]
-        start = HEADER.itemsize
-        self._mine[:start] = head[None].view(np.uint8)
+        start = HEADER_BYTES
+        self._mine[:start] = head.view(np.uint8)
         fits = payload.size <= RECORD_BYTES - start
         if fits:
             self._mine[start:start + payload.size] = payload
         self._allgather(self._mine, self._all, timeout)
-        heads = self._all[:, :start].copy().view(HEADER)[:, 0]
-        sizes = heads["nbytes"].tolist()
+        heads = self._all[:, :start].copy().view(np.int64)
+        sizes = heads[:, NBYTES].tolist()
         largest = max(sizes)
         if largest <= RECORD_BYTES - start:
             return heads, [row[start:start + nbytes].copy() for row, nbytes in zip(self._all, sizes, strict=True)]
@@ -506,7 +510,7 @@ class Comm:
     def _texts(self, text: str, timeout: float) -> list[str]:
         """Gather texts about an error that all ranks know of."""
         data = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
-        rows = self._meet(np.array((0, 0, 0, data.size), HEADER), data, timeout)[1]
+        rows = self._meet(np.array((0, 0, 0, data.size), np.int64), data, timeout)[1]
         return [row.tobytes().decode(errors="ignore") for row in rows]
 
     @contextmanager

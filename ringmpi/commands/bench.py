@@ -2,6 +2,7 @@
 
     ringmpi bench kernel --dim 64 128 --mask full causal --shape 8192x8192 --pass forward backward
     mpiexec -n 4 ringmpi bench ring --tokens 16384 --causal
+    mpiexec -n 2 ringmpi bench network
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -30,7 +31,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D")
@@ -59,8 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backend(ring)
     ring.add_argument("--heads", type=positive, default=4, metavar="H")
     ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
+                                               "calls that move the same; run it under mpiexec")
+    network.add_argument("--mib", type=positive, default=64, metavar="N",
+                         help="MiB of each array of a rank (default: 64)")
+    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
+    network.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
     for sub in (kernel, ring):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
+    for sub in (kernel, ring, network):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N", help="runs to take the median of")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
 
@@ -80,6 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
         rows, more = measure_kernel(arguments)
         hidden = {"threads", "GB/s", "peak GFLOP/s", "copy GB/s"}
         print("compiled or loaded in", ", ".join(f"{t:.1f} s ({name})" for name, t in more["compile_seconds"].items()))
+    elif arguments.kind == "network":
+        from .bench_network import measure as measure_network
+        rows, hidden = measure_network(arguments), set()
     else:
         from .bench_ring import measure as measure_ring
         if arguments.backend == "cuda":

@@ -55,6 +55,7 @@ class _Bench:
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
                              arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
+        self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
         self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
