@@ -81,7 +81,7 @@ def test_other_dtypes_are_refused(path, dtype):
 
 
 def test_pieces(path, monkeypatch):
-    monkeypatch.setattr("ringmpi.hdf5.PIECE_BYTES", 100)
+    monkeypatch.setattr("ringmpi.stored.PIECE_BYTES", 100)
     rows = np.random.default_rng(0).standard_normal((97, 5))
     save(path, rows)
     assert (load(path) == rows).all()
@@ -261,6 +261,8 @@ def test_integers(path):
             read_integers(file, "float")
         with pytest.raises(ValueError, match=r"expected shape \(offsets\)"):
             read_integers(file, "square")
+        with pytest.raises(ValueError, match="at most 2 integers, got 3"):
+            read_integers(file, "documents", most=2)
 
 
 def test_output_appears_whole_or_not_at_all(path):
@@ -288,7 +290,7 @@ def test_disk_full(monkeypatch, path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", full)      # of the file, before it has its name
+    monkeypatch.setattr("os.fsync", full)      # of the file, before it has its name
     with pytest.raises(OutputError, match="No space left"):
         save(path, np.ones(3))
     assert not list(path.parent.iterdir())

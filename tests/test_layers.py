@@ -12,8 +12,8 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
-    {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"device", "backends.sources"},
+    {"environment", "files", "layout", "mask", "score", "softmax", "trace"},
+    {"device", "backends.sources", "stored"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"backends.proof"},
     {"backends.cuda"},
     {"backends"},
-    {"checks", "link", "transport"},
+    {"checks", "link", "manifest", "transport"},
     {"homeward", "exchange", "shards"},
     {"ring"},
     {"engine", "plan"},

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import h5py
 import numpy as np
@@ -257,12 +258,13 @@ def test_a_linked_output_is_read_where_it_is(path, tmp_path):
 
 
 def test_incomplete_is_noticed_and_everything_is_flushed(path, monkeypatch):
-    calls = []
-    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", lambda p: calls.append((p.name, h5py.is_hdf5(p))))
+    calls, fsync = [], os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     make(path)
-    assert [name for name, is_file in calls if is_file][-1].startswith(".out.h5.")
-    assert sum(is_file for _, is_file in calls) == 4
-    assert sum(not is_file for _, is_file in calls) == 4
+    flushed = [name.removeprefix(f"{path.parent}") for name in calls]
+    assert [sum(".0000" in name for name in flushed), sum("/.out.h5." in name for name in flushed)] == [3, 1]
+    assert {"", "/out.h5.shards", "/out.h5.shards/first"} < set(flushed)
+    assert flushed[-1] == ""              # the folder, once OUT.h5 has its name
     with h5py.File(path, "a") as file:
         file.attrs["complete"] = False
     with pytest.raises(ShardError, match="damaged"):

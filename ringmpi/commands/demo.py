@@ -87,7 +87,7 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
 
 
 def _results(target: Path) -> tuple[Any, Any]:
-    from ..shards import read_manifest
+    from ..manifest import read_manifest
     manifest = read_manifest(target)
     out, lse = (manifest.rows(name, 0, manifest.shapes[name][0]) for name in ("out", "lse"))
     return out, lse
