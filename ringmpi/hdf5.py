@@ -12,7 +12,7 @@ import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,14 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     with reading(path):
         # by its real name: HDF5 looks for virtual sources beside the name it was given
         file = h5py.File(os.path.realpath(path), "r", locking="best-effort")
-    with file:
+    try:
         yield file
+    except BaseException:
+        with suppress(*H5PY_ERRORS):
+            file.close()
+        raise
+    with reading(path):
+        file.close()
 
 
 def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dataset:
