@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from .softmax import DTYPES
 from .stored import check_storage, file_type, whole_rows
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
+PROBE = "import sys, h5py; file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']"
+PROBE_SECONDS = 60.0
 COUNT = 2**62                  # of rows, heads or bytes: whatever is above is no size
 
 Array = NDArray[Any]
@@ -140,6 +144,8 @@ def _attribute(file: h5py.File, name: str, most: int) -> Any:
     if attribute.shape != () or attribute.get_storage_size() > most:
         return None
     value = file.attrs[name]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
     return value if isinstance(value, str) else bool(value) if isinstance(value, np.bool_) else None
 
 
@@ -169,6 +175,25 @@ def _check_manifest(manifest: Manifest) -> None:
 
 def _are_counts(*values: Any) -> bool:
     return all(type(value) is int and 0 <= value < COUNT for value in values)
+
+
+def probe(path: Path) -> None:
+    """Let another process open the views of an OUT.h5 first. Local.
+
+    The heap where HDF5 keeps them has no checksum, and the library dies or never ends over some of what can be there.
+
+    Raises
+    ------
+    ShardError
+        If it does.
+    """
+    try:
+        line = [sys.executable, "-c", PROBE, path]
+        done = subprocess.run(line, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ShardError(f"{path}: is damaged: HDF5 did not open its views in {PROBE_SECONDS:g} s") from None
+    if done.returncode < 0:
+        raise ShardError(f"{path}: is damaged: HDF5 died of it, by signal {-done.returncode}")
 
 
 def check_view(file: h5py.File, manifest: Manifest) -> None:

@@ -25,7 +25,7 @@ from .environment import virtual_prefix
 from .errors import OutputError, ShardError
 from .files import check_writable, flush_to_disk, writing
 from .hdf5 import check_regular, create_dataset, open_file, reading, write_array, write_file, write_rows
-from .manifest import Manifest, Shard, check_view, read_manifest
+from .manifest import Manifest, Shard, check_view, probe, read_manifest
 from .softmax import DTYPES
 from .stored import file_type, row_pieces
 
@@ -134,7 +134,7 @@ class Output:
             for name, (shape, dtype) in shapes.items():
                 _create_view(file, name, shape, dtype, shards)
             write_array(file, "manifest", np.bytes_(manifest))
-            file.attrs["manifest_sha256"] = hashlib.sha256(manifest).hexdigest()
+            file.attrs["manifest_sha256"] = np.bytes_(hashlib.sha256(manifest).hexdigest())
             _set_attributes(file, record)
 
     def clear_replaced(self) -> None:
@@ -185,6 +185,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     manifest = read_manifest(path)
     if virtual_prefix() is not None:
         raise ShardError(f"{path}: refused: HDF5_VDS_PREFIX leads its views to other shards; unset it")
+    probe(manifest.path)
     with open_file(manifest.path) as file:
         check_view(file, manifest)
     folder = manifest.path.parent

@@ -1,11 +1,14 @@
 """A cut of attacks.py: writes that fail, full disks, flipped bytes, two jobs for one output."""
 
+import contextlib
 import errno
 import os
+import signal
 import subprocess
 import sys
 
 import attacks
+import h5py
 import pytest
 
 from ringmpi.cli import main
@@ -65,8 +68,30 @@ def test_two_jobs_for_one_output(tmp_path):
     check(attacks.races(tmp_path, rounds=2), 2)
 
 
-def test_flipped_bytes(tmp_path):
+def test_flipped_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("ringmpi.shards.probe", lambda path: None)        # for speed
     assert attacks.REFUSED in check(attacks.flips(tmp_path, step=31), 100)
+
+
+def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
+    """In the heap of the views: the library dies, or never ends."""
+    def opened(path):
+        signal.alarm(2)
+        with contextlib.suppress(Exception), h5py.File(path) as file:
+            list(map(file.get, ("out", "lse")))
+        return "survived"
+
+    def deadly(whole):
+        first, path = whole.index(b"GCOL"), tmp_path / "right.h5"
+        found = {}
+        for at in range(first, first + 800):
+            path.write_bytes(attacks.flipped(whole, at))
+            found.setdefault(attacks.in_child(lambda: opened(path)), at)
+        del found["survived"]
+        return found.values()
+
+    monkeypatch.setattr("ringmpi.manifest.PROBE_SECONDS", 4.0)
+    assert check(attacks.flips(tmp_path, places=deadly), 2) == {attacks.REFUSED}
 
 
 READ_FAULT = """
