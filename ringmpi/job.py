@@ -379,6 +379,8 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool)
     """
     if "%" in target.name:
         raise OptionError(f"{target}: expected a name without %: HDF5 takes it for a pattern of files")
+    if not target.name.isprintable():
+        raise OptionError(f"{str(target)!r}: expected a name of printable UTF-8 text, by which HDF5 finds the shards")
     streams = (None, STANDARD_OUTPUT)
     named = {"input": source, "output": target} | ({"--json": json_path} if json_path not in streams else {})
     seen: dict[Path, str] = {}
