@@ -188,7 +188,7 @@ def probe(path: Path) -> None:
         If it does.
     """
     try:
-        line = [sys.executable, "-c", PROBE, path]
+        line = [sys.executable, "-c", PROBE, str(path)]
         done = subprocess.run(line, capture_output=True, timeout=PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise ShardError(f"{path}: is damaged: HDF5 did not open its views in {PROBE_SECONDS:g} s") from None

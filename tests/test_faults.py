@@ -76,7 +76,7 @@ def test_flipped_bytes(tmp_path, monkeypatch):
 def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
     """In the heap of the views: the library dies, or never ends."""
     def opened(path):
-        signal.alarm(2)
+        signal.alarm(3)
         with contextlib.suppress(Exception), h5py.File(path) as file:
             list(map(file.get, ("out", "lse")))
         return "survived"

@@ -91,11 +91,15 @@ def test_shards_in_a_folder_that_is_a_link(source, tmp_path, capsys):
     assert not names(tmp_path / "elsewhere")
 
 
-def test_a_name_that_is_taken_meanwhile(tmp_path):
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_name_that_is_taken_meanwhile(tmp_path, monkeypatch, seen):
+    """Even between the last look and the naming."""
     def race():
         with new_file(tmp_path / "x") as file:
             file.write(b"late")
             (tmp_path / "x").write_text("first")
+            if not seen:
+                monkeypatch.setattr("ringmpi.files.check_writable", lambda path, force: None)
 
     with pytest.raises(OutputError, match="exists"):
         race()

@@ -292,6 +292,13 @@ def test_what_is_no_plain_manifest(path, name):
     assert verify(path).rows("out", 0, 10).tobytes() == out.tobytes()
 
 
+def test_a_manifest_has_a_limit(path, monkeypatch):
+    make(path)
+    monkeypatch.setattr("ringmpi.manifest.MANIFEST_BYTES", 100)
+    with pytest.raises(ShardError, match="its manifest: expected at most 100 bytes, got"):
+        verify(path)
+
+
 @pytest.mark.parametrize("value", [np.arange(3), h5py.Empty("f4"), 5, "x" * 1000, np.void(b"1234"), [b"a", b"b"], 1j])
 @pytest.mark.parametrize("name", ["manifest_sha256", "complete"])
 def test_odd_attributes(path, name, value):
