@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from . import __version__
 from .environment import launched_rank
 from .errors import CommError, LaunchError, RankLost, RingError, RingTimeout
+from .files import standard_output
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(own)
     options = own.parse_args(chosen.arguments)
     try:
-        return int(command.run(options))
+        with standard_output():
+            return int(command.run(options))
     except RingError as error:
         return _explain(error)
     except Exception:         # noqa: BLE001 (the other ranks must not wait for this one)

@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,8 @@ def writing(path: Path) -> Iterator[None]:
     except RingError:
         raise
     except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error}") from error
+        name = "standard output" if path == STANDARD_OUTPUT else path
+        raise OutputError(f"{name}: can't be written: {error}") from error
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -293,6 +294,44 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def not_what_was_written(path: Path) -> str:
     """Say that a file reads otherwise than it was written. Local."""
     return f"{path}: can't be written: what was read back is not what was written; is the storage sound?"
+
+
+class _Printed:
+    """A text stream whose errors are errors of output."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with writing(STANDARD_OUTPUT):
+            return int(self._stream.write(text))
+
+    def flush(self) -> None:
+        with writing(STANDARD_OUTPUT):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Let what a block prints reach standard output, or end in an `OutputError`: to a full disk, say. Local."""
+    stream = sys.stdout
+    try:
+        with redirect_stdout(_Printed(stream)):
+            yield
+            sys.stdout.flush()
+    except OutputError:
+        _give_up(stream)
+        raise
+
+
+def _give_up(stream: Any) -> None:
+    """Let what a stream still holds go nowhere, or the interpreter tries again when it ends, and fails."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+        stream.flush()
 
 
 def _is_stream(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -188,11 +189,23 @@ def test_json_to_standard_output(source, tmp_path):
     assert json.loads(done.stdout)["ranks"] == 1
     assert "64 tokens on 1 rank" in done.stderr
     assert names(tmp_path) == ["out.h5", "out.h5.shards"]
+
+
+@pytest.mark.parametrize("command", [["info"], ["check", "in.h5", "out.h5"],
+                                     ["attend", "in.h5", "new.h5", "--json", "-", "--quiet"],
+                                     ["attend", "in.h5", "new.h5", "--dry-run"], ["attend", "in.h5", "new.h5"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_is_full(source, tmp_path, command, unbuffered):
+    shutil.copy(source, tmp_path / "in.h5")
+    assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*line, "--force"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True,
-                              timeout=60, check=False)
-    assert done.returncode == 6
-    assert "No space left" in done.stderr
+        done = subprocess.run([sys.executable, "-m", "ringmpi", *command], cwd=tmp_path, stdout=full, timeout=60,
+                              stderr=subprocess.PIPE, text=True, check=False,
+                              env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 6, done.stderr
+    assert re.match(r"ringmpi: (rank 0: )?standard output: can't be written: .*No space left", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_json_that_cannot_be_written(source, tmp_path, capsys):

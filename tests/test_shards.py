@@ -263,12 +263,12 @@ def strange_manifests(folder):
         os.mkfifo(folder / "pipe")
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_external(str(folder / "pipe").encode(), 0, 100)
-        h5py.h5d.create(file.id, b"manifest", kind, h5py.h5s.create_simple((1,)), properties)
+        h5py.h5d.create(file.id, b"manifest", kind, scalar, properties)
 
     return {
         "external link": lambda file: file.__setitem__("manifest", h5py.ExternalLink("other.h5", "x")),
         "soft link": lambda file: file.__setitem__("manifest", h5py.SoftLink("/out")),
-        "external storage": lambda file: h5py.h5d.create(file.id, b"manifest", kind, h5py.h5s.create_simple((1,)),
+        "external storage": lambda file: h5py.h5d.create(file.id, b"manifest", kind, scalar,
                                                          external(folder)),
         "a pipe": pipe,
         "huge": huge,
