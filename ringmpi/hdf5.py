@@ -7,7 +7,6 @@ plugins, and can read as zeros what was never written. Each of these is refused 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 import zlib
@@ -24,11 +23,10 @@ from .environment import virtual_prefix
 from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from .files import kind, new_file, not_what_was_written
 from .softmax import BFLOAT16
-from .stored import check_storage, file_type, memory_type, row_pieces, stored_dtype, whole_rows
+from .stored import check_storage, file_type, follow, memory_type, row_pieces, stored_dtype, whole_rows
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError)      # its ways to say: damaged
 CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
-SHOWN_NAMES = 20               # of a file, in an error
 LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK}
 
 
@@ -177,6 +175,30 @@ def read_rows(dataset: h5py.Dataset, start: int, stop: int, raw: str | None = No
 def read_rows_into(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
     """Read rows from `start` on into a contiguous array of the dataset's dtype and row shape, bit for bit. Local.
 
+    Those of a virtual dataset are read from its sources: HDF5 itself takes one that it can't open, for whatever
+    reason, for zeros, and says nothing.
+
+    Raises
+    ------
+    ShardError
+        If a checksum does not match or the file can't be read.
+    """
+    if not dataset.is_virtual:
+        read_as_shown(dataset, start, rows)
+        return
+    for source in dataset.virtual_sources():
+        begin, end = whole_rows(source.vspace, dataset.shape)
+        first, last = max(begin, start), min(end, start + len(rows))
+        if first < last:
+            with open_file(_source_path(dataset, source.file_name)) as file:
+                target = follow(file, source.dset_name)
+                skipped = whole_rows(source.src_space, target.shape)[0] + first - begin
+                read_as_shown(target, skipped, rows[first - start:last - start])
+
+
+def read_as_shown(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
+    """Read rows as any reader of HDF5 sees them: those of a virtual dataset through it. Local.
+
     Raises
     ------
     ShardError
@@ -305,44 +327,6 @@ def _spaces(dataset: h5py.Dataset, start: int, piece: NDArray[Any]) -> tuple[Any
     return h5py.h5s.create_simple(piece.shape), space
 
 
-def follow(file: h5py.File, path: str) -> Any:
-    """Walk to an object, link by link; never leave the file, follow at most ten soft links. Local."""
-    here: Any = file
-    where = f"{file.filename}: {path!r}"
-    parts, links = _split(path), 0
-    while parts:
-        part = parts.pop(0)
-        if not isinstance(here, h5py.Group):
-            raise ShardError(f"{where}: {here.name!r} is no group")
-        try:
-            link = here.get(part, getlink=True)
-        except (KeyError, TypeError, ValueError):
-            link = None
-        if link is None:
-            raise ShardError(f"{where}: no such dataset; the file has {_names(file)}")
-        if isinstance(link, h5py.ExternalLink):
-            raise ShardError(f"{where}: refused: an external link to {link.filename!r}; inputs must not lead outside "
-                             "their file")
-        if isinstance(link, h5py.SoftLink):
-            links += 1
-            if links > 10:
-                raise ShardError(f"{where}: refused: more than ten soft links")
-            here = file if link.path.startswith("/") else here
-            parts = _split(link.path) + parts
-        else:
-            here = here[part]
-    return here
-
-
-def _names(file: h5py.File) -> str:
-    names = sorted(itertools.islice(file, SHOWN_NAMES))
-    return ", ".join(names) + (" ..." if len(file) > SHOWN_NAMES else "") or "none"
-
-
-def _split(path: str) -> list[str]:
-    return [part for part in path.split("/") if part not in ("", ".")]
-
-
 def _check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw: str | None) -> None:
     """Open and check each virtual source: one that is missing reads as zeros, silently."""
     if virtual_prefix() is not None:
@@ -351,7 +335,7 @@ def _check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw:
     rows = []
     for source in dataset.virtual_sources():
         name = source.file_name
-        path = (folder / name).resolve() if name != "." else Path(dataset.file.filename).resolve()
+        path = _source_path(dataset, name)
         if "%" in name or os.path.isabs(name) or not path.is_relative_to(folder):
             raise ShardError(f"{where}: refused: its virtual source {name!r} is outside the file's folder")
         with open_file(path) as file:
@@ -371,6 +355,11 @@ def _check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw:
     edges = [0, *(stop for _, stop in sorted(rows))]
     if [start for start, _ in sorted(rows)] != edges[:-1] or edges[-1] != len(dataset):
         raise ShardError(f"{where}: refused: its virtual sources leave rows out or give them twice")
+
+
+def _source_path(dataset: h5py.Dataset, name: str) -> Path:
+    own = Path(dataset.file.filename).resolve()
+    return own if name == "." else (own.parent / name).resolve()
 
 
 def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:

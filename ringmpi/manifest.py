@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ShardError
-from .hdf5 import follow, open_dataset, open_file, read_rows, reading
+from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
 from .softmax import DTYPES
-from .stored import check_storage, file_type, whole_rows
+from .stored import check_storage, file_type, follow, whole_rows
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
 PROBE = "import sys, h5py; file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']"
@@ -80,7 +80,8 @@ class Manifest:
                 if first < last:
                     piece = self._read(shard, name, first, last)
                     with reading(self.path):      # opened anew for each: HDF5 keeps sources open as long as the view
-                        shown = read_rows(follow(whole, name), first, last)
+                        shown = np.empty_like(piece)
+                        read_as_shown(follow(whole, name), first, shown)
                     if shown.tobytes() != piece.tobytes():
                         raise ShardError(f"{self.path}: rows {first}..{last} of {name} are not those of {shard.file}")
                     pieces.append(piece)

@@ -1,4 +1,4 @@
-"""How a dataset is stored: the dtype of its items, and whether all of its data is there.
+"""Where a dataset is and how it is stored: the dtype of its items, and whether all of its data is there.
 
 What was never written reads as zeros, and some ways to store take more memory to read than the file has. Both are
 refused with their reason.
@@ -6,6 +6,7 @@ refused with their reason.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,46 @@ FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 PIECE_BYTES = 2**28            # of one read or write: far below the 2 GiB where MPI-IO and HDF5 had bugs
 CHUNK_BYTES = 2**28            # of a filtered chunk that is read: it comes to memory as a whole
 BFLOAT16_FIELDS = (15, 7, 8, 0, 7)     # sign, exponent position and size, mantissa position and size
+SHOWN_NAMES = 20               # of a file, in an error
 RAW_DTYPE = "bfloat16"         # what 16-bit items that are no floats may be said to be
+
+
+def follow(file: h5py.File, path: str) -> Any:
+    """Walk to an object, link by link; never leave the file, follow at most ten soft links. Local."""
+    here: Any = file
+    where = f"{file.filename}: {path!r}"
+    parts, links = _split(path), 0
+    while parts:
+        part = parts.pop(0)
+        if not isinstance(here, h5py.Group):
+            raise ShardError(f"{where}: {here.name!r} is no group")
+        try:
+            link = here.get(part, getlink=True)
+        except (KeyError, TypeError, ValueError):
+            link = None
+        if link is None:
+            raise ShardError(f"{where}: no such dataset; the file has {_names(file)}")
+        if isinstance(link, h5py.ExternalLink):
+            raise ShardError(f"{where}: refused: an external link to {link.filename!r}; inputs must not lead outside "
+                             "their file")
+        if isinstance(link, h5py.SoftLink):
+            links += 1
+            if links > 10:
+                raise ShardError(f"{where}: refused: more than ten soft links")
+            here = file if link.path.startswith("/") else here
+            parts = _split(link.path) + parts
+        else:
+            here = here[part]
+    return here
+
+
+def _names(file: h5py.File) -> str:
+    names = sorted(itertools.islice(file, SHOWN_NAMES))
+    return ", ".join(names) + (" ..." if len(file) > SHOWN_NAMES else "") or "none"
+
+
+def _split(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
 
 
 def stored_dtype(dataset: h5py.Dataset, raw: str | None = None) -> np.dtype[Any]:

@@ -347,6 +347,19 @@ def test_virtual_sources(path, tmp_path):
         load(path)
 
 
+def test_a_source_that_goes_while_it_is_read_is_no_zero(path, tmp_path):
+    for name in ("a.h5", "b.h5"):
+        save(tmp_path / name, np.arange(1, 5, dtype="f4"))
+    virtual(path, [("a.h5", "x", 4), ("b.h5", "x", 4)])
+    with open_file(path) as file:
+        dataset = open_dataset(file, "x")
+        assert read_rows(dataset, 2, 7).tolist() == [3, 4, 1, 2, 3]
+        (tmp_path / "b.h5").unlink()
+        assert read_rows(dataset, 0, 4).tolist() == [1, 2, 3, 4]
+        with pytest.raises(ShardError, match=r"b\.h5: no such file"):
+            read_rows(dataset, 2, 7)
+
+
 def test_a_linked_file_finds_its_sources_where_it_is(tmp_path):
     for folder in ("c", "d"):
         (tmp_path / folder).mkdir()
