@@ -66,8 +66,7 @@ class Output:
             raise OutputError(f"{parent}: refused: a symbolic link; shards must lie beside {self.path.name}")
         try:
             with writing(self.folder):
-                parent.mkdir(exist_ok=True)
-                self.folder.mkdir()
+                self._make_folder()
         except OutputError:
             with suppress(OSError):           # if it is new, and empty
                 parent.rmdir()
@@ -75,6 +74,15 @@ class Output:
         if self.path.exists():
             with suppress(Exception):         # not one of ours, or an odd one: then nothing of it is removed
                 self._replaced = read_manifest(self.path)
+
+    def _make_folder(self, tries: int = 4) -> None:
+        self.folder.parent.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir()
+        except FileNotFoundError:             # another run has just taken the folder of folders away, as it was empty
+            if not tries:
+                raise
+            self._make_folder(tries - 1)
 
     def write(self, rank: int, start: int, out: Array, lse: Array) -> Shard:
         """Write this rank's shard: rows from `start`. Each rank.

@@ -129,10 +129,10 @@ def memory_type(dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Any:
     return file_type(dtype)
 
 
-def row_pieces(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[tuple[int, int]]:
-    """Cut the rows of an array into pieces of at most 256 MiB, or of one row: (start, stop). Local."""
+def row_pieces(shape: tuple[int, ...], dtype: np.dtype[Any], most: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut the rows of an array into pieces of at most 256 MiB, or `most`, or one row: (start, stop). Local."""
     row = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
-    step = max(1, PIECE_BYTES // row)
+    step = max(1, (PIECE_BYTES if most is None else most) // row)
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
 

@@ -85,7 +85,8 @@ def test_other_dtypes_are_refused(path, dtype):
 
 
 def test_pieces(path, monkeypatch):
-    monkeypatch.setattr("ringmpi.stored.PIECE_BYTES", 100)
+    monkeypatch.setattr("ringmpi.stored.PIECE_BYTES", 1000)
+    monkeypatch.setattr("ringmpi.hdf5.READ_BACK_BYTES", 300)
     rows = np.random.default_rng(0).standard_normal((97, 5))
     save(path, rows)
     assert (load(path) == rows).all()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -163,6 +164,20 @@ def test_two_runs_for_one_output_do_not_mix(path):
     runs[1].discard(0)
     verify(path)
     assert folders(path) == ["a"]
+
+
+def test_a_folder_that_another_run_takes_away(path, monkeypatch):
+    real, left = Path.mkdir, [2]
+
+    def mkdir(folder, *rest, **more):
+        if folder.name == "x" and left[0]:
+            left[0] -= 1
+            folder.parent.rmdir()
+        real(folder, *rest, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    Output(path, "x", False).prepare()
+    assert folders(path) == ["x"]
 
 
 def test_a_renamed_result_keeps_its_shards(path):
