@@ -17,9 +17,9 @@ from .environment import cores
 from .errors import ShapeError
 from .hdf5 import read_rows
 from .job import Options, datasets, make_mask, read_heads
+from .manifest import Manifest
 from .mask import Interval
 from .score import Score
-from .shards import Manifest
 from .softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
 
 PIECE_TOKENS = 8192          # keys at a time
@@ -86,12 +86,12 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
                              f"{result.dtypes['out']}")
         sample = np.sort(np.random.default_rng(seed).permutation(sizes.n_q)[:rows])
         scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
-        queries = _sampled(sample, q.shape, functools.partial(read_rows, q))
+        queries = _sampled(sample, q.shape, functools.partial(read_rows, q, raw=options.raw_dtype))
         positions = sample + mask.offset(sizes.n_q, sizes.n_k)
         slopes, sinks = of_heads["alibi"], of_heads["sinks"]
         score = Score(scale, options.softcap or 0.0, slopes, queries=positions)
         bounds = mask.bounds(sample, sizes.n_q, sizes.n_k)
-        exact, exact_lse, longest = _exact(queries, k, v, bounds, score, sinks)
+        exact, exact_lse, longest = _exact(queries, k, v, options.raw_dtype, bounds, score, sinks)
     given, given_lse = (_sampled(sample, result.shapes[name], functools.partial(result.rows, name))
                         for name in ("out", "lse"))
     out, spread = exact[..., :sizes.dim_v], exact[..., sizes.dim_v:]
@@ -116,7 +116,7 @@ def _sampled(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callable[[
     return np.concatenate([np.empty((0, *shape[1:])), *rows])
 
 
-def _exact(q: NDArray[np.float64], k: Any, v: Any, bounds: list[Interval], score: Score,
+def _exact(q: NDArray[np.float64], k: Any, v: Any, raw: str | None, bounds: list[Interval], score: Score,
            sinks: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Attention in float64 with values (v, |v|) side by side; and the longest key of each query head."""
     n_k, dim_v, group = len(k), v.shape[2], q.shape[1] // k.shape[1]
@@ -127,7 +127,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, bounds: list[Interval], score
     backend = open_backend("numpy", len(cores()))
     for start in range(0, n_k, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, n_k)
-        keys, values = (read_rows(x, start, stop).astype(np.float64) for x in (k, v))
+        keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (k, v))
         values = np.concatenate([values, np.abs(values)], axis=2)
         longest = np.maximum(longest, _norms(keys).max(axis=0).repeat(group))
         for low, high in bounds:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from . import __version__
 from .environment import launched_rank
 from .errors import CommError, LaunchError, RankLost, RingError, RingTimeout
+from .files import standard_output
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_arguments(own)
     options = own.parse_args(chosen.arguments)
     try:
-        with _short_warnings():
+        with _short_warnings(), standard_output():
             return int(command.run(options))
     except RingError as error:
         return _explain(error)

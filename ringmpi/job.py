@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 import uuid
@@ -11,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import h5py
 import numpy as np
@@ -22,26 +23,19 @@ from . import __version__, device, mpi
 from .attention import RingAttention
 from .checks import check_shapes
 from .environment import resident_bytes, shows_on_terminal
-from .errors import CommError, DtypeError, OptionError, OutputError, RankLost, RingError, RingTimeout, ShapeError
+from .errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
 from .exchange import redistribute
-from .hdf5 import (
-    check_axes,
-    check_writable,
-    flush_to_disk,
-    open_dataset,
-    open_file,
-    read_floats,
-    read_integers,
-    read_rows,
-    read_rows_into,
-    stored_dtype,
-)
+from .files import STANDARD_OUTPUT, check_record, check_writable, write_json
+from .hdf5 import check_axes, open_dataset, open_file, read_floats, read_integers, read_rows, read_rows_into
 from .layout import Contiguous
+from .manifest import Shard
 from .mask import Mask
-from .shards import Output, Shard
+from .shards import Output
 from .softmax import accumulator
+from .stored import RAW_DTYPE, stored_dtype
 
 Array = NDArray[Any]
+MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -67,13 +61,28 @@ class Options:
     q: str = "q"
     k: str = "k"
     v: str = "v"
+    raw_dtype: str | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Options:
-        """Read back what `asdict` gave, from JSON too. Local."""
+        """Read back what `asdict` gave, from JSON too. Local.
+
+        Raises
+        ------
+        ShardError
+            If a value is none that `asdict` gives.
+        """
         known = {f.name: record[f.name] for f in fields(cls) if f.name in record}
-        if known.get("window") is not None:
-            known["window"] = tuple(known["window"])
+        hints = get_type_hints(cls)
+        sides = known.pop("window", None)
+        for name, value in known.items():
+            number = isinstance(value, int) and isinstance(0.0, hints[name])       # JSON's 1 for 1.0
+            if not isinstance(value, hints[name]) and not number:
+                raise ShardError(f"expected options that a run can have, got {name} = {value!r}")
+        if sides is not None:
+            if not isinstance(sides, (list, tuple)) or [type(x) in (int, type(None)) for x in sides] != [True, True]:
+                raise ShardError(f"expected options that a run can have, got window = {sides!r}")
+            known["window"] = tuple(sides)
         return cls(**known)
 
 
@@ -127,11 +136,11 @@ def datasets(path: Path, options: Options) -> Iterator[tuple[h5py.File, list[h5p
         If they do not.
     """
     with open_file(path) as file:
-        found = [open_dataset(file, name) for name in (options.q, options.k, options.v)]
+        found = [open_dataset(file, name, options.raw_dtype) for name in (options.q, options.k, options.v)]
         for dataset in found:
             check_axes(dataset, ("tokens", "heads", "dim"))
         q, k, v = found
-        kinds = [stored_dtype(dataset) for dataset in found]
+        kinds = [stored_dtype(dataset, options.raw_dtype) for dataset in found]
         if len(set(kinds)) > 1:
             raise DtypeError(f"{path}: expected q, k and v of one dtype, got {', '.join(map(str, kinds))}")
         check_shapes(q.shape, k.shape, v.shape)
@@ -147,7 +156,7 @@ def make_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
     MaskError, OptionError, ShardError
         If it makes no sense, or there are no documents.
     """
-    documents = read_integers(file, "documents") if options.documents else None
+    documents = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else None
     mask = Mask(causal=options.causal, window=options.window, documents=documents, prefix=options.prefix,
                 first=options.first, q_offset=options.q_offset)
     mask.check(n_k)
@@ -162,14 +171,8 @@ def read_heads(file: h5py.File, options: Options, heads: int) -> dict[str, NDArr
     ShapeError, DtypeError, ShardError
         If there is not one number for each head.
     """
-    found: dict[str, NDArray[np.float64] | None] = {}
-    for name, wanted in (("alibi", options.alibi), ("sinks", options.sinks)):
-        numbers = read_floats(file, name) if wanted else None
-        if numbers is not None and len(numbers) != heads:
-            raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads},), one number for each head, "
-                             f"got {numbers.shape}")
-        found[name] = numbers
-    return found
+    return {name: read_floats(file, name, heads) if wanted else None
+            for name, wanted in (("alibi", options.alibi), ("sinks", options.sinks))}
 
 
 def inspect(path: Path, options: Options) -> Sizes:
@@ -344,12 +347,12 @@ def _read(world: Any, comm: mpi.Comm, attention: RingAttention, dataset: h5py.Da
     """Read this rank's rows of a dataset to where the backend computes, in the layout that it computes in."""
     layout, backend = Contiguous.even(len(dataset), comm.size), attention.backend
     start, count = layout.starts[comm.rank], layout.counts[comm.rank]
-    shape, dtype = (count, *dataset.shape[1:]), stored_dtype(dataset)
+    shape, dtype = (count, *dataset.shape[1:]), stored_dtype(dataset, RAW_DTYPE)     # as `datasets` has allowed
     if attention.layout == "contiguous":
         with clock.phase("read"), comm.together(attention.timeout), backend.current():
             return backend.gather(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
     with clock.phase("read"), comm.together(attention.timeout):
-        shard = read_rows(dataset, start, start + count)
+        shard = read_rows(dataset, start, start + count, RAW_DTYPE)
     with clock.phase("redistribute"):
         shard = redistribute(shard, comm=world, target=attention.layout, timeout=attention.timeout)
         with comm.together(attention.timeout), backend.current():
@@ -372,25 +375,6 @@ def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: flo
                   int(counts[:, 3].max()), phases)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that appears under its name only when it is whole. Local.
-
-    Raises
-    ------
-    OutputError
-        If it can't be written.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
-        flush_to_disk(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: can't be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_paths(source: Path, target: Path, json_path: Path | None, force: bool) -> None:
     """Check that input, output and record are different files, and that the outputs can be written. Local.
 
@@ -403,12 +387,15 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool)
     """
     if "%" in target.name:
         raise OptionError(f"{target}: expected a name without %: HDF5 takes it for a pattern of files")
-    named = {"input": source, "output": target} | ({"--json": json_path} if json_path else {})
+    if not target.name.isprintable():
+        raise OptionError(f"{str(target)!r}: expected a name of printable UTF-8 text, by which HDF5 finds the shards")
+    streams = (None, STANDARD_OUTPUT)
+    named = {"input": source, "output": target} | ({"--json": json_path} if json_path not in streams else {})
     seen: dict[Path, str] = {}
     for name, path in named.items():
-        other = seen.setdefault(path.resolve(), name)
+        other = seen.setdefault(Path(os.path.realpath(path)), name)
         if other != name:
             raise OptionError(f"{path}: expected different files, got the same one as {other} and {name}")
     check_writable(target, force)
     if json_path:
-        check_writable(json_path, force=True)
+        check_record(json_path)

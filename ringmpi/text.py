@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ShardError
-from .hdf5 import create_dataset, open_file, read_rows, row_pieces, write_file, write_rows
+from .hdf5 import create_dataset, open_file, read_rows, reading, write_array, write_file, write_rows
+from .stored import row_pieces
 
 ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
 DIM, DIM_V = 64, 32            # one bit of a 64-bit hash each; signs of a byte's code
@@ -79,10 +80,14 @@ def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
     """
     pieces, names, offsets, at = [], [], [0], 0
     for name, file in _files(paths):
-        size = file.stat().st_size
-        first, last = max(start - at, 0), min(start + tokens - at, size)
+        with reading(file):
+            size = file.stat().st_size
+            first, last = max(start - at, 0), min(start + tokens - at, size)
+            data = file.read_bytes()[first:last] if first < last else b""
+        if len(data) < last - first:
+            raise ShardError(f"{file}: became shorter while it was read")
         if first < last:
-            pieces.append(np.frombuffer(file.read_bytes()[first:last], np.uint8))
+            pieces.append(np.frombuffer(data, np.uint8))
             names.append(name)
             offsets.append(offsets[-1] + last - first)
         at += size
@@ -174,9 +179,9 @@ def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force
             write_rows(k, a, unpack(before[a:b], dtype))
             rows = code[text.data[a:b]].astype(dtype)
             write_rows(v, a, np.repeat(rows[:, None], len(ORDERS), axis=1))
-        file["documents"] = text.offsets
-        file["text"] = text.data
-        file["files"] = text.names
+        write_array(file, "documents", text.offsets)
+        write_array(file, "text", text.data)
+        file["files"] = [name.encode(errors="backslashreplace").decode() for name in text.names]
         file.attrs["orders"] = ORDERS
 
 

@@ -1,5 +1,9 @@
 """HDF5 in and out: bits kept, damage noticed, nothing followed out of the folder."""
 
+import os
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -81,7 +85,8 @@ def test_other_dtypes_are_refused(path, dtype):
 
 
 def test_pieces(path, monkeypatch):
-    monkeypatch.setattr("ringmpi.hdf5.PIECE_BYTES", 100)
+    monkeypatch.setattr("ringmpi.stored.PIECE_BYTES", 1000)
+    monkeypatch.setattr("ringmpi.hdf5.READ_BACK_BYTES", 300)
     rows = np.random.default_rng(0).standard_normal((97, 5))
     save(path, rows)
     assert (load(path) == rows).all()
@@ -130,6 +135,130 @@ def test_what_was_never_written_is_no_zero(path):
         load(path)
     with pytest.raises(ShardError, match="only 4 of 10 chunks"):
         load(path, "chunked")
+
+
+def low_level(path, name, shape, kind, layout=None, early=False, data=None):
+    """A dataset as other tools write it, or leave it."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    if isinstance(layout, tuple):
+        properties.set_chunk(layout)
+    elif layout is not None:
+        properties.set_layout(layout)
+    if early:
+        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    with h5py.File(path, "a") as file:
+        made = h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(shape), properties)
+        if data is not None:
+            made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.broadcast_to(np.float32(data), shape).copy())
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("layout", [None, h5py.h5d.COMPACT, (3, 4)])
+def test_bfloat16_of_any_layout(path, layout, big_endian):
+    kind = file_type(BFLOAT16)
+    if big_endian:
+        kind.set_order(h5py.h5t.ORDER_BE)
+    low_level(path, "x", (6, 4), kind, layout, data=1.5)
+    low_level(path, "unwritten", (6, 4), kind, layout)
+    assert load(path).dtype == BFLOAT16
+    assert (load(path) == 1.5).all()
+    with pytest.raises(ShardError, match=r"never written|0 of 2 chunks"):
+        load(path, "unwritten")
+
+
+@pytest.mark.parametrize("layout", [h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, (3, 4)])
+def test_what_got_its_place_early_is_no_zero(path, layout):
+    early = layout != h5py.h5d.COMPACT
+    for name, data in (("x", None), ("zeros", 0.0), ("data", 2.0), ("late", 0.0)):
+        low_level(path, name, (6, 4), h5py.h5t.IEEE_F32LE, (6, 4) if name == "late" else layout,
+                  early and name != "late", data)
+    for name in ("x", "zeros"):
+        with pytest.raises(ShardError, match=r"can't be told from data that was never written.*late allocation"):
+            load(path, name)
+    assert (load(path, "data") == 2).all()
+    assert (load(path, "late") == 0).all()
+    with h5py.File(path, "a") as file:
+        file["data"][...] = 0
+        file["data"][5, 3] = np.nan
+    assert np.isnan(load(path, "data")[5, 3])
+
+
+def test_a_small_file_with_a_large_chunk(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (2**18, 2**9), "f4", chunks=(2**18, 2**9), compression="gzip")
+        file["x"].id.write_direct_chunk((0, 0), b"nothing")
+    with pytest.raises(ShardError, match="takes 512 MiB of memory to read; copy it into chunks of at most 256"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["u2", ">u2", "i2", "V2"])
+def test_bfloat16_as_others_store_it(path, kind):
+    rows = np.random.default_rng(0).standard_normal((70, 3)).astype(BFLOAT16)
+    with h5py.File(path, "w") as file:
+        bits = rows.view("V2" if kind == "V2" else "u2").astype(kind) if kind == ">u2" else rows.view(kind)
+        file["x"] = bits
+        file["bytes"] = np.zeros(3, "u1")
+    with pytest.raises(DtypeError, match=r"say --raw-dtype bfloat16, or write HDF5's own"):
+        load(path)
+    with open_file(path) as file:
+        dataset = open_dataset(file, "x", "bfloat16")
+        assert read_rows(dataset, 7, 70, "bfloat16").tobytes() == rows[7:].tobytes()
+        with pytest.raises(DtypeError, match=r"got uint8$"):
+            open_dataset(file, "bytes", "bfloat16")
+
+
+def test_a_locked_file_is_not_called_damaged(path):
+    save(path, np.ones(3))
+    writer = ["-c", "import h5py, sys; f = h5py.File(sys.argv[1], 'a'); print(1, flush=True); sys.stdin.read()", path]
+    with subprocess.Popen([sys.executable, *writer], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(ShardError, match="is locked: another program has it open"):
+            load(path)
+        process.stdin.close()
+    assert load(path).tolist() == [1, 1, 1]
+
+
+def test_what_is_no_file(path):
+    os.mkfifo(path)
+    with pytest.raises(ShardError, match="this is a pipe"):
+        load(path)
+    with pytest.raises(ShardError, match="this is a folder"):
+        load(path.parent)
+
+
+def test_a_failed_write_is_heard_at_once_and_ends_well(path, monkeypatch):
+    """Whatever HDF5 does after that: many small chunks, whose index is read back while it is written."""
+    real, left = os.pwrite, [400]
+
+    def failing(*rest):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(122, "Disk quota exceeded")
+        return real(*rest)
+
+    def write():
+        with write_file(path) as file:
+            dataset = file.create_dataset("x", (200_000,), "f4", chunks=(8,))
+            dataset[...] = 1
+            file.disk.check()
+
+    monkeypatch.setattr("os.pwrite", failing)
+    with pytest.raises(OutputError, match="Disk quota exceeded"):
+        write()
+    assert not list(path.parent.iterdir())
+
+
+def test_what_reads_otherwise_does_not_appear(path, monkeypatch):
+    """As on storage that loses a write and says nothing."""
+    real = os.pwrite
+
+    def losing(descriptor, data, at):
+        return len(data) if len(data) > 500_000 else real(descriptor, data, at)
+
+    monkeypatch.setattr("os.pwrite", losing)
+    with pytest.raises(OutputError, match="what was read back is not what was written"):
+        save(path, np.random.default_rng(0).standard_normal((300_000, 2)))
+    assert not list(path.parent.iterdir())
 
 
 def test_external_link(path, tmp_path):
@@ -219,6 +348,19 @@ def test_virtual_sources(path, tmp_path):
         load(path)
 
 
+def test_a_source_that_goes_while_it_is_read_is_no_zero(path, tmp_path):
+    for name in ("a.h5", "b.h5"):
+        save(tmp_path / name, np.arange(1, 5, dtype="f4"))
+    virtual(path, [("a.h5", "x", 4), ("b.h5", "x", 4)])
+    with open_file(path) as file:
+        dataset = open_dataset(file, "x")
+        assert read_rows(dataset, 2, 7).tolist() == [3, 4, 1, 2, 3]
+        (tmp_path / "b.h5").unlink()
+        assert read_rows(dataset, 0, 4).tolist() == [1, 2, 3, 4]
+        with pytest.raises(ShardError, match=r"b\.h5: no such file"):
+            read_rows(dataset, 2, 7)
+
+
 def test_a_linked_file_finds_its_sources_where_it_is(tmp_path):
     for folder in ("c", "d"):
         (tmp_path / folder).mkdir()
@@ -261,6 +403,8 @@ def test_integers(path):
             read_integers(file, "float")
         with pytest.raises(ValueError, match=r"expected shape \(offsets\)"):
             read_integers(file, "square")
+        with pytest.raises(ValueError, match="at most 2 integers, got 3"):
+            read_integers(file, "documents", most=2)
 
 
 def test_output_appears_whole_or_not_at_all(path):
@@ -288,7 +432,7 @@ def test_disk_full(monkeypatch, path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", full)      # of the file, before it has its name
+    monkeypatch.setattr("os.fsync", full)      # of the file, before it has its name
     with pytest.raises(OutputError, match="No space left"):
         save(path, np.ones(3))
     assert not list(path.parent.iterdir())

@@ -12,8 +12,8 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "keywords", "notices"},
-    {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"binaries", "backends.sources", "backends.products"},
+    {"environment", "files", "layout", "mask", "score", "softmax", "trace"},
+    {"binaries", "backends.sources", "backends.products", "stored"},
     {"device"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector", "backends.cpu.cache"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"backends.proof"},
     {"backends.cuda"},
     {"backends"},
-    {"checks", "clocks", "link", "threads", "transport"},
+    {"checks", "clocks", "link", "manifest", "threads", "transport"},
     {"homeward", "exchange", "shards"},
     {"ring"},
     {"engine", "plan"},

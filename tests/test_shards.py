@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from ringmpi import OutputError, ShardError
+from ringmpi.cli import main
 from ringmpi.hdf5 import open_dataset, open_file, read_rows
 from ringmpi.shards import Output, merge, read_manifest, verify
 from ringmpi.softmax import DTYPES
@@ -163,6 +166,20 @@ def test_two_runs_for_one_output_do_not_mix(path):
     assert folders(path) == ["a"]
 
 
+def test_a_folder_that_another_run_takes_away(path, monkeypatch):
+    real, left = Path.mkdir, [2]
+
+    def mkdir(folder, *rest, **more):
+        if folder.name == "x" and left[0]:
+            left[0] -= 1
+            folder.parent.rmdir()
+        real(folder, *rest, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    Output(path, "x", False).prepare()
+    assert folders(path) == ["x"]
+
+
 def test_a_renamed_result_keeps_its_shards(path):
     make(path, seed=1)
     path.rename(path.with_name("old.h5"))
@@ -235,6 +252,215 @@ def test_manifests_that_make_no_sense(path, change):
         merge(path, path.with_name("single.h5"))
 
 
+def external(folder):
+    (folder / "text").write_bytes(b"{}" * 50)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_external(str(folder / "text").encode(), 0, 100)
+    return properties
+
+
+def strange_manifests(folder):
+    """What can be under the name `manifest` besides a manifest: by name, what puts it there."""
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(100)
+    scalar = h5py.h5s.create(h5py.h5s.SCALAR)
+
+    def huge(file):
+        kind.set_size(2**31 - 1)
+        h5py.h5d.create(file.id, b"manifest", kind, scalar)
+
+    def virtual(file):
+        layout = h5py.VirtualLayout((4,), "u1")
+        layout[:] = h5py.VirtualSource("x.h5", "x", (4,), "u1")
+        file.create_virtual_dataset("manifest", layout)
+
+    def pipe(file):
+        os.mkfifo(folder / "pipe")
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_external(str(folder / "pipe").encode(), 0, 100)
+        h5py.h5d.create(file.id, b"manifest", kind, scalar, properties)
+
+    return {
+        "external link": lambda file: file.__setitem__("manifest", h5py.ExternalLink("other.h5", "x")),
+        "soft link": lambda file: file.__setitem__("manifest", h5py.SoftLink("/out")),
+        "external storage": lambda file: h5py.h5d.create(file.id, b"manifest", kind, scalar,
+                                                         external(folder)),
+        "a pipe": pipe,
+        "huge": huge,
+        "virtual": virtual,
+        "unwritten": lambda file: h5py.h5d.create(file.id, b"manifest", kind, scalar),
+        "a group": lambda file: file.create_group("manifest"),
+        "text": lambda file: file.create_dataset("manifest", data="{}"),
+        "numbers": lambda file: file.create_dataset("manifest", (2**33,), "u1"),
+    }
+
+
+@pytest.mark.parametrize("name", list(strange_manifests(None)))
+def test_what_is_no_plain_manifest(path, name):
+    make(path)
+    with h5py.File(path, "a") as file:
+        del file["manifest"]
+        strange_manifests(path.parent)[name](file)
+    with pytest.raises(ShardError, match="manifest"):
+        verify(path)
+    out, _ = make(path, "second", force=True, seed=2)           # it is in nobody's way
+    assert verify(path).rows("out", 0, 10).tobytes() == out.tobytes()
+
+
+def test_a_manifest_has_a_limit(path, monkeypatch):
+    make(path)
+    monkeypatch.setattr("ringmpi.manifest.MANIFEST_BYTES", 100)
+    with pytest.raises(ShardError, match="its manifest: expected at most 100 bytes, got"):
+        verify(path)
+
+
+@pytest.mark.parametrize("value", [np.arange(3), h5py.Empty("f4"), 5, "x" * 1000, np.void(b"1234"), [b"a", b"b"], 1j])
+@pytest.mark.parametrize("name", ["manifest_sha256", "complete"])
+def test_odd_attributes(path, name, value):
+    make(path)
+    with h5py.File(path, "a") as file:
+        file.attrs[name] = value
+    with pytest.raises(ShardError, match="manifest"):
+        verify(path)
+
+
+def test_a_digest_that_is_text_of_any_length(path):
+    """As the first version wrote it."""
+    make(path)
+    with h5py.File(path, "a") as file:
+        file.attrs["manifest_sha256"] = file.attrs["manifest_sha256"].decode()
+    verify(path)
+
+
+@pytest.mark.parametrize("options", [{"window": 5}, {"window": [1, 2, 3]}, {"window": ["a", 1]}, {"causal": "yes"},
+                                     {"scale": "x"}, {"q": 5}, {"first": None}, {"documents": [1]}, {"softcap": {}}])
+def test_options_that_no_run_has(path, options, capsys):
+    make(path)
+    forge(path, lambda content: json.dumps({**content, "record": {"options": options}}).encode())
+    assert main(["check", str(path.with_name("in.h5")), str(path)]) == 3
+    assert "expected options that a run can have" in capsys.readouterr().err
+
+
+def swapped(file):
+    file.move("out", "x")
+    file.move("lse", "out")
+    file.move("x", "lse")
+
+
+def zeros(file):
+    shape = file["out"].shape
+    del file["out"]
+    file["out"] = np.zeros(shape, "f4")
+
+
+def view(shards, fill=np.nan, name=b"out", dtype="f4"):
+    """Put another view in the place of `out`: of shards (start, rows, file)."""
+    def change(file):
+        shape = file["out"].shape
+        del file["out"]
+        properties, space = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5s.create_simple(shape)
+        for start, rows, source in shards:
+            space.select_hyperslab((start, 0, 0), (rows, *shape[1:]))
+            properties.set_virtual(space, source.encode(), name, h5py.h5s.create_simple((rows, *shape[1:])))
+        properties.set_fill_value(np.array(fill, np.float32))
+        space.select_all()
+        h5py.h5d.create(file.id, b"out", h5py.h5t.py_create(np.dtype(dtype)), space, properties)
+    return change
+
+
+FIRST, LAST = "out.h5.shards/first/00000.h5", "out.h5.shards/first/00002.h5"
+
+
+@pytest.mark.parametrize("change", [
+    swapped, zeros, lambda file: file.__delitem__("lse"), view([(0, 4, FIRST)]),
+    view([(0, 4, LAST), (4, 6, LAST)]), view([(4, 4, FIRST), (0, 4, LAST)]),
+    view([(0, 4, FIRST), (4, 6, LAST)], fill=0),
+    view([(0, 4, FIRST), (4, 6, LAST)], name=b"lse"), view([(0, 4, FIRST), (4, 6, LAST)], dtype="f8"),
+    view([(0, 4, FIRST), (4, 6, f"./{LAST}")]), view([(4, 6, LAST), (0, 4, FIRST)]),
+])
+def test_out_that_is_another(path, change):
+    """A plain reader would see other numbers than `check` has checked."""
+    make(path, dtype="float32")
+    verify(path)
+    with h5py.File(path, "a") as file:
+        change(file)
+    for command in (verify, lambda path: merge(path, path.with_name("single.h5"))):
+        with pytest.raises(ShardError, match=r"is no view|does not show|would show|expected|no such dataset"):
+            command(path)
+    assert not path.with_name("single.h5").exists()
+
+
+def test_rows_that_are_shown_otherwise(path, monkeypatch):
+    make(path, dtype="float32")
+    manifest = verify(path)
+    assert len(manifest.rows("out", 3, 6)) == 3
+    with h5py.File(path, "a") as file:
+        view([(0, 4, FIRST), (4, 6, FIRST)])(file)
+    with pytest.raises(ShardError, match=r"rows 4\.\.6 of out are not those of"):
+        manifest.rows("out", 3, 6)
+    monkeypatch.setenv("HDF5_VDS_PREFIX", "/elsewhere")
+    with pytest.raises(ShardError, match="HDF5_VDS_PREFIX"):
+        verify(path)
+
+
+def test_a_shard_that_is_a_pipe_or_a_folder(path):
+    make(path)
+    file = path.parent / LAST
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ShardError, match="is a pipe"):
+        verify(path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ShardError, match="is a folder"):
+        verify(path)
+
+
+def test_an_old_output_is_read_before_the_work(path, monkeypatch):
+    """An odd one that takes its reader down does so before there is anything to lose, or not at all."""
+    make(path, seed=1)
+
+    def odd(*_):
+        raise MemoryError
+
+    output = Output(path, "second", True)
+    monkeypatch.setattr("ringmpi.shards.read_manifest", odd)
+    output.prepare()
+    monkeypatch.undo()
+    monkeypatch.setattr("ringmpi.shards.check_view", odd)
+    out = np.ones((2, 1, 1), "f4")
+    shard = output.write(0, 0, out, out[..., 0])
+    with pytest.raises(MemoryError):                  # of the new one, before it has its name
+        output.publish([shard], {"out": (out.shape, out.dtype), "lse": ((2, 1), out.dtype)}, {})
+    monkeypatch.undo()
+    assert read_manifest(path).shards[0].file == FIRST
+    output.publish([shard], {"out": (out.shape, out.dtype), "lse": ((2, 1), out.dtype)}, {})
+    assert read_manifest(path).shards[0].file.split("/")[1] == "second"
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: {**c, "shapes": {"out": [10, 2, 2**70], "lse": [10, 2]}}, lambda c: {**c, "record": {"a/b": 1}},
+    lambda c: {**c, "shapes": {"out": [10, 2], "lse": [10, 2]}}, lambda c: {**c, "record": {"options": 1}},
+    lambda c: {**c, "shards": [{**s, "size": -1} for s in c["shards"]]}, lambda c: {**c, "dtypes": {"out": "float32"}},
+    lambda c: {**c, "shards": [{**s, "start": float(s["start"])} for s in c["shards"]]},
+    lambda c: {**c, "shards": [{**s, "sha256": 1} for s in c["shards"]]},
+    lambda c: {**c, "shards": [{**s, "file": 5} for s in c["shards"]]},
+    lambda c: {**c, "shards": [{**s, "file": "a.shards/\0/x"} for s in c["shards"]]},
+])
+def test_manifests_whose_values_make_no_sense(path, change):
+    make(path)
+    forge(path, lambda content: json.dumps(change(content)).encode())
+    with pytest.raises(ShardError, match="makes no sense"):
+        verify(path)
+
+
+def test_json_that_is_deep(path):
+    make(path)
+    forge(path, lambda content: b"[" * 10**6)
+    with pytest.raises(ShardError, match="makes no sense"):
+        verify(path)
+
+
 def test_a_shard_that_is_a_link(path):
     make(path)
     file = path.parent / read_manifest(path).shards[0].file
@@ -257,12 +483,13 @@ def test_a_linked_output_is_read_where_it_is(path, tmp_path):
 
 
 def test_incomplete_is_noticed_and_everything_is_flushed(path, monkeypatch):
-    calls = []
-    monkeypatch.setattr("ringmpi.hdf5.flush_to_disk", lambda p: calls.append((p.name, h5py.is_hdf5(p))))
+    calls, fsync = [], os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     make(path)
-    assert [name for name, is_file in calls if is_file][-1].startswith(".out.h5.")
-    assert sum(is_file for _, is_file in calls) == 4
-    assert sum(not is_file for _, is_file in calls) == 4
+    flushed = [name.removeprefix(f"{path.parent}") for name in calls]
+    assert [sum(".0000" in name for name in flushed), sum("/.out.h5." in name for name in flushed)] == [3, 1]
+    assert {"", "/out.h5.shards", "/out.h5.shards/first"} < set(flushed)
+    assert flushed[-1] == ""              # the folder, once OUT.h5 has its name
     with h5py.File(path, "a") as file:
         file.attrs["complete"] = False
     with pytest.raises(ShardError, match="damaged"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="seconds to wait for another rank (default: 1800)")
     run.add_argument("--expect-ranks", type=positive, metavar="N",
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
-    run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run")
+    run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
     run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="no progress bar, no result line")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
+    from ..files import STANDARD_OUTPUT
     from ..job import Options, attend
     from ..mpi import world_rank
     options = Options.from_record(vars(arguments))
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         expect_ranks=arguments.expect_ranks, force=arguments.force,
         quiet=arguments.quiet, json_path=arguments.json, command=command_line())
     if world_rank() == 0 and not arguments.quiet:
-        print(report)
+        print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
     return 0
 
 

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if rows:
         _print(rows, [name for name in rows[0] if name not in hidden])
         if arguments.json:
-            from ..job import write_json
+            from ..files import write_json
             write_json(arguments.json, {"arguments": vars(arguments), **more, "rows": rows})
     return 0
 

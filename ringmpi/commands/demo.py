@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
     from .. import device, mpi
+    from ..files import writing
     if arguments.backend == "cuda":
         device.choose_early()
     comm = mpi.private(mpi.world(), arguments.timeout, exclusive=True)
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.together(arguments.timeout):
             if comm.rank == 0:
-                folder.mkdir(parents=True, exist_ok=True)
+                with writing(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
                 print(HEADER, flush=True)
         longest = max(arguments.contexts)
         for context in sorted(set(arguments.contexts)):
@@ -88,7 +90,7 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
 
 
 def _results(target: Path) -> tuple[Any, Any]:
-    from ..shards import read_manifest
+    from ..manifest import read_manifest
     manifest = read_manifest(target)
     out, lse = (manifest.rows(name, 0, manifest.shapes[name][0]) for name in ("out", "lse"))
     return out, lse

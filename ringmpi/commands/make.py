@@ -48,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _random(arguments: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..hdf5 import create_dataset, row_pieces, write_file, write_rows
+    from ..hdf5 import create_dataset, write_array, write_file, write_rows
     from ..softmax import check_dtype
+    from ..stored import row_pieces
     tokens, kv_heads = arguments.tokens, arguments.kv_heads or arguments.heads
     if arguments.heads % kv_heads:
         arguments.error(f"--heads must be a multiple of --kv-heads, got {arguments.heads} and {kv_heads}")
@@ -67,7 +68,7 @@ def _random(arguments: argparse.Namespace) -> int:
         if arguments.documents:
             rng = np.random.default_rng([arguments.seed, len(shapes)])
             inner = rng.choice(np.arange(1, tokens), arguments.documents - 1, replace=False)
-            file["documents"] = np.concatenate([[0], np.sort(inner), [tokens]])
+            write_array(file, "documents", np.concatenate([[0], np.sort(inner), [tokens]]))
         file.attrs["seed"] = arguments.seed
     return 0
 

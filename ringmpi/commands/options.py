@@ -78,6 +78,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
+    group.add_argument("--raw-dtype", choices=("bfloat16",), default=default(None),
+                       help="take plain 16-bit items of q, k, v (uint16, int16, opaque) for the bits of this dtype")
 
 
 def add_backend(parser: Any) -> None:

@@ -1,0 +1,234 @@
+"""The manifest of an OUT.h5, read with as much care as an input: what it says of itself, and what it shows.
+
+A manifest is a plain dataset of bytes of a limited size, inside the file; its JSON is checked value by value before
+anything is done with it, and the virtual datasets `out` and `lse` must be the views of its shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import ShardError
+from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
+from .softmax import DTYPES
+from .stored import check_storage, file_type, follow, whole_rows
+
+MANIFEST_BYTES = 2**26         # 300,000 shards
+PROBE = "import sys, h5py; file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']"
+PROBE_SECONDS = 60.0
+COUNT = 2**62                  # of rows, heads or bytes: whatever is above is no size
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One line of the manifest: rows start..stop are in `file`, of `size` bytes with digest `sha256`."""
+
+    file: str
+    start: int
+    stop: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an OUT.h5 says of itself.
+
+    Attributes
+    ----------
+    path : path
+        Of OUT.h5, with no symbolic link in it.
+    shards : tuple of Shard
+        In the order of their rows, without gaps.
+    shapes, dtypes : dict
+        Of `out` and `lse` as a whole.
+    record : dict
+        How it was made.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    record: dict[str, Any]
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Read rows start..stop of `out` or `lse` from the shards, and see that OUT.h5 shows the same. Local.
+
+        Raises
+        ------
+        ShardError
+            If a shard is missing, damaged or not of the shape that the manifest says, or OUT.h5 shows other rows.
+        """
+        pieces = [np.empty((0, *self.shapes[name][1:]), DTYPES[self.dtypes[name]])]
+        with open_file(self.path) as whole:
+            for shard in self.shards:
+                first, last = max(start, shard.start), min(stop, shard.stop)
+                if first < last:
+                    piece = self._read(shard, name, first, last)
+                    with reading(self.path):      # opened anew for each: HDF5 keeps sources open as long as the view
+                        shown = np.empty_like(piece)
+                        read_as_shown(follow(whole, name), first, shown)
+                    if shown.tobytes() != piece.tobytes():
+                        raise ShardError(f"{self.path}: rows {first}..{last} of {name} are not those of {shard.file}")
+                    pieces.append(piece)
+        return np.concatenate(pieces)
+
+    def _read(self, shard: Shard, name: str, first: int, last: int) -> Array:
+        with open_file(self.path.parent / shard.file) as file:
+            dataset = open_dataset(file, name)
+            shape, dtype = (shard.stop - shard.start, *self.shapes[name][1:]), DTYPES[self.dtypes[name]]
+            if dataset.shape != shape or dataset.is_virtual:
+                raise ShardError(f"{self.path}: shard {shard.file} is not of the shape that the manifest says")
+            piece = read_rows(dataset, first - shard.start, last - shard.start)
+        if piece.dtype != dtype:
+            raise ShardError(f"{self.path}: shard {shard.file} is not of the dtype that the manifest says")
+        return piece
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of an OUT.h5. Local.
+
+    Raises
+    ------
+    ShardError
+        If the file is missing, damaged, not finished or not one of ours, or names shards outside its folder.
+    """
+    real = Path(os.path.realpath(path))
+    with open_file(real) as file, reading(real):
+        if not isinstance(file.get("manifest", getlink=True), h5py.HardLink) or "manifest_sha256" not in file.attrs:
+            raise ShardError(f"{path}: has no manifest: expected the output of `ringmpi attend`")
+        text = _read_bytes(file, f"{path}: its manifest")
+        expected = _attribute(file, "manifest_sha256", 128)
+        complete = _attribute(file, "complete", 1) if "complete" in file.attrs else False
+    if complete != True or hashlib.sha256(text).hexdigest() != expected:       # noqa: E712 (may be anything)
+        raise ShardError(f"{path}: its manifest is damaged")
+    try:
+        content = json.loads(text)
+        manifest = Manifest(real, tuple(Shard(**shard) for shard in content["shards"]),
+                            {name: tuple(shape) for name, shape in content["shapes"].items()},
+                            dict(content["dtypes"]), dict(content["record"]))
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{path}: its manifest makes no sense: {error}") from None
+    return manifest
+
+
+def _read_bytes(file: h5py.File, where: str) -> bytes:
+    """Read the dataset `manifest`: one string of bytes that is in this file."""
+    dataset = file["manifest"]
+    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.shape != () or dataset.dtype.kind != "S":
+        raise ShardError(f"{where}: expected a plain string of bytes")
+    size = dataset.dtype.itemsize
+    if size > MANIFEST_BYTES:
+        raise ShardError(f"{where}: expected at most {MANIFEST_BYTES:,} bytes, got {size:,}")
+    check_storage(dataset, where)
+    return bytes(dataset[()])
+
+
+def _attribute(file: h5py.File, name: str, most: int) -> Any:
+    """Read a single value; a size above `most` is not ours, and not read."""
+    attribute = h5py.h5a.open(file.id, name.encode())
+    if attribute.shape != () or attribute.get_storage_size() > most:
+        return None
+    value = file.attrs[name]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if isinstance(value, str) else bool(value) if isinstance(value, np.bool_) else None
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError unless shards lie where ours lie and tile the rows."""
+    at = 0
+    for shard in manifest.shards:
+        parts = shard.file.split("/")
+        if (len(parts) != 3 or not parts[0].endswith(".shards") or "\0" in shard.file
+                or not set(parts).isdisjoint({"", ".", ".."})):
+            raise ValueError(f"shard {shard.file!r} is outside the folder of shards")
+        if not _are_counts(shard.start, shard.stop, shard.size) or shard.start != at or shard.stop < at:
+            raise ValueError(f"shard {shard.file!r} does not begin at row {at}")
+        if not isinstance(shard.sha256, str):
+            raise ValueError(f"shard {shard.file!r} has no digest")
+        at = shard.stop
+    out, lse = (manifest.shapes[name] for name in ("out", "lse"))
+    if not _are_counts(*out, *lse) or len(out) != 3 or lse != out[:2] or out[0] != at:
+        raise ValueError(f"out and lse have no {at} rows of heads")
+    if manifest.dtypes["out"] not in DTYPES or manifest.dtypes["lse"] not in ("float32", "float64"):
+        raise ValueError("out is of no known dtype, or lse of no accumulator's")
+    if not isinstance(manifest.record.get("options", {}), dict):
+        raise ValueError("the options are no table")
+    if not all(name.isidentifier() for name in manifest.record):
+        raise ValueError("the record has odd names")
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < COUNT for value in values)
+
+
+def probe(path: Path) -> None:
+    """Let another process open the views of an OUT.h5 first. Local.
+
+    The heap where HDF5 keeps them has no checksum, and the library dies or never ends over some of what can be there.
+
+    Raises
+    ------
+    ShardError
+        If it does.
+    """
+    try:
+        line = [sys.executable, "-c", PROBE, str(path)]
+        done = subprocess.run(line, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ShardError(f"{path}: is damaged: HDF5 did not open its views in {PROBE_SECONDS:g} s") from None
+    if done.returncode < 0:
+        raise ShardError(f"{path}: is damaged: HDF5 died of it, by signal {-done.returncode}")
+
+
+def check_view(file: h5py.File, manifest: Manifest) -> None:
+    """Check that `out` and `lse` of an OUT.h5 are the views of its shards, no more and no less. Local.
+
+    Raises
+    ------
+    ShardError
+        If one is missing, of another shape or dtype, shows other rows, or would show a missing shard as numbers.
+    """
+    filled = [shard for shard in manifest.shards if shard.stop > shard.start]
+    for name in ("out", "lse"):
+        where = f"{manifest.path}: dataset {name!r}"
+        with reading(where):
+            dataset = follow(file, name)
+            if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual != bool(filled):
+                raise ShardError(f"{where}: is no view of the shards")
+            shape, stored = manifest.shapes[name], file_type(DTYPES[manifest.dtypes[name]])
+            if dataset.shape != shape or not dataset.id.get_type().equal(stored):
+                raise ShardError(f"{where}: expected {manifest.dtypes[name]} of shape {shape} as the manifest says, "
+                                 f"got {dataset.dtype} of {dataset.shape}")
+            check_storage(dataset, where)
+            if filled:
+                _check_mapping(dataset, where, name, filled)
+
+
+def _check_mapping(dataset: h5py.Dataset, where: str, name: str, shards: list[Shard]) -> None:
+    sources = dataset.virtual_sources()
+    matches = len(sources) == len(shards) and all(
+        (source.file_name, source.dset_name) == (shard.file, name)
+        and whole_rows(source.vspace, dataset.shape) == (shard.start, shard.stop)
+        and whole_rows(source.src_space, (rows := shard.stop - shard.start, *dataset.shape[1:])) == (0, rows)
+        for source, shard in zip(sources, shards, strict=True))
+    if not matches:
+        raise ShardError(f"{where}: does not show the shards of the manifest")
+    if not np.isnan(dataset.fillvalue):
+        raise ShardError(f"{where}: would show a missing shard as {dataset.fillvalue}, not as NaN")
