@@ -65,13 +65,13 @@ def _explain(error: RingError) -> int:
 def _break_off(code: int, text: str, grace: float = 0.0) -> int:
     """End every rank of the job, where there are others."""
     print(text, file=sys.stderr, flush=True)
-    from .mpi import end_job
+    from .world import end_job
     end_job(code, grace)
     return code
 
 
 def _rank() -> int:
     """Rank in COMM_WORLD once MPI is up, before that what the launcher says."""
-    from .mpi import world_rank
+    from .world import world_rank
     rank = world_rank()
     return launched_rank() if rank is None else rank

@@ -40,6 +40,7 @@ from .layout import Contiguous
 from .mask import Mask
 from .shards import Output, Shard
 from .softmax import accumulator
+from .world import comm_world, library
 
 Array = NDArray[Any]
 
@@ -236,7 +237,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     """
     if options.backend == "cuda":
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
-    world = mpi.world(expect_ranks)
+    world = comm_world(expect_ranks)
     comm = mpi.private(world, timeout)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
@@ -307,8 +308,8 @@ def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, r
     details = [json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)]
     with comm.together(timeout):
         if path and comm.rank == 0:
-            vendor = mpi.load().Get_library_version().splitlines()[0]
-            write_json(path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops, "per_rank": details})
+            write_json(path, {**record, "mpi": library(), **asdict(report), "gflops": report.gflops,
+                              "per_rank": details})
 
 
 def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], sinks: Array | None,

@@ -1,8 +1,8 @@
 """Communicators, agreement and deadlines: what the library asks of MPI besides moving blocks.
 
-The only module that touches COMM_WORLD, and only for the command line. Every wait for another rank polls, so
-that it has a deadline and does not take a core from other ranks; only Split_type and Create_cart, which have no such
-form, are called when all ranks have met.
+Works on a caller's communicator; COMM_WORLD is the affair of `world`. Every wait for another rank polls, so that it
+has a deadline and does not take a core from other ranks; only Split_type and Create_cart, which have no such form, are
+called when all ranks have met.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import errors
-from .environment import cores, launched_sizes
+from .environment import cores
 from .errors import CommError, LaunchError, OptionError, RankLost, RingError, RingTimeout
 
 if TYPE_CHECKING:
@@ -367,49 +366,3 @@ def private(comm: Any, timeout: float = TIMEOUT) -> Comm:
         comm.Set_attr(_keyval(), cached)
         cached.connect(comm, timeout)
     return cached  # type: ignore[no-any-return]
-
-
-def world_rank() -> int | None:
-    """Give this process's rank in COMM_WORLD, None while MPI is not up; for the command line only. Local."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
-
-
-def describe() -> str:
-    """Describe the MPI library, its ranks and its thread level, for the command line only. Local."""
-    mpi = load()
-    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
-              mpi.THREAD_MULTIPLE: "multiple"}
-    return (f"{mpi.Get_library_version().splitlines()[0].strip()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level "
-            f"{levels[mpi.Query_thread()]}")
-
-
-def world(expect_ranks: int | None = None) -> Any:
-    """Give COMM_WORLD, for the command line only, after checking that the ranks know each other. Local.
-
-    Ranks started by one launcher with another MPI's library are each alone, and would each do the whole job.
-
-    Raises
-    ------
-    LaunchError
-        If there is no MPI, or the number of ranks is not `expect_ranks` or, where that is None, not what every
-        launcher's variable says.
-    """
-    comm = load().COMM_WORLD
-    size = comm.Get_size()
-    expected = launched_sizes() if expect_ranks is None else {"--expect-ranks": expect_ranks}
-    for name, count in expected.items():
-        if count != size:
-            vendor = load().Get_library_version().splitlines()[0]
-            raise LaunchError(f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library "
-                              f"({vendor}) do not belong together, or fewer ranks were started; use the launcher of "
-                              f"that library, or say --expect-ranks {size} if it is meant")
-    return comm
-
-
-def end_job(code: int, grace: float) -> None:
-    """End every rank of COMM_WORLD, if MPI is up and there are others; they get `grace` seconds to speak."""
-    if world_rank() is not None and load().COMM_WORLD.Get_size() > 1:
-        time.sleep(grace)
-        load().COMM_WORLD.Abort(code)

@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
     from ..job import Options, attend
-    from ..mpi import world_rank
+    from ..world import world_rank
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
         return _predict(arguments, options)

@@ -19,6 +19,7 @@ from ..environment import cores, use_cores
 from ..mask import Mask
 from ..softmax import check_dtype
 from ..trace import Trace
+from ..world import comm_world
 
 ALONE = "one rank"
 TRANSFER = "transfer"
@@ -26,7 +27,7 @@ TRANSFER = "transfer"
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
-    world = mpi.world()
+    world = comm_world()
     bench = _Bench(arguments, world, mpi.private(world, arguments.timeout))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):

@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
     from .. import device, mpi
+    from ..world import comm_world
     if arguments.backend == "cuda":
         device.choose_early()
-    comm = mpi.private(mpi.world(), arguments.timeout)
+    comm = mpi.private(comm_world(), arguments.timeout)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.together(arguments.timeout):
