@@ -26,6 +26,11 @@ def launched_sizes() -> dict[str, int]:
     return {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
 
 
+def launched_together() -> bool:
+    """Say whether this process is one of several that a launcher started; Slurm's job script is none. Local."""
+    return any(size > 1 for name, size in launched_sizes().items() if name != "SLURM_NTASKS")
+
+
 def launched_rank() -> int:
     """Give this process's rank as the launcher set it; 0 without a launcher. Local."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)

@@ -237,7 +237,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     """
     if options.backend == "cuda":
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
-    world = comm_world(expect_ranks)
+    world = comm_world(timeout, expect_ranks)
     comm = mpi.private(world, timeout)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}

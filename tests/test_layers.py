@@ -12,8 +12,8 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
-    {"environment", "layout", "mask", "score", "softmax", "trace"},
-    {"device", "backends.sources"},
+    {"environment", "layout", "mask", "phase", "score", "softmax", "trace", "watchdog"},
+    {"device", "backends.sources", "process"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
     {"backends.cpu.product", "backends.cpu.team", "backends.cpu.peak"},

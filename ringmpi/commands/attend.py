@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="no progress bar, no result line")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
-    parser.set_defaults(check=functools.partial(check_mask, parser.error))
+    parser.set_defaults(check=functools.partial(check_mask, parser.error), collective=True)
 
 
 def run(arguments: argparse.Namespace) -> int:

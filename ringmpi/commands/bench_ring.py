@@ -27,7 +27,7 @@ TRANSFER = "transfer"
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
-    world = comm_world()
+    world = comm_world(arguments.timeout)
     bench = _Bench(arguments, world, mpi.private(world, arguments.timeout))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):

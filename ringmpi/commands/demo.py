@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..world import comm_world
     if arguments.backend == "cuda":
         device.choose_early()
-    comm = mpi.private(comm_world(), arguments.timeout)
+    comm = mpi.private(comm_world(arguments.timeout), arguments.timeout)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.together(arguments.timeout):
