@@ -20,6 +20,7 @@ from .errors import BackendError
 from .homeward import Homeward
 from .link import DirectLink, HostLink, StagedLink
 from .mpi import Comm
+from .phases import phase
 from .ring import Ring
 from .transport import Transport, choose
 
@@ -159,8 +160,9 @@ class Engine:
         if not self._compiles or wanted in self._prepared:
             return 0.0
         start = time.perf_counter()
-        self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
-                            max(self._timeout, COMPILE_TIMEOUT))
+        with phase("compiling kernels"):
+            self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
+                                max(self._timeout, COMPILE_TIMEOUT))
         self._prepared.add(wanted)
         return time.perf_counter() - start
 

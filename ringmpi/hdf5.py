@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from .environment import virtual_prefix
 from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
+from .phases import phase
 from .softmax import BFLOAT16, DTYPES
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
@@ -50,6 +51,12 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """
     if not os.path.isfile(path):
         raise ShardError(f"{path}: no such file")
+    with phase(f"reading {path}"), _opened(path) as file:
+        yield file
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     with reading(path):
         # by its real name: HDF5 looks for virtual sources beside the name it was given
         file = h5py.File(os.path.realpath(path), "r", locking="best-effort")

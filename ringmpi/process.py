@@ -17,8 +17,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from . import phase
 from .environment import launched_rank
+from .phases import LOGGER
 from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -39,7 +39,7 @@ class Process:
     Attributes
     ----------
     doing : str
-        What it does now, by `phase.enter`.
+        What it does now, by `phase`.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ class Process:
             faulthandler.enable(sys.__stderr__, all_threads=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]       # nohup
         self._handle(self._stop)
-        phase.LOGGER.addHandler(_Listener(self.enter))
-        phase.LOGGER.setLevel(logging.DEBUG)
-        phase.LOGGER.propagate = False
+        LOGGER.addHandler(_Listener(self.enter))
+        LOGGER.setLevel(logging.DEBUG)
+        LOGGER.propagate = False
 
     def __enter__(self) -> Process:
         return self
@@ -77,6 +77,7 @@ class Process:
     def farewell(self, seconds: float = 0.0) -> None:
         """Let the watchdog go: this process has said why it ends, and does so within `seconds`, if given. Local."""
         self._watchdog.end()
+        self._handle(signal.SIG_DFL)              # a launcher that ends the job need not hear of it from every rank
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(math.ceil(seconds))
 
@@ -84,7 +85,6 @@ class Process:
         """End by SIGTERM: MPICH's launcher lets the others wait in MPI_Init for a rank that ends by an exit code."""
         self.farewell()
         sys.stdout.flush()
-        self._handle(signal.SIG_DFL)
         signal.raise_signal(signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM)           # where SIGTERM is ignored
 
@@ -99,7 +99,7 @@ class Process:
 
 
 class _Listener(logging.Handler):
-    """Passes on what is said by `phase.enter`."""
+    """Passes on what is said by `phase`."""
 
     def __init__(self, enter: Callable[[str, float | None], None]) -> None:
         super().__init__()

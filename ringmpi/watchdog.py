@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 END = "end"
+FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+LINGER_SECONDS = 2.0           # for which the first death on a node is the one that is told
 STATUS_FIELD = 51 - 2          # exit_code in /proc/PID/stat, counted from the state, which follows the name
 
 
@@ -33,13 +36,13 @@ class Watchdog:
     def __init__(self, who: str, patience: float = 0.0) -> None:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)           # a note is never worth waiting for
-        watched = os.getpid()
+        watched, launcher = os.getpid(), os.getppid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)      # of a fork beside threads: the child starts none
             self._child = os.fork()
         if self._child == 0:
             try:
-                _Watch(reader, watched, who, patience).run()
+                _Watch(reader, watched, launcher, who, patience).run()
             finally:
                 os._exit(0)
         os.close(reader)
@@ -66,24 +69,21 @@ class Watchdog:
 class _Watch:
     """The watchdog's side. It touches nothing but the pipe, standard error and the process that it watches."""
 
-    def __init__(self, pipe: int, watched: int, who: str, patience: float) -> None:
-        self._pipe, self._watched, self._who, self._patience = pipe, watched, who, patience
+    def __init__(self, pipe: int, watched: int, launcher: int, who: str, patience: float) -> None:
+        self._pipe, self._watched, self._launcher = pipe, watched, launcher
+        self._who, self._patience = who, patience
         self._doing = "starting"
         self._limit = 0.0
         self._since = time.monotonic()
-        self._told_to_end = False
-        # A signal to the whole group is the launcher's or the user's way to end a job: no accident.
+        # A launcher that sees the rank die kills its group: too soon for a word.
+        with suppress(OSError):
+            os.setpgid(0, 0)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note_signal)
-        for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_DFL)
         # Standard error stays. A launcher waits until all copies of the others are closed.
         os.closerange(0, 2)
         os.closerange(3, pipe)
         os.closerange(pipe + 1, 65536)
-
-    def _note_signal(self, *_: object) -> None:
-        self._told_to_end = True
 
     def run(self) -> None:
         """Listen until the watched process says farewell or dies, or its time is up."""
@@ -118,10 +118,27 @@ class _Watch:
 
     def _tell_of_its_death(self) -> None:
         status = self._exit_status()
-        if self._told_to_end or (status is not None and status & 127 == 0):
+        number = None if status is None else status & 127
+        if number == 0:                                # it left by an exit code
             return
-        how = f"was killed by {_name(status & 127)}" if status is not None else "died"
-        self._say(f"{self._who} {how} while {self._doing}")
+        first = self._first_on_node()
+        if number in FAULTS or first:
+            how = "died" if number is None else f"was killed by {_name(number)}"
+            self._say(f"{self._who} {how} while {self._doing}")
+            os.close(2)
+            time.sleep(LINGER_SECONDS)
+
+    def _first_on_node(self) -> bool:
+        """Say whether no other rank of this launcher has died here just now: it ends all the others when one dies.
+
+        The name of an abstract socket is taken, which is free again as soon as this process ends.
+        """
+        try:
+            self._claim = socket.socket(socket.AF_UNIX)
+            self._claim.bind(f"\0ringmpi-{os.getuid()}-{self._launcher}")
+        except OSError:
+            return False
+        return True
 
     def _exit_status(self) -> int | None:
         """Read how the watched process ended; None where its parent was quicker to take it away."""

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from . import phase
 from .environment import launched_sizes
 from .errors import LaunchError, RingTimeout
 from .mpi import TIMEOUT, load
+from .phases import phase
 
 LEAVE_TAG = 32766             # no other message is on COMM_WORLD itself: calls have communicators of their own
 PAUSE = 1e-3                  # seconds between two polls at the end
@@ -36,11 +36,8 @@ def start(timeout: float) -> Any:
     LaunchError
         If there is no MPI.
     """
-    phase.enter("starting MPI", limit=timeout)
-    try:
+    with phase("starting MPI", limit=timeout):
         return load()
-    finally:
-        phase.enter("preparing")
 
 
 def library() -> str:
@@ -101,7 +98,14 @@ def leave(timeout: float) -> None:
     if rank is None:
         return
     mpi = load()
-    phase.enter("waiting for the other ranks to end")
+    with phase("waiting for the other ranks to end"):
+        _meet(mpi, rank, timeout)
+    with phase("finalizing MPI", limit=timeout):
+        mpi.Finalize()
+
+
+def _meet(mpi: Any, rank: int, timeout: float) -> None:
+    """Let rank 0 hear from all ranks that they are done, and then all from rank 0."""
     others = range(1, mpi.COMM_WORLD.Get_size())
     if rank == 0:
         coming = {other: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
@@ -111,9 +115,6 @@ def leave(timeout: float) -> None:
         here = mpi.COMM_WORLD.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
         going = {0: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
     _poll(going, timeout + min(timeout, 2.0), lambda _: "rank 0 to say that all are done")        # after it has spoken
-    phase.enter("finalizing MPI", limit=timeout)
-    mpi.Finalize()
-    phase.enter("ending")
 
 
 def _poll(requests: dict[int, Any], timeout: float, whom: Callable[[list[int]], str]) -> None:

@@ -12,7 +12,7 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors"},
-    {"environment", "layout", "mask", "phase", "score", "softmax", "trace", "watchdog"},
+    {"environment", "layout", "mask", "phases", "score", "softmax", "trace", "watchdog"},
     {"device", "backends.sources", "process"},
     {"arrays", "backends.base", "backends.hopper"},
     {"backends.cpu", "backends.cpu.vector"},
