@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import errors
-from .environment import cores
+from .environment import cores, debian_mpich
 from .errors import CommError, LaunchError, OptionError, RankLost, RingError, RingTimeout
 
 if TYPE_CHECKING:
@@ -46,8 +46,15 @@ def load() -> Any:
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LaunchError(f"no MPI library: {reason}; load your site's MPI module, or pip install 'ringmpi[mpich]'"
-                          ) from error
+                          f"{_debian_mpich()}") from error
     return MPI
+
+
+def _debian_mpich() -> str:
+    """Say how Debian's MPICH, if it is here, can be found: mpi4py's wheels look for it by the name all others give."""
+    library = debian_mpich()
+    return library and (f"; to take {library}, which has a name of its own in Debian and Ubuntu: mkdir -p ~/mpich && "
+                        f"ln -s {library} ~/mpich/libmpi.so.12 && export LD_LIBRARY_PATH=~/mpich")
 
 
 class Comm:
@@ -115,6 +122,7 @@ class Comm:
     def free(self) -> None:
         """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
         if self._connected and not self.lost:
+            self.progress_of_all()
             self.ring.Free()
             self.lost = "the caller has freed the communicator it belongs to"
 
@@ -308,6 +316,27 @@ class Comm:
             with self.together(timeout):
                 if turn is (self.rank == self.leader):
                     work()
+
+    def report_progress(self, done: int, total: int) -> None:
+        """Say how much of this rank's work is done; rank 0 is told twice a second at most. Local."""
+        state = self.__dict__.setdefault("_progress", {})
+        state[self.rank] = done, total
+        now = time.perf_counter()
+        if self.rank and (now - self.__dict__.get("_reported", 0.0) > 0.5 or done >= total):
+            self._reported = now
+            message = np.array([done, total], np.int64)
+            _stranded().append(self.ring.Isend([message, load().BYTE], 0, FAILED_TAG - 2))
+
+    def progress_of_all(self) -> tuple[int, int]:
+        """Give, on rank 0, the sums over all ranks of what they last reported: (done, total). Local."""
+        state = self.__dict__.setdefault("_progress", {})
+        mpi = load()
+        status = mpi.Status()
+        while self.ring.Iprobe(mpi.ANY_SOURCE, FAILED_TAG - 2, status):
+            message = np.empty(2, np.int64)
+            self.ring.Recv([message, mpi.BYTE], status.Get_source(), FAILED_TAG - 2)
+            state[status.Get_source()] = int(message[0]), int(message[1])
+        return sum(done for done, _ in state.values()), sum(total for _, total in state.values())
 
 
 def _on_node(comm: MPI.Intracomm) -> tuple[int, int, int]:

@@ -33,7 +33,7 @@ LAYERS = [
     {"attention"},
     {"functional", "job", "text", "torch"},
     {"audit", "memory"},
-    {"commands.options", "commands.bench_kernel", "commands.bench_ring"},
+    {"commands.display", "commands.options", "commands.bench_kernel", "commands.bench_ring"},
     {"commands.bench_gpu"},
     {"commands", "commands.attend", "commands.make", "commands.check", "commands.merge", "commands.info",
      "commands.demo", "commands.bench"},

@@ -32,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
-    kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D")
+    kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"],
+                        help="of q, k and v (default: float32)")
+    kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D",
+                        help="numbers of a head (default: 64 128)")
     kernel.add_argument("--mask", nargs="+", choices=MASKS, default=["full", "causal"],
-                        help="window: 4096 keys; documents: 512 tokens on average")
+                        help="window: 4096 keys; documents: 512 tokens on average (default: full causal)")
     kernel.add_argument("--shape", nargs="+", type=_shape, default=[(8192, 8192)], metavar="QxK",
                         help="queries and keys (default: 8192x8192)")
     kernel.add_argument("--pass", nargs="+", choices=PASSES, default=["forward"], dest="passes",
@@ -44,23 +46,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
     kernel.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
-                        help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU")
+                        help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU (default: cpu)")
     kernel.add_argument("--kernels", nargs="+", choices=("numba", "numpy", "ringmpi", "torch"),
                         help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
-    kernel.add_argument("--heads", type=positive, default=2, metavar="H")
+    kernel.add_argument("--heads", type=positive, default=2, metavar="H", help="query heads (default: 2)")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
-    ring.add_argument("--dim", type=positive, default=64, metavar="D")
-    ring.add_argument("--dtype", choices=DTYPES, default="float32")
-    ring.add_argument("--causal", action="store_true")
+    ring.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
+    ring.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
+    ring.add_argument("--causal", action="store_true", help="no key after the query")
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
     add_backend(ring)
-    ring.add_argument("--heads", type=positive, default=4, metavar="H")
-    ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
+    ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
+                      help="seconds to wait for another rank (default: 1800)")
+    ring.set_defaults(collective=True)
     for sub in (kernel, ring):
-        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
-        sub.add_argument("--repeat", type=positive, default=5, metavar="N", help="runs to take the median of")
+        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
+        sub.add_argument("--repeat", type=positive, default=5, metavar="N", help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
 
 
