@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
-                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal (default: contiguous)")
+                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal "
+                          "(default: contiguous)")
     add_backend(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")

@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ring.set_defaults(collective=True)
     for sub in (kernel, ring):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-        sub.add_argument("--repeat", type=positive, default=5, metavar="N", help="runs to take the median of (default: 5)")
+        sub.add_argument("--repeat", type=positive, default=5, metavar="N",
+                         help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
 
 
@@ -93,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         _print(rows, [name for name in rows[0] if name not in hidden])
         if arguments.json:
             from ..job import write_json
-            write_json(arguments.json, {"arguments": vars(arguments), **more, "rows": rows})
+            given = {name: value for name, value in vars(arguments).items() if name not in ("run", "collective")}
+            write_json(arguments.json, {"arguments": given, **more, "rows": rows})
     return 0
 
 

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--queries", type=natural, metavar="N", help="queries, at the end (default: all tokens)")
         sub.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
     random.add_argument("--heads", type=positive, default=8, metavar="H", help="query heads (default: 8)")
-    random.add_argument("--kv-heads", type=positive, metavar="K", help="key and value heads (default: as many as heads)")
+    random.add_argument("--kv-heads", type=positive, metavar="K",
+                        help="key and value heads (default: as many as heads)")
     random.add_argument("--dim", type=positive, default=64, metavar="D", help="of queries and keys (default: 64)")
     random.add_argument("--dim-v", type=positive, metavar="D", help="of values (default: dim)")
     random.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
