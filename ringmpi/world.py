@@ -43,7 +43,7 @@ def start(timeout: float) -> Any:
 def library() -> str:
     """Name the MPI library and its version. Local."""
     lines = str(load().Get_library_version()).replace("\0", "").splitlines()      # Open MPI's ends in a NUL
-    return lines[0].strip()
+    return " ".join(lines[0].split())
 
 
 def describe() -> str:
