@@ -124,7 +124,8 @@ class _Watch:
         first = self._first_on_node()
         if number in FAULTS or first:
             how = "died" if number is None else f"was killed by {_name(number)}"
-            self._say(f"{self._who} {how} while {self._doing}")
+            why = "" if number in FAULTS else ": out of memory, perhaps, or ended by the launcher after another rank"
+            self._say(f"{self._who} {how} while {self._doing}{why}")
             os.close(2)
             time.sleep(LINGER_SECONDS)
 
