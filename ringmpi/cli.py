@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from . import __version__
 from .environment import launched_rank, launched_together
 from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
+from .phases import phase
 from .process import Process
 
 COMMANDS = {
@@ -58,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end of MPI. With them the process is the caller's, and stays as it is.
     """
     if arguments is not None:
-        return _run(_parse(arguments))
+        return _run(*_parse(arguments))
     with Process() as process:
-        options = _parse(sys.argv[1:])
+        name, options = _parse(sys.argv[1:])
         process.log_to_stderr(getattr(options, "quiet", False))
-        code = _run(options, process)
+        code = _run(name, options, process)
         code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
     if code == OutputError.exit_code:
         sys.stderr.flush()
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Find the command, and read its options; they have the command's `run`."""
+def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """Find the command, and read its options."""
     parser = Parser(
         prog="ringmpi", description="Exact attention over long sequences on a ring of MPI ranks.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="commands:\n" + "\n".join(
@@ -82,18 +83,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.command is None:
         parser.error(f"expected a COMMAND: {', '.join(COMMANDS)}; see `ringmpi --help`")
-    command = importlib.import_module(f".commands.{chosen.command}", __package__)
+    command = _module(chosen.command)
     own = Parser(prog=f"ringmpi {chosen.command}", description=command.__doc__,
                  formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES)
     command.add_arguments(own)
-    own.set_defaults(run=command.run)
-    return own.parse_args(chosen.arguments)
+    return chosen.command, own.parse_args(chosen.arguments)
 
 
-def _run(options: argparse.Namespace, process: Process | None = None) -> int:
+def _module(name: str) -> Any:
+    return importlib.import_module(f".commands.{name}", __package__)
+
+
+def _run(name: str, options: argparse.Namespace, process: Process | None = None) -> int:
     """Run the command; return the exit code."""
     collective = getattr(options, "collective", False) and not getattr(options, "dry_run", False)
-    return _ended(lambda: int(options.run(options)), process, collective)
+    with phase(f"running {name}"):
+        return _ended(lambda: int(_module(name).run(options)), process, collective)
 
 
 def _leave(code: int, timeout: float) -> int:

@@ -7,6 +7,7 @@ hears by a pipe what the rank is doing; when the pipe closes with no farewell, t
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 END = "end"
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+LONGEST_SELECT = 3600.0
 LINGER_SECONDS = 2.0           # for which the first death on a node is the one that is told
 STATUS_FIELD = 51 - 2          # exit_code in /proc/PID/stat, counted from the state, which follows the name
 
@@ -39,7 +41,7 @@ class Watchdog:
         watched, launcher = os.getpid(), os.getppid()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)      # of a fork beside threads: the child starts none
-            self._child = os.fork()
+            self._child = _fork()
         if self._child == 0:
             try:
                 _Watch(reader, watched, launcher, who, patience).run()
@@ -53,17 +55,25 @@ class Watchdog:
 
     def end(self) -> None:
         """Say farewell: what comes is no accident. Local."""
-        if self._child:
+        if self._child is not None:
             self._send(END)
             os.close(self._writer)
             with suppress(OSError):
                 os.waitpid(self._child, 0)
-            self._child = 0
+            self._child = None
 
     def _send(self, line: str) -> None:
-        if self._child:
+        if self._child is not None:
             with suppress(OSError):                    # the watchdog is gone: the work goes on
                 os.write(self._writer, (line.replace("\n", " ") + "\n").encode(errors="backslashreplace"))
+
+
+def _fork() -> int | None:
+    """Fork; None where there may be no more processes: the work does not need a watchdog."""
+    try:
+        return os.fork()
+    except OSError:
+        return None
 
 
 class _Watch:
@@ -89,9 +99,12 @@ class _Watch:
         """Listen until the watched process says farewell or dies, or its time is up."""
         rest = b""
         while True:
-            if not select.select([self._pipe], [], [], self._seconds_left())[0]:
+            left = self._seconds_left()
+            if left <= 0:
                 self._end_it()
                 return
+            if not select.select([self._pipe], [], [], min(left, LONGEST_SELECT))[0]:
+                continue
             data = os.read(self._pipe, 65536)
             if not data:
                 self._tell_of_its_death()
@@ -105,9 +118,8 @@ class _Watch:
                 self._limit = float(limit)
                 self._since = time.monotonic()
 
-    def _seconds_left(self) -> float | None:
-        end = self._since + self._limit + self._patience
-        return max(0.0, end - time.monotonic()) if self._limit else None
+    def _seconds_left(self) -> float:
+        return self._since + self._limit + self._patience - time.monotonic() if self._limit else math.inf
 
     def _end_it(self) -> None:
         seconds = time.monotonic() - self._since

@@ -205,6 +205,7 @@ def test_a_watchdog():
     assert re.fullmatch(r"ringmpi: rank 7 on n (was killed by SIGABRT|died) while reading a b.*\n",
                         beside("w.note('reading a\\nb'); os.abort()"))
     assert "stuck starting MPI for 1 s (timeout 0.5 s)" in beside("w.note('starting MPI', 0.5); signal.pause()")
+    assert beside("w.note('starting MPI', float('inf')); import time; time.sleep(0.3); w.end()") == ""
     assert beside("w.note('starting MPI', 0.2); w.note('reading'); import time; time.sleep(0.5); w.end()") == ""
 
 
@@ -215,4 +216,12 @@ def test_work_goes_on_without_a_watchdog(monkeypatch):
     for _ in range(3):
         watchdog.note("reading")
     watchdog.end()
+    watchdog.end()
+
+    def fork():
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("os.fork", fork)
+    watchdog = Watchdog("rank 0 on n")
+    watchdog.note("reading")
     watchdog.end()

@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print(rows, [name for name in rows[0] if name not in hidden])
         if arguments.json:
             from ..job import write_json
-            given = {name: value for name, value in vars(arguments).items() if name not in ("run", "collective")}
+            given = {name: value for name, value in vars(arguments).items() if name != "collective"}
             write_json(arguments.json, {"arguments": given, **more, "rows": rows})
     return 0
 
