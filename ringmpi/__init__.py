@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         BackendError,
         CommError,
         DtypeError,
+        InternalError,
         LaunchError,
         MaskError,
         OptionError,
         OutputError,
         RankLost,
+        ResourceError,
         RingError,
         RingTimeout,
         ShapeError,
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 _HOME = {
     "attention": ("RingAttention",),
     "functional": ("ring_attention", "ring_attention_backward"),
-    "errors": ("BackendError", "CommError", "DtypeError", "LaunchError", "MaskError", "OptionError", "OutputError",
-               "RankLost", "RingError", "RingTimeout", "ShapeError", "ShardError"),
+    "errors": ("BackendError", "CommError", "DtypeError", "InternalError", "LaunchError", "MaskError", "OptionError",
+               "OutputError", "RankLost", "ResourceError", "RingError", "RingTimeout", "ShapeError", "ShardError"),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
     "exchange": ("redistribute",),
@@ -44,9 +46,10 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "LaunchError", "Layout", "Mask", "MaskError",
-    "OptionError", "OutputError", "RankLost", "RingAttention", "RingError", "RingTimeout", "ShapeError", "ShardError",
-    "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention", "ring_attention_backward",
+    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "InternalError", "LaunchError", "Layout",
+    "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError", "RingAttention", "RingError",
+    "RingTimeout", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
+    "ring_attention_backward",
 ]
 
 try:

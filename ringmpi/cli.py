@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import os
+import signal
+import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 from . import __version__
-from .environment import launched_rank
-from .errors import CommError, LaunchError, RankLost, RingError, RingTimeout
+from .environment import launched_rank, launched_together
+from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
 from .files import standard_output
+from .phases import phase
+from .process import Process
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
@@ -26,34 +33,63 @@ COMMANDS = {
 }
 EXIT_CODES = """\
 exit codes: 0 done | 1 a check failed | 2 usage | 3 bad input (nothing written) | 4 environment (MPI, ranks,
-backend) | 5 timeout or lost rank | 6 output could not be written | 70 an error in ringmpi itself"""
-GRACE_SECONDS = 2.0          # that a rank which gave up leaves to the others to say why
+backend, memory) | 5 timeout or lost rank | 6 output could not be written | 70 an error in ringmpi itself |
+130 SIGINT | 143 SIGTERM, or a rank that can't start MPI while others do | 137 stuck in MPI's own start or end"""
+GRACE_SECONDS = 2.0          # that a rank which gave up leaves to the others to say why, and to remove what they wrote
+ABORT_SECONDS = 10           # that MPI_Abort may take
+TIMEOUT = 60.0               # seconds, for commands that have no --timeout
+SYSTEM_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EPIPE), OutputError.exit_code),
+    **dict.fromkeys((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN), ResourceError.exit_code),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ENOTDIR,
+                     errno.ELOOP, errno.ENAMETOOLONG), ShardError.exit_code),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says things once for all ranks, which have the same arguments."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if launched_rank() == 0:
+            super()._print_message(message, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
+    """Run the command line; return the exit code.
+
+    Without `arguments` they are those of this process, which is set up for the command: signals, log, watchdog, the
+    end of MPI. With them the process is the caller's, and stays as it is.
+    """
+    if arguments is not None:
+        return _run(*_parse(arguments))
+    with Process() as process:
+        name, options = _parse(sys.argv[1:])
+        process.log_to_stderr(getattr(options, "quiet", False))
+        code = _run(name, options, process)
+        code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+    if code == OutputError.exit_code:
+        sys.stderr.flush()
+        os._exit(code)            # HDF5 can't close a file that it can't write, and crashes where Python ends
+    return code
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """Find the command, and read its options."""
+    parser = Parser(
         prog="ringmpi", description="Exact attention over long sequences on a ring of MPI ranks.",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="commands:\n" + "\n".join(
             f"  {name:8}{text}" for name, text in COMMANDS.items()) + f"\n\n{EXIT_CODES}")
     parser.add_argument("--version", action="version", version=f"ringmpi {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see `ringmpi COMMAND --help`")
     chosen = parser.parse_args(arguments)
-    command = importlib.import_module(f".commands.{chosen.command}", __package__)
-    own = argparse.ArgumentParser(prog=f"ringmpi {chosen.command}", description=command.__doc__,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES)
+    if chosen.command is None:
+        parser.error(f"expected a COMMAND: {', '.join(COMMANDS)}; see `ringmpi --help`")
+    command = _module(chosen.command)
+    own = Parser(prog=f"ringmpi {chosen.command}", description=command.__doc__,
+                 formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXIT_CODES)
     command.add_arguments(own)
-    options = own.parse_args(chosen.arguments)
-    try:
-        with _short_warnings(), standard_output():
-            return int(command.run(options))
-    except RingError as error:
-        return _explain(error)
-    except Exception:         # noqa: BLE001 (the other ranks must not wait for this one)
-        return _break_off(70, f"ringmpi: rank {_rank()} failed:\n{traceback.format_exc()}")
-    except KeyboardInterrupt:
-        return _break_off(130, "ringmpi: interrupted")
+    return chosen.command, own.parse_args(chosen.arguments)
 
 
 @contextmanager
@@ -67,26 +103,85 @@ def _short_warnings() -> Iterator[None]:
         warnings.formatwarning = usual
 
 
-def _explain(error: RingError) -> int:
-    """Say what went wrong. Errors are the same on every rank, so one speaks; but a lost rank each sees its own way."""
-    text = f"ringmpi: {error}"
-    if isinstance(error, (RingTimeout, RankLost, CommError)):
-        return _break_off(error.exit_code, text, GRACE_SECONDS)
-    if _rank() == 0 or isinstance(error, LaunchError):
-        print(text, file=sys.stderr, flush=True)
-    return error.exit_code
+def _module(name: str) -> Any:
+    return importlib.import_module(f".commands.{name}", __package__)
 
 
-def _break_off(code: int, text: str, grace: float = 0.0) -> int:
-    """End every rank of the job, where there are others."""
-    print(text, file=sys.stderr, flush=True)
-    from .mpi import end_job
-    end_job(code, grace)
+def _run(name: str, options: argparse.Namespace, process: Process | None = None) -> int:
+    """Run the command; return the exit code."""
+    collective = getattr(options, "collective", False) and not getattr(options, "dry_run", False)
+    with phase(f"running {name}"):
+        return _ended(lambda: _do(name, options), process, collective)
+
+
+def _do(name: str, options: argparse.Namespace) -> int:
+    with _short_warnings(), standard_output():
+        return int(_module(name).run(options))
+
+
+def _leave(code: int, timeout: float) -> int:
+    """Leave MPI together with the other ranks, and write out what was printed."""
+    from .world import leave
+    leave(timeout)
+    sys.stdout.flush()
     return code
+
+
+def _ended(action: Callable[[], int], process: Process | None, collective: bool = False) -> int:
+    """Run `action` to its end, whatever that is; return the exit code."""
+    try:
+        return action()
+    except (Exception, KeyboardInterrupt) as error:         # noqa: BLE001 (other ranks must not wait for this one)
+        return _end(_ending(error), process, collective)
+
+
+class Ending(NamedTuple):
+    """How a command ends that fails."""
+
+    code: int
+    text: str
+    agreed: bool = False        # the same on every rank: one speaks, and all leave MPI together
+    grace: float = 0.0          # seconds that this rank leaves to the others before it ends the job
+
+
+def _ending(error: BaseException) -> Ending:
+    """Say how a command ends by this error."""
+    if isinstance(error, RingError):
+        alone = isinstance(error, (RingTimeout, RankLost, CommError))        # each rank sees a lost one its own way
+        return Ending(error.exit_code, str(error), not alone, GRACE_SECONDS if alone else 0.0)
+    if isinstance(error, KeyboardInterrupt):
+        code = getattr(error, "exit_code", 128 + signal.SIGINT)
+        return Ending(code, f"{_who()} {str(error) or 'interrupted'}", grace=GRACE_SECONDS / 2)
+    if isinstance(error, MemoryError):
+        return Ending(ResourceError.exit_code, f"{_who()}: not enough memory: {error}; `ringmpi attend --dry-run` says "
+                                               "what a rank needs, and more ranks need less each")
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        return Ending(SYSTEM_ERRORS[error.errno], f"{_who()}: {error}")
+    return Ending(70, f"{_who()} failed:\n{''.join(traceback.format_exception(error))}")
+
+
+def _end(ending: Ending, process: Process | None, collective: bool) -> int:
+    """Say why, and end the other ranks where they can't know of it; return the exit code."""
+    from .world import end_job, world_rank
+    before_mpi = collective and world_rank() is None and launched_together()
+    if not ending.agreed or before_mpi or _rank() == 0:
+        with suppress(OSError):
+            print(f"ringmpi: {ending.text}", file=sys.stderr, flush=True)
+    if before_mpi and process is not None:
+        process.end_by_signal()
+    if not ending.agreed:
+        if process is not None:
+            process.farewell(ending.grace + ABORT_SECONDS)
+        end_job(ending.code, ending.grace)
+    return ending.code
+
+
+def _who() -> str:
+    return f"rank {_rank()} on {socket.gethostname()}"
 
 
 def _rank() -> int:
     """Rank in COMM_WORLD once MPI is up, before that what the launcher says."""
-    from .mpi import world_rank
+    from .world import world_rank
     rank = world_rank()
     return launched_rank() if rank is None else rank

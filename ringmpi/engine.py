@@ -24,6 +24,7 @@ from .errors import BackendError
 from .homeward import Homeward
 from .link import DirectLink, HostLink, StagedLink
 from .mpi import Comm
+from .phases import phase
 from .ring import Ring
 from .softmax import State
 from .transport import Transport, choose
@@ -273,8 +274,9 @@ class Engine:
             return 0.0
         start = time.perf_counter()
         self._comm.place = ", compiling kernels"
-        self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
-                            max(self._timeout, COMPILE_TIMEOUT))
+        with phase("compiling kernels"):
+            self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
+                                max(self._timeout, COMPILE_TIMEOUT))
         prepared.add(wanted)
         return time.perf_counter() - start
 

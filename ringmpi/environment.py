@@ -27,6 +27,11 @@ def launched_sizes() -> dict[str, int]:
     return {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
 
 
+def launched_together() -> bool:
+    """Say whether this process is one of several that a launcher started; Slurm's job script is none. Local."""
+    return any(size > 1 for name, size in launched_sizes().items() if name != "SLURM_NTASKS")
+
+
 def launched_rank() -> int:
     """Give this process's rank as the launcher set it; 0 without a launcher. Local."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
@@ -61,6 +66,11 @@ def mpi_gpu_switches() -> dict[str, str]:
     """Give the variables by which Cray's and Intel's MPI are told to take GPU memory, empty where not set. Local."""
     return {name: os.environ.get(name, "").strip().lower()
             for name in ("MPICH_GPU_SUPPORT_ENABLED", "I_MPI_OFFLOAD", "I_MPI_OFFLOAD_MODE")}
+
+
+def debian_mpich() -> str:
+    """Give the path of the MPICH that Debian and Ubuntu install; empty if it is not here. Local."""
+    return next((str(path) for path in sorted(Path("/usr/lib").glob("*/libmpich.so.12"))), "")
 
 
 def virtual_prefix() -> str | None:
@@ -100,6 +110,29 @@ def cache_bytes(level: int) -> int:
     except (OSError, ValueError):
         pass
     return {1: 2**15, 2: 2**18}.get(level, 2**20)
+
+
+def vector_bytes() -> int:
+    """Give the width of this CPU's vectors in bytes, by what the kernel says of it; 16 where it does not. Local."""
+    flags = _cpu_info("flags").split()
+    return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
+
+
+def cycles_per_second() -> float:
+    """Give this CPU's frequency as far as the kernel knows it, or a usual one. Local."""
+    try:
+        return float(_cpu_info("cpu MHz")) * 1e6
+    except ValueError:
+        return 2.5e9
+
+
+def _cpu_info(name: str) -> str:
+    """Read a line of the first core in /proc/cpuinfo; empty if there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split("\t")[0] == name), "")
 
 
 def resident_bytes(peak: bool = False) -> int:

@@ -48,6 +48,18 @@ class LaunchError(RingError, RuntimeError):
     exit_code = 4
 
 
+class ResourceError(RingError, MemoryError):
+    """Memory, or another resource of this machine, that there is not enough of."""
+
+    exit_code = 4
+
+
+class InternalError(RingError, RuntimeError):
+    """An error in ringmpi itself on some rank; the text has that rank's traceback."""
+
+    exit_code = 70
+
+
 class RingTimeout(RingError, TimeoutError):
     """A message that did not come in time: a rank is lost, stopped or far behind."""
 
@@ -68,15 +80,3 @@ class OutputError(RingError, OSError):
     """Output that could not be written; nothing is left under its name."""
 
     exit_code = 6
-
-
-class ResourceError(RingError, MemoryError):
-    """Memory, or another resource of this machine, that ran out; the text says on which rank."""
-
-    exit_code = 4
-
-
-class InternalError(RingError, RuntimeError):
-    """An error that is ringmpi's own fault, or one that nobody foresaw; the text has the traceback."""
-
-    exit_code = 70

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .environment import virtual_prefix
 from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from .files import kind, new_file, not_what_was_written
+from .phases import phase
 from .softmax import BFLOAT16
 from .stored import check_storage, file_type, follow, memory_type, row_pieces, stored_dtype, whole_rows
 
@@ -75,6 +76,12 @@ def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
         If it is missing, locked, no HDF5 file, truncated or damaged.
     """
     check_regular(path)
+    with phase(f"reading {path}"), _opened(path) as file:
+        yield file
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     with reading(path):
         # by its real name: HDF5 looks for virtual sources beside the name it was given
         file = h5py.File(os.path.realpath(path), "r", locking="best-effort")

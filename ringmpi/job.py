@@ -7,22 +7,22 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from . import __version__, device, mpi
 from .attention import RingAttention
 from .checks import check_shapes
-from .environment import resident_bytes, shows_on_terminal
+from .clocks import clock_offset
+from .environment import resident_bytes
 from .errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
 from .exchange import redistribute
 from .files import STANDARD_OUTPUT, check_record, check_writable, write_json
@@ -30,9 +30,11 @@ from .hdf5 import check_axes, open_dataset, open_file, read_floats, read_integer
 from .layout import Contiguous
 from .manifest import Shard
 from .mask import Mask
+from .phases import phase
 from .shards import Output
 from .softmax import accumulator
 from .stored import RAW_DTYPE, stored_dtype
+from .world import comm_world, library
 
 Array = NDArray[Any]
 MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB
@@ -126,6 +128,29 @@ class Report:
                 f"at most {self.peak_bytes / 2**20:,.0f} MiB a rank")
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a job is when its ranks know each other and its input; `hosts` and `threads` by rank."""
+
+    source: Path
+    sizes: Sizes
+    options: Options
+    mask: Mask
+    backend: str
+    hosts: list[str]
+    threads: list[int]
+
+
+class Display(Protocol):
+    """What shows on rank 0 how a job goes."""
+
+    def start(self, start: Start) -> None:
+        """Begin to show it."""
+
+    def attending(self, counts: Callable[[], tuple[int, int]]) -> AbstractContextManager[None]:
+        """Show, within a block, the pairs that all ranks have done: the first of `counts`."""
+
+
 @contextmanager
 def datasets(path: Path, options: Options) -> Iterator[tuple[h5py.File, list[h5py.Dataset], Sizes]]:
     """Open the input and check that q, k and v are there, whole, and go together. Local.
@@ -190,10 +215,11 @@ class Clock:
         self.phases: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time a block takes to phase `name`."""
+    def phase(self, name: str, doing: str) -> Iterator[None]:
+        """Add the time a block takes to phase `name`, and say what is done in it."""
         start = time.perf_counter()
-        yield
+        with phase(doing):
+            yield
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
     def apart(self, name: str, phase: str, seconds: float) -> None:
@@ -203,8 +229,8 @@ class Clock:
 
 
 def attend(source: Path, target: Path, options: Options, *, threads: int | None = None, timeout: float = mpi.TIMEOUT,
-           expect_ranks: int | None = None, force: bool = False, quiet: bool = True, json_path: Path | None = None,
-           command: str = "") -> Report:
+           expect_ranks: int | None = None, force: bool = False, display: Display | None = None,
+           json_path: Path | None = None, command: str = "") -> Report:
     """Attend from file to file: q, k, v of `source` to `out` and `lse` of `target`. Collective over COMM_WORLD.
 
     Parameters
@@ -220,8 +246,8 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         Number of ranks there must be.
     force : bool
         Replace a target that exists.
-    quiet : bool
-        No progress bar; without it rank 0 draws one where there is a terminal.
+    display : Display, optional
+        Shows on rank 0 how it goes.
     json_path : path, optional
         Where rank 0 writes the full record.
     command : str
@@ -240,7 +266,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     """
     if options.backend == "cuda":
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
-    world = mpi.world(expect_ranks)
+    world = comm_world(timeout, expect_ranks)
     comm = mpi.private(world, timeout, exclusive=True)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
@@ -263,14 +289,18 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
                                       gpu_transport=options.gpu_transport, allow_gpu_sharing=options.allow_gpu_sharing,
                                       bfloat16_products=options.bfloat16_products)
             with attention:
-                out, lse = _compute(world, comm, attention, found, of_heads["sinks"], quiet, clock)
+                start = _start(comm, Start(source, sizes, options, mask, attention.backend.name, [], []), attention)
+                shown = display if comm.rank == 0 else None
+                if shown is not None:
+                    shown.start(start)
+                out, lse = _compute(world, comm, attention, found, of_heads["sinks"], shown, clock)
             record = {"ringmpi": __version__, "command": command, "ranks": comm.size,
                       "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                       "backend": attention.backend.name, "options": asdict(options), **_products(attention),
                       **_gpus(attention)}
-            start = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
-            with clock.phase("write"), comm.together(timeout):
-                line = json.dumps(asdict(output.write(comm.rank, start, out, lse)))
+            first = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
+            with clock.phase("write", f"writing {target}"), comm.together(timeout):
+                line = json.dumps(asdict(output.write(comm.rank, first, out, lse)))
         except BaseException:
             output.discard(comm.rank)         # rank 0 can't have published: it needs this rank's line
             raise
@@ -278,6 +308,13 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     report = _report(comm, sizes, attention.trace, clock, timeout)
     _write_record(json_path, comm, attention, record, report, clock, timeout)
     return report
+
+
+def _start(comm: mpi.Comm, start: Start, attention: RingAttention) -> Start:
+    """Complete what is known at the start by the hosts and threads of all ranks. Collective over *comm*."""
+    mine = json.dumps([socket.gethostname(), attention.backend.threads])
+    everyone = [json.loads(text) for text in comm.share_text(mine, attention.timeout)]
+    return replace(start, hosts=[host for host, _ in everyone], threads=[threads for _, threads in everyone])
 
 
 def _products(attention: RingAttention) -> dict[str, Any]:
@@ -299,7 +336,7 @@ def _publish(output: Output, comm: mpi.Comm, line: str, rows: dict[str, Array], 
     try:
         shards = [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
         shapes = {name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
-        with clock.phase("write"), comm.together(timeout):
+        with clock.phase("write", f"writing {output.path}"), comm.together(timeout):
             if comm.rank == 0:
                 output.publish(shards, shapes, record)
     except RingError as error:
@@ -314,30 +351,35 @@ def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, r
                   clock: Clock, timeout: float) -> None:
     """Gather what every rank has to tell; rank 0 writes it as JSON."""
     mine = {"host": socket.gethostname(), "phases": clock.phases, "peak_bytes": resident_bytes(peak=True),
-            "threads": attention.backend.threads, **attention.trace.as_dict()}
+            "threads": attention.backend.threads, "clock_offset": clock_offset(comm, timeout),
+            **attention.trace.as_dict()}
     details = [json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)]
     with comm.together(timeout):
         if path and comm.rank == 0:
-            vendor = mpi.load().Get_library_version().splitlines()[0]
-            write_json(path, {**record, "mpi": vendor, **asdict(report), "gflops": report.gflops, "per_rank": details})
+            write_json(path, {**record, "mpi": library(), **asdict(report), "gflops": report.gflops,
+                              "per_rank": details})
 
 
 def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h5py.Dataset], sinks: Array | None,
-             quiet: bool, clock: Clock) -> tuple[Array, Array]:
+             display: Display | None, clock: Clock) -> tuple[Array, Array]:
     """Read, attend, and bring the result back to the order of the input."""
     arrays = [_read(world, comm, attention, dataset, clock) for dataset in found]
-    bar_on = comm.rank == 0 and not quiet and shows_on_terminal()
-    with clock.phase("attend"), tqdm(unit="pair", unit_scale=True, disable=not bar_on, desc="attend",
-                                     leave=False) as bar:
-        out, lse = attention(*arrays, sinks=sinks, return_lse=True,
-                             progress=lambda done, total: _advance(bar, done, total))
+    done = 0
+
+    def report(pairs: int, total: int) -> None:
+        nonlocal done
+        done += pairs
+        comm.report_progress(done, total)
+
+    with clock.phase("attend", "attending"), display.attending(comm.progress_of_all) if display else nullcontext():
+        out, lse = attention(*arrays, sinks=sinks, return_lse=True, progress=report)
         with comm.together(attention.timeout), attention.backend.current():
             out, lse = attention.backend.fetch(out), attention.backend.fetch(lse)
     clock.apart("compile", "attend", attention.trace.compile_seconds)
     del arrays
     attention.close()                         # its buffers go before the result is copied
     back = {"comm": world, "source": attention.layout, "target": "contiguous", "timeout": attention.timeout}
-    with clock.phase("redistribute"):
+    with clock.phase("redistribute", "redistributing the result"):
         out = redistribute(out, **back)
         lse = redistribute(lse, **back)
     return out, lse
@@ -348,20 +390,16 @@ def _read(world: Any, comm: mpi.Comm, attention: RingAttention, dataset: h5py.Da
     layout, backend = Contiguous.even(len(dataset), comm.size), attention.backend
     start, count = layout.starts[comm.rank], layout.counts[comm.rank]
     shape, dtype = (count, *dataset.shape[1:]), stored_dtype(dataset, RAW_DTYPE)     # as `datasets` has allowed
+    reading = f"reading {dataset.file.filename}"
     if attention.layout == "contiguous":
-        with clock.phase("read"), comm.together(attention.timeout), backend.current():
+        with clock.phase("read", reading), comm.together(attention.timeout), backend.current():
             return backend.gather(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
-    with clock.phase("read"), comm.together(attention.timeout):
+    with clock.phase("read", reading), comm.together(attention.timeout):
         shard = read_rows(dataset, start, start + count, RAW_DTYPE)
-    with clock.phase("redistribute"):
+    with clock.phase("redistribute", f"redistributing {dataset.name}"):
         shard = redistribute(shard, comm=world, target=attention.layout, timeout=attention.timeout)
         with comm.together(attention.timeout), backend.current():
             return backend.place(shard)
-
-
-def _advance(bar: tqdm[Any], done: int, total: int) -> None:
-    bar.total = total
-    bar.update(done)
 
 
 def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: float) -> Report:

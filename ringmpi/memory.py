@@ -1,10 +1,14 @@
-"""How much memory a rank will need, from the sizes alone: what a dry run says."""
+"""How much memory a rank will need, and about how long it will take, from the sizes alone."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from .backends import open_backend
-from .environment import resident_bytes
+from .environment import cycles_per_second, resident_bytes, vector_bytes
 from .job import Options, Sizes
+from .layout import Contiguous
+from .mask import Mask
 from .softmax import DTYPES, accumulator
 
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
@@ -13,7 +17,12 @@ SCORE_BYTES = {"numpy": 2**25 - 2**23, "numba": 2**23}       # of a thread, and 
 PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, or one tile of each key head
 
 
-def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
+# Flop of a vector unit's lane in a cycle, and the share of it that the kernels reach: README has measurements.
+LANE_FLOP = {"numpy": 4 * 0.4, "numba": 4 * 0.75}
+SAMPLES = 2**20                # queries whose keys are counted, where there are more
+
+
+def predict(sizes: Sizes, ranks: int, options: Options, resident: int | None = None) -> dict[str, int]:
     """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
 
     Parameters
@@ -22,6 +31,8 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     ranks : int
     options : Options
         Any layout but contiguous copies a shard three times while it is redistributed.
+    resident : int, optional
+        Bytes of this process, if MPI and the modules are loaded; by default they are guessed.
 
     Returns
     -------
@@ -39,6 +50,7 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
             arrays["q, k and v widened"] = (arrays["q"] + arrays["k"] + arrays["v"]) // item * wide
         return {**arrays, "total": sum(arrays.values())}
     name, base = _resident_with(options.backend)
+    base = base if resident is None else resident + LIBRARY_BYTES[name] - LIBRARY_BYTES["numpy"]
     parts = {
         **_arrays(sizes, n_q, n_k, item, wide, ranks),
         "columns": 8 * 8 * n_q,
@@ -50,6 +62,38 @@ def predict(sizes: Sizes, ranks: int, options: Options) -> dict[str, int]:
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
     return {**parts, "process and libraries": base, "total": max(phases) + base}
+
+
+def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:
+    """Predict roughly how long the slowest rank computes, in seconds; 0 for a backend of which nothing is known. Local.
+
+    Parameters
+    ----------
+    pairs : list of int
+        Visible pairs of each rank.
+    sizes : Sizes
+    threads : list of int
+        CPU threads of each rank.
+    backend : str
+    """
+    if backend not in LANE_FLOP:
+        return 0.0
+    lanes = vector_bytes() / accumulator(DTYPES[sizes.dtype], None).itemsize
+    speed = lanes * LANE_FLOP[backend] * cycles_per_second()
+    flop = 2 * sizes.heads * (sizes.dim + sizes.dim_v)
+    return max(flop * mine / (speed * number) for mine, number in zip(pairs, threads, strict=True))
+
+
+def count_pairs(mask: Mask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
+    """Count the visible pairs of each rank, by a sample of the queries where there are many. Local."""
+    step = max(1, sizes.n_q // SAMPLES)
+    queries = np.arange(0, sizes.n_q, step)
+    seen = sum((high - low for low, high in mask.bounds(queries, sizes.n_q, sizes.n_k)), np.zeros_like(queries)) * step
+    if layout == "contiguous":
+        starts = np.searchsorted(queries, Contiguous.even(sizes.n_q, ranks).starts)
+        sums = np.concatenate([[0], np.cumsum(seen)])
+        return [int(pairs) for pairs in np.diff(sums[[*starts, len(seen)]])]
+    return [int(seen.sum()) // ranks + 1] * ranks
 
 
 def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, ranks: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Communicators, agreement and deadlines: what the library asks of MPI besides moving blocks.
 
-The only module that touches COMM_WORLD, and only for the command line. Every wait for another rank polls, so
-that it has a deadline and names the rank that is missing; nothing that blocks without one is called.
+Works on a caller's communicator; COMM_WORLD is the affair of `world`. Every wait for another rank polls, so that it
+has a deadline and names the rank that is missing; nothing that blocks without one is called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import socket
-import sys
 import time
 import traceback
 from collections import Counter
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import errors
-from .environment import boot_id, cores, launched_sizes
+from .environment import boot_id, cores, debian_mpich
 from .errors import CommError, InternalError, LaunchError, OptionError, RankLost, ResourceError, RingError, RingTimeout
 from .notices import Notices, State
 
@@ -65,8 +64,15 @@ def load() -> Any:
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise LaunchError(f"no MPI library: {reason}; load your site's MPI module, or pip install 'ringmpi[mpich]'"
-                          ) from error
+                          f"{_debian_mpich()}") from error
     return MPI
+
+
+def _debian_mpich() -> str:
+    """Say how Debian's MPICH, if it is here, can be found: mpi4py's wheels look for it by the name all others give."""
+    library = debian_mpich()
+    return library and (f"; to take {library}, which has a name of its own in Debian and Ubuntu: mkdir -p ~/mpich && "
+                        f"ln -s {library} ~/mpich/libmpi.so.12 && export LD_LIBRARY_PATH=~/mpich")
 
 
 class Comm:
@@ -293,7 +299,6 @@ class Comm:
         mpi = load()
         test = mpi.Request.Testall
         statuses: list[Any] = []
-        told = ""
         try:
             nothing_else = advance is None or advance()
             start = time.thread_time()
@@ -303,18 +308,21 @@ class Comm:
                         return True, 0.0
                     break
             busy = time.thread_time() - start
-            if self._notices:
-                told = self._notices.read(self._state)
         except mpi.Exception as error:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
             reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
             lost = RankLost(f"{describe()}; MPI reports: {reason}")
             self.fail(lost, requests)
             raise lost from error
-        if told:
-            self._lose(told, requests)
-            raise RankLost(f"{describe()}; {told}")
+        self._heed(describe, requests)
         return False, busy
+
+    def _heed(self, describe: Callable[[], str], requests: Sequence[Any] = ()) -> None:
+        """Read what other ranks have to say; raise `RankLost` if one gave up."""
+        told = self._notices.read(self._state) if self._notices else ""
+        if told:
+            self._lose(told, list(requests))
+            raise RankLost(f"{describe() or self.name()}; {told}")
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:
         """Let MPI move messages as long as some move, a fraction of a millisecond at most. Local.
@@ -348,10 +356,12 @@ class Comm:
 
     def report_progress(self, done: int, total: int) -> None:
         """Say how much of this rank's work is done; rank 0 is told twice a second at most. Local."""
-        if self._notices:
-            self._notices.report(done, total)
-        else:
+        if self._notices is None:
             self._alone = done, total
+            return
+        self._notices.report(done, total)
+        if self.rank == 0:
+            self._heed(str)
 
     def progress_of_all(self) -> tuple[int, int]:
         """Give, on rank 0, the sums over all ranks of what they last reported: (done, total). Local."""
@@ -622,47 +632,7 @@ def private(comm: Any, timeout: float = TIMEOUT, exclusive: bool = False) -> Com
     return cached  # type: ignore[no-any-return]
 
 
-def world_rank() -> int | None:
-    """Give this process's rank in COMM_WORLD, None while MPI is not up; for the command line only. Local."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
-
-
-def describe() -> str:
-    """Describe the MPI library, its ranks and its thread level, for the command line only. Local."""
-    mpi = load()
-    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
-              mpi.THREAD_MULTIPLE: "multiple"}
-    return (f"{mpi.Get_library_version().splitlines()[0].strip()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level "
-            f"{levels[mpi.Query_thread()]}")
-
-
-def world(expect_ranks: int | None = None) -> Any:
-    """Give COMM_WORLD, for the command line only, after checking that the ranks know each other. Local.
-
-    Ranks started by one launcher with another MPI's library are each alone, and would each do the whole job.
-
-    Raises
-    ------
-    LaunchError
-        If there is no MPI, or the number of ranks is not `expect_ranks` or, where that is None, not what every
-        launcher's variable says.
-    """
-    comm = load().COMM_WORLD
-    size = comm.Get_size()
-    expected = launched_sizes() if expect_ranks is None else {"--expect-ranks": expect_ranks}
-    for name, count in expected.items():
-        if count != size:
-            vendor = load().Get_library_version().splitlines()[0]
-            raise LaunchError(f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library "
-                              f"({vendor}) do not belong together, or fewer ranks were started; use the launcher of "
-                              f"that library, or say --expect-ranks {size} if it is meant")
-    return comm
-
-
-def end_job(code: int, grace: float) -> None:
-    """End every rank of COMM_WORLD, if MPI is up and there are others; they get `grace` seconds to speak."""
-    if world_rank() is not None and load().COMM_WORLD.Get_size() > 1:
-        time.sleep(grace)
-        load().COMM_WORLD.Abort(code)
+def release(comm: Any) -> None:
+    """Free the library's communicator on `comm` before MPI ends, if there is one. Collective over *comm*."""
+    if comm.Get_attr(_keyval()) is not None:
+        comm.Delete_attr(_keyval())

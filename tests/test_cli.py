@@ -1,7 +1,11 @@
 """The command line where no MPI is needed: help, argument errors, make, check, merge, dry runs, info."""
 
+import argparse
+import errno
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +15,11 @@ import numpy as np
 import oracle
 import pytest
 
+from ringmpi import InternalError, LaunchError, ResourceError
+from ringmpi import world as mpi_world
 from ringmpi.cli import COMMANDS, main
 from ringmpi.job import Clock, Options, attend
+from ringmpi.mpi import load
 from ringmpi.shards import Output, read_manifest
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
@@ -48,7 +55,7 @@ def test_help_needs_no_mpi(command):
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    ([], "required"),
+    ([], "expected a COMMAND: attend, make, check, merge, info, demo, bench"),
     (["fly"], "invalid choice"),
     (["attend", "in.h5"], "OUT.h5"),
     (["attend", "a", "b", "--window", "3,4,5"], "expected LEFT"),
@@ -335,10 +342,102 @@ def test_expect_ranks(capsys):
     assert "expected 4 ranks (--expect-ranks), got 1" in capsys.readouterr().err
 
 
-def test_an_error_in_ringmpi_itself_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr("ringmpi.commands.info.run", lambda _: 1 / 0)
-    assert code("info") == 70
-    assert "ZeroDivisionError" in capsys.readouterr().err
+@pytest.mark.parametrize(("error", "number", "text"), [
+    (ZeroDivisionError("what"), 70, "Traceback (most recent call last):"),
+    (InternalError("rank 3: Traceback"), 70, "ringmpi: rank 3: Traceback"),
+    (MemoryError("Unable to allocate 9 GiB"), 4, "not enough memory: Unable to allocate 9 GiB; `ringmpi attend --dry"),
+    (ResourceError("a cache"), 4, "ringmpi: a cache"),
+    (OSError(errno.EIO, "Input/output error", "in.h5"), 3, "Input/output error: 'in.h5'"),
+    (OSError(errno.ENOSPC, "No space left on device"), 6, "No space left on device"),
+    (OSError(errno.EMFILE, "Too many open files"), 4, "Too many open files"),
+    (OSError("no number"), 70, "Traceback (most recent call last):"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+])
+def test_the_exit_code_says_whose_error_it_is(monkeypatch, capsys, error, number, text):
+    """And a traceback is there for an error of ours, and for no other."""
+    def run(_):
+        raise error
+    monkeypatch.setattr("ringmpi.commands.info.run", run)
+    assert code("info") == number
+    said = capsys.readouterr().err
+    assert text in said
+    assert ("Traceback" in said) == (number == 70)
+
+
+def test_nobody_reads_what_is_printed():
+    """A pipe that is closed, as by `head`; a full disk is the same to the command line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run([sys.executable, "-m", "ringmpi", "info"], stdout=writer, stderr=subprocess.PIPE, text=True,
+                          timeout=60, check=False)
+    os.close(writer)
+    assert said.returncode == 6
+    assert re.fullmatch(r"ringmpi: rank 0 on \S+: \[Errno 32\] Broken pipe\n", said.stderr)
+
+
+def actions(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from actions(sub)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_every_default(command):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"ringmpi.commands.{command}").add_arguments(parser)
+    for action in actions(parser):
+        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS):
+            assert "default: " in (action.help or ""), action.option_strings
+        assert action.help or not action.option_strings, action.option_strings
+
+
+def test_the_name_of_the_mpi_library(monkeypatch):
+    """Open MPI's ends in a NUL; MPICH's has tabs."""
+    class Library:
+        Get_library_version = staticmethod(lambda: "Open MPI\tv5.0,  package: X\0\nmore\n")
+    monkeypatch.setattr("ringmpi.world.load", lambda: Library)
+    assert mpi_world.library() == "Open MPI v5.0, package: X"
+
+
+def test_where_debians_mpich_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setattr("ringmpi.mpi.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
+    with pytest.raises(LaunchError, match=r"ln -s /usr/lib/x/libmpich.so.12 ~/mpich/libmpi.so.12 && export LD_LIB"):
+        load()
+    monkeypatch.setattr("ringmpi.mpi.debian_mpich", lambda: "")
+    with pytest.raises(LaunchError, match=r"pip install 'ringmpi\[mpich\]'$"):
+        load()
+
+
+@pytest.mark.parametrize("name", ["quiet", "not"])
+def test_waits_are_said_unless_quiet(name):
+    """What the library writes to its log; also where there is no terminal."""
+    run = ("import logging, sys; from ringmpi.commands import info\n"
+           "def run(_): logging.getLogger('ringmpi').warning('waiting for rank 3'); return 0\n"
+           "info.run = run\n"
+           "info.add_arguments = lambda parser: parser.add_argument('--quiet', action='store_true')\n"
+           "from ringmpi.cli import main; sys.exit(main())")
+    said = subprocess.run([sys.executable, "-c", run, "info", *(["--quiet"] if name == "quiet" else [])],
+                          capture_output=True, text=True, timeout=60, check=True)
+    assert said.stderr == ("" if name == "quiet" else "ringmpi: waiting for rank 3\n")
+
+
+def test_the_log_of_a_job(capsys, monkeypatch):
+    assert code("make", "random", "in.h5", "--tokens", 300, "--heads", 4, "--kv-heads", 2, "--dim", 16) == 0
+    assert code("attend", "in.h5", "out.h5", "--causal", "--threads", 2) == 0
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"ringmpi: 1 rank on \S+, 2 threads \(numba\); in.h5: 300 queries, 300 keys, heads 4/2, "
+                        r"dim 16, float32; predicted: \d+ MiB a rank, some seconds\n", said)
+    assert code("attend", "in.h5", "out.h5", "--force", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert code("attend", "in.h5", "out.h5", "--force", "--threads", 9) == 0
+    assert "one rank alone (9 threads): is it meant?" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert code("attend", "in.h5", "out.h5", "--force", "--threads", 2, "--expect-ranks", 1) == 0
+    assert "one rank alone (SLURM_NTASKS says 4): is it meant?" in capsys.readouterr().err
 
 
 def test_names_of_datasets():

@@ -393,4 +393,4 @@ def test_progress_bar_on_a_terminal_only(source, tmp_path):
         launch.subprocess.run([script, "-qec", command, tmp_path / "typescript"], check=True, timeout=60,
                               stdin=launch.subprocess.DEVNULL, stdout=launch.subprocess.DEVNULL)
         said = (tmp_path / "typescript").read_text()
-        assert ("attend:" in said) == bar, said
+        assert ("pair/s]" in said) == bar, said

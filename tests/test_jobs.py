@@ -1,5 +1,6 @@
 """The job scripts: sound shell, and options that the command line knows."""
 
+import argparse
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ringmpi.cli import main
+from ringmpi.commands.attend import add_arguments
 
 JOBS = Path(__file__).parent.parent / "jobs"
 SCRIPTS = sorted(path for path in JOBS.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -37,13 +39,46 @@ def test_options_exist(script, capsys):
 
 
 def test_sbatch_scripts_end_with_a_dead_rank():
-    for name in ("cpu.sbatch", "gpu.sbatch"):
+    for name in ("cpu.sbatch", "gpu.sbatch", "array.sbatch"):
         text = (JOBS / name).read_text()
         assert "--kill-on-bad-exit=1" in text
         assert "SRUN_CPUS_PER_TASK" in text
     gpu = (JOBS / "gpu.sbatch").read_text()
     assert "#SBATCH --gpus-per-node" in gpu
     assert "--gpu-bind=none" in gpu
+
+
+def submitted(tmp_path, name, *arguments):
+    """The command that a script gives to srun, in the environment that Slurm makes."""
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3", "SLURM_ARRAY_JOB_ID": "7",
+             "SLURM_ARRAY_TASK_ID": "5"}
+    return subprocess.run(["bash", JOBS / name, *arguments], capture_output=True, text=True, timeout=20, check=False,
+                          env={**os.environ, **slurm, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+
+
+@pytest.mark.parametrize("name", ["cpu.sbatch", "gpu.sbatch", "array.sbatch"])
+def test_a_users_options_overrule_those_of_the_script(tmp_path, name):
+    said = submitted(tmp_path, name, "in-%a.h5", "out-%a.h5", "--timeout", "9", "--json", "mine.json")
+    assert said.returncode == 0, said.stderr
+    words = said.stdout.splitlines()
+    words = words[words.index("attend") + 1:]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    assert options.timeout == 9
+    assert str(options.json) == "mine.json"
+    assert options.expect_ranks == 2
+    if name == "array.sbatch":
+        assert (str(options.input), str(options.output)) == ("in-5.h5", "out-5.h5")
+
+
+def test_tasks_of_an_array_have_outputs_of_their_own(tmp_path):
+    said = submitted(tmp_path, "array.sbatch", "in-%a.h5", "out.h5")
+    assert said.returncode == 2
+    assert "expected an output with %a in its name, got out.h5" in said.stderr
 
 
 def test_local(tmp_path):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..environment import command_line, launched_rank, launched_sizes
+from ..environment import command_line, launched_rank, launched_sizes, shows_on_terminal
 from .options import add_attention, add_backend, check_mask, positive, seconds
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
-                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal")
+                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal "
+                          "(default: contiguous)")
     add_backend(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
@@ -38,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
     run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
-    run.add_argument("--quiet", action="store_true", help="no progress bar, no result line")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
-    parser.set_defaults(check=functools.partial(check_mask, parser.error))
+    parser.set_defaults(check=functools.partial(check_mask, parser.error), collective=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,14 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.check(arguments)
     from ..files import STANDARD_OUTPUT
     from ..job import Options, attend
-    from ..mpi import world_rank
+    from ..world import world_rank
+    from .display import Display
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
         return _predict(arguments, options)
-    report = attend(
-        arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
-        expect_ranks=arguments.expect_ranks, force=arguments.force,
-        quiet=arguments.quiet, json_path=arguments.json, command=command_line())
+    with nullcontext() if arguments.quiet else Display(shows_on_terminal()) as display:
+        report = attend(
+            arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
+            expect_ranks=arguments.expect_ranks, force=arguments.force, display=display, json_path=arguments.json,
+            command=command_line())
     if world_rank() == 0 and not arguments.quiet:
         print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
     return 0

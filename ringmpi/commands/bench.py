@@ -33,10 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
-    kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D")
+    kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"],
+                        help="of q, k and v (default: float32)")
+    kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D",
+                        help="numbers of a head (default: 64 128)")
     kernel.add_argument("--mask", nargs="+", choices=MASKS, default=["full", "causal"],
-                        help="window: 4096 keys; documents: 512 tokens on average")
+                        help="window: 4096 keys; documents: 512 tokens on average (default: full causal)")
     kernel.add_argument("--shape", nargs="+", type=_shape, default=[(8192, 8192)], metavar="QxK",
                         help="queries and keys (default: 8192x8192)")
     kernel.add_argument("--pass", nargs="+", choices=PASSES, default=["forward"], dest="passes",
@@ -45,31 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
     kernel.add_argument("--backend", choices=("cpu", "cuda"), default="cpu",
-                        help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU")
+                        help="cpu: numba and numpy on this machine's cores; cuda: ringmpi on a GPU (default: cpu)")
     kernel.add_argument("--kernels", nargs="+", choices=("numba", "numpy", "ringmpi", "torch"),
                         help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
-    kernel.add_argument("--heads", type=positive, default=2, metavar="H")
+    kernel.add_argument("--heads", type=positive, default=2, metavar="H", help="query heads (default: 2)")
     add_products(kernel)
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
-    ring.add_argument("--dim", type=positive, default=64, metavar="D")
-    ring.add_argument("--dtype", choices=DTYPES, default="float32")
-    ring.add_argument("--causal", action="store_true")
+    ring.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
+    ring.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
+    ring.add_argument("--causal", action="store_true", help="no key after the query")
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
     add_backend(ring)
-    ring.add_argument("--heads", type=positive, default=4, metavar="H")
-    ring.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
                                                "calls that move the same; run it under mpiexec")
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
-    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto")
-    network.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
+                         help="where to compute (default: auto)")
     for sub in (kernel, ring):
-        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
+        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
+    for sub in (ring, network):
+        sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
+                         help="seconds to wait for another rank (default: 1800)")
+        sub.set_defaults(collective=True)
     for sub in (kernel, ring, network):
-        sub.add_argument("--repeat", type=positive, default=5, metavar="N", help="runs to take the median of")
+        sub.add_argument("--repeat", type=positive, default=5, metavar="N",
+                         help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
 
 
@@ -101,7 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         _print(rows, [name for name in rows[0] if name not in hidden])
         if arguments.json:
             from ..files import write_json
-            write_json(arguments.json, {"arguments": vars(arguments), **more, "rows": rows})
+            given = {name: value for name, value in vars(arguments).items() if name != "collective"}
+            write_json(arguments.json, {"arguments": given, **more, "rows": rows})
     return 0
 
 

@@ -19,6 +19,7 @@ from ..functional import ring_attention
 from ..layout import Contiguous
 from ..mask import Mask
 from ..trace import Trace
+from ..world import comm_world
 
 Call = Callable[[], Any]      # gives the seconds that do not count, or None
 
@@ -29,7 +30,7 @@ SLEEPS = (1.0, 3.0)          # seconds that the last rank sleeps while the other
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
-    world = mpi.world()
+    world = comm_world(arguments.timeout)
     comm = mpi.private(world, arguments.timeout, exclusive=True)
     bench = _Bench(arguments, world, comm)
     rows = []

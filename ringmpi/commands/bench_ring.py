@@ -21,6 +21,7 @@ from ..environment import cores, use_cores
 from ..mask import Mask
 from ..softmax import check_dtype
 from ..trace import Trace
+from ..world import comm_world
 
 ALONE = "one rank"
 TRANSFER = "transfer"
@@ -28,7 +29,7 @@ TRANSFER = "transfer"
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
-    world = mpi.world()
+    world = comm_world(arguments.timeout)
     bench = _Bench(arguments, world, mpi.private(world, arguments.timeout, exclusive=True))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):

@@ -37,18 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="bytes that each query sees (default: 1024,8192,65536,262144)")
     parser.add_argument("--queries", type=positive, default=4096, metavar="N", help="bytes to predict (default: 4096)")
     add_backend(parser)
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank")
-    parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
+    parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
+                        help="seconds to wait for another rank (default: 1800)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
+    parser.set_defaults(collective=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
     from .. import device, mpi
     from ..files import writing
+    from ..world import comm_world
     if arguments.backend == "cuda":
         device.choose_early()
-    comm = mpi.private(mpi.world(), arguments.timeout, exclusive=True)
+    comm = mpi.private(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.together(arguments.timeout):

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _mpi() -> str:
     from ..errors import LaunchError
-    from ..mpi import describe
+    from ..world import describe
     try:
         return describe()
     except LaunchError as error:

@@ -22,17 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--tokens", type=natural, required=True, metavar="N", help="keys and values")
         sub.add_argument("--queries", type=natural, metavar="N", help="queries, at the end (default: all tokens)")
         sub.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
-    random.add_argument("--heads", type=positive, default=8, metavar="H")
-    random.add_argument("--kv-heads", type=positive, metavar="K", help="default: as many as heads")
-    random.add_argument("--dim", type=positive, default=64, metavar="D")
-    random.add_argument("--dim-v", type=positive, metavar="D", help="default: dim")
-    random.add_argument("--dtype", choices=DTYPES, default="float32")
+    random.add_argument("--heads", type=positive, default=8, metavar="H", help="query heads (default: 8)")
+    random.add_argument("--kv-heads", type=positive, metavar="K",
+                        help="key and value heads (default: as many as heads)")
+    random.add_argument("--dim", type=positive, default=64, metavar="D", help="of queries and keys (default: 64)")
+    random.add_argument("--dim-v", type=positive, metavar="D", help="of values (default: dim)")
+    random.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
     random.add_argument("--documents", type=positive, metavar="N", help="also N packed documents of random length")
-    random.add_argument("--seed", type=natural, default=0, metavar="S")
+    random.add_argument("--seed", type=natural, default=0, metavar="S", help="of the numbers (default: 0)")
     text.add_argument("paths", type=Path, nargs="*", metavar="PATH",
                       help="files or folders (default: this Python's standard library)")
-    text.add_argument("--start", type=natural, default=0, metavar="N", help="bytes to leave out first")
-    text.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    text.add_argument("--start", type=natural, default=0, metavar="N", help="bytes to leave out first (default: 0)")
+    text.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q, k and v (default: bfloat16)")
     parser.set_defaults(error=parser.error)
 
 

@@ -64,7 +64,7 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     group.add_argument("--prefix", type=natural, default=default(None), metavar="N",
                        help="the first N keys are visible in spite of --causal")
     group.add_argument("--first", type=natural, default=default(0), metavar="N",
-                       help="the first N keys are visible in spite of --window")
+                       help="the first N keys are visible in spite of --window (default: 0)")
     group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
     group.add_argument("--scale", type=float, default=default(None), metavar="X",
@@ -84,7 +84,9 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
 
 def add_backend(parser: Any) -> None:
     """Add what says where to compute."""
-    parser.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto",
+                        help="where to compute (default: auto: on the GPU that the arrays are on, else on CPUs by "
+                             "numba, else by numpy)")
     parser.add_argument("--gpu-transport", choices=("auto", "direct", "staged"), default="auto",
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")

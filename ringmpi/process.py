@@ -1,0 +1,121 @@
+"""The process of a command: its signals, faults, log and watchdog, from before MPI starts until after it ends.
+
+For the command line alone. A program that calls the library, or `cli.main` with arguments, is left as it is.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NoReturn
+
+from .environment import launched_rank
+from .phases import LOGGER
+from .watchdog import Watchdog
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TURN_SECONDS = 0.25           # by which a stuck rank is ended later than the one before it, for the first ranks
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks this process to end. The text says which, and what it cut short."""
+
+    def __init__(self, number: int, doing: str) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name} while {doing}")
+        self.exit_code = 128 + number
+
+
+class Process:
+    """What the command line arranges for its process, as a context manager.
+
+    Attributes
+    ----------
+    doing : str
+        What it does now, by `phase`.
+    """
+
+    def __init__(self) -> None:
+        rank = launched_rank()
+        turn = 1.0 + TURN_SECONDS * min(rank, 8) if rank else 0.0
+        self.doing = "starting"
+        self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", turn)
+        if sys.__stderr__ is not None:
+            faulthandler.enable(sys.__stderr__, all_threads=False)
+        self._handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]       # nohup
+        self._handle(self._stop)
+        LOGGER.addHandler(_Listener(self.enter))
+        LOGGER.setLevel(logging.DEBUG)
+        LOGGER.propagate = False
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.farewell()
+
+    def log_to_stderr(self, quiet: bool) -> None:
+        """Show the library's warnings, such as whom a rank waits for; with `quiet` only errors. Local."""
+        handler = _Lines()
+        handler.setFormatter(logging.Formatter("ringmpi: %(message)s"))
+        handler.setLevel(logging.ERROR if quiet else logging.WARNING)
+        logging.getLogger("ringmpi").addHandler(handler)
+
+    def enter(self, doing: str, limit: float | None) -> None:
+        """Take note of what is done from now on; while that has a limit no Python runs, and signals end it at once."""
+        self.doing = doing
+        self._watchdog.note(doing, limit)
+        self._handle(signal.SIG_DFL if limit else self._stop)
+
+    def farewell(self, seconds: float = 0.0) -> None:
+        """Let the watchdog go: this process has said why it ends, and does so within `seconds`, if given. Local."""
+        self._watchdog.end()
+        self._handle(signal.SIG_DFL)              # a launcher that ends the job need not hear of it from every rank
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(math.ceil(seconds))
+
+    def end_by_signal(self) -> NoReturn:
+        """End by SIGTERM: MPICH's launcher lets the others wait in MPI_Init for a rank that ends by an exit code."""
+        self.farewell()
+        sys.stdout.flush()
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)           # where SIGTERM is ignored
+
+    def _handle(self, action: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._handled:
+                signal.signal(number, action)
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._handle(signal.SIG_DFL)              # a second one ends it at once
+        raise Stopped(number, self.doing)
+
+
+class _Listener(logging.Handler):
+    """Passes on what is said by `phase`."""
+
+    def __init__(self, enter: Callable[[str, float | None], None]) -> None:
+        super().__init__()
+        self._enter = enter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._enter(record.getMessage(), getattr(record, "limit", None))
+
+
+class _Lines(logging.Handler):
+    """Prints lines on standard error, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            if "tqdm" in sys.modules:
+                sys.modules["tqdm"].tqdm.write(self.format(record), file=sys.stderr)
+            else:
+                sys.stderr.write(self.format(record) + "\n")
+            sys.stderr.flush()

@@ -1,0 +1,129 @@
+"""COMM_WORLD, from its start to its end: what the command line alone asks of MPI.
+
+The only module that touches COMM_WORLD.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .environment import launched_sizes
+from .errors import LaunchError, RingTimeout
+from .mpi import TIMEOUT, load, release
+from .phases import phase
+
+LEAVE_TAG = 32766             # no other message is on COMM_WORLD itself: calls have communicators of their own
+PAUSE = 1e-3                  # seconds between two polls at the end
+INFO_TIMEOUT = 60.0           # seconds for MPI to start where nobody has said another time
+
+
+def world_rank() -> int | None:
+    """Give this process's rank in COMM_WORLD, None while MPI is not up. Local."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
+    return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
+
+
+def start(timeout: float) -> Any:
+    """Start MPI, and give ``mpi4py.MPI``; a rank that waits there for others longer is ended by its watchdog. Local.
+
+    Raises
+    ------
+    LaunchError
+        If there is no MPI.
+    """
+    with phase("starting MPI", limit=timeout):
+        return load()
+
+
+def library() -> str:
+    """Name the MPI library and its version. Local."""
+    lines = str(load().Get_library_version()).replace("\0", "").splitlines()      # Open MPI's ends in a NUL
+    return " ".join(lines[0].split())
+
+
+def describe() -> str:
+    """Describe the MPI library, its ranks and its thread level. Local."""
+    mpi = start(INFO_TIMEOUT)
+    levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
+              mpi.THREAD_MULTIPLE: "multiple"}
+    return f"{library()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level {levels[mpi.Query_thread()]}"
+
+
+def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any:
+    """Start MPI, and give COMM_WORLD after checking that the ranks know each other. Local.
+
+    Ranks started by one launcher with another MPI's library are each alone, and would each do the whole job.
+
+    Raises
+    ------
+    LaunchError
+        If there is no MPI, or the number of ranks is not `expect_ranks` or, where that is None, not what every
+        launcher's variable says.
+    """
+    comm = start(timeout).COMM_WORLD
+    size = comm.Get_size()
+    expected = launched_sizes() if expect_ranks is None else {"--expect-ranks": expect_ranks}
+    for name, count in expected.items():
+        if count != size:
+            raise LaunchError(f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library "
+                              f"({library()}) do not belong together, or fewer ranks were started; use the launcher of "
+                              f"that library, or say --expect-ranks {size} if it is meant")
+    return comm
+
+
+def end_job(code: int, grace: float) -> None:
+    """End every rank of COMM_WORLD, if MPI is up and there are others; they get `grace` seconds to speak. Local."""
+    if world_rank() is not None and load().COMM_WORLD.Get_size() > 1:
+        time.sleep(grace)
+        load().COMM_WORLD.Abort(code)
+
+
+def leave(timeout: float) -> None:
+    """Meet the other ranks, and finalize MPI. Collective over COMM_WORLD.
+
+    MPI_Finalize waits without a deadline for ranks that are stopped or gone; so the ranks meet before in messages that
+    have one, and are ended by their watchdogs if it takes too long all the same.
+
+    Raises
+    ------
+    RingTimeout
+        If not all ranks come within `timeout` seconds; that of rank 0 names those that did not.
+    """
+    rank = world_rank()
+    if rank is None:
+        return
+    mpi = load()
+    with phase("waiting for the other ranks to end"):
+        _meet(mpi, rank, timeout)
+        release(mpi.COMM_WORLD)
+    with phase("finalizing MPI", limit=timeout):
+        mpi.Finalize()
+
+
+def _meet(mpi: Any, rank: int, timeout: float) -> None:
+    """Let rank 0 hear from all ranks that they are done, and then all from rank 0."""
+    others = range(1, mpi.COMM_WORLD.Get_size())
+    if rank == 0:
+        coming = {other: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
+        _poll(coming, timeout, lambda late: f"rank {', '.join(map(str, late[:8]))} to end")
+        going = {other: mpi.COMM_WORLD.Isend([b"1", mpi.BYTE], other, LEAVE_TAG) for other in others}
+    else:
+        here = mpi.COMM_WORLD.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
+        going = {0: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
+    _poll(going, timeout + min(timeout, 2.0), lambda _: "rank 0 to say that all are done")        # after it has spoken
+
+
+def _poll(requests: dict[int, Any], timeout: float, whom: Callable[[list[int]], str]) -> None:
+    """Wait until the messages are done, each with the rank it is from or to."""
+    begin = time.monotonic()
+    while late := [rank for rank, request in requests.items() if not request.Test()]:
+        seconds = time.monotonic() - begin
+        if seconds > timeout:
+            raise RingTimeout(f"rank {world_rank()} on {socket.gethostname()} was done, and waited for {whom(late)} "
+                              f"for {seconds:.1f} s (timeout {timeout:g} s): stopped, or far behind")
+        time.sleep(PAUSE)
