@@ -45,14 +45,14 @@ def predict(sizes: Sizes, ranks: int, options: Options, resident: int | None = N
     item = DTYPES[sizes.dtype].itemsize
     wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
     if options.backend == "cuda":
-        arrays = _arrays(sizes, n_q, n_k, item, wide, ranks)
+        arrays = _arrays(sizes, n_q, n_k, item, wide, 2 if ranks > 1 else 0)
         if wide == 8 > item:           # float64 on request: the kernels take operands of that type
             arrays["q, k and v widened"] = (arrays["q"] + arrays["k"] + arrays["v"]) // item * wide
         return {**arrays, "total": sum(arrays.values())}
     name, base = _resident_with(options.backend)
     base = base if resident is None else resident + LIBRARY_BYTES[name] - LIBRARY_BYTES["numpy"]
     parts = {
-        **_arrays(sizes, n_q, n_k, item, wide, ranks),
+        **_arrays(sizes, n_q, n_k, item, wide, min(ranks - 1, 2)),      # its own K and V are sent from where they are
         "columns": 8 * 8 * n_q,
         "scores": SCORE_BYTES[name],
         "packed K and V": min(PACKED_BYTES[name], n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * wide),
@@ -96,7 +96,7 @@ def count_pairs(mask: Mask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
     return [int(seen.sum()) // ranks + 1] * ranks
 
 
-def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, ranks: int) -> dict[str, int]:
+def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int) -> dict[str, int]:
     """Give the bytes of what every backend has, where it computes."""
     return {
         "q": n_q * sizes.heads * sizes.dim * item,
@@ -106,7 +106,7 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, ranks: int) 
         "lse": n_q * sizes.heads * wide,
         "acc": n_q * sizes.heads * sizes.dim_v * wide,
         "max and sum": 2 * n_q * sizes.heads * wide,
-        "two K/V buffers": 2 * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item if ranks > 1 else 0,
+        "K/V buffers": buffers * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item,
     }
 
 

@@ -52,7 +52,7 @@ def test_the_file_example_runs(tmp_path):
     assert (tmp_path / "single.h5").exists()
 
 
-@pytest.mark.parametrize("script", ["jobs/cpu.sbatch", "jobs/gpu.sbatch", "jobs/local.sh"])
+@pytest.mark.parametrize("script", ["jobs/cpu.sbatch", "jobs/gpu.sbatch", "jobs/array.sbatch", "jobs/local.sh"])
 def test_files_it_names_exist(script):
     assert script in README
     assert (Path(__file__).parent.parent / script).exists()

@@ -80,6 +80,6 @@ def _predict(arguments: argparse.Namespace, options: Options) -> int:
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    print(f"{'K/V traffic':24}{parts['two K/V buffers'] / 2 * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
+    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
           f"in {ranks - 1} hops")
     return 0
