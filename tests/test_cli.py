@@ -372,7 +372,7 @@ def test_nobody_reads_what_is_printed():
                           timeout=60, check=False)
     os.close(writer)
     assert said.returncode == 6
-    assert re.fullmatch(r"ringmpi: rank 0 on \S+: \[Errno 32\] Broken pipe\n", said.stderr)
+    assert said.stderr == "ringmpi: standard output: can't be written: [Errno 32] Broken pipe\n"
 
 
 def actions(parser):
@@ -454,7 +454,7 @@ def test_attend_from_python(tmp_path):
     assert report.pairs == 30 * 31 // 2
     assert report.ranks == 1
     assert report.gflops > 0
-    assert report.phases["compile"] > 0
+    assert "compile" in report.phases            # nothing, where the process has compiled before
 
 
 def test_compiling_is_no_part_of_attending():
