@@ -203,7 +203,7 @@ def test_standard_output_that_is_full(source, tmp_path, command, unbuffered):
                               stderr=subprocess.PIPE, text=True, check=False,
                               env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 6, done.stderr
-    assert re.match(r"ringmpi: (rank 0: )?standard output: can't be written: .*No space left", done.stderr)
+    assert re.search(r"(?m)^ringmpi: (rank 0: )?standard output: can't be written: .*No space left", done.stderr)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
