@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import os
 import signal
 import socket
 import sys
@@ -66,11 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, options = _parse(sys.argv[1:])
         process.log_to_stderr(getattr(options, "quiet", False))
         code = _run(name, options, process)
-        code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
-    if code == OutputError.exit_code:
-        sys.stderr.flush()
-        os._exit(code)            # HDF5 can't close a file that it can't write, and crashes where Python ends
-    return code
+        return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
@@ -120,10 +115,10 @@ def _do(name: str, options: argparse.Namespace) -> int:
 
 
 def _leave(code: int, timeout: float) -> int:
-    """Leave MPI together with the other ranks, and write out what was printed."""
+    """Write out what was printed, and leave MPI together with the other ranks."""
     from .world import leave
-    leave(timeout)
     sys.stdout.flush()
+    leave(timeout)
     return code
 
 

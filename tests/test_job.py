@@ -236,7 +236,8 @@ def test_different_command_lines(source, tmp_path):
     commands = [[*CLI, "attend", source, tmp_path / "out.h5", *extra] for extra in ([], ["--causal"], [])]
     result = launch.launch(3, *commands, folder=tmp_path / "said")
     assert result.code == 2, result.text
-    assert "rank 1: expected the same options on every rank; causal is True here and False on rank 0" in result.ranks[0]
+    assert "rank 1: expected the same options on every rank" in result.ranks[0], result.text
+    assert "causal is True here and False on rank 0" in result.ranks[0], result.text
     assert {p.name for p in tmp_path.iterdir()} == {"said"}
 
 
@@ -362,9 +363,9 @@ def test_demo(tmp_path):
 
 
 def test_memory_is_steady_and_predicted(tmp_path):
-    """At fixed tokens a rank, peak memory stays within 5 % from 2 to 4 ranks, and --dry-run is within 10 %."""
+    """At fixed tokens a rank, peak memory stays within 5 % from 3 to 5 ranks, and --dry-run is within 10 %."""
     peaks = []
-    for ranks in (2, 4):
+    for ranks in (3, 5):
         source = tmp_path / f"in{ranks}.h5"
         assert main(["make", "random", str(source), "--tokens", str(8192 * ranks), "--heads", "8", "--dim", "128"]) == 0
         options = [source, tmp_path / f"out{ranks}.h5", "--layout", "striped", "--causal", "--window", "64",
