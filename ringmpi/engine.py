@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import device
 from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
-from .environment import launched_local_rank
+from .environment import hopper_kernel, launched_local_rank
 from .errors import BackendError
 from .homeward import Homeward
 from .link import DirectLink, HostLink, StagedLink
@@ -198,7 +198,7 @@ class Engine:
         on_gpu = self._name == "cuda" or self._index is not None
         gpu = self._gpu() if on_gpu else None
         name = "cuda" if on_gpu else self._name
-        key = name, self._threads, gpu, self._products
+        key = name, self._threads, gpu, self._products, on_gpu and hopper_kernel()
         workspaces = self._comm.shared
         if key not in workspaces:
             workspaces[key] = Workspace(self._comm, open_backend(name, self._threads, gpu), len(workspaces))
