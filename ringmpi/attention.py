@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -180,7 +181,8 @@ class RingAttention:
         self._plan: Plan | None = None
         self._number = 0                  # of the last forward call
         self._last: Call | None = None
-        self._closed = False
+        self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
+        self._close.atexit = False
         self.trace = Trace()
 
     def _connect(self, engine: Engine | None, failures: list[Exception]) -> Engine:
@@ -274,6 +276,11 @@ class RingAttention:
             If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
             calls on it raise `CommError`.
         """
+        with self._comm.one_call():
+            return self._call(q, k, v, sinks, seed, return_lse, keep, progress)
+
+    def _call(self, q: Any, k: Any, v: Any, sinks: Any, seed: int, return_lse: bool, keep: bool,
+              progress: Progress | None) -> Array | tuple[Array, Array]:
         self._last = None                 # what the last call worked on goes before this call's memory comes
         call = self._take(q, k, v, sinks, seed)
         self._get_ready(call, "forward")
@@ -320,9 +327,14 @@ class RingAttention:
         RingTimeout, RankLost
             See `__call__`.
         """
+        with self._comm.one_call():
+            return self._backward_of_last(dout, dlse, progress)
+
+    def _backward_of_last(self, dout: Any, dlse: Any, progress: Progress | None) -> tuple[Array, ...]:
         self._start()
         call = self._last
         with self._comm.noting() as failures:
+            self._check_open()
             dout, dlse = self._check_cotangents(call, dout, dlse)
         if call is not None:
             call.record[0] = call.number
@@ -360,22 +372,25 @@ class RingAttention:
     def _backward_of(self, number: int, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, sinks: Any,
                      seed: Any, progress: Progress | None = None) -> tuple[Array, ...]:
         """Differentiate the call of a number, by which ranks see that they mean the same one; 0 if it is not known."""
-        self._last = None
-        call = self._take(q, k, v, sinks, seed, out, lse, number)
-        with self._comm.together(self.timeout):
-            dout, dlse = self._check_cotangents(call, dout, dlse)
-        return self._differentiate(call, dout, dlse, progress)
+        with self._comm.one_call():
+            self._last = None
+            call = self._take(q, k, v, sinks, seed, out, lse, number)
+            with self._comm.together(self.timeout):
+                dout, dlse = self._check_cotangents(call, dout, dlse)
+            return self._differentiate(call, dout, dlse, progress)
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise RingError("this RingAttention is closed; make a new one")
 
     def _start(self) -> None:
         """Begin a call."""
-        if self._closed:
-            raise RingError("this RingAttention is closed; make a new one")
         check_thread()
         self.trace = Trace()
 
     def _forward(self, call: Call, progress: Progress | None) -> None:
         """Fold every block that comes by."""
-        plan, backend, engine = call.plan, self.backend, self._engine
+        plan, backend, engine, ring = call.plan, self.backend, self._engine, self._engine.ring
 
         def fold(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
             k, v = (x[number] for x in block.arrays)
@@ -387,10 +402,10 @@ class RingAttention:
                                         plan.accumulator)
             for state in call.states:
                 backend.reset(state, call.sinks)
-            for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace):
+            for block in ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace):
                 self._compute(call, block, fold, progress)
         except BaseException as error:
-            engine.ring.abandon(error)
+            ring.abandon(error)
             raise
 
     def _finish(self, call: Call) -> tuple[Array, Array]:
@@ -428,7 +443,7 @@ class RingAttention:
     def _backward(self, call: Call, gradients: list[Gradient], shares: tuple[Array, ...],
                   progress: Progress | None) -> None:
         """Differentiate with every block that comes by, and bring the gradients of k and v home."""
-        plan, backend, engine = call.plan, self.backend, self._engine
+        plan, backend, engine, ring = call.plan, self.backend, self._engine, self._engine.ring
 
         def differentiate(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
             k, v, dk, dv = (x[number] for x in (*block.arrays, *block.gradients))
@@ -436,10 +451,10 @@ class RingAttention:
 
         try:
             engine.homeward.take(shares, plan.shapes, plan.hops, plan.firsts)
-            for block in engine.ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace, engine.homeward):
+            for block in ring.circulate((call.k, call.v), plan.shapes, plan.hops, self.trace, engine.homeward):
                 self._compute(call, block, differentiate, progress)
         except BaseException as error:
-            engine.ring.abandon(error)
+            ring.abandon(error)
             raise
 
     def _compute(self, call: Call, block: Block, work: Work, progress: Progress | None) -> None:
@@ -498,6 +513,7 @@ class RingAttention:
         self._start()
         call: Call | None = None
         with self._comm.noting() as failures:
+            self._check_open()
             call = self._check_call(q, k, v, sinks, seed, out, lse)
             call.record[0] = number
         call, records = self._agree(call, failures, "forward" if out is None else "backward")
@@ -597,10 +613,8 @@ class RingAttention:
 
     def close(self) -> None:
         """Give buffers and threads back; the caller's communicator is left as it is. Local."""
-        if not self._closed:
-            self._closed = True
-            self._plan = self._last = None
-            self._engine.close()
+        self._plan = self._last = None
+        self._close()
 
     def __copy__(self) -> RingAttention:
         """Give the object itself: its communicator and its threads are not to be had twice. Local."""

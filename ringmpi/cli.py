@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -61,11 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _run(*_parse(arguments))
+    _open_streams()
     with Process() as process:
         name, options = _parse(sys.argv[1:])
         process.log_to_stderr(getattr(options, "quiet", False))
         code = _run(name, options, process)
         return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+
+
+def _open_streams() -> None:
+    """Open what stands for standard streams that are closed, or the next file that is opened takes their place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)            # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(os.devnull, "w")       # noqa: SIM115 (for the whole process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")       # noqa: SIM115
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
@@ -157,8 +170,7 @@ def _ending(error: BaseException) -> Ending:
 
 def _end(ending: Ending, process: Process | None, collective: bool) -> int:
     """Say why, and end the other ranks where they can't know of it; return the exit code."""
-    from .world import end_job, world_rank
-    before_mpi = collective and world_rank() is None and launched_together()
+    before_mpi = collective and _world_rank() is None and launched_together()
     if not ending.agreed or before_mpi or _rank() == 0:
         with suppress(OSError):
             print(f"ringmpi: {ending.text}", file=sys.stderr, flush=True)
@@ -167,7 +179,9 @@ def _end(ending: Ending, process: Process | None, collective: bool) -> int:
     if not ending.agreed:
         if process is not None:
             process.farewell(ending.grace + ABORT_SECONDS)
-        end_job(ending.code, ending.grace)
+        if _world_rank() is not None:
+            from .world import end_job
+            end_job(ending.code, ending.grace)
     return ending.code
 
 
@@ -177,6 +191,13 @@ def _who() -> str:
 
 def _rank() -> int:
     """Rank in COMM_WORLD once MPI is up, before that what the launcher says."""
-    from .world import world_rank
-    rank = world_rank()
+    rank = _world_rank()
     return launched_rank() if rank is None else rank
+
+
+def _world_rank() -> int | None:
+    """Rank in COMM_WORLD; None before MPI, when nothing may be imported: an import may be what was cut short."""
+    if "mpi4py.MPI" not in sys.modules:
+        return None
+    from .world import world_rank
+    return world_rank()

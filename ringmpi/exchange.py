@@ -56,6 +56,12 @@ def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
     check_thread()
     timeout, wrong = check_timeout(timeout)
     ring = private(comm, timeout)
+    with ring.one_call():
+        return _moved(x, ring, source, target, timeout, wrong)
+
+
+def _moved(x: ArrayLike, ring: Comm, source: str | Layout, target: str | Layout, timeout: float,
+           wrong: str) -> tuple[NDArray[Any], Layout, Layout]:
     shard: NDArray[Any] = np.empty(0)
     names: list[Any] = []
     with ring.noting() as failures:

@@ -111,7 +111,8 @@ class HostLink:
 
     def drop(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""
-        written = [*self.requests, self.incoming, self.outgoing, self._slots] if self.incoming or self.outgoing else []
+        under_way = self.requests or self.incoming or self.outgoing       # requests alone if posting was cut short
+        written = [*self.requests, self.incoming, self.outgoing, self._slots, self._own] if under_way else []
         self.requests.clear()
         self.incoming = self.outgoing = None
         self._slots = []

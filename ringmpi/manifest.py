@@ -19,13 +19,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ShardError
+from .errors import InternalError, ShardError
 from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
 from .softmax import DTYPES
 from .stored import check_storage, file_type, follow, whole_rows
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
-PROBE = "import sys, h5py; file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']"
+PROBE = ("import sys; sys.path.pop(0); import h5py; "         # of no module that lies in the current folder
+         "file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']")
 PROBE_SECONDS = 60.0
 COUNT = 2**62                  # of rows, heads or bytes: whatever is above is no size
 
@@ -193,6 +194,8 @@ def probe(path: Path) -> None:
         done = subprocess.run(line, capture_output=True, timeout=PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise ShardError(f"{path}: is damaged: HDF5 did not open its views in {PROBE_SECONDS:g} s") from None
+    if b"ModuleNotFoundError" in done.stderr:
+        raise InternalError(f"the process that opens {path} first has no h5py: {done.stderr.decode(errors='replace')}")
     if done.returncode < 0:
         raise ShardError(f"{path}: is damaged: HDF5 died of it, by signal {-done.returncode}")
 

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import traceback
 from collections import Counter
@@ -38,6 +39,8 @@ ROUNDS = 8                        # of polls in which a rank that computes lets 
 POLLS = 8                         # of MPI between two looks at the clock
 SPIN = 1e-4                       # seconds without movement after which a wait sleeps between polls ...
 LONGEST_PAUSE = 2e-3              # ... for an eighth of the time that nothing has moved, this long at most
+STOPPED = 1.0                     # seconds between two polls that do not count: nobody was here to wait
+IDLE = 1e-5                       # processor seconds of `POLLS` polls at most, until they have been measured
 MOVING = 3.0                      # polls that take so many times the processor time of idle ones have moved data
 ASK_SECONDS = 5.0                 # of waiting before the other ranks are asked where they are; twice, four times it
 LOG_SECONDS = 60.0                # of waiting before the log says so; then twice, four times it
@@ -124,9 +127,10 @@ class Comm:
         self._call = "its first call"
         self.calls = 0
         self._objects = 0
+        self._turn = threading.Lock()
         self._waits_since: float | None = None
         self._peers: Callable[[], Sequence[int]] = tuple
-        self._idle = 1e-5                       # processor seconds of `POLLS` polls that moved nothing, at least
+        self._idle: dict[int, float] = {}       # by number of requests: see `_idle_seconds`
         self._mine = np.zeros(RECORD_BYTES, np.uint8)
         self._all = np.zeros((self.size, RECORD_BYTES), np.uint8)
 
@@ -158,8 +162,8 @@ class Comm:
         self._notices = Notices(mpi, duplicate, [""] * self.size) if self.size > 1 else None
         nodes = [json.loads(text) for text in self.share_text(
             json.dumps([socket.gethostname(), boot_id(), sorted(cores())]), timeout, "its first call")]
-        if self.size > 1:
-            self._notices = Notices(mpi, duplicate, [host for host, _, _ in nodes])
+        if self._notices:
+            self._notices.hosts = [host for host, _, _ in nodes]
         here = [rank for rank, node in enumerate(nodes) if node[:2] == nodes[self.rank][:2]]
         self.leader = here[0]
         self.local_rank, self.local_size = here.index(self.rank), len(here)
@@ -186,8 +190,30 @@ class Comm:
         expected = np.zeros(1, np.int64)
         request = self.comm.Ireduce_scatter_block([notices.sent, load().INT64_T], [expected, load().INT64_T])
         self.wait([request], FREE_SECONDS, lambda: f"{self.name()} waited for the other ranks to free a communicator")
-        while notices.received < expected[0]:
-            notices.read(self._state)
+        self.wait([], FREE_SECONDS, lambda: f"{self.name()} waited for notices",
+                  lambda: notices.received >= expected[0])
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Run a call, the only one on this communicator; tell the others if it ends half-way on this rank alone. Local.
+
+        Raises
+        ------
+        CommError
+            If another call is under way, in another thread or around this one.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise CommError("another call on this communicator is under way, in another thread or around this one (in "
+                            "a progress callback, say); give each a communicator of its own, comm.Dup()")
+        try:
+            yield
+        except RingError:                # agreed, or told already
+            raise
+        except BaseException as error:   # an interrupt between two exchanges, say
+            self.fail(error, [])
+            raise
+        finally:
+            self._turn.release()
 
     def next_object(self) -> int:
         """Give the number of an object that all ranks make now: 1, 2, ... Local."""
@@ -230,16 +256,21 @@ class Comm:
         ask = min(ASK_SECONDS, timeout / 4)
         slept = False
         say = LOG_SECONDS
+        last = start
         try:
             while True:
                 done, busy = self._poll(requests, describe, advance)
                 if done:
                     return time.perf_counter() - start
                 now = time.perf_counter()
-                slow = busy > MOVING * self._idle
+                slow = busy > MOVING * self._idle_seconds(len(requests))
                 if slow and not slept:          # just awake, polls are slow for want of a warm cache: look again
                     moved = now
-                self._idle = min(self._idle, busy)
+                if busy:
+                    self._idle[len(requests)] = min(self._idle_seconds(len(requests)), busy)
+                if now - last > STOPPED:        # this process was stopped, and the others may have been with it
+                    start += now - last
+                last = now
                 seconds = now - start
                 if seconds > timeout:
                     raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
@@ -260,10 +291,14 @@ class Comm:
             self.fail(error, requests)
             raise
         finally:
-            self._waits_since = None
+            self._waits_since, self._peers = None, tuple         # what `peers` refers to may go
+
+    def _idle_seconds(self, count: int) -> float:
+        """Give the processor seconds of `POLLS` polls of so many requests that moved nothing, at least."""
+        return self._idle.get(count) or IDLE * (1 + count / 8)
 
     def _missing(self, start: float) -> str:
-        return f": {self._notices.missing(start, self._peers())}" if self._notices else ""
+        return f"; {self._notices.missing(start, self._peers())}" if self._notices else ""
 
     def _log(self, what: str, start: float) -> None:
         """Write to the log what is waited for; the lowest rank that waits speaks for all."""
@@ -302,22 +337,20 @@ class Comm:
         try:
             nothing_else = advance is None or advance()
             start = time.thread_time()
-            for _ in range(POLLS):
-                if test(requests, statuses):
-                    if nothing_else:
-                        return True, 0.0
-                    break
-            busy = time.thread_time() - start
+            done = any(test(requests, statuses) for _ in range(POLLS))
+            if done and nothing_else:
+                return True, 0.0
+            busy = 0.0 if done else time.thread_time() - start       # fewer polls say nothing
         except mpi.Exception as error:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
             reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
             lost = RankLost(f"{describe()}; MPI reports: {reason}")
             self.fail(lost, requests)
             raise lost from error
-        self._heed(describe, requests)
+        self.heed(describe, requests)
         return False, busy
 
-    def _heed(self, describe: Callable[[], str], requests: Sequence[Any] = ()) -> None:
+    def heed(self, describe: Callable[[], str], requests: Sequence[Any] = ()) -> None:
         """Read what other ranks have to say; raise `RankLost` if one gave up."""
         told = self._notices.read(self._state) if self._notices else ""
         if told:
@@ -334,11 +367,13 @@ class Comm:
         """
         for _ in range(ROUNDS):
             done, busy = self._poll(requests, describe, advance)
-            if done or busy < MOVING * self._idle:
+            if done:
+                self.heed(describe)      # whoever waits for this rank may ask where it is
+            if done or busy < MOVING * self._idle_seconds(len(requests)):
                 break
 
     def fail(self, error: BaseException, requests: list[Any]) -> None:
-        """Give the communicator up because of `error`, and tell the other ranks; one rank alone goes on. Local."""
+        """Give up the communicator because of `error`, and tell the other ranks; one rank alone goes on. Local."""
         if not self.lost and self.size > 1:
             text = f"rank {self.rank} gave up: {str(error) or type(error).__name__}"
             self._lose(text, requests)
@@ -361,7 +396,7 @@ class Comm:
             return
         self._notices.report(done, total)
         if self.rank == 0:
-            self._heed(str)
+            self.heed(lambda: "")
 
     def progress_of_all(self) -> tuple[int, int]:
         """Give, on rank 0, the sums over all ranks of what they last reported: (done, total). Local."""
@@ -508,7 +543,7 @@ class Comm:
                 if theirs.get(name) != value:
                     raise OptionError(f"rank {rank}: expected the same options on every rank, and calls in the same "
                                       f"order; {name} is {theirs.get(name)} here and {value} on rank 0")
-        raise InternalError("options differ, and none of them does")
+        raise InternalError("the options have different digests, and the same texts")
 
     def _refuse_calls(self, call: str, timeout: float) -> NoReturn:
         """Say who is in another call. Collective over *comm*."""

@@ -45,7 +45,7 @@ class Notices:
     """
 
     def __init__(self, mpi: Any, comm: Any, hosts: Sequence[str]) -> None:
-        self._mpi, self._comm, self._hosts = mpi, comm, list(hosts)
+        self._mpi, self._comm, self.hosts = mpi, comm, list(hosts)
         self._rank = int(comm.Get_rank())
         self._size = int(comm.Get_size())
         self._status = mpi.Status()
@@ -60,17 +60,15 @@ class Notices:
 
     def name(self, rank: int) -> str:
         """Name a rank and its node."""
-        return f"rank {rank} on {self._hosts[rank]}" if self._hosts[rank] else f"rank {rank}"
+        return f"rank {rank} on {self.hosts[rank]}" if self.hosts[rank] else f"rank {rank}"
 
     def give_up(self, text: str) -> list[Any]:
         """Tell all ranks that this one gave up; return the requests of the messages, which nobody will wait for."""
-        self._requests = []
         self._tell_all(GAVE_UP, text)
         return self._requests
 
     def ask(self, state: State) -> None:
         """Tell all ranks where this one waits, and ask where they are."""
-        self._requests = [request for request in self._requests if not request.Test()]
         self._asked = time.perf_counter()
         self._tell_all(QUESTION, json.dumps(state))
 
@@ -171,6 +169,7 @@ class Notices:
 
     def _send(self, message: bytes, rank: int) -> None:
         with suppress(self._mpi.Exception):           # to a dead rank
+            self._requests = [request for request in self._requests if not request.Test()]
             self._requests.append(self._comm.Isend([np.frombuffer(message, np.uint8), self._mpi.BYTE], rank,
                                                    NOTICE_TAG))
             self.sent[rank] += 1

@@ -88,10 +88,8 @@ class Ring:
         RankLost
             If a neighbour is gone.
         """
-        moving = [link for link in self._links if link.incoming or link.outgoing]
-        if moving:
-            together = _Joined(moving)
-            self.comm.progress(together.requests, self._describe, together.advance)
+        together = _Joined([link for link in self._links if link.incoming or link.outgoing])
+        self.comm.progress(together.requests, self._describe, together.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -104,8 +104,9 @@ class Display:
             self._bar.set_description(self._doing)
 
     def _say(self, text: str) -> None:
-        tqdm.write(f"ringmpi: {text}", file=sys.stderr)
-        sys.stderr.flush()
+        with suppress(OSError):           # a log that can't be written must not cost the result
+            tqdm.write(f"ringmpi: {text}", file=sys.stderr)
+            sys.stderr.flush()
 
 
 class _Lines:
