@@ -63,14 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _run(*_parse(arguments))
     with Process() as process:
-        name, options = _parse(sys.argv[1:])
-        process.log_to_stderr(getattr(options, "quiet", False))
-        code = _run(name, options, process)
-        code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+        try:
+            code = _run_and_leave(process)
+        except KeyboardInterrupt as error:        # a signal before the command has begun, or when it is done
+            code = _end(_ending(error), process, collective=True)
     if code == OutputError.exit_code:
         sys.stderr.flush()
         os._exit(code)            # HDF5 can't close a file that it can't write, and crashes where Python ends
     return code
+
+
+def _run_and_leave(process: Process) -> int:
+    """Run the command of this process's arguments, and leave MPI; return the exit code."""
+    name, options = _parse(sys.argv[1:])
+    process.log_to_stderr(getattr(options, "quiet", False))
+    code = _run(name, options, process)
+    return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
