@@ -67,6 +67,11 @@ class Attack(NamedTuple):
         # MPICH's mpiexec joins the signals by which ranks end: that of this rank and its own
         return {code for number in numbers for code in (number, number | signal.SIGKILL, 128 + number)} | late | LOST
 
+    @property
+    def tidy(self):
+        """Whether nothing but a whole output may be left: the rank hears of it, before the last exchange of all."""
+        return self.name in ("SIGTERM", "SIGINT") and self.delay is None and self.phase != "publishing"
+
 
 def matrix(ranks=(2, 3), seed=0):
     """Every attack: at the start of each phase, and at some moment after it."""
@@ -162,5 +167,5 @@ def _judge(attack, result, out, right, reached):
         return "other numbers"
     if result.code == DONE and not out.exists():
         return "exit 0, and no out.h5"
-    left = left_over(out.parent)
-    return f"exit {result.code}, left: {left}" if left and attack.name in ("SIGTERM", "SIGINT", STOP_AND_GO) else ""
+    left = left_over(out.parent) if attack.tidy else []
+    return f"left: {left}: {result.text[-1500:]}" if left else ""
