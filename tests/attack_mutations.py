@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from unittest import mock
 
-from attack_cases import OTHER, REFUSED, RIGHT, Case, command_line, in_child, make_input, new_folder, verdict
+from attack_cases import OTHER, REFUSED, RIGHT, Case, arrays, command_line, in_child, new_folder, verdict
 
 SEEDS = range(2000)
 MEMORY = 2**33                 # bytes of address space for a child, which has a whole interpreter's
@@ -123,20 +123,37 @@ def _is_told(folder, path):
     return code not in (0, 124) and f"while reading {path}" in said and not out.exists()
 
 
+def _output(folder):
+    """Write an output of two shards, always the same bytes; return its path and that of a shard."""
+    import numpy as np
+
+    from ringmpi.shards import Output
+    random_numbers = np.random.default_rng(0)
+    rows = {"out": random_numbers.random((64, 2, 8), np.float32), "lse": random_numbers.random((64, 2), np.float32)}
+    output = Output(folder / "right.h5", "run", force=False)
+    output.prepare()
+    shards = [output.write(rank, start, *(x[start:start + 32] for x in rows.values()))
+              for rank, start in enumerate((0, 32))]
+    output.publish(shards, {name: (x.shape, x.dtype) for name, x in rows.items()}, {"options": {}})
+    return output.path, folder / shards[0].file
+
+
 def outputs(folder, seeds=SEEDS):
     """An OUT.h5 or one of its shards is damaged: `check` says so, or it shows what it should."""
-    right = make_input(folder, 64, 2)
-    out = folder / "right.h5"
-    files = [out, out, out, *sorted((folder / "right.h5.shards").rglob("*.h5"))[:1]]
+    out, shard = _output(Path(folder))
+    right = arrays(out)
+    files = [out, out, out, shard]
     whole = {path: path.read_bytes() for path in files}
     for seed in seeds:
         path = files[seed % len(files)]
         path.write_bytes(mutated(whole[path], seed))
         with mock.patch("ringmpi.shards.probe"):          # for speed: first without, and where HDF5 dies, with it
             outcome = in_child(lambda: _outcome(lambda: verdict(out, right), None))
-        if outcome.startswith(ENDED):
+        alone = outcome
+        if alone.startswith(ENDED):
             with mock.patch("ringmpi.manifest.PROBE_SECONDS", FIRST_SECONDS):
                 outcome = in_child(lambda: verdict(out, right))
         path.write_bytes(whole[path])
-        yield Case(f"seed {seed}", f"{'shard' if path != out else 'OUT.h5'}: {outcome}",
+        what = f"{outcome} (HDF5 {alone}, seed {seed})" if alone != outcome else outcome
+        yield Case(f"seed {seed}", f"{'shard' if path != out else 'OUT.h5'}: {what}",
                    "" if outcome in (REFUSED, RIGHT) else outcome)

@@ -252,8 +252,8 @@ def report(name, cases: Iterator[Case]):
             wrong += 1
             print(f"WRONG: {name}: {case.name}: {case.wrong}", flush=True)
     for outcome, number in sorted(outcomes.items()):
-        print(f"{name:12}{outcome:40}{number:8}")
-    print(f"{name:12}{'wrong':40}{wrong:8}   in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name:12}{outcome:60}{number:8}")
+    print(f"{name:12}{'wrong':60}{wrong:8}   in {time.monotonic() - start:.0f} s", flush=True)
     return wrong
 
 
