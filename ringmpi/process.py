@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TURN_SECONDS = 0.25           # by which a stuck rank is ended later than the one before it, for the first ranks
+AGAIN_SECONDS = 0.01          # until a signal comes again that came where Python drops exceptions
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,6 +32,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, doing: str) -> None:
         super().__init__(f"ended by {signal.Signals(number).name} while {doing}")
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -51,6 +54,7 @@ class Process:
             faulthandler.enable(sys.__stderr__, all_threads=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]       # nohup
         self._handle(self._stop)
+        sys.unraisablehook = self._dropped
         LOGGER.addHandler(_Listener(self.enter))
         LOGGER.setLevel(logging.DEBUG)
         LOGGER.propagate = False
@@ -96,6 +100,17 @@ class Process:
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._handle(signal.SIG_DFL)              # a second one ends it at once
         raise Stopped(number, self.doing)
+
+    def _dropped(self, told: Any) -> None:
+        """Let a signal come again that came where Python drops exceptions, as in `__del__`; else the work went on."""
+        if not isinstance(told.exc_value, Stopped):
+            sys.__unraisablehook__(told)
+            return
+        self._handle(self._stop)
+        again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), told.exc_value.number))
+        again.daemon = True
+        with suppress(RuntimeError):              # no more threads
+            again.start()
 
 
 class _Listener(logging.Handler):

@@ -109,6 +109,62 @@ def test_a_signal_on_one_rank(source, tmp_path, name):
     assert not list(tmp_path.glob("out.h5*")), result.text
 
 
+def test_a_signal_where_python_drops_exceptions(source, tmp_path):
+    """In `__del__`, say: it is not lost."""
+    stop = "type('D', (), {'__del__': lambda self: os.kill(os.getpid(), signal.SIGTERM)})()"
+    code = COMPUTING.format(act=f"{stop}; time.sleep(1)")
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 143, result.text
+    assert "ended by SIGTERM while attending" in result.ranks[1]
+    assert "ignored" not in result.text
+
+
+@pytest.mark.parametrize("place", ["_parse", "_run"])
+def test_a_signal_before_the_command_begins(source, tmp_path, place):
+    """Rank 1 says so, and the others do not wait for it in MPI_Init."""
+    code = START + f"""
+from ringmpi import cli
+usual = cli.{place}
+def act(*rest):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(*rest)
+cli.{place} = act
+sys.exit(main())
+"""
+    result, seconds = attend(code, source, tmp_path, timeout=30)
+    assert result.code in (15, 143), result.text
+    assert re.search(r"^ringmpi: rank 1 on \S+ ended by SIGTERM while starting$", result.ranks[1], re.MULTILINE)
+    assert "Traceback" not in result.text
+    assert seconds < 15
+
+
+def test_a_signal_between_two_calls(source, tmp_path):
+    """Where no exchange is under way the others are told too, and remove what they wrote."""
+    code = START + """
+from ringmpi import job
+even = job.Contiguous.even
+def act(*rest):
+    if rank == 1 and job.Output.done:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return even(*rest)
+compute = job._compute
+def computed(*rest):
+    try:
+        return compute(*rest)
+    finally:
+        job.Output.done = True
+job.Output.done = False
+job._compute = computed
+job.Contiguous.even = act
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 143, result.text
+    assert "rank 1 gave up: ended by SIGTERM while" in result.ranks[0]
+    assert not list(tmp_path.glob("out.h5*")), result.text
+
+
 def test_an_interrupt_in_the_first_call(source, tmp_path):
     """There is no communicator yet by which the others could be told: the job ends."""
     result, seconds = attend(FIRST_CALL, source, tmp_path, timeout=30)
