@@ -15,7 +15,7 @@ import pytest
 
 from ringmpi.cli import main
 from ringmpi.shards import verify
-from ringmpi.watchdog import Watchdog
+from ringmpi.watchdog import Watchdog, _guess
 
 RANK = "rank = int(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK') or 0)\n"
 START = "import os, signal, sys, time\nfrom ringmpi.cli import main\n" + RANK
@@ -263,6 +263,14 @@ def test_a_watchdog():
     assert "stuck starting MPI for 1 s (timeout 0.5 s)" in beside("w.note('starting MPI', 0.5); signal.pause()")
     assert beside("w.note('starting MPI', float('inf')); import time; time.sleep(0.3); w.end()") == ""
     assert beside("w.note('starting MPI', 0.2); w.note('reading'); import time; time.sleep(0.5); w.end()") == ""
+
+
+def test_a_guess_why_a_rank_was_killed():
+    assert "out of memory" in _guess(signal.SIGKILL)
+    assert _guess(None) == _guess(signal.SIGKILL)
+    assert "launcher" in _guess(signal.SIGTERM)
+    assert "memory" not in _guess(signal.SIGTERM)
+    assert _guess(signal.SIGINT) == _guess(signal.SIGSEGV) == ""
 
 
 def test_work_goes_on_without_a_watchdog(monkeypatch):
