@@ -140,7 +140,8 @@ def _ended(action: Callable[[], int], process: Process | None, collective: bool 
     try:
         return action()
     except (Exception, KeyboardInterrupt) as error:         # noqa: BLE001 (other ranks must not wait for this one)
-        return _end(_ending(error), process, collective)
+        # HDF5 and MPI turn an interrupt of what they call into errors of their own
+        return _end(_ending((process and process.stopped) or error), process, collective)
 
 
 class Ending(NamedTuple):

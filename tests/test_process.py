@@ -119,6 +119,26 @@ def test_a_signal_where_python_drops_exceptions(source, tmp_path):
     assert "ignored" not in result.text
 
 
+def test_a_signal_where_hdf5_calls(source, tmp_path):
+    """It would crash of what is raised there: the signal waits until it has returned."""
+    code = START + """
+from ringmpi import files
+todo = [1]
+class Calls:
+    def __getattr__(self, name):
+        if name == "pwrite" and rank in todo:
+            todo.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+        return getattr(os, name)
+files.os = Calls()
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 130, result.text
+    assert re.search(r"ended by SIGINT while (writing|reading) ", result.ranks[1])
+    assert "Traceback" not in result.text
+
+
 @pytest.mark.parametrize("place", ["_parse", "_run"])
 def test_a_signal_before_the_command_begins(source, tmp_path, place):
     """Rank 1 says so, and the others do not wait for it in MPI_Init."""
