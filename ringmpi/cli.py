@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(*_parse(arguments))
     _open_streams()
     with Process() as process:
-        name, options = _parse(sys.argv[1:])
-        process.log_to_stderr(getattr(options, "quiet", False))
-        code = _run(name, options, process)
-        return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+        try:
+            return _run_and_leave(process)
+        except KeyboardInterrupt as error:        # a signal before the command has begun, or when it is done
+            return _end(_ending(error), process, collective=True)
 
 
 def _open_streams() -> None:
@@ -79,6 +79,14 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)            # takes the lowest number that is free
     sys.stdout = sys.stdout or open(os.devnull, "w")       # noqa: SIM115 (for the whole process)
     sys.stderr = sys.stderr or open(os.devnull, "w")       # noqa: SIM115
+
+
+def _run_and_leave(process: Process) -> int:
+    """Run the command of this process's arguments, and leave MPI; return the exit code."""
+    name, options = _parse(sys.argv[1:])
+    process.log_to_stderr(getattr(options, "quiet", False))
+    code = _run(name, options, process)
+    return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
@@ -140,7 +148,8 @@ def _ended(action: Callable[[], int], process: Process | None, collective: bool 
     try:
         return action()
     except (Exception, KeyboardInterrupt) as error:         # noqa: BLE001 (other ranks must not wait for this one)
-        return _end(_ending(error), process, collective)
+        # HDF5 and MPI turn an interrupt of what they call into errors of their own
+        return _end(_ending((process and process.stopped) or error), process, collective)
 
 
 class Ending(NamedTuple):

@@ -272,7 +272,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
     comm.agree_on(asked, timeout)
     output = Output(target, comm.share_text(uuid.uuid4().hex[:12], timeout)[0], force)
-    with ExitStack() as files:
+    with comm.telling(), ExitStack() as files:
         with comm.together(timeout):
             file, found, sizes = files.enter_context(datasets(source, options))
             mask = make_mask(file, options, sizes.n_k)
@@ -304,9 +304,10 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         except BaseException:
             output.discard(comm.rank)         # rank 0 can't have published: it needs this rank's line
             raise
-    _publish(output, comm, line, {"out": out, "lse": lse}, record, clock, timeout)
-    report = _report(comm, sizes, attention.trace, clock, timeout)
-    _write_record(json_path, comm, attention, record, report, clock, timeout)
+    with comm.telling():
+        _publish(output, comm, line, {"out": out, "lse": lse}, record, clock, timeout)
+        report = _report(comm, sizes, attention.trace, clock, timeout)
+        _write_record(json_path, comm, attention, record, report, clock, timeout)
     return report
 
 

@@ -579,6 +579,15 @@ class Comm:
             self.fail(failure, [])
             raise
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the other ranks at once of an interrupt within a block, wherever it comes between two calls. Local."""
+        try:
+            yield
+        except KeyboardInterrupt as failure:
+            self.fail(failure, [])
+            raise
+
     def by_turns(self, work: Callable[[], object], timeout: float) -> None:
         """Run `work` on one rank of each node, and then on the others; all raise or none. Collective over *comm*."""
         for turn in (True, False):

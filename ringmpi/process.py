@@ -23,6 +23,8 @@ from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TURN_SECONDS = 0.25           # by which a stuck rank is ended later than the one before it, for the first ranks
+AGAIN_SECONDS = 0.01          # until a signal comes again that came where nothing may be raised
+FILES = "ringmpi.files"
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,6 +32,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, doing: str) -> None:
         super().__init__(f"ended by {signal.Signals(number).name} while {doing}")
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -40,17 +43,21 @@ class Process:
     ----------
     doing : str
         What it does now, by `phase`.
+    stopped : Stopped, optional
+        The signal that asked it to end: whatever fails from then on, is for that.
     """
 
     def __init__(self) -> None:
         rank = launched_rank()
         turn = 1.0 + TURN_SECONDS * min(rank, 8) if rank else 0.0
         self.doing = "starting"
+        self.stopped: Stopped | None = None
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", turn)
         if sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__, all_threads=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]       # nohup
         self._handle(self._stop)
+        sys.unraisablehook = self._dropped
         LOGGER.addHandler(_Listener(self.enter))
         LOGGER.setLevel(logging.DEBUG)
         LOGGER.propagate = False
@@ -72,12 +79,13 @@ class Process:
         """Take note of what is done from now on; while that has a limit no Python runs, and signals end it at once."""
         self.doing = doing
         self._watchdog.note(doing, limit)
-        self._handle(signal.SIG_DFL if limit else self._stop)
+        self._handle(signal.SIG_DFL if limit or self.stopped else self._stop)        # a second one ends it at once
 
     def farewell(self, seconds: float = 0.0) -> None:
         """Let the watchdog go: this process has said why it ends, and does so within `seconds`, if given. Local."""
         self._watchdog.end()
         self._handle(signal.SIG_DFL)              # a launcher that ends the job need not hear of it from every rank
+        signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(math.ceil(seconds))
 
@@ -93,9 +101,35 @@ class Process:
             for number in self._handled:
                 signal.signal(number, action)
 
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if _is_called_by_hdf5(frame):
+            self._come_again(number)
+            return
         self._handle(signal.SIG_DFL)              # a second one ends it at once
-        raise Stopped(number, self.doing)
+        self.stopped = Stopped(number, self.doing)
+        raise self.stopped
+
+    def _dropped(self, told: Any) -> None:
+        """Let a signal come again that came where Python drops exceptions, as in `__del__`; else the work went on."""
+        if not isinstance(told.exc_value, Stopped):
+            sys.__unraisablehook__(told)
+            return
+        self.stopped = None
+        self._handle(self._stop)
+        self._come_again(told.exc_value.number)
+
+    def _come_again(self, number: int) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+
+
+def _is_called_by_hdf5(frame: FrameType | None) -> bool:
+    """Say whether this is the file that HDF5 writes through: the library crashes of what is raised in there."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == FILES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Listener(logging.Handler):

@@ -136,8 +136,7 @@ class _Watch:
         first = self._first_on_node()
         if number in FAULTS or first:
             how = "died" if number is None else f"was killed by {_name(number)}"
-            why = "" if number in FAULTS else ": out of memory, perhaps, or ended by the launcher after another rank"
-            self._say(f"{self._who} {how} while {self._doing}{why}")
+            self._say(f"{self._who} {how} while {self._doing}{_guess(number)}")
             os.close(2)
             time.sleep(LINGER_SECONDS)
 
@@ -164,6 +163,13 @@ class _Watch:
     def _say(self, text: str) -> None:
         with suppress(OSError):
             os.write(2, f"ringmpi: {text}\n".encode(errors="backslashreplace"))
+
+
+def _guess(number: int | None) -> str:
+    """Say why a rank may have been killed: only SIGKILL is what the kernel sends where memory is short."""
+    if number in (None, signal.SIGKILL):
+        return ": out of memory, perhaps, or ended by the launcher after another rank"
+    return ": ended by the launcher after another rank, perhaps" if number == signal.SIGTERM else ""
 
 
 def _name(number: int) -> str:

@@ -100,8 +100,8 @@ def leave(timeout: float) -> None:
     mpi = load()
     with phase("waiting for the other ranks to end"):
         _meet(mpi, rank, timeout)
-        release(mpi.COMM_WORLD)
     with phase("finalizing MPI", limit=timeout):
+        release(mpi.COMM_WORLD)                  # MPI calls back, and prints what a signal would raise in that
         mpi.Finalize()
 
 

@@ -1,6 +1,6 @@
-"""Attacks on files: what fails, how it ends, what is left. Prints a table; ends with 1 if anything was lost or false.
+"""Attacks on files and processes: what fails, how it ends, what is left. Prints a table; ends with 1 if any is wrong.
 
-    python tests/attacks.py                   every family, about half an hour
+    python tests/attacks.py                   every family, about an hour
     python tests/attacks.py faults disks      these alone
 
 For every case: it ends in bounded time, with a documented exit code, and afterwards there is the complete right output
@@ -10,13 +10,11 @@ or none. A family is a function that takes a folder and yields a `Case` for each
 import contextlib
 import ctypes
 import errno
-import faulthandler
 import io
 import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,11 +22,27 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import launch
+import attack_mutations
+import attack_signals
+from attack_cases import (
+    DONE,
+    HERE,
+    NOT_WRITTEN,
+    REFUSED,
+    RIGHT,
+    Case,
+    arrays,
+    command_line,
+    flipped,
+    in_child,
+    judge_output,
+    left_over,
+    make_input,
+    new_folder,
+    verdict,
+)
 
-HERE = Path(__file__).parent
 ERRNOS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 CALLS = ("write", "short write", "fsync", "rename", "close", "open", "mkdir", "truncate", "unlink")
 COMMANDS = {
@@ -38,16 +52,6 @@ COMMANDS = {
     "replace": ["attend", "in.h5", "CASE/out.h5", "--backend", "numpy", "--force", "--quiet"],
     "merge": ["merge", "ref/out.h5", "CASE/out.h5"],
 }
-DONE, NOT_WRITTEN = 0, 6
-CHILD_SECONDS = 70             # a little more than `check` gives HDF5
-
-
-class Case(NamedTuple):
-    """One attack: what it was, how it ended, and what is wrong with that; empty if nothing."""
-
-    name: str
-    outcome: str
-    wrong: str = ""
 
 
 def compiler():
@@ -60,31 +64,6 @@ def build_shim(folder):
     library = Path(folder) / "shim.so"
     subprocess.run([compiler(), "-O1", "-shared", "-fPIC", "-o", library, HERE / "shim.c", "-ldl"], check=True)
     return library
-
-
-def arrays(path):
-    """Everything that a plain reader finds in a file."""
-    import h5py
-    with h5py.File(path) as file:
-        found = {name: file[name][()] for name in sorted(file) if name != "manifest"}
-    return {name: x.tolist() if x.dtype == object else x.tobytes() for name, x in found.items()}
-
-
-def left_over(folder):
-    """What is left in the folder of a case besides whole outputs and their shards; and what is wrong with outputs."""
-    from ringmpi.shards import verify
-    wrong, known = [], set()
-    if (folder / "run.json").exists():
-        json.loads((folder / "run.json").read_text())
-        known.add(folder / "run.json")
-    out = folder / "out.h5"
-    if out.exists():
-        known |= {out, folder / "out.h5.shards"}
-        if (folder / "out.h5.shards").exists():
-            known |= {parent for shard in verify(out).shards for parent in [folder / shard.file,
-                                                                             (folder / shard.file).parent]}
-    wrong += [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path not in known]
-    return wrong
 
 
 def run_here(arguments):
@@ -176,41 +155,12 @@ def _cases(line, environment, timeout):
     yield Case("end of the process", f"exit {done.returncode}", said[-1000:] if done.returncode or said else "")
 
 
-def command_line(arguments, folder, ranks=1, env=None, timeout=60, script=None):
-    """Run `ringmpi` on ranks; return the exit code and what was said."""
-    start = ["-c", script] if script else ["-m", "ringmpi"]
-    result = launch.launch(ranks, [*start, *map(str, arguments)], folder=folder / "said", env=env, timeout=timeout)
-    return result.code, result.text
-
-
-def judge_output(code, said, out, right):
-    """Say what is wrong with how a run in processes of its own ended."""
-    if code not in (DONE, NOT_WRITTEN):
-        return f"exit {code}: {said[-800:]}"
-    if "Traceback" in said or "Exception ignored" in said:
-        return f"traceback: {said[:800]}"
-    if out.exists() != (code == DONE):
-        return f"exit {code}, and out.h5 {'is' if out.exists() else 'is not'} there"
-    if out.exists() and arrays(out) != right:
-        return "other numbers"
-    left = left_over(out.parent)
-    return f"exit {code}, left: {left}" if left else ""
-
-
-def _input(folder, tokens, ranks=1):
-    """Make an input and what is right for it."""
-    command_line(["make", "random", folder / "in.h5", "--tokens", tokens, "--heads", 4, "--kv-heads", 1], folder)
-    code, said = command_line(["attend", folder / "in.h5", folder / "right.h5", "--backend", "numpy"], folder, ranks)
-    assert code == 0, said
-    return arrays(folder / "right.h5")
-
-
 def ranks(folder, numbers=range(0, 20, 2), errnos=ERRNOS):
     """One rank of two, then both, can't write."""
     shim = build_shim(folder)
-    right = _input(folder, 64, 2)
+    right = make_input(folder, 64, 2)
     for part, code, after in itertools.product((".00001.h5", ".shards/", "/.out.h5."), errnos, numbers):
-        out = _new(folder) / "out.h5"
+        out = new_folder(folder) / "out.h5"
         env = {"LD_PRELOAD": str(shim), "FAULT_CALL": "write", "FAULT_PATH": part, "FAULT_AFTER": str(after),
                "FAULT_ERRNO": str(code)}
         result, said = command_line(["attend", folder / "in.h5", out, "--backend", "numpy"], folder, 2, env)
@@ -232,9 +182,9 @@ LIMITS = (8, 16, 64, 256, 480, 510, 520, 700, 900, 1000, 1004, 1008, 1012, 1015,
 def limits(folder, sizes=LIMITS, most_ranks=2):
     """A limit on the size of a file, as of ulimit, a quota or a file system; in KiB."""
     for count in range(1, most_ranks + 1):
-        right = _input(_new(folder, f"in{count}"), 1000, count)
+        right = make_input(new_folder(folder, f"in{count}"), 1000, count)
         for size in sizes:
-            out = _new(folder) / "out.h5"
+            out = new_folder(folder) / "out.h5"
             code, said = command_line([size, "attend", folder / f"in{count}" / "in.h5", out, "--backend", "numpy"],
                                       folder, count, script=LIMITED)
             yield Case(f"{count} ranks, at most {size} KiB", f"exit {code}", judge_output(code, said, out, right))
@@ -244,9 +194,9 @@ def disks(folder, sizes=range(16, 1200, 28)):
     """A file system that is full at some point; in KiB. As root only."""
     if os.geteuid() or not shutil.which("mount"):
         return
-    right = _input(folder, 1000)
+    right = make_input(folder, 1000)
     for size in sizes:
-        mounted = _new(folder)
+        mounted = new_folder(folder)
         made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", mounted], check=False,
                               capture_output=True)
         if made.returncode:
@@ -259,68 +209,26 @@ def disks(folder, sizes=range(16, 1200, 28)):
             subprocess.run(["umount", mounted], check=True)
 
 
-REFUSED, RIGHT, OTHER, UNREADABLE = "refused", "passed, and is right", "passed, and shows other numbers", "unreadable"
-
-
 def flips(folder, step=5, places=None):
     """A byte of an OUT.h5 is another: `check` says so, or a plain reader sees what it should.
 
     Each in a child: the HDF5 library dies of some of them, or never ends, and `check` must not.
     """
-    right = _input(folder, 64, 2)
+    right = make_input(folder, 64, 2)
     path = folder / "right.h5"
     whole = path.read_bytes()
     for at in places(whole) if places else range(0, len(whole), step):
         path.write_bytes(flipped(whole, at))
-        outcome = in_child(lambda: _verdict(path, right))
+        outcome = in_child(lambda: verdict(path, right))
         yield Case(f"byte {at}", outcome, "" if outcome in (REFUSED, RIGHT) else outcome)
     path.write_bytes(whole)
 
 
-def flipped(whole, at):
-    """Bytes, one of which is another."""
-    return whole[:at] + bytes([whole[at] ^ 0x11]) + whole[at + 1:]
-
-
-def _verdict(path, right):
-    import h5py
-
-    from ringmpi.errors import ShardError
-    from ringmpi.shards import verify
-    try:
-        manifest = verify(path)
-        rows = [manifest.rows(name, 0, 64).tobytes() for name in ("out", "lse")]
-    except ShardError:
-        return REFUSED
-    with contextlib.suppress(OSError, RuntimeError, KeyError), h5py.File(path) as file:
-        shown = [file[name][...].tobytes() for name in ("out", "lse")]
-        return RIGHT if shown == rows == [right["out"], right["lse"]] else OTHER
-    return UNREADABLE
-
-
-def in_child(work):
-    """Do something in a copy of this process; return the text that it gives, or how the copy ended."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        faulthandler.disable()
-        signal.alarm(CHILD_SECONDS)
-        try:
-            os.write(writer, work().encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as pipe:
-        said = pipe.read()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return said or f"ended by signal {-status}"
-
-
 def races(folder, rounds=30):
     """Two jobs for one OUT.h5: one result stays, whole, and the other job says that it could not."""
-    right = _input(folder, 64)
+    right = make_input(folder, 64)
     for number in range(rounds):
-        out = _new(folder) / "out.h5"
+        out = new_folder(folder) / "out.h5"
         line = [sys.executable, "-m", "ringmpi", "attend", str(folder / "in.h5"), str(out), "--backend", "numpy"]
         jobs = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
         said = [job.communicate(timeout=60)[0] for job in jobs]
@@ -331,13 +239,8 @@ def races(folder, rounds=30):
         yield Case(f"race {number}", f"exit {codes}", wrong or ", ".join(left_over(out.parent)))
 
 
-def _new(folder, name="case"):
-    shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / name).mkdir()
-    return folder / name
-
-
-FAMILIES = {"faults": faults, "ranks": ranks, "limits": limits, "disks": disks, "flips": flips, "races": races}
+FAMILIES = {"faults": faults, "ranks": ranks, "limits": limits, "disks": disks, "flips": flips, "races": races,
+            "signals": attack_signals.signals, "inputs": attack_mutations.inputs, "outputs": attack_mutations.outputs}
 
 
 def report(name, cases: Iterator[Case]):
@@ -349,8 +252,8 @@ def report(name, cases: Iterator[Case]):
             wrong += 1
             print(f"WRONG: {name}: {case.name}: {case.wrong}", flush=True)
     for outcome, number in sorted(outcomes.items()):
-        print(f"{name:12}{outcome:40}{number:8}")
-    print(f"{name:12}{'wrong':40}{wrong:8}   in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"{name:12}{outcome:60}{number:8}")
+    print(f"{name:12}{'wrong':60}{wrong:8}   in {time.monotonic() - start:.0f} s", flush=True)
     return wrong
 
 

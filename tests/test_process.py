@@ -15,7 +15,7 @@ import pytest
 
 from ringmpi.cli import main
 from ringmpi.shards import verify
-from ringmpi.watchdog import Watchdog
+from ringmpi.watchdog import Watchdog, _guess
 
 RANK = "rank = int(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK') or 0)\n"
 START = "import os, signal, sys, time\nfrom ringmpi.cli import main\n" + RANK
@@ -106,6 +106,82 @@ def test_a_signal_on_one_rank(source, tmp_path, name):
     assert re.search(rf"^ringmpi: rank 1 on \S+ ended by {name} while attending$", result.ranks[1], re.MULTILINE)
     assert "Traceback" not in result.text
     assert seconds < 15
+    assert not list(tmp_path.glob("out.h5*")), result.text
+
+
+def test_a_signal_where_python_drops_exceptions(source, tmp_path):
+    """In `__del__`, say: it is not lost."""
+    stop = "type('D', (), {'__del__': lambda self: os.kill(os.getpid(), signal.SIGTERM)})()"
+    code = COMPUTING.format(act=f"{stop}; time.sleep(1)")
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 143, result.text
+    assert "ended by SIGTERM while attending" in result.ranks[1]
+    assert "ignored" not in result.text
+
+
+def test_a_signal_where_hdf5_calls(source, tmp_path):
+    """It would crash of what is raised there: the signal waits until it has returned."""
+    code = START + """
+from ringmpi import files
+todo = [1]
+class Calls:
+    def __getattr__(self, name):
+        if name == "pwrite" and rank in todo:
+            todo.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+        return getattr(os, name)
+files.os = Calls()
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 130, result.text
+    assert re.search(r"ended by SIGINT while (writing|reading) ", result.ranks[1])
+    assert "Traceback" not in result.text
+
+
+@pytest.mark.parametrize("place", ["_parse", "_run"])
+def test_a_signal_before_the_command_begins(source, tmp_path, place):
+    """Rank 1 says so, and the others do not wait for it in MPI_Init."""
+    code = START + f"""
+from ringmpi import cli
+usual = cli.{place}
+def act(*rest):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return usual(*rest)
+cli.{place} = act
+sys.exit(main())
+"""
+    result, seconds = attend(code, source, tmp_path, timeout=30)
+    assert result.code in (15, 143), result.text
+    assert re.search(r"^ringmpi: rank 1 on \S+ ended by SIGTERM while starting$", result.ranks[1], re.MULTILINE)
+    assert "Traceback" not in result.text
+    assert seconds < 15
+
+
+def test_a_signal_between_two_calls(source, tmp_path):
+    """Where no exchange is under way the others are told too, and remove what they wrote."""
+    code = START + """
+from ringmpi import job
+even = job.Contiguous.even
+def act(*rest):
+    if rank == 1 and job.Output.done:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return even(*rest)
+compute = job._compute
+def computed(*rest):
+    try:
+        return compute(*rest)
+    finally:
+        job.Output.done = True
+job.Output.done = False
+job._compute = computed
+job.Contiguous.even = act
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 143, result.text
+    assert "rank 1 gave up: ended by SIGTERM while" in result.ranks[0]
     assert not list(tmp_path.glob("out.h5*")), result.text
 
 
@@ -207,6 +283,14 @@ def test_a_watchdog():
     assert "stuck starting MPI for 1 s (timeout 0.5 s)" in beside("w.note('starting MPI', 0.5); signal.pause()")
     assert beside("w.note('starting MPI', float('inf')); import time; time.sleep(0.3); w.end()") == ""
     assert beside("w.note('starting MPI', 0.2); w.note('reading'); import time; time.sleep(0.5); w.end()") == ""
+
+
+def test_a_guess_why_a_rank_was_killed():
+    assert "out of memory" in _guess(signal.SIGKILL)
+    assert _guess(None) == _guess(signal.SIGKILL)
+    assert "launcher" in _guess(signal.SIGTERM)
+    assert "memory" not in _guess(signal.SIGTERM)
+    assert _guess(signal.SIGINT) == _guess(signal.SIGSEGV) == ""
 
 
 def test_work_goes_on_without_a_watchdog(monkeypatch):

@@ -1,0 +1,159 @@
+"""Files that are damaged at random places, by numbered seeds: inputs that are read, and outputs that `check` reads.
+
+The same number is the same damage to the same kind of file. What HDF5 itself dies of is named with its number.
+"""
+
+import random
+import resource
+import signal
+from pathlib import Path
+from unittest import mock
+
+from attack_cases import OTHER, REFUSED, RIGHT, Case, arrays, command_line, in_child, new_folder, verdict
+
+SEEDS = range(2000)
+MEMORY = 2**33                 # bytes of address space for a child, which has a whole interpreter's
+FIRST_SECONDS = 6              # that HDF5 has for a file, before it is asked with care
+ENDED = "ended by signal"
+SHOWN = ("q", "k", "v")
+
+
+def mutated(whole, seed):
+    """Bytes with one to four flips of a byte, a cut end, or a block that is inserted, repeated or zeroed."""
+    chance = random.Random(seed)
+    how = chance.choice(("flip", "flip", "flip", "cut", "insert", "repeat", "zero"))
+    data = bytearray(whole)
+    # metadata is at the start of these files and between their chunks: half of all places are there
+    at = chance.randrange(min(4096, len(data)) if chance.random() < 0.5 else len(data))
+    size = chance.choice((1, 2, 8, 64, 512))
+    if how == "flip":
+        for place in [at] + [chance.randrange(len(data)) for _ in range(chance.randrange(4))]:
+            data[place] ^= chance.randrange(1, 256)
+    elif how == "cut":
+        del data[at:]
+    elif how == "insert":
+        data[at:at] = chance.randbytes(size)
+    elif how == "repeat":
+        data[at:at] = data[at:at + size]
+    else:
+        data[at:at + size] = bytes(len(data[at:at + size]))
+    return bytes(data)
+
+
+def _plain(path, x):
+    """What `h5py.File(path, "w")` and a line for each array give: no checksum anywhere."""
+    import h5py
+    with h5py.File(path, "w") as file:
+        for name, values in x.items():
+            file[name] = values
+
+
+def _packed(path, x):
+    """Chunks in the oldest format, compressed, each with a checksum; the metadata has none."""
+    import h5py
+    with h5py.File(path, "w") as file:
+        for name, values in x.items():
+            file.create_dataset(name, data=values, chunks=(16, *values.shape[1:]) if values.ndim == 3 else None,
+                                compression="gzip" if values.ndim == 3 else None, shuffle=values.ndim == 3,
+                                fletcher32=values.ndim == 3)
+
+
+def _summed(path, x):
+    """As `ringmpi make` writes: all but the integers has a checksum."""
+    from ringmpi.hdf5 import create_dataset, write_file, write_rows
+    with write_file(path) as file:
+        for name, values in x.items():
+            write_rows(create_dataset(file, name, values.shape, values.dtype), 0, values)
+
+
+def _read(path):
+    """Everything that `attend` reads of an input, by name; or REFUSED."""
+    from ringmpi.errors import RingError
+    from ringmpi.hdf5 import read_rows
+    from ringmpi.job import Options, datasets, inspect, read_heads
+    options = Options(alibi=True, sinks=True)
+    try:
+        inspect(path, options)
+        with datasets(path, options) as (file, found, sizes):
+            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in found]
+            return rows + [x.tobytes() for x in read_heads(file, options, sizes.heads).values()]
+    except RingError:
+        return REFUSED
+
+
+def _outcome(read, right):
+    """Read in this child, with limits; say how it went."""
+    signal.alarm(FIRST_SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    try:
+        found = read()
+    except Exception as error:          # noqa: BLE001 (it is what is looked for)
+        return f"{type(error).__name__}: {error}"
+    return found if isinstance(found, str) else RIGHT if found == right else OTHER
+
+
+def inputs(folder, seeds=SEEDS):
+    """An input is damaged: what is read is right, or refused, where its file has checksums."""
+    import numpy as np
+    random_numbers = np.random.default_rng(0)
+    x = {name: random_numbers.standard_normal((64, 2, 8)).astype("f4") for name in SHOWN}
+    x |= {name: random_numbers.random(2) for name in ("alibi", "sinks")}
+    kinds = [(write.__name__[1:], Path(folder) / f"{write.__name__}.h5", write) for write in (_summed, _packed, _plain)]
+    whole = {}
+    for name, path, write in kinds:
+        write(path, x)
+        whole[name] = path.read_bytes()
+    right = _read(kinds[0][1])
+    assert all(_read(path) == right for _, path, _ in kinds)
+    for seed in seeds:
+        name, path, _ = kinds[seed % len(kinds)]
+        data = mutated(whole[name], seed)
+        path.write_bytes(data)
+        outcome = in_child(lambda path=path: _outcome(lambda: _read(path), right))
+        told = not outcome.startswith(ENDED) or _is_told(folder, path)
+        known = outcome in (REFUSED, RIGHT) or outcome.startswith(ENDED) or (outcome == OTHER and name != "summed")
+        what = f"{name}: {outcome}" + (f", seed {seed}" if outcome.startswith(ENDED) else "")
+        yield Case(f"seed {seed}", what, "" if known and told else f"{outcome}; told: {told}")
+
+
+def _is_told(folder, path):
+    """Whether the command line says of a file that HDF5 does not survive what it was doing, and leaves no output."""
+    out = new_folder(folder, "told") / "out.h5"
+    code, said = command_line(["attend", path, out, "--backend", "numpy", "--alibi", "--sinks"], folder)
+    return code not in (0, 124) and f"while reading {path}" in said and not out.exists()
+
+
+def _output(folder):
+    """Write an output of two shards, always the same bytes; return its path and that of a shard."""
+    import numpy as np
+
+    from ringmpi.shards import Output
+    random_numbers = np.random.default_rng(0)
+    rows = {"out": random_numbers.random((64, 2, 8), np.float32), "lse": random_numbers.random((64, 2), np.float32)}
+    output = Output(folder / "right.h5", "run", force=False)
+    output.prepare()
+    shards = [output.write(rank, start, *(x[start:start + 32] for x in rows.values()))
+              for rank, start in enumerate((0, 32))]
+    output.publish(shards, {name: (x.shape, x.dtype) for name, x in rows.items()}, {"options": {}})
+    return output.path, folder / shards[0].file
+
+
+def outputs(folder, seeds=SEEDS):
+    """An OUT.h5 or one of its shards is damaged: `check` says so, or it shows what it should."""
+    out, shard = _output(Path(folder))
+    right = arrays(out)
+    files = [out, out, out, shard]
+    whole = {path: path.read_bytes() for path in files}
+    for seed in seeds:
+        path = files[seed % len(files)]
+        path.write_bytes(mutated(whole[path], seed))
+        with mock.patch("ringmpi.shards.probe"):          # for speed: first without, and where HDF5 dies, with it
+            outcome = in_child(lambda: _outcome(lambda: verdict(out, right), None))
+        alone = outcome
+        if alone.startswith(ENDED):
+            with mock.patch("ringmpi.manifest.PROBE_SECONDS", FIRST_SECONDS):
+                outcome = in_child(lambda: verdict(out, right))
+        path.write_bytes(whole[path])
+        what = f"{outcome} (HDF5 {alone}, seed {seed})" if alone != outcome else outcome
+        yield Case(f"seed {seed}", f"{'shard' if path != out else 'OUT.h5'}: {what}",
+                   "" if outcome in (REFUSED, RIGHT) else outcome)

@@ -1,0 +1,26 @@
+"""A cut of attacks.py: signals in each phase, and damaged files. The rest of it is in test_faults.py."""
+
+import attack_mutations
+import attack_signals
+from attack_cases import REFUSED
+
+
+def outcomes(cases, fewest):
+    cases = list(cases)
+    assert not [case for case in cases if case.wrong]
+    assert len(cases) >= fewest
+    return {case.outcome for case in cases}
+
+
+def test_signals_in_each_phase(tmp_path):
+    """Each ends in bounded time, with an exit code that README names, a word, no process, and no half of an output."""
+    ended = outcomes(attack_signals.signals(tmp_path, attack_signals.cut()), 38)
+    assert {"SIGINT: exit 130", "SIGTERM: exit 143", "SIGSTOP: exit 5", "SIGSTOP, SIGCONT: exit 0"} <= ended
+
+
+def test_damaged_inputs(tmp_path):
+    assert f"summed: {REFUSED}" in outcomes(attack_mutations.inputs(tmp_path, range(120)), 120)
+
+
+def test_damaged_outputs(tmp_path):
+    assert {f"OUT.h5: {REFUSED}", f"shard: {REFUSED}"} <= outcomes(attack_mutations.outputs(tmp_path, range(80)), 80)
