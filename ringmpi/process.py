@@ -83,8 +83,8 @@ class Process:
 
     def farewell(self, seconds: float = 0.0) -> None:
         """Let the watchdog go: this process has said why it ends, and does so within `seconds`, if given. Local."""
-        self._watchdog.end()
         self._handle(signal.SIG_DFL)              # a launcher that ends the job need not hear of it from every rank
+        self._watchdog.end()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(math.ceil(seconds))

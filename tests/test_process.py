@@ -159,6 +159,24 @@ sys.exit(main())
     assert seconds < 15
 
 
+def test_a_signal_at_the_very_end(source, tmp_path):
+    """No traceback, and the result is there."""
+    code = START + """
+from ringmpi import watchdog
+end = watchdog.Watchdog.end
+def act(self):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    end(self)
+watchdog.Watchdog.end = act
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code in (15, 143), result.text
+    assert "Traceback" not in result.text
+    verify(tmp_path / "out.h5")
+
+
 def test_a_signal_between_two_calls(source, tmp_path):
     """Where no exchange is under way the others are told too, and remove what they wrote."""
     code = START + """
