@@ -53,20 +53,22 @@ def _in_turns(comm: mpi.Comm, calls: list[Call], repeat: int, timeout: float) ->
 
     One run is as many calls as take some ten milliseconds.
     """
-    counts = [max(1, int(0.01 / max(_time(comm, call, 1, timeout) for _ in range(2)))) for call in calls]
+    counts = [max(1, int(0.01 / max(_time(comm, call, 1, timeout)[1] for _ in range(2)))) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(repeat + 1):
         for call, count, runs in zip(calls, counts, times, strict=True):
-            runs.append(_time(comm, call, count, timeout))
+            runs.append(_time(comm, call, count, timeout)[0])
     return [runs[1:] for runs in times]
 
 
-def _time(comm: mpi.Comm, call: Call, count: int, timeout: float) -> float:
-    """Give the seconds of a call on the slowest rank, less those that it says do not count."""
+def _time(comm: mpi.Comm, call: Call, count: int, timeout: float) -> tuple[float, float]:
+    """Give the seconds of a call on the slowest rank, less those that it says do not count, and all of them."""
     comm.exchange("", timeout)
     start = time.perf_counter()
     apart = sum(call() or 0.0 for _ in range(count))
-    return float(comm.share([(time.perf_counter() - start - apart) / count], timeout).max())
+    taken = time.perf_counter() - start
+    net, gross = comm.share([(taken - apart) / count, taken / count], timeout).max(axis=0).tolist()
+    return net, gross
 
 
 class _Bench:
