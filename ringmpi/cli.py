@@ -21,6 +21,7 @@ from .errors import CommError, OutputError, RankLost, ResourceError, RingError, 
 from .files import standard_output
 from .phases import phase
 from .process import Process
+from .watchdog import END_SECONDS
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
@@ -86,7 +87,9 @@ def _run_and_leave(process: Process) -> int:
     name, options = _parse(sys.argv[1:])
     process.log_to_stderr(getattr(options, "quiet", False))
     code = _run(name, options, process)
-    return _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+    code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+    process.enter("ending", END_SECONDS)
+    return code
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:

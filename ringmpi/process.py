@@ -66,7 +66,8 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.farewell()
+        self._handle(signal.SIG_DFL)
+        self._watchdog.dismiss()
 
     def log_to_stderr(self, quiet: bool) -> None:
         """Show the library's warnings, such as whom a rank waits for; with `quiet` only errors. Local."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 END = "end"
 FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+END_SECONDS = 20.0             # in which Python ends when the command is done
 LONGEST_SELECT = 3600.0
 LINGER_SECONDS = 2.0           # for which the first death on a node is the one that is told
 STATUS_FIELD = 51 - 2          # exit_code in /proc/PID/stat, counted from the state, which follows the name
@@ -53,10 +54,14 @@ class Watchdog:
         """Say what is done from now on, and how many seconds it may take. Local."""
         self._send(f"{limit or 0:g} {doing}")
 
+    def dismiss(self) -> None:
+        """Say farewell: what comes is no accident, and takes `END_SECONDS` at most. Local."""
+        self._send(END)
+
     def end(self) -> None:
-        """Say farewell: what comes is no accident. Local."""
+        """Say farewell, and wait until the watchdog is gone. Local."""
         if self._child is not None:
-            self._send(END)
+            self.dismiss()
             os.close(self._writer)
             with suppress(OSError):
                 os.waitpid(self._child, 0)
@@ -113,10 +118,18 @@ class _Watch:
             for line in lines:
                 text = line.decode()
                 if text == END:
+                    self._await_its_end()
                     return
                 limit, self._doing = text.split(" ", 1)
                 self._limit = float(limit)
                 self._since = time.monotonic()
+
+    def _await_its_end(self) -> None:
+        """Wait until the watched process, which is done, has gone; it may be stopped even now."""
+        if not select.select([self._pipe], [], [], END_SECONDS)[0]:
+            self._doing = "ending"
+            self._limit = END_SECONDS
+            self._end_it()
 
     def _seconds_left(self) -> float:
         return self._since + self._limit + self._patience - time.monotonic() if self._limit else math.inf
@@ -124,7 +137,7 @@ class _Watch:
     def _end_it(self) -> None:
         seconds = time.monotonic() - self._since
         self._say(f"{self._who} is ended: it was stuck {self._doing} for {seconds:.0f} s (timeout {self._limit:g} s); "
-                  "another rank did not come, is stopped or far behind")
+                  "it is stopped, or another rank did not come, is stopped or far behind")
         with suppress(OSError):
             os.kill(self._watched, signal.SIGKILL)
 

@@ -74,6 +74,14 @@ def act(*rest):
 world._meet = act
 sys.exit(main())
 """
+ENDING = START + """
+from ringmpi import watchdog
+watchdog.END_SECONDS = 2.0              # for the watchdog's side, which is forked in main
+code = main()
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +171,12 @@ def test_a_signal_at_the_very_end(source, tmp_path):
     """No traceback, and the result is there."""
     code = START + """
 from ringmpi import watchdog
-end = watchdog.Watchdog.end
+end = watchdog.Watchdog.dismiss
 def act(self):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     end(self)
-watchdog.Watchdog.end = act
+watchdog.Watchdog.dismiss = act
 sys.exit(main())
 """
     result, _ = attend(code, source, tmp_path)
@@ -249,6 +257,14 @@ def test_a_rank_that_stops_in_finalize(source, tmp_path):
     result, seconds = attend(FINALIZING, source, tmp_path, timeout=2)
     assert result.code in (9, 137), result.text
     assert re.search(r"rank \d on \S+ is ended: it was stuck finalizing MPI for \d s", result.text), result.text
+    assert seconds < 15
+    verify(tmp_path / "out.h5")
+
+
+def test_a_rank_that_stops_when_all_is_done(source, tmp_path):
+    result, seconds = attend(ENDING, source, tmp_path, timeout=30)
+    assert result.code in (9, 137), result.text
+    assert re.search(r"rank 1 on \S+ is ended: it was stuck ending for \d s", result.text), result.text
     assert seconds < 15
     verify(tmp_path / "out.h5")
 
