@@ -19,6 +19,7 @@ from ringmpi.cli import main
 from ringmpi.files import check_writable, new_file, write_json
 from ringmpi.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.manifest import read_manifest
+from ringmpi.shards import verify
 from ringmpi.softmax import BFLOAT16
 
 
@@ -247,3 +248,23 @@ def test_a_megabyte_of_documents(source, tmp_path, capsys):
         file.create_dataset("documents", data=np.zeros(2**21, "i8"), compression="gzip")
     assert main(["attend", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--documents"]) == 3
     assert "expected at most 1,048,576 integers, got 2,097,152" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(source, tmp_path, streams):
+    """The result is what counts: a log that can't be written costs none, and no file takes the place of a stream."""
+    line = f'"{sys.executable}" -m ringmpi attend "{source}" "{tmp_path}/out.h5" --backend numpy {streams}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done
+    assert "Traceback" not in done.stdout + done.stderr
+    verify(tmp_path / "out.h5")
+
+
+def test_check_takes_no_module_of_the_current_folder(source, tmp_path):
+    """The process that opens a view first is a Python of its own."""
+    assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
+    (tmp_path / "h5py.py").write_text("open('taken', 'w')")
+    program = "import sys; sys.path.pop(0); from ringmpi.cli import main; sys.exit(main())"
+    subprocess.run([sys.executable, "-c", program, "check", str(source), "out.h5"], cwd=tmp_path, check=True,
+                   timeout=60)
+    assert not (tmp_path / "taken").exists()

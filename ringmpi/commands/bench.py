@@ -83,6 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     more: dict[str, Any] = {}
     if arguments.kind == "kernel":
+        if arguments.json:
+            from ..files import check_record
+            check_record(arguments.json)
         _check_kernels(arguments)
         if arguments.backend == "cuda":
             from .bench_gpu import measure as measure_kernel
