@@ -171,6 +171,7 @@ def outcomes_of(comm, kind, each, timeout=60.0):
         pytest.skip("needs two ranks")
     mine = comm.Dup()
     world = World(mine, kind, 7, timeout)
+    comm.Barrier()               # else a rank may hear that another gave up before it knows that all have come
     return comm.allgather(attempt(world, each=lambda number: each(world, number))), world
 
 
