@@ -52,7 +52,6 @@ class Notices:
         self._requests: list[Any] = []
         self._heard: dict[int, tuple[float, State]] = {}      # when each rank was heard last, and what it said
         self._asked = 0.0
-        self._answered = np.zeros(self._size)
         self._progress = np.zeros((self._size, 2), np.int64)
         self._reported = 0.0
         self.sent = np.zeros(self._size, np.int64)
@@ -150,8 +149,7 @@ class Notices:
             return text
         where, peers = json.loads(text)
         self._heard[rank] = now, (where, peers)
-        if kind == QUESTION and now - self._answered[rank] > REPORT_SECONDS / 5:
-            self._answered[rank] = now
+        if kind == QUESTION:
             self._send(ANSWER + json.dumps(state()).encode(), rank)
         return ""
 

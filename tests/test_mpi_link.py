@@ -199,8 +199,8 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind):
     if comm.rank == 0:
         time.sleep(0.8)
     outcomes = comm.allgather(attempt(world))
-    assert any(re.match("RingTimeout: rank 1 on .*, ring step 0 of .: waited for 576 bytes from rank 0 ", said)
-               or "rank 1 gave up" in said for said, _, _ in outcomes), outcomes
+    assert any("RingTimeout: " in said for said, _, _ in outcomes), outcomes          # whoever is first
+    assert any("no word from rank 0 on " in said for said, _, _ in outcomes), outcomes
     for rank, (said, seconds, kept) in enumerate(outcomes):
         assert seconds < 10, outcomes
         assert kept
