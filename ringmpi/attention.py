@@ -390,7 +390,8 @@ class RingAttention:
 
     def _forward(self, call: Call, progress: Progress | None) -> None:
         """Fold every block that comes by."""
-        plan, backend, engine, ring = call.plan, self.backend, self._engine, self._engine.ring
+        plan, backend, engine = call.plan, self.backend, self._engine
+        ring = engine.ring                # kept: a callback may close this object, and the others must hear of it
 
         def fold(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
             k, v = (x[number] for x in block.arrays)
@@ -443,7 +444,8 @@ class RingAttention:
     def _backward(self, call: Call, gradients: list[Gradient], shares: tuple[Array, ...],
                   progress: Progress | None) -> None:
         """Differentiate with every block that comes by, and bring the gradients of k and v home."""
-        plan, backend, engine, ring = call.plan, self.backend, self._engine, self._engine.ring
+        plan, backend, engine = call.plan, self.backend, self._engine
+        ring = engine.ring                # kept: a callback may close this object, and the others must hear of it
 
         def differentiate(number: int, block: Block, begin: Integers, end: Integers, score: Score) -> Iterator[int]:
             k, v, dk, dv = (x[number] for x in (*block.arrays, *block.gradients))
@@ -612,7 +614,10 @@ class RingAttention:
         plan.ready.add(way)
 
     def close(self) -> None:
-        """Give buffers and threads back; the caller's communicator is left as it is. Local."""
+        """Give this object's share of the buffers back; the last one's go. Local.
+
+        Threads stay with the caller's communicator, which is left as it is.
+        """
         self._plan = self._last = None
         self._close()
 
