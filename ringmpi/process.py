@@ -52,6 +52,7 @@ class Process:
         turn = 1.0 + TURN_SECONDS * min(rank, 8) if rank else 0.0
         self.doing = "starting"
         self.stopped: Stopped | None = None
+        self._pending: int | None = None          # signal that came where nothing may be raised
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", turn)
         if sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__, all_threads=False)
@@ -78,6 +79,7 @@ class Process:
 
     def enter(self, doing: str, limit: float | None) -> None:
         """Take note of what is done from now on; while that has a limit no Python runs, and signals end it at once."""
+        self._raise_pending()                     # a signal that cut short what was done so far
         self.doing = doing
         self._watchdog.note(doing, limit)
         self._handle(signal.SIG_DFL if limit or self.stopped else self._stop)        # a second one ends it at once
@@ -106,6 +108,7 @@ class Process:
         if _is_called_by_hdf5(frame):
             self._come_again(number)
             return
+        self._pending = None
         self._handle(signal.SIG_DFL)              # a second one ends it at once
         self.stopped = Stopped(number, self.doing)
         raise self.stopped
@@ -120,8 +123,14 @@ class Process:
         self._come_again(told.exc_value.number)
 
     def _come_again(self, number: int) -> None:
-        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        """Let a signal be raised at the end of what is done now, or soon if that takes longer."""
+        self._pending = number
+        signal.signal(signal.SIGALRM, self._raise_pending)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+
+    def _raise_pending(self, *_: object) -> None:
+        if self._pending:
+            signal.raise_signal(self._pending)
 
 
 def _is_called_by_hdf5(frame: FrameType | None) -> bool:

@@ -127,10 +127,12 @@ def test_a_signal_where_python_drops_exceptions(source, tmp_path):
     assert "ignored" not in result.text
 
 
-def test_a_signal_where_hdf5_calls(source, tmp_path):
-    """It would crash of what is raised there: the signal waits until it has returned."""
-    code = START + """
-from ringmpi import files
+@pytest.mark.parametrize("seconds", [0.01, 30.0])
+def test_a_signal_where_hdf5_calls(source, tmp_path, seconds):
+    """It would crash of what is raised there: the signal waits until it has returned, not until its alarm."""
+    code = START + f"""
+from ringmpi import files, process
+process.AGAIN_SECONDS = {seconds}
 todo = [1]
 class Calls:
     def __getattr__(self, name):
