@@ -27,10 +27,10 @@ if TYPE_CHECKING:
         ShapeError,
         ShardError,
     )
-    from .exchange import redistribute
     from .functional import ring_attention, ring_attention_backward
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
+    from .schedules.redistribution import redistribute
     from .trace import Step, Trace
 
 _HOME = {
@@ -40,7 +40,7 @@ _HOME = {
                "OutputError", "RankLost", "ResourceError", "RingError", "RingTimeout", "ShapeError", "ShardError"),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
-    "exchange": ("redistribute",),
+    "schedules.redistribution": ("redistribute",),
     "trace": ("Step", "Trace"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

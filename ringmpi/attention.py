@@ -33,18 +33,18 @@ from .checks import (
 )
 from .engine import HOST, NO_FACTS, Engine
 from .errors import BackendError, InternalError, OptionError, RingError
-from .homeward import first_hops
 from .keywords import explained
 from .layout import Integers, Layout
 from .mask import Mask
-from .mpi import TIMEOUT, digest_of, private
+from .mpi.comm import TIMEOUT, digest_of, private
+from .mpi.threads import check_thread
 from .plan import Plan, Problem
-from .ring import Block, travel
+from .schedules.gpu_transport import Transport, check_transport
+from .schedules.gradient_ring import first_hops
+from .schedules.ring import Block, travel
 from .score import Score, streams
 from .softmax import DTYPES, Gradient, State, accumulator
-from .threads import check_thread
 from .trace import Trace
-from .transport import Transport, check_transport
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 Progress = Callable[[int, int], object]

@@ -13,7 +13,7 @@ from .arrays import as_host_array
 from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
-from .mpi import TIMEOUT
+from .mpi.comm import TIMEOUT
 from .softmax import DTYPES, check_dtype
 
 Array = NDArray[Any]

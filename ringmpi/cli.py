@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import __version__
 from .environment import launched_rank, launched_together
 from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
-from .files import standard_output
+from .files.new_file import standard_output
 from .phases import phase
 from .process import Process
 from .watchdog import END_SECONDS
@@ -140,7 +140,7 @@ def _do(name: str, options: argparse.Namespace) -> int:
 
 def _leave(code: int, timeout: float) -> int:
     """Write out what was printed, and leave MPI together with the other ranks."""
-    from .world import leave
+    from .mpi.world import leave
     sys.stdout.flush()
     leave(timeout)
     return code
@@ -192,7 +192,7 @@ def _end(ending: Ending, process: Process | None, collective: bool) -> int:
         if process is not None:
             process.farewell(ending.grace + ABORT_SECONDS)
         if _world_rank() is not None:
-            from .world import end_job
+            from .mpi.world import end_job
             end_job(ending.code, ending.grace)
     return ending.code
 
@@ -211,5 +211,5 @@ def _world_rank() -> int | None:
     """Rank in COMM_WORLD; None before MPI, when nothing may be imported: an import may be what was cut short."""
     if "mpi4py.MPI" not in sys.modules:
         return None
-    from .world import world_rank
+    from .mpi.world import world_rank
     return world_rank()

@@ -21,13 +21,13 @@ from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
 from .environment import hopper_kernel, launched_local_rank
 from .errors import BackendError
-from .homeward import Homeward
-from .link import DirectLink, HostLink, StagedLink
-from .mpi import Comm
+from .mpi.comm import Comm
 from .phases import phase
-from .ring import Ring
+from .schedules.gpu_transport import Transport, choose
+from .schedules.gradient_ring import Homeward
+from .schedules.links import DirectLink, HostLink, StagedLink
+from .schedules.ring import Ring
 from .softmax import State
-from .transport import Transport, choose
 
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
 HOST = -1                         # where host arrays are, among the indices of GPUs

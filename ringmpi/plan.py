@@ -13,7 +13,7 @@ from .checks import check_dropout, check_mask, check_scale, check_slopes, check_
 from .errors import OptionError, ShapeError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
-from .ring import Block
+from .schedules.ring import Block
 from .score import MOST_POSITION, Score
 from .softmax import DTYPES, accumulator
 

@@ -24,7 +24,7 @@ from .watchdog import Watchdog
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TURN_SECONDS = 0.25           # by which a stuck rank is ended later than the one before it, for the first ranks
 AGAIN_SECONDS = 0.01          # until a signal comes again that came where nothing may be raised
-FILES = "ringmpi.files"
+FILES = "ringmpi.files.new_file"
 
 
 class Stopped(KeyboardInterrupt):

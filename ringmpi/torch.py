@@ -10,10 +10,10 @@ import numpy as np
 
 from .attention import RingAttention
 from .errors import OptionError, RingError
-from .exchange import moved
 from .keywords import explained
 from .layout import Layout
-from .mpi import TIMEOUT
+from .mpi.comm import TIMEOUT
+from .schedules.redistribution import moved
 from .softmax import BFLOAT16
 
 try:

@@ -35,7 +35,7 @@ def arrays(path):
 
 def left_over(folder):
     """What is left in the folder of a case besides whole outputs and their shards; and what is wrong with outputs."""
-    from ringmpi.shards import verify
+    from ringmpi.files.shards import verify
     wrong, known = [], set()
     if (folder / "run.json").exists():
         json.loads((folder / "run.json").read_text())
@@ -83,7 +83,7 @@ def verdict(path, right):
     import h5py
 
     from ringmpi.errors import ShardError
-    from ringmpi.shards import verify
+    from ringmpi.files.shards import verify
     try:
         manifest = verify(path)
         rows = [manifest.rows(name, 0, 64).tobytes() for name in ("out", "lse")]

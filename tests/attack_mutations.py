@@ -60,7 +60,7 @@ def _packed(path, x):
 
 def _summed(path, x):
     """As `ringmpi make` writes: all but the integers has a checksum."""
-    from ringmpi.hdf5 import create_dataset, write_file, write_rows
+    from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
     with write_file(path) as file:
         for name, values in x.items():
             write_rows(create_dataset(file, name, values.shape, values.dtype), 0, values)
@@ -69,8 +69,8 @@ def _summed(path, x):
 def _read(path):
     """Everything that `attend` reads of an input, by name; or REFUSED."""
     from ringmpi.errors import RingError
-    from ringmpi.hdf5 import read_rows
-    from ringmpi.job import Options, datasets, inspect, read_heads
+    from ringmpi.files.hdf5 import read_rows
+    from ringmpi.job.attend import Options, datasets, inspect, read_heads
     options = Options(alibi=True, sinks=True)
     try:
         inspect(path, options)
@@ -127,7 +127,7 @@ def _output(folder):
     """Write an output of two shards, always the same bytes; return its path and that of a shard."""
     import numpy as np
 
-    from ringmpi.shards import Output
+    from ringmpi.files.shards import Output
     random_numbers = np.random.default_rng(0)
     rows = {"out": random_numbers.random((64, 2, 8), np.float32), "lse": random_numbers.random((64, 2), np.float32)}
     output = Output(folder / "right.h5", "run", force=False)
@@ -147,11 +147,11 @@ def outputs(folder, seeds=SEEDS):
     for seed in seeds:
         path = files[seed % len(files)]
         path.write_bytes(mutated(whole[path], seed))
-        with mock.patch("ringmpi.shards.probe"):          # for speed: first without, and where HDF5 dies, with it
+        with mock.patch("ringmpi.files.shards.probe"):          # for speed: first without, and where HDF5 dies, with it
             outcome = in_child(lambda: _outcome(lambda: verdict(out, right), None))
         alone = outcome
         if alone.startswith(ENDED):
-            with mock.patch("ringmpi.manifest.PROBE_SECONDS", FIRST_SECONDS):
+            with mock.patch("ringmpi.files.manifest.PROBE_SECONDS", FIRST_SECONDS):
                 outcome = in_child(lambda: verdict(out, right))
         path.write_bytes(whole[path])
         what = f"{outcome} (HDF5 {alone}, seed {seed})" if alone != outcome else outcome

@@ -99,7 +99,7 @@ def signals(folder, attacks=None, at_once=4):
     right = {}
     for kind in sorted({(attack.ranks, PHASES[attack.phase][2]) for attack in attacks}):
         right[kind] = make_input(new_folder(folder, _input(*kind)), 300, kind[0], _options(kind[1]))
-    with mock.patch("ringmpi.shards.probe"), ThreadPoolExecutor(at_once) as pool:         # `flips` has it
+    with mock.patch("ringmpi.files.shards.probe"), ThreadPoolExecutor(at_once) as pool:         # `flips` has it
         yield from pool.map(lambda numbered: _run(folder, *numbered, right), enumerate(attacks))
 
 

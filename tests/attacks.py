@@ -77,8 +77,8 @@ def run_here(arguments):
 
 def sweep(folder, commands, calls, errnos, most):
     """Under the shim: let the n-th call fail, once or from then on, for n from 0 until no call is reached. Cases."""
-    import ringmpi.shards
-    ringmpi.shards.probe = lambda path: None          # for speed; `flips` has it
+    import ringmpi.files.shards
+    ringmpi.files.shards.probe = lambda path: None          # for speed; `flips` has it
     shim = ctypes.CDLL(None)
     shim.fault_hits.restype = ctypes.c_long
     os.chdir(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from fake_device import FakeArray, FakeDevice
 
-from ringmpi.backends.sources import kernels_folder
+from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.device import Device
 
 # TensorMap in emulator/hopper.cuh: x first.

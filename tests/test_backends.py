@@ -13,8 +13,8 @@ from oracle import case
 from ringmpi import BackendError, DtypeError, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend, reason_missing
 from ringmpi.backends.base import Backend
-from ringmpi.backends.cuda import CudaBackend
-from ringmpi.backends.numba_ import NumbaBackend
+from ringmpi.backends.cuda.backend import CudaBackend
+from ringmpi.backends.numba_.backend import NumbaBackend
 from ringmpi.backends.numpy_ import NumpyBackend
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish

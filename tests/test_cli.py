@@ -16,11 +16,11 @@ import oracle
 import pytest
 
 from ringmpi import InternalError, LaunchError, ResourceError
-from ringmpi import world as mpi_world
 from ringmpi.cli import COMMANDS, main
-from ringmpi.job import Clock, Options, attend
-from ringmpi.mpi import load
-from ringmpi.shards import Output, read_manifest
+from ringmpi.files.shards import Output, read_manifest
+from ringmpi.job.attend import Clock, Options, attend
+from ringmpi.mpi import world as mpi_world
+from ringmpi.mpi.comm import load
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
 
@@ -398,16 +398,16 @@ def test_the_name_of_the_mpi_library(monkeypatch):
     """Open MPI's ends in a NUL; MPICH's has tabs."""
     class Library:
         Get_library_version = staticmethod(lambda: "Open MPI\tv5.0,  package: X\0\nmore\n")
-    monkeypatch.setattr("ringmpi.world.load", lambda: Library)
+    monkeypatch.setattr("ringmpi.mpi.world.load", lambda: Library)
     assert mpi_world.library() == "Open MPI v5.0, package: X"
 
 
 def test_where_debians_mpich_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.setattr("ringmpi.mpi.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
+    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
     with pytest.raises(LaunchError, match=r"ln -s /usr/lib/x/libmpich.so.12 ~/mpich/libmpi.so.12 && export LD_LIB"):
         load()
-    monkeypatch.setattr("ringmpi.mpi.debian_mpich", lambda: "")
+    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "")
     with pytest.raises(LaunchError, match=r"pip install 'ringmpi\[mpich\]'$"):
         load()
 

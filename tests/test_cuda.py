@@ -8,11 +8,12 @@ import pytest
 from emulate import COMPILER, EmulatedDevice
 from oracle import case
 
-from ringmpi import BackendError, device, link
-from ringmpi.backends import cuda
-from ringmpi.backends.cuda import CudaBackend
-from ringmpi.backends.instances import best, kernels
+from ringmpi import BackendError, device
+from ringmpi.backends.cuda import backend as cuda
+from ringmpi.backends.cuda.backend import CudaBackend
+from ringmpi.backends.cuda.instances import best, kernels
 from ringmpi.device import choose_index
+from ringmpi.schedules import links as link
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 

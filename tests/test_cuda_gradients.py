@@ -12,9 +12,10 @@ from test_cuda import AMPERE, HOPPER, SMALL
 from test_gradients import BOUND, check, check_float64_accumulator, run
 
 from ringmpi import BackendError, device
-from ringmpi.backends import cuda, hopper
-from ringmpi.backends.cuda import CudaBackend
-from ringmpi.backends.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.backends.cuda import backend as cuda
+from ringmpi.backends.cuda import hopper
+from ringmpi.backends.cuda.backend import CudaBackend
+from ringmpi.backends.cuda.instances import best, kernels, key_gradients, query_gradients
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 

@@ -10,10 +10,10 @@ import pytest
 from ringmpi.cli import main
 from ringmpi.commands import display
 from ringmpi.commands.display import Display, describe
-from ringmpi.job import Options, Sizes, Start
+from ringmpi.job.attend import Options, Sizes, Start
+from ringmpi.job.memory import count_pairs, predict_seconds
 from ringmpi.layout import Contiguous
 from ringmpi.mask import Mask
-from ringmpi.memory import count_pairs, predict_seconds
 from ringmpi.phases import phase
 
 SIZES = Sizes(1000, 1000, 4, 2, 16, 16, "float32")

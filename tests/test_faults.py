@@ -69,7 +69,7 @@ def test_two_jobs_for_one_output(tmp_path):
 
 
 def test_flipped_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.shards.probe", lambda path: None)        # for speed
+    monkeypatch.setattr("ringmpi.files.shards.probe", lambda path: None)        # for speed
     assert attacks.REFUSED in check(attacks.flips(tmp_path, step=31), 100)
 
 
@@ -90,19 +90,19 @@ def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
         del found["survived"]
         return found.values()
 
-    monkeypatch.setattr("ringmpi.manifest.PROBE_SECONDS", 4.0)
+    monkeypatch.setattr("ringmpi.files.manifest.PROBE_SECONDS", 4.0)
     assert check(attacks.flips(tmp_path, places=deadly), 2) == {attacks.REFUSED}
 
 
 READ_FAULT = """
 import ctypes, itertools, os, sys
-import ringmpi.shards
+import ringmpi.files.shards
 from ringmpi.cli import main
 shim = ctypes.CDLL(None)
 shim.fault_hits.restype = ctypes.c_long
 commands = (["check", "in.h5", "out.h5"], ["merge", "out.h5", "merged.h5"],
             ["attend", "in.h5", "new.h5", "--backend", "numpy"], ["attend", "in.h5", "new.h5", "--dry-run"])
-ringmpi.shards.probe = lambda path: None        # for speed
+ringmpi.files.shards.probe = lambda path: None        # for speed
 for call, command in itertools.product(("read", "open"), commands):
     for path in ("in.h5", "/out.h5", ".shards/"):
         for after in range(0, 60, 3):

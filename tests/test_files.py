@@ -16,10 +16,10 @@ import pytest
 
 from ringmpi import OutputError
 from ringmpi.cli import main
-from ringmpi.files import check_writable, new_file, write_json
-from ringmpi.hdf5 import create_dataset, write_file, write_rows
-from ringmpi.manifest import read_manifest
-from ringmpi.shards import verify
+from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
+from ringmpi.files.manifest import read_manifest
+from ringmpi.files.new_file import check_writable, new_file, write_json
+from ringmpi.files.shards import verify
 from ringmpi.softmax import BFLOAT16
 
 
@@ -101,7 +101,7 @@ def test_a_name_that_is_taken_meanwhile(tmp_path, monkeypatch, seen):
             file.write(b"late")
             (tmp_path / "x").write_text("first")
             if not seen:
-                monkeypatch.setattr("ringmpi.files.check_writable", lambda path, force: None)
+                monkeypatch.setattr("ringmpi.files.new_file.check_writable", lambda path, force: None)
 
     with pytest.raises(OutputError, match="exists"):
         race()
@@ -143,13 +143,13 @@ def test_a_network_file_system_that_asks_twice(tmp_path, monkeypatch, force):
 
 
 def test_nothing_fails_once_a_file_has_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.flush_to_disk", lambda path: 1 / 0)
+    monkeypatch.setattr("ringmpi.files.new_file.flush_to_disk", lambda path: 1 / 0)
     write(tmp_path / "x")
     assert names(tmp_path) == ["x"]
 
 
 def test_no_shard_is_taken_away_once_out_has_its_name(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.flush_to_disk", lambda path: 1 / 0)
+    monkeypatch.setattr("ringmpi.files.new_file.flush_to_disk", lambda path: 1 / 0)
     assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
     monkeypatch.undo()
     assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
@@ -176,7 +176,7 @@ def test_json_goes_into_pipes_and_devices(tmp_path):
 
 
 def test_json_into_a_full_pipe_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.PIPE_SECONDS", 0.3)
+    monkeypatch.setattr("ringmpi.files.new_file.PIPE_SECONDS", 0.3)
     os.mkfifo(tmp_path / "pipe")
     descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(OutputError, match=r"nobody read from it for 0\.3 s"):

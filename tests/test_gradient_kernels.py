@@ -15,10 +15,11 @@ from numba.extending import intrinsic
 from oracle import dense, functions
 from test_kernels import NARROW, data, make_late, ranges
 
-from ringmpi.backends import numba_, open_backend
-from ringmpi.backends.cpu import backward, vector
-from ringmpi.backends.cpu.gradient import gradient_tile_shape
-from ringmpi.backends.cpu.product import ROWS, VECTORS
+from ringmpi.backends import open_backend
+from ringmpi.backends.numba_ import backend as numba_
+from ringmpi.backends.numba_ import backward, vector
+from ringmpi.backends.numba_.gradient import gradient_tile_shape
+from ringmpi.backends.numba_.product import ROWS, VECTORS
 from ringmpi.score import Score, random_words
 from ringmpi.softmax import DTYPES, Gradient, State, accumulator
 
@@ -399,7 +400,7 @@ def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
 @pytest.mark.parametrize("back", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prepare_compiles_all_that_a_pass_needs(dtype, back, plain):
-    from ringmpi.backends.cpu.fold import add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
+    from ringmpi.backends.numba_.fold import add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
     every = add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 8, 8, plain=plain, backward=back)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ringmpi import DtypeError, OutputError, ShardError
-from ringmpi.hdf5 import (
+from ringmpi.files.hdf5 import (
     create_dataset,
     file_type,
     open_dataset,
@@ -85,8 +85,8 @@ def test_other_dtypes_are_refused(path, dtype):
 
 
 def test_pieces(path, monkeypatch):
-    monkeypatch.setattr("ringmpi.stored.PIECE_BYTES", 1000)
-    monkeypatch.setattr("ringmpi.hdf5.READ_BACK_BYTES", 300)
+    monkeypatch.setattr("ringmpi.files.stored.PIECE_BYTES", 1000)
+    monkeypatch.setattr("ringmpi.files.hdf5.READ_BACK_BYTES", 300)
     rows = np.random.default_rng(0).standard_normal((97, 5))
     save(path, rows)
     assert (load(path) == rows).all()

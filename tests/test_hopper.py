@@ -14,9 +14,9 @@ from oracle import case
 from test_cuda import run
 
 from ringmpi import BackendError, device
-from ringmpi.backends import hopper
-from ringmpi.backends.cuda import CudaBackend
-from ringmpi.backends.sources import kernels_folder
+from ringmpi.backends.cuda import hopper
+from ringmpi.backends.cuda.backend import CudaBackend
+from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 

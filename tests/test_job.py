@@ -14,8 +14,8 @@ import oracle
 import pytest
 
 from ringmpi.cli import main
-from ringmpi.hdf5 import open_file, read_rows
-from ringmpi.shards import verify
+from ringmpi.files.hdf5 import open_file, read_rows
+from ringmpi.files.shards import verify
 
 CLI = ["-m", "ringmpi"]
 IN_FOLDER = ["-c", "import os, sys; os.chdir(sys.argv.pop(1)); from ringmpi.cli import main; sys.exit(main())"]
@@ -265,7 +265,7 @@ def test_output_that_cannot_be_written(source, tmp_path, target):
 
 
 def test_disk_full_on_one_rank(source, tmp_path):
-    code = ("import sys, ringmpi.shards as s; from mpi4py import MPI; from ringmpi.cli import main\n"
+    code = ("import sys, ringmpi.files.shards as s; from mpi4py import MPI; from ringmpi.cli import main\n"
             "def full(*a): raise OSError(28, 'No space left on device')\n"
             "if MPI.COMM_WORLD.rank == 1: s.write_rows = full\n"
             "sys.exit(main())")
@@ -289,7 +289,7 @@ def test_flipped_and_removed_shards(source, tmp_path):
 
 def test_a_rank_that_stops_while_the_result_is_published(source, tmp_path):
     """The others time out; the result is there and whole, and nobody takes its shards away."""
-    code = ("import os, signal, sys, time; from ringmpi.shards import Output; from ringmpi.cli import main\n"
+    code = ("import os, signal, sys, time; from ringmpi.files.shards import Output; from ringmpi.cli import main\n"
             "from mpi4py import MPI\n"
             "write = Output.write\n"
             "def stop(self, rank, *rest):\n"
@@ -310,7 +310,7 @@ def test_a_rank_that_stops_while_the_result_is_published(source, tmp_path):
 
 def test_an_error_of_ours_on_one_rank_ends_the_job(source, tmp_path):
     """It is shown with its traceback, is not taken for a damaged input, and nobody waits for the timeout."""
-    code = ("import sys, ringmpi.job as job; from mpi4py import MPI; from ringmpi.cli import main\n"
+    code = ("import sys, ringmpi.job.attend as job; from mpi4py import MPI; from ringmpi.cli import main\n"
             "def broken(*rest, **more): raise ValueError('a mistake')\n"
             "if MPI.COMM_WORLD.rank == 1: job.redistribute = broken\n"
             "sys.exit(main())")

@@ -12,10 +12,11 @@ import numpy as np
 import oracle
 import pytest
 
-from ringmpi.backends import numba_, open_backend
-from ringmpi.backends.cpu import vector
-from ringmpi.backends.cpu.product import ROWS, VECTORS
-from ringmpi.backends.cpu.tile import tile_shape
+from ringmpi.backends import open_backend
+from ringmpi.backends.numba_ import backend as numba_
+from ringmpi.backends.numba_ import vector
+from ringmpi.backends.numba_.product import ROWS, VECTORS
+from ringmpi.backends.numba_.tile import tile_shape
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish, merge
 
@@ -87,7 +88,7 @@ def test_narrower_vectors_pass_the_same_tests(width):
 def test_the_width_is_that_of_the_named_cpu(name, size):
     if os.uname().machine != "x86_64":
         pytest.skip("names of x86 CPUs")
-    code = "from ringmpi.backends.cpu.vector import machine; print(machine())"
+    code = "from ringmpi.backends.numba_.vector import machine; print(machine())"
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NUMBA_CPU_NAME": name}, timeout=60,
                           capture_output=True, text=True, check=True).stdout
     assert f"vector_bytes={size}" in said
@@ -168,7 +169,7 @@ def test_packed_a_few_tiles_at_a_time(monkeypatch):
 
 def make_late(monkeypatch):
     """Let threads be late for their tasks, now more and now less."""
-    from ringmpi.backends.cpu import team
+    from ringmpi.backends import team
     taken, rng = team._next, np.random.default_rng(0)
 
     def late(queue):
@@ -316,7 +317,7 @@ def test_without_a_cache_folder_there_is_one_warning(tmp_path):
 
 
 def test_nothing_is_compiled_at_import():
-    code = ("from ringmpi.backends.cpu import fold; from ringmpi.backends import open_backend; "
+    code = ("from ringmpi.backends.numba_ import fold; from ringmpi.backends import open_backend; "
             "open_backend('numba', 2); print(len(fold.fold_keys.signatures) + len(fold.pack_tiles.signatures))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
                           ).stdout == "0\n"
@@ -324,7 +325,7 @@ def test_nothing_is_compiled_at_import():
 
 def test_the_cache_knows_every_source(tmp_path, monkeypatch):
     """Numba's cache looks at the file of a function alone: the others must be in the key."""
-    from ringmpi.backends.cpu import fold
+    from ringmpi.backends.numba_ import fold
     names = {module.__name__.rsplit(".", 1)[1] for module in fold.SOURCES} | {"fold"}
     kernels = {path.stem for path in Path(fold.__file__).parent.glob("*.py")
                if "numba" in path.read_text() and path.stem not in ("__init__", "cache", "peak")}
@@ -361,7 +362,7 @@ def test_prepare_compiles_pairs_and_odd_dims(in_pairs):
 
 
 def only_prepared(dtype):
-    from ringmpi.backends.cpu.fold import fold_keys, pack_tiles
+    from ringmpi.backends.numba_.fold import fold_keys, pack_tiles
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 8, 8)
     compiled = [len(f.signatures) for f in (fold_keys, pack_tiles)]
@@ -388,7 +389,7 @@ def test_a_cache_that_cannot_be_written_is_one_warning():
 
 
 def test_the_packed_bytes_that_memory_counts_are_the_backend_s():
-    from ringmpi import memory
+    from ringmpi.job import memory
     assert memory.PACKED_BYTES["numba"] == numba_.PACKED_BYTES
 
 
@@ -396,7 +397,7 @@ def test_the_packed_bytes_that_memory_counts_are_the_backend_s():
 def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, damage):
     """Whichever file it is: never an exception, and no damaged machine code is run; then it is whole again."""
     script, folder = tmp_path / "kernel.py", tmp_path / "cache"
-    script.write_text("import numba; from ringmpi.backends.cpu import cache, fold\n"
+    script.write_text("import numba; from ringmpi.backends.numba_ import cache, fold\n"
                       "def add(x):\n    return x + 1\n"
                       "f = numba.njit(add)\nf._cache = cache.KernelCache(add)\nfold.compile_for(f, 1)\n"
                       "assert f(1) == 2\nprint(sum(f.stats.cache_hits.values()))\n"
@@ -430,7 +431,7 @@ def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, damage):
 
 def test_a_cache_of_another_version_is_left_without_a_word(tmp_path):
     """What was saved names classes that are no longer there."""
-    from ringmpi.backends.cpu import cache
+    from ringmpi.backends.numba_ import cache
     file = tmp_path / "x.nbi"
     body = b"cno_such_module\nThing\n."
     file.write_bytes(hashlib.sha256(body).digest() + body)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from fake_device import FakeArray, FakeDevice
 
-from ringmpi import environment, transport
+from ringmpi import environment
 from ringmpi.device import Device
-from ringmpi.link import CopyIn, CopyOut, DirectLink, HostLink, Lane, Messages, StagedLink, pieces
-from ringmpi.transport import cuda_awareness
+from ringmpi.schedules import gpu_transport as transport
+from ringmpi.schedules.gpu_transport import cuda_awareness
+from ringmpi.schedules.links import CopyIn, CopyOut, DirectLink, HostLink, Lane, Messages, StagedLink, pieces
 
 # The fake device: that it is like a device, and finds mistakes.
 
@@ -146,7 +147,8 @@ class Wire:
 
 @pytest.fixture(autouse=True)
 def _no_mpi(monkeypatch):
-    monkeypatch.setattr("ringmpi.link.load", lambda: SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError))
+    library = SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError)
+    monkeypatch.setattr("ringmpi.schedules.links.load", lambda: library)
 
 
 def advance(transfer, times=400):

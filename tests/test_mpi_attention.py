@@ -228,7 +228,7 @@ def test_causal_contiguous_sends_half(comm):
 
 
 def test_messages_are_cut(comm, monkeypatch):
-    monkeypatch.setattr("ringmpi.link.MESSAGE_BYTES", 100)
+    monkeypatch.setattr("ringmpi.schedules.links.MESSAGE_BYTES", 100)
     check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=101,
           dim_v=7)
 

@@ -9,14 +9,15 @@ import pytest
 from emulate import COMPILER, EmulatedDevice
 from test_mpi_attention import make_layout, make_mask
 
-from ringmpi import Mask, RingAttention, device, link, ring_attention
-from ringmpi.audit import audit
-from ringmpi.hdf5 import create_dataset, write_file, write_rows
-from ringmpi.job import Options, attend
+from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
+from ringmpi.files.shards import read_manifest
+from ringmpi.job.attend import Options, attend
+from ringmpi.job.audit import audit
+from ringmpi.schedules import links as link
+from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.score import streams
-from ringmpi.shards import read_manifest
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
-from ringmpi.transport import cuda_awareness
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 

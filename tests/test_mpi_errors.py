@@ -176,7 +176,7 @@ def test_a_failing_backend_is_not_waited_for(comm, monkeypatch):
 def test_an_interrupt_between_messages_is_told(comm):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    from ringmpi.mpi import private
+    from ringmpi.mpi.comm import private
     mine = comm.Dup()
     ring = private(mine)
     said, start = "", time.perf_counter()
@@ -262,7 +262,7 @@ def test_a_timeout_that_makes_no_sense(comm):
 def test_long_options_that_differ_at_the_end(comm):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    from ringmpi.mpi import private
+    from ringmpi.mpi.comm import private
     with pytest.raises(OptionError, match="text is x"):
         private(comm).agree_on({"text": "x" * 5000 + str(comm.rank)}, 10)
 
@@ -295,7 +295,7 @@ def test_what_looks_like_torch_s_order_is_warned_of_once(comm):
 
 
 def test_a_way_to_multiply_that_one_rank_lacks(comm, monkeypatch):
-    from ringmpi.backends.numba_ import NumbaBackend
+    from ringmpi.backends.numba_.backend import NumbaBackend
     from ringmpi.backends.products import PRODUCTS, bits
     made = NumbaBackend.__init__
 

@@ -177,7 +177,7 @@ def test_gradients_of_narrow_inputs_travel_wide(comm):
 
 
 def test_messages_are_cut(comm, monkeypatch):
-    monkeypatch.setattr("ringmpi.link.MESSAGE_BYTES", 100)
+    monkeypatch.setattr("ringmpi.schedules.links.MESSAGE_BYTES", 100)
     check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=101,
           dim_v=7)
 

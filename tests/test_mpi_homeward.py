@@ -9,10 +9,10 @@ from fake_device import FakeDevice
 from test_mpi_link import CHUNK, LINKS, TOKENS
 
 from ringmpi import RankLost, RingTimeout
-from ringmpi.homeward import Homeward, first_hops
-from ringmpi.link import DirectLink, HostLink, StagedLink
-from ringmpi.mpi import _stranded, private
-from ringmpi.ring import Ring, travel
+from ringmpi.mpi.comm import _stranded, private
+from ringmpi.schedules.gradient_ring import Homeward, first_hops
+from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
+from ringmpi.schedules.ring import Ring, travel
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
 
 
 class World:

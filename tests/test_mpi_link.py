@@ -8,11 +8,11 @@ import pytest
 from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
-from ringmpi.link import DirectLink, HostLink, StagedLink
-from ringmpi.mpi import _stranded, private
-from ringmpi.ring import Ring
+from ringmpi.mpi.comm import _stranded, private
+from ringmpi.schedules.gpu_transport import Transport, choose
+from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
+from ringmpi.schedules.ring import Ring
 from ringmpi.trace import Trace
-from ringmpi.transport import Transport, choose
 
 pytestmark = pytest.mark.mpi
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
 
 
 CHUNK = 64                 # bytes; of the links of these tests
@@ -279,7 +279,7 @@ def test_all_ranks_take_the_same_transport(comm, monkeypatch):
     last = comm.size - 1
     chosen = []
     for proven in (lambda rank: True, lambda rank: rank != last, lambda rank: False):
-        monkeypatch.setattr("ringmpi.transport.cuda_awareness",
+        monkeypatch.setattr("ringmpi.schedules.gpu_transport.cuda_awareness",
                             lambda proven=proven: (proven(comm.rank), f"MPI says {proven(comm.rank)}"))
         chosen.append(choose(private(comm), "auto", 60))
     everyone = comm.allgather(chosen)

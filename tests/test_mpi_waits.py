@@ -22,7 +22,7 @@ from ringmpi import (
     ring_attention,
 )
 from ringmpi.errors import InternalError, ResourceError
-from ringmpi.mpi import private
+from ringmpi.mpi.comm import private
 
 pytestmark = pytest.mark.mpi
 X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from ringmpi.backends.instances import best, kernels, key_gradients, query_gradients
-from ringmpi.backends.sources import kernels_folder
+from ringmpi.backends.cuda.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.softmax import BFLOAT16, DTYPES
 
 nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings the interface to NVRTC")

@@ -14,7 +14,7 @@ import launch
 import pytest
 
 from ringmpi.cli import main
-from ringmpi.shards import verify
+from ringmpi.files.shards import verify
 from ringmpi.watchdog import Watchdog, _guess
 
 RANK = "rank = int(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK') or 0)\n"
@@ -32,7 +32,7 @@ attention.RingAttention._compute = act
 sys.exit(main())
 """
 READING = START + """
-from ringmpi import job
+from ringmpi.job import attend as job
 read = job._read
 def act(world, comm, attention, dataset, clock):
     if rank == 1:
@@ -43,7 +43,7 @@ job._read = act
 sys.exit(main())
 """
 FIRST_CALL = START + """
-from ringmpi import mpi
+from ringmpi.mpi import comm as mpi
 private = mpi.private
 def act(*rest, **more):
     if rank == 1:
@@ -65,7 +65,7 @@ attend.run = act
 sys.exit(main())
 """
 FINALIZING = START + """
-from ringmpi import world
+from ringmpi.mpi import world
 meet = world._meet
 def act(*rest):
     meet(*rest)
@@ -131,7 +131,8 @@ def test_a_signal_where_python_drops_exceptions(source, tmp_path):
 def test_a_signal_where_hdf5_calls(source, tmp_path, seconds):
     """It would crash of what is raised there: the signal waits until it has returned, not until its alarm."""
     code = START + f"""
-from ringmpi import files, process
+from ringmpi.files import new_file as files
+from ringmpi import process
 process.AGAIN_SECONDS = {seconds}
 todo = [1]
 class Calls:
@@ -190,7 +191,7 @@ sys.exit(main())
 def test_a_signal_between_two_calls(source, tmp_path):
     """Where no exchange is under way the others are told too, and remove what they wrote."""
     code = START + """
-from ringmpi import job
+from ringmpi.job import attend as job
 even = job.Contiguous.even
 def act(*rest):
     if rank == 1 and job.Output.done:
@@ -231,7 +232,7 @@ def test_a_rank_without_mpi(source, tmp_path):
 
 
 def test_an_error_of_ours_before_mpi(source, tmp_path):
-    code = BEFORE_MPI.format(act="sys.modules['ringmpi.job'] = None")
+    code = BEFORE_MPI.format(act="sys.modules['ringmpi.job.attend'] = None")
     result, seconds = attend(code, source, tmp_path, timeout=30)
     assert result.code in (15, 143), result.text
     assert "Traceback" in result.ranks[1]

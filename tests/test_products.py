@@ -8,7 +8,7 @@ import pytest
 
 from ringmpi import BackendError, OptionError
 from ringmpi.backends import open_backend
-from ringmpi.backends.cpu import vector
+from ringmpi.backends.numba_ import vector
 from ringmpi.backends.products import PRODUCTS, bits, choose, wish
 from ringmpi.commands import options
 from ringmpi.environment import BFLOAT16_PRODUCTS

@@ -11,8 +11,8 @@ import pytest
 
 from ringmpi import OutputError, ShardError
 from ringmpi.cli import main
-from ringmpi.hdf5 import open_dataset, open_file, read_rows
-from ringmpi.shards import Output, merge, read_manifest, verify
+from ringmpi.files.hdf5 import open_dataset, open_file, read_rows
+from ringmpi.files.shards import Output, merge, read_manifest, verify
 from ringmpi.softmax import DTYPES
 
 COUNTS = (4, 0, 6)
@@ -309,7 +309,7 @@ def test_what_is_no_plain_manifest(path, name):
 
 def test_a_manifest_has_a_limit(path, monkeypatch):
     make(path)
-    monkeypatch.setattr("ringmpi.manifest.MANIFEST_BYTES", 100)
+    monkeypatch.setattr("ringmpi.files.manifest.MANIFEST_BYTES", 100)
     with pytest.raises(ShardError, match="its manifest: expected at most 100 bytes, got"):
         verify(path)
 
@@ -424,10 +424,10 @@ def test_an_old_output_is_read_before_the_work(path, monkeypatch):
         raise MemoryError
 
     output = Output(path, "second", True)
-    monkeypatch.setattr("ringmpi.shards.read_manifest", odd)
+    monkeypatch.setattr("ringmpi.files.shards.read_manifest", odd)
     output.prepare()
     monkeypatch.undo()
-    monkeypatch.setattr("ringmpi.shards.check_view", odd)
+    monkeypatch.setattr("ringmpi.files.shards.check_view", odd)
     out = np.ones((2, 1, 1), "f4")
     shard = output.write(0, 0, out, out[..., 0])
     with pytest.raises(MemoryError):                  # of the new one, before it has its name

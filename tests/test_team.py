@@ -8,7 +8,7 @@ from test_kernels import data
 
 from ringmpi import BackendError
 from ringmpi.backends import open_backend
-from ringmpi.backends.cpu.team import Task, Team
+from ringmpi.backends.team import Task, Team
 from ringmpi.score import Score
 from ringmpi.softmax import State
 

@@ -10,7 +10,8 @@ from .. import device
 from ..errors import BackendError, OptionError
 from .base import Backend
 
-_CLASSES = {"numba": ("numba_", "NumbaBackend"), "numpy": ("numpy_", "NumpyBackend"), "cuda": ("cuda", "CudaBackend")}
+_CLASSES = {"numba": ("numba_.backend", "NumbaBackend"), "numpy": ("numpy_", "NumpyBackend"),
+            "cuda": ("cuda.backend", "CudaBackend")}
 HOST_NAMES = ("numba", "numpy")          # in the order of preference
 NAMES = ("auto", *_CLASSES)
 

@@ -21,7 +21,7 @@ from ..layout import Integers
 from ..score import Score, random_words
 from ..softmax import Gradient, State
 from .base import Backend
-from .cpu.team import Task, Team
+from .team import Task, Team
 
 ROWS, COLUMNS = 512, 2048    # a tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread
 

@@ -19,7 +19,7 @@ from ..environment import command_line, launched_rank, launched_sizes, shows_on_
 from .options import add_attention, add_backend, check_mask, positive, seconds
 
 if TYPE_CHECKING:
-    from ..job import Options
+    from ..job.attend import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
-    from ..files import STANDARD_OUTPUT
-    from ..job import Options, attend
-    from ..world import world_rank
+    from ..files.new_file import STANDARD_OUTPUT
+    from ..job.attend import Options, attend
+    from ..mpi.world import world_rank
     from .display import Display
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace, options: Options) -> int:
     from ..checks import check_threads
-    from ..job import check_paths, inspect
-    from ..memory import predict
+    from ..job.attend import check_paths, inspect
+    from ..job.memory import predict
     if launched_rank():
         return 0
     check_threads(arguments.threads)

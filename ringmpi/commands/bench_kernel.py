@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 
 def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int, arguments: argparse.Namespace,
              memory: Any) -> list[dict[str, Any]]:
-    from ..backends.cpu.peak import multiply_add_peak, read_bandwidth
+    from ..backends.numba_.peak import multiply_add_peak, read_bandwidth
     runs = {name: (_forward if direction == "forward" else _backward)(case, backend)
             for name, backend in backends.items()}
     peer = _torch(case, direction, threads) if "torch" in arguments.kernels else None

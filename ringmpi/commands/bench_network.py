@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from .. import mpi
 from ..attention import RingAttention
 from ..engine import Engine
-from ..exchange import redistribute
 from ..functional import ring_attention
 from ..layout import Contiguous
 from ..mask import Mask
+from ..mpi import comm as mpi
+from ..mpi.world import comm_world
+from ..schedules.redistribution import redistribute
 from ..trace import Trace
-from ..world import comm_world
 
 Call = Callable[[], Any]      # gives the seconds that do not count, or None
 

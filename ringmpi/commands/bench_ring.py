@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import layout, mpi
+from .. import layout
 from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
 from ..engine import Engine
 from ..environment import cores, use_cores
 from ..mask import Mask
+from ..mpi import comm as mpi
+from ..mpi.world import comm_world
 from ..softmax import check_dtype
 from ..trace import Trace
-from ..world import comm_world
 
 ALONE = "one rank"
 TRANSFER = "transfer"

@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi check`; return the exit code."""
-    from ..audit import audit
     from ..environment import refuse_many
-    from ..job import Options
-    from ..shards import verify
+    from ..files.shards import verify
+    from ..job.attend import Options
+    from ..job.audit import audit
     refuse_many("check")
     manifest = verify(arguments.output)
     recorded = asdict(Options.from_record(manifest.record.get("options", {})))

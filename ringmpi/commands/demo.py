@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from .options import add_backend, positive, seconds
 
 if TYPE_CHECKING:
-    from ..mpi import Comm
-    from ..text import Text
+    from ..mpi.comm import Comm
+    from .demo_text import Text
 
 HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
 
@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
-    from .. import device, mpi
-    from ..files import writing
-    from ..world import comm_world
+    from .. import device
+    from ..files.new_file import writing
+    from ..mpi import comm as mpi
+    from ..mpi.world import comm_world
     if arguments.backend == "cuda":
         device.choose_early()
     comm = mpi.private(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
@@ -70,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
     """Make, attend, report for one length of context."""
-    from ..job import Options, attend
+    from ..job.attend import Options, attend
     from ..softmax import BFLOAT16
-    from ..text import read_text, standard_library, write_text
+    from .demo_text import read_text, standard_library, write_text
     source, target = folder / f"text-{context}.h5", folder / f"out-{context}.h5"
     text = None
     with comm.together(arguments.timeout):
@@ -93,7 +94,7 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
 
 
 def _results(target: Path) -> tuple[Any, Any]:
-    from ..manifest import read_manifest
+    from ..files.manifest import read_manifest
     manifest = read_manifest(target)
     out, lse = (manifest.rows(name, 0, manifest.shapes[name][0]) for name in ("out", "lse"))
     return out, lse
@@ -101,7 +102,7 @@ def _results(target: Path) -> tuple[Any, Any]:
 
 def _score(text: Text, target: Path, queries: int) -> tuple[float, float]:
     """Share of next bytes that are right, and of queries whose longest context was found."""
-    from ..text import ORDERS, predict
+    from .demo_text import ORDERS, predict
     guess, head = predict(*_results(target))
     truth = text.data[len(text.data) - queries + 1:]
     return float((guess[:-1] == truth).mean()), float((head == len(ORDERS) - 1).mean())
@@ -111,7 +112,7 @@ def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
     """Quote the query that found its longest context farthest back: where, and what came back."""
     import numpy as np
 
-    from ..text import ORDERS, predict, strongest
+    from .demo_text import ORDERS, predict, strongest
     if text is None:
         return ""
     guess, head = predict(*_results(target))

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _mpi() -> str:
     from ..errors import LaunchError
-    from ..world import describe
+    from ..mpi.world import describe
     try:
         return describe()
     except LaunchError as error:
@@ -50,7 +50,7 @@ def _gpus() -> dict[str, str]:
 
 def _transport() -> str:
     from ..errors import RingError
-    from ..transport import choose_alone
+    from ..schedules.gpu_transport import choose_alone
     try:
         chosen = choose_alone()
     except RingError as error:
@@ -71,7 +71,7 @@ def _package(name: str) -> str:
 
 
 def _vectors() -> str:
-    from ..backends.cpu.vector import machine
+    from ..backends.numba_.vector import machine
     return f"; vectors of {8 * machine().vector_bytes} bits{', bfloat16 pairs' if machine().pairs else ''}"
 
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi merge`; return the exit code."""
     from ..environment import refuse_many
-    from ..shards import merge
+    from ..files.shards import merge
     refuse_many("merge")
     merge(arguments.output, arguments.single, arguments.force)
     return 0

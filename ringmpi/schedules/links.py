@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .mpi import load
+from ..mpi.comm import load
 
 MESSAGE_BYTES = 2**28      # Open MPI 5 counts bytes in 32 bits; smaller messages also give finer timeouts
 CHUNK_BYTES = 2**23        # of a block that is staged: a copy at full speed, short beside the block

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .homeward import TAGS, Homeward, block_sizes
-from .link import HostLink
-from .mpi import Comm
-from .trace import Step, Trace
+from ..mpi.comm import Comm
+from ..trace import Step, Trace
+from .gradient_ring import TAGS, Homeward, block_sizes
+from .links import HostLink
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InternalError, ShardError
+from ..errors import InternalError, ShardError
+from ..softmax import DTYPES
 from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
-from .softmax import DTYPES
 from .stored import check_storage, file_type, follow, whole_rows
 
 MANIFEST_BYTES = 2**26         # 300,000 shards

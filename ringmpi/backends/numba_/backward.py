@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...layout import Integers
+from ..team import Task, Team
 from .block import Block, speed
 from .fold import add_sums, differentiate_keys, pack_twice
 from .product import ROWS
-from .team import Task, Team
 from .workspace import BackRoom
 
 Array = NDArray[Any]

@@ -26,20 +26,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Device
-from ..errors import BackendError
-from ..layout import Integers
-from ..score import Score
-from ..softmax import BFLOAT16, Gradient, State, merge
-from .base import Backend
-from .cpu.backward import Backward, Limits
-from .cpu.block import Block, plain, speed
-from .cpu.fold import add_sums, compile_for, differentiate_keys, fold_keys, pack_tiles, pack_twice
-from .cpu.product import ROWS
-from .cpu.team import Task, Team
-from .cpu.vector import machine
-from .cpu.workspace import BackRoom, Packed, Rows
-from .products import PRODUCTS, bits
+from ...device import Device
+from ...errors import BackendError
+from ...layout import Integers
+from ...score import Score
+from ...softmax import BFLOAT16, Gradient, State, merge
+from ..base import Backend
+from ..products import PRODUCTS, bits
+from ..team import Task, Team
+from .backward import Backward, Limits
+from .block import Block, plain, speed
+from .fold import add_sums, compile_for, differentiate_keys, fold_keys, pack_tiles, pack_twice
+from .product import ROWS
+from .vector import machine
+from .workspace import BackRoom, Packed, Rows
 
 Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time

@@ -19,11 +19,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .environment import virtual_prefix
-from .errors import DtypeError, OutputError, RingError, ShapeError, ShardError
-from .files import kind, new_file, not_what_was_written
-from .phases import phase
-from .softmax import BFLOAT16
+from ..environment import virtual_prefix
+from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
+from ..phases import phase
+from ..softmax import BFLOAT16
+from .new_file import kind, new_file, not_what_was_written
 from .stored import check_storage, file_type, follow, memory_type, row_pieces, stored_dtype, whole_rows
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError)      # its ways to say: damaged

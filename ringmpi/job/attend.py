@@ -18,23 +18,24 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, device, mpi
-from .attention import RingAttention
-from .checks import check_shapes
-from .clocks import clock_offset
-from .environment import resident_bytes
-from .errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
-from .exchange import redistribute
-from .files import STANDARD_OUTPUT, check_record, check_writable, write_json
-from .hdf5 import check_axes, open_dataset, open_file, read_floats, read_integers, read_rows, read_rows_into
-from .layout import Contiguous
-from .manifest import Shard
-from .mask import Mask
-from .phases import phase
-from .shards import Output
-from .softmax import accumulator
-from .stored import RAW_DTYPE, stored_dtype
-from .world import comm_world, library
+from .. import __version__, device
+from ..attention import RingAttention
+from ..checks import check_shapes
+from ..environment import resident_bytes
+from ..errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
+from ..files.hdf5 import check_axes, open_dataset, open_file, read_floats, read_integers, read_rows, read_rows_into
+from ..files.manifest import Shard
+from ..files.new_file import STANDARD_OUTPUT, check_record, check_writable, write_json
+from ..files.shards import Output
+from ..files.stored import RAW_DTYPE, stored_dtype
+from ..layout import Contiguous
+from ..mask import Mask
+from ..mpi import comm as mpi
+from ..mpi.clocks import clock_offset
+from ..mpi.world import comm_world, library
+from ..phases import phase
+from ..schedules.redistribution import redistribute
+from ..softmax import accumulator
 
 Array = NDArray[Any]
 MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB

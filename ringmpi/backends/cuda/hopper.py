@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..device import Device
-from ..score import Score
-from ..softmax import BFLOAT16
+from ...device import Device
+from ...score import Score
+from ...softmax import BFLOAT16
 from .sources import Kernel
 
 Array = Any

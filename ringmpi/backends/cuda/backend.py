@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..device import Device, open_device
-from ..environment import hopper_kernel
-from ..errors import BackendError
-from ..layout import Integers
-from ..score import Score
-from ..softmax import Gradient, State
+from ...device import Device, open_device
+from ...environment import hopper_kernel
+from ...errors import BackendError
+from ...layout import Integers
+from ...score import Score
+from ...softmax import Gradient, State
+from ..base import Backend
 from . import hopper
-from .base import Backend
 from .instances import TYPES, best, kernels, key_gradients, query_gradients
-from .proof import Proof
+from .self_test import Proof
 from .sources import Kernel, compiler_options, kernels_folder
 
 Array = Any

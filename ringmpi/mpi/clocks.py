@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from .mpi import Comm
+from .comm import Comm
 
 PINGS = 8            # to and fro, to compare two clocks
 

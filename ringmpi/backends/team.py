@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
 
-from ...errors import BackendError
+from ..errors import BackendError
 
 POLL_SECONDS = 0.002        # how often the caller yields while it waits for the others
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..score import Score, streams
-from .base import Backend
-from .numpy_ import NumpyBackend
+from ...score import Score, streams
+from ..base import Backend
+from ..numpy_ import NumpyBackend
 
 Arrays = list[NDArray[Any]]
 HEADS = 2                     # of one key head

@@ -9,9 +9,9 @@ import ctypes
 import json
 from dataclasses import dataclass
 
-from .environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
-from .errors import OptionError
-from .mpi import Comm, load
+from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
+from ..errors import OptionError
+from ..mpi.comm import Comm, load
 
 TRANSPORTS = ("auto", "direct", "staged")
 CUDA = 0                   # MPIX_GPU_SUPPORT_CUDA in MPICH's mpi.h

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .environment import launched_sizes
-from .errors import LaunchError, RingTimeout
-from .mpi import TIMEOUT, load, release
-from .phases import phase
+from ..environment import launched_sizes
+from ..errors import LaunchError, RingTimeout
+from ..phases import phase
+from .comm import TIMEOUT, load, release
 
 LEAVE_TAG = 32766             # no other message is on COMM_WORLD itself: calls have communicators of their own
 PAUSE = 1e-3                  # seconds between two polls at the end

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from .errors import CommError
-from .mpi import load
+from ..errors import CommError
+from .comm import load
 
 
 def check_thread() -> None:

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import errors
-from .environment import boot_id, cores, debian_mpich
-from .errors import CommError, InternalError, LaunchError, OptionError, RankLost, ResourceError, RingError, RingTimeout
+from .. import errors
+from ..environment import boot_id, cores, debian_mpich
+from ..errors import CommError, InternalError, LaunchError, OptionError, RankLost, ResourceError, RingError, RingTimeout
 from .notices import Notices, State
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DtypeError, ShardError
-from .softmax import BFLOAT16, DTYPES
+from ..errors import DtypeError, ShardError
+from ..softmax import BFLOAT16, DTYPES
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 PIECE_BYTES = 2**28            # of one read or write: far below the 2 GiB where MPI-IO and HDF5 had bugs
@@ -67,7 +67,7 @@ def stored_dtype(dataset: h5py.Dataset, raw: str | None = None) -> np.dtype[Any]
     """Give the NumPy dtype of a dataset's floats, bfloat16 included. Local.
 
     A file is accepted as it is if its bfloat16 is the floating-point type that HDF5 2.0 calls
-    H5T_FLOAT_BFLOAT16LE. `ringmpi.hdf5` writes it, with any HDF5 there is::
+    H5T_FLOAT_BFLOAT16LE. `ringmpi.files.hdf5` writes it, with any HDF5 there is::
 
         with write_file(Path("in.h5")) as file:
             for name, x in {"q": q, "k": k, "v": v}.items():       # NumPy arrays of ml_dtypes.bfloat16
@@ -100,7 +100,7 @@ def stored_dtype(dataset: h5py.Dataset, raw: str | None = None) -> np.dtype[Any]
     if is_raw and raw == RAW_DTYPE:
         return BFLOAT16
     remedy = ("; if these are the bits of bfloat16, say --raw-dtype bfloat16, or write HDF5's own bfloat16 as "
-              "ringmpi.hdf5.write_rows does") if is_raw else ""
+              "ringmpi.files.hdf5.write_rows does") if is_raw else ""
     raise DtypeError(f"{where}: expected items of {', '.join(DTYPES)}, got {dataset.dtype}{remedy}")
 
 

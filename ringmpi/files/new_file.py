@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError, RingError
+from ..errors import OutputError, RingError
 
 NAME_BYTES = 230               # of a file's name: 255 is the most that file systems take, the temporary one is longer
 PIPE_SECONDS = 30.0            # that the reader of a pipe may let it stand full

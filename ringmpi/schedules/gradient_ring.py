@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .link import HostLink, Transfer
-from .mpi import Comm
-from .notices import NOTICE_TAG
-from .trace import Step
+from ..mpi.comm import Comm
+from ..mpi.notices import NOTICE_TAG
+from ..trace import Step
+from .links import HostLink, Transfer
 
 TAGS = NOTICE_TAG // 3      # of blocks, of sums, and then one of sums that come home
 Array = Any                 # of NumPy, or of a device

@@ -11,8 +11,9 @@ from pathlib import Path
 @functools.cache
 def kernels_folder() -> Path:
     """Give the folder of the sources: inside the package when installed, beside it in a clone. Local."""
-    inside = Path(__file__).parents[1] / "kernels"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "kernels"
+    package = Path(__file__).parents[2]
+    inside = package / "kernels"
+    return inside if inside.is_dir() else package.parent / "kernels"
 
 
 @functools.cache

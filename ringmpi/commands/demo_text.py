@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ShardError
-from .hdf5 import create_dataset, open_file, read_rows, reading, write_array, write_file, write_rows
-from .stored import row_pieces
+from ..errors import ShardError
+from ..files.hdf5 import create_dataset, open_file, read_rows, reading, write_array, write_file, write_rows
+from ..files.stored import row_pieces
 
 ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
 DIM, DIM_V = 64, 32            # one bit of a 64-bit hash each; signs of a byte's code

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arrays import as_host_array
-from .checks import check_timeout
-from .errors import OptionError, ShapeError
-from .layout import Integers, Layout, check_spec, make, resolve
-from .mpi import TIMEOUT, Comm, load, private
-from .threads import check_thread
+from ..arrays import as_host_array
+from ..checks import check_timeout
+from ..errors import OptionError, ShapeError
+from ..layout import Integers, Layout, check_spec, make, resolve
+from ..mpi.comm import TIMEOUT, Comm, load, private
+from ..mpi.threads import check_thread
 
 SURE_BYTES = 2**20            # what a rank always has memory for
 

@@ -21,12 +21,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .environment import virtual_prefix
-from .errors import OutputError, ShardError
-from .files import check_writable, flush_to_disk, writing
+from ..environment import virtual_prefix
+from ..errors import OutputError, ShardError
+from ..softmax import DTYPES
 from .hdf5 import check_regular, create_dataset, open_file, reading, write_array, write_file, write_rows
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
-from .softmax import DTYPES
+from .new_file import check_writable, flush_to_disk, writing
 from .stored import file_type, row_pieces
 
 Array = NDArray[Any]

@@ -1,0 +1,1 @@
+"""The GPU: CUDA C++ from kernels/, compiled and launched by CuPy."""

@@ -1,0 +1,1 @@
+"""Whole files in, attention, whole files out."""

@@ -1,0 +1,1 @@
+"""What the library asks of MPI besides moving blocks: communicators, agreement, deadlines."""

@@ -1,0 +1,1 @@
+"""Schedules: in which order blocks pass by, and how they move. They never import a backend."""
