@@ -10,7 +10,7 @@
 //   width                              columns of a part: the grid's z has as many parts as cover n_k
 //   packed_score                       with FUNCTIONS: a PackedScore; see score.cuh
 //   fresh                              whether to leave out what acc, top and sum hold, and to write each part to
-//                                      arrays of its own, (parts, n_q, heads, ..), for merge_parts of state.cu
+//                                      arrays of its own, (parts, n_q, heads, ..), for combine of state.cu
 //
 // grid (ceil(n_q group / ROWS), kv_heads, parts) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; dynamic shared memory:
 // ROWS rows of Q, STAGES times KEYS rows of K and of V, each row padded as Fragments says.

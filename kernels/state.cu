@@ -29,7 +29,7 @@ __global__ void reset(A* acc, A* top, A* sum, const A* sinks, long long rows, in
 // grid (rows,) of 32 Merge::WARPS threads; dim_v <= Merge::MOST_COLUMNS.
 template <class A>
 __global__ void __launch_bounds__(32 * Merge::WARPS)
-merge_parts(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const A* part_sum, int parts,
+combine(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const A* part_sum, int parts,
             long long rows, int dim_v) {
     constexpr int WARPS = Merge::WARPS, MOST_COLUMNS = Merge::MOST_COLUMNS, EACH = MOST_COLUMNS / 32;
     __shared__ A highs[WARPS], sums[WARPS], columns[WARPS][MOST_COLUMNS];
@@ -109,7 +109,7 @@ __global__ void add(A* target, const A* source, long long count) {
 
 // delta = sum(dout out) - dlse, for each row; `dlse` null for 0. Any grid of whole warps, one to a row at a time.
 template <class T, class A>
-__global__ void dots(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {
+__global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {
     const int lane = threadIdx.x % 32;
     for (long long row = thread_number() / 32; row < rows; row += thread_count() / 32) {
         A total = 0;

@@ -31,12 +31,12 @@ from .checks import (
     column,
     warn_of_order,
 )
-from .engine import HOST, NO_FACTS, Engine
+from .engine import NO_FACTS, ON_HOST, Engine
 from .errors import BackendError, InternalError, OptionError, RingError
 from .keywords import explained
 from .layout import Integers, Layout
 from .mask import Mask
-from .mpi.comm import TIMEOUT, digest_of, private
+from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
 from .plan import Plan, Problem
 from .schedules.gpu_transport import Transport, check_transport
@@ -160,7 +160,7 @@ class RingAttention:
                  bfloat16_products: str = "auto") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
-        self._comm = private(comm, self.timeout)
+        self._comm = private_comm(comm, self.timeout)
         self._options: dict[str, Any] = {}
         engine: Engine | None = None
         with self._comm.noting() as failures:
@@ -375,7 +375,7 @@ class RingAttention:
         with self._comm.one_call():
             self._last = None
             call = self._take(q, k, v, sinks, seed, out, lse, number)
-            with self._comm.together(self.timeout):
+            with self._comm.raise_on_all(self.timeout):
                 dout, dlse = self._check_cotangents(call, dout, dlse)
             return self._differentiate(call, dout, dlse, progress)
 
@@ -414,7 +414,7 @@ class RingAttention:
         for state, out, lse in zip(call.states, call.out, call.lse, strict=True):
             self.backend.finish(state, call.plan.seen, out, lse)
         call.states = []                  # the next call's, of whichever object
-        self.backend.complete()
+        self.backend.synchronize()
         return self._bring(call, call.out), self._bring(call, call.lse)
 
     def _differentiate(self, call: Call, dout: Array, dlse: Array | None,
@@ -425,8 +425,8 @@ class RingAttention:
         self.trace.agree_seconds = self.trace.now() - self.trace.compile_seconds
         self.trace.flop_per_pair = plan.dims[0] * (6 * plan.dims[1] + 4 * plan.dims[2])
         backend = self.backend
-        with self._comm.together(self.timeout), backend.current():
-            dout, dlse = backend.place(dout), None if dlse is None else backend.place(dlse)
+        with self._comm.raise_on_all(self.timeout), backend.current():
+            dout, dlse = backend.to_device(dout), None if dlse is None else backend.to_device(dlse)
             dq, dk, dv = (backend.empty(x.shape, kind) for x in (call.q, call.k, call.v))
             gradients = [backend.new_gradient(dout[i], call.out[i], call.lse[i], dlse if dlse is None else dlse[i],
                                               dq[i]) for i in range(plan.batch)]
@@ -435,10 +435,10 @@ class RingAttention:
         with backend.current():
             self._backward(call, gradients, (dk, dv), progress)
         with self._agreed_on_gpu(), backend.current():
-            results = [call.given(self._bring(call, backend.rounded(x, call.q.dtype))) for x in (dq, dk, dv)]
+            results = [call.given(self._bring(call, backend.astype(x, call.q.dtype))) for x in (dq, dk, dv)]
             if call.sinks is not None:
                 results.append(self._gradient_of_sinks(call.sinks, gradients))
-            backend.complete()
+            backend.synchronize()
         return tuple(results)
 
     def _backward(self, call: Call, gradients: list[Gradient], shares: tuple[Array, ...],
@@ -477,18 +477,18 @@ class RingAttention:
         """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries."""
         total = np.zeros(len(sinks))
         for gradient in gradients:
-            lse, delta = (self.backend.fetch(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
+            lse, delta = (self.backend.to_numpy(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
             with np.errstate(all="ignore"):
                 total -= (np.exp(sinks - lse) * delta).sum(axis=0)
         return total.astype(sinks.dtype)
 
     def _bring(self, call: Call, x: Array) -> Array:
         """Bring a result to where the arrays came from."""
-        return x if call.on_gpu else self.backend.fetch(x)
+        return x if call.on_gpu else self.backend.to_numpy(x)
 
     def _agreed_on_gpu(self) -> AbstractContextManager[None]:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
-        return self._comm.together(self.timeout) if self.backend.device else nullcontext()
+        return self._comm.raise_on_all(self.timeout) if self.backend.device else nullcontext()
 
     def _check_cotangents(self, call: Call | None, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Check what the backward pass starts from, here; give it with a batch axis."""
@@ -526,11 +526,11 @@ class RingAttention:
         call.plan = self._plan
         if self.backend.device:
             with self._agreed_on_gpu(), self.backend.current():
-                call.q, call.k, call.v = (self.backend.place(x) for x in (call.q, call.k, call.v))
+                call.q, call.k, call.v = (self.backend.to_device(x) for x in (call.q, call.k, call.v))
                 if out is None:
                     call.make_results(self.backend)
                 else:
-                    call.out, call.lse = self.backend.place(call.out), self.backend.place(call.lse)
+                    call.out, call.lse = self.backend.to_device(call.out), self.backend.to_device(call.lse)
         return call
 
     def _check_call(self, q: Any, k: Any, v: Any, sinks: Any, seed: Any, out: Any, lse: Any) -> Call:
@@ -545,7 +545,7 @@ class RingAttention:
             check_like("lse", arrays[4], q.shape[:-1], kind)
         sinks = check_sinks(sinks, q.shape[-2], kind)
         arrays = [x if batched else x[None] for x in arrays]
-        if place == HOST:
+        if place == ON_HOST:
             arrays = [np.ascontiguousarray(x) for x in arrays]
         (batch, n_q, heads, dim), (n_k, kv_heads, dim_v) = arrays[0].shape, arrays[2].shape[1:]
         keys = np.empty((batch, 0), np.uint32)
@@ -555,9 +555,9 @@ class RingAttention:
         else:
             seed = 0
         record = np.array([0, seed - 2**64 * (seed >= 2**63), batched, batch, heads, kv_heads, dim, dim_v,
-                           list(DTYPES.values()).index(q.dtype), place != HOST, sinks is not None, n_q, n_k, place],
+                           list(DTYPES.values()).index(q.dtype), place != ON_HOST, sinks is not None, n_q, n_k, place],
                           np.int64)
-        call = Call(record, arrays[0], arrays[1], arrays[2], batched, place != HOST, keys, sinks)
+        call = Call(record, arrays[0], arrays[1], arrays[2], batched, place != ON_HOST, keys, sinks)
         if out is not None:
             call.out, call.lse = arrays[3:]
         return call
@@ -577,7 +577,7 @@ class RingAttention:
 
     def _make_plan(self, key: bytes, records: NDArray[np.int64]) -> Plan:
         """Plan for these shards. Collective over *comm*."""
-        self._engine.follow(column(records, "GPU"))
+        self._engine.move_to(column(records, "GPU"))
         layouts = self._problem.resolve(records)
         size = self._comm.size
         plan: Plan | None = None
@@ -603,13 +603,13 @@ class RingAttention:
         heads, dim, dim_v = plan.dims
         self.trace.compile_seconds += self._engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
                                                            plain=plan.score.plain, backward=way == "backward")
-        with self._comm.together(self.timeout), self.backend.current():
+        with self._comm.raise_on_all(self.timeout), self.backend.current():
             self._engine.ring.reserve(plan.block_bytes(plan.dtype))
             if way == "backward":
                 self._engine.homeward.reserve(plan.block_bytes(plan.accumulator))
             else:
                 seen = plan.sees | (call.sinks is not None)       # a sink is seen by all
-                plan.seen = self.backend.place(seen)
+                plan.seen = self.backend.to_device(seen)
                 self._engine.states(plan.batch, len(seen), heads, dim_v, plan.accumulator)
         plan.ready.add(way)
 
@@ -642,10 +642,10 @@ class RingAttention:
 
 
 def _place(arrays: dict[str, Array]) -> int:
-    """Index of the GPU that the arrays are on; HOST for host arrays."""
-    places = [HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in arrays.values()]
+    """Index of the GPU that the arrays are on; ON_HOST for host arrays."""
+    places = [ON_HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in arrays.values()]
     if len(set(places)) > 1:
-        named = ", ".join(f"{name} on {'the host' if place == HOST else f'GPU {place}'}"
+        named = ", ".join(f"{name} on {'the host' if place == ON_HOST else f'GPU {place}'}"
                           for name, place in zip(arrays, places, strict=True))
         *others, last = arrays
         raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; "

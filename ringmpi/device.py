@@ -252,7 +252,7 @@ class Device:
         """Let what comes on `stream` wait for `event`."""
         stream.wait_event(event.cupy_event)
 
-    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
+    def read_rows(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
         """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.gather`."""
         target = self.empty(shape, dtype)
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -270,7 +270,7 @@ class Device:
             rows[...] = lines[first:first + len(rows)]
 
         lines = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 1 else x[..., None]
-        return self.gather(lines.shape, x.dtype, read).reshape(x.shape)
+        return self.read_rows(lines.shape, x.dtype, read).reshape(x.shape)
 
     def host(self, x: Array) -> NDArray[Any]:
         """Copy a contiguous GPU array to the host, once what is on the caller's stream is done."""

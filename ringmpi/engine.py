@@ -30,7 +30,7 @@ from .schedules.ring import Ring
 from .softmax import State
 
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
-HOST = -1                         # where host arrays are, among the indices of GPUs
+ON_HOST = -1                         # where host arrays are, among the indices of GPUs
 NO_FACTS = np.zeros(4, np.int64).view(np.uint8)      # of a rank that has failed
 
 
@@ -129,7 +129,7 @@ class Engine:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._products = bfloat16_products
-        self._places: NDArray[np.int64] | None = np.full(comm.size, HOST)      # None after an attempt that failed
+        self._places: NDArray[np.int64] | None = np.full(comm.size, ON_HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
         self.gpus: list[str] = []
@@ -162,13 +162,13 @@ class Engine:
         """Give the states of a call, one for each element of the batch; see `Workspace.states`. Local."""
         return self._shared.states(batch, n_q, heads, dim_v, kind)
 
-    def follow(self, places: NDArray[np.int64]) -> None:
+    def move_to(self, places: NDArray[np.int64]) -> None:
         """Open the backend where the arrays are, unless it is open there. Collective over *comm*.
 
         Parameters
         ----------
         places : int array of shape (size,)
-            Index of the GPU that each rank's arrays are on, as that rank counts; HOST for host arrays.
+            Index of the GPU that each rank's arrays are on, as that rank counts; ON_HOST for host arrays.
 
         Raises
         ------
@@ -178,14 +178,14 @@ class Engine:
         if self._places is not None and (places == self._places).all():
             return
         mine = int(places[self._comm.rank])
-        if self._name in HOST_NAMES and mine != HOST:
+        if self._name in HOST_NAMES and mine != ON_HOST:
             raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
                                "backend='auto' or 'cuda', or copy them to the host")
-        stays = (mine == HOST and self._name == "cuda") or (places == self._indices).all()
+        stays = (mine == ON_HOST and self._name == "cuda") or (places == self._indices).all()
         if self._places is not None and stays:             # the same on all ranks: on host arrays all agree
             self._places = places.copy()
             return
-        self._places, self._index = None, None if mine == HOST else mine
+        self._places, self._index = None, None if mine == ON_HOST else mine
         with self._comm.noting() as failures:
             self.close()
             self._open()
@@ -211,7 +211,7 @@ class Engine:
         if self._workspace is None:
             return NO_FACTS
         gpu = self.backend.device
-        return np.array([HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number,
+        return np.array([ON_HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number,
                          self.backend.ways], np.int64).view(np.uint8)
 
     def connect(self, rows: list[NDArray[np.uint8]]) -> None:
@@ -243,7 +243,7 @@ class Engine:
 
     def _distinct(self, uuid: str) -> list[str]:
         """Gather the GPUs of all ranks; refuse one that two ranks have, unless that is allowed."""
-        uuids = [json.loads(text) for text in self._comm.share_text(json.dumps(uuid), self._timeout)]
+        uuids = [json.loads(text) for text in self._comm.allgather_text(json.dumps(uuid), self._timeout)]
         shared = [(gpu, [r for r, other in enumerate(uuids) if other == gpu])
                   for gpu, users in Counter(uuids).items() if users > 1]
         if shared and not self._sharing:
@@ -275,8 +275,9 @@ class Engine:
         start = time.perf_counter()
         self._comm.place = ", compiling kernels"
         with phase("compiling kernels"):
-            self._comm.by_turns(lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
-                                max(self._timeout, COMPILE_TIMEOUT))
+            self._comm.node_leader_first(
+                lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
+                max(self._timeout, COMPILE_TIMEOUT))
         prepared.add(wanted)
         return time.perf_counter() - start
 

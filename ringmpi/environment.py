@@ -96,7 +96,7 @@ def most_threads() -> int:
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-def use_cores(wanted: set[int]) -> None:
+def set_affinity(wanted: set[int]) -> None:
     """Let this thread, and those it starts, run on other cores. Local."""
     os.sched_setaffinity(0, wanted)
 
@@ -145,7 +145,7 @@ def resident_bytes(peak: bool = False) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def shows_on_terminal() -> bool:
+def stderr_is_terminal() -> bool:
     """Say whether standard error ends on a terminal, through the pipe that mpiexec gives its ranks too. Local."""
     return sys.stderr.isatty() or any(link.startswith(("/dev/pts/", "/dev/tty")) for link in _launcher_error())
 
@@ -164,7 +164,7 @@ def _launcher_error(depth: int = 4) -> list[str]:
     return []
 
 
-def refuse_many(command: str) -> None:
+def require_single_process(command: str) -> None:
     """Raise `LaunchError` if a launcher started several processes for a command that is for one. Local."""
     for name, size in launched_sizes().items():
         if size > 1 and name != "SLURM_NTASKS":       # a batch script has that too, outside srun

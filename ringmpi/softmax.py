@@ -64,16 +64,16 @@ class State:
     Attributes
     ----------
     acc : array of shape (n_q, heads, dim_v), accumulator dtype
-        Sum of exp(score - max) times the values, not normalised.
-    max : array of shape (n_q, heads), accumulator dtype
+        Sum of exp(score - row_max) times the values, not normalised.
+    row_max : array of shape (n_q, heads), accumulator dtype
         Largest scaled score so far, -inf before the first.
-    sum : array of shape (n_q, heads), accumulator dtype
-        Sum of exp(score - max) so far.
+    row_sum : array of shape (n_q, heads), accumulator dtype
+        Sum of exp(score - row_max) so far.
     """
 
     acc: NDArray[Any]
-    max: NDArray[Any]
-    sum: NDArray[Any]
+    row_max: NDArray[Any]
+    row_sum: NDArray[Any]
 
     @classmethod
     def empty(cls, n_q: int, heads: int, dim_v: int, dtype: DTypeLike) -> State:
@@ -88,8 +88,8 @@ class State:
         `sinks`, of shape (heads,), are scores that each row of a head has besides those of its keys, with value 0.
         """
         self.acc.fill(0)
-        self.max[...] = -np.inf if sinks is None else sinks
-        self.sum.fill(0 if sinks is None else 1)
+        self.row_max[...] = -np.inf if sinks is None else sinks
+        self.row_sum.fill(0 if sinks is None else 1)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Gradient:
     dq: Any
 
 
-def dots(dout: NDArray[Any], out: NDArray[Any], dlse: NDArray[Any] | None, delta: NDArray[Any]) -> None:
+def row_delta(dout: NDArray[Any], out: NDArray[Any], dlse: NDArray[Any] | None, delta: NDArray[Any]) -> None:
     """Write ``sum(dout · out) - dlse`` to `delta`, (n_q, heads), summed in its dtype. Local."""
     rows = max(1, 2**20 // max(1, dout[0].size if len(dout) else 1))      # at a time: widened copies stay small
     with np.errstate(all="ignore"):
@@ -125,7 +125,7 @@ def dots(dout: NDArray[Any], out: NDArray[Any], dlse: NDArray[Any] | None, delta
             delta -= dlse
 
 
-def merge(state: State, parts: State) -> None:
+def combine(state: State, parts: State) -> None:
     """Fold `parts`, states of the same queries that saw other keys, into `state`. Local.
 
     Parameters
@@ -135,19 +135,19 @@ def merge(state: State, parts: State) -> None:
     parts : State
         Arrays with a leading axis: one state after the other.
     """
-    top = np.maximum(state.max, parts.max.max(axis=0))
+    top = np.maximum(state.row_max, parts.row_max.max(axis=0))
     shift = np.where(top == -np.inf, top.dtype.type(0), top)      # -inf - -inf would be NaN
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that saw them
-        shrink, factors = np.exp(state.max - shift), np.exp(parts.max - shift)
+        shrink, factors = np.exp(state.row_max - shift), np.exp(parts.row_max - shift)
         state.acc *= shrink[..., None]
         state.acc += (factors[..., None] * parts.acc).sum(axis=0)
-        state.sum *= shrink
-        state.sum += (factors * parts.sum).sum(axis=0)
-    state.max[...] = top
+        state.row_sum *= shrink
+        state.row_sum += (factors * parts.row_sum).sum(axis=0)
+    state.row_max[...] = top
 
 
 def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any]) -> None:
-    """Normalise: ``out = acc / sum`` and ``lse = max + log(sum)``. Local.
+    """Normalise: ``out = acc / row_sum`` and ``lse = row_max + log(row_sum)``. Local.
 
     Parameters
     ----------
@@ -163,9 +163,9 @@ def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArra
     """
     blind = ~seen
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        np.divide(state.acc, state.sum[..., None], out=state.acc)
+        np.divide(state.acc, state.row_sum[..., None], out=state.acc)
         state.acc[blind] = 0
         out[...] = state.acc
-        np.log(state.sum, out=lse)
-        lse += state.max
+        np.log(state.row_sum, out=lse)
+        lse += state.row_max
     lse[blind] = -np.inf

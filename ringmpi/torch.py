@@ -13,7 +13,7 @@ from .errors import OptionError, RingError
 from .keywords import explained
 from .layout import Layout
 from .mpi.comm import TIMEOUT
-from .schedules.redistribution import moved
+from .schedules.redistribution import redistribute_with_layouts
 from .softmax import BFLOAT16
 
 try:
@@ -118,7 +118,7 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float) -> Tensor:
         """Move; keep the layouts."""
-        result, old, new = moved(x.detach(), comm, source, target, timeout)
+        result, old, new = redistribute_with_layouts(x.detach(), comm, source, target, timeout)
         ctx.comm, ctx.back = comm, (new, old, timeout)
         return _tensor(result.copy() if new == old else result)      # else it would share x's memory, untracked
 

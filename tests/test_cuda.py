@@ -33,14 +33,14 @@ def backend(request):
 def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     """Fold k and v in several blocks; rows see begin..end of the whole."""
     state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype, kind))
-    pairs, placed = 0, backend.place(q)
+    pairs, placed = 0, backend.to_device(q)
     for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
-        pairs += sum(backend.accumulate(state, placed, backend.place(k[a:b]), backend.place(v[a:b]),
+        pairs += sum(backend.accumulate(state, placed, backend.to_device(k[a:b]), backend.to_device(v[a:b]),
                                         np.clip(begin, a, b) - a, np.clip(end, a, b) - a, Score(scale)))
     assert pairs == (end - begin).sum()
     out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], state.acc.dtype)
-    backend.finish(state, backend.place(end > begin), out, lse)
-    return backend.fetch(out), backend.fetch(lse)
+    backend.finish(state, backend.to_device(end > begin), out, lse)
+    return backend.to_numpy(out), backend.to_numpy(lse)
 
 
 def check(backend, q, k, v, begin, end, dtype, scale=0.3, blocks=1):
@@ -197,7 +197,7 @@ def test_prepare_compiles_all_that_is_used_later(dtype):
     backend.prepare(DTYPES[dtype], kind, 16, 16)
     known = set(backend.device.cache)
     for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
-        q, k, v = (backend.place(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
+        q, k, v = (backend.to_device(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
         state, whole = backend.new_state(n_q, 1, 16, kind), np.full(n_q, 70)
         assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(1.0))) == 70 * n_q
     assert set(backend.device.cache) == known
@@ -210,16 +210,16 @@ def test_arrays_that_begin_askew(backend, dtype):
     for x in (q, k, v):
         room = backend.device.array(np.concatenate([x.reshape(-1)[:1], x.reshape(-1)]))
         askew.append(room[1:].reshape(x.shape))
-    placed = [backend.place(x) for x in askew]
+    placed = [backend.to_device(x) for x in askew]
     assert all(x.data.ptr % 16 == 0 for x in placed)
-    assert all((backend.fetch(x) == y).all() for x, y in zip(placed, (q, k, v), strict=True))
+    assert all((backend.to_numpy(x) == y).all() for x, y in zip(placed, (q, k, v), strict=True))
 
 
 def test_a_block_is_done_when_its_loop_ends():
     backend = CudaBackend(1, EmulatedDevice(3))
     q, k, v, begin, end = case(14, 40, 90, 2, 1, 16, 16, "float32")
     state = backend.new_state(40, 2, 16, np.float32)
-    for _ in backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, Score(1.0)):
+    for _ in backend.accumulate(state, *(backend.to_device(x) for x in (q, k, v)), begin, end, Score(1.0)):
         pass
     assert not backend.device.caller_stream().queue
 
@@ -227,7 +227,7 @@ def test_a_block_is_done_when_its_loop_ends():
 def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
     q, k, v, begin, end = case(11, 40, 300, 2, 1, 16, 16, "float32")
     state = backend.new_state(40, 2, 16, np.float32)
-    loop = backend.accumulate(state, *(backend.place(x) for x in (q, k, v)), begin, end, Score(0.3))
+    loop = backend.accumulate(state, *(backend.to_device(x) for x in (q, k, v)), begin, end, Score(0.3))
     next(loop)
     loop.close()
     check(backend, q, k, v, begin, end, "float32")

@@ -147,19 +147,19 @@ def test_the_little_kernels(backend):
     rng = np.random.default_rng(0)
     for kind in (np.float32, np.float64):
         x, y = (rng.standard_normal((37, 3, 5)).astype(kind) for _ in range(2))
-        x_, y_ = backend.place(x), backend.place(y)
+        x_, y_ = backend.to_device(x), backend.to_device(y)
         backend.add(x_, y_)
-        assert (backend.fetch(x_) == x + y).all()
+        assert (backend.to_numpy(x_) == x + y).all()
         for dtype in DTYPES.values():
             if dtype.itemsize <= x.itemsize:
-                rounded = backend.rounded(x_, dtype)
+                rounded = backend.astype(x_, dtype)
                 assert rounded.dtype == dtype
                 want = (x + y).astype(np.float32).astype(dtype) if dtype.itemsize == 2 else (x + y).astype(dtype)
-                assert (backend.fetch(rounded) == want).all()
-                assert (backend.fetch(x_) == x + y).all()
-        assert backend.rounded(x_, np.dtype(kind)) is x_
+                assert (backend.to_numpy(rounded) == want).all()
+                assert (backend.to_numpy(x_) == x + y).all()
+        assert backend.astype(x_, np.dtype(kind)) is x_
         backend.clear(x_)
-        assert (backend.fetch(x_) == 0).all()
+        assert (backend.to_numpy(x_) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -169,7 +169,7 @@ def test_prepare_compiles_all_that_is_used_later(dtype, plain, backward):
     kind = accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 16, 16, plain=plain, backward=backward)
     known = set(backend.device.cache)
-    forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "merge_parts")}
+    forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "combine")}
     for n_q in (1, 2, 3, 7, 16, 17, 65, 140):
         q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
         score, sinks = functions("plain" if plain else "all", 1, np.arange(n_q), np.arange(70))

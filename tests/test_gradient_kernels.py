@@ -287,7 +287,7 @@ def test_large_scores(dtype):
         backend, state = open_backend("numba", 2), State.empty(60, 2, 8, dtype)
         sum(backend.accumulate(state, q, k, v, begin, begin + 1, Score(scale)))
         backend.close()
-        gradient.lse = state.max + np.log(state.sum)
+        gradient.lse = state.row_max + np.log(state.row_sum)
         got = differentiate(gradient, q, k, v, begin, begin + 1, scale)
         assert oracle.error(got["dv"], want["dv"]) <= BOUND[dtype]
     # Were lse a little less than the score, e^(score - lse) would be no number: a weight is never more than 1.
@@ -377,7 +377,7 @@ def test_dropout_drops_what_numpy_drops(dtype, n_q):
     words = random_words(score["streams"][:, None], score["queries"][:, None, None], score["keys"])
     assert ((state.acc > 0) == (words >= int(0.3 * 2**32))).all()
     assert np.unique(state.acc).tolist() == [0, kind.type(Score(1.0, **score).gain)]
-    assert (state.sum == 200).all()
+    assert (state.row_sum == 200).all()
 
 
 @pytest.mark.parametrize("n_q", [2, 4, 300])       # keys as they came, packed by each task, packed for all
@@ -392,7 +392,7 @@ def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
     sum(backend.accumulate(state, q, k, v, begin, end, Score(0.3, **score)))
     backend.close()
     want = dense(q, k, v, np.ones((n_q, 100), bool), 0.3, **score)
-    assert oracle.error(state.max + np.log(state.sum), want["lse"]) <= (1e-13 if dtype == "float64" else 2e-6)
+    assert oracle.error(state.row_max + np.log(state.row_sum), want["lse"]) <= (1e-13 if dtype == "float64" else 2e-6)
     check(q, k, v, begin, end, 0.3, **score)
 
 

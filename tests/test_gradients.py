@@ -28,20 +28,20 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
     kind = accumulator(q.dtype, kind)
     state = backend.new_state(len(q), q.shape[1], v.shape[2], kind)
     backend.reset(state, sinks)
-    q_, edges = backend.place(q), np.linspace(0, len(k), blocks + 1).astype(int)
+    q_, edges = backend.to_device(q), np.linspace(0, len(k), blocks + 1).astype(int)
     cuts = []
     for a, b in itertools.pairwise(edges):
         mine = Score(scale, **(score | ({"keys": score["keys"][a:b]} if "keys" in score else {})))
-        cuts.append((a, b, backend.place(k[a:b]), backend.place(v[a:b]), np.clip(begin, a, b) - a,
+        cuts.append((a, b, backend.to_device(k[a:b]), backend.to_device(v[a:b]), np.clip(begin, a, b) - a,
                      np.clip(end, a, b) - a, mine))
     pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
     assert pairs == (end - begin).sum()
     out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], kind)
     seen = np.full(len(q), True) if sinks is not None else end > begin
-    backend.finish(state, backend.place(seen), out, lse)
-    got = {"out": backend.fetch(out), "lse": backend.fetch(lse)}
+    backend.finish(state, backend.to_device(seen), out, lse)
+    got = {"out": backend.to_numpy(out), "lse": backend.to_numpy(lse)}
     if dout is not None:
-        gradient = backend.new_gradient(backend.place(dout), out, lse, None if dlse is None else backend.place(
+        gradient = backend.new_gradient(backend.to_device(dout), out, lse, None if dlse is None else backend.to_device(
             dlse.astype(kind)), backend.empty(q.shape, kind))
         dk, dv = [], []
         for a, b, k_, v_, low, high, mine in cuts:
@@ -50,9 +50,9 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
                 backend.clear(x)
             pairs = sum(backend.backward(gradient, q_, k_, v_, *ours, low, high, mine))
             assert pairs == (high - low).sum()
-            dk.append(backend.fetch(ours[0]))
-            dv.append(backend.fetch(ours[1]))
-        got |= {"dq": backend.fetch(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
+            dk.append(backend.to_numpy(ours[0]))
+            dv.append(backend.to_numpy(ours[1]))
+        got |= {"dq": backend.to_numpy(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
     return got
 
 

@@ -18,7 +18,7 @@ from ringmpi.backends.numba_ import vector
 from ringmpi.backends.numba_.product import ROWS, VECTORS
 from ringmpi.backends.numba_.tile import tile_shape
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish, merge
+from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, combine, finish
 
 HERE = Path(__file__).parent
 NARROW = {"AVX2": "haswell", "SSE": "x86-64"}
@@ -295,10 +295,10 @@ def test_merge_of_states():
     top[1:, 0], norm[1:, 0], acc[1:, 0] = -np.inf, 0, 0           # parts that saw nothing
     top[:, 1], norm[:, 1], acc[:, 1] = -np.inf, 0, 0              # nobody did
     state = State(acc[0].copy(), top[0].copy(), norm[0].copy())
-    merge(state, State(acc[1:], top[1:], norm[1:]))
-    weights = np.exp(top - np.where(state.max == -np.inf, 0, state.max))
-    assert (state.max == top.max(axis=0)).all()
-    assert np.allclose(state.sum, (weights * norm).sum(axis=0))
+    combine(state, State(acc[1:], top[1:], norm[1:]))
+    weights = np.exp(top - np.where(state.row_max == -np.inf, 0, state.row_max))
+    assert (state.row_max == top.max(axis=0)).all()
+    assert np.allclose(state.row_sum, (weights * norm).sum(axis=0))
     assert np.allclose(state.acc, (weights[..., None] * acc).sum(axis=0))
     assert (state.acc[0] == acc[0, 0]).all()
 

@@ -11,7 +11,8 @@ import pytest
 import ringmpi
 
 ROOT = Path(ringmpi.__file__).parent
-LAYERS = [          # modules and packages: each imports only from lines above it, and within a package there is no circle
+# Modules and packages: each imports only from lines above it, and within a package there is no circle.
+LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
     {"environment", "layout", "softmax"},
     {"binaries", "files", "mask", "mpi", "process", "score"},
@@ -27,8 +28,8 @@ LAYERS = [          # modules and packages: each imports only from lines above i
     {"__main__"},
 ]
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
-WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("schedules", "backends"), ("device", "mpi"), ("device", "mpi4py"),
-         ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi"), ("mpi.notices", "mpi4py")]
+WALLS = [("backends", "mpi"), ("backends", "mpi4py"), ("schedules", "backends"), ("device", "mpi"),
+         ("device", "mpi4py"), ("layout", "mpi"), ("mask", "mpi"), ("softmax", "mpi"), ("mpi.notices", "mpi4py")]
 
 
 def modules():
@@ -61,7 +62,7 @@ def unit(name):
 
 
 def is_beyond(imported, beyond):
-    return imported == beyond or unit(imported.lstrip(".")) == beyond and imported.startswith(".")
+    return imported == beyond or (unit(imported.lstrip(".")) == beyond and imported.startswith("."))
 
 
 @pytest.mark.parametrize(("name", "tree", "path"), list(modules()), ids=[f"{m[0]}.py" for m in modules()])

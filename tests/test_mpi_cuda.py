@@ -245,7 +245,7 @@ def test_a_gpu_that_computes_wrongly_is_found_out(comm, emulated, monkeypatch):
     assert f"rank {comm.size - 1}: " in said
 
 
-@pytest.mark.parametrize("what", ["complete", "place"])
+@pytest.mark.parametrize("what", ["synchronize", "to_device"])
 def test_a_gpu_that_fails_on_one_rank_is_an_error_on_all(comm, emulated, monkeypatch, what):
     def fail(*_):
         raise MemoryError("none is left")

@@ -176,12 +176,12 @@ def test_a_failing_backend_is_not_waited_for(comm, monkeypatch):
 def test_an_interrupt_between_messages_is_told(comm):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    from ringmpi.mpi.comm import private
+    from ringmpi.mpi.comm import private_comm
     mine = comm.Dup()
-    ring = private(mine)
+    ring = private_comm(mine)
     said, start = "", time.perf_counter()
     try:
-        with ring.together(60):
+        with ring.raise_on_all(60):
             if comm.rank == 0:
                 raise KeyboardInterrupt
     except (KeyboardInterrupt, RankLost) as error:
@@ -262,9 +262,9 @@ def test_a_timeout_that_makes_no_sense(comm):
 def test_long_options_that_differ_at_the_end(comm):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    from ringmpi.mpi.comm import private
+    from ringmpi.mpi.comm import private_comm
     with pytest.raises(OptionError, match="text is x"):
-        private(comm).agree_on({"text": "x" * 5000 + str(comm.rank)}, 10)
+        private_comm(comm).check_same_options({"text": "x" * 5000 + str(comm.rank)}, 10)
 
 
 def attempt(attention):

@@ -9,7 +9,7 @@ from fake_device import FakeDevice
 from test_mpi_link import CHUNK, LINKS, TOKENS
 
 from ringmpi import RankLost, RingTimeout
-from ringmpi.mpi.comm import _stranded, private
+from ringmpi.mpi.comm import _stranded, private_comm
 from ringmpi.schedules.gradient_ring import Homeward, first_hops
 from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
 from ringmpi.schedules.ring import Ring, travel
@@ -32,8 +32,8 @@ class World:
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
         new_link = {"host": HostLink, "direct": lambda *x: DirectLink(self.device, *x),
                     "staged": lambda *x: StagedLink(self.device, *x, chunk_bytes=CHUNK)}[kind]
-        self.ring = Ring(private(comm), timeout, new_link())
-        self.homeward = Homeward(private(comm), new_link, self.clear, self.add)
+        self.ring = Ring(private_comm(comm), timeout, new_link())
+        self.homeward = Homeward(private_comm(comm), new_link, self.clear, self.add)
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def work(self, call):

@@ -8,7 +8,7 @@ import pytest
 from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
-from ringmpi.mpi.comm import _stranded, private
+from ringmpi.mpi.comm import _stranded, private_comm
 from ringmpi.schedules.gpu_transport import Transport, choose
 from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
 from ringmpi.schedules.ring import Ring
@@ -38,7 +38,7 @@ class World:
         links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
                  "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}
         self.link = links[kind]()
-        self.ring = Ring(private(comm), timeout, self.link)
+        self.ring = Ring(private_comm(comm), timeout, self.link)
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def blocks(self, tokens):
@@ -253,10 +253,10 @@ def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
 # The choice of the transport.
 
 def test_local_ranks(comm):
-    mine = private(comm)
+    mine = private_comm(comm)
     assert (mine.local_rank, mine.local_size, mine.leader) == (comm.rank, comm.size, 0)
     half = comm.Split(comm.rank % 2, -comm.rank)
-    theirs = private(half)
+    theirs = private_comm(half)
     found = theirs.local_rank, theirs.local_size, half.Get_rank(), half.Get_size()
     half.Free()
     assert found[:2] == found[2:]
@@ -264,9 +264,9 @@ def test_local_ranks(comm):
 
 def test_a_request_wins_over_the_variable(comm, monkeypatch):
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct")
-    chosen = [choose(private(comm), request, 60) for request in ("staged", "auto", "direct")]
+    chosen = [choose(private_comm(comm), request, 60) for request in ("staged", "auto", "direct")]
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "staged")
-    chosen.append(choose(private(comm), "auto", 60))
+    chosen.append(choose(private_comm(comm), "auto", 60))
     assert chosen[0] == Transport("staged", "asked for by gpu_transport=staged")
     assert chosen[1].name == "direct"
     assert chosen[1].reason.startswith("asked for by RINGMPI_GPU_TRANSPORT=direct; MPI is not CUDA-aware")
@@ -281,7 +281,7 @@ def test_all_ranks_take_the_same_transport(comm, monkeypatch):
     for proven in (lambda rank: True, lambda rank: rank != last, lambda rank: False):
         monkeypatch.setattr("ringmpi.schedules.gpu_transport.cuda_awareness",
                             lambda proven=proven: (proven(comm.rank), f"MPI says {proven(comm.rank)}"))
-        chosen.append(choose(private(comm), "auto", 60))
+        chosen.append(choose(private_comm(comm), "auto", 60))
     everyone = comm.allgather(chosen)
     assert all(theirs == chosen for theirs in everyone)
     assert chosen[0] == Transport("direct", "MPI says True")
@@ -297,7 +297,7 @@ def test_a_transport_that_there_is_not(comm, monkeypatch, request_, variable, te
     bad = comm.rank == comm.size - 1
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", variable if bad else "")
     with pytest.raises(OptionError) as caught:
-        choose(private(comm), request_ if bad else "auto", 60)
+        choose(private_comm(comm), request_ if bad else "auto", 60)
     everyone = comm.allgather(str(caught.value))
     assert set(everyone) == {f"rank {comm.size - 1}: {text}"}
 
@@ -307,7 +307,7 @@ def test_transports_that_differ(comm, monkeypatch):
         pytest.skip("needs two ranks")
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct" if comm.rank else "staged")
     with pytest.raises(OptionError, match="gpu_transport is direct here and staged on rank 0"):
-        choose(private(comm), "auto", 60)
+        choose(private_comm(comm), "auto", 60)
 
 
 def test_errors_are_the_rings_own():

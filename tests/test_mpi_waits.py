@@ -22,7 +22,7 @@ from ringmpi import (
     ring_attention,
 )
 from ringmpi.errors import InternalError, ResourceError
-from ringmpi.mpi.comm import private
+from ringmpi.mpi.comm import private_comm
 
 pytestmark = pytest.mark.mpi
 X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")
@@ -139,12 +139,12 @@ def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
         pytest.skip("needs two ranks")
     monkeypatch.setattr(mpi, "LOG_SECONDS", 0.5)
     monkeypatch.setattr(mpi, "ASK_SECONDS", 0.1)
-    ring = private(comm)
+    ring = private_comm(comm)
     comm.Barrier()
     if comm.rank == comm.size - 1:
         time.sleep(0.9)
     with caplog.at_level(logging.WARNING, "ringmpi"):
-        ring.share([0], 60, "forward")
+        ring.allgather([0], 60, "forward")
     lines = comm.allgather([record.getMessage() for record in caplog.records])
     assert [len(line) for line in lines] == [1, *[0] * (comm.size - 1)]
     assert f"no word from rank {comm.size - 1} on" in lines[0][0]
@@ -154,10 +154,10 @@ def test_a_communicator_is_freed_with_notices_unread(comm, monkeypatch):
     monkeypatch.setattr(mpi, "ASK_SECONDS", 0.01)
     for _ in range(20):
         mine = comm.Dup()
-        ring = private(mine)
+        ring = private_comm(mine)
         if comm.rank == 0:
             time.sleep(0.03)                 # the others ask, and nobody reads it
-        ring.share([0], 60)
+        ring.allgather([0], 60)
         mine.Free()
         assert ring.lost.startswith("the caller has freed")
 
@@ -167,10 +167,10 @@ def test_a_communicator_is_freed_with_notices_unread(comm, monkeypatch):
     (ZeroDivisionError("odd"), InternalError, "ZeroDivisionError: odd\nTraceback"),
 ])
 def test_errors_that_nobody_foresaw(comm, error, kind, text):
-    ring = private(comm)
+    ring = private_comm(comm)
 
     def fail():
-        with ring.together(60):
+        with ring.raise_on_all(60):
             if comm.rank == comm.size - 1:
                 raise error
     outcomes = said(comm, fail)
@@ -180,12 +180,12 @@ def test_errors_that_nobody_foresaw(comm, error, kind, text):
 
 
 def test_payloads_of_any_size(comm):
-    ring = private(comm)
+    ring = private_comm(comm)
     for sizes in ([0], [1], [223], [224], [225], [5000], [0, 300, 224]):
         mine = np.full(sizes[comm.rank % len(sizes)], comm.rank, np.uint8)
         rows = ring.exchange("", 60, mine)
         assert [row.tolist() for row in rows] == [[rank] * sizes[rank % len(sizes)] for rank in range(comm.size)]
-    texts = ring.share_text("é" * comm.rank * 100, 60)
+    texts = ring.allgather_text("é" * comm.rank * 100, 60)
     assert texts == ["é" * rank * 100 for rank in range(comm.size)]
 
 
@@ -198,7 +198,7 @@ def test_objects_share_buffers_and_give_them_back(comm):
         assert (b(X, X, X) == right[1]).all()
     with pytest.raises(RingError, match="closed"):
         a(X, X, X)
-    (workspace,) = {id(x): x for x in private(comm).shared.values() if x.backend is a.backend}.values()
+    (workspace,) = {id(x): x for x in private_comm(comm).shared.values() if x.backend is a.backend}.values()
     assert workspace.users == 0
     assert not workspace._rings
     assert workspace._states == (None, [])
@@ -207,7 +207,7 @@ def test_objects_share_buffers_and_give_them_back(comm):
 
 
 def test_clocks_are_compared(comm, monkeypatch):
-    ring, clock = private(comm), time.perf_counter
+    ring, clock = private_comm(comm), time.perf_counter
     shift = 100.0 * comm.rank                        # ranks of one node have one clock
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: clock() + shift)
     offset = clocks.clock_offset(ring, 60)
@@ -229,7 +229,7 @@ def test_steps_have_times(comm):
 
 
 def test_progress_of_all_ranks(comm):
-    ring = private(comm)
+    ring = private_comm(comm)
     ring.report_progress(comm.rank + 1, 10)
     ring.report_progress(10, 10)
     deadline = time.perf_counter() + 30
@@ -294,7 +294,7 @@ def test_an_object_that_is_dropped_gives_its_share_back(comm):
     mine = comm.Dup()
     attention = RingAttention(mine, backend="numpy")
     attention(X, X, X)
-    (workspace,) = private(mine).shared.values()
+    (workspace,) = private_comm(mine).shared.values()
     assert workspace.users == 1
     del attention
     gc.collect()
@@ -332,7 +332,7 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
     if comm.size == 1:
         pytest.skip("needs two ranks")
     monkeypatch.setattr(mpi, "ASK_SECONDS", 0.05)
-    ring = private(comm)
+    ring = private_comm(comm)
     comm.Barrier()
     text = ""
     if comm.rank == comm.size - 1:

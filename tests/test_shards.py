@@ -12,7 +12,7 @@ import pytest
 from ringmpi import OutputError, ShardError
 from ringmpi.cli import main
 from ringmpi.files.hdf5 import open_dataset, open_file, read_rows
-from ringmpi.files.shards import Output, merge, read_manifest, verify
+from ringmpi.files.shards import Output, merge_shards, read_manifest, verify
 from ringmpi.softmax import DTYPES
 
 COUNTS = (4, 0, 6)
@@ -80,7 +80,7 @@ def test_rows_across_shards(path):
 def test_merge(path, tmp_path):
     out, lse = make(path)
     single = tmp_path / "single.h5"
-    merge(path, single)
+    merge_shards(path, single)
     with open_file(single) as file:
         assert not file["out"].is_virtual
         assert read_rows(file["out"], 0, 10).tobytes() == out.tobytes()
@@ -88,9 +88,9 @@ def test_merge(path, tmp_path):
         assert file.attrs["complete"]
         assert file.attrs["options"] == '{"a": 1}'
     with pytest.raises(OutputError, match="exists"):
-        merge(path, single)
+        merge_shards(path, single)
     with pytest.raises(OutputError, match="another file"):
-        merge(path, path, force=True)
+        merge_shards(path, path, force=True)
 
 
 def test_every_single_byte_counts(path):
@@ -104,7 +104,7 @@ def test_every_single_byte_counts(path):
         with pytest.raises(ShardError, match=r"00002\.h5 \(rows 4\.\.10\) is damaged"):
             verify(path)
     with pytest.raises(ShardError, match="damaged"):
-        merge(path, path.with_name("single.h5"))
+        merge_shards(path, path.with_name("single.h5"))
     assert not path.with_name("single.h5").exists()
 
 
@@ -115,7 +115,7 @@ def test_a_missing_shard(path):
     with pytest.raises(ShardError, match=r"\(rows 0\.\.4\) is missing"):
         verify(path)
     with pytest.raises(ShardError, match="missing"):
-        merge(path, path.with_name("single.h5"))
+        merge_shards(path, path.with_name("single.h5"))
     with h5py.File(path) as file:                 # a bare reader gets NaN, not zeros
         assert np.isnan(file["out"][:4]).all()
         assert np.isfinite(file["out"][4:]).all()
@@ -249,7 +249,7 @@ def test_manifests_that_make_no_sense(path, change):
     with pytest.raises(ShardError, match="makes no sense"):
         verify(path)
     with pytest.raises(ShardError, match="makes no sense"):
-        merge(path, path.with_name("single.h5"))
+        merge_shards(path, path.with_name("single.h5"))
 
 
 def external(folder):
@@ -384,7 +384,7 @@ def test_out_that_is_another(path, change):
     verify(path)
     with h5py.File(path, "a") as file:
         change(file)
-    for command in (verify, lambda path: merge(path, path.with_name("single.h5"))):
+    for command in (verify, lambda path: merge_shards(path, path.with_name("single.h5"))):
         with pytest.raises(ShardError, match=r"is no view|does not show|would show|expected|no such dataset"):
             command(path)
     assert not path.with_name("single.h5").exists()
@@ -477,7 +477,7 @@ def test_a_linked_output_is_read_where_it_is(path, tmp_path):
     (tmp_path / "b" / "out.h5").symlink_to(path)
     make(tmp_path / "b" / "other.h5", seed=9)
     (tmp_path / "b" / "other.h5.shards").rename(tmp_path / "b" / "out.h5.shards")
-    merge(tmp_path / "b" / "out.h5", tmp_path / "single.h5")
+    merge_shards(tmp_path / "b" / "out.h5", tmp_path / "single.h5")
     with open_file(tmp_path / "single.h5") as file:
         assert read_rows(file["out"], 0, 10).tobytes() == out.tobytes()
 

@@ -5,7 +5,7 @@ import pytest
 
 from ringmpi import ShardError
 from ringmpi.cli import main
-from ringmpi.commands.demo_text import DIM, ORDERS, SHARPNESS, predict, read_text, signs, strongest, unpack
+from ringmpi.commands.demo_text import DIM, ORDERS, SHARPNESS, predict_bytes, read_text, signs, strongest, unpack
 from ringmpi.files.hdf5 import open_file, read_integers, read_rows
 
 
@@ -54,7 +54,7 @@ def test_attention_predicts_the_repeated_text(tmp_path, monkeypatch):
     assert main(["attend", "in.h5", "out.h5", "--causal", "--quiet"]) == 0
     assert main(["check", "in.h5", "out.h5"]) == 0
     with open_file(tmp_path / "out.h5") as file:
-        guess, head = predict(read_rows(file["out"], 0, 500), read_rows(file["lse"], 0, 500))
+        guess, head = predict_bytes(read_rows(file["out"], 0, 500), read_rows(file["lse"], 0, 500))
     truth = np.frombuffer(once + once, np.uint8)[501:]
     assert (guess[40:-1] == truth[40:]).all()
     assert (head[40:] == len(ORDERS) - 1).all()

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from ..device import Device
 from ..layout import Integers
 from ..score import Score
-from ..softmax import Gradient, State, dots, finish
+from ..softmax import Gradient, State, finish, row_delta
 from .products import bits, choose
 
 
@@ -81,11 +81,11 @@ class Backend:
             If the backend can't compute with them.
         """
 
-    def place(self, x: Any) -> Any:
+    def to_device(self, x: Any) -> Any:
         """Give `x`, a NumPy or GPU array, C-contiguous where the backend computes; `x` itself if it is there. Local."""
         return np.ascontiguousarray(x)
 
-    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
+    def read_rows(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
         """Make an array where the backend computes, and have `read` fill it, in one piece or several. Local.
 
         Parameters
@@ -98,7 +98,7 @@ class Backend:
         read(0, x)
         return x
 
-    def fetch(self, x: Any) -> NDArray[Any]:
+    def to_numpy(self, x: Any) -> NDArray[Any]:
         """Give a result as a NumPy array. Local."""
         return np.asarray(x)
 
@@ -154,7 +154,7 @@ class Backend:
     def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
         """Begin the backward pass of queries: reckon delta, with `dlse` None for 0, and clear `dq`. Local."""
         gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq)
-        dots(dout, out, dlse, gradient.delta)
+        row_delta(dout, out, dlse, gradient.delta)
         self.clear(gradient.dq)
         return gradient
 
@@ -197,11 +197,11 @@ class Backend:
         """Add `y` to `x`, of the same shape and dtype, in place. Local."""
         x += y
 
-    def rounded(self, x: Any, dtype: np.dtype[Any]) -> Any:
+    def astype(self, x: Any, dtype: np.dtype[Any]) -> Any:
         """Give `x` in `dtype`; `x` itself if it has it. Local."""
         return x.astype(dtype, copy=False)
 
-    def complete(self) -> None:
+    def synchronize(self) -> None:
         """Wait until what was asked for has been done: no more than launching comes back from a GPU at once. Local."""
 
     def release(self) -> None:

@@ -99,7 +99,7 @@ def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begi
            ) -> Iterator[tuple[Callable[[int], None], int]]:
     """Fold all columns into `rows` of one key head, one tile after the other."""
     mine = rows, _heads(q, k, head)
-    part = State(state.acc[mine], state.max[mine], state.sum[mine])
+    part = State(state.acc[mine], state.row_max[mine], state.row_sum[mine])
     for columns, low, high, pairs in _tiles(rows, begin, end, q.shape[2] + v.shape[2]):
         tile = Tile(score, *mine, columns, low, high)
         yield partial(_fold, part, q[mine], k[columns, head], v[columns, head], tile, rooms), pairs
@@ -202,15 +202,15 @@ def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], tile:
         tile.shape(scores)
         if not tile.full:
             np.copyto(scores, -np.inf, where=tile.hidden)
-        top = np.maximum(state.max, scores.max(axis=2))
+        top = np.maximum(state.row_max, scores.max(axis=2))
         shift = np.where(top == -np.inf, dtype.type(0), top)      # -inf - -inf would be NaN
         scores -= shift[..., None]
         weights = np.exp(scores, out=scores)
-        shrink = np.exp(state.max - shift)
+        shrink = np.exp(state.row_max - shift)
         state.acc *= shrink[..., None]
-        state.sum *= shrink
-        state.max[...] = top
-        state.sum += weights.sum(axis=2)
+        state.row_sum *= shrink
+        state.row_max[...] = top
+        state.row_sum += weights.sum(axis=2)
         if tile.score.dropout:
             weights *= tile.kept(dtype)
         if tile.full or np.isfinite(v).all():

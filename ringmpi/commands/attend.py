@@ -15,8 +15,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..environment import command_line, launched_rank, launched_sizes, shows_on_terminal
-from .options import add_attention, add_backend, check_mask, positive, seconds
+from ..environment import command_line, launched_rank, launched_sizes, stderr_is_terminal
+from .options import add_attention, add_backend, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
     from ..job.attend import Options
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
-    parser.set_defaults(check=functools.partial(check_mask, parser.error), collective=True)
+    parser.set_defaults(check=functools.partial(refuse_idle_options, parser.error), collective=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
         return _predict(arguments, options)
-    with nullcontext() if arguments.quiet else Display(shows_on_terminal()) as display:
+    with nullcontext() if arguments.quiet else Display(stderr_is_terminal()) as display:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
             expect_ranks=arguments.expect_ranks, force=arguments.force, display=display, json_path=arguments.json,
@@ -68,14 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace, options: Options) -> int:
     from ..checks import check_threads
     from ..job.attend import check_paths, inspect
-    from ..job.memory import predict
+    from ..job.memory import predict_memory
     if launched_rank():
         return 0
     check_threads(arguments.threads)
     sizes = inspect(arguments.input, options)
     check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
-    parts = predict(sizes, ranks, options)
+    parts = predict_memory(sizes, ranks, options)
     print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():

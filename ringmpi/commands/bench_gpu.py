@@ -22,7 +22,7 @@ import numpy as np
 
 from ..backends import open_backend
 from ..device import Device, open_device
-from ..environment import refuse_many
+from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
 from ..softmax import accumulator, check_dtype
@@ -36,7 +36,7 @@ Timed = Callable[[], float]      # runs once; gives seconds
 
 def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
-    refuse_many("bench kernel")
+    require_single_process("bench kernel")
     chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
     device = open_device(0)
     backend = open_backend("cuda", 1, device)
@@ -100,7 +100,7 @@ def _ours(case: Case, backend: Any, device: Device, keys: int) -> Timed:
     """Give a run of our kernel: state from memory, the first `keys` keys, state to memory."""
     kind = accumulator(case.q.dtype)
     state = backend.new_state(len(case.q), case.heads, case.dim, kind)
-    q, k, v = (backend.place(x) for x in (case.q, case.k, case.v))
+    q, k, v = (backend.to_device(x) for x in (case.q, case.k, case.v))
     begin, end = (np.minimum(x, keys) for x in (case.begin, case.end))
 
     def run() -> float:
@@ -117,12 +117,12 @@ def _our_gradient(case: Case, backend: Any, device: Device) -> Timed:
     """Give a run of our backward pass, from the result of the forward pass on."""
     kind = accumulator(case.q.dtype)
     state = backend.new_state(len(case.q), case.heads, case.dim, kind)
-    q, k, v, dout = (backend.place(x) for x in (case.q, case.k, case.v, case.dout))
+    q, k, v, dout = (backend.to_device(x) for x in (case.q, case.k, case.v, case.dout))
     block = case.begin, case.end, Score(case.scale)
     for _ in backend.accumulate(state, q, k, v, *block):
         pass
     out, lse = backend.empty(q.shape, q.dtype), backend.empty(q.shape[:2], kind)
-    backend.finish(state, backend.place(case.end > case.begin), out, lse)
+    backend.finish(state, backend.to_device(case.end > case.begin), out, lse)
     dq, dk, dv = (backend.empty(x.shape, kind) for x in (q, k, v))
 
     def launch() -> Any:

@@ -31,7 +31,7 @@ SLEEPS = (1.0, 3.0)          # seconds that the last rank sleeps while the other
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
     world = comm_world(arguments.timeout)
-    comm = mpi.private(world, arguments.timeout, exclusive=True)
+    comm = mpi.private_comm(world, arguments.timeout, exclusive=True)
     bench = _Bench(arguments, world, comm)
     rows = []
     for name, ours, peer_name, peer in bench.runs():
@@ -67,7 +67,7 @@ def _time(comm: mpi.Comm, call: Call, count: int, timeout: float) -> tuple[float
     start = time.perf_counter()
     apart = sum(call() or 0.0 for _ in range(count))
     taken = time.perf_counter() - start
-    net, gross = comm.share([(taken - apart) / count, taken / count], timeout).max(axis=0).tolist()
+    net, gross = comm.allgather([(taken - apart) / count, taken / count], timeout).max(axis=0).tolist()
     return net, gross
 
 
@@ -157,7 +157,7 @@ class _Bench:
         """Give the largest share of a core that a rank takes, after a second, which waits for one that sleeps."""
         short, long = (self._wait_for_the_last(seconds) for seconds in SLEEPS)
         share = (long - short) / (SLEEPS[1] - SLEEPS[0])
-        return float(self.comm.share([share], self.arguments.timeout)[:-1].max(initial=0.0))
+        return float(self.comm.allgather([share], self.arguments.timeout)[:-1].max(initial=0.0))
 
     def _wait_for_the_last(self, seconds: float) -> float:
         """Wait for the last rank, which sleeps so long; give the processor time that it took."""

@@ -17,7 +17,7 @@ from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
 from ..engine import Engine
-from ..environment import cores, use_cores
+from ..environment import cores, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
@@ -31,7 +31,7 @@ TRANSFER = "transfer"
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
     world = comm_world(arguments.timeout)
-    bench = _Bench(arguments, world, mpi.private(world, arguments.timeout, exclusive=True))
+    bench = _Bench(arguments, world, mpi.private_comm(world, arguments.timeout, exclusive=True))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):
         for name, call in runs.items():
@@ -48,12 +48,12 @@ class _Bench:
         self.arguments, self.comm = arguments, comm
         self.dtype = check_dtype(arguments.dtype, "--dtype")
         self.figures: dict[str, list[NDArray[np.float64]]] = {}
-        with comm.together(arguments.timeout):
+        with comm.raise_on_all(arguments.timeout):
             self.threads = check_threads(arguments.threads) or comm.threads
-        records = comm.share([self.threads, comm.leader], arguments.timeout)
+        records = comm.allgather([self.threads, comm.leader], arguments.timeout)
         self.one_node = len(set(records[:, 1])) == 1
         self.all_threads = int(records[:, 0].sum())
-        everyone = comm.share_text(json.dumps(sorted(cores())), arguments.timeout)
+        everyone = comm.allgather_text(json.dumps(sorted(cores())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
                              arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
@@ -74,7 +74,7 @@ class _Bench:
         shape = n, self.arguments.heads, self.arguments.dim
         arrays = [rng.standard_normal(shape, np.float32).astype(self.dtype) for _ in range(3)]
         with self.engine.backend.current():
-            return [self.engine.backend.place(x) for x in arrays]
+            return [self.engine.backend.to_device(x) for x in arrays]
 
     def runs(self) -> dict[str, Callable[[], Trace]]:
         """Give calls by name: the layouts, the blocks going round without arithmetic, one rank with all threads."""
@@ -90,11 +90,11 @@ class _Bench:
 
             def one_rank() -> Trace:
                 before = cores()
-                use_cores(self.all_cores)
+                set_affinity(self.all_cores)
                 try:
                     return alone()
                 finally:
-                    use_cores(before)
+                    set_affinity(before)
             runs[ALONE] = one_rank if rank == 0 else lambda: Trace()
         return runs
 
@@ -118,7 +118,7 @@ class _Bench:
         shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
         ring, backend = self.engine.ring, self.engine.backend
-        with self.comm.together(self.arguments.timeout), backend.current():
+        with self.comm.raise_on_all(self.arguments.timeout), backend.current():
             ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
         hops = [self.comm.size - 1] * self.comm.size
 
@@ -132,20 +132,20 @@ class _Bench:
 
     def time(self, name: str, call: Callable[[], Trace]) -> None:
         """Run once, all ranks starting together."""
-        self.comm.share([0], self.arguments.timeout)
+        self.comm.allgather([0], self.arguments.timeout)
         start, busy = time.perf_counter(), time.process_time()
         trace = call()
         taken, busy = time.perf_counter() - start, time.process_time() - busy
         self.figures.setdefault(name, []).append(np.array(
             [taken, trace.compute_seconds, trace.wait_seconds, trace.flop, trace.bytes_sent, busy]))
-        self.comm.share([0], self.arguments.timeout)
+        self.comm.allgather([0], self.arguments.timeout)
 
     def rows(self) -> list[dict[str, Any]]:
         """Medians over the runs but the first, put together from all ranks; on rank 0 alone."""
         medians = {}
         for name, runs in self.figures.items():
             mine = [statistics.median(column) for column in zip(*(run.tolist() for run in runs[1:]), strict=True)]
-            medians[name] = self.comm.share(np.array(mine), self.arguments.timeout)
+            medians[name] = self.comm.allgather(np.array(mine), self.arguments.timeout)
         seconds = {name: float(figures[:, 0].max()) for name, figures in medians.items()}
         transfer, all_moved = seconds.pop(TRANSFER, 0.0), float(medians.get(TRANSFER, np.zeros((1, 6)))[:, 4].sum())
         rows = []

@@ -12,7 +12,7 @@ import functools
 from dataclasses import asdict
 from pathlib import Path
 
-from .options import add_attention, check_mask, natural, positive
+from .options import add_attention, natural, positive, refuse_idle_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,16 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=positive, default=64, metavar="N", help="rows to recompute (default: 64)")
     parser.add_argument("--seed", type=natural, default=0, metavar="S", help="which rows (default: 0)")
     add_attention(parser, recorded=True)
-    parser.set_defaults(check=functools.partial(check_mask, parser.error))
+    parser.set_defaults(check=functools.partial(refuse_idle_options, parser.error))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi check`; return the exit code."""
-    from ..environment import refuse_many
+    from ..environment import require_single_process
     from ..files.shards import verify
     from ..job.attend import Options
     from ..job.audit import audit
-    refuse_many("check")
+    require_single_process("check")
     manifest = verify(arguments.output)
     recorded = asdict(Options.from_record(manifest.record.get("options", {})))
     options = recorded | {name: value for name, value in vars(arguments).items() if name in recorded}

@@ -52,10 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..mpi.world import comm_world
     if arguments.backend == "cuda":
         device.choose_early()
-    comm = mpi.private(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
+    comm = mpi.private_comm(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
-        folder = Path(comm.share_text(str(arguments.keep or temporary), arguments.timeout)[0])
-        with comm.together(arguments.timeout):
+        folder = Path(comm.allgather_text(str(arguments.keep or temporary), arguments.timeout)[0])
+        with comm.raise_on_all(arguments.timeout):
             if comm.rank == 0:
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         longest = max(arguments.contexts)
         for context in sorted(set(arguments.contexts)):
             text = _attend(arguments, comm, folder, context, longest - context)
-        with comm.together(arguments.timeout):
+        with comm.raise_on_all(arguments.timeout):
             if comm.rank == 0:
                 print(_quote(text, folder / f"text-{longest}.h5", folder / f"out-{longest}.h5", arguments.queries))
     return 0
@@ -76,7 +76,7 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
     from .demo_text import read_text, standard_library, write_text
     source, target = folder / f"text-{context}.h5", folder / f"out-{context}.h5"
     text = None
-    with comm.together(arguments.timeout):
+    with comm.raise_on_all(arguments.timeout):
         if comm.rank == 0:
             paths = arguments.paths or [standard_library()]
             text = read_text(paths, start, context + arguments.queries)
@@ -85,7 +85,7 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
                       gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing,
                       bfloat16_products=arguments.bfloat16_products)
     report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
-    with comm.together(arguments.timeout):
+    with comm.raise_on_all(arguments.timeout):
         if text is not None:
             right, found = _score(text, target, arguments.queries)
             print(f"{context:>9,} {right:>10.1%} {found:>15.1%} {report.attend_seconds:>9.2f} s {report.gflops:>8.1f} "
@@ -102,8 +102,8 @@ def _results(target: Path) -> tuple[Any, Any]:
 
 def _score(text: Text, target: Path, queries: int) -> tuple[float, float]:
     """Share of next bytes that are right, and of queries whose longest context was found."""
-    from .demo_text import ORDERS, predict
-    guess, head = predict(*_results(target))
+    from .demo_text import ORDERS, predict_bytes
+    guess, head = predict_bytes(*_results(target))
     truth = text.data[len(text.data) - queries + 1:]
     return float((guess[:-1] == truth).mean()), float((head == len(ORDERS) - 1).mean())
 
@@ -112,10 +112,10 @@ def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
     """Quote the query that found its longest context farthest back: where, and what came back."""
     import numpy as np
 
-    from .demo_text import ORDERS, predict, strongest
+    from .demo_text import ORDERS, predict_bytes, strongest
     if text is None:
         return ""
-    guess, head = predict(*_results(target))
+    guess, head = predict_bytes(*_results(target))
     first = len(text.data) - queries
     letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
     right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:])

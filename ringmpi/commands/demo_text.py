@@ -185,7 +185,7 @@ def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force
         file.attrs["orders"] = ORDERS
 
 
-def predict(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[np.int64]]:
+def predict_bytes(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[np.int64]]:
     """Read the next byte off the results: the longest context that was found decides. Local.
 
     Parameters

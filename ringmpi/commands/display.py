@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..environment import launched_sizes, resident_bytes
 from ..job.attend import Start
-from ..job.memory import count_pairs, predict, predict_seconds
+from ..job.memory import count_pairs, predict_memory, predict_seconds
 from ..phases import LOGGER
 
 TICK_SECONDS = 0.25
@@ -159,7 +159,7 @@ class _Listener(logging.Handler):
 def describe(start: Start, pairs: list[int]) -> list[str]:
     """Say what begins, on what, and what it will take; and whether one rank is perhaps one by accident. Local."""
     sizes, ranks = start.sizes, len(start.hosts)
-    memory = predict(sizes, ranks, start.options, resident_bytes())["total"] / 2**20
+    memory = predict_memory(sizes, ranks, start.options, resident_bytes())["total"] / 2**20
     seconds = predict_seconds(pairs, sizes, start.threads, start.backend)
     time_needed = f", {_rough(seconds)}" if seconds else ""
     lines = [f"{_many(ranks, 'rank')} on {_hosts(start.hosts)}, {_each(start.threads)} ({start.backend}); "

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi make`; return the exit code."""
-    from ..environment import refuse_many
-    refuse_many("make")
+    from ..environment import require_single_process
+    require_single_process("make")
     if arguments.queries is None:
         arguments.queries = arguments.tokens
     return _random(arguments) if arguments.kind == "random" else _text(arguments)

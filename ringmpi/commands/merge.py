@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi merge`; return the exit code."""
-    from ..environment import refuse_many
-    from ..files.shards import merge
-    refuse_many("merge")
-    merge(arguments.output, arguments.single, arguments.force)
+    from ..environment import require_single_process
+    from ..files.shards import merge_shards
+    require_single_process("merge")
+    merge_shards(arguments.output, arguments.single, arguments.force)
     return 0

@@ -101,7 +101,7 @@ def add_products(parser: Any) -> None:
                              "the weights too (default: RINGMPI_BFLOAT16_PRODUCTS, else widened)")
 
 
-def check_mask(parser_error: Any, arguments: argparse.Namespace) -> None:
+def refuse_idle_options(parser_error: Any, arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     if arguments.prefix is not None and not arguments.causal:
         parser_error("--prefix widens only --causal, which is not given")

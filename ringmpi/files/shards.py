@@ -211,7 +211,7 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def merge(path: str | os.PathLike[str], single: str | os.PathLike[str], force: bool = False) -> None:
+def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], force: bool = False) -> None:
     """Copy a sharded output, checked, into one plain file. Local.
 
     Raises

@@ -268,18 +268,18 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     if options.backend == "cuda":
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
     world = comm_world(timeout, expect_ranks)
-    comm = mpi.private(world, timeout, exclusive=True)
+    comm = mpi.private_comm(world, timeout, exclusive=True)
     clock = Clock()
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
-    comm.agree_on(asked, timeout)
-    output = Output(target, comm.share_text(uuid.uuid4().hex[:12], timeout)[0], force)
+    comm.check_same_options(asked, timeout)
+    output = Output(target, comm.allgather_text(uuid.uuid4().hex[:12], timeout)[0], force)
     with comm.telling(), ExitStack() as files:
-        with comm.together(timeout):
+        with comm.raise_on_all(timeout):
             file, found, sizes = files.enter_context(datasets(source, options))
             mask = make_mask(file, options, sizes.n_k)
             of_heads = read_heads(file, options, sizes.heads)
-        comm.agree_on(asdict(sizes), timeout)
-        with comm.together(timeout):
+        comm.check_same_options(asdict(sizes), timeout)
+        with comm.raise_on_all(timeout):
             if comm.rank == 0:
                 check_paths(source, target, json_path, force)
                 output.prepare()
@@ -300,7 +300,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
                       "backend": attention.backend.name, "options": asdict(options), **_products(attention),
                       **_gpus(attention)}
             first = Contiguous.even(sizes.n_q, comm.size).starts[comm.rank]
-            with clock.phase("write", f"writing {target}"), comm.together(timeout):
+            with clock.phase("write", f"writing {target}"), comm.raise_on_all(timeout):
                 line = json.dumps(asdict(output.write(comm.rank, first, out, lse)))
         except BaseException:
             output.discard(comm.rank)         # rank 0 can't have published: it needs this rank's line
@@ -315,7 +315,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
 def _start(comm: mpi.Comm, start: Start, attention: RingAttention) -> Start:
     """Complete what is known at the start by the hosts and threads of all ranks. Collective over *comm*."""
     mine = json.dumps([socket.gethostname(), attention.backend.threads])
-    everyone = [json.loads(text) for text in comm.share_text(mine, attention.timeout)]
+    everyone = [json.loads(text) for text in comm.allgather_text(mine, attention.timeout)]
     return replace(start, hosts=[host for host, _ in everyone], threads=[threads for _, threads in everyone])
 
 
@@ -336,9 +336,9 @@ def _publish(output: Output, comm: mpi.Comm, line: str, rows: dict[str, Array], 
              timeout: float) -> None:
     """Exchange the lines of the manifest; rank 0 publishes."""
     try:
-        shards = [Shard(**json.loads(text)) for text in comm.share_text(line, timeout)]
+        shards = [Shard(**json.loads(text)) for text in comm.allgather_text(line, timeout)]
         shapes = {name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
-        with clock.phase("write", f"writing {output.path}"), comm.together(timeout):
+        with clock.phase("write", f"writing {output.path}"), comm.raise_on_all(timeout):
             if comm.rank == 0:
                 output.publish(shards, shapes, record)
     except RingError as error:
@@ -355,8 +355,8 @@ def _write_record(path: Path | None, comm: mpi.Comm, attention: RingAttention, r
     mine = {"host": socket.gethostname(), "phases": clock.phases, "peak_bytes": resident_bytes(peak=True),
             "threads": attention.backend.threads, "clock_offset": clock_offset(comm, timeout),
             **attention.trace.as_dict()}
-    details = [json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)]
-    with comm.together(timeout):
+    details = [json.loads(text) for text in comm.allgather_text(json.dumps(mine), timeout)]
+    with comm.raise_on_all(timeout):
         if path and comm.rank == 0:
             write_json(path, {**record, "mpi": library(), **asdict(report), "gflops": report.gflops,
                               "per_rank": details})
@@ -375,8 +375,8 @@ def _compute(world: Any, comm: mpi.Comm, attention: RingAttention, found: list[h
 
     with clock.phase("attend", "attending"), display.attending(comm.progress_of_all) if display else nullcontext():
         out, lse = attention(*arrays, sinks=sinks, return_lse=True, progress=report)
-        with comm.together(attention.timeout), attention.backend.current():
-            out, lse = attention.backend.fetch(out), attention.backend.fetch(lse)
+        with comm.raise_on_all(attention.timeout), attention.backend.current():
+            out, lse = attention.backend.to_numpy(out), attention.backend.to_numpy(lse)
     clock.apart("compile", "attend", attention.trace.compile_seconds)
     del arrays
     attention.close()                         # its buffers go before the result is copied
@@ -394,20 +394,20 @@ def _read(world: Any, comm: mpi.Comm, attention: RingAttention, dataset: h5py.Da
     shape, dtype = (count, *dataset.shape[1:]), stored_dtype(dataset, RAW_DTYPE)     # as `datasets` has allowed
     reading = f"reading {dataset.file.filename}"
     if attention.layout == "contiguous":
-        with clock.phase("read", reading), comm.together(attention.timeout), backend.current():
-            return backend.gather(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
-    with clock.phase("read", reading), comm.together(attention.timeout):
+        with clock.phase("read", reading), comm.raise_on_all(attention.timeout), backend.current():
+            return backend.read_rows(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
+    with clock.phase("read", reading), comm.raise_on_all(attention.timeout):
         shard = read_rows(dataset, start, start + count, RAW_DTYPE)
     with clock.phase("redistribute", f"redistributing {dataset.name}"):
         shard = redistribute(shard, comm=world, target=attention.layout, timeout=attention.timeout)
-        with comm.together(attention.timeout), backend.current():
-            return backend.place(shard)
+        with comm.raise_on_all(attention.timeout), backend.current():
+            return backend.to_device(shard)
 
 
 def _report(comm: mpi.Comm, sizes: Sizes, trace: Any, clock: Clock, timeout: float) -> Report:
-    counts = comm.share(np.array([trace.pairs, trace.flop, trace.bytes_sent, resident_bytes(peak=True)]), timeout)
+    counts = comm.allgather(np.array([trace.pairs, trace.flop, trace.bytes_sent, resident_bytes(peak=True)]), timeout)
     names = sorted(clock.phases)
-    seconds = comm.share(np.array([trace.compute_seconds, trace.wait_seconds, *(clock.phases[n] for n in names)]),
+    seconds = comm.allgather(np.array([trace.compute_seconds, trace.wait_seconds, *(clock.phases[n] for n in names)]),
                          timeout).max(axis=0)
     phases = dict(zip(names, seconds[2:].tolist(), strict=True))
     pairs, flop, moved = (sum(map(int, column)) for column in counts[:, :3].T)

@@ -135,7 +135,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, raw: str | None, bounds: list
             seen |= end > begin
             for _ in backend.accumulate(state, q, keys, values, begin, end, score.of_keys(np.arange(start, stop))):
                 pass
-    out, lse = np.empty_like(state.acc), np.empty_like(state.max)
+    out, lse = np.empty_like(state.acc), np.empty_like(state.row_max)
     finish(state, seen, out, lse)
     backend.close()
     return out, lse, longest

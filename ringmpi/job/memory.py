@@ -22,7 +22,7 @@ LANE_FLOP = {"numpy": 4 * 0.4, "numba": 4 * 0.75}
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
 
 
-def predict(sizes: Sizes, ranks: int, options: Options, resident: int | None = None) -> dict[str, int]:
+def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | None = None) -> dict[str, int]:
     """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
 
     Parameters

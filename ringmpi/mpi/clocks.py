@@ -45,6 +45,6 @@ def _ask(comm: Comm, timeout: float) -> tuple[float, float]:
 
 
 def _message(comm: Comm, call: str, clock: np.ndarray, peer: int, timeout: float) -> None:
-    request = comm.starter(call, peer, 0)(clock.view(np.uint8))
+    request = comm.message_starter(call, peer, 0)(clock.view(np.uint8))
     comm.wait([request], timeout, lambda: f"{comm.name()} waited for rank {peer} to compare clocks",
               peers=lambda: (peer,))

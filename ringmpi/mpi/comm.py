@@ -160,7 +160,7 @@ class Comm:
         duplicate.Set_errhandler(mpi.ERRORS_RETURN)
         self.comm = duplicate
         self._notices = Notices(mpi, duplicate, [""] * self.size) if self.size > 1 else None
-        nodes = [json.loads(text) for text in self.share_text(
+        nodes = [json.loads(text) for text in self.allgather_text(
             json.dumps([socket.gethostname(), boot_id(), sorted(cores())]), timeout, "its first call")]
         if self._notices:
             self._notices.hosts = [host for host, _, _ in nodes]
@@ -210,7 +210,7 @@ class Comm:
         except RingError:                # agreed, or told already
             raise
         except BaseException as error:   # an interrupt between two exchanges, say
-            self.fail(error, [])
+            self.give_up(error, [])
             raise
         finally:
             self._turn.release()
@@ -288,7 +288,7 @@ class Comm:
                 else:
                     os.sched_yield()
         except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
-            self.fail(error, requests)
+            self.give_up(error, requests)
             raise
         finally:
             self._waits_since, self._peers = None, tuple         # what `peers` refers to may go
@@ -312,7 +312,7 @@ class Comm:
             return f"{where}, computing", None
         return f"{where}, waiting for {time.perf_counter() - self._waits_since:.1f} s", self._peers()
 
-    def starter(self, call: str, peer: int, tag: int) -> Callable[[Any], Any]:
+    def message_starter(self, call: str, peer: int, tag: int) -> Callable[[Any], Any]:
         """Give what starts a message of a buffer and gives its request; `call` is ``"Isend"`` or ``"Irecv"``. Local."""
         start, byte = getattr(self.comm, call), load().BYTE
         return lambda buffer: start([buffer, byte], peer, tag)
@@ -345,7 +345,7 @@ class Comm:
             codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
             reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
             lost = RankLost(f"{describe()}; MPI reports: {reason}")
-            self.fail(lost, requests)
+            self.give_up(lost, requests)
             raise lost from error
         self.heed(describe, requests)
         return False, busy
@@ -354,7 +354,7 @@ class Comm:
         """Read what other ranks have to say; raise `RankLost` if one gave up."""
         told = self._notices.read(self._state) if self._notices else ""
         if told:
-            self._lose(told, list(requests))
+            self._mark_lost(told, list(requests))
             raise RankLost(f"{describe() or self.name()}; {told}")
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:
@@ -372,20 +372,20 @@ class Comm:
             if done or busy < MOVING * self._idle_seconds(len(requests)):
                 break
 
-    def fail(self, error: BaseException, requests: list[Any]) -> None:
+    def give_up(self, error: BaseException, requests: list[Any]) -> None:
         """Give up the communicator because of `error`, and tell the other ranks; one rank alone goes on. Local."""
         if not self.lost and self.size > 1:
             text = f"rank {self.rank} gave up: {str(error) or type(error).__name__}"
-            self._lose(text, requests)
+            self._mark_lost(text, requests)
             if self._notices:
                 _stranded().extend(self._notices.give_up(text))
 
-    def _lose(self, reason: str, requests: list[Any]) -> None:
+    def _mark_lost(self, reason: str, requests: list[Any]) -> None:
         """Refuse all further use. MPI may still write to the requests' buffers: they are kept for good."""
         self.lost = self.lost or reason
         _stranded().extend(requests)
 
-    def keep(self, buffers: list[Any]) -> None:
+    def keep_alive(self, buffers: list[Any]) -> None:
         """Keep for good what MPI or a GPU may still write to, after a failure. Local."""
         _stranded().extend(buffers)
 
@@ -485,7 +485,7 @@ class Comm:
         self.wait([request], timeout, lambda: f"{self.name()} waited for the other {self.size - 1} ranks to make the "
                                               f"same call, {self._call}")
 
-    def share(self, record: ArrayLike, timeout: float, call: str = "") -> NDArray[Any]:
+    def allgather(self, record: ArrayLike, timeout: float, call: str = "") -> NDArray[Any]:
         """Gather one small array from every rank on every rank. Collective over *comm*.
 
         Parameters
@@ -510,7 +510,7 @@ class Comm:
         rows = self.exchange(call, timeout, mine.view(np.uint8))
         return np.concatenate(rows).view(mine.dtype).reshape(self.size, *mine.shape)
 
-    def share_text(self, text: str, timeout: float, call: str = "") -> list[str]:
+    def allgather_text(self, text: str, timeout: float, call: str = "") -> list[str]:
         """Gather a text from every rank on every rank. Collective over *comm*."""
         data = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
         return [row.tobytes().decode(errors="ignore") for row in self.exchange(call, timeout, data)]
@@ -524,14 +524,14 @@ class Comm:
 
     def raise_agreed(self, error: BaseException | None, timeout: float) -> NoReturn:
         """Raise the error of the lowest rank that has one, on every rank. Collective over *comm*."""
-        kind, text = ("", "") if error is None else _told(error)
+        kind, text = ("", "") if error is None else _failure_notice(error)
         reports = [json.loads(report) for report in self._texts(json.dumps([kind, text]), timeout)]
         failed = [rank for rank, (kind, _) in enumerate(reports) if kind]
         kind, text = reports[failed[0]]
         also = f" [also on rank {', '.join(map(str, failed[1:9]))}{' ...' if len(failed) > 9 else ''}]"
         raise getattr(errors, kind)(f"rank {failed[0]}: {text}{also if failed[1:] else ''}") from error
 
-    def agree_on(self, options: Mapping[str, Any], timeout: float, call: str = "") -> None:
+    def check_same_options(self, options: Mapping[str, Any], timeout: float, call: str = "") -> None:
         """Raise `OptionError` on every rank unless all bring the same options. Collective over *comm*."""
         self.exchange(call, timeout, options=options)
 
@@ -559,7 +559,7 @@ class Comm:
         return [row.tobytes().decode(errors="ignore") for row in rows]
 
     @contextmanager
-    def together(self, timeout: float) -> Iterator[None]:
+    def raise_on_all(self, timeout: float) -> Iterator[None]:
         """Run a block that may fail on some ranks; on leaving, all ranks raise or none. Collective over *comm*."""
         with self.noting() as failures:
             yield
@@ -576,7 +576,7 @@ class Comm:
         except Exception as failure:      # noqa: BLE001 (whatever it is, the other ranks must hear of it)
             failures.append(failure)
         except BaseException as failure:  # an interrupt: the other ranks must not wait for this one
-            self.fail(failure, [])
+            self.give_up(failure, [])
             raise
 
     @contextmanager
@@ -585,13 +585,13 @@ class Comm:
         try:
             yield
         except KeyboardInterrupt as failure:
-            self.fail(failure, [])
+            self.give_up(failure, [])
             raise
 
-    def by_turns(self, work: Callable[[], object], timeout: float) -> None:
+    def node_leader_first(self, work: Callable[[], object], timeout: float) -> None:
         """Run `work` on one rank of each node, and then on the others; all raise or none. Collective over *comm*."""
         for turn in (True, False):
-            with self.together(timeout):
+            with self.raise_on_all(timeout):
                 if turn is (self.rank == self.leader):
                     work()
 
@@ -607,7 +607,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-def _told(error: BaseException) -> tuple[str, str]:
+def _failure_notice(error: BaseException) -> tuple[str, str]:
     """Give the class and the text by which the other ranks hear of an error."""
     if isinstance(error, RingError):
         return type(error).__name__, str(error)[:LONGEST_TEXT]
@@ -640,7 +640,7 @@ def _keyval() -> int:
     return int(load().Comm.Create_keyval(delete_fn=_free_attribute))
 
 
-def private(comm: Any, timeout: float = TIMEOUT, exclusive: bool = False) -> Comm:
+def private_comm(comm: Any, timeout: float = TIMEOUT, exclusive: bool = False) -> Comm:
     """Give the library's communicator on `comm`, made at the first call and cached on it.
 
     Collective over *comm* at the first call, local after that.

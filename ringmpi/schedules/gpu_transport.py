@@ -56,14 +56,14 @@ def choose(comm: Comm, request: str, timeout: float) -> Transport:
     OptionError
         If the request or the variable is none of these, or ranks ask for different ones.
     """
-    with comm.together(timeout):
+    with comm.raise_on_all(timeout):
         wish, origin = _wish(request)
-    comm.agree_on({"gpu_transport": wish}, timeout)
+    comm.check_same_options({"gpu_transport": wish}, timeout)
     if wish == "staged":
         return Transport("staged", origin)
-    with comm.together(timeout):
+    with comm.raise_on_all(timeout):
         mine = cuda_awareness()
-    proven, reason = _weakest([json.loads(text) for text in comm.share_text(json.dumps(mine), timeout)])
+    proven, reason = _weakest([json.loads(text) for text in comm.allgather_text(json.dumps(mine), timeout)])
     if wish == "direct":
         return Transport("direct", f"{origin}; {reason}")
     return Transport("direct" if proven else "staged", reason)

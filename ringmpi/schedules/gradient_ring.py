@@ -100,7 +100,7 @@ class Homeward:
             self._home.begin()
             if hops[comm.rank]:
                 self._last = (comm.rank + hops[comm.rank]) % comm.size
-                self._home.receive(0, self._sizes[comm.rank], comm.starter("Irecv", self._last, 2 * TAGS))
+                self._home.receive(0, self._sizes[comm.rank], comm.message_starter("Irecv", self._last, 2 * TAGS))
 
     def open(self, step: Step) -> tuple[Array, ...]:
         """Give the arrays that this rank's share of a step is added to; the sum so far starts to come in. Local."""
@@ -111,7 +111,7 @@ class Homeward:
         for x in share:
             self._clear(x)
         if self._comes(number, source):
-            self._chain.receive(number + 1, self._sizes[source], self._comm.starter("Irecv", self._comm.source,
+            self._chain.receive(number + 1, self._sizes[source], self._comm.message_starter("Irecv", self._comm.source,
                                                                                    TAGS + (number - 1) % TAGS))
         return share
 
@@ -127,7 +127,7 @@ class Homeward:
             home = number == self._hops[source]
             self._taker = source if home else comm.dest
             tag = 2 * TAGS if home else TAGS + number % TAGS
-            self._chain.send(number, self._sizes[source], comm.starter("Isend", self._taker, tag))
+            self._chain.send(number, self._sizes[source], comm.message_starter("Isend", self._taker, tag))
 
     def finish(self) -> None:
         """Add what has come home; let go of the arrays. Local."""

@@ -349,7 +349,7 @@ class Lane:
         """Put the message of a chunk into its place. Local."""
         self.requests[chunk % self.depth] = request
 
-    def moved(self, chunk: int) -> bool:
+    def redistribute_with_layouts(self, chunk: int) -> bool:
         """Say whether the message of a chunk is done. Local."""
         return bool(self.requests[chunk % self.depth].Test())
 
@@ -367,7 +367,7 @@ class CopyOut:
     def advance(self) -> bool:
         """Do what has become possible; say whether all chunks were taken. Local."""
         lane, chunks = self._lane, self._chunks
-        while self._taken < self._sent and lane.moved(self._taken):
+        while self._taken < self._sent and lane.redistribute_with_layouts(self._taken):
             self._taken += 1
         while self._copied < len(chunks) and self._copied - self._taken < lane.depth:
             chunk = chunks[self._copied]
@@ -402,7 +402,7 @@ class CopyIn:
     def advance(self) -> bool:
         """Do what has become possible; say whether all chunks are in the slot. Local."""
         lane, chunks = self._lane, self._chunks
-        while self._received < self._posted and lane.moved(self._received):
+        while self._received < self._posted and lane.redistribute_with_layouts(self._received):
             chunk = chunks[self._received]
             lane.device.upload(chunk, lane.buffer(self._received, chunk.nbytes), lane.stream)
             lane.mark(self._received)

@@ -12,7 +12,7 @@ from ..arrays import as_host_array
 from ..checks import check_timeout
 from ..errors import OptionError, ShapeError
 from ..layout import Integers, Layout, check_spec, make, resolve
-from ..mpi.comm import TIMEOUT, Comm, load, private
+from ..mpi.comm import TIMEOUT, Comm, load, private_comm
 from ..mpi.threads import check_thread
 
 SURE_BYTES = 2**20            # what a rank always has memory for
@@ -47,15 +47,15 @@ def redistribute(x: ArrayLike, *, comm: Any, source: str | Layout = "contiguous"
     RingTimeout, RankLost
         If a rank does not take part in time, or is gone.
     """
-    return moved(x, comm, source, target, timeout)[0]
+    return redistribute_with_layouts(x, comm, source, target, timeout)[0]
 
 
-def moved(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
+def redistribute_with_layouts(x: ArrayLike, comm: Any, source: str | Layout, target: str | Layout,
           timeout: float) -> tuple[NDArray[Any], Layout, Layout]:
     """Redistribute, and give the layouts before and after, by which it is undone. Collective over *comm*."""
     check_thread()
     timeout, wrong = check_timeout(timeout)
-    ring = private(comm, timeout)
+    ring = private_comm(comm, timeout)
     with ring.one_call():
         return _moved(x, ring, source, target, timeout, wrong)
 
@@ -87,7 +87,7 @@ def _moved(x: ArrayLike, ring: Comm, source: str | Layout, target: str | Layout,
     return (shard if new == old else _exchange(shard, old, new, ring, timeout)), old, new
 
 
-def owned(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
+def owned_mask(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
     """Say which of `positions` are on `rank` under layout `by`. Local."""
     return by.count_below(positions + 1, rank) > by.count_below(positions, rank)
 
@@ -98,9 +98,9 @@ def _exchange(shard: NDArray[Any], old: Layout, new: Layout, comm: Comm, timeout
     row_bytes = int(np.prod(shard.shape[1:])) * shard.dtype.itemsize
     largest = max(*old.counts, *new.counts) * row_bytes
     # memory may run out on one rank, and the others must not wait for it
-    with comm.together(timeout) if largest > SURE_BYTES else nullcontext():
-        outgoing = [np.flatnonzero(owned(new, rank, mine)) for rank in range(comm.size)]
-        incoming = [np.flatnonzero(owned(old, rank, wanted)) for rank in range(comm.size)]
+    with comm.raise_on_all(timeout) if largest > SURE_BYTES else nullcontext():
+        outgoing = [np.flatnonzero(owned_mask(new, rank, mine)) for rank in range(comm.size)]
+        incoming = [np.flatnonzero(owned_mask(old, rank, wanted)) for rank in range(comm.size)]
         packed = shard[np.concatenate(outgoing)]
         received = np.empty((len(wanted), *shard.shape[1:]), shard.dtype)
         result = np.empty_like(received)

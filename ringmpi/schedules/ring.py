@@ -93,9 +93,9 @@ class Ring:
 
     def abandon(self, error: BaseException) -> None:
         """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
-        self.comm.fail(error, [])
+        self.comm.give_up(error, [])
         for link in self._links:
-            self.comm.keep(link.drop())
+            self.comm.keep_alive(link.drop())
 
     def circulate(self, arrays: Sequence[Any], shapes: Sequence[Sequence[tuple[int, ...]]],
                   hops: Sequence[int], trace: Trace, homeward: Homeward | None = None) -> Iterator[Block]:
@@ -143,10 +143,11 @@ class Ring:
             self.comm.place = f", ring step {number} of {size}"
             if hops[following] > number:
                 step.bytes_received = sum(sizes[following])
-                link.receive(number + 1, sizes[following], self.comm.starter("Irecv", self.comm.source, number % TAGS))
+                link.receive(number + 1, sizes[following],
+                             self.comm.message_starter("Irecv", self.comm.source, number % TAGS))
             if hops[source] > number:
                 step.bytes_sent = sum(sizes[source])
-                link.send(number, sizes[source], self.comm.starter("Isend", self.comm.dest, number % TAGS))
+                link.send(number, sizes[source], self.comm.message_starter("Isend", self.comm.dest, number % TAGS))
             if hops[source] >= number:
                 yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype),
                             homeward.open(step) if homeward else ())

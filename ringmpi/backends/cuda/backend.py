@@ -88,7 +88,7 @@ class CudaBackend(Backend):
                                    f"{advice}")
         proven.add((case, self.hopper))
 
-    def place(self, x: Any) -> Any:
+    def to_device(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.place`. Local."""
         if isinstance(x, np.ndarray):
             return self.device.array(x)
@@ -98,11 +98,11 @@ class CudaBackend(Backend):
             self.device.copy(x, askew, self.device.caller_stream())
         return x
 
-    def gather(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
+    def read_rows(self, shape: Sequence[int], dtype: np.dtype[Any], read: Callable[[int, NDArray[Any]], None]) -> Any:
         """Fill an array in the GPU's memory, by way of page-locked memory; see `Backend.gather`. Local."""
-        return self.device.gather(shape, dtype, read)
+        return self.device.read_rows(shape, dtype, read)
 
-    def fetch(self, x: Any) -> NDArray[Any]:
+    def to_numpy(self, x: Any) -> NDArray[Any]:
         """Copy a result to the host; see `Backend.fetch`. Local."""
         return self.device.host(x)
 
@@ -112,19 +112,19 @@ class CudaBackend(Backend):
 
     def reset(self, state: State, sinks: NDArray[Any] | None = None) -> None:
         """Let a state forget every key; see `Backend.reset`. Local."""
-        rows, (_, heads, dim_v), kind = state.max.size, state.acc.shape, state.acc.dtype
+        rows, (_, heads, dim_v), kind = state.row_max.size, state.acc.shape, state.acc.dtype
         kernel = self._kernel("state.cu", f"reset<{TYPES[kind]}>")
         with self.device.current():
             placed = NULL if sinks is None or not rows else self.device.array(np.ascontiguousarray(sinks, kind))
-        self._launch_over(kernel, rows * dim_v, (state.acc, state.max, state.sum, placed, np.int64(rows),
+        self._launch_over(kernel, rows * dim_v, (state.acc, state.row_max, state.row_sum, placed, np.int64(rows),
                                                  np.int32(heads), np.int32(dim_v)))
 
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
-        rows, (_, heads, dim_v) = state.max.size, state.acc.shape
+        rows, (_, heads, dim_v) = state.row_max.size, state.acc.shape
         kernel = self._kernel("state.cu", f"finish<{TYPES[out.dtype]}, {TYPES[state.acc.dtype]}>")
-        self._launch_over(kernel, rows * dim_v, (state.acc, state.max, state.sum, seen, out, lse, np.int64(rows),
-                                                 np.int32(heads), np.int32(dim_v)))
+        self._launch_over(kernel, rows * dim_v, (state.acc, state.row_max, state.row_sum, seen, out, lse,
+                                                 np.int64(rows), np.int32(heads), np.int32(dim_v)))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
@@ -153,7 +153,7 @@ class CudaBackend(Backend):
     def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
         """Begin the backward pass of queries; see `Backend.new_gradient`. Local."""
         gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq)
-        kernel = self._kernel("state.cu", f"dots<{TYPES[dout.dtype]}, {TYPES[lse.dtype]}>")
+        kernel = self._kernel("state.cu", f"row_delta<{TYPES[dout.dtype]}, {TYPES[lse.dtype]}>")
         self._launch_over(kernel, 32 * lse.size, (gradient.delta, dout, out, NULL if dlse is None else dlse,
                                                   np.int64(lse.size), np.int32(dout.shape[2])))
         self.clear(dq)
@@ -167,7 +167,7 @@ class CudaBackend(Backend):
         """Add `y` to `x`; see `Backend.add`. Local."""
         self._launch_over(self._kernel("state.cu", f"add<{TYPES[x.dtype]}>"), x.size, (x, y, np.int64(x.size)))
 
-    def rounded(self, x: Any, dtype: np.dtype[Any]) -> Any:
+    def astype(self, x: Any, dtype: np.dtype[Any]) -> Any:
         """Give `x` in `dtype`; see `Backend.rounded`. Local."""
         if x.dtype == dtype:
             return x
@@ -195,14 +195,14 @@ class CudaBackend(Backend):
             self._launch(
                 kernel.file, kernel.name, (-(-n_q * (heads // kv_heads) // kernel.rows), kv_heads, parts),
                 kernel.threads, kernel.shared_bytes,
-                (_from(target.acc, start), target.max, target.sum, q, *keys, *columns, np.int32(n_q),
+                (_from(target.acc, start), target.row_max, target.row_sum, q, *keys, *columns, np.int32(n_q),
                  np.int32(n_k), np.int32(kv_heads), np.int32(heads // kv_heads), np.int32(dim),
                  np.int32(min(kernel.columns, dim_v - start)), np.int32(dim_v), kind.type(score.scale), np.int32(width),
                  np.int32(fresh), *(() if on_hopper else (packed,))))
         if fresh:
-            self._launch("state.cu", f"merge_parts<{TYPES[kind]}>", (n_q * heads,), 256, 0,
-                         (state.acc, state.max, state.sum, target.acc, target.max, target.sum, np.int32(parts),
-                          np.int64(n_q * heads), np.int32(dim_v)))
+            self._launch("state.cu", f"combine<{TYPES[kind]}>", (n_q * heads,), 256, 0,
+                         (state.acc, state.row_max, state.row_sum, target.acc, target.row_max, target.row_sum,
+                          np.int32(parts), np.int64(n_q * heads), np.int32(dim_v)))
 
     def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
         if self.hopper and hopper.takes(self.device, q, k, v, score):
@@ -274,7 +274,7 @@ class CudaBackend(Backend):
     def _parts(self, count: int, state: State) -> State:
         """Give room for `count` states like `state`, one after the other."""
         kind = state.acc.dtype
-        sizes = [count * x.size for x in (state.acc, state.max, state.sum)]
+        sizes = [count * x.size for x in (state.acc, state.row_max, state.row_sum)]
         room = self._buffer("parts", sum(sizes), kind)
         edges = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
         return State(*(room[a:b] for a, b in itertools.pairwise(edges)))
@@ -318,7 +318,7 @@ class CudaBackend(Backend):
             with self.device.current():
                 self.device.launch(kernel, (blocks,), 256, 0, arguments, self.device.caller_stream())
 
-    def complete(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the GPU; see `Backend.complete`. Local."""
         self.device.record(self.device.caller_stream()).synchronize()
 

@@ -74,23 +74,23 @@ class Proof:
         """Give the result and lse. Local."""
         state = backend.new_state(self.n_q, HEADS, self.dim_v, self.accumulator)
         backend.reset(state, None if self.plain else np.linspace(-1, 1, HEADS))
-        q, k, v = (backend.place(x) for x in (q, k, v))
+        q, k, v = (backend.to_device(x) for x in (q, k, v))
         self._finish(backend.accumulate(state, q, k, v, *self._columns(), self._score()))
         out = backend.empty((self.n_q, HEADS, self.dim_v), self.dtype)
         lse = backend.empty((self.n_q, HEADS), self.accumulator)
-        backend.finish(state, backend.place(np.ones(self.n_q, bool)), out, lse)
-        return [backend.fetch(x) for x in (out, lse)]
+        backend.finish(state, backend.to_device(np.ones(self.n_q, bool)), out, lse)
+        return [backend.to_numpy(x) for x in (out, lse)]
 
     def gradient(self, backend: Backend, *inputs: NDArray[Any]) -> Arrays:
         """Give the gradients of q, k and v, from q, k, v, dout, out and lse. Local."""
-        q, k, v, dout, out, lse = (backend.place(x) for x in inputs)
+        q, k, v, dout, out, lse = (backend.to_device(x) for x in inputs)
         dq, dk, dv = made = [backend.empty(x.shape, self.accumulator) for x in (q, k, v)]
         gradient = backend.new_gradient(dout, out, lse, lse, dq)         # of the cotangents for lse, any will do
         for x in (dk, dv):
             backend.clear(x)
         self._finish(backend.backward(gradient, q, k, v, dk, dv, *self._columns(), self._score()))
         backend.add(dk, dk)
-        return [backend.fetch(backend.rounded(x, self.dtype)) for x in made]
+        return [backend.to_numpy(backend.astype(x, self.dtype)) for x in made]
 
     def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return np.zeros(self.n_q, np.int64), self.n_k - 1 - np.arange(self.n_q)[::-1]

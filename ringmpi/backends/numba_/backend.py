@@ -30,7 +30,7 @@ from ...device import Device
 from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
-from ...softmax import BFLOAT16, Gradient, State, merge
+from ...softmax import BFLOAT16, Gradient, State, combine
 from ..base import Backend
 from ..products import PRODUCTS, bits
 from ..team import Task, Team
@@ -78,9 +78,10 @@ class NumbaBackend(Backend):
             state, key = State.empty(1, 1, some, accumulator), _key(block)
             rows, packed = Rows(*key), Packed(*key).reserve(1, 1)
             compile_for(pack_tiles, block.k, block.v, 0, 1, 0, 1, packed)
-            compile_for(fold_keys, (state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end,
-                        block.scale, block.shape(rows.traits), (0, 1, 0, 1), (0, 0, 1, True, True), packed, True,
-                        rows.work)
+            sums = state.acc, state.row_max, state.row_sum
+            compile_for(fold_keys, sums, block.q, block.k, block.v, block.begin,
+                        block.end, block.scale, block.shape(rows.traits), (0, 1, 0, 1), (0, 0, 1, True, True), packed,
+                        True, rows.work)
 
     def _prepare_backward(self, x: Array, none: Integers, score: Score, kind: np.dtype[Any]) -> None:
         block, room, slope = Block(kind, x, x, x, none, none + 1, score), BackRoom(1, 1, kind, 1), kind.type(1)
@@ -183,19 +184,19 @@ class NumbaBackend(Backend):
         edges = [block.first + i * tiles // count * packed.tile for i in range(count)] + [block.last]
         step = min(_step(block, block.rows * together, packed),
                    max(1, STEP_BYTES // (packed.tile_bytes * together)) * packed.tile)
-        parts = State(*(np.empty((count, *x.shape), x.dtype) for x in (state.acc, state.max, state.sum)))
+        parts = State(*(np.empty((count, *x.shape), x.dtype) for x in (state.acc, state.row_max, state.row_sum)))
         parts.reset()
         tasks = []
         for i, (start, stop) in enumerate(itertools.pairwise(edges)):
             area = int(block.areas(start, stop, block.rows)[0])
-            part = State(parts.acc[i], parts.max[i], parts.sum[i]) if count > 1 else state
+            part = State(parts.acc[i], parts.row_max[i], parts.row_sum[i]) if count > 1 else state
             for head in range(0, block.heads if area else 0, together):
                 heads = min(together, block.heads - head)
                 tasks.append(self._fold(block, part, (head, heads, 0, block.rows), range(start, stop, step), stop,
                                         area * heads, None))
         yield from self._team.run(tasks)
         if count > 1:
-            merge(state, parts)
+            combine(state, parts)
 
     def _pack(self, block: Block, start: int, stop: int, first: int, last: int, packed: tuple[Any, ...]) -> Task:
         return Task(last - first, [(lambda thread: pack_tiles(block.k, block.v, start, stop, first, last, packed), 0)])
@@ -206,8 +207,8 @@ class NumbaBackend(Backend):
         def call(thread: int, start: int) -> None:
             mine = self._rows[thread]
             columns = starts[0], start, min(start + starts.step, stop), start == starts[0], start == starts[-1]
-            fold_keys((state.acc, state.max, state.sum), block.q, block.k, block.v, block.begin, block.end, block.scale,
-                      block.shape(mine.traits), rows, columns,
+            fold_keys((state.acc, state.row_max, state.row_sum), block.q, block.k, block.v, block.begin, block.end,
+                      block.scale, block.shape(mine.traits), rows, columns,
                       packed or mine.private, packed is None, mine.work)
 
         count = len(starts)
