@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,9 @@ from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
 from .mpi.comm import TIMEOUT
-from .softmax import DTYPES, check_dtype
+from .softmax import check_dtype
 
 Array = NDArray[Any]
-
-# What each rank says before the first message: of the call and then of the shapes what must be equal on all ranks, and
-# then what may differ.
-CALL = ("number of the call that is differentiated", "seed")
-EQUAL = (*CALL, "batch axis", "batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "place (0 the host, 1 a GPU)",
-         "sinks (0 none, 1 given)")
-RECORD = (*EQUAL, "tokens of q", "tokens of k and v", "GPU")
-
 
 def check_arrays(q: Array, k: Array, v: Array) -> bool:
     """Check that q, k and v go together; say whether they have a batch axis. Local.
@@ -40,42 +31,6 @@ def check_arrays(q: Array, k: Array, v: Array) -> bool:
             raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
     check_shapes(q.shape, k.shape, v.shape)
     return q.ndim == 4
-
-
-def column(records: NDArray[np.int64], name: str) -> NDArray[np.int64]:
-    """Give what each rank says under a name of `RECORD`. Local."""
-    return records[:, RECORD.index(name)]
-
-
-def check_records(records: NDArray[np.int64]) -> None:
-    """Check that the arrays of all ranks go together: one row of `RECORD` for each rank. Local.
-
-    Raises
-    ------
-    ShapeError, DtypeError, OptionError
-        If one differs from that of rank 0.
-    """
-    if (records[:, :len(EQUAL)] == records[0, :len(EQUAL)]).all():
-        return
-    for name in EQUAL:
-        values = column(records, name)
-        for rank in np.flatnonzero(values != values[0]):
-            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (values[rank], values[0]))
-            raise (DtypeError if name == "dtype" else OptionError if name in CALL else ShapeError)(
-                f"rank {rank}: expected the same {name} on every rank, got {got} here and {want} on rank 0")
-
-
-def warn_of_order(records: NDArray[np.int64]) -> None:
-    """Warn if the arrays of all ranks look like (heads, tokens, dim), as torch has them. Local.
-
-    More than 64 heads, and more heads than tokens in all, are rarely meant.
-    """
-    for many, few in (("heads", "tokens of q"), ("kv_heads", "tokens of k and v")):
-        if not 64 < column(records, many)[0] > column(records, few).sum() > 0:
-            return
-    heads, tokens = column(records, "heads")[0], column(records, "tokens of q").sum()
-    warnings.warn(f"q, k and v: {heads} heads and {tokens} tokens in all, which looks like (heads, tokens, dim); "
-                  "expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant", stacklevel=2)
 
 
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:

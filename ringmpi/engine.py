@@ -1,4 +1,4 @@
-"""What a rank computes with: a backend where the arrays are, and the ring whose link moves blocks in that memory.
+"""What a rank computes with: a backend where the arrays are, and the schedule whose links move blocks in that memory.
 
 Calls on one communicator come one after the other, so its objects share what they compute with: a model of many layers
 has the buffers of one.
@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -19,18 +20,19 @@ from numpy.typing import NDArray
 from . import device
 from .backends import HOST_NAMES, open_backend
 from .backends.base import Backend
+from .call import ON_HOST
 from .environment import hopper_kernel, launched_local_rank
 from .errors import BackendError
 from .mpi.comm import Comm
 from .phases import phase
+from .schedules import make
+from .schedules.base import Schedule
+from .schedules.device_links import DirectLink, StagedLink
 from .schedules.gpu_transport import Transport, choose
-from .schedules.gradient_ring import Homeward
-from .schedules.links import DirectLink, HostLink, StagedLink
-from .schedules.ring import Ring
+from .schedules.links import HostLink, Link
 from .softmax import State
 
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
-ON_HOST = -1                         # where host arrays are, among the indices of GPUs
 NO_FACTS = np.zeros(4, np.int64).view(np.uint8)      # of a rank that has failed
 
 
@@ -52,18 +54,17 @@ class Workspace:
         self.backend = backend
         self.number = number
         self.users = 0
-        self._rings: dict[str, tuple[Ring, Homeward]] = {}
+        self._schedules: dict[tuple[str, str], Schedule] = {}
         self._states: tuple[Any, list[State]] = (None, [])
 
-    def ring(self, transport: str) -> tuple[Ring, Homeward]:
-        """Give the ring, and what takes gradients home, over links of a kind: host, direct or staged."""
-        if transport not in self._rings:
-            new_link: Callable[..., HostLink] = HostLink
+    def schedule(self, name: str, transport: str) -> Schedule:
+        """Give a schedule, over links of a kind: host, direct or staged."""
+        if (name, transport) not in self._schedules:
+            new_link: Callable[[], Link] = HostLink
             if transport != "host":
                 new_link = partial(DirectLink if transport == "direct" else StagedLink, self.backend.device)
-            self._rings[transport] = (Ring(self._comm, 0.0, new_link()),
-                                      Homeward(self._comm, new_link, self.backend.clear, self.backend.add))
-        return self._rings[transport]
+            self._schedules[name, transport] = make(name, self._comm, new_link, self.backend.clear, self.backend.add)
+        return self._schedules[name, transport]
 
     def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
         """Give states of these sizes, one for each element of the batch; those of the last call if they fit."""
@@ -77,13 +78,13 @@ class Workspace:
         """Take note that an object is done with it; the last one's buffers go."""
         self.users -= 1
         if self.users == 0:
-            self._rings = {}
+            self._schedules = {}
             self._states = None, []
             self.backend.release()
 
     def close(self) -> None:
         """End the backend, when its communicator goes."""
-        self._rings = {}
+        self._schedules = {}
         self.backend.close()
 
 
@@ -106,6 +107,8 @@ class Engine:
         Let ranks of a node share a GPU.
     bfloat16_products : str
         What is wished for; see `Backend.settle`.
+    schedule : str
+        One of `schedules.NAMES`.
 
     Attributes
     ----------
@@ -125,10 +128,11 @@ class Engine:
     backend: Backend
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool, bfloat16_products: str = "auto") -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto", schedule: str = "ring") -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._products = bfloat16_products
+        self._schedule = schedule
         self._places: NDArray[np.int64] | None = np.full(comm.size, ON_HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
@@ -137,26 +141,21 @@ class Engine:
         self._open()
 
     @property
-    def ring(self) -> Ring:
-        """What moves K and V."""
-        ring = self._links[0]
-        ring.timeout = self._timeout
-        return ring
+    def schedule(self) -> Schedule:
+        """What moves K and V, and their gradients."""
+        schedule = self._shared.schedule(self._schedule, self.transport.name if self.transport else "host")
+        schedule.timeout = self._timeout
+        return schedule
 
-    @property
-    def homeward(self) -> Homeward:
-        """What takes gradients home, over links of the ring's kind."""
-        return self._links[1]
+    def raise_on_all(self) -> AbstractContextManager[None]:
+        """Run a block that may fail on some ranks; see `Comm.raise_on_all`. Collective over *comm*."""
+        return self._comm.raise_on_all(self._timeout)
 
     @property
     def _shared(self) -> Workspace:
         if self._workspace is None:
             raise BackendError("this backend is closed; make a new RingAttention")
         return self._workspace
-
-    @property
-    def _links(self) -> tuple[Ring, Homeward]:
-        return self._shared.ring(self.transport.name if self.transport else "host")
 
     def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
         """Give the states of a call, one for each element of the batch; see `Workspace.states`. Local."""

@@ -6,7 +6,8 @@ from typing import Any, Literal, overload
 
 from numpy.typing import ArrayLike
 
-from .attention import Array, RingAttention
+from .attention import RingAttention
+from .call import Array
 from .keywords import explained
 
 
@@ -39,7 +40,7 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         Return the log-sum-exp of the scores too.
     **options
         `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
-        `accumulator`, `gpu_transport`, `allow_gpu_sharing`, `bfloat16_products`: see `RingAttention`.
+        `accumulator`, `gpu_transport`, `allow_gpu_sharing`, `bfloat16_products`, `schedule`: see `RingAttention`.
 
     Returns
     -------

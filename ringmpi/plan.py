@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap, column
+from .call import Records
+from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap
 from .errors import OptionError, ShapeError
-from .layout import Layout, check_spec, resolve
+from .layout import Integers, Layout, check_spec, resolve
 from .mask import Interval, Mask
-from .schedules.ring import Block
+from .schedules.base import Route
 from .score import MOST_POSITION, Score
-from .softmax import DTYPES, accumulator
+from .softmax import accumulator
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 
@@ -34,18 +36,18 @@ class Plan:
     shapes : list
         For each rank, the shapes of its k and v.
     score : Score
-        Of this rank's queries, still without the keys and streams of a block.
+        Of this rank's queries, still without the keys and dropout keys of a block.
     accumulator : dtype
     dtype : dtype
         Of q, k and v.
     dims : (int, int, int)
         heads, dim, dim_v.
-    hops, firsts : list of int
-        Where the last and the first other rank that computes with a block is; see `ring.travel`, `first_hops`.
+    route : Route
+        Which rank computes with which block; agreed on once the plans are made.
     seen : array of shape (n_q,), bool
         Which queries have a result, where the backend computes, once there has been a forward pass.
     ready : set of str
-        What the backend and the ring have been made ready for: ``"forward"``, ``"backward"``.
+        What the backend and the schedule have been made ready for: ``"forward"``, ``"backward"``.
     """
 
     key: bytes
@@ -56,11 +58,10 @@ class Plan:
     accumulator: np.dtype[Any]
     dtype: np.dtype[Any]
     dims: tuple[int, int, int]
-    hops: list[int] = field(default_factory=list)
-    firsts: list[int] = field(default_factory=list)
+    route: Route = field(init=False)
     seen: Array = None
     ready: set[str] = field(default_factory=set)
-    _ahead: tuple[int, list[Interval]] = field(default_factory=lambda: (-1, []))
+    _prefetched: tuple[int, list[Interval]] = (-1, [])
 
     @property
     def batch(self) -> int:
@@ -80,22 +81,30 @@ class Plan:
             seen |= high > low
         return seen
 
-    def block_bytes(self, dtype: np.dtype[Any]) -> int:
-        """Bytes of the largest block of any rank, in a dtype."""
-        return max(sum(math.prod(shape) for shape in theirs) for theirs in self.shapes) * dtype.itemsize
+    @property
+    def needs(self) -> NDArray[np.bool_]:
+        """Whose blocks this rank's queries see any key of."""
+        return np.array([any((end > begin).any() for begin, end in self.columns(source))
+                         for source in range(len(self.shapes))])
 
     def columns(self, source: int) -> list[Interval]:
         """Turn each interval of positions into columns of the block of rank `source`. Local."""
-        if self._ahead[0] == source:
-            return self._ahead[1]
+        if self._prefetched[0] == source:
+            return self._prefetched[1]
         return [(self.kv_layout.count_below(low, source), self.kv_layout.count_below(high, source))
                 for low, high in self.bounds]
 
-    def look_ahead(self, block: Block) -> None:
-        """Have the columns of the block after this one ready: a GPU computes now, and would wait for them later."""
-        source = (block.source - 1) % len(self.hops)
-        if self._ahead[0] != source and self.hops[source] > block.step.step:
-            self._ahead = source, self.columns(source)
+    def prefetch_columns(self, source: int | None) -> None:
+        """Have the columns of the next block ready: a GPU computes now, and would wait for them later. Local."""
+        if source is not None and self._prefetched[0] != source:
+            self._prefetched = source, self.columns(source)
+
+    def tasks(self, source: int, dropout_keys: NDArray[np.uint32]) -> Iterator[tuple[int, Integers, Integers, Score]]:
+        """Give what a backend has to do with the block of rank `source`: (element of the batch, begin, end, score)."""
+        score = self.score_of(source)
+        for begin, end in self.columns(source):
+            for number in range(self.batch):
+                yield number, begin, end, score.of_streams(dropout_keys[number])
 
     def score_of(self, source: int) -> Score:
         """Give the score for the block of rank `source`. Local."""
@@ -132,26 +141,25 @@ class Problem:
                 "alibi": None if self.alibi is None else self.alibi.tolist(), "dropout": self.dropout,
                 **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
 
-    def resolve(self, records: NDArray[np.int64]) -> tuple[Layout, Layout]:
+    def resolve(self, records: Records) -> tuple[Layout, Layout]:
         """Give the layouts of the shards that were brought, and check what depends on them. Local.
 
         Parameters
         ----------
-        records : int64 array
-            What each rank brings; see `checks.RECORD`.
+        records : Records
+            What each rank brings.
 
         Raises
         ------
         OptionError, ShapeError, MaskError
             The same on all ranks.
         """
-        q_layout = resolve(self.layout, column(records, "tokens of q").tolist(), "q")
-        kv_layout = resolve(self.kv_layout, column(records, "tokens of k and v").tolist(), "k and v")
+        q_layout = resolve(self.layout, records.n_q, "q")
+        kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         self.mask.check(kv_layout.length)
-        self._check_range(np.finfo(accumulator(_dtype(records), self.accumulator)))
-        heads = int(column(records, "heads")[0])
-        if self.alibi is not None and len(self.alibi) != heads:
-            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
+        self._check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
+        if self.alibi is not None and len(self.alibi) != records.heads:
+            raise ShapeError(f"alibi: expected a slope for each of {records.heads} heads, got {len(self.alibi)}")
         farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
         if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
@@ -168,24 +176,17 @@ class Problem:
         if self.alibi is not None and np.abs(self.alibi).max(initial=0.0) > most / MOST_POSITION:
             raise OptionError(f"alibi: {self.alibi.tolist()} is too large for the accumulator's dtype, {kind.dtype}")
 
-    def plan(self, key: bytes, records: NDArray[np.int64], layouts: tuple[Layout, Layout], rank: int) -> Plan:
-        """Make the plan of `rank`, but for how far blocks go, which is agreed. Local."""
+    def plan(self, records: Records, layouts: tuple[Layout, Layout], rank: int) -> Plan:
+        """Make the plan of `rank`, but for the route, which is agreed on. Local."""
         q_layout, kv_layout = layouts
-        batch, heads, kv_heads, dim, dim_v = (int(column(records, name)[0]) for name in
-                                              ("batch", "heads", "kv_heads", "dim", "dim_v"))
-        dtype = _dtype(records)
         positions = q_layout.positions(rank)
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
-        score = Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0, self.alibi,
+        score = Score(1 / math.sqrt(records.dim) if self.scale is None else self.scale, self.softcap or 0.0, self.alibi,
                       self.dropout)
         if score.positional:
             score = replace(score, queries=positions + self.mask.offset(q_layout.length, kv_layout.length))
-        shapes: list[list[tuple[int, ...]]] = [[(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)]
-                                               for n in kv_layout.counts]
-        return Plan(key, kv_layout, bounds, shapes, score, accumulator(dtype, self.accumulator), dtype,
-                    (heads, dim, dim_v))
-
-
-def _dtype(records: NDArray[np.int64]) -> np.dtype[Any]:
-    """Of q, k and v."""
-    return list(DTYPES.values())[int(column(records, "dtype")[0])]
+        shapes: list[list[tuple[int, ...]]] = [
+            [(records.batch, n, records.kv_heads, dim) for dim in (records.dim, records.dim_v)]
+            for n in kv_layout.counts]
+        return Plan(records.key, kv_layout, bounds, shapes, score, accumulator(records.dtype, self.accumulator),
+                    records.dtype, (records.heads, records.dim, records.dim_v))

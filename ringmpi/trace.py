@@ -36,18 +36,18 @@ class Trace:
         When the call began, by this rank's clock (`time.perf_counter`).
     steps : list of Step
         One for each position in the ring, idle ones included.
-    agree_seconds : float
+    setup_seconds : float
         Seconds that the agreement before the first message took, waiting for late ranks included.
     compile_seconds : float
         Seconds of the first call that went into compiling kernels, or loading them, and waiting for the rank of this
-        node that compiles; not part of `agree_seconds`.
+        node that compiles; not part of `setup_seconds`.
     flop_per_pair : int
         Floating-point operations for each visible query-key pair, all heads: ``2 heads (dim + dim_v)``.
     """
 
     started: float = field(default_factory=time.perf_counter)
     steps: list[Step] = field(default_factory=list)
-    agree_seconds: float = 0.0
+    setup_seconds: float = 0.0
     compile_seconds: float = 0.0
     flop_per_pair: int = 0
 
@@ -92,6 +92,6 @@ class Trace:
 
     def as_dict(self) -> dict[str, Any]:
         """Give sums and steps as plain numbers, for JSON."""
-        names = ("started", "pairs", "flop", "compute_seconds", "wait_seconds", "agree_seconds", "compile_seconds",
+        names = ("started", "pairs", "flop", "compute_seconds", "wait_seconds", "setup_seconds", "compile_seconds",
                  "bytes_sent", "gradient_bytes_sent", "hops")
         return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}

@@ -13,7 +13,8 @@ from ringmpi import environment
 from ringmpi.device import Device
 from ringmpi.schedules import gpu_transport as transport
 from ringmpi.schedules.gpu_transport import cuda_awareness
-from ringmpi.schedules.links import CopyIn, CopyOut, DirectLink, HostLink, Lane, Messages, StagedLink, pieces
+from ringmpi.schedules.device_links import DirectLink, StagedLink, StagedReceive, StagedSend, StagingChannel
+from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
 
 # The fake device: that it is like a device, and finds mistakes.
 
@@ -144,11 +145,16 @@ class Wire:
         self.buffers.append(buffer)
         return self.requests[-1]
 
+    @property
+    def peer(self):
+        return Peer(0, self.post, "for rank 0")
+
 
 @pytest.fixture(autouse=True)
 def _no_mpi(monkeypatch):
     library = SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError)
-    monkeypatch.setattr("ringmpi.schedules.links.load", lambda: library)
+    for module in ("links", "device_links"):
+        monkeypatch.setattr(f"ringmpi.schedules.{module}.load", lambda: library)
 
 
 def advance(transfer, times=400):
@@ -157,18 +163,18 @@ def advance(transfer, times=400):
 
 
 def test_a_message_waits_for_its_event():
-    device, wire, requests = FakeDevice(0), Wire(), []
+    device, wire = FakeDevice(0), Wire()
     device.caller_stream().speed = 0
-    messages = Messages(pieces(device.message_buffer(10), 10, 4), wire.post, requests,
-                        device.record(device.caller_stream()), "(why)")
+    messages = DirectTransfer(chunks(device.message_buffer(10), 10, 4), wire.peer,
+                              device.record(device.caller_stream()), "(why)")
     advance(messages)
-    assert (messages.advance(), messages.done(), messages.obstacle(), wire.buffers) == (False, False, "(why)", [])
+    assert (messages.advance(), messages.done(), messages.waiting_for(), wire.buffers) == (False, False, "(why)", [])
     device.caller_stream().speed = 1
     advance(messages)
-    assert (messages.advance(), messages.done(), messages.obstacle()) == (True, False, "")
+    assert (messages.advance(), messages.done(), messages.waiting_for()) == (True, False, "")
     assert [buffer.nbytes for buffer in wire.buffers] == [4, 4, 2]
-    assert requests == wire.requests
-    for request in requests:
+    assert messages.requests == wire.requests
+    for request in messages.requests:
         request.finished = True
     assert messages.done()
 
@@ -176,17 +182,17 @@ def test_a_message_waits_for_its_event():
 def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
     """While the wire stands still, the others are copied; a buffer is used again when its message is done."""
     device, wire = FakeDevice(0), Wire()
-    lane, slot = Lane(device, [4] * 3), device.message_buffer(22)
+    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
     slot[...] = np.arange(22)
     device.caller_stream().synchronize()
-    way = CopyOut(lane, pieces(slot, 22, 4), wire.post)
+    way = StagedSend(channel, chunks(slot, 22, 4), wire.peer)
     for sent in range(3, 7):
         advance(way)
         assert len(wire.requests) == sent
         assert [buffer.tolist() for buffer in wire.buffers[-3:]] == [
             list(range(4 * i, min(4 * i + 4, 22))) for i in range(sent - 3, sent)]
         assert not way.done()
-        assert way.obstacle() == ""
+        assert way.waiting_for() == ""
         wire.requests[sent - 3].finished = True
     for request in wire.requests:
         request.finished = True
@@ -197,18 +203,18 @@ def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
 def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     """All buffers are open for messages at once; one is opened again when its bytes are in the slot."""
     device, wire = FakeDevice(0), Wire()
-    lane, slot = Lane(device, [4] * 3), device.message_buffer(22)
-    way = CopyIn(lane, pieces(slot, 22, 4), wire.post)
+    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
+    way = StagedReceive(channel, chunks(slot, 22, 4), wire.peer)
     way.advance()
     assert len(wire.requests) == 3
-    lane.stream.speed = 0
+    channel.stream.speed = 0
     for chunk in range(3):
         wire.buffers[chunk][:] = range(4 * chunk, 4 * chunk + 4)
         wire.requests[chunk].finished = True
     advance(way)
     assert len(wire.requests) == 3
-    assert way.obstacle() == "(0 of 6 chunks copied in by this rank's GPU so far)"
-    lane.stream.speed = 1
+    assert way.waiting_for() == "(0 of 6 chunks copied in by this rank's GPU so far)"
+    channel.stream.speed = 1
     advance(way)
     assert [buffer.nbytes for buffer in wire.buffers[3:]] == [4, 4, 2]
     assert slot.host[:12].tolist() == list(range(12))
@@ -220,42 +226,79 @@ def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     assert slot.host.tolist() == list(range(22))
 
 
+def test_transfers_of_one_direction_take_turns():
+    """The second begins when the first is done, and waits for its own event."""
+    device, wire = FakeDevice(0), Wire()
+    channel, slots = StagingChannel(device, [4] * 2), [device.message_buffer(6) for _ in range(2)]
+    ways = [StagedSend(channel, chunks(slot, 6, 4), wire.peer) for slot in slots]
+    for way in (ways[0], ways[1], ways[0], ways[1]):
+        advance(way)
+    assert len(wire.requests) == 2
+    assert ways[1].requests == []
+    assert not ways[1].done()
+    for request in wire.requests:
+        request.finished = True
+    for way in ways:
+        advance(way)
+    assert ways[0].done()
+    assert len(wire.requests) == 4
+    assert [buffer.nbytes for buffer in wire.buffers] == [4, 2, 4, 2]
+
+
 def links_under_way():
     """Links of every kind with a block on its way in, and the wire it is on."""
     for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
         link, wire = kind(), Wire()
-        link.reserve(22)
-        link.receive(1, [22], wire.post)
+        link.reserve(22, 2)
+        link.receive(1, [22], wire.peer)
         link.advance()
         yield link, wire
 
 
-def test_what_is_under_way_is_kept_when_a_ring_is_abandoned():
+def test_what_is_under_way_is_kept_when_a_pass_is_abandoned():
     for link, wire in links_under_way():
-        slots, way, lanes = link._slots, link.incoming, getattr(link, "_lanes", [])
+        slots, way, channels = link._slots, link.incoming[0], getattr(link, "_channels", [])
         assert wire.requests
-        assert all(any(request is one for one in link.requests) for request in wire.requests)
-        kept = link.drop()
-        assert all(any(thing is one for one in kept) for thing in (*wire.requests, slots, way, *lanes))
-        assert link.drop() == link.requests == link._slots == []
+        assert all(any(request is one for one in way.requests) for request in wire.requests)
+        kept = link.cancel()
+        assert all(any(thing is one for one in kept) for thing in (slots, way, *channels))
+        assert all(any(request is one for one in way.requests) for request in wire.requests)
+        assert link.cancel() == link.transfers == link._slots == []
 
 
-def test_buffers_stay_until_a_larger_block_comes():
-    for link, _ in links_under_way():
-        link.settle()
+def test_buffers_stay_until_more_or_larger_ones_are_needed():
+    for link, wire in links_under_way():
+        for request in wire.requests:
+            request.finished = True
+        while not link.incoming[0].done():
+            link.advance()
+            for request in wire.requests:
+                request.finished = True
+        link.end_step()
         slots = link._slots
-        link.reserve(10)
+        link.reserve(10, 1)
         assert link._slots is slots
-        link.reserve(100)
+        link.reserve(100, 2)
         assert [slot.nbytes for slot in link._slots] == [100, 100]
-        assert link.drop() == []
+        link.reserve(100, 3)
+        assert [slot.nbytes for slot in link._slots] == [100, 100, 100]
+        assert link.cancel() == []
+
+
+def test_a_step_ends_without_the_transfers_that_go_on():
+    for link, wire in links_under_way():
+        way = link.incoming[0]
+        link.end_step()
+        assert link.incoming == [way]
+        assert wire.requests
 
 
 def test_a_block_without_bytes_has_no_messages():
     device, wire = FakeDevice(0), Wire()
     empty = device.message_buffer(0)
-    for way in (CopyOut(Lane(device, []), pieces(empty, 0, 4), wire.post),
-                CopyIn(Lane(device, []), pieces(empty, 0, 4), wire.post), Messages(pieces(empty, 0, 4), wire.post, [])):
+    for way in (StagedSend(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
+                StagedReceive(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
+                DirectTransfer(chunks(empty, 0, 4), wire.peer)):
         assert way.advance()
         assert way.done()
     assert wire.requests == []

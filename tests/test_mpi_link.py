@@ -1,4 +1,4 @@
-"""Blocks travel unharmed over every link, with GPUs that lag behind at will. Runs under mpiexec."""
+"""Blocks travel unharmed by every schedule over every link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
 import time
@@ -10,8 +10,10 @@ from fake_device import FakeDevice
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
 from ringmpi.mpi.comm import _stranded, private_comm
 from ringmpi.schedules.gpu_transport import Transport, choose
-from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
-from ringmpi.schedules.ring import Ring
+from ringmpi.schedules import NAMES, make
+from ringmpi.schedules.base import Blocks, Route
+from ringmpi.schedules.device_links import DirectLink, StagedLink
+from ringmpi.schedules.links import HostLink
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -29,16 +31,21 @@ LINKS = ("host", "direct", "staged")
 TOKENS = (0, 1, 2, 3, 5, 8, 13, 24)
 
 
-class World:
-    """A ring over one kind of link, and a consumer that reads its blocks late."""
+def add(x, y):
+    x += y
 
-    def __init__(self, comm, kind, seed, timeout=60.0):
+
+class World:
+    """A schedule over one kind of link, and a consumer that reads its blocks late."""
+
+    def __init__(self, comm, kind, seed, timeout=60.0, schedule="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
         links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
                  "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}
-        self.link = links[kind]()
-        self.ring = Ring(private_comm(comm), timeout, self.link)
+        self.schedule = make(schedule, private_comm(comm), links[kind], lambda x: x.fill(0), add)
+        self.schedule.timeout = timeout
+        self.link = self.schedule.links[0]
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def blocks(self, tokens):
@@ -62,16 +69,17 @@ class World:
             copy[...] = x
         return copies
 
-    def pass_round(self, tokens, hops=None, each=lambda number: None):
-        """Circulate random blocks; give what was read of each, what was sent, and the trace."""
+    def pass_round(self, tokens, needed=None, each=lambda number: None, stop=None):
+        """Move random blocks; give what was read of each, what was sent, and the trace."""
         blocks, trace = self.blocks(tokens), Trace()
         mine = [self.there(x) for x in blocks[self.comm.rank]]
-        hops = [self.comm.size - 1] * self.comm.size if hops is None else hops
+        route = Route(np.ones((self.comm.size, self.comm.size), bool) if needed is None else needed)
         got = {}
-        for block in self.ring.circulate(mine, [[x.shape for x in pair] for pair in blocks], hops, trace):
-            each(block.step.step)
-            got[block.source] = self.read(block.arrays)
-            self.ring.progress()
+        for work in self.schedule.forward(Blocks(mine, [[x.shape for x in pair] for pair in blocks]), route, trace,
+                                          stop):
+            each(work.step.step)
+            got[work.source] = self.read(work.arrays)
+            self.schedule.progress()
         if self.device:
             self.device.caller_stream().synchronize()
         return {source: [bytes_of(x) for x in arrays] for source, arrays in got.items()}, blocks, trace
@@ -86,42 +94,72 @@ def same(got, blocks):
 
 
 @pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("schedule", NAMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_block_reaches_every_rank(comm, kind, seed):
-    """Several rounds on the same buffers, which grow once."""
-    world = World(comm, kind, seed)
+def test_every_block_reaches_every_rank(comm, kind, schedule, seed):
+    """Several rounds on the same buffers, which grow."""
+    world = World(comm, kind, seed, schedule=schedule)
     outcomes = []
     for turn in range(6):
         tokens = [TOKENS[(turn + 3 * rank + seed) % (4 if turn < 2 else 8)] for rank in range(comm.size)]
         got, blocks, trace = world.pass_round(tokens)
-        outcomes.append((same(got, blocks), sorted(got), [step.bytes_received for step in trace.steps],
+        outcomes.append((same(got, blocks), list(got), [step.bytes_received for step in trace.steps],
                          [step.bytes_sent for step in trace.steps], tokens))
     for right, sources, received, sent, tokens in outcomes:
         assert right
-        assert sources == list(range(comm.size))
-        passing = [24 * tokens[(comm.rank - number) % comm.size] for number in range(comm.size)]
+        assert sources == [(comm.rank - number) % comm.size for number in range(comm.size)]
+        passing = [24 * tokens[source] for source in sources]
         assert received == [*passing[1:], 0]
-        assert sent == [*passing[:-1], 0]
+        assert sent == [*([passing[0]] * (comm.size - 1) if schedule == "gather" else passing[:-1]), 0]
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_blocks_go_no_farther_than_they_must(comm, kind):
-    world = World(comm, kind, 5)
+@pytest.mark.parametrize("schedule", NAMES)
+def test_blocks_go_no_farther_than_they_must(comm, kind, schedule):
+    """And what goes where is what `steps` says."""
+    size, rank = comm.size, comm.rank
+    world = World(comm, kind, 5, schedule=schedule)
     outcomes = []
-    for turn in range(4):
-        hops = [int(x) for x in world.random.integers(0, comm.size, comm.size)]
-        got, blocks, trace = world.pass_round([TOKENS[(rank + turn) % 8] for rank in range(comm.size)], hops)
-        outcomes.append((same(got, blocks), sorted(got), trace.hops, hops))
-    for right, sources, received, hops in outcomes:
+    for turn in range(6):
+        needed = world.random.random((size, size)) < (0.0, 0.3, 0.6, 0.3, 0.6, 1.0)[turn]
+        tokens = [TOKENS[(other + turn) % 8] for other in range(size)]
+        got, blocks, trace = world.pass_round(tokens, needed)
+        messages = world.schedule.steps(Route(needed), [[8 * n, 16 * n] for n in tokens])
+        outcomes.append((same(got, blocks), sorted(got), np.flatnonzero(needed[rank]).tolist(), trace, messages))
+    for right, sources, wanted, trace, messages in outcomes:
         assert right
-        wanted = [source for source in range(comm.size) if hops[source] >= (comm.rank - source) % comm.size]
         assert sources == wanted
-        assert received <= len(wanted) - 1
+        for step, said in zip(trace.steps, messages, strict=True):
+            assert step.bytes_sent == sum(x.nbytes for x in said if x.source == rank)
+            assert step.bytes_received == sum(x.nbytes for x in said if x.dest == rank)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("schedule", NAMES)
+def test_a_pass_stops_after_the_same_step_on_all_ranks(comm, kind, schedule):
+    """One rank asks; the next pass is as if nothing had been."""
+    size, last = comm.size, comm.size - 1
+    world = World(comm, kind, 9, schedule=schedule)
+    tokens = [TOKENS[(2 * rank + 5) % 8] for rank in range(size)]
+    outcomes = []
+    for at in range(size + 1):
+        asked = iter(range(size + 1))
+        got, blocks, trace = world.pass_round(tokens, stop=lambda asked=asked, at=at: next(asked) >= at and
+                                              comm.rank == last)
+        outcomes.append((same(got, blocks), len(got), len(trace.steps), world.schedule.stopped))
+        got, blocks, _ = world.pass_round(tokens)
+        outcomes.append((same(got, blocks), len(got), size, world.schedule.stopped))
+    everyone = comm.allgather(outcomes)
+    assert all(theirs == outcomes for theirs in everyone)
+    for at, (stopped, after) in enumerate(zip(outcomes[::2], outcomes[1::2], strict=True)):
+        assert stopped == (True, min(at + 1, size), min(at + 1, size), at < size - 1)
+        assert after == (True, size, size, False)
 
 
 @pytest.mark.parametrize("kind", ["direct", "staged"])
-def test_the_callers_stream_may_change_between_calls(comm, kind):
-    world = World(comm, kind, 6)
+@pytest.mark.parametrize("schedule", NAMES)
+def test_the_callers_stream_may_change_between_calls(comm, kind, schedule):
+    world = World(comm, kind, 6, schedule=schedule)
     tokens = [TOKENS[(3 + rank) % 8] for rank in range(comm.size)]
     right = []
     for speed in (0.05, 1.0, 0.05, 1.0):
@@ -131,8 +169,9 @@ def test_the_callers_stream_may_change_between_calls(comm, kind):
             blocks, trace = world.blocks(tokens), Trace()
             mine = [world.there(x) for x in blocks[comm.rank]]
             shapes = [[x.shape for x in pair] for pair in blocks]
-            got = {block.source: world.read(block.arrays)
-                   for block in world.ring.circulate(mine, shapes, [comm.size - 1] * comm.size, trace)}
+            route = Route(np.ones((comm.size, comm.size), bool))
+            got = {work.source: world.read(work.arrays)
+                   for work in world.schedule.forward(Blocks(mine, shapes), route, trace)}
         right.append((got, blocks))
     for stream in world.device.streams:
         stream.synchronize()
@@ -140,10 +179,11 @@ def test_the_callers_stream_may_change_between_calls(comm, kind):
                for got, blocks in right)
 
 
-def test_one_rank_alone_has_no_buffers(comm):
+@pytest.mark.parametrize("schedule", NAMES)
+def test_one_rank_alone_has_no_buffers(comm, schedule):
     if comm.size > 1:
         pytest.skip("is for one rank")
-    world = World(comm, "staged", 0)
+    world = World(comm, "staged", 0, schedule=schedule)
     got, blocks, trace = world.pass_round([24])
     assert same(got, blocks)
     assert world.link._slots == []
@@ -159,43 +199,46 @@ def attempt(world, **options):
         world.pass_round([24] * world.comm.size, **options)
         said = "no error"
     except (MemoryError, RingError) as error:
-        used, slots = world.link.incoming or world.link.outgoing, world.link._slots
-        world.ring.abandon(error)
+        used, slots = world.link.transfers, world.link._slots
+        world.schedule.abandon(error)
         said = f"{type(error).__name__}: {error}"
         kept = not used or any(slots is one for one in _stranded())
     return said, time.perf_counter() - start, kept
 
 
-def outcomes_of(comm, kind, each, timeout=60.0):
+def outcomes_of(comm, kind, each, timeout=60.0, schedule="ring"):
     if comm.size == 1:
         pytest.skip("needs two ranks")
     mine = comm.Dup()
-    world = World(mine, kind, 7, timeout)
+    world = World(mine, kind, 7, timeout, schedule)
     comm.Barrier()               # else a rank may hear that another gave up before it knows that all have come
     return comm.allgather(attempt(world, each=lambda number: each(world, number))), world
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_a_rank_that_fails_is_not_waited_for(comm, kind):
+@pytest.mark.parametrize("schedule", NAMES)
+def test_a_rank_that_fails_is_not_waited_for(comm, kind, schedule):
     def each(world, number):
         if comm.rank == 0 and number == 0:
             raise MemoryError("no more")
 
-    outcomes, _ = outcomes_of(comm, kind, each)
+    outcomes, _ = outcomes_of(comm, kind, each, schedule=schedule)
     for rank, (said, seconds, kept) in enumerate(outcomes):
         assert seconds < 10, outcomes
         assert kept
         if rank == 0:
             assert said == "MemoryError: no more", outcomes
         elif said != "no error":           # had all it needed
-            assert re.match(f"RankLost: rank {rank} on .*, ring step . of {comm.size}: waited .* rank 0 gave up", said)
+            where = f"rank {rank} on .*, {schedule} step . of {comm.size}: (waited .*|computed)"
+            assert re.match(f"RankLost: {where}; rank 0 gave up", said), said
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_a_rank_that_stops_is_an_error_in_time(comm, kind):
+@pytest.mark.parametrize("schedule", NAMES)
+def test_a_rank_that_stops_is_an_error_in_time(comm, kind, schedule):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    world = World(comm.Dup(), kind, 7, 0.3)
+    world = World(comm.Dup(), kind, 7, 0.3, schedule)
     if comm.rank == 0:
         time.sleep(0.8)
     outcomes = comm.allgather(attempt(world))
@@ -205,7 +248,7 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind):
         assert seconds < 10, outcomes
         assert kept
         if rank:
-            assert re.match(f"(RingTimeout|RankLost): rank {rank} on .*, ring step .* waited for ", said), outcomes
+            assert re.match(f"(RingTimeout|RankLost): rank {rank} on .*, {schedule} step .* waited for ", said), outcomes
 
 
 @pytest.mark.parametrize("kind", ["direct", "staged"])
@@ -234,7 +277,7 @@ def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
 
     def each(world, number):
         if comm.rank == 0 and number == 0:
-            while world.link._loaded is None or not world.link._loaded.done:
+            while world.link._placed is None or not world.link._placed.done:
                 pass
             world.device.caller_stream().speed = 0
 

@@ -223,7 +223,7 @@ def test_steps_have_times(comm):
         assert before <= trace.started <= time.perf_counter()
         times = [x for step in trace.steps for x in (step.compute_start, step.wait_start)]
         assert times == sorted(times)
-        assert trace.agree_seconds <= times[0]
+        assert trace.setup_seconds <= times[0]
         assert times[-1] + trace.steps[-1].wait_seconds <= time.perf_counter() - trace.started
         assert {"compute_start", "wait_start"} <= set(trace.as_dict()["steps"][0])
 

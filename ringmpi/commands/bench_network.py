@@ -18,6 +18,7 @@ from ..layout import Contiguous
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
+from ..schedules.base import Blocks, Route
 from ..schedules.redistribution import redistribute
 from ..trace import Trace
 
@@ -121,9 +122,9 @@ class _Bench:
 
     def _circulate(self) -> None:
         """Pass K and V round the ring of the library, and compute nothing."""
-        comm, arrays = self.comm, (self.x[None], self.x[None])
-        shapes = [[x.shape for x in arrays]] * comm.size
-        for _ in self.engine.ring.circulate(arrays, shapes, [comm.size - 1] * comm.size, Trace()):
+        size, arrays = self.comm.size, (self.x[None], self.x[None])
+        blocks = Blocks(arrays, [[x.shape for x in arrays]] * size)
+        for _ in self.engine.schedule.forward(blocks, Route(np.ones((size, size), bool)), Trace()):
             pass
 
     def _bare_exchange(self) -> None:

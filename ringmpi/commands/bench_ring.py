@@ -21,6 +21,7 @@ from ..environment import cores, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
+from ..schedules.base import Blocks, Route, block_sizes
 from ..softmax import check_dtype
 from ..trace import Trace
 
@@ -117,15 +118,15 @@ class _Bench:
         counts = layout.make("contiguous", self.arguments.tokens, self.comm.size).counts
         shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
-        ring, backend = self.engine.ring, self.engine.backend
+        schedule, backend = self.engine.schedule, self.engine.backend
+        route = Route(np.ones((self.comm.size, self.comm.size), bool))
         with self.comm.raise_on_all(self.arguments.timeout), backend.current():
-            ring.reserve(2 * max(counts) * self.arguments.heads * self.arguments.dim * self.dtype.itemsize)
-        hops = [self.comm.size - 1] * self.comm.size
+            schedule.reserve(route, block_sizes(shapes, self.dtype))
 
         def transfer() -> Trace:
             trace = Trace()
             with backend.current():
-                for _ in ring.circulate((k, v), shapes, hops, trace):
+                for _ in schedule.forward(Blocks((k, v), shapes), route, trace):
                     pass
             return trace
         return transfer

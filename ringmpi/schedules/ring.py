@@ -1,198 +1,123 @@
-"""The ring schedule: K and V pass from neighbour to neighbour while every rank computes on what it has.
+"""The ring: K and V pass from neighbour to neighbour while every rank computes on the block it has.
 
-A schedule is an iterator over blocks that has already started to move the next one. It moves bytes and
-knows neither backend nor mask; of the mask it is told how far each block must travel.
+A block that no later rank needs is not sent on (causal masks, windows, documents).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator, Sequence
 
 from ..mpi.comm import Comm
-from ..trace import Step, Trace
-from .gradient_ring import TAGS, Homeward, block_sizes
-from .links import HostLink
+from ..trace import Trace
+from .base import TAGS, Blocks, Message, Route, Schedule, Work, largest
+from .gradient_ring import GradientRing
+from .links import Array, Link
 
 
-@dataclass(frozen=True)
-class Block:
-    """What is at this rank at a step: the arrays of rank `source`, in the memory of the ring's link."""
+class Ring(Schedule):
+    """Blocks that pass from rank to rank; see `Schedule`. At most ``size - 1`` route."""
 
-    step: Step
-    source: int
-    arrays: tuple[Any, ...]
-    gradients: tuple[Any, ...] = ()
+    name = "ring"
 
+    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+                 add: Callable[[Array, Array], None]) -> None:
+        super().__init__(comm, new_link, clear, add)
+        self._blocks = new_link()
+        self._gradients = GradientRing(comm, new_link, clear, add)
 
-def travel(needed: NDArray[np.bool_]) -> list[int]:
-    """Say how many hops each block must travel. Local.
+    @property
+    def links(self) -> list[Link]:
+        """Every link that may have something under way."""
+        return [self._blocks, self._gradients.passed_on, self._gradients.coming_home]
 
-    Parameters
-    ----------
-    needed : bool array of shape (size, size)
-        ``needed[rank, source]``: rank computes with the block of source.
+    def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
+                gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
+        """Make the buffers of a pass; see `Schedule.reserve`. Local.
 
-    Returns
-    -------
-    list of int
-        Hops to the farthest rank downstream that needs the block; 0 if none but the owner does.
-    """
-    size = len(needed)
-    return [max((hop for hop in range(size) if needed[(source + hop) % size, source]), default=0)
-            for source in range(size)]
-
-
-class Ring:
-    """Blocks that pass from rank to rank, over a link that has their buffers.
-
-    Parameters
-    ----------
-    comm : Comm
-    timeout : float
-        Seconds after which a wait for a neighbour is an error.
-    link : HostLink, DirectLink or StagedLink, optional
-        Where blocks are and how they travel, the same kind on every rank: host memory by default. A link belongs to
-        one ring.
-    """
-
-    def __init__(self, comm: Comm, timeout: float, link: HostLink | None = None) -> None:
-        self.comm = comm
-        self.timeout = timeout
-        self._link = link or HostLink()
-        self._links: list[HostLink] = [self._link]
-        self._homeward: Homeward | None = None
-        self._draining = False         # whether all blocks are done, and gradients alone are waited for
-        self._step = Step(0, comm.rank)
-
-    def reserve(self, nbytes: int) -> None:
-        """Make the link's buffers, unless those there are large enough. Local.
-
-        Parameters
-        ----------
-        nbytes : int
-            Size of the largest block of any rank; one rank alone needs no buffer.
+        Slot n % 2 has the block of step n, while (n + 1) % 2 takes the next; the gradients have slots of their own.
         """
         if self.comm.size > 1:
-            self._link.reserve(nbytes)
+            self._blocks.reserve(largest(sizes), 2)
+            if gradient_sizes:
+                self._gradients.reserve(gradient_sizes)
 
-    def progress(self) -> None:
-        """Let MPI move what is on its way; call it every few milliseconds while computing. Local.
+    def forward(self, blocks: Blocks, route: Route, trace: Trace,
+                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work with every block that it needs; see `Schedule.forward`. Collective over *comm*."""
+        return self._circulate(blocks, None, route, trace, stop)
 
-        Raises
-        ------
-        RankLost
-            If a neighbour is gone.
-        """
-        together = _Joined([link for link in self._links if link.incoming or link.outgoing])
-        self.comm.progress(together.requests, self._describe, together.advance)
+    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
+                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work, and bring gradients home; see `Schedule.backward`. Collective over *comm*."""
+        return self._circulate(blocks, gradients, route, trace, stop)
 
-    def abandon(self, error: BaseException) -> None:
-        """Leave the ring in mid-way because of an error on this rank; the other ranks are told. Local."""
-        self.comm.give_up(error, [])
-        for link in self._links:
-            self.comm.keep_alive(link.drop())
+    def _circulate(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+                   stop: Callable[[], bool] | None) -> Iterator[Work]:
+        comm, link, sizes, sums = self.comm, self._blocks, blocks.sizes, self._gradients
 
-    def circulate(self, arrays: Sequence[Any], shapes: Sequence[Sequence[tuple[int, ...]]],
-                  hops: Sequence[int], trace: Trace, homeward: Homeward | None = None) -> Iterator[Block]:
-        """Yield this rank's block, then those of the ranks before it, each while the next is on its way.
-
-        Collective over *comm*: every rank must take all its blocks, or say `abandon`. At most ``size - 1`` hops.
-
-        Parameters
-        ----------
-        arrays : sequence of C-contiguous arrays, all of one dtype, in the memory of the link
-            This rank's block (K and V). Not changed.
-        shapes : for each rank, the shapes of its arrays
-        hops : for each rank, how far its block travels
-            See `travel`.
-        trace : Trace
-            A `Step` for each position of the ring is added.
-        homeward : Homeward, optional
-            For gradients; it has taken the same shapes and hops.
-
-        Yields
-        ------
-        Block
-            Its arrays are views of a buffer, valid until the next block is asked for. With `homeward`, what is added
-            to its gradients by then goes home.
-
-        Raises
-        ------
-        RingTimeout, RankLost
-            If a neighbour does not send or take a block in time, or is gone. The communicator is lost then.
-        """
-        size, rank, link = self.comm.size, self.comm.rank, self._link
-        dtype = arrays[0].dtype
-        sizes = block_sizes(shapes, dtype)
-        self._draining, self._homeward, self._links = False, homeward, [link, *(homeward.links if homeward else ())]
-        moving, sums = self._links[:2], self._links[1:]
-        self.reserve(max(map(sum, sizes)))
+        # Begin: buffers, what the caller has put on the GPU's stream, this rank's own block.
+        self.reserve(route, sizes)
         link.begin()
-        if homeward:
-            homeward.begin()
-        here = link.load(arrays) if size > 1 else tuple(arrays)
-        for number in range(size):
-            source, following = (rank - number) % size, (rank - number - 1) % size
-            step = self._step = Step(number, source, trace.now())
-            trace.steps.append(step)
-            self.comm.place = f", ring step {number} of {size}"
-            if hops[following] > number:
+        if gradients:
+            sums.bind(gradients, route.first, route.last)
+        own = link.put_own_block(blocks.own) if comm.size > 1 else tuple(blocks.own)
+
+        for step in self._steps(trace, stop):
+            number, source = step.step, step.source
+
+            # The next block comes in and this one goes on, as far as somebody needs them, while this rank computes.
+            following = (source - 1) % comm.size
+            if route.last[following] > number:
                 step.bytes_received = sum(sizes[following])
-                link.receive(number + 1, sizes[following],
-                             self.comm.message_starter("Irecv", self.comm.source, number % TAGS))
-            if hops[source] > number:
+                what = f"for {step.bytes_received} bytes from rank {comm.source}"
+                link.receive(number + 1, sizes[following], self._peer("Irecv", comm.source, number % TAGS, what))
+            if route.last[source] > number:
                 step.bytes_sent = sum(sizes[source])
-                link.send(number, sizes[source], self.comm.message_starter("Isend", self.comm.dest, number % TAGS))
-            if hops[source] >= number:
-                yield Block(step, source, here if number == 0 else link.views(number, shapes[source], dtype),
-                            homeward.open(step) if homeward else ())
+                taker = self._peer("Isend", comm.dest, number % TAGS,
+                                   f"for rank {comm.dest} to take {step.bytes_sent} bytes")
+                if number == 0:
+                    link.send_own(taker)
+                else:
+                    link.send(number, sizes[source], taker)
+            shares = sums.begin_step(step) if gradients else ()
+            if route.needed[comm.rank, source]:
+                arrays = own if number == 0 else link.views(number, blocks.shapes[source], blocks.dtype)
+                yield self._work(step, route, arrays, shares)
+
+            # The step ends when the next block is there, this one has been taken, and so has the last step's sum.
             step.wait_start = trace.now()
-            step.wait_seconds = self._wait(moving)
-            link.settle()
-            if homeward:
-                homeward.close(step)
-        if homeward:
-            self._draining = True
-            step.wait_seconds += self._wait(sums)
-            homeward.finish()
+            step.wait_seconds = self._wait([*link.transfers, *(sums.to_wait_for() if gradients else ())])
+            link.end_step()
+            if gradients:
+                sums.end_step(step, self._leaves())
 
-    def _wait(self, links: Sequence[HostLink]) -> float:
-        """Wait for some links, and let all advance; return the seconds it took."""
-        together = _Joined(links, [link for link in self._links if link not in links])
-        return self.comm.wait(together.requests, self.timeout, self._describe, together.advance,
-                              lambda: [peer for _, peer in self._late()])
+        # At last the sums that were sent in the last step, and what comes home.
+        if gradients:
+            step.wait_seconds += self._wait([transfer for link in self.links for transfer in link.transfers])
+            sums.finish()
 
-    def _late(self) -> list[tuple[str, int]]:
-        """Give what is waited for in this step, in words, and the rank at the other end."""
-        comm, step, link = self.comm, self._step, self._link
-        ways = [(link.incoming, f"for {step.bytes_received} bytes from rank {comm.source}", comm.source),
-                (link.outgoing, f"for rank {comm.dest} to take {step.bytes_sent} bytes", comm.dest)]
-        if self._homeward:
-            ways += self._homeward.ways(step, self._draining)
-        late = [(f"{text} {way.obstacle()}".rstrip(), peer) for way, text, peer in ways if way and not way.done()]
-        return late or [(text, peer) for _, text, peer in ways]
+    @staticmethod
+    def steps(route: Route, sizes: Sequence[Sequence[int]],
+              gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
+        """Say what all ranks send at each step; see `Schedule.steps`. Local, and without MPI."""
+        size = len(sizes)
+        messages: list[list[Message]] = [[] for _ in range(size)]
+        for owner in range(size):
+            for number in range(route.last[owner]):
+                rank = (owner + number) % size
+                messages[number].append(Message(rank, (rank + 1) % size, owner, sum(sizes[owner])))
+            if not gradient_sizes or not route.first[owner]:
+                continue
+            for number in range(route.first[owner], route.last[owner] + 1):
+                rank = (owner + number) % size
+                dest = owner if number == route.last[owner] else (rank + 1) % size
+                messages[number].append(Message(rank, dest, owner, sum(gradient_sizes[owner]), True))
+        return messages
 
-    def _describe(self) -> str:
-        return (f"{self.comm.name()}, ring step {self._step.step} of {self.comm.size}: waited "
-                f"{' and '.join(text for text, _ in self._late())}")
+    @staticmethod
+    def buffer_blocks(ranks: int, on_gpu: bool) -> int:
+        """Say how many blocks of K and V a rank has buffers for in a forward pass, at most. Local.
 
-
-class _Joined:
-    """Several links as one: the messages of `links`, which are waited for, and all that must advance meanwhile."""
-
-    def __init__(self, links: Sequence[HostLink], others: Sequence[HostLink] = ()) -> None:
-        self._links, self._others = links, others
-        self.requests: list[Any] = []
-
-    def advance(self) -> bool:
-        """Do what has become possible; say whether nothing but `requests` is left. Local."""
-        for link in self._others:
-            link.advance()
-        nothing_else = [link.advance() for link in self._links]
-        self.requests[:] = [request for link in self._links for request in link.requests]
-        return all(nothing_else)
+        On the host its own is sent from where it is.
+        """
+        return min(ranks, 2) if on_gpu and ranks > 1 else min(ranks - 1, 2)

@@ -1,4 +1,4 @@
-"""Gradients come home whole over every link, with GPUs that lag behind at will. Runs under mpiexec."""
+"""Gradients come home whole by every schedule over every link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
 import time
@@ -10,9 +10,10 @@ from test_mpi_link import CHUNK, LINKS, TOKENS
 
 from ringmpi import RankLost, RingTimeout
 from ringmpi.mpi.comm import _stranded, private_comm
-from ringmpi.schedules.gradient_ring import Homeward, first_hops
-from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
-from ringmpi.schedules.ring import Ring, travel
+from ringmpi.schedules import NAMES, make
+from ringmpi.schedules.base import Blocks, Route
+from ringmpi.schedules.device_links import DirectLink, StagedLink
+from ringmpi.schedules.links import HostLink
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -25,15 +26,15 @@ def _poll_often(monkeypatch):
 
 
 class World:
-    """A ring and its gradients over one kind of link."""
+    """A schedule and its gradients over one kind of link."""
 
-    def __init__(self, comm, kind, seed, timeout=60.0):
+    def __init__(self, comm, kind, seed, timeout=60.0, schedule="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
-        new_link = {"host": HostLink, "direct": lambda *x: DirectLink(self.device, *x),
-                    "staged": lambda *x: StagedLink(self.device, *x, chunk_bytes=CHUNK)}[kind]
-        self.ring = Ring(private_comm(comm), timeout, new_link())
-        self.homeward = Homeward(private_comm(comm), new_link, self.clear, self.add)
+        new_link = {"host": HostLink, "direct": lambda: DirectLink(self.device),
+                    "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}[kind]
+        self.schedule = make(schedule, private_comm(comm), new_link, self.clear, self.add)
+        self.schedule.timeout = timeout
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def work(self, call):
@@ -51,7 +52,7 @@ class World:
         x, y = host(x), y if isinstance(y, np.ndarray) else y.host
         self.work(lambda: np.add(x, y, out=x))
 
-    def pass_round(self, tokens, needed, dtype, each=lambda step: None):
+    def pass_round(self, tokens, needed, dtype, each=lambda step: None, stop=None):
         """Each rank adds numbers to the gradients of what it needs; give ours, what they should be, and the trace."""
         rank, size = self.comm.rank, self.comm.size
         shapes = [[(n, 2), (n, 4)] for n in tokens]
@@ -61,14 +62,12 @@ class World:
         mine, arrays = ([new(shape, kind) for shape in shapes[rank]] for kind in (dtype, np.float32))
         for x in (*mine, *arrays):
             self.clear(x)
-        hops, trace = travel(needed), Trace()
-        self.homeward.take(mine, shapes, hops, first_hops(needed))
-        for block in self.ring.circulate(arrays, shapes, hops, trace, self.homeward):
-            if needed[rank, block.source]:
-                for x, share in zip(block.gradients, shares[rank][block.source], strict=True):
-                    self.add(x, share)
-            self.ring.progress()
-            each(block.step.step)
+        trace = Trace()
+        for work in self.schedule.backward(Blocks(arrays, shapes), Blocks(mine, shapes), Route(needed), trace, stop):
+            for x, share in zip(work.gradients, shares[rank][work.source], strict=True):
+                self.add(x, share)
+            self.schedule.progress()
+            each(work.step.step)
         if self.device:
             self.device.caller_stream().synchronize()
         want = [sum((shares[other][rank][i] for other in range(size) if needed[other, rank]), np.zeros(x.shape, dtype))
@@ -81,23 +80,39 @@ def host(x):
 
 
 @pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("schedule", NAMES)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_sum_of_all_shares_comes_home(comm, kind, seed):
+def test_the_sum_of_all_shares_comes_home(comm, kind, schedule, seed):
     """Several rounds on the same buffers, which grow; in some nobody needs a block, or but few do."""
-    world, size, outcomes = World(comm, kind, seed), comm.size, []
+    world, size, outcomes = World(comm, kind, seed, schedule=schedule), comm.size, []
     for turn in range(6):
         tokens = [TOKENS[(turn + 3 * rank + seed) % (4 if turn < 2 else 8)] for rank in range(size)]
         needed = world.random.random((size, size)) < (0.0, 0.3, 0.6, 1.0, 0.3, 1.0)[turn]
         dtype = np.dtype(np.float64 if turn % 2 else np.float32)
         got, want, trace = world.pass_round(tokens, needed, dtype)
-        sent = comm.allreduce(trace.gradient_bytes_sent)
-        messages = [hop - first + 1 if hop else 0
-                    for hop, first in zip(travel(needed), first_hops(needed), strict=True)]
-        outcomes.append(([(a == b).all() for a, b in zip(got, want, strict=True)], sent,
-                         sum(6 * n * m * dtype.itemsize for n, m in zip(tokens, messages, strict=True))))
-    for right, sent, expected in outcomes:
+        sizes = [[2 * n * dtype.itemsize, 4 * n * dtype.itemsize] for n in tokens]
+        messages = world.schedule.steps(Route(needed), [[8 * n, 16 * n] for n in tokens], sizes)
+        outcomes.append(([(a == b).all() for a, b in zip(got, want, strict=True)], trace.steps, messages))
+    for right, steps, messages in outcomes:
         assert all(right)
-        assert sent == expected
+        for step, said in zip(steps, messages, strict=True):
+            assert step.gradient_bytes_sent == sum(x.nbytes for x in said if x.source == comm.rank and x.gradients)
+
+
+@pytest.mark.parametrize("kind", LINKS)
+@pytest.mark.parametrize("schedule", NAMES)
+def test_a_pass_that_stops_leaves_nothing_behind(comm, kind, schedule):
+    """After it gradients come home as if it had not been."""
+    world, size, right = World(comm, kind, 1, schedule=schedule), comm.size, []
+    tokens = [TOKENS[(3 * rank + 4) % 8] for rank in range(size)]
+    for at in range(size):
+        needed, asked = world.random.random((size, size)) < 0.7, iter(range(size))
+        _, _, trace = world.pass_round(tokens, needed, np.dtype("f4"),
+                                       stop=lambda asked=asked, at=at: next(asked) == at and comm.rank == 0)
+        right.append(len(trace.steps) == at + 1)
+        got, want, _ = world.pass_round(tokens, needed, np.dtype("f4"))
+        right.append(all((a == b).all() for a, b in zip(got, want, strict=True)))
+    assert all(right)
 
 
 def test_sums_come_in_while_a_rank_computes(comm):
@@ -109,22 +124,22 @@ def test_sums_come_in_while_a_rank_computes(comm):
 
     def compute(step):
         latest = time.monotonic() + 20
-        while step > 1 and not world.homeward._chain.incoming.done() and time.monotonic() < latest:
-            world.ring.progress()
-        there.append(step < 2 or world.homeward._chain.incoming.done())
+        while step > 1 and not world.schedule.links[1].incoming[0].done() and time.monotonic() < latest:
+            world.schedule.progress()
+        there.append(step < 2 or world.schedule.links[1].incoming[0].done())
 
     world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), compute)
     assert all(there)
 
 
 @pytest.mark.parametrize("kind", LINKS)
-def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
+@pytest.mark.parametrize("schedule", NAMES)
+def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, schedule):
     if comm.size == 1:
         pytest.skip("takes two")
     other = comm.Dup()
-    world, before = World(other, kind, 3), len(_stranded())
+    world, before = World(other, kind, 3, schedule=schedule), len(_stranded())
     comm.Barrier()                    # else a rank may hear of the failure before it knows that all have come
-    links = [world.ring._link, *world.homeward.links]
 
     def fail(step):
         raise ValueError("on purpose")
@@ -132,15 +147,17 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
     try:
         world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), fail)
     except (ValueError, RankLost) as error:
-        world.ring.abandon(error)
-    assert not any(link._slots for link in links)
-    assert len(_stranded()) >= before + 2          # the slots of what comes home among them
+        slots = [link._slots for link in world.schedule.links if link.transfers]
+        world.schedule.abandon(error)
+    assert not any(link._slots for link in world.schedule.links)
+    assert slots
+    assert all(any(one is kept for kept in _stranded()[before:]) for one in slots)
 
 
-def test_first_hops(comm):
-    needed = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]], bool)
-    assert first_hops(needed) == [2, 2, 0, 1]
-    assert travel(needed) == [2, 2, 0, 1]
+def test_how_far_blocks_go(comm):
+    route = Route(np.array([[1, 0, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]], bool))
+    assert route.first == [2, 2, 0, 1]
+    assert route.last == [2, 2, 0, 1]
 
 
 def test_a_rank_that_does_not_come_is_named(comm):

@@ -1,0 +1,253 @@
+"""What a call brings: checked on each rank, and told to all ranks in one record with named fields."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from . import device
+from .arrays import as_array
+from .checks import check_arrays, check_like, check_seed, check_sinks
+from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
+from .score import streams
+from .softmax import DTYPES, State, accumulator
+
+Array = Any                       # of NumPy, or of CuPy on a GPU
+ON_HOST = -1                      # where host arrays are, among the indices of GPUs
+
+# What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
+EQUAL = {"number": "number of the call that is differentiated", "seed": "seed", "batched": "batch axis",
+         "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim", "dim_v": "dim_v", "dtype": "dtype",
+         "on_gpu": "place (0 the host, 1 a GPU)", "sinks": "sinks (0 none, 1 given)"}
+OF_THE_CALL = ("number", "seed")                  # which the plan does not go by
+# ... and what may differ: the number of tokens, and the index of the GPU that the arrays are on.
+RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu")])
+
+
+class Inputs(NamedTuple):
+    """What a call is given; `out` and `lse` if it is to be differentiated by what came out of it."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any = None
+    seed: Any = 0
+    out: Any = None
+    lse: Any = None
+
+
+@dataclass
+class Call:
+    """What one call works on: arrays with a batch axis where the backend computes, and where they came from.
+
+    Attributes
+    ----------
+    q, k, v : arrays of shape (batch, tokens, heads, dim)
+    batched : bool
+        Whether the caller's arrays have a batch axis.
+    gpu : int
+        Index of the GPU that the caller's arrays are on; ON_HOST for host arrays.
+    seed : int
+    dropout_keys : uint32 array
+        See `score.streams`; empty without dropout.
+    sinks : array of shape (heads,), accumulator dtype, optional
+    out, lse : arrays
+        The results; None before there are any.
+    number : int
+        Of the call on its communicator, from 1 on, which a backward pass names; 0 if it is not known.
+    states : list of State
+        One for each element of the batch, during the forward pass.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    batched: bool
+    gpu: int
+    seed: int
+    dropout_keys: NDArray[np.uint32]
+    sinks: NDArray[Any] | None
+    out: Array = None
+    lse: Array = None
+    number: int = 0
+    states: list[State] = field(default_factory=list)
+
+    @classmethod
+    def check(cls, inputs: Inputs, dropout: float, wanted: DTypeLike | None) -> Call:
+        """Take what a call is given, or raise an error that says what is wrong with it. Local.
+
+        Parameters
+        ----------
+        inputs : Inputs
+        dropout : float
+            Without, the seed does not matter.
+        wanted : dtype, optional
+            Accumulator asked for.
+
+        Raises
+        ------
+        ShapeError, DtypeError, OptionError, BackendError
+            If the arrays do not go together, or are not in one place.
+        """
+        given = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+        if inputs.out is not None:
+            given |= {"out": inputs.out, "lse": inputs.lse}
+        arrays = {name: as_array(x, name) for name, x in given.items()}
+        q, k, v = (arrays[name] for name in "qkv")
+        batched = check_arrays(q, k, v)
+        gpu = _place(arrays)
+        acc_dtype = accumulator(q.dtype, wanted)
+        if inputs.out is not None:
+            check_like("out", arrays["out"], (*q.shape[:-1], v.shape[-1]), q.dtype)
+            check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
+        sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
+        seed = check_seed(inputs.seed) if dropout else 0
+        arrays = {name: _batched(x, batched, gpu) for name, x in arrays.items()}
+        batch, _, heads, _ = arrays["q"].shape
+        keys = streams(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
+        return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, seed, keys, sinks, arrays.get("out"),
+                   arrays.get("lse"))
+
+    def check_cotangents(self, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
+        """Take what a backward pass starts from; give it with a batch axis. Local.
+
+        Raises
+        ------
+        ShapeError, DtypeError, BackendError
+            If it does not go with the results of the call.
+        """
+        taken: list[Array | None] = []
+        for name, x, like in (("dout", dout, self.out), ("dlse", dlse, self.lse)):
+            if name == "dlse" and x is None:
+                taken.append(None)
+                continue
+            array = as_array(x, name)
+            check_like(name, array, self.given(like).shape, like.dtype)
+            if isinstance(array, np.ndarray) == self.on_gpu:
+                raise BackendError(f"{name}: expected it where the call's arrays are, on "
+                                   f"{'a GPU' if self.on_gpu else 'the host'}; copy it")
+            taken.append(_batched(array, self.batched, self.gpu))
+        return taken[0], taken[1]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the caller's arrays are on a GPU."""
+        return self.gpu != ON_HOST
+
+    def given(self, x: Array) -> Array:
+        """View an array as the caller's are: with the batch axis, or without. Local."""
+        return x if self.batched else x[0]
+
+    def make_results(self, backend: Any, acc_dtype: np.dtype[Any]) -> None:
+        """Make room for the results where a backend computes, unless it is there. Local."""
+        if self.out is None:
+            self.out = backend.empty((*self.q.shape[:3], self.v.shape[3]), self.q.dtype)
+            self.lse = backend.empty(self.q.shape[:3], acc_dtype)
+
+    def to_device(self, backend: Any, acc_dtype: np.dtype[Any]) -> None:
+        """Bring the arrays to where a backend computes, with room for the results. Local."""
+        self.q, self.k, self.v = (backend.to_device(x) for x in (self.q, self.k, self.v))
+        self.make_results(backend, acc_dtype)
+        self.out, self.lse = backend.to_device(self.out), backend.to_device(self.lse)
+
+    def record(self) -> NDArray[np.uint8]:
+        """Encode what the other ranks must know of this call. Local."""
+        batch, n_q, heads, dim = self.q.shape
+        _, n_k, kv_heads, dim_v = self.v.shape
+        seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
+        dtype = list(DTYPES.values()).index(self.q.dtype)
+        fields = (self.number, seed, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
+                  self.sinks is not None, n_q, n_k, self.gpu)
+        return np.array([fields], RECORD).view(np.uint8)
+
+
+NO_RECORD = np.zeros(1, RECORD).view(np.uint8)      # of a rank that has failed
+
+
+class Records:
+    """What all ranks say of a call, decoded and checked: they go together. Local.
+
+    Parameters
+    ----------
+    rows : list of uint8 array
+        `Call.record` of each rank.
+
+    Attributes
+    ----------
+    n_q, n_k, gpus : list of int
+        Of each rank: tokens of q, tokens of k and v, index of the GPU that its arrays are on.
+    batch, heads, kv_heads, dim, dim_v : int
+    dtype : dtype
+        Of q, k and v.
+    key : bytes
+        Of all that a plan goes by.
+
+    Raises
+    ------
+    ShapeError, DtypeError, OptionError
+        If a rank's call differs from that of rank 0; the same on all ranks.
+    """
+
+    def __init__(self, rows: list[NDArray[np.uint8]]) -> None:
+        table = np.concatenate(rows).view(RECORD)
+        _check_equal(table)
+        self.n_q: list[int] = table["n_q"].tolist()
+        self.n_k: list[int] = table["n_k"].tolist()
+        self.gpus: NDArray[np.int64] = table["gpu"]
+        self.batch, self.heads, self.kv_heads = (int(table[name][0]) for name in ("batch", "heads", "kv_heads"))
+        self.dim, self.dim_v = (int(table[name][0]) for name in ("dim", "dim_v"))
+        self.dtype = list(DTYPES.values())[table["dtype"][0]]
+        self.key = table.view(np.int64).reshape(len(rows), -1)[:, len(OF_THE_CALL):].tobytes()
+
+    def warn_of_order(self) -> None:
+        """Warn if the arrays look like (heads, tokens, dim), as torch has them. Local.
+
+        More than 64 heads, and more heads than tokens in all, are rarely meant.
+        """
+        tokens = sum(self.n_q)
+        if self.heads > 64 and self.heads > tokens > 0 and self.kv_heads > 64 and self.kv_heads > sum(self.n_k) > 0:
+            warnings.warn(f"q, k and v: {self.heads} heads and {tokens} tokens in all, which looks like (heads, "
+                          "tokens, dim); expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant",
+                          stacklevel=2)
+
+
+def no_call() -> RingError:
+    """Make the error of a backward pass without a call before it. Local."""
+    return RingError("backward: expected a call before it on this object, and there is none, it failed, or did not "
+                     "keep its arrays, or backward_of came after it; call the object first, or use backward_of or "
+                     "ring_attention_backward")
+
+
+def _check_equal(table: NDArray[Any]) -> None:
+    """Raise an error unless what must be equal is, naming the first rank that differs from rank 0."""
+    numbers = table.view(np.int64).reshape(len(table), -1)[:, :len(EQUAL)]
+    if (numbers == numbers[0]).all():
+        return
+    for name, text in EQUAL.items():
+        values = table[name]
+        for rank in np.flatnonzero(values != values[0]):
+            got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (values[rank], values[0]))
+            kind = DtypeError if name == "dtype" else OptionError if name in OF_THE_CALL else ShapeError
+            raise kind(f"rank {rank}: expected the same {text} on every rank, got {got} here and {want} on rank 0")
+
+
+def _place(arrays: dict[str, Array]) -> int:
+    """Give the index of the GPU that the arrays are on; ON_HOST for host arrays."""
+    places = [ON_HOST if isinstance(x, np.ndarray) else device.index_of(x) for x in arrays.values()]
+    if len(set(places)) > 1:
+        named = ", ".join(f"{name} on {'the host' if place == ON_HOST else f'GPU {place}'}"
+                          for name, place in zip(arrays, places, strict=True))
+        *others, last = arrays
+        raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; "
+                           "copy them")
+    return places[0]
+
+
+def _batched(x: Array, batched: bool, gpu: int) -> Array:
+    """Give an array a batch axis, and on the host make it contiguous."""
+    x = x if batched else x[None]
+    return np.ascontiguousarray(x) if gpu == ON_HOST else x

@@ -1,0 +1,357 @@
+"""The contract of a schedule: which rank computes with which block at which step, and what travels meanwhile.
+
+A schedule yields items of work, each while the blocks of later ones are on their way. It moves bytes, and knows
+neither backend nor mask: of the mask it is told which rank needs which block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..mpi.comm import Comm, load
+from ..mpi.notices import NOTICE_TAG
+from ..trace import Step, Trace
+from .links import Array, Link, Peer, Shape, Transfer
+
+TAGS = NOTICE_TAG // 3      # of blocks, of gradients that are passed on, and then one of gradients that come home
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who computes with which block, and how far away that is.
+
+    Attributes
+    ----------
+    needed : bool array of shape (size, size)
+        ``needed[rank, source]``: rank computes with the block of source.
+    """
+
+    needed: NDArray[np.bool_]
+
+    @cached_property
+    def first(self) -> list[int]:
+        """For each rank's block, hops downstream to the first other rank that computes with it; 0 if none does."""
+        return [min(hops, default=0) for hops in self._hops]
+
+    @cached_property
+    def last(self) -> list[int]:
+        """For each rank's block, hops downstream to the last other rank that computes with it; 0 if none does."""
+        return [max(hops, default=0) for hops in self._hops]
+
+    @cached_property
+    def _hops(self) -> list[list[int]]:
+        size = len(self.needed)
+        return [[hop for hop in range(1, size) if self.needed[(owner + hop) % size, owner]] for owner in range(size)]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block on each rank: arrays of one dtype, this rank's, and the shapes of all.
+
+    Attributes
+    ----------
+    own : sequence of C-contiguous arrays
+        This rank's block, in the memory of the schedule's links.
+    shapes : for each rank, the shapes of its arrays
+    """
+
+    own: Sequence[Array]
+    shapes: Sequence[Sequence[Shape]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of all arrays."""
+        dtype: np.dtype[Any] = self.own[0].dtype
+        return dtype
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """Bytes of each array of each rank's block."""
+        return block_sizes(self.shapes, self.dtype)
+
+
+@dataclass(frozen=True)
+class Work:
+    """An item of work: the queries of a rank with the keys and values of a rank.
+
+    Attributes
+    ----------
+    step : Step
+        Takes the figures.
+    queries : int
+        The rank whose queries they are; with the schedules there are, always this one.
+    source : int
+        The rank whose block it is.
+    arrays : tuple of arrays
+        The block, valid until the next item is asked for.
+    gradients : tuple of arrays
+        In the backward pass, what the gradients of the block are added to by then.
+    following : int, optional
+        The `source` of this rank's next item; None after the last.
+    """
+
+    step: Step
+    queries: int
+    source: int
+    arrays: tuple[Array, ...]
+    gradients: tuple[Array, ...]
+    following: int | None
+
+
+class Message(NamedTuple):
+    """What a rank sends to another in a step, in one message or several."""
+
+    source: int
+    dest: int
+    owner: int                  # whose block, or the gradients of whose block
+    nbytes: int
+    gradients: bool = False
+
+
+class Schedule:
+    """What all schedules have in common. One pass at a time, and none after a failure.
+
+    Parameters
+    ----------
+    comm : Comm
+    new_link : callable
+        Makes a `Link`, of the same kind on every rank.
+    clear : callable
+        Fills an array with zeros.
+    add : callable
+        Adds the second array to the first.
+
+    Attributes
+    ----------
+    timeout : float
+        Seconds after which a wait for another rank is an error.
+    stopped : bool
+        Whether the last pass was left before its end, because a rank asked for it.
+    """
+
+    name = ""
+
+    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+                 add: Callable[[Array, Array], None]) -> None:
+        self.comm = comm
+        self.timeout = 0.0
+        self.stopped = False
+        self._clear = clear
+        self._add = add
+        self._step = Step(0, comm.rank)
+        self._awaited: list[Transfer] = []      # what is waited for now
+        self._vote: _Vote | None = None
+
+    @property
+    def links(self) -> list[Link]:
+        """Every link that may have something under way."""
+        raise NotImplementedError
+
+    def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
+                gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
+        """Make the buffers of a pass, unless those there are large enough. Local.
+
+        Parameters
+        ----------
+        route : Route
+        sizes, gradient_sizes
+            For each rank, the bytes of the arrays of its block, and of their gradients in a backward pass.
+        """
+        raise NotImplementedError
+
+    def forward(self, blocks: Blocks, route: Route, trace: Trace,
+                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work with every block that it needs. Collective over *comm*.
+
+        Every rank must take all its items, or say `abandon`.
+
+        Parameters
+        ----------
+        blocks : Blocks
+            K and V. Not changed.
+        route : Route
+        trace : Trace
+            A `Step` for each step is added, idle ones included.
+        stop : callable, optional
+            Asked at each step, on every rank or on none: True leaves the loop after a step, the same on all ranks.
+            What was yielded by then has been computed everywhere, and the communicator is as good as before.
+
+        Raises
+        ------
+        RingTimeout, RankLost
+            If another rank does not send or take a block in time, or is gone. The communicator is lost then.
+        """
+        raise NotImplementedError
+
+    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
+                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work with every block that it needs, and bring what is added to its gradients home.
+
+        Collective over *comm*.
+
+        Parameters
+        ----------
+        blocks, route, trace
+            See `forward`.
+        gradients : Blocks
+            The gradient of this rank's block, which the shares of all ranks are added to.
+        stop : callable, optional
+            See `forward`. The gradients are of no use then.
+
+        Raises
+        ------
+        RingTimeout, RankLost
+            See `forward`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def steps(route: Route, sizes: Sequence[Sequence[int]],
+              gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
+        """Say what all ranks send at each step, from the sizes alone. Local, and without MPI.
+
+        Parameters
+        ----------
+        route : Route
+        sizes, gradient_sizes
+            See `reserve`.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def buffer_blocks(ranks: int, on_gpu: bool) -> int:
+        """Say how many blocks of K and V a rank has buffers for in a forward pass, at most. Local."""
+        raise NotImplementedError
+
+    def progress(self) -> None:
+        """Let MPI move what is on its way; call it every few milliseconds while computing. Local.
+
+        Raises
+        ------
+        RankLost
+            If another rank is gone.
+        """
+        self._awaited = [transfer for link in self.links for transfer in link.transfers]
+        joined = _Joined(self._awaited, self.links)
+        self.comm.progress(joined.requests, self._describe, joined.advance)
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave a pass in mid-way because of an error on this rank; the other ranks are told. Local."""
+        self.comm.give_up(error, [])
+        for link in self.links:
+            self.comm.keep_alive(link.cancel())
+        if self._vote:
+            self.comm.keep_alive([self._vote])
+
+    def _steps(self, trace: Trace, stop: Callable[[], bool] | None) -> Iterator[Step]:
+        """Yield one step after the other, with the block of a rank one farther away; no more once a rank has asked.
+
+        What `_wait` waits for at the end of a step includes the answer of all ranks.
+        """
+        size, rank = self.comm.size, self.comm.rank
+        self.stopped = False
+        for number in range(size):
+            step = self._step = Step(number, (rank - number) % size, trace.now())
+            trace.steps.append(step)
+            self.comm.place = f", {self.name} step {number} of {size}"
+            self._vote = _Vote(self.comm, stop()) if stop and number < size - 1 else None
+            yield step
+            if self._leaves():
+                self.stopped = True
+                return
+
+    def _leaves(self) -> bool:
+        """Say, after the wait at the end of a step, whether it is the last because a rank asked for that."""
+        return self._vote is not None and self._vote.passed
+
+    def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
+        """Make the item of work of a step."""
+        size, rank = self.comm.size, self.comm.rank
+        later = ((rank - number) % size for number in range(step.step + 1, size))
+        following = next((source for source in later if route.needed[rank, source]), None)
+        return Work(step, rank, step.source, arrays, gradients, following)
+
+    def _peer(self, call: str, rank: int, tag: int, what: str) -> Peer:
+        return Peer(rank, self.comm.message_starter(call, rank, tag), what)
+
+    def _wait(self, transfers: Sequence[Transfer]) -> float:
+        """Wait for some transfers, and let all advance; return the seconds it took."""
+        self._awaited = [*transfers, *([self._vote] if self._vote else [])]
+        joined = _Joined(self._awaited, self.links)
+        return self.comm.wait(joined.requests, self.timeout, self._describe, joined.advance, self._late_ranks)
+
+    def _late(self) -> list[Transfer]:
+        """Give what is waited for and not done; all that is waited for, if it has been done meanwhile."""
+        return [transfer for transfer in self._awaited if not transfer.done()] or self._awaited
+
+    def _late_ranks(self) -> list[int]:
+        """Give the ranks that are waited for; none means all."""
+        ranks = [transfer.peer.rank for transfer in self._late()]
+        return [] if self._vote in self._late() else ranks
+
+    def _describe(self) -> str:
+        what = " and ".join(f"{transfer.peer.what} {transfer.waiting_for()}".rstrip() for transfer in self._late())
+        return (f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}: "
+                f"{f'waited {what}' if what else 'computed'}")
+
+
+class _Vote:
+    """One exchange of all ranks: whether any of them asks to stop. Like a transfer, to be waited for."""
+
+    peer = Peer(-1, lambda _: None, "for all ranks to say whether to stop")
+
+    def __init__(self, comm: Comm, ask: bool) -> None:
+        self._mine = np.array([ask], np.uint8)
+        self._any = np.zeros(1, np.uint8)
+        self.requests = [comm.comm.Iallreduce(self._mine, self._any, load().MAX)]
+
+    @property
+    def passed(self) -> bool:
+        """Whether a rank has asked, once it is done."""
+        return bool(self._any[0])
+
+    def advance(self) -> bool:
+        """Say that nothing but `requests` is left. Local."""
+        return True
+
+    def done(self) -> bool:
+        """Say whether all ranks have answered. Local."""
+        return bool(self.requests[0].Get_status())
+
+    def waiting_for(self) -> str:
+        """Say that no GPU is waited for. Local."""
+        return ""
+
+
+class _Joined:
+    """Several transfers as one: the messages of those that are waited for, and the links that must advance."""
+
+    def __init__(self, awaited: Sequence[Transfer], links: Sequence[Link]) -> None:
+        self._awaited = awaited
+        self._links = links
+        self.requests: list[Any] = []
+
+    def advance(self) -> bool:
+        """Do what has become possible; say whether nothing but `requests` is left. Local."""
+        for link in self._links:
+            link.advance()
+        nothing_else = all(transfer.advance() for transfer in self._awaited)
+        self.requests[:] = [request for transfer in self._awaited for request in transfer.requests]
+        return nothing_else
+
+
+def block_sizes(shapes: Sequence[Sequence[Shape]], dtype: np.dtype[Any]) -> list[list[int]]:
+    """Give the bytes of each array of each rank's block, from the shapes of the arrays. Local."""
+    return [[math.prod(shape) * dtype.itemsize for shape in theirs] for theirs in shapes]
+
+
+def largest(sizes: Sequence[Sequence[int]]) -> int:
+    """Give the bytes of the largest block of any rank. Local."""
+    return max(map(sum, sizes))

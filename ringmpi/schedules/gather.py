@@ -1,0 +1,185 @@
+"""The all-gather: every rank is sent all the blocks that it needs at once, and computes with one after the other.
+
+More memory than the ring, a buffer for each block; fewer messages one after the other: right where blocks are small
+and latency counts. Made of Isend and Irecv, so that a block goes only to the ranks that need it (causal masks, windows,
+documents), and a wait says for whom. Blocks are taken in the order of the ring, so results are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from ..mpi.comm import Comm
+from ..trace import Step, Trace
+from .base import TAGS, Blocks, Message, Route, Schedule, Work, largest
+from .links import Array, Link, Transfer
+
+
+class Gather(Schedule):
+    """Blocks that go straight from their owners to the ranks that need them; see `Schedule`."""
+
+    name = "gather"
+
+    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+                 add: Callable[[Array, Array], None]) -> None:
+        super().__init__(comm, new_link, clear, add)
+        self._blocks = new_link()
+        self._shares = new_link()             # this rank's, of the gradients of other ranks' blocks
+        self._coming_home = new_link()        # the others', of the gradients of this rank's block
+
+    @property
+    def links(self) -> list[Link]:
+        """Every link that may have something under way."""
+        return [self._blocks, self._shares, self._coming_home]
+
+    def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
+                gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
+        """Make the buffers of a pass; see `Schedule.reserve`. Local.
+
+        A slot for each block that this rank needs, in the order of the steps; for gradients one for each block of
+        another rank, and one for each rank that needs this rank's.
+        """
+        if self.comm.size > 1:
+            others, users = len(self._sources(route)), len(self._users(route))
+            self._blocks.reserve(largest(sizes), self._blocks.own_slots + others)
+            if gradient_sizes:
+                self._shares.reserve(largest(gradient_sizes), others)
+                self._coming_home.reserve(sum(gradient_sizes[self.comm.rank]), users)
+
+    def forward(self, blocks: Blocks, route: Route, trace: Trace,
+                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work with every block that it needs; see `Schedule.forward`. Collective over *comm*."""
+        return self._gather(blocks, None, route, trace, stop)
+
+    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
+                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+        """Yield this rank's work, and bring gradients home; see `Schedule.backward`. Collective over *comm*."""
+        return self._gather(blocks, gradients, route, trace, stop)
+
+    def _gather(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+                stop: Callable[[], bool] | None) -> Iterator[Work]:
+        size, rank, link = self.comm.size, self.comm.rank, self._blocks
+        slots = {source: link.own_slots + slot for slot, source in enumerate(self._sources(route))}
+
+        # Begin: buffers, what the caller has put on the GPU's stream, and all blocks that travel.
+        self.reserve(route, blocks.sizes, gradients.sizes if gradients else None)
+        for each in self.links:
+            each.begin()
+        own = link.put_own_block(blocks.own) if size > 1 else tuple(blocks.own)
+        arriving = self._exchange_blocks(blocks.sizes, route, slots)
+
+        for step in self._steps(trace, stop):
+            number, source = step.step, step.source
+            self._count(step, route, blocks.sizes)
+            shares = self._begin_gradients(step, route, gradients, slots) if gradients else ()
+            if route.needed[rank, source]:
+                arrays = link.views(slots[source], blocks.shapes[source], blocks.dtype) if number else own
+                yield self._work(step, route, arrays, shares)
+            if gradients:
+                self._send_share(step, gradients, slots)
+
+            # The step ends when the next block is there; nothing else is waited for until the last.
+            step.wait_start = trace.now()
+            following = (source - 1) % size
+            step.wait_seconds = self._wait([arriving[following]] if following in arriving else [])
+
+        step.wait_seconds += self._wait([transfer for each in self.links for transfer in each.transfers])
+        if gradients and not self.stopped:
+            self._add_shares(route, gradients)
+        for each in self.links:
+            each.end_step()
+
+    def _exchange_blocks(self, sizes: Sequence[Sequence[int]], route: Route,
+                         slots: dict[int, int]) -> dict[int, Transfer]:
+        """Ask for every block that this rank needs, and send its own to every rank that does; give what arrives."""
+        size, rank, link = self.comm.size, self.comm.rank, self._blocks
+        arriving = {}
+        for hop in range(1, size):
+            source, dest = (rank - hop) % size, (rank + hop) % size
+            if source in slots:
+                what = f"for {sum(sizes[source])} bytes from rank {source}"
+                link.receive(slots[source], sizes[source], self._peer("Irecv", source, 0, what))
+                arriving[source] = link.incoming[-1]
+            if route.needed[dest, rank]:
+                what = f"for rank {dest} to take {sum(sizes[rank])} bytes"
+                link.send_own(self._peer("Isend", dest, 0, what))
+        return arriving
+
+    def _count(self, step: Step, route: Route, sizes: Sequence[Sequence[int]]) -> None:
+        """Count a block in the step before the one in which it is needed, as a ring would move it."""
+        size, rank, hop = self.comm.size, self.comm.rank, step.step + 1
+        if hop < size:
+            source, dest = (rank - hop) % size, (rank + hop) % size
+            step.bytes_received = sum(sizes[source]) if route.needed[rank, source] else 0
+            step.bytes_sent = sum(sizes[rank]) if route.needed[dest, rank] else 0
+
+    def _begin_gradients(self, step: Step, route: Route, gradients: Blocks,
+                         slots: dict[int, int]) -> tuple[Array, ...]:
+        """Ask for what another rank computes of this rank's gradients now; give what this rank adds its share to."""
+        size, rank, source = self.comm.size, self.comm.rank, step.source
+        if step.step == 0:
+            return tuple(gradients.own)
+        user = (rank + step.step) % size
+        if route.needed[user, rank]:
+            what = f"for the gradients of its own block from rank {user}"
+            self._coming_home.receive(self._users(route).index(user), gradients.sizes[rank],
+                                      self._peer("Irecv", user, 2 * TAGS, what))
+        if source not in slots:
+            return ()
+        share = self._shares.views(slots[source] - self._blocks.own_slots, gradients.shapes[source], gradients.dtype)
+        for x in share:
+            self._clear(x)
+        return share
+
+    def _send_share(self, step: Step, gradients: Blocks, slots: dict[int, int]) -> None:
+        """Send this rank's share of the gradients of a block to its owner."""
+        source = step.source
+        if source in slots:
+            step.gradient_bytes_sent = sum(gradients.sizes[source])
+            what = f"for rank {source} to take the gradients of a block"
+            self._shares.send(slots[source] - self._blocks.own_slots, gradients.sizes[source],
+                              self._peer("Isend", source, 2 * TAGS, what), written=True)
+
+    def _add_shares(self, route: Route, gradients: Blocks) -> None:
+        """Add up what has come home, in the order of a ring."""
+        rank = self.comm.rank
+        shares = [self._coming_home.views(slot, gradients.shapes[rank], gradients.dtype)
+                  for slot in range(len(self._users(route)))]
+        for share in shares[1:]:
+            for x, y in zip(shares[0], share, strict=True):
+                self._add(x, y)
+        for x, y in zip(gradients.own, *shares[:1], strict=True) if shares else ():
+            self._add(x, y)
+
+    def _sources(self, route: Route) -> list[int]:
+        """Give the other ranks whose blocks this rank needs, in the order of the steps."""
+        size, rank = self.comm.size, self.comm.rank
+        return [source for source in ((rank - hop) % size for hop in range(1, size)) if route.needed[rank, source]]
+
+    def _users(self, route: Route) -> list[int]:
+        """Give the other ranks that need this rank's block, in the order of the steps."""
+        size, rank = self.comm.size, self.comm.rank
+        return [user for user in ((rank + hop) % size for hop in range(1, size)) if route.needed[user, rank]]
+
+    @staticmethod
+    def steps(route: Route, sizes: Sequence[Sequence[int]],
+              gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
+        """Say what all ranks send at each step; see `Schedule.steps`. Local, and without MPI.
+
+        All blocks are sent at once; each counts in the step before the one in which it is needed.
+        """
+        size = len(sizes)
+        messages: list[list[Message]] = [[] for _ in range(size)]
+        for hop in range(1, size):
+            for owner in range(size):
+                user = (owner + hop) % size
+                if route.needed[user, owner]:
+                    messages[hop - 1].append(Message(owner, user, owner, sum(sizes[owner])))
+                    if gradient_sizes:
+                        messages[hop].append(Message(user, owner, owner, sum(gradient_sizes[owner]), True))
+        return messages
+
+    @staticmethod
+    def buffer_blocks(ranks: int, on_gpu: bool) -> int:
+        """Say how many blocks of K and V a rank has buffers for in a forward pass, at most. Local."""
+        return ranks - 1 + (on_gpu and ranks > 1)
