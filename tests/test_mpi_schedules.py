@@ -1,0 +1,73 @@
+"""Every schedule gives what the ring gives, bit for bit. Runs under mpiexec."""
+
+import numpy as np
+import pytest
+from test_mpi_gradients import expect
+
+from ringmpi import Mask, OptionError, RingAttention, Zigzag, ring_attention
+from ringmpi.schedules import NAMES
+
+pytestmark = pytest.mark.mpi
+
+MASKS = {"all": {}, "causal": {"causal": True}, "window": {"causal": True, "window": (5, 0)},
+         "documents": {"causal": True, "documents": [0, 3, 11, 12]}, "nothing": {"window": (0, 0), "q_offset": 1000}}
+
+
+def shard(random, rank, counts, heads, dim, batch, dtype):
+    x = random.standard_normal((batch, sum(counts), heads, dim)).astype(dtype)
+    start = sum(counts[:rank])
+    return x[:, start:start + counts[rank]]
+
+
+def passes(comm, schedule, mask, layout, dtype, sinks):
+    """Attend and differentiate twice; give all results, and what the last call cost."""
+    random = np.random.default_rng(11)
+    counts = {"uneven": [(5 * rank + 3) % 7 for rank in range(comm.size)], "striped": None, "zigzag": None}[layout]
+    if counts is None:
+        length = 6 * comm.size + 1
+        counts = [len(range(rank, length, comm.size)) for rank in range(comm.size)]
+        if layout == "zigzag":
+            counts = Zigzag(length, comm.size).counts
+    options = dict(MASKS[mask])
+    if "documents" in options:
+        options["documents"] = [*(x for x in options["documents"] if x < sum(counts)), sum(counts)]
+    q, k, v, dout = (shard(random, comm.rank, counts, heads, dim, 2, dtype)
+                     for heads, dim in ((4, 8), (2, 8), (2, 6), (4, 6)))
+    given = random.standard_normal(4).astype("f4") if sinks else None
+    results = []
+    with RingAttention(comm, mask=Mask(**options), layout="contiguous" if layout == "uneven" else layout,
+                       schedule=schedule, timeout=60, threads=1) as attention:
+        for _ in range(2):
+            results += attention(q, k, v, sinks=given, return_lse=True)
+            results += attention.backward(dout)
+    return results
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ["uneven", "striped", "zigzag"])
+@pytest.mark.parametrize(("dtype", "sinks"), [("f4", False), ("f8", True)])
+def test_the_same_bits_as_the_ring(comm, mask, layout, dtype, sinks):
+    want, *others = (passes(comm, schedule, mask, layout, dtype, sinks) for schedule in NAMES)
+    right = [[x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(got, want, strict=True)] for got in others]
+    assert all(all(comm.allgather(all(row))) for row in right)
+    assert others
+
+
+def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
+    x = np.ones((3, 2, 8), "f4")
+    expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule="mesh"), OptionError,
+           "schedule: expected one of ring, gather, got 'mesh'")
+    if comm.size > 1:
+        expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=NAMES[comm.rank == 1]), OptionError,
+               "schedule is gather here and ring on rank 0")
+
+
+def test_the_gather_has_buffers_only_for_what_a_rank_needs(comm):
+    if comm.size < 3:
+        pytest.skip("takes three")
+    x = np.ones((20, 2, 8), "f4")
+    with RingAttention(comm, mask=Mask(causal=True, window=(4, 0)), schedule="gather", timeout=60) as attention:
+        attention.backward(attention(x, x, x))
+        blocks, shares, coming_home = (len(link._slots) for link in attention._engine.schedule.links)
+    assert (blocks, shares, coming_home) == (comm.rank > 0, comm.rank > 0, comm.rank < comm.size - 1)
+    assert attention.trace.hops == (comm.rank > 0)
