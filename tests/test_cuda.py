@@ -13,7 +13,7 @@ from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, kernels
 from ringmpi.device import choose_index
-from ringmpi.schedules import links as link
+from ringmpi.schedules.device_links import DeviceLink
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
@@ -246,7 +246,7 @@ def test_views_of_real_cupy_arrays():
     cupy = pytest.importorskip("cupy")
     room = np.zeros(512, np.uint8)
     memory = cupy.cuda.UnownedMemory(room.ctypes.data, room.nbytes, room, 0)
-    blocks = link.DeviceLink(None)
+    blocks = DeviceLink(None)
     blocks._slots = [cupy.ndarray((512,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))] * 2
     k, v = blocks.views(1, [(1, 4, 2, 8), (1, 4, 2, 4)], DTYPES["bfloat16"])
     assert (k.shape, v.shape, v.dtype) == ((1, 4, 2, 8), (1, 4, 2, 4), DTYPES["bfloat16"])

@@ -14,7 +14,6 @@ from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
 from ringmpi.job.attend import Options, attend
 from ringmpi.job.audit import audit
-from ringmpi.schedules import links as link
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.score import streams
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
@@ -30,7 +29,7 @@ def made(request, comm):
 
 @pytest.fixture
 def gpu(monkeypatch, made):
-    monkeypatch.setattr(link, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr("ringmpi.schedules.device_links.CHUNK_BYTES", 5000)
     if not isinstance(made, EmulatedDevice):
         return made
     monkeypatch.setattr(device, "reason_missing", lambda: None)
@@ -54,14 +53,14 @@ def case(seed, length, heads, kv_heads, dim, dim_v, dtype):
             ((length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim_v))]
 
 
-def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0):
+def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0, schedule="ring"):
     q, k, v = case(seed, length, 4, 2, 16, 16, dtype)
     spec = make_layout(layout, length, comm.size)
     mine = spec.positions(comm.rank)
     arrays = [x[mine] for x in (q, k, v)]
     options = {"mask": Mask(**make_mask(mask, length)), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
                "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
-               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
+               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "schedule": schedule}
     with RingAttention(comm, **options) as attention:
         for _ in range(2):                     # the second in the same buffers
             given = [gpu.array(x) for x in arrays] if on_gpu else arrays
@@ -103,6 +102,13 @@ def test_layouts_and_masks(comm, gpu, layout, mask):
     check(comm, gpu, "bfloat16", layout, mask, transport, on_gpu=layout != "uneven", seed=1)
 
 
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize(("layout", "mask"), [("empty", "causal"), ("zigzag", "window")])
+def test_the_gather(comm, gpu, layout, mask, transport):
+    skip_unless_mpi_takes(gpu, transport)
+    check(comm, gpu, "float32", layout, mask, transport, on_gpu=True, schedule="gather")
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
 def test_few_tokens(comm, gpu, length):
     check(comm, gpu, "float32", "contiguous", "causal", "staged", on_gpu=False, length=length)
@@ -118,14 +124,14 @@ def test_a_batch(comm, gpu):
         assert oracle.error(got, want, np.abs(q).max()) <= 2e-6
 
 
-@pytest.mark.parametrize(("dtype", "layout", "mask", "transport", "function", "on_gpu"), [
-    ("float64", "striped", "causal", "direct", "plain", True),
-    ("float32", "contiguous", "causal", "staged", "all", False),
-    ("bfloat16", "empty", "documents", "direct", "softcap", False),
-    ("float16", "zigzag", "all", "staged", "dropout", True),
-    ("float32", "custom", "full", "direct", "sinks", True),
-    ("float64", "uneven", "first", "staged", "alibi", True)])
-def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu):
+@pytest.mark.parametrize(("dtype", "layout", "mask", "transport", "function", "on_gpu", "schedule"), [
+    ("float64", "striped", "causal", "direct", "plain", True, "ring"),
+    ("float32", "contiguous", "causal", "staged", "all", False, "ring"),
+    ("bfloat16", "empty", "documents", "direct", "softcap", False, "gather"),
+    ("float16", "zigzag", "all", "staged", "dropout", True, "ring"),
+    ("float32", "custom", "full", "direct", "sinks", True, "ring"),
+    ("float64", "uneven", "first", "staged", "alibi", True, "gather")])
+def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, schedule):
     """Twice, in the same buffers; on a batch of two."""
     skip_unless_mpi_takes(gpu, transport)
     n, heads = 83, 4
@@ -139,7 +145,7 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu):
     options = {"mask": Mask(**sees), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
                "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
                "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
-               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0)}
+               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0), "schedule": schedule}
     there = gpu.array if on_gpu else lambda x: x
     q, k, v, dout_, dlse_ = (there(np.ascontiguousarray(x[:, mine])) for x in
                              (*(np.stack(x) for x in zip(*cases, strict=True)), dout, dlse))

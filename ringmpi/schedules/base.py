@@ -298,8 +298,8 @@ class Schedule:
 
     def _describe(self) -> str:
         what = " and ".join(f"{transfer.peer.what} {transfer.waiting_for()}".rstrip() for transfer in self._late())
-        return (f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}: "
-                f"{f'waited {what}' if what else 'computed'}")
+        return (f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}"
+                f"{f': waited {what}' if what else ', computing'}")
 
 
 class _Vote:
