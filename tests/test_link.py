@@ -12,8 +12,8 @@ from fake_device import FakeArray, FakeDevice
 from ringmpi import environment
 from ringmpi.device import Device
 from ringmpi.schedules import gpu_transport as transport
-from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.device_links import DirectLink, StagedLink, StagedReceive, StagedSend, StagingChannel
+from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
 
 # The fake device: that it is like a device, and finds mistakes.

@@ -1,4 +1,4 @@
-"""Gradients come home whole by every schedule over every link, with GPUs that lag behind at will. Runs under mpiexec."""
+"""Gradients come home whole by every schedule and link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
 import time

@@ -9,10 +9,10 @@ from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
 from ringmpi.mpi.comm import _stranded, private_comm
-from ringmpi.schedules.gpu_transport import Transport, choose
 from ringmpi.schedules import NAMES, make
 from ringmpi.schedules.base import Blocks, Route
 from ringmpi.schedules.device_links import DirectLink, StagedLink
+from ringmpi.schedules.gpu_transport import Transport, choose
 from ringmpi.schedules.links import HostLink
 from ringmpi.trace import Trace
 
@@ -248,7 +248,8 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind, schedule):
         assert seconds < 10, outcomes
         assert kept
         if rank:
-            assert re.match(f"(RingTimeout|RankLost): rank {rank} on .*, {schedule} step .* waited for ", said), outcomes
+            where = rf"rank {rank} on .*, {schedule} step .* waited for "
+            assert re.match(f"(RingTimeout|RankLost): {where}", said), outcomes
 
 
 @pytest.mark.parametrize("kind", ["direct", "staged"])

@@ -106,7 +106,7 @@ class GradientRing:
                 self._add(share, others)
         self.passed_on.end_step()
         home = number == self._last[source]
-        if number and self._first[source] <= number and (home or number < self._last[source] and not leaves):
+        if number and self._first[source] <= number and (home or (number < self._last[source] and not leaves)):
             step.gradient_bytes_sent = sum(self._sizes[source])
             taker = source if home else self._comm.dest
             tag = 2 * TAGS if home else TAGS + number % TAGS
