@@ -70,13 +70,12 @@ def _read(path):
     """Everything that `attend` reads of an input, by name; or REFUSED."""
     from ringmpi.errors import RingError
     from ringmpi.files.hdf5 import read_rows
-    from ringmpi.job.attend import Options, datasets, inspect, read_heads
-    options = Options(alibi=True, sinks=True)
+    from ringmpi.job.inputs import open_input
+    from ringmpi.job.options import Options
     try:
-        inspect(path, options)
-        with datasets(path, options) as (file, found, sizes):
-            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in found]
-            return rows + [x.tobytes() for x in read_heads(file, options, sizes.heads).values()]
+        with open_input(path, Options(alibi=True, sinks=True)) as data:
+            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in (data.q, data.k, data.v)]
+            return [*rows, data.alibi.tobytes(), data.sinks.tobytes()]
     except RingError:
         return REFUSED
 

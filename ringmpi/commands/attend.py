@@ -19,7 +19,7 @@ from ..environment import command_line, launched_rank, launched_sizes, stderr_is
 from .options import add_attention, add_backend, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
-    from ..job.attend import Options
+    from ..job.options import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
     from ..files.new_file import STANDARD_OUTPUT
-    from ..job.attend import Options, attend
+    from ..job.attend import attend
+    from ..job.options import Options
     from ..mpi.world import world_rank
     from .display import Display
     options = Options.from_record(vars(arguments))
@@ -67,12 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace, options: Options) -> int:
     from ..checks import check_threads
-    from ..job.attend import check_paths, inspect
+    from ..job.inputs import check_input
     from ..job.memory import predict_memory
+    from ..job.outputs import check_paths
     if launched_rank():
         return 0
     check_threads(arguments.threads)
-    sizes = inspect(arguments.input, options)
+    sizes = check_input(arguments.input, options)
     check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     parts = predict_memory(sizes, ranks, options)
