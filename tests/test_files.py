@@ -18,7 +18,9 @@ from ringmpi import OutputError
 from ringmpi.cli import main
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.manifest import read_manifest
-from ringmpi.files.new_file import check_writable, new_file, write_json
+from ringmpi.files.new_file import new_file, replace_file
+from ringmpi.files.paths import check_writable
+from ringmpi.files.record import write_json
 from ringmpi.files.shards import verify
 from ringmpi.softmax import BFLOAT16
 
@@ -155,6 +157,17 @@ def test_no_shard_is_taken_away_once_out_has_its_name(source, tmp_path, monkeypa
     assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
 
 
+def test_a_file_of_a_cache(tmp_path, monkeypatch):
+    """It is replaced whole; where that fails the old one stays, and nothing is beside it."""
+    replace_file(tmp_path / "x", b"old")
+    replace_file(tmp_path / "x", b"new")
+    monkeypatch.setattr("pathlib.Path.replace", raising(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_file(tmp_path / "x", b"newer")
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"
+
+
 def test_json_goes_into_pipes_and_devices(tmp_path):
     path, got = tmp_path / "pipe", []
     os.mkfifo(path)
@@ -176,7 +189,7 @@ def test_json_goes_into_pipes_and_devices(tmp_path):
 
 
 def test_json_into_a_full_pipe_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.new_file.PIPE_SECONDS", 0.3)
+    monkeypatch.setattr("ringmpi.files.streams.PIPE_SECONDS", 0.3)
     os.mkfifo(tmp_path / "pipe")
     descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(OutputError, match=r"nobody read from it for 0\.3 s"):

@@ -14,7 +14,8 @@ import oracle
 import pytest
 
 from ringmpi.cli import main
-from ringmpi.files.hdf5 import open_file, read_rows
+from ringmpi.files.hdf5 import read_rows
+from ringmpi.files.opening import open_file
 from ringmpi.files.shards import verify
 
 CLI = ["-m", "ringmpi"]

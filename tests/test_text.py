@@ -6,7 +6,8 @@ import pytest
 from ringmpi import ShardError
 from ringmpi.cli import main
 from ringmpi.commands.demo_text import DIM, ORDERS, SHARPNESS, predict_bytes, read_text, signs, strongest, unpack
-from ringmpi.files.hdf5 import open_file, read_integers, read_rows
+from ringmpi.files.hdf5 import read_integers, read_rows
+from ringmpi.files.opening import open_file
 
 
 def test_a_hash_knows_its_context_and_no_more():

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
-    from ..files.new_file import STANDARD_OUTPUT
+    from ..files.streams import STANDARD_OUTPUT
     from ..job.attend import attend
     from ..job.options import Options
     from ..mpi.world import world_rank

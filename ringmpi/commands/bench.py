@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     more: dict[str, Any] = {}
     if arguments.kind == "kernel":
         if arguments.json:
-            from ..files.new_file import check_record
+            from ..files.record import check_record
             check_record(arguments.json)
         _check_kernels(arguments)
         if arguments.backend == "cuda":
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     if rows:
         _print(rows, [name for name in rows[0] if name not in hidden])
         if arguments.json:
-            from ..files.new_file import write_json
+            from ..files.record import write_json
             given = {name: value for name, value in vars(arguments).items() if name != "collective"}
             write_json(arguments.json, {"arguments": given, **more, "rows": rows})
     return 0

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
     from .. import device
-    from ..files.new_file import writing
+    from ..files.paths import writing
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
     if arguments.backend == "cuda":

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShardError
-from ..files.hdf5 import create_dataset, open_file, read_rows, reading, write_array, write_file, write_rows
-from ..files.stored import row_pieces
+from ..files.hdf5 import create_dataset, read_rows, write_array, write_file, write_rows
+from ..files.opening import open_file, reading
+from ..files.rows import row_ranges
 
 ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
 DIM, DIM_V = 64, 32            # one bit of a 64-bit hash each; signs of a byte's code
@@ -173,9 +174,9 @@ def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force
         shape = (tokens, len(ORDERS))
         q = create_dataset(file, "q", (queries, len(ORDERS), DIM), dtype)
         k, v = (create_dataset(file, name, (*shape, dim), dtype) for name, dim in (("k", DIM), ("v", DIM_V)))
-        for a, b in row_pieces(q.shape, dtype):
+        for a, b in row_ranges(q.shape, dtype):
             write_rows(q, a, unpack(asks[tokens - queries + a:tokens - queries + b], dtype) * dtype.type(SHARPNESS))
-        for a, b in row_pieces(k.shape, dtype):
+        for a, b in row_ranges(k.shape, dtype):
             write_rows(k, a, unpack(before[a:b], dtype))
             rows = code[text.data[a:b]].astype(dtype)
             write_rows(v, a, np.repeat(rows[:, None], len(ORDERS), axis=1))
@@ -228,6 +229,6 @@ def strongest(source: Path, row: int, position: int, head: int) -> tuple[int, fl
         q = read_rows(file["q"], row, row + 1)[0, head].astype(np.float32)
         scores = np.concatenate([
             read_rows(file["k"], a, b)[:, head].astype(np.float32) @ q * DIM**-0.5
-            for a, b in row_pieces((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
+            for a, b in row_ranges((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
     column = position - int(np.argmax(scores[::-1]))
     return column, float(1 / np.exp(scores - scores[column]).sum())

@@ -50,7 +50,7 @@ def _random(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from ..files.hdf5 import create_dataset, write_array, write_file, write_rows
-    from ..files.stored import row_pieces
+    from ..files.rows import row_ranges
     from ..softmax import check_dtype
     tokens, kv_heads = arguments.tokens, arguments.kv_heads or arguments.heads
     if arguments.heads % kv_heads:
@@ -64,7 +64,7 @@ def _random(arguments: argparse.Namespace) -> int:
         for number, (name, shape) in enumerate(shapes.items()):
             rng = np.random.default_rng([arguments.seed, number])
             dataset = create_dataset(file, name, shape, dtype)
-            for start, stop in row_pieces(shape, np.dtype(np.float64)):
+            for start, stop in row_ranges(shape, np.dtype(np.float64)):
                 write_rows(dataset, start, rng.standard_normal((stop - start, *shape[1:])).astype(dtype))
         if arguments.documents:
             rng = np.random.default_rng([arguments.seed, len(shapes)])

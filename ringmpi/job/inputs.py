@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ..attention import RingAttention
 from ..checks import check_shapes
 from ..errors import DtypeError
-from ..files.hdf5 import check_axes, open_dataset, open_file, read_floats, read_integers, read_rows, read_rows_into
-from ..files.stored import RAW_DTYPE, stored_dtype
+from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, read_rows, read_rows_into
+from ..files.item_types import RAW_DTYPE, stored_dtype
+from ..files.opening import open_file
 from ..layout import Contiguous
 from ..mask import Mask
 from ..schedules.redistribution import redistribute

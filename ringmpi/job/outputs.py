@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from ..errors import CommError, OptionError, RankLost, RingError, RingTimeout
 from ..files.manifest import Shard
-from ..files.new_file import STANDARD_OUTPUT, check_record, check_writable
+from ..files.paths import check_writable
+from ..files.record import check_record
 from ..files.shards import Output
+from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
 from .run import Run
 

@@ -16,7 +16,7 @@ import numpy as np
 from .. import __version__
 from ..attention import RingAttention
 from ..environment import resident_bytes
-from ..files.new_file import write_json
+from ..files.record import write_json
 from ..mask import Mask
 from ..mpi.clocks import clock_offset
 from ..mpi.world import library
