@@ -1,4 +1,4 @@
-"""The options that `attend` and `check` share."""
+"""Options that several commands have, and how their values are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "widen", "pairs")
 
 
