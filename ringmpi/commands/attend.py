@@ -1,7 +1,7 @@
 """Attend from IN.h5 to OUT.h5 on as many ranks as mpiexec or srun starts.
 
-IN.h5 holds datasets q, k, v of shape (tokens, heads, dim). OUT.h5 gets `out` and `lse` in the same order;
-its shards lie beside it in OUT.h5.shards/.
+IN.h5 holds datasets q, k, v of shape (tokens, heads, dim). OUT.h5 gets `out` and `lse` in the same order; its shards
+are beside it in OUT.h5.shards/.
 
     mpiexec -n 4 ringmpi attend in.h5 out.h5 --causal --layout striped
 """
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
-                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal "
+                     help="which tokens each rank has while computing; striped and zigzag balance --causal "
                           "(default: contiguous)")
     add_backend(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .display import Display
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
-        return _predict(arguments, options)
+        return _dry_run(arguments, options)
     with nullcontext() if arguments.quiet else Display(stderr_is_terminal()) as display:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace, options: Options) -> int:
+def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
+    """Check input and paths, and print what a run would need: on one rank, without MPI."""
     from ..checks import check_threads
     from ..job.inputs import check_input
     from ..job.memory import predict_memory
