@@ -60,10 +60,8 @@ def _packed(path, x):
 
 def _summed(path, x):
     """As `ringmpi make` writes: all but the integers has a checksum."""
-    from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
-    with write_file(path) as file:
-        for name, values in x.items():
-            write_rows(create_dataset(file, name, values.shape, values.dtype), 0, values)
+    from job_files import write_arrays
+    write_arrays(path, x)
 
 
 def _read(path):

@@ -7,15 +7,14 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from job_files import write_arrays
 
 from ringmpi import DtypeError, OutputError, ShardError
 from ringmpi.files.hdf5 import (
-    create_dataset,
     open_dataset,
     read_integers,
     read_rows,
     write_file,
-    write_rows,
 )
 from ringmpi.files.item_types import file_type, stored_dtype
 from ringmpi.files.opening import open_file
@@ -28,8 +27,7 @@ def path(tmp_path):
 
 
 def save(path, rows, name="x"):
-    with write_file(path, force=True) as file:
-        write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)
+    write_arrays(path, {name: rows})
 
 
 def load(path, name="x"):
