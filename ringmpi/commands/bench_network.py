@@ -134,28 +134,31 @@ class _NetworkBench:
     def _bare_exchange(self) -> None:
         """Deal rows out as `redistribute` does, by a blocking Alltoallv and NumPy's copies before and after."""
         size, rank = self.comm.size, self.comm.rank
+        byte = mpi.load().BYTE
         start = Contiguous.even(self.tokens * size, size).starts[rank]
         packed = np.concatenate([self.x[(dest - start) % size::size] for dest in range(size)])
         received = np.empty_like(packed)
         counts = [packed.nbytes // size] * size
-        byte = mpi.load().BYTE
         self.world.Alltoallv([packed.view(np.uint8), counts, byte], [received.view(np.uint8), counts, byte])
         received.copy()
 
     def _bare_ring(self) -> None:
         """Pass K and V round by Isend and Irecv, in buffers that are there."""
-        comm, byte, request = self.comm, mpi.load().BYTE, mpi.load().Request
+        comm = self.comm
+        byte = mpi.load().BYTE
+        wait_for_all = mpi.load().Request.Waitall
         here = [self.x, self.x]
         self._buffers = self._buffers or [[np.empty_like(x) for x in here] for _ in range(2)]
         for step in range(comm.size - 1):
             there = self._buffers[step % 2]
             requests = [self.world.Irecv([x.view(np.uint8), byte], comm.source, 0) for x in there]
             requests += [self.world.Isend([x.view(np.uint8), byte], comm.dest, 0) for x in here]
-            request.Waitall(requests)
+            wait_for_all(requests)
             here = there
 
     def _bare_gather(self) -> None:
-        byte, mine = mpi.load().BYTE, np.zeros(256, np.uint8)
+        byte = mpi.load().BYTE
+        mine = np.zeros(256, np.uint8)
         self.world.Allgather([mine, byte], [np.empty((self.comm.size, 256), np.uint8), byte])
 
     def waiting(self) -> float:
