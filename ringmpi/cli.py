@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from . import __version__
 from .environment import launched_rank, launched_together
 from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
-from .files.new_file import standard_output
+from .files.streams import standard_output
 from .phases import phase
 from .process import Process
 from .watchdog import END_SECONDS

@@ -25,6 +25,15 @@ class Case(NamedTuple):
     wrong: str = ""
 
 
+def outcomes(cases, fewest):
+    """How cases ended: at least so many of them, and none of them wrong."""
+    cases = list(cases)
+    wrong = [case for case in cases if case.wrong]
+    assert not wrong, wrong
+    assert len(cases) >= fewest, cases
+    return {case.outcome for case in cases}
+
+
 def arrays(path):
     """Everything that a plain reader finds in a file."""
     import h5py

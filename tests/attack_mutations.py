@@ -60,23 +60,20 @@ def _packed(path, x):
 
 def _summed(path, x):
     """As `ringmpi make` writes: all but the integers has a checksum."""
-    from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
-    with write_file(path) as file:
-        for name, values in x.items():
-            write_rows(create_dataset(file, name, values.shape, values.dtype), 0, values)
+    from job_files import write_arrays
+    write_arrays(path, x)
 
 
 def _read(path):
     """Everything that `attend` reads of an input, by name; or REFUSED."""
     from ringmpi.errors import RingError
     from ringmpi.files.hdf5 import read_rows
-    from ringmpi.job.attend import Options, datasets, inspect, read_heads
-    options = Options(alibi=True, sinks=True)
+    from ringmpi.job.inputs import open_input
+    from ringmpi.job.options import Options
     try:
-        inspect(path, options)
-        with datasets(path, options) as (file, found, sizes):
-            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in found]
-            return rows + [x.tobytes() for x in read_heads(file, options, sizes.heads).values()]
+        with open_input(path, Options(alibi=True, sinks=True)) as data:
+            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in (data.q, data.k, data.v)]
+            return [*rows, data.alibi.tobytes(), data.sinks.tobytes()]
     except RingError:
         return REFUSED
 

@@ -10,8 +10,10 @@ import pytest
 from ringmpi.cli import main
 from ringmpi.commands import display
 from ringmpi.commands.display import Display, describe
-from ringmpi.job.attend import Options, Sizes, Start
+from ringmpi.job.inputs import Sizes
 from ringmpi.job.memory import count_pairs, predict_seconds
+from ringmpi.job.options import Options
+from ringmpi.job.report import Start
 from ringmpi.layout import Contiguous
 from ringmpi.mask import Mask
 from ringmpi.phases import phase

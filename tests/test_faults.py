@@ -10,25 +10,18 @@ import sys
 import attacks
 import h5py
 import pytest
-
-from ringmpi.cli import main
+from attack_cases import outcomes
+from job_files import attend, make_random
 
 needs_compiler = pytest.mark.skipif(not attacks.compiler(), reason="needs a C compiler")
-
-
-def check(cases, fewest):
-    cases = list(cases)
-    assert not [case for case in cases if case.wrong]
-    assert len(cases) >= fewest
-    return {case.outcome for case in cases}
 
 
 @needs_compiler
 @pytest.mark.parametrize(("code", "commands"), [
     (errno.ENOSPC, ("attend", "make")), (errno.EIO, ("replace", "merge")), (errno.EDQUOT, ("attend", "text"))])
 def test_each_call_that_writes_fails(tmp_path, code, commands):
-    outcomes = check(attacks.faults(tmp_path, commands, errnos=(code,), timeout=120), 100)
-    assert {f"{commands[0]}: exit 0", f"{commands[0]}: exit 6", "exit 0"} <= outcomes
+    ended = outcomes(attacks.faults(tmp_path, commands, errnos=(code,), timeout=120), 100)
+    assert {f"{commands[0]}: exit 0", f"{commands[0]}: exit 6", "exit 0"} <= ended
 
 
 @needs_compiler
@@ -37,7 +30,7 @@ def test_one_rank_cannot_write(tmp_path, part):
     """Rank 1 its shard, or rank 0 OUT.h5: both ranks end with 6, and nothing is left."""
     shim, out = attacks.build_shim(tmp_path), tmp_path / "case" / "out.h5"
     out.parent.mkdir()
-    assert main(["make", "random", str(tmp_path / "in.h5"), "--tokens", "64", "--dim", "8"]) == 0
+    make_random(tmp_path / "in.h5", 64, dim=8)
     env = {"LD_PRELOAD": str(shim), "FAULT_CALL": "write", "FAULT_PATH": part, "FAULT_COUNT": "1", "FAULT_AFTER": "2",
            "FAULT_ERRNO": str(errno.EDQUOT)}
     code, said = attacks.command_line(["attend", tmp_path / "in.h5", out, "--backend", "numpy"], tmp_path, 2, env)
@@ -48,7 +41,7 @@ def test_one_rank_cannot_write(tmp_path, part):
 
 def test_a_limit_on_the_size_of_files(tmp_path):
     sizes = (8, 480, 1004, 1016, 4000)
-    assert check(attacks.limits(tmp_path, sizes, most_ranks=1), len(sizes)) == {"exit 6", "exit 0"}
+    assert outcomes(attacks.limits(tmp_path, sizes, most_ranks=1), len(sizes)) == {"exit 6", "exit 0"}
     out = tmp_path / "two" / "out.h5"
     out.parent.mkdir()
     arguments = [64, "attend", tmp_path / "in1" / "in.h5", out, "--backend", "numpy"]
@@ -61,16 +54,16 @@ def test_a_full_disk(tmp_path):
     cases = list(attacks.disks(tmp_path, sizes=(16, 300, 1040, 4000)))
     if not cases:
         pytest.skip("needs leave to mount")
-    assert check(cases, 4) == {"exit 6", "exit 0"}
+    assert outcomes(cases, 4) == {"exit 6", "exit 0"}
 
 
 def test_two_jobs_for_one_output(tmp_path):
-    check(attacks.races(tmp_path, rounds=2), 2)
+    outcomes(attacks.races(tmp_path, rounds=2), 2)
 
 
 def test_flipped_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("ringmpi.files.shards.probe", lambda path: None)        # for speed
-    assert attacks.REFUSED in check(attacks.flips(tmp_path, step=31), 100)
+    assert attacks.REFUSED in outcomes(attacks.flips(tmp_path, step=31), 100)
 
 
 def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
@@ -91,7 +84,7 @@ def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
         return found.values()
 
     monkeypatch.setattr("ringmpi.files.manifest.PROBE_SECONDS", 4.0)
-    assert check(attacks.flips(tmp_path, places=deadly), 2) == {attacks.REFUSED}
+    assert outcomes(attacks.flips(tmp_path, places=deadly), 2) == {attacks.REFUSED}
 
 
 READ_FAULT = """
@@ -127,9 +120,7 @@ for call, command in itertools.product(("read", "open"), commands):
 def test_reads_that_fail(tmp_path):
     """An input/output error while reading is said with the path and code 3, and never taken for an error of ours."""
     shim = attacks.build_shim(tmp_path)
-    source, out = tmp_path / "in.h5", tmp_path / "out.h5"
-    assert main(["make", "random", str(source), "--tokens", "64", "--dim", "8"]) == 0
-    assert main(["attend", str(source), str(out), "--backend", "numpy", "--quiet"]) == 0
+    attend(make_random(tmp_path / "in.h5", 64, dim=8), tmp_path / "out.h5")
     done = subprocess.run([sys.executable, "-c", READ_FAULT], cwd=tmp_path, capture_output=True, text=True, timeout=100,
                           check=False, env={**os.environ, "LD_PRELOAD": str(shim)})
     assert done.returncode == 0, (done.stdout + done.stderr)[-2000:]

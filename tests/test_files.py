@@ -13,21 +13,21 @@ import threading
 import h5py
 import numpy as np
 import pytest
+from job_files import attend, make_random, write_arrays
 
 from ringmpi import OutputError
 from ringmpi.cli import main
-from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.manifest import read_manifest
-from ringmpi.files.new_file import check_writable, new_file, write_json
+from ringmpi.files.new_file import new_file, replace_file
+from ringmpi.files.paths import check_writable
+from ringmpi.files.record import write_json
 from ringmpi.files.shards import verify
 from ringmpi.softmax import BFLOAT16
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("input") / "in.h5"
-    assert main(["make", "random", str(path), "--tokens", "64", "--heads", "2", "--dim", "8"]) == 0
-    return path
+    return make_random(tmp_path_factory.mktemp("input") / "in.h5", 64, heads=2, dim=8)
 
 
 def write(path, data=b"new", force=False):
@@ -81,7 +81,7 @@ def test_a_name_that_hdf5_cannot_refer_to(source, tmp_path):
         assert main(["attend", str(source), str(tmp_path / name), "--backend", "numpy"]) == 2
     assert not names(tmp_path)
     out = tmp_path / "größe λ.h5"
-    assert main(["attend", str(source), str(out), "--backend", "numpy", "--quiet"]) == 0
+    attend(source, out)
     assert main(["check", str(source), str(out)]) == 0
 
 
@@ -150,9 +150,20 @@ def test_nothing_fails_once_a_file_has_its_name(tmp_path, monkeypatch):
 
 def test_no_shard_is_taken_away_once_out_has_its_name(source, tmp_path, monkeypatch):
     monkeypatch.setattr("ringmpi.files.new_file.flush_to_disk", lambda path: 1 / 0)
-    assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
+    attend(source, tmp_path / "out.h5")
     monkeypatch.undo()
     assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
+
+
+def test_a_file_of_a_cache(tmp_path, monkeypatch):
+    """It is replaced whole; where that fails the old one stays, and nothing is beside it."""
+    replace_file(tmp_path / "x", b"old")
+    replace_file(tmp_path / "x", b"new")
+    monkeypatch.setattr("pathlib.Path.replace", raising(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_file(tmp_path / "x", b"newer")
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"new"
 
 
 def test_json_goes_into_pipes_and_devices(tmp_path):
@@ -176,7 +187,7 @@ def test_json_goes_into_pipes_and_devices(tmp_path):
 
 
 def test_json_into_a_full_pipe_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.new_file.PIPE_SECONDS", 0.3)
+    monkeypatch.setattr("ringmpi.files.streams.PIPE_SECONDS", 0.3)
     os.mkfifo(tmp_path / "pipe")
     descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(OutputError, match=r"nobody read from it for 0\.3 s"):
@@ -198,7 +209,7 @@ def test_json_to_standard_output(source, tmp_path):
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_standard_output_that_is_full(source, tmp_path, command, unbuffered):
     shutil.copy(source, tmp_path / "in.h5")
-    assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
+    attend(source, tmp_path / "out.h5")
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "ringmpi", *command], cwd=tmp_path, stdout=full, timeout=60,
                               stderr=subprocess.PIPE, text=True, check=False,
@@ -227,17 +238,16 @@ def test_raw_bfloat16_from_file_to_file(source, tmp_path, capsys):
     """As others store it: on request, and `check` knows of it from the record."""
     with h5py.File(source) as file:
         whole = {name: file[name][...].astype(BFLOAT16) for name in "qkv"}
-    with h5py.File(tmp_path / "raw.h5", "w") as raw, write_file(tmp_path / "real.h5") as real:
+    write_arrays(tmp_path / "real.h5", whole)
+    with h5py.File(tmp_path / "raw.h5", "w") as raw:
         for name, x in whole.items():
             raw[name] = x.view("i2") if name == "k" else x             # h5py makes opaque items of it
-            write_rows(create_dataset(real, name, x.shape, x.dtype), 0, x)
     out, same = tmp_path / "out.h5", tmp_path / "same.h5"
     assert main(["attend", str(tmp_path / "raw.h5"), str(out), "--backend", "numpy"]) == 3
     assert "say --raw-dtype bfloat16" in capsys.readouterr().err
     for layout in ("contiguous", "striped"):
-        flags = ["--backend", "numpy", "--quiet", "--force", "--layout", layout]
-        assert main(["attend", str(tmp_path / "raw.h5"), str(out), *flags, "--raw-dtype", "bfloat16"]) == 0
-        assert main(["attend", str(tmp_path / "real.h5"), str(same), *flags]) == 0
+        attend(tmp_path / "raw.h5", out, "--force", "--layout", layout, "--raw-dtype", "bfloat16")
+        attend(tmp_path / "real.h5", same, "--force", "--layout", layout)
         assert main(["check", str(tmp_path / "raw.h5"), str(out)]) == 0
         assert read_manifest(out).rows("out", 0, 64).tobytes() == read_manifest(same).rows("out", 0, 64).tobytes()
 
@@ -262,7 +272,7 @@ def test_streams_that_are_closed_or_full(source, tmp_path, streams):
 
 def test_check_takes_no_module_of_the_current_folder(source, tmp_path):
     """The process that opens a view first is a Python of its own."""
-    assert main(["attend", str(source), str(tmp_path / "out.h5"), "--backend", "numpy", "--quiet"]) == 0
+    attend(source, tmp_path / "out.h5")
     (tmp_path / "h5py.py").write_text("open('taken', 'w')")
     program = "import sys; sys.path.pop(0); from ringmpi.cli import main; sys.exit(main())"
     subprocess.run([sys.executable, "-c", program, "check", str(source), "out.h5"], cwd=tmp_path, check=True,

@@ -7,19 +7,17 @@ import sys
 import h5py
 import numpy as np
 import pytest
+from job_files import write_arrays
 
 from ringmpi import DtypeError, OutputError, ShardError
 from ringmpi.files.hdf5 import (
-    create_dataset,
-    file_type,
     open_dataset,
-    open_file,
     read_integers,
     read_rows,
-    stored_dtype,
     write_file,
-    write_rows,
 )
+from ringmpi.files.item_types import file_type, stored_dtype
+from ringmpi.files.opening import open_file
 from ringmpi.softmax import BFLOAT16, DTYPES
 
 
@@ -29,8 +27,7 @@ def path(tmp_path):
 
 
 def save(path, rows, name="x"):
-    with write_file(path, force=True) as file:
-        write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)
+    write_arrays(path, {name: rows})
 
 
 def load(path, name="x"):
@@ -84,8 +81,8 @@ def test_other_dtypes_are_refused(path, dtype):
         load(path)
 
 
-def test_pieces(path, monkeypatch):
-    monkeypatch.setattr("ringmpi.files.stored.PIECE_BYTES", 1000)
+def test_ranges_of_rows(path, monkeypatch):
+    monkeypatch.setattr("ringmpi.files.rows.TRANSFER_BYTES", 1000)
     monkeypatch.setattr("ringmpi.files.hdf5.READ_BACK_BYTES", 300)
     rows = np.random.default_rng(0).standard_normal((97, 5))
     save(path, rows)

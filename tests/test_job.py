@@ -12,9 +12,10 @@ import launch
 import numpy as np
 import oracle
 import pytest
+from job_files import make_random, read_arrays
 
 from ringmpi.cli import main
-from ringmpi.files.hdf5 import open_file, read_rows
+from ringmpi.files.opening import open_file
 from ringmpi.files.shards import verify
 
 CLI = ["-m", "ringmpi"]
@@ -40,19 +41,15 @@ SHIELD = ["-c", "import subprocess, sys, time\n"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    path = tmp_path_factory.mktemp("input") / "in.h5"
-    assert main(["make", "random", str(path), "--tokens", "1003", "--heads", "4", "--kv-heads", "2", "--dim", "16",
-                 "--documents", "5"]) == 0
-    return path
+    return make_random(tmp_path_factory.mktemp("input") / "in.h5", 1003, heads=4, kv_heads=2, dim=16, documents=5)
 
 
-def run(ranks, *arguments, folder, **options):
-    return launch.launch(ranks, [*CLI, *arguments], folder=folder / "said", **options)
+def run(ranks, *arguments, folder, start=CLI, **options):
+    return launch.launch(ranks, [*start, *arguments], folder=folder / "said", **options)
 
 
 def exact(source, **mask):
-    with open_file(source) as file:
-        q, k, v = (read_rows(file[name], 0, len(file[name])) for name in "qkv")
+    q, k, v = read_arrays(source)
     return oracle.attend(q, k, v, oracle.visible(len(q), len(k), **mask), q.shape[2]**-0.5)
 
 
@@ -68,8 +65,7 @@ def test_scores_of_a_file(source, tmp_path):
     flags = ["--causal", "--softcap", "4", "--alibi", "--sinks"]
     result = run(3, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, "--layout", "zigzag", folder=tmp_path)
     assert result.code == 0, result.text
-    with open_file(tmp_path / "in.h5") as file:
-        q, k, v = (read_rows(file[name], 0, len(file[name])) for name in "qkv")
+    q, k, v = read_arrays(tmp_path / "in.h5")
     i = np.arange(len(q))
     want = oracle.dense(q, k, v, oracle.visible(len(q), len(k), causal=True), 0.25, softcap=4, slopes=numbers["alibi"],
                         sinks=numbers["sinks"], queries=i, keys=i)
@@ -134,8 +130,8 @@ def test_file_to_file(source, tmp_path, ranks, layout):
 
 def test_zero_tokens_and_fewer_tokens_than_ranks(tmp_path):
     for tokens in (0, 2):
-        source, target = tmp_path / f"in{tokens}.h5", tmp_path / f"out{tokens}.h5"
-        assert main(["make", "random", str(source), "--tokens", str(tokens)]) == 0
+        source = make_random(tmp_path / f"in{tokens}.h5", tokens)
+        target = tmp_path / f"out{tokens}.h5"
         result = run(4, "attend", source, target, "--causal", "--layout", "zigzag", folder=tmp_path)
         assert result.code == 0, result.text
         with h5py.File(target) as file:
@@ -269,7 +265,7 @@ def test_disk_full_on_one_rank(source, tmp_path):
             "def full(*a): raise OSError(28, 'No space left on device')\n"
             "if MPI.COMM_WORLD.rank == 1: s.write_rows = full\n"
             "sys.exit(main())")
-    result = launch.launch(3, ["-c", code, "attend", source, tmp_path / "out.h5"], folder=tmp_path / "said")
+    result = run(3, "attend", source, tmp_path / "out.h5", folder=tmp_path, start=["-c", code])
     assert result.code == 6, result.text
     assert "No space left" in result.ranks[0]
     assert {p.name for p in tmp_path.iterdir()} == {"said"}
@@ -301,8 +297,8 @@ def test_a_rank_that_stops_while_the_result_is_published(source, tmp_path):
             "    time.sleep(3); publish(self, *rest)\n"
             "Output.write, Output.publish = stop, late\n"
             "sys.exit(main())")
-    result = launch.launch(3, [*SHIELD, "-c", code, "attend", source, tmp_path / "out.h5", "--timeout", "8",
-                               "--backend", "numpy"], folder=tmp_path / "said", timeout=60)
+    result = run(3, "attend", source, tmp_path / "out.h5", "--timeout", "8", "--backend", "numpy", folder=tmp_path,
+                 start=[*SHIELD, "-c", code], timeout=60)
     assert result.code not in (0, 124), result.text
     verify(tmp_path / "out.h5")
     assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
@@ -314,7 +310,7 @@ def test_an_error_of_ours_on_one_rank_ends_the_job(source, tmp_path):
             "def broken(*rest, **more): raise ValueError('a mistake')\n"
             "if MPI.COMM_WORLD.rank == 1: job.redistribute = broken\n"
             "sys.exit(main())")
-    result = launch.launch(3, ["-c", code, "attend", source, tmp_path / "out.h5"], folder=tmp_path / "said", timeout=60)
+    result = run(3, "attend", source, tmp_path / "out.h5", folder=tmp_path, start=["-c", code], timeout=60)
     assert result.code == 70, result.text
     assert "ValueError: a mistake" in result.ranks[1]
     assert not (tmp_path / "out.h5").exists()
@@ -335,9 +331,8 @@ def test_a_lost_rank(source, tmp_path, signal):
     """
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
-    result = launch.launch(4, [*SHIELD, "-c", LOST.replace("SIGNAL", signal), "attend", source, tmp_path / "out.h5",
-                               "--timeout", "4", "--backend", "numpy"],
-                           folder=tmp_path / "said", options=keep, timeout=60)
+    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", folder=tmp_path,
+                 start=[*SHIELD, "-c", LOST.replace("SIGNAL", signal)], options=keep, timeout=60)
     assert time.perf_counter() - start < 20
     assert not (tmp_path / "out.h5").exists()
     if launch.is_openmpi() and signal == "SIGKILL":          # its launcher ends the job at once
@@ -366,8 +361,7 @@ def test_memory_is_steady_and_predicted(tmp_path):
     """At fixed tokens a rank, peak memory stays within 5 % from 3 to 5 ranks, and --dry-run is within 10 %."""
     peaks = []
     for ranks in (3, 5):
-        source = tmp_path / f"in{ranks}.h5"
-        assert main(["make", "random", str(source), "--tokens", str(8192 * ranks), "--heads", "8", "--dim", "128"]) == 0
+        source = make_random(tmp_path / f"in{ranks}.h5", 8192 * ranks, heads=8, dim=128)
         options = [source, tmp_path / f"out{ranks}.h5", "--layout", "striped", "--causal", "--window", "64",
                    "--expect-ranks", str(ranks)]
         result = run(ranks, "attend", *options, "--json", tmp_path / "run.json", folder=tmp_path)

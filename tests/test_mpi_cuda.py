@@ -12,8 +12,9 @@ from test_mpi_attention import make_layout, make_mask
 from ringmpi import Mask, RingAttention, device, ring_attention
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
-from ringmpi.job.attend import Options, attend
+from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
+from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.score import streams
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE

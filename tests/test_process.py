@@ -33,13 +33,14 @@ sys.exit(main())
 """
 READING = START + """
 from ringmpi.job import attend as job
-read = job._read
-def act(world, comm, attention, dataset, clock):
+from ringmpi.phases import phase
+read = job.read_shard
+def act(run, attention, dataset):
     if rank == 1:
-        with job.phase("reading " + dataset.file.filename):
+        with phase("reading " + dataset.file.filename):
             os.kill(os.getpid(), signal.SIGSEGV)
-    return read(world, comm, attention, dataset, clock)
-job._read = act
+    return read(run, attention, dataset)
+job.read_shard = act
 sys.exit(main())
 """
 FIRST_CALL = START + """
@@ -192,7 +193,8 @@ def test_a_signal_between_two_calls(source, tmp_path):
     """Where no exchange is under way the others are told too, and remove what they wrote."""
     code = START + """
 from ringmpi.job import attend as job
-even = job.Contiguous.even
+from ringmpi.layout import Contiguous
+even = Contiguous.even
 def act(*rest):
     if rank == 1 and job.Output.done:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -205,7 +207,7 @@ def computed(*rest):
         job.Output.done = True
 job.Output.done = False
 job._compute = computed
-job.Contiguous.even = act
+Contiguous.even = act
 sys.exit(main())
 """
     result, _ = attend(code, source, tmp_path)

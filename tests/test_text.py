@@ -5,24 +5,34 @@ import pytest
 
 from ringmpi import ShardError
 from ringmpi.cli import main
-from ringmpi.commands.demo_text import DIM, ORDERS, SHARPNESS, predict_bytes, read_text, signs, strongest, unpack
-from ringmpi.files.hdf5 import open_file, read_integers, read_rows
+from ringmpi.commands.demo_text import (
+    DIM,
+    ORDERS,
+    SHARPNESS,
+    hash_contexts,
+    predict_bytes,
+    read_text,
+    strongest_key,
+    unpack_signs,
+)
+from ringmpi.files.hdf5 import read_integers, read_rows
+from ringmpi.files.opening import open_file
 
 
 def test_a_hash_knows_its_context_and_no_more():
     data = np.frombuffer(b"the cat sat on the cat", np.uint8)
     for order in ORDERS:
-        hashes = signs(data, order)
+        hashes = hash_contexts(data, order)
         assert (hashes[2] == hashes[17]) == (order <= 3)
         same = np.frombuffer(b"x" * 40 + b"a long context that is the same" * 2, np.uint8)
-        assert (signs(same, order)[-1] == signs(same, order)[-32]) == (order <= 31)
-    assert set(np.unique(unpack(hashes, np.dtype("f4")))) == {-1, 1}
+        assert (hash_contexts(same, order)[-1] == hash_contexts(same, order)[-32]) == (order <= 31)
+    assert set(np.unique(unpack_signs(hashes, np.dtype("f4")))) == {-1, 1}
 
 
 def test_matches_score_far_above_noise():
     rng = np.random.default_rng(0)
-    hashes = signs(rng.integers(0, 256, 20000).astype(np.uint8), 8)
-    x = unpack(hashes, np.dtype("f4"))
+    hashes = hash_contexts(rng.integers(0, 256, 20000).astype(np.uint8), 8)
+    x = unpack_signs(hashes, np.dtype("f4"))
     scores = SHARPNESS * x[:50] @ x.T / DIM**0.5
     off = scores[:, 50:]
     assert (scores[np.arange(50), np.arange(50)] == SHARPNESS * DIM**0.5).all()
@@ -59,7 +69,7 @@ def test_attention_predicts_the_repeated_text(tmp_path, monkeypatch):
     assert (guess[40:-1] == truth[40:]).all()
     assert (head[40:] == len(ORDERS) - 1).all()
     assert (head[:4] == -1).all()
-    column, weight = strongest(tmp_path / "in.h5", 100, 600, len(ORDERS) - 1)
+    column, weight = strongest_key(tmp_path / "in.h5", 100, 600, len(ORDERS) - 1)
     assert column == 101
     assert weight > 0.99
     with open_file(tmp_path / "in.h5") as file:

@@ -1,7 +1,7 @@
 """Attend from IN.h5 to OUT.h5 on as many ranks as mpiexec or srun starts.
 
-IN.h5 holds datasets q, k, v of shape (tokens, heads, dim). OUT.h5 gets `out` and `lse` in the same order;
-its shards lie beside it in OUT.h5.shards/.
+IN.h5 holds datasets q, k, v of shape (tokens, heads, dim). OUT.h5 gets `out` and `lse` in the same order; its shards
+are beside it in OUT.h5.shards/.
 
     mpiexec -n 4 ringmpi attend in.h5 out.h5 --causal --layout striped
 """
@@ -19,7 +19,7 @@ from ..environment import command_line, launched_rank, launched_sizes, stderr_is
 from .options import add_attention, add_backend, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
-    from ..job.attend import Options
+    from ..job.options import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_attention(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
-                     help="how tokens are dealt to ranks while computing; striped and zigzag balance --causal "
+                     help="which tokens each rank has while computing; striped and zigzag balance --causal "
                           "(default: contiguous)")
     add_backend(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
@@ -48,13 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi attend`; return the exit code."""
     arguments.check(arguments)
-    from ..files.new_file import STANDARD_OUTPUT
-    from ..job.attend import Options, attend
+    from ..files.streams import STANDARD_OUTPUT
+    from ..job.attend import attend
+    from ..job.options import Options
     from ..mpi.world import world_rank
     from .display import Display
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
-        return _predict(arguments, options)
+        return _dry_run(arguments, options)
     with nullcontext() if arguments.quiet else Display(stderr_is_terminal()) as display:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
@@ -65,14 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _predict(arguments: argparse.Namespace, options: Options) -> int:
+def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
+    """Check input and paths, and print what a run would need: on one rank, without MPI."""
     from ..checks import check_threads
-    from ..job.attend import check_paths, inspect
+    from ..job.inputs import check_input
     from ..job.memory import predict_memory
+    from ..job.outputs import check_paths
     if launched_rank():
         return 0
     check_threads(arguments.threads)
-    sizes = inspect(arguments.input, options)
+    sizes = check_input(arguments.input, options)
     check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     parts = predict_memory(sizes, ranks, options)

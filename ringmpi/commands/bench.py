@@ -1,4 +1,4 @@
-"""Measure speed: of the kernels, with torch beside them where it is installed, or of the ring.
+"""Measure speed: of the kernels, with torch beside them where it is installed, of the ring, or of moving data.
 
     ringmpi bench kernel --dim 64 128 --mask full causal --shape 8192x8192 --pass forward backward
     mpiexec -n 4 ringmpi bench ring --tokens 16384 --causal
@@ -11,14 +11,22 @@ of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .options import DTYPES, add_backend, add_products, positive, seconds
+from .options import DTYPES, MASKS, add_backend, add_products, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
-MASKS = ("full", "causal", "window", "documents")
 PASSES = ("forward", "backward")
+
+
+class Table(NamedTuple):
+    """What was measured: rows, the columns that are not printed, and what else the JSON record holds."""
+
+    rows: list[dict[str, Any]]
+    hidden: Collection[str]
+    more: dict[str, Any]
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -33,6 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
+    ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
+    network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
+                                               "calls that move the same; run it under mpiexec")
+    _add_kernel(kernel)
+    _add_ring(ring)
+    network.add_argument("--mib", type=positive, default=64, metavar="N",
+                         help="MiB of each array of a rank (default: 64)")
+    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
+                         help="where to compute (default: auto)")
+
+    # Options that two or three of them have.
+    for sub in (kernel, ring):
+        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
+    for sub in (ring, network):
+        sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
+                         help="seconds to wait for another rank (default: 1800)")
+        sub.set_defaults(collective=True)
+    for sub in (kernel, ring, network):
+        sub.add_argument("--repeat", type=positive, default=5, metavar="N",
+                         help="runs to take the median of (default: 5)")
+        sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
+
+
+def _add_kernel(kernel: argparse.ArgumentParser) -> None:
     kernel.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"],
                         help="of q, k and v (default: float32)")
     kernel.add_argument("--dim", nargs="+", type=positive, default=[64, 128], metavar="D",
@@ -52,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
     kernel.add_argument("--heads", type=positive, default=2, metavar="H", help="query heads (default: 2)")
     add_products(kernel)
-    ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
+
+
+def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--tokens", type=positive, default=8192, metavar="N", help="in all (default: 8192)")
     ring.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
     ring.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
@@ -61,62 +95,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help="what to measure (default: forward)")
     add_backend(ring)
     ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
-    network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
-                                               "calls that move the same; run it under mpiexec")
-    network.add_argument("--mib", type=positive, default=64, metavar="N",
-                         help="MiB of each array of a rank (default: 64)")
-    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
-                         help="where to compute (default: auto)")
-    for sub in (kernel, ring):
-        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network):
-        sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
-                         help="seconds to wait for another rank (default: 1800)")
-        sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network):
-        sub.add_argument("--repeat", type=positive, default=5, metavar="N",
-                         help="runs to take the median of (default: 5)")
-        sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
-    more: dict[str, Any] = {}
-    if arguments.kind == "kernel":
+    table = {"kernel": _kernel, "ring": _ring, "network": _network}[arguments.kind](arguments)
+    if table.rows:
+        _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
-            from ..files.new_file import check_record
-            check_record(arguments.json)
-        _check_kernels(arguments)
-        if arguments.backend == "cuda":
-            from .bench_gpu import measure as measure_kernel
-        else:
-            from .bench_kernel import measure as measure_kernel
-        if arguments.heads % (arguments.kv_heads or arguments.heads):
-            from ..errors import OptionError
-            raise OptionError(f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}")
-        rows, more = measure_kernel(arguments)
-        hidden = {"threads", "GB/s", "peak GFLOP/s", "copy GB/s"}
-        print("compiled or loaded in", ", ".join(f"{t:.1f} s ({name})" for name, t in more["compile_seconds"].items()))
-    elif arguments.kind == "network":
-        from .bench_network import measure as measure_network
-        rows, hidden = measure_network(arguments), set()
-    else:
-        from .bench_ring import measure as measure_ring
-        if arguments.backend == "cuda":
-            from ..device import choose_early
-            choose_early()
-        rows, hidden = measure_ring(arguments), {"compute min"}
-    if rows:
-        _print(rows, [name for name in rows[0] if name not in hidden])
-        if arguments.json:
-            from ..files.new_file import write_json
+            from ..files.record import write_json
             given = {name: value for name, value in vars(arguments).items() if name != "collective"}
-            write_json(arguments.json, {"arguments": given, **more, "rows": rows})
+            write_json(arguments.json, {"arguments": given, **table.more, "rows": table.rows})
     return 0
 
 
+def _kernel(arguments: argparse.Namespace) -> Table:
+    if arguments.json:
+        from ..files.record import check_record
+        check_record(arguments.json)
+    _check_kernels(arguments)
+    if arguments.backend == "cuda":
+        from .bench_gpu import measure_gpu_kernels as measure
+    else:
+        from .bench_kernel import measure_kernels as measure
+    rows, more = measure(arguments)
+    print("compiled or loaded in", ", ".join(f"{t:.1f} s ({name})" for name, t in more["compile_seconds"].items()))
+    return Table(rows, {"threads", "GB/s", "peak GFLOP/s", "copy GB/s"}, more)
+
+
+def _ring(arguments: argparse.Namespace) -> Table:
+    from .bench_ring import measure_ring
+    if arguments.backend == "cuda":
+        from ..device import choose_early
+        choose_early()
+    return Table(measure_ring(arguments), {"compute min"}, {})
+
+
+def _network(arguments: argparse.Namespace) -> Table:
+    from .bench_network import measure_network
+    return Table(measure_network(arguments), (), {})
+
+
 def _check_kernels(arguments: argparse.Namespace) -> None:
-    """Fill in what is measured by default, and refuse what would not be."""
+    """Fill in what is measured by default, and refuse options that would have no effect."""
     from ..errors import OptionError
     known = KERNELS[arguments.backend]
     arguments.kernels = arguments.kernels or known
@@ -130,9 +151,12 @@ def _check_kernels(arguments: argparse.Namespace) -> None:
             raise OptionError("--threads: counts CPU threads, which --backend cuda does not use")
         if arguments.bfloat16_products != "auto":
             raise OptionError("--bfloat16-products: says how CPUs multiply, and --backend cuda does not use them")
+    if arguments.heads % (arguments.kv_heads or arguments.heads):
+        raise OptionError(f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}")
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:
+    """Print a table with a column for each name."""
     cells = [[_text(row[name]) for name in names] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     for line in (names, *cells):
@@ -142,5 +166,6 @@ def _print(rows: list[dict[str, Any]], names: list[str]) -> None:
 def _text(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if isinstance(value, float) and value < 10 else \
-        f"{value:.1f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return str(value)

@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,29 +23,25 @@ from ..device import Device, open_device
 from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
-from ..softmax import accumulator, check_dtype
-from .bench_kernel import GRID, Case
+from ..softmax import accumulator
+from .bench_cases import FEW, Case, Timed, chosen, interleave, prepare, spread
 
 TORCH = ("flash_attention", "cudnn_attention", "efficient_attention", "math")
-FEW = 16                    # queries, at most, where memory can be the limit
 COPY_BYTES = 2**31
-Timed = Callable[[], float]      # runs once; gives seconds
 
 
-def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
     require_single_process("bench kernel")
-    chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
     device = open_device(0)
     backend = open_backend("cuda", 1, device)
     compiled: dict[str, float] = {}
     rows = []
-    for dtype, dim, mask, shape in itertools.product(*chosen.values()):
+    for dtype, dim, mask, shape in chosen(arguments):
         try:
             with device.current():
-                start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
-                for direction in {"forward", *arguments.passes}:        # the backward pass begins with a result
-                    backend.prepare(kind, accumulator(kind), dim, dim, backward=direction == "backward")
+                start = time.perf_counter()
+                prepare(backend, dtype, dim, arguments.passes)
                 compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
                 case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
                 for direction in arguments.passes:
@@ -68,27 +62,18 @@ def _compare(case: Case, direction: str, backend: Any, device: Device, arguments
         runs["state in and out"] = _ours(case, backend, device, 1)
     if "torch" in arguments.kernels:
         runs.update(_torch(case, direction))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    copies = []
-    for number in range(arguments.repeat + 1):
-        for name, call in runs.items():
-            seconds = call()
-            if number:                    # the first is the warm-up
-                times[name].append(seconds)
-        copies.append(COPY_BYTES / copy())
+    copies: list[float] = []
+    times = interleave(runs, arguments.repeat, lambda: copies.append(COPY_BYTES / copy()))
     bandwidth = max(copies)
     medians = {name: statistics.median(column) for name, column in times.items()}
     peers = {name: seconds for name, seconds in medians.items() if name.startswith("torch")}
     best, whole = min(peers.values(), default=None), medians["ringmpi"]
-    flop = case.flop if forward else case.flop * 5 // 2            # two products, five products
+    flop = case.flop(direction)
     rows = []
     for name, seconds in medians.items():
         attention = name != "state in and out"
         rows.append({
-            "pass": direction, "dtype": case.dtype, "dim": case.dim, "mask": case.mask,
-            "queries": case.shape[0], "keys": case.shape[1], "heads": f"{case.heads}/{case.kv_heads}", "kernel": name,
-            "ms": 1e3 * seconds,
-            "spread": (max(times[name]) - min(times[name])) / seconds if len(times[name]) > 1 else None,
+            **case.columns(direction), "kernel": name, "ms": 1e3 * seconds, "spread": spread(times[name], seconds),
             "TFLOP/s": flop / seconds / 1e12 if attention else None,
             "x best torch": best / seconds if best and attention else None,
             "of copy": case.bytes / seconds / bandwidth if forward and attention and len(case.q) <= FEW else None,

@@ -1,4 +1,4 @@
-"""What moving data costs, beside bare MPI calls of the same bytes, and calls with nothing to compute."""
+"""`bench network`: moving data beside bare MPI calls of the same bytes, and calls with nothing to compute."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ from ..schedules.base import Blocks, Route
 from ..schedules.redistribution import redistribute
 from ..trace import Trace
 
-Call = Callable[[], Any]      # gives the seconds that do not count, or None
+Call = Callable[[], Any]      # gives the seconds of it that do not count, or None
 
 HEADS, DIM = 2, 64
 WINDOW = 16                  # keys that a query sees: next to nothing to compute, and every block is needed
-SLEEPS = (1.0, 3.0)          # seconds that the last rank sleeps while the others wait: what they take between the two
+SLEEPS = (1.0, 3.0)          # seconds that the last rank sleeps while the others wait, in two runs
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
+def measure_network(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure each call beside a bare one; give the rows of the table on rank 0, none elsewhere.
+
+    Collective over COMM_WORLD.
+    """
     world = comm_world(arguments.timeout)
     comm = mpi.private_comm(world, arguments.timeout, exclusive=True)
-    bench = _Bench(arguments, world, comm)
+    bench = _NetworkBench(arguments, world, comm)
     rows = []
     for name, ours, peer_name, peer in bench.runs():
         times = _in_turns(comm, [ours, peer], arguments.repeat, arguments.timeout)
@@ -50,9 +53,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _in_turns(comm: mpi.Comm, calls: list[Call], repeat: int, timeout: float) -> list[list[float]]:
-    """Run the calls in turns, ranks starting together; give the seconds of the slowest rank of all runs but the first.
+    """Run the calls in turns, all ranks starting together; give the seconds of the slowest rank in each run.
 
-    One run is as many calls as take some ten milliseconds.
+    One run is as many calls as take some ten milliseconds. The first run warms up, and is left out.
     """
     counts = [max(1, int(0.01 / max(_time(comm, call, 1, timeout)[1] for _ in range(2)))) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
@@ -63,7 +66,7 @@ def _in_turns(comm: mpi.Comm, calls: list[Call], repeat: int, timeout: float) ->
 
 
 def _time(comm: mpi.Comm, call: Call, count: int, timeout: float) -> tuple[float, float]:
-    """Give the seconds of a call on the slowest rank, less those that it says do not count, and all of them."""
+    """Give the seconds of a call on the slowest rank: without those that it says do not count, and with them."""
     comm.exchange("", timeout)
     start = time.perf_counter()
     apart = sum(call() or 0.0 for _ in range(count))
@@ -72,11 +75,13 @@ def _time(comm: mpi.Comm, call: Call, count: int, timeout: float) -> tuple[float
     return net, gross
 
 
-class _Bench:
+class _NetworkBench:
     """The calls, and beside each a bare one that moves the same bytes."""
 
     def __init__(self, arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> None:
-        self.arguments, self.world, self.comm = arguments, world, comm
+        self.arguments = arguments
+        self.world = world
+        self.comm = comm
         self.tokens = max(comm.size, (arguments.mib << 20) // (4 * HEADS * DIM) // comm.size * comm.size)
         self.x = np.ones((self.tokens, HEADS, DIM), np.float32)
         self.none = np.zeros((0, HEADS, DIM), np.float32)
@@ -89,7 +94,7 @@ class _Bench:
         self._buffers: list[list[Any]] = []
 
     def runs(self) -> list[tuple[str, Call, str, Call]]:
-        """Give what is measured, and what beside it."""
+        """Give the name and call of what is measured, and of what it is measured beside."""
         size = f"{self.arguments.mib} MiB a rank"
         return [
             (f"redistribute {size}", partial(self._redistribute, self.x),
@@ -115,7 +120,7 @@ class _Bench:
         ring_attention(self.none, self.none, self.none, comm=self.world, **self.options)
 
     def _attend(self) -> float:
-        """Attend; give the seconds that the rank did not wait, which are no matter of the network."""
+        """Attend; give the seconds that this rank did not wait: they say nothing of the network."""
         start = time.perf_counter()
         self.window(self.x, self.x, self.x)
         return time.perf_counter() - start - self.window.trace.wait_seconds
@@ -130,38 +135,41 @@ class _Bench:
     def _bare_exchange(self) -> None:
         """Deal rows out as `redistribute` does, by a blocking Alltoallv and NumPy's copies before and after."""
         size, rank = self.comm.size, self.comm.rank
+        byte = mpi.load().BYTE
         start = Contiguous.even(self.tokens * size, size).starts[rank]
         packed = np.concatenate([self.x[(dest - start) % size::size] for dest in range(size)])
         received = np.empty_like(packed)
         counts = [packed.nbytes // size] * size
-        byte = mpi.load().BYTE
         self.world.Alltoallv([packed.view(np.uint8), counts, byte], [received.view(np.uint8), counts, byte])
         received.copy()
 
     def _bare_ring(self) -> None:
         """Pass K and V round by Isend and Irecv, in buffers that are there."""
-        comm, byte, request = self.comm, mpi.load().BYTE, mpi.load().Request
+        comm = self.comm
+        byte = mpi.load().BYTE
+        wait_for_all = mpi.load().Request.Waitall
         here = [self.x, self.x]
         self._buffers = self._buffers or [[np.empty_like(x) for x in here] for _ in range(2)]
         for step in range(comm.size - 1):
             there = self._buffers[step % 2]
             requests = [self.world.Irecv([x.view(np.uint8), byte], comm.source, 0) for x in there]
             requests += [self.world.Isend([x.view(np.uint8), byte], comm.dest, 0) for x in here]
-            request.Waitall(requests)
+            wait_for_all(requests)
             here = there
 
     def _bare_gather(self) -> None:
-        byte, mine = mpi.load().BYTE, np.zeros(256, np.uint8)
+        byte = mpi.load().BYTE
+        mine = np.zeros(256, np.uint8)
         self.world.Allgather([mine, byte], [np.empty((self.comm.size, 256), np.uint8), byte])
 
     def waiting(self) -> float:
-        """Give the largest share of a core that a rank takes, after a second, which waits for one that sleeps."""
+        """Give the largest share of a core that a rank uses while it waits, from the second second on."""
         short, long = (self._wait_for_the_last(seconds) for seconds in SLEEPS)
         share = (long - short) / (SLEEPS[1] - SLEEPS[0])
         return float(self.comm.allgather([share], self.arguments.timeout)[:-1].max(initial=0.0))
 
     def _wait_for_the_last(self, seconds: float) -> float:
-        """Wait for the last rank, which sleeps so long; give the processor time that it took."""
+        """Wait for the last rank, which sleeps; give the processor time that waiting took."""
         self.comm.exchange("", self.arguments.timeout)
         if self.comm.rank == self.comm.size - 1:
             time.sleep(seconds)

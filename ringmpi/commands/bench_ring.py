@@ -1,4 +1,4 @@
-"""The whole ring: contiguous, striped and zigzag; and the same work on one rank with all the threads."""
+"""`bench ring`: the whole ring in each layout, and the same work on one rank with all the threads."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ ALONE = "one rank"
 TRANSFER = "transfer"
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure the layouts in turns; give the rows of the table, on rank 0 alone. Collective over COMM_WORLD."""
+def measure_ring(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the layouts in turns; give the rows of the table on rank 0, none elsewhere.
+
+    Collective over COMM_WORLD.
+    """
     world = comm_world(arguments.timeout)
-    bench = _Bench(arguments, world, mpi.private_comm(world, arguments.timeout, exclusive=True))
+    bench = _RingBench(arguments, world, mpi.private_comm(world, arguments.timeout, exclusive=True))
     runs = bench.runs()
     for _ in range(arguments.repeat + 1):
         for name, call in runs.items():
@@ -42,11 +45,12 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-class _Bench:
-    """What is measured on this rank: figures of each run by name."""
+class _RingBench:
+    """What is measured on this rank, and the figures of each run by name."""
 
     def __init__(self, arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> None:
-        self.arguments, self.comm = arguments, comm
+        self.arguments = arguments
+        self.comm = comm
         self.dtype = check_dtype(arguments.dtype, "--dtype")
         self.figures: dict[str, list[NDArray[np.float64]]] = {}
         with comm.raise_on_all(arguments.timeout):
@@ -78,7 +82,7 @@ class _Bench:
             return [self.engine.backend.to_device(x) for x in arrays]
 
     def runs(self) -> dict[str, Callable[[], Trace]]:
-        """Give calls by name: the layouts, the blocks going round without arithmetic, one rank with all threads."""
+        """Give calls by name: each layout, the blocks going round with no arithmetic, one rank with all threads."""
         tokens, ranks, rank = self.arguments.tokens, self.comm.size, self.comm.rank
         runs: dict[str, Callable[[], Trace]] = {}
         for name, attention in self.layouts.items():
@@ -100,7 +104,7 @@ class _Bench:
         return runs
 
     def _pass(self, attention: RingAttention, arrays: list[Any]) -> Callable[[], Trace]:
-        """Give a call that attends; or that differentiates, after having attended once."""
+        """Give a call that runs the forward pass; or the backward pass, after one forward pass."""
         def forward() -> Trace:
             attention(*arrays)
             return attention.trace
@@ -134,25 +138,30 @@ class _Bench:
     def time(self, name: str, call: Callable[[], Trace]) -> None:
         """Run once, all ranks starting together."""
         self.comm.allgather([0], self.arguments.timeout)
-        start, busy = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu_start = time.process_time()
         trace = call()
-        taken, busy = time.perf_counter() - start, time.process_time() - busy
+        taken = time.perf_counter() - start
+        busy = time.process_time() - cpu_start
         self.figures.setdefault(name, []).append(np.array(
             [taken, trace.compute_seconds, trace.wait_seconds, trace.flop, trace.bytes_sent, busy]))
         self.comm.allgather([0], self.arguments.timeout)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Medians over the runs but the first, put together from all ranks; on rank 0 alone."""
+        """Give a row of medians for each run, from all ranks; on rank 0, none elsewhere. The first run warmed up."""
         medians = {}
         for name, runs in self.figures.items():
             mine = [statistics.median(column) for column in zip(*(run.tolist() for run in runs[1:]), strict=True)]
             medians[name] = self.comm.allgather(np.array(mine), self.arguments.timeout)
         seconds = {name: float(figures[:, 0].max()) for name, figures in medians.items()}
-        transfer, all_moved = seconds.pop(TRANSFER, 0.0), float(medians.get(TRANSFER, np.zeros((1, 6)))[:, 4].sum())
+        transfer = seconds.pop(TRANSFER, 0.0)
+        all_moved = float(medians.get(TRANSFER, np.zeros((1, 6)))[:, 4].sum())
         rows = []
         for name, taken in seconds.items():
-            alone, figures = name == ALONE, medians[name]
-            wait, moved = float(figures[:, 2].max()), float(figures[:, 4].sum())
+            alone = name == ALONE
+            figures = medians[name]
+            wait = float(figures[:, 2].max())
+            moved = float(figures[:, 4].sum())
             rows.append({
                 "layout": name, "ranks": 1 if alone else self.comm.size,
                 "threads": self.all_threads if alone else self.threads, "seconds": taken,

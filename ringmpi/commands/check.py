@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi check`; return the exit code."""
     from ..environment import require_single_process
     from ..files.shards import verify
-    from ..job.attend import Options
     from ..job.audit import audit
+    from ..job.options import Options
     require_single_process("check")
     manifest = verify(arguments.output)
     recorded = asdict(Options.from_record(manifest.record.get("options", {})))

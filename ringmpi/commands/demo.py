@@ -1,7 +1,7 @@
 """Predict the next byte of real text by attention, without any training, for growing context.
 
-Makes q, k and v from this Python's standard library, attends on all ranks, reports. The same queries, the
-last bytes of the text, see more and more of what stands before them.
+Makes q, k and v from this Python's standard library, attends on all ranks, and reports. The same queries, the last
+bytes of the text, see more and more of what comes before them.
 
     mpiexec -n 4 ringmpi demo
 """
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..mpi.comm import Comm
     from .demo_text import Text
 
+SEARCHED = 16                  # queries, about, of which the one that looked farthest back is quoted
 HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
 
 
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
     from .. import device
-    from ..files.new_file import writing
+    from ..files.paths import writing
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
     if arguments.backend == "cuda":
@@ -70,11 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
-    """Make, attend, report for one length of context."""
-    from ..job.attend import Options, attend
+    """Make an input, attend and report, for one length of context; give the text on rank 0."""
+    from ..job.attend import attend
+    from ..job.options import Options
     from ..softmax import BFLOAT16
     from .demo_text import read_text, standard_library, write_text
-    source, target = folder / f"text-{context}.h5", folder / f"out-{context}.h5"
+    source = folder / f"text-{context}.h5"
+    target = folder / f"out-{context}.h5"
     text = None
     with comm.raise_on_all(arguments.timeout):
         if comm.rank == 0:
@@ -87,48 +90,39 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
     report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
     with comm.raise_on_all(arguments.timeout):
         if text is not None:
-            right, found = _score(text, target, arguments.queries)
+            right, found = _shares(text, target, arguments.queries)
             print(f"{context:>9,} {right:>10.1%} {found:>15.1%} {report.attend_seconds:>9.2f} s {report.gflops:>8.1f} "
                   f"{report.wait_seconds:>9.2f} s {report.peak_bytes / 2**20:>9,.0f} MiB", flush=True)
     return text
 
 
-def _results(target: Path) -> tuple[Any, Any]:
+def _read_result(target: Path) -> tuple[Any, Any]:
+    """Read out and lse."""
     from ..files.manifest import read_manifest
     manifest = read_manifest(target)
-    out, lse = (manifest.rows(name, 0, manifest.shapes[name][0]) for name in ("out", "lse"))
-    return out, lse
+    rows = manifest.shapes["out"][0]
+    return manifest.rows("out", 0, rows), manifest.rows("lse", 0, rows)
 
 
-def _score(text: Text, target: Path, queries: int) -> tuple[float, float]:
-    """Share of next bytes that are right, and of queries whose longest context was found."""
+def _shares(text: Text, target: Path, queries: int) -> tuple[float, float]:
+    """Give the share of next bytes that are right, and of queries whose longest context was found."""
     from .demo_text import ORDERS, predict_bytes
-    guess, head = predict_bytes(*_results(target))
+    guess, head = predict_bytes(*_read_result(target))
     truth = text.data[len(text.data) - queries + 1:]
     return float((guess[:-1] == truth).mean()), float((head == len(ORDERS) - 1).mean())
 
 
 def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
-    """Quote the query that found its longest context farthest back: where, and what came back."""
-    import numpy as np
-
-    from .demo_text import ORDERS, predict_bytes, strongest
+    """Quote a query that found its longest context far back: where it was, and what came back."""
+    from .demo_text import predict_bytes
     if text is None:
         return ""
-    guess, head = predict_bytes(*_results(target))
+    guess, head = predict_bytes(*_read_result(target))
     first = len(text.data) - queries
-    letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
-    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:])
-    if (right & np.isin(guess[:-1], letters)).any():        # a letter says more to a reader than a blank
-        right &= np.isin(guess[:-1], letters)
-    best = None
-    for row in right.nonzero()[0][::max(1, int(right.sum()) // 16)].tolist():      # some sixteen of them
-        column, weight = strongest(source, row, first + row, len(ORDERS) - 1)
-        if best is None or first + row - column > first + best[0] - best[1]:
-            best = row, column, weight
-    if best is None:
+    found = _farthest(text, source, guess, head, first)
+    if found is None:
         return "\nno query found its longest context"
-    row, column, weight = best
+    row, column, weight = found
     asks = text.data[first + row - 39:first + row + 1].tobytes()
     back = text.data[column - 40:column + 40].tobytes()
     return "\n".join((
@@ -138,3 +132,20 @@ def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
         f"    {back[:40].decode(errors='replace')!r}",
         f"and the byte that came back is {chr(guess[row])!r}, which is right; there it goes on",
         f"    {back[40:].decode(errors='replace')!r}"))
+
+
+def _farthest(text: Text, source: Path, guess: Any, head: Any, first: int) -> tuple[int, int, float] | None:
+    """Find a query that was right by its longest context, far back: its row, the key's position and its weight."""
+    import numpy as np
+
+    from .demo_text import ORDERS, strongest_key
+    letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
+    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:])
+    if (right & np.isin(guess[:-1], letters)).any():        # a letter tells a reader more than a space
+        right &= np.isin(guess[:-1], letters)
+    best = None
+    for row in right.nonzero()[0][::max(1, int(right.sum()) // SEARCHED)].tolist():
+        column, weight = strongest_key(source, row, first + row, len(ORDERS) - 1)
+        if best is None or first + row - column > first + best[0] - best[1]:
+            best = row, column, weight
+    return best

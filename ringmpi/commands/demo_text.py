@@ -1,10 +1,10 @@
 """Attention as exact retrieval: real text turned into q, k and v, without any training.
 
-Each head looks for one length of context. The key of byte j is a hash of the bytes *before* it, the query
-of byte i a hash of the bytes up to *and with* it, both as signs ±1 of the hash's 64 bits; the value of byte j
-is a code of byte j itself. So under a causal mask a query finds the places where the same bytes were
-followed by something, and what comes back is the code of what followed. A match scores far above the noise
-of other hashes, and `lse` tells whether there was one.
+Each head looks for one length of context. The key of byte j is a hash of the bytes *before* it; the query of byte i is
+a hash of the bytes up to and *including* it; both have the 64 bits of the hash as signs ±1. The value of byte j is a
+code of byte j itself. So under a causal mask a query finds the places where the same bytes stood before, and gets back
+the code of the byte that followed them. A match scores far above the noise of other hashes, and `lse` tells whether
+there was one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShardError
-from ..files.hdf5 import create_dataset, open_file, read_rows, reading, write_array, write_file, write_rows
-from ..files.stored import row_pieces
+from ..files.hdf5 import create_dataset, read_rows, write_array, write_file, write_rows
+from ..files.opening import open_file, reading
+from ..files.rows import row_ranges
 
 ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
-DIM, DIM_V = 64, 32            # one bit of a 64-bit hash each; signs of a byte's code
+DIM = 64                       # of queries and keys: one bit of a 64-bit hash each
+DIM_V = 32                     # of values: signs of a byte's code
 SHARPNESS = 6.0                # queries are ±6: a match scores 6·64/sqrt(64) = 48, noise has deviation 6
 MATCH = SHARPNESS * DIM**0.5
 Bytes = NDArray[np.uint8]
@@ -32,7 +34,7 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes of several files in a row.
+    """Bytes of several files, one after the other.
 
     Attributes
     ----------
@@ -48,28 +50,28 @@ class Text:
     offsets: NDArray[np.int64]
 
     def place(self, position: int) -> str:
-        """Name the file of a byte, and its place among the bytes of that file that were read. Local."""
+        """Name the file of a byte, and its position among the bytes of that file that were read. Local."""
         number = int(np.searchsorted(self.offsets, position, side="right")) - 1
         return f"{self.names[number]}, byte {position - self.offsets[number]:,}"
 
 
 def standard_library() -> Path:
-    """Folder of the running Python's standard library. Local."""
+    """Give the folder of the running Python's standard library. Local."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
     """Read `tokens` bytes of the files under `paths`. Local.
 
-    Files of a folder come in the order of their names' digests, always the same but shuffled: in the order of
-    the names, neighbours are much alike, and a longer context would find little that a short one did not.
+    Files of a folder come in the order of their names' digests: always the same, but shuffled. In the order of their
+    names neighbours are much alike, and a longer context would find little that a short one did not.
 
     Parameters
     ----------
     paths : sequence of path
         Files, or folders whose ``*.py`` files (all files if there are none) are taken.
     start : int
-        Bytes to leave out first.
+        Bytes to skip first.
     tokens : int
         Bytes to read.
 
@@ -78,7 +80,10 @@ def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
     ShardError
         If a path does not exist, or there are fewer bytes.
     """
-    pieces, names, offsets, at = [], [], [0], 0
+    parts: list[Bytes] = []
+    names: list[str] = []
+    offsets = [0]
+    at = 0                     # of all bytes, skipped ones included
     for name, file in _files(paths):
         with reading(file):
             size = file.stat().st_size
@@ -87,7 +92,7 @@ def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
         if len(data) < last - first:
             raise ShardError(f"{file}: became shorter while it was read")
         if first < last:
-            pieces.append(np.frombuffer(data, np.uint8))
+            parts.append(np.frombuffer(data, np.uint8))
             names.append(name)
             offsets.append(offsets[-1] + last - first)
         at += size
@@ -95,10 +100,11 @@ def read_text(paths: Sequence[Path], start: int, tokens: int) -> Text:
             break
     if offsets[-1] < tokens:
         raise ShardError(f"expected {start + tokens} bytes of text, got {at} in {', '.join(map(str, paths))}")
-    return Text(np.concatenate([np.empty(0, np.uint8), *pieces]), names, np.array(offsets))
+    return Text(np.concatenate([np.empty(0, np.uint8), *parts]), names, np.array(offsets))
 
 
 def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Give each file under `paths` with its name, in a fixed order."""
     for path in paths:
         if path.is_file():
             yield path.name, path
@@ -112,8 +118,8 @@ def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
             raise ShardError(f"{path}: no such file or folder")
 
 
-def signs(data: Bytes, order: int) -> NDArray[np.uint64]:
-    """Hash the `order` bytes up to and with each byte; bits of the hash are the signs. Local.
+def hash_contexts(data: Bytes, order: int) -> NDArray[np.uint64]:
+    """Hash the `order` bytes up to and including each byte. Local.
 
     Parameters
     ----------
@@ -123,8 +129,9 @@ def signs(data: Bytes, order: int) -> NDArray[np.uint64]:
     Returns
     -------
     uint64 array of shape (tokens,)
-        Bytes before the first count as none.
+        Before the first byte there is nothing.
     """
+    # A polynomial of the bytes, then its bits mixed.
     value = np.zeros(len(data), np.uint64)
     for back in range(order):
         shifted = np.zeros(len(data), np.uint64)
@@ -136,14 +143,14 @@ def signs(data: Bytes, order: int) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def unpack(hashes: NDArray[np.uint64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Turn 64-bit hashes of shape (...) into ±1 of shape (..., 64). Local."""
+def unpack_signs(hashes: NDArray[np.uint64], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Turn the bits of hashes of shape (...) into ±1 of shape (..., 64). Local."""
     bits = np.unpackbits(hashes[..., None].view(np.uint8), axis=-1).astype(np.int8)
     return (2 * bits - 1).astype(dtype)
 
 
-def codes() -> NDArray[np.int8]:
-    """Code of each byte: ±1, shape (256, DIM_V), always the same. Local."""
+def byte_codes() -> NDArray[np.int8]:
+    """Give the code of each byte: ±1, shape (256, DIM_V), always the same. Local."""
     return np.random.default_rng(256).choice(np.array([-1, 1], np.int8), (256, DIM_V))
 
 
@@ -155,30 +162,35 @@ def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force
     path : path
     text : Text
     queries : int
-        How many of the last tokens ask; all have keys and values.
+        How many tokens at the end have queries; all have keys and values.
     dtype : dtype
-        ±1 and ±6 are exact in every one.
+        Any: ±1 and ±6 are exact in every one.
 
     Raises
     ------
     OutputError
         If the file exists and not `force`, or can't be written.
     """
+    heads = len(ORDERS)
     tokens = len(text.data)
-    asks = np.stack([signs(text.data, order) for order in ORDERS], axis=1)
-    before = np.stack([np.concatenate([[signs(text.data[:0], order).sum()], asks[:-1, h]])
-                       for h, order in enumerate(ORDERS)], axis=1) if tokens else asks
-    code = codes()
+    first = tokens - queries
+    codes = byte_codes()
+
+    # A query knows its own byte; a key knows what was before its byte, which is what the query before it knows.
+    including = np.stack([hash_contexts(text.data, order) for order in ORDERS], axis=1)
+    before = np.concatenate([np.zeros((1, heads), np.uint64), including[:-1]]) if tokens else including
     with write_file(path, force) as file:
-        shape = (tokens, len(ORDERS))
-        q = create_dataset(file, "q", (queries, len(ORDERS), DIM), dtype)
-        k, v = (create_dataset(file, name, (*shape, dim), dtype) for name, dim in (("k", DIM), ("v", DIM_V)))
-        for a, b in row_pieces(q.shape, dtype):
-            write_rows(q, a, unpack(asks[tokens - queries + a:tokens - queries + b], dtype) * dtype.type(SHARPNESS))
-        for a, b in row_pieces(k.shape, dtype):
-            write_rows(k, a, unpack(before[a:b], dtype))
-            rows = code[text.data[a:b]].astype(dtype)
-            write_rows(v, a, np.repeat(rows[:, None], len(ORDERS), axis=1))
+        q = create_dataset(file, "q", (queries, heads, DIM), dtype)
+        k = create_dataset(file, "k", (tokens, heads, DIM), dtype)
+        v = create_dataset(file, "v", (tokens, heads, DIM_V), dtype)
+        for a, b in row_ranges(q.shape, dtype):
+            write_rows(q, a, unpack_signs(including[first + a:first + b], dtype) * dtype.type(SHARPNESS))
+        for a, b in row_ranges(k.shape, dtype):
+            write_rows(k, a, unpack_signs(before[a:b], dtype))
+            rows = codes[text.data[a:b]].astype(dtype)
+            write_rows(v, a, np.repeat(rows[:, None], heads, axis=1))
+
+        # What the numbers mean, for people and for `demo`.
         write_array(file, "documents", text.offsets)
         write_array(file, "text", text.data)
         file["files"] = [name.encode(errors="backslashreplace").decode() for name in text.names]
@@ -186,7 +198,7 @@ def write_text(path: Path, text: Text, queries: int, dtype: np.dtype[Any], force
 
 
 def predict_bytes(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[np.int64]]:
-    """Read the next byte off the results: the longest context that was found decides. Local.
+    """Read the next byte off a result: the longest context that was found decides. Local.
 
     Parameters
     ----------
@@ -197,17 +209,17 @@ def predict_bytes(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[
     -------
     bytes : uint8 array of shape (tokens,)
     head : int64 array of shape (tokens,)
-        The head that decided; -1 if no context was found (the byte is a blank then).
+        The head that decided; -1 if no context was found (the byte is a space then).
     """
     found = lse > MATCH - 4
     head = np.where(found.any(axis=1), found.shape[1] - 1 - np.argmax(found[:, ::-1], axis=1), -1)
     chosen = np.take_along_axis(out.astype(np.float32), np.maximum(head, 0)[:, None, None], axis=1)[:, 0]
-    byte = np.argmax(chosen @ codes().T.astype(np.float32), axis=1).astype(np.uint8)
+    byte = np.argmax(chosen @ byte_codes().T.astype(np.float32), axis=1).astype(np.uint8)
     return np.where(head < 0, np.uint8(32), byte), head
 
 
-def strongest(source: Path, row: int, position: int, head: int) -> tuple[int, float]:
-    """Find the key that a query puts most weight on, by its scores with all keys up to it. Local.
+def strongest_key(source: Path, row: int, position: int, head: int) -> tuple[int, float]:
+    """Find the key that a query gives most weight to, by its scores with all keys up to its own. Local.
 
     Parameters
     ----------
@@ -228,6 +240,6 @@ def strongest(source: Path, row: int, position: int, head: int) -> tuple[int, fl
         q = read_rows(file["q"], row, row + 1)[0, head].astype(np.float32)
         scores = np.concatenate([
             read_rows(file["k"], a, b)[:, head].astype(np.float32) @ q * DIM**-0.5
-            for a, b in row_pieces((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
+            for a, b in row_ranges((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
     column = position - int(np.argmax(scores[::-1]))
     return column, float(1 / np.exp(scores - scores[column]).sum())

@@ -15,8 +15,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..environment import launched_sizes, resident_bytes
-from ..job.attend import Start
 from ..job.memory import count_pairs, predict_memory, predict_seconds
+from ..job.report import Start
 from ..phases import LOGGER
 
 TICK_SECONDS = 0.25

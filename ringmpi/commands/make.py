@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     random.add_argument("--seed", type=natural, default=0, metavar="S", help="of the numbers (default: 0)")
     text.add_argument("paths", type=Path, nargs="*", metavar="PATH",
                       help="files or folders (default: this Python's standard library)")
-    text.add_argument("--start", type=natural, default=0, metavar="N", help="bytes to leave out first (default: 0)")
+    text.add_argument("--start", type=natural, default=0, metavar="N", help="bytes to skip first (default: 0)")
     text.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of q, k and v (default: bfloat16)")
     parser.set_defaults(error=parser.error)
 
@@ -50,21 +50,25 @@ def _random(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from ..files.hdf5 import create_dataset, write_array, write_file, write_rows
-    from ..files.stored import row_pieces
+    from ..files.rows import row_ranges
     from ..softmax import check_dtype
-    tokens, kv_heads = arguments.tokens, arguments.kv_heads or arguments.heads
+    tokens = arguments.tokens
+    kv_heads = arguments.kv_heads or arguments.heads
     if arguments.heads % kv_heads:
         arguments.error(f"--heads must be a multiple of --kv-heads, got {arguments.heads} and {kv_heads}")
     if arguments.documents and arguments.documents > tokens:
         arguments.error(f"--documents must be at most --tokens, got {arguments.documents} and {tokens}")
-    dtype, dim = check_dtype(arguments.dtype, "--dtype"), arguments.dim
+    dtype = check_dtype(arguments.dtype, "--dtype")
+    dim = arguments.dim
     shapes = {"q": (arguments.queries, arguments.heads, dim), "k": (tokens, kv_heads, dim),
               "v": (tokens, kv_heads, arguments.dim_v or dim)}
+
+    # Each array has a generator of its own, and is written some rows at a time.
     with write_file(arguments.output, arguments.force) as file:
         for number, (name, shape) in enumerate(shapes.items()):
             rng = np.random.default_rng([arguments.seed, number])
             dataset = create_dataset(file, name, shape, dtype)
-            for start, stop in row_pieces(shape, np.dtype(np.float64)):
+            for start, stop in row_ranges(shape, np.dtype(np.float64)):
                 write_rows(dataset, start, rng.standard_normal((stop - start, *shape[1:])).astype(dtype))
         if arguments.documents:
             rng = np.random.default_rng([arguments.seed, len(shapes)])

@@ -1,4 +1,4 @@
-"""The options that `attend` and `check` share."""
+"""Options that several commands have, and how their values are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "widen", "pairs")
 
 
@@ -49,7 +50,7 @@ def above_zero(text: str, what: str = "a number") -> float:
 
 
 def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
-    """Add what says which keys a query sees, and where the arrays are; `recorded` leaves out what is not given."""
+    """Add the options that say what is computed from which datasets; `recorded`: those not given have no default."""
     def default(value: Any) -> Any:
         return argparse.SUPPRESS if recorded else value
 
@@ -62,9 +63,9 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="tokens see their own document only: offsets [0, ...] in dataset `documents`; tokens "
                             "from the last one on are padding")
     group.add_argument("--prefix", type=natural, default=default(None), metavar="N",
-                       help="the first N keys are visible in spite of --causal")
+                       help="the first N keys are visible whatever --causal says")
     group.add_argument("--first", type=natural, default=default(0), metavar="N",
-                       help="the first N keys are visible in spite of --window (default: 0)")
+                       help="the first N keys are visible whatever --window says (default: 0)")
     group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
     group.add_argument("--scale", type=float, default=default(None), metavar="X",
@@ -74,7 +75,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     group.add_argument("--alibi", action="store_true", default=default(False),
                        help="subtract slope times distance from each score: slopes (heads,) in dataset `alibi`")
     group.add_argument("--sinks", action="store_true", default=default(False),
-                       help="a score of each head that joins the softmax with no value: (heads,) in dataset `sinks`")
+                       help="one more score for each head that takes part in the softmax and has no value: (heads,) in "
+                            "dataset `sinks`")
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
@@ -83,19 +85,19 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
 
 
 def add_backend(parser: Any) -> None:
-    """Add what says where to compute."""
+    """Add the options that say where to compute."""
     parser.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto",
                         help="where to compute (default: auto: on the GPU that the arrays are on, else on CPUs by "
                              "numba, else by numpy)")
     parser.add_argument("--gpu-transport", choices=("auto", "direct", "staged"), default="auto",
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
-    parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share a GPU, if there are too few")
+    parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share GPUs if there are too few")
     add_products(parser)
 
 
 def add_products(parser: Any) -> None:
-    """Add what says how CPUs multiply bfloat16."""
+    """Add the option that says how CPUs multiply bfloat16."""
     parser.add_argument("--bfloat16-products", choices=PRODUCTS, default="auto",
                         help="how CPUs multiply bfloat16: widened to float32, or in pairs (AVX512_BF16), which rounds "
                              "the weights too (default: RINGMPI_BFLOAT16_PRODUCTS, else widened)")

@@ -1,98 +1,33 @@
 """HDF5 datasets read with care and written whole: inputs are data, not code.
 
-An HDF5 file can point outside itself (external links and storage, virtual sources), can ask for filter
-plugins, and can read as zeros what was never written. Each of these is refused with its reason.
+An HDF5 file can point outside itself (external links and storage, virtual sources), can ask for filter plugins, and
+can read as zeros where nothing was written. Each of these is refused with its reason.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..environment import virtual_prefix
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
-from ..phases import phase
 from ..softmax import BFLOAT16
-from .new_file import kind, new_file, not_what_was_written
-from .stored import check_storage, file_type, follow, memory_type, row_pieces, stored_dtype, whole_rows
+from .item_types import file_type, memory_type, stored_dtype
+from .links import resolve_path
+from .new_file import NewFile, new_file, not_what_was_written
+from .opening import H5PY_ERRORS, explain, open_file, reading
+from .rows import row_ranges, select_rows, whole_rows
+from .storage import check_storage
+from .virtual import check_sources, source_path
 
-H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError)      # its ways to say: damaged
 CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
-READ_BACK_BYTES = 2**24        # at a time: besides what a job holds
-LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK}
-
-
-def reason(error: Exception) -> str:
-    """Say why h5py or the system could not read. Local."""
-    code = getattr(error, "errno", None)
-    if code in LOCKED:
-        return "is locked: another program has it open to write; wait until that has closed it"
-    if code:
-        return (f"can't be read: {os.strerror(code)} (error {code} of the system: look at the permissions and the "
-                f"storage first, the file may be whole)")
-    return f"can't be read, it is truncated, damaged or no HDF5 file: {error}"
-
-
-@contextmanager
-def reading(path: Any) -> Iterator[None]:
-    """Turn h5py's errors of a block that only reads into `ShardError`. Local."""
-    try:
-        yield
-    except RingError:
-        raise
-    except H5PY_ERRORS as error:
-        raise ShardError(f"{path}: {reason(error)}") from error
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise `ShardError` unless there is a regular file at `path`, or a link to one. Local."""
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path}: {reason(error)}") from error
-    if not stat.S_ISREG(mode):
-        raise ShardError(f"{path}: no such file: this is a {kind(mode)}")
-
-
-@contextmanager
-def open_file(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    """Open an HDF5 file to read. Local.
-
-    Raises
-    ------
-    ShardError
-        If it is missing, locked, no HDF5 file, truncated or damaged.
-    """
-    check_regular(path)
-    with phase(f"reading {path}"), _opened(path) as file:
-        yield file
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
-    with reading(path):
-        # by its real name: HDF5 looks for virtual sources beside the name it was given
-        file = h5py.File(os.path.realpath(path), "r", locking="best-effort")
-    try:
-        yield file
-    except BaseException:
-        with suppress(*H5PY_ERRORS):
-            file.close()
-        raise
-    with reading(path):
-        file.close()
+READ_BACK_BYTES = 2**24        # at a time: on top of what a job holds
 
 
 def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dataset:
@@ -117,14 +52,21 @@ def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dat
     """
     where = f"{file.filename}: dataset {name!r}"
     with reading(where):
-        dataset = follow(file, name)
+        dataset = resolve_path(file, name)
         if not isinstance(dataset, h5py.Dataset):
             raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
         dtype = stored_dtype(dataset, raw)
         check_storage(dataset, where)
         if dataset.is_virtual:
-            _check_sources(dataset, where, dtype, raw)
+            check_sources(dataset, where, dtype, raw)
     return dataset
+
+
+def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
+    """Raise `ShapeError` unless a dataset has as many axes as are named. Local."""
+    if dataset.ndim != len(axes):
+        raise ShapeError(f"{dataset.file.filename}: dataset {dataset.name!r}: expected shape ({', '.join(axes)}), "
+                         f"got {dataset.shape}")
 
 
 def read_integers(file: h5py.File, name: str, most: int = 2**20) -> NDArray[np.int64]:
@@ -137,7 +79,7 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20) -> NDArray[np.i
     """
     where = f"{file.filename}: dataset {name!r}"
     with reading(where):
-        dataset = follow(file, name)
+        dataset = resolve_path(file, name)
         if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual:
             raise ShardError(f"{where}: expected a plain dataset")
         if dataset.dtype.kind not in "iu":
@@ -183,8 +125,8 @@ def read_rows(dataset: h5py.Dataset, start: int, stop: int, raw: str | None = No
 def read_rows_into(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
     """Read rows from `start` on into a contiguous array of the dataset's dtype and row shape, bit for bit. Local.
 
-    Those of a virtual dataset are read from its sources: HDF5 itself takes one that it can't open, for whatever
-    reason, for zeros, and says nothing.
+    Rows of a virtual dataset are read from its sources: HDF5 itself reads a source that it can't open, for whatever
+    reason, as zeros.
 
     Raises
     ------
@@ -198,8 +140,8 @@ def read_rows_into(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> Non
         begin, end = whole_rows(source.vspace, dataset.shape)
         first, last = max(begin, start), min(end, start + len(rows))
         if first < last:
-            with open_file(_source_path(dataset, source.file_name)) as file:
-                target = follow(file, source.dset_name)
+            with open_file(source_path(dataset, source.file_name)) as file:
+                target = resolve_path(file, source.dset_name)
                 skipped = whole_rows(source.src_space, target.shape)[0] + first - begin
                 read_as_shown(target, skipped, rows[first - start:last - start])
 
@@ -213,23 +155,33 @@ def read_as_shown(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None
         If a checksum does not match or the file can't be read.
     """
     try:
-        for first, last in row_pieces(rows.shape, rows.dtype):
-            piece = rows[first:last]
-            dataset.id.read(*_spaces(dataset, start + first, piece), _bits(piece), memory_type(dataset, rows.dtype))
+        item = memory_type(dataset, rows.dtype)
+        for first, last in row_ranges(rows.shape, rows.dtype):
+            part = rows[first:last]
+            dataset.id.read(*select_rows(dataset, start + first, part.shape), _bits(part), item)
     except H5PY_ERRORS as error:
         where = f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{start + len(rows)}"
-        why = reason(error) if getattr(error, "errno", None) else f"damaged or unreadable: {error}"
+        why = explain(error) if getattr(error, "errno", None) else f"damaged or unreadable: {error}"
         raise ShardError(f"{where}: {why}") from error
+
+
+class Written(NamedTuple):
+    """What was written, to be read back: rows start..stop of a dataset, or all of it if they are None."""
+
+    name: str
+    start: int | None
+    stop: int | None
+    checksum: int
 
 
 class OutputFile(h5py.File):  # type: ignore[misc]
     """An HDF5 file in the making, which remembers what was written to read it back."""
 
-    def __init__(self, disk: Any) -> None:
+    def __init__(self, disk: NewFile) -> None:
         # v110: the oldest format with checksummed metadata and virtual datasets; HDF5 1.10 reads it.
         super().__init__(disk, "w", libver=("v110", "v110"))
         self.disk = disk
-        self.written: list[tuple[str, int, int, int]] = []      # name, rows start, stop (-1: all), CRC
+        self.written: list[Written] = []
 
 
 class OutputDataset(h5py.Dataset):  # type: ignore[misc]
@@ -256,27 +208,28 @@ def write_rows(dataset: OutputDataset, start: int, rows: NDArray[Any]) -> None:
     OutputError
         If the system has refused a write by then.
     """
-    for first, last in row_pieces(rows.shape, rows.dtype):
-        piece = np.ascontiguousarray(rows[first:last])
-        dataset.id.write(*_spaces(dataset, start + first, piece), _bits(piece), file_type(rows.dtype))
+    item = file_type(rows.dtype)
+    for first, last in row_ranges(rows.shape, rows.dtype):
+        part = np.ascontiguousarray(rows[first:last])
+        dataset.id.write(*select_rows(dataset, start + first, part.shape), _bits(part), item)
         dataset.output.disk.check()
-        dataset.output.written.append((dataset.name, start + first, start + last, _checksum(piece)))
+        dataset.output.written.append(Written(dataset.name, start + first, start + last, _checksum(part)))
 
 
 def write_array(file: OutputFile, name: str, values: NDArray[Any] | np.bytes_) -> None:
     """Write a small array as a dataset of its own. Local."""
     file[name] = values
-    file.written.append((name, -1, -1, _checksum(np.ascontiguousarray(values))))
+    file.written.append(Written(name, None, None, _checksum(np.ascontiguousarray(values))))
 
 
 @contextmanager
 def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | None = None) -> Iterator[OutputFile]:
     """Write an HDF5 file that appears under its name only when it is whole. Local.
 
-    It is written under a temporary name beside it; the attribute `complete` comes last; then the file is flushed to
-    disk, opened anew, read back and compared with what was written, and given its name. After an error nothing is left.
-    Reading back finds what HDF5 or the file system lost; a file system may answer from its memory, so what a disk loses
-    later is found by `ringmpi check` only.
+    It is written under a temporary name beside its own, the attribute `complete` last; then it is flushed to disk,
+    opened anew, read back, compared with what was written, and given its name. After an error nothing is left.
+    Reading back finds what HDF5 or the file system lost. A file system may answer from memory, so only `ringmpi check`
+    finds what the disk loses later.
 
     Parameters
     ----------
@@ -312,20 +265,22 @@ def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | 
             raise OutputError(f"{not_what_was_written(path)} ({error})") from error
 
 
-def _read_back(path: Path, written: list[tuple[str, int, int, int]]) -> None:
+def _read_back(path: Path, written: list[Written]) -> None:
+    """Raise `ShardError` unless a file reads as it was written."""
     with open_file(path) as file:
         for name, start, stop, checksum in written:
             with reading(path):
                 data = file[name]
-                found = _checksum(np.ascontiguousarray(data[()])) if start < 0 else _stored(data, start, stop)
+                found = (_checksum(np.ascontiguousarray(data[()])) if start is None or stop is None
+                         else _checksum_in_file(data, start, stop))
             if found != checksum:
                 raise ShardError(f"{path}: dataset {name!r}: reads otherwise")
 
 
-def _stored(dataset: h5py.Dataset, start: int, stop: int) -> int:
+def _checksum_in_file(dataset: h5py.Dataset, start: int, stop: int) -> int:
     """Give the checksum of rows that are in a file, with little memory."""
     checksum = 0
-    for first, last in row_pieces((stop - start, *dataset.shape[1:]), stored_dtype(dataset), READ_BACK_BYTES):
+    for first, last in row_ranges((stop - start, *dataset.shape[1:]), stored_dtype(dataset), READ_BACK_BYTES):
         checksum = _checksum(read_rows(dataset, start + first, start + last), checksum)
     return checksum
 
@@ -336,51 +291,3 @@ def _checksum(x: NDArray[Any], before: int = 0) -> int:
 
 def _bits(x: NDArray[Any]) -> NDArray[Any]:
     return x.view(np.uint16) if x.dtype == BFLOAT16 else x
-
-
-def _spaces(dataset: h5py.Dataset, start: int, piece: NDArray[Any]) -> tuple[Any, Any]:
-    space = dataset.id.get_space()
-    space.select_hyperslab((start, *[0] * (piece.ndim - 1)), piece.shape)
-    return h5py.h5s.create_simple(piece.shape), space
-
-
-def _check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw: str | None) -> None:
-    """Open and check each virtual source: one that is missing reads as zeros, silently."""
-    if virtual_prefix() is not None:
-        raise ShardError(f"{where}: refused: HDF5_VDS_PREFIX leads virtual sources elsewhere; unset it")
-    folder = Path(dataset.file.filename).resolve().parent
-    rows = []
-    for source in dataset.virtual_sources():
-        name = source.file_name
-        path = _source_path(dataset, name)
-        if "%" in name or os.path.isabs(name) or not path.is_relative_to(folder):
-            raise ShardError(f"{where}: refused: its virtual source {name!r} is outside the file's folder")
-        with open_file(path) as file:
-            target = follow(file, source.dset_name)
-            if not isinstance(target, h5py.Dataset) or target.is_virtual:
-                raise ShardError(f"{where}: refused: its virtual source {name!r} holds no plain dataset "
-                                 f"{source.dset_name!r}")
-            check_storage(target, f"{path}: dataset {source.dset_name!r}")
-            if stored_dtype(target, raw) != dtype:
-                raise ShardError(f"{where}: its virtual source {name!r} has dtype {target.dtype}")
-            start, stop = whole_rows(source.vspace, dataset.shape)
-            first, last = whole_rows(source.src_space, target.shape)
-        if None in (start, first) or stop - start != last - first or dataset.shape[1:] != target.shape[1:]:
-            raise ShardError(f"{where}: refused: its virtual source {name!r}, of shape {target.shape}, does not hold "
-                             "the whole rows that are taken from it; copy the dataset into a plain one (h5repack)")
-        rows.append((start, stop))
-    edges = [0, *(stop for _, stop in sorted(rows))]
-    if [start for start, _ in sorted(rows)] != edges[:-1] or edges[-1] != len(dataset):
-        raise ShardError(f"{where}: refused: its virtual sources leave rows out or give them twice")
-
-
-def _source_path(dataset: h5py.Dataset, name: str) -> Path:
-    own = Path(dataset.file.filename).resolve()
-    return own if name == "." else (own.parent / name).resolve()
-
-
-def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
-    """Raise `ShapeError` unless a dataset has as many axes as are named. Local."""
-    if dataset.ndim != len(axes):
-        raise ShapeError(f"{dataset.file.filename}: dataset {dataset.name!r}: expected shape ({', '.join(axes)}), "
-                         f"got {dataset.shape}")

@@ -1,7 +1,7 @@
-"""The manifest of an OUT.h5, read with as much care as an input: what it says of itself, and what it shows.
+"""The manifest of an OUT.h5, read with as much care as an input: what the file says of itself, and what it shows.
 
-A manifest is a plain dataset of bytes of a limited size, inside the file; its JSON is checked value by value before
-anything is done with it, and the virtual datasets `out` and `lse` must be the views of its shards.
+A manifest is a plain dataset of bytes, inside the file and of a limited size. Its JSON is checked value by value
+before it is used, and the virtual datasets `out` and `lse` must be views of its shards.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from numpy.typing import NDArray
 
 from ..errors import InternalError, ShardError
 from ..softmax import DTYPES
-from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
-from .stored import check_storage, file_type, follow, whole_rows
+from .hdf5 import open_dataset, read_as_shown, read_rows
+from .item_types import file_type
+from .links import resolve_path
+from .opening import open_file, reading
+from .rows import whole_rows
+from .storage import check_storage
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
 PROBE = ("import sys; sys.path.pop(0); import h5py; "         # of no module that lies in the current folder
          "file = h5py.File(sys.argv[1], locking='best-effort'); file['out'], file['lse']")
 PROBE_SECONDS = 60.0
-COUNT = 2**62                  # of rows, heads or bytes: whatever is above is no size
+COUNT = 2**62                  # of rows, heads or bytes: a larger number is no size
 
 Array = NDArray[Any]
 
@@ -67,37 +71,36 @@ class Manifest:
     record: dict[str, Any]
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Read rows start..stop of `out` or `lse` from the shards, and see that OUT.h5 shows the same. Local.
+        """Read rows start..stop of `out` or `lse` from the shards, and check that OUT.h5 shows the same. Local.
 
         Raises
         ------
         ShardError
             If a shard is missing, damaged or not of the shape that the manifest says, or OUT.h5 shows other rows.
         """
-        pieces = [np.empty((0, *self.shapes[name][1:]), DTYPES[self.dtypes[name]])]
+        parts = [np.empty((0, *self.shapes[name][1:]), DTYPES[self.dtypes[name]])]
         with open_file(self.path) as whole:
             for shard in self.shards:
                 first, last = max(start, shard.start), min(stop, shard.stop)
                 if first < last:
-                    piece = self._read(shard, name, first, last)
+                    part = self._read_from_shard(shard, name, first, last)
+                    shown = np.empty_like(part)
                     with reading(self.path):      # opened anew for each: HDF5 keeps sources open as long as the view
-                        shown = np.empty_like(piece)
-                        read_as_shown(follow(whole, name), first, shown)
-                    if shown.tobytes() != piece.tobytes():
+                        read_as_shown(resolve_path(whole, name), first, shown)
+                    if shown.tobytes() != part.tobytes():
                         raise ShardError(f"{self.path}: rows {first}..{last} of {name} are not those of {shard.file}")
-                    pieces.append(piece)
-        return np.concatenate(pieces)
+                    parts.append(part)
+        return np.concatenate(parts)
 
-    def _read(self, shard: Shard, name: str, first: int, last: int) -> Array:
+    def _read_from_shard(self, shard: Shard, name: str, first: int, last: int) -> Array:
         with open_file(self.path.parent / shard.file) as file:
             dataset = open_dataset(file, name)
-            shape, dtype = (shard.stop - shard.start, *self.shapes[name][1:]), DTYPES[self.dtypes[name]]
-            if dataset.shape != shape or dataset.is_virtual:
+            if dataset.shape != (shard.stop - shard.start, *self.shapes[name][1:]) or dataset.is_virtual:
                 raise ShardError(f"{self.path}: shard {shard.file} is not of the shape that the manifest says")
-            piece = read_rows(dataset, first - shard.start, last - shard.start)
-        if piece.dtype != dtype:
+            rows = read_rows(dataset, first - shard.start, last - shard.start)
+        if rows.dtype != DTYPES[self.dtypes[name]]:
             raise ShardError(f"{self.path}: shard {shard.file} is not of the dtype that the manifest says")
-        return piece
+        return rows
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -106,7 +109,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises
     ------
     ShardError
-        If the file is missing, damaged, not finished or not one of ours, or names shards outside its folder.
+        If the file is missing, damaged, unfinished or no output of ours, or names shards outside its folder.
     """
     real = Path(os.path.realpath(path))
     with open_file(real) as file, reading(real):
@@ -141,7 +144,7 @@ def _read_bytes(file: h5py.File, where: str) -> bytes:
 
 
 def _attribute(file: h5py.File, name: str, most: int) -> Any:
-    """Read a single value; a size above `most` is not ours, and not read."""
+    """Read a single value; None if it has another type, or more than `most` bytes."""
     attribute = h5py.h5a.open(file.id, name.encode())
     if attribute.shape != () or attribute.get_storage_size() > most:
         return None
@@ -182,12 +185,12 @@ def _are_counts(*values: Any) -> bool:
 def probe(path: Path) -> None:
     """Let another process open the views of an OUT.h5 first. Local.
 
-    The heap where HDF5 keeps them has no checksum, and the library dies or never ends over some of what can be there.
+    The heap where HDF5 keeps them has no checksum: over some damage to it the library crashes or never returns.
 
     Raises
     ------
     ShardError
-        If it does.
+        If that happens.
     """
     try:
         line = [sys.executable, "-c", PROBE, str(path)]
@@ -212,11 +215,12 @@ def check_view(file: h5py.File, manifest: Manifest) -> None:
     for name in ("out", "lse"):
         where = f"{manifest.path}: dataset {name!r}"
         with reading(where):
-            dataset = follow(file, name)
+            dataset = resolve_path(file, name)
             if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual != bool(filled):
                 raise ShardError(f"{where}: is no view of the shards")
-            shape, stored = manifest.shapes[name], file_type(DTYPES[manifest.dtypes[name]])
-            if dataset.shape != shape or not dataset.id.get_type().equal(stored):
+            shape = manifest.shapes[name]
+            item = file_type(DTYPES[manifest.dtypes[name]])
+            if dataset.shape != shape or not dataset.id.get_type().equal(item):
                 raise ShardError(f"{where}: expected {manifest.dtypes[name]} of shape {shape} as the manifest says, "
                                  f"got {dataset.dtype} of {dataset.shape}")
             check_storage(dataset, where)
@@ -225,13 +229,15 @@ def check_view(file: h5py.File, manifest: Manifest) -> None:
 
 
 def _check_mapping(dataset: h5py.Dataset, where: str, name: str, shards: list[Shard]) -> None:
+    """Check that each source of a view is all rows of its shard, in order."""
+    def shows(source: Any, shard: Shard) -> bool:
+        rows = shard.stop - shard.start
+        return ((source.file_name, source.dset_name) == (shard.file, name)
+                and whole_rows(source.vspace, dataset.shape) == (shard.start, shard.stop)
+                and whole_rows(source.src_space, (rows, *dataset.shape[1:])) == (0, rows))
+
     sources = dataset.virtual_sources()
-    matches = len(sources) == len(shards) and all(
-        (source.file_name, source.dset_name) == (shard.file, name)
-        and whole_rows(source.vspace, dataset.shape) == (shard.start, shard.stop)
-        and whole_rows(source.src_space, (rows := shard.stop - shard.start, *dataset.shape[1:])) == (0, rows)
-        for source, shard in zip(sources, shards, strict=True))
-    if not matches:
+    if len(sources) != len(shards) or not all(map(shows, sources, shards)):
         raise ShardError(f"{where}: does not show the shards of the manifest")
     if not np.isnan(dataset.fillvalue):
         raise ShardError(f"{where}: would show a missing shard as {dataset.fillvalue}, not as NaN")

@@ -1,9 +1,9 @@
-"""Sharded output: one file a rank, one file that shows them as a whole, and the manifest that makes it true.
+"""Sharded output: one file a rank, one file that shows them as a whole, and a manifest to check them by.
 
-``OUT.h5`` holds virtual datasets `out` and `lse` over ``OUT.h5.shards/RUN/*.h5`` and a manifest with the size
-and SHA-256 digest of each shard file. It is written last: an interrupted run leaves no OUT.h5. As HDF5 reads a
-missing source as fill values without an error, the fill value is NaN, and this package's own readers go by the
-manifest and check that the view shows the same.
+``OUT.h5`` holds virtual datasets `out` and `lse` over ``OUT.h5.shards/RUN/*.h5``, and a manifest with the size and
+SHA-256 digest of each shard. It is written last: an interrupted run leaves no OUT.h5. HDF5 reads a missing source as
+fill values without an error, so the fill value is NaN; this package's own readers go by the manifest, and check that
+the view shows the same.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from numpy.typing import NDArray
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
 from ..softmax import DTYPES
-from .hdf5 import check_regular, create_dataset, open_file, reading, write_array, write_file, write_rows
+from .hdf5 import create_dataset, write_array, write_file, write_rows
+from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
-from .new_file import check_writable, flush_to_disk, writing
-from .stored import file_type, row_pieces
+from .opening import check_regular, open_file, reading
+from .paths import check_writable, flush_to_disk, writing
+from .rows import row_ranges
 
 Array = NDArray[Any]
 
 
 class Output:
-    """An ``OUT.h5`` in the making. Local; the job agrees between the steps.
+    """An ``OUT.h5`` in the making. Local; between its steps the job makes the ranks agree.
 
     Parameters
     ----------
@@ -53,7 +55,7 @@ class Output:
         self._replaced: Manifest | None = None
 
     def prepare(self) -> None:
-        """Check that output can be written, make the folder of this run, and look what would be replaced. One rank.
+        """Check that output can be written, make this run's folder, and note what would be replaced. One rank.
 
         Raises
         ------
@@ -68,18 +70,18 @@ class Output:
             with writing(self.folder):
                 self._make_folder()
         except OutputError:
-            with suppress(OSError):           # if it is new, and empty
+            with suppress(OSError):           # unless it holds other runs
                 parent.rmdir()
             raise
         if self.path.exists():
-            with suppress(Exception):         # not one of ours, or an odd one: then nothing of it is removed
+            with suppress(Exception):         # no output of ours, or a damaged one: then none of its shards go
                 self._replaced = read_manifest(self.path)
 
     def _make_folder(self, tries: int = 4) -> None:
         self.folder.parent.mkdir(exist_ok=True)
         try:
             self.folder.mkdir()
-        except FileNotFoundError:             # another run has just taken the folder of folders away, as it was empty
+        except FileNotFoundError:             # another run has just removed the parent, which was empty
             if not tries:
                 raise
             self._make_folder(tries - 1)
@@ -114,7 +116,7 @@ class Output:
 
     def publish(self, shards: Iterable[Shard], shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
                 record: Mapping[str, Any]) -> None:
-        """Write OUT.h5 over the shards; from here on the result exists. One rank, when all shards are written.
+        """Write OUT.h5 over the shards: then the result exists. One rank, when all shards are written.
 
         Parameters
         ----------
@@ -130,11 +132,7 @@ class Output:
             If it can't be written, or a shard is gone.
         """
         shards = list(shards)
-        for shard in shards:
-            file = self.path.parent / shard.file
-            with writing(self.path):
-                if not file.is_file() or file.stat().st_size != shard.size:
-                    raise OutputError(f"{self.path}: not written: shard {shard.file} is gone; did something remove it?")
+        self._check_shards(shards)
         manifest = json.dumps({
             "shards": [asdict(shard) for shard in shards], "shapes": {n: s for n, (s, _) in shapes.items()},
             "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "record": record}).encode()
@@ -145,17 +143,24 @@ class Output:
             file.attrs["manifest_sha256"] = np.bytes_(hashlib.sha256(manifest).hexdigest())
             _set_attributes(file, record)
 
+    def _check_shards(self, shards: list[Shard]) -> None:
+        for shard in shards:
+            file = self.path.parent / shard.file
+            with writing(self.path):
+                if not file.is_file() or file.stat().st_size != shard.size:
+                    raise OutputError(f"{self.path}: not written: shard {shard.file} is gone; did something remove it?")
+
     def clear_replaced(self) -> None:
-        """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all know of it."""
+        """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all ranks know that."""
         for shard in self._replaced.shards if self._replaced else ():
             file = self.path.parent / shard.file
-            if file.parent.parent == self.folder.parent:      # and not of an output that was renamed
+            if file.parent.parent == self.folder.parent:      # else they belong to an output that was renamed
                 with suppress(OSError):
                     file.unlink()
                     file.parent.rmdir()
 
     def discard(self, rank: int) -> None:
-        """Take away what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
+        """Remove what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
         with suppress(OSError):
             self._shard(rank).unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
@@ -167,7 +172,7 @@ class Output:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256sum`` prints it. Local.
+    """Give the SHA-256 digest of a file, as ``sha256sum`` prints it. Local.
 
     Raises
     ------
@@ -175,10 +180,10 @@ def digest(path: Path) -> str:
         If it can't be read.
     """
     with reading(path), path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+        sha256 = hashlib.sha256()
+        while data := file.read(2**22):
+            sha256.update(data)
+    return sha256.hexdigest()
 
 
 def verify(path: str | os.PathLike[str]) -> Manifest:
@@ -227,15 +232,16 @@ def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], f
         raise OutputError(f"{single}: expected another file than those to merge")
     with write_file(Path(single), force) as file:
         for name in ("out", "lse"):
-            shape, dtype = manifest.shapes[name], DTYPES[manifest.dtypes[name]]
+            shape = manifest.shapes[name]
+            dtype = DTYPES[manifest.dtypes[name]]
             target = create_dataset(file, name, shape, dtype)
-            for start, stop in row_pieces(shape, dtype):
+            for start, stop in row_ranges(shape, dtype):
                 write_rows(target, start, manifest.rows(name, start, stop))
         _set_attributes(file, manifest.record)
 
 
 def _check_written(path: Path) -> None:
-    """Raise `ShardError` unless an OUT.h5, under its temporary name, says what it should and shows that."""
+    """Raise `ShardError` unless an OUT.h5, under its temporary name, has a sound manifest and shows its shards."""
     manifest = read_manifest(path)
     with open_file(path) as file:
         check_view(file, manifest)
@@ -243,7 +249,7 @@ def _check_written(path: Path) -> None:
 
 def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
                  shards: Iterable[Shard]) -> None:
-    """Make a virtual dataset; by the low-level interface, as the high-level one can't say bfloat16."""
+    """Make a virtual dataset by the low-level interface: the high-level one has no bfloat16."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     space = h5py.h5s.create_simple(shape)
     filled = [shard for shard in shards if shard.stop > shard.start]
@@ -258,7 +264,7 @@ def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.d
 
 
 def _set_attributes(file: h5py.File, record: Mapping[str, Any]) -> None:
-    """Show the record to whoever opens the file; the manifest has it to read back."""
+    """Show the record to people who open the file; programs read it from the manifest."""
     for name, value in record.items():
         text = value if isinstance(value, str) else json.dumps(value)
         plain = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

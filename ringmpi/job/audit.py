@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,13 @@ from ..files.manifest import Manifest
 from ..mask import Interval
 from ..score import Score
 from ..softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
-from .attend import Options, datasets, make_mask, read_heads
+from .inputs import Input, open_input
+from .options import Options
 
-PIECE_TOKENS = 8192          # keys at a time
+TOKENS_AT_A_TIME = 8192      # keys and values
+TINY = np.finfo(np.float32).tiny
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -78,77 +82,122 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
     ShardError, ShapeError
         If the files do not belong together.
     """
-    with datasets(source, options) as (file, (q, k, v), sizes):
-        mask, of_heads = make_mask(file, options, sizes.n_k), read_heads(file, options, sizes.heads)
-        want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
-        if result.shapes != want or result.dtypes["out"] != sizes.dtype:
-            raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} for this input, got {result.shapes} of "
-                             f"{result.dtypes['out']}")
-        sample = np.sort(np.random.default_rng(seed).permutation(sizes.n_q)[:rows])
-        scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
-        queries = _sampled(sample, q.shape, functools.partial(read_rows, q, raw=options.raw_dtype))
-        positions = sample + mask.offset(sizes.n_q, sizes.n_k)
-        slopes, sinks = of_heads["alibi"], of_heads["sinks"]
-        score = Score(scale, options.softcap or 0.0, slopes, queries=positions)
-        bounds = mask.bounds(sample, sizes.n_q, sizes.n_k)
-        exact, exact_lse, longest = _exact(queries, k, v, options.raw_dtype, bounds, score, sinks)
-    given, given_lse = (_sampled(sample, result.shapes[name], functools.partial(result.rows, name))
-                        for name in ("out", "lse"))
-    out, spread = exact[..., :sizes.dim_v], exact[..., sizes.dim_v:]
-    eps = float(np.finfo(result.dtypes["lse"]).eps)
-    most = abs(scale) * _norms(queries) * longest                 # of a score, (rows, heads)
-    shift = 2 * eps * most + 4 * eps * (options.softcap or 0.0)
-    if slopes is not None:            # of far keys more than this makes their weights nothing
+    with open_input(source, options) as data:
+        _check_belongs(result, data)
+        sample = np.sort(np.random.default_rng(seed).permutation(data.sizes.n_q)[:rows])
+        exact = _recompute(data, sample, options)
+    out, lse = (_read_sample(sample, result.shapes[name], functools.partial(result.rows, name))
+                for name in ("out", "lse"))
+
+    # What rounding explains of an element: the shift of its scores, and the bound of the dtype that it is stored in.
+    shift = _score_rounding(exact, options.softcap or 0.0, float(np.finfo(result.dtypes["lse"]).eps))
+    tolerance = TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE
+    out_bound = (tolerance[data.sizes.dtype] + shift)[..., None] * exact.spread + TINY
+    lse_bound = TOLERANCE[result.dtypes["lse"]] * np.maximum(1, np.abs(exact.lse)) + shift
+    return Audit(len(sample), _largest_error(out, exact.out, out_bound), _largest_error(lse, exact.lse, lse_bound),
+                 _largest_error(out, exact.out, exact.spread + TINY))
+
+
+class _Exact(NamedTuple):
+    """Attention in float64 on the sampled rows.
+
+    Attributes
+    ----------
+    out : array of shape (rows, heads, dim_v)
+    spread : array of shape (rows, heads, dim_v)
+        The weighted sums of the |v|.
+    lse : array of shape (rows, heads)
+    largest_score : array of shape (rows, heads)
+        A bound of the scaled |scores|: the length of the query times that of the longest key.
+    largest_bias : array of shape (rows, heads) or float
+        A bound of what ALiBi subtracts from a score; 0 without it.
+    """
+
+    out: Array
+    spread: Array
+    lse: Array
+    largest_score: Array
+    largest_bias: Array | float
+
+
+def _check_belongs(result: Manifest, data: Input) -> None:
+    sizes = data.sizes
+    want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
+    if result.shapes != want or result.dtypes["out"] != sizes.dtype:
+        raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} for this input, got {result.shapes} of "
+                         f"{result.dtypes['out']}")
+
+
+def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exact:
+    """Attend in float64 from the sampled rows of q."""
+    sizes = data.sizes
+    scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
+    positions = sample + data.mask.offset(sizes.n_q, sizes.n_k)
+    score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions)
+    bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
+    q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))
+    out, lse, longest_key = _attend(q, data, options.raw_dtype, bounds, score)
+
+    largest_bias: Array | float = 0.0
+    if data.alibi is not None:
         reach = np.maximum(positions, sizes.n_k - positions)[:, None]
-        shift = shift + 2 * eps * np.minimum(np.abs(slopes) * reach, 2 * most + 40)
-    tiny = np.finfo(np.float32).tiny
-    own = TOLERANCE[result.dtypes["lse"]]
-    bound = (TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE)[sizes.dtype]
-    return Audit(len(sample), _largest(given, out, (bound + shift)[..., None] * spread + tiny),
-                 _largest(given_lse, exact_lse, own * np.maximum(1, np.abs(exact_lse)) + shift),
-                 _largest(given, out, spread + tiny))
+        largest_bias = np.abs(data.alibi) * reach
+    return _Exact(out[..., :sizes.dim_v], out[..., sizes.dim_v:], lse, abs(scale) * _lengths(q) * longest_key,
+                  largest_bias)
 
 
-def _sampled(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callable[[int, int], Any]
-             ) -> NDArray[np.float64]:
-    """Rows of the sample, one read each, in float64."""
+def _score_rounding(exact: _Exact, softcap: float, eps: float) -> Array:
+    """Bound by how much rounding shifts the scores of each row."""
+    shift = 2 * eps * exact.largest_score + 4 * eps * softcap
+    # A key whose bias is larger than this has no weight, however its score is rounded.
+    largest_that_counts = 2 * exact.largest_score + 40
+    shift += 2 * eps * np.minimum(exact.largest_bias, largest_that_counts)
+    return shift
+
+
+def _read_sample(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callable[[int, int], Any]) -> Array:
+    """Read the rows of the sample one by one, as float64."""
     rows = [read(i, i + 1).astype(np.float64) for i in sample.tolist()]
     return np.concatenate([np.empty((0, *shape[1:])), *rows])
 
 
-def _exact(q: NDArray[np.float64], k: Any, v: Any, raw: str | None, bounds: list[Interval], score: Score,
-           sinks: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Attention in float64 with values (v, |v|) side by side; and the longest key of each query head."""
-    n_k, dim_v, group = len(k), v.shape[2], q.shape[1] // k.shape[1]
-    longest = np.zeros(q.shape[1])
-    state = State.empty(len(q), q.shape[1], 2 * dim_v, np.float64)
-    state.reset(sinks)
-    seen = np.full(len(q), sinks is not None)
+def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], score: Score
+            ) -> tuple[Array, Array, Array]:
+    """Attend in float64 to values (v, |v|) side by side; give out, lse, and the longest key of each query head."""
+    heads = q.shape[1]
+    group = heads // data.sizes.kv_heads
+    longest = np.zeros(heads)
+    state = State.empty(len(q), heads, 2 * data.sizes.dim_v, np.float64)
+    state.reset(data.sinks)
+    seen = np.full(len(q), data.sinks is not None)
     backend = open_backend("numpy", len(cores()))
-    for start in range(0, n_k, PIECE_TOKENS):
-        stop = min(start + PIECE_TOKENS, n_k)
-        keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (k, v))
+
+    # Some keys at a time: there may be more than fit in memory.
+    for start in range(0, data.sizes.n_k, TOKENS_AT_A_TIME):
+        stop = min(start + TOKENS_AT_A_TIME, data.sizes.n_k)
+        keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (data.k, data.v))
         values = np.concatenate([values, np.abs(values)], axis=2)
-        longest = np.maximum(longest, _norms(keys).max(axis=0).repeat(group))
+        longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
             seen |= end > begin
             for _ in backend.accumulate(state, q, keys, values, begin, end, score.of_keys(np.arange(start, stop))):
                 pass
+
     out, lse = np.empty_like(state.acc), np.empty_like(state.row_max)
     finish(state, seen, out, lse)
     backend.close()
     return out, lse, longest
 
 
-def _norms(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lengths; 0 for what is not finite: it gives NaN or weight 0 in both results, and excuses no error."""
+def _lengths(x: Array) -> Array:
+    """Lengths of vectors; 0 for one that is not finite: it gives NaN or weight 0 in both results, excusing no error."""
     lengths = np.linalg.norm(x, axis=2)
     return np.where(np.isfinite(lengths), lengths, 0.0)
 
 
-def _largest(given: NDArray[np.float64], exact: NDArray[np.float64], unit: Any) -> float:
-    """Largest error in units of `unit`; equal infinities and NaN in the same places are no error."""
+def _largest_error(given: Array, exact: Array, unit: Array) -> float:
+    """Give the largest error in units of `unit`; equal infinities, and NaN in the same places, are no error."""
     same = (given == exact) | (np.isnan(given) & np.isnan(exact))
     with np.errstate(invalid="ignore"):
         error = np.where(same, 0.0, np.abs(given - exact) / unit)

@@ -9,13 +9,13 @@ from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
 from ..softmax import DTYPES, accumulator
-from .attend import Options, Sizes
+from .inputs import Sizes
+from .options import Options
 
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
 LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
 SCORE_BYTES = {"numpy": 2**25 - 2**23, "numba": 2**23}       # of a thread, and what NumPy makes of them on the way
 PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, or one tile of each key head
-
 
 # Flop of a vector unit's lane in a cycle, and the share of it that the kernels reach: README has measurements.
 LANE_FLOP = {"numpy": 4 * 0.4, "numba": 4 * 0.75}

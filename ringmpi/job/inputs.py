@@ -1,0 +1,141 @@
+"""The input of a job: an HDF5 file that is opened and checked as a whole, and read one shard a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ..attention import RingAttention
+from ..checks import check_shapes
+from ..errors import DtypeError
+from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, read_rows, read_rows_into
+from ..files.item_types import RAW_DTYPE, stored_dtype
+from ..files.opening import open_file
+from ..layout import Contiguous
+from ..mask import Mask
+from ..schedules.redistribution import redistribute
+from ..softmax import accumulator
+from .options import Options
+from .run import Run
+
+MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an input holds, all ranks together."""
+
+    n_q: int
+    n_k: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dim_v: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """An open input file whose content goes together.
+
+    Attributes
+    ----------
+    path : path
+    q, k, v : h5py.Dataset of shape (tokens, heads, dim)
+    sizes : Sizes
+    mask : Mask
+    alibi, sinks : float64 array of shape (heads,), optional
+        One number for each head, if the options ask for them.
+    """
+
+    path: Path
+    q: h5py.Dataset
+    k: h5py.Dataset
+    v: h5py.Dataset
+    sizes: Sizes
+    mask: Mask
+    alibi: NDArray[np.float64] | None
+    sinks: NDArray[np.float64] | None
+
+
+@contextmanager
+def open_input(path: Path, options: Options) -> Iterator[Input]:
+    """Open an input, and check all of it but the numbers in q, k and v. Local.
+
+    Raises
+    ------
+    ShardError, ShapeError, DtypeError
+        If a dataset is missing, damaged or incomplete, or q, k and v do not go together.
+    MaskError, OptionError
+        If the options and the file's documents make no mask.
+    """
+    with open_file(path) as file:
+        q, k, v = (open_dataset(file, name, options.raw_dtype) for name in (options.q, options.k, options.v))
+        for dataset in (q, k, v):
+            check_axes(dataset, ("tokens", "heads", "dim"))
+        sizes = _sizes(path, q, k, v, options)
+        mask = _read_mask(file, options, sizes.n_k)
+        alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
+        sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
+        yield Input(path, q, k, v, sizes, mask, alibi, sinks)
+
+
+def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, options: Options) -> Sizes:
+    """Check that q, k and v go together; give their sizes."""
+    dtypes = [stored_dtype(dataset, options.raw_dtype) for dataset in (q, k, v)]
+    if len(set(dtypes)) > 1:
+        raise DtypeError(f"{path}: expected q, k and v of one dtype, got {', '.join(map(str, dtypes))}")
+    check_shapes(q.shape, k.shape, v.shape)
+    accumulator(dtypes[0], options.accumulator)
+    return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], v.shape[2], str(dtypes[0]))
+
+
+def _read_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
+    """Make the mask that the options and the file's `documents` describe."""
+    documents = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else None
+    mask = Mask(causal=options.causal, window=options.window, documents=documents, prefix=options.prefix,
+                first=options.first, q_offset=options.q_offset)
+    mask.check(n_k)
+    return mask
+
+
+def check_input(path: Path, options: Options) -> Sizes:
+    """Check an input as `open_input` does, for a dry run. Local."""
+    with open_input(path, options) as data:
+        return data.sizes
+
+
+def read_shard(run: Run, attention: RingAttention, dataset: h5py.Dataset) -> Any:
+    """Read this rank's rows to where the backend computes, in the layout that it computes in. Collective over *comm*.
+
+    Returns
+    -------
+    array of shape (tokens, heads, dim)
+        On the GPU, if the backend computes there.
+    """
+    layout = Contiguous.even(len(dataset), run.comm.size)
+    start, count = layout.starts[run.comm.rank], layout.counts[run.comm.rank]
+    reading = f"reading {dataset.file.filename}"
+    backend = attention.backend
+
+    # In file order already: read straight to where the backend computes.
+    if attention.layout == "contiguous":
+        shape = (count, *dataset.shape[1:])
+        dtype = stored_dtype(dataset, RAW_DTYPE)             # `open_input` has checked what it may be
+        with run.timer.phase("read", reading), run.raise_on_all(), backend.current():
+            return backend.read_rows(shape, dtype, lambda at, rows: read_rows_into(dataset, start + at, rows))
+
+    # Any other layout: read to host memory, and exchange rows with the other ranks.
+    with run.timer.phase("read", reading), run.raise_on_all():
+        shard = read_rows(dataset, start, start + count, RAW_DTYPE)
+    with run.timer.phase("redistribute", f"redistributing {dataset.name}"):
+        shard = redistribute(shard, comm=run.world, target=attention.layout, timeout=run.timeout)
+        with run.raise_on_all(), backend.current():
+            return backend.to_device(shard)

@@ -1,0 +1,57 @@
+"""What is asked of a job: the options of `ringmpi attend` as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
+
+from ..errors import ShardError
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of a job; the same on every rank."""
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    documents: bool = False
+    prefix: int | None = None
+    first: int = 0
+    q_offset: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    layout: str = "contiguous"
+    backend: str = "auto"
+    accumulator: str | None = None
+    gpu_transport: str = "auto"
+    allow_gpu_sharing: bool = False
+    bfloat16_products: str = "auto"
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    raw_dtype: str | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Options:
+        """Read back what `asdict` gave, from JSON too; other names in `record` are left out. Local.
+
+        Raises
+        ------
+        ShardError
+            If `asdict` never gives such a value.
+        """
+        known = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        window = known.pop("window", None)
+        hints = get_type_hints(cls)
+        for name, value in known.items():
+            is_number = isinstance(value, int) and isinstance(0.0, hints[name])       # JSON has 1 for 1.0
+            if not isinstance(value, hints[name]) and not is_number:
+                raise ShardError(f"expected options that a run can have, got {name} = {value!r}")
+        # JSON has a list for the pair.
+        if window is not None:
+            if not isinstance(window, (list, tuple)) or [type(x) in (int, type(None)) for x in window] != [True, True]:
+                raise ShardError(f"expected options that a run can have, got window = {window!r}")
+            known["window"] = tuple(window)
+        return cls(**known)

@@ -1,0 +1,99 @@
+"""The output of a job: each rank writes its shard, rank 0 publishes OUT.h5 over them, or nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CommError, OptionError, RankLost, RingError, RingTimeout
+from ..files.manifest import Shard
+from ..files.paths import check_writable
+from ..files.record import check_record
+from ..files.shards import Output
+from ..files.streams import STANDARD_OUTPUT
+from ..layout import Contiguous
+from .run import Run
+
+Array = NDArray[Any]
+
+
+def check_paths(source: Path, target: Path, json_path: Path | None, force: bool) -> None:
+    """Check that input, output and record are different files, and that the outputs can be written. Local.
+
+    Raises
+    ------
+    OptionError
+        If two of them are one file, or HDF5 can't refer to the output's shards.
+    OutputError
+        If `target` exists and not `force`, or one can't be written.
+    """
+    if "%" in target.name:
+        raise OptionError(f"{target}: expected a name without %: HDF5 takes it for a pattern of files")
+    if not target.name.isprintable():
+        raise OptionError(f"{str(target)!r}: expected a name of printable UTF-8 text, by which HDF5 finds the shards")
+
+    # Two names may lead to one file.
+    named = {"input": source, "output": target}
+    if json_path is not None and json_path != STANDARD_OUTPUT:
+        named["--json"] = json_path
+    seen: dict[Path, str] = {}
+    for name, path in named.items():
+        other = seen.setdefault(Path(os.path.realpath(path)), name)
+        if other != name:
+            raise OptionError(f"{path}: expected different files, got the same one as {other} and {name}")
+
+    check_writable(target, force)
+    if json_path:
+        check_record(json_path)
+
+
+def write_shard(run: Run, output: Output, n_q: int, out: Array, lse: Array) -> Shard:
+    """Write this rank's rows of a result of `n_q` rows. Collective over *comm*.
+
+    Raises
+    ------
+    OutputError
+        If a rank can't write; the same on every rank.
+    """
+    start = Contiguous.even(n_q, run.comm.size).starts[run.comm.rank]
+    with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
+        return output.write(run.comm.rank, start, out, lse)
+
+
+def publish(run: Run, output: Output, shard: Shard, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
+    """Gather the shards of all ranks; rank 0 writes OUT.h5 over them. Collective over *comm*.
+
+    Parameters
+    ----------
+    shard : Shard
+        What this rank wrote.
+    rows : mapping of str to array
+        This rank's rows of each dataset.
+    record : dict
+        How the result was made.
+
+    Raises
+    ------
+    OutputError
+        If OUT.h5 can't be written; the same on every rank, and no shard is left.
+    """
+    try:
+        shards = [Shard(**json.loads(text)) for text in run.allgather_text(json.dumps(asdict(shard)))]
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+            name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
+        with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
+            if run.comm.rank == 0:
+                output.publish(shards, shapes, record)
+    except RingError as error:
+        if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all ranks know that it is not there
+            output.discard(run.comm.rank)
+        raise
+    if run.comm.rank == 0:
+        output.clear_replaced()
