@@ -86,7 +86,7 @@ def boot_id() -> str:
         return ""
 
 
-def cores() -> set[int]:
+def affinity() -> set[int]:
     """Give the cores that this process may run on. Local."""
     return os.sched_getaffinity(0)
 

@@ -20,7 +20,7 @@ from ringmpi.cli import COMMANDS, main
 from ringmpi.files.shards import Output, read_manifest
 from ringmpi.job.attend import Clock, Options, attend
 from ringmpi.mpi import world as mpi_world
-from ringmpi.mpi.comm import load
+from ringmpi.mpi.library import load
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
 
@@ -404,10 +404,10 @@ def test_the_name_of_the_mpi_library(monkeypatch):
 
 def test_where_debians_mpich_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
+    monkeypatch.setattr("ringmpi.mpi.library.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
     with pytest.raises(LaunchError, match=r"ln -s /usr/lib/x/libmpich.so.12 ~/mpich/libmpi.so.12 && export LD_LIB"):
         load()
-    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "")
+    monkeypatch.setattr("ringmpi.mpi.library.debian_mpich", lambda: "")
     with pytest.raises(LaunchError, match=r"pip install 'ringmpi\[mpich\]'$"):
         load()
 

@@ -9,7 +9,8 @@ from fake_device import FakeDevice
 from test_mpi_link import CHUNK, LINKS, TOKENS
 
 from ringmpi import RankLost, RingTimeout
-from ringmpi.mpi.comm import _stranded, private_comm
+from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.waiting import stranded
 from ringmpi.schedules.gradient_ring import Homeward, first_hops
 from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
 from ringmpi.schedules.ring import Ring, travel
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
 
 
 class World:
@@ -122,7 +123,7 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
     if comm.size == 1:
         pytest.skip("takes two")
     other = comm.Dup()
-    world, before = World(other, kind, 3), len(_stranded())
+    world, before = World(other, kind, 3), len(stranded())
     comm.Barrier()                    # else a rank may hear of the failure before it knows that all have come
     links = [world.ring._link, *world.homeward.links]
 
@@ -134,7 +135,7 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind):
     except (ValueError, RankLost) as error:
         world.ring.abandon(error)
     assert not any(link._slots for link in links)
-    assert len(_stranded()) >= before + 2          # the slots of what comes home among them
+    assert len(stranded()) >= before + 2          # the slots of what comes home among them
 
 
 def test_first_hops(comm):

@@ -8,7 +8,8 @@ import pytest
 from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
-from ringmpi.mpi.comm import _stranded, private_comm
+from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.waiting import stranded
 from ringmpi.schedules.gpu_transport import Transport, choose
 from ringmpi.schedules.links import DirectLink, HostLink, StagedLink
 from ringmpi.schedules.ring import Ring
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
 
 
 CHUNK = 64                 # bytes; of the links of these tests
@@ -162,7 +163,7 @@ def attempt(world, **options):
         used, slots = world.link.incoming or world.link.outgoing, world.link._slots
         world.ring.abandon(error)
         said = f"{type(error).__name__}: {error}"
-        kept = not used or any(slots is one for one in _stranded())
+        kept = not used or any(slots is one for one in stranded())
     return said, time.perf_counter() - start, kept
 
 

@@ -16,13 +16,13 @@ from ringmpi import (
     RingAttention,
     RingError,
     RingTimeout,
-    clocks,
-    mpi,
     redistribute,
     ring_attention,
 )
 from ringmpi.errors import InternalError, ResourceError
+from ringmpi.mpi import clocks, pace
 from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.exchange import Exchange
 
 pytestmark = pytest.mark.mpi
 X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")
@@ -137,8 +137,8 @@ def test_a_timeout_names_the_rank_that_is_missing(comm, late, place):
 def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    monkeypatch.setattr(mpi, "LOG_SECONDS", 0.5)
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.1)
+    monkeypatch.setattr(pace, "LOG_SECONDS", 0.5)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.1)
     ring = private_comm(comm)
     comm.Barrier()
     if comm.rank == comm.size - 1:
@@ -151,7 +151,7 @@ def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
 
 
 def test_a_communicator_is_freed_with_notices_unread(comm, monkeypatch):
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.01)
     for _ in range(20):
         mine = comm.Dup()
         ring = private_comm(mine)
@@ -234,7 +234,7 @@ def test_progress_of_all_ranks(comm):
     ring.report_progress(10, 10)
     deadline = time.perf_counter() + 30
     while comm.rank == 0 and ring.progress_of_all() != (10 * comm.size,) * 2 and time.perf_counter() < deadline:
-        ring._notices.read(str)
+        ring.report_progress(10, 10)
     if comm.rank == 0:
         assert ring.progress_of_all() == (10 * comm.size, 10 * comm.size)
     comm.Barrier()
@@ -251,8 +251,8 @@ def test_a_call_takes_few_exchanges(comm, monkeypatch):
     if comm.size == 1:
         pytest.skip("one rank exchanges nothing")
     counted = itertools.count()
-    original = mpi.Comm._allgather
-    monkeypatch.setattr(mpi.Comm, "_allgather", lambda *x: (next(counted), original(*x))[1])
+    original = Exchange._allgather
+    monkeypatch.setattr(Exchange, "_allgather", lambda *x: (next(counted), original(*x))[1])
 
     def exchanges(call):
         start = next(counted)
@@ -331,7 +331,7 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
     """It is asked in its last step, in which no message of its own is under way."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.05)
     ring = private_comm(comm)
     comm.Barrier()
     text = ""
@@ -342,10 +342,10 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
             time.sleep(0.01)
         ring.exchange("", 60)
     else:
-        original = ring._notices.missing
+        original = ring._waiter.notices.missing
         texts = []
-        monkeypatch.setattr(mpi, "LOG_SECONDS", 0.6)
-        monkeypatch.setattr(ring, "_log", lambda what, since: texts.append(original(since, ())))
+        monkeypatch.setattr(pace, "LOG_SECONDS", 0.6)
+        monkeypatch.setattr(ring._waiter, "_log", lambda what, since: texts.append(original(since, ())))
         ring.exchange("", 60)
         text = texts[0]
     texts = comm.allgather(text)

@@ -19,7 +19,7 @@ import numpy as np
 from ..backends import NAMES, open_backend, reason_missing
 from ..backends.products import wish
 from ..checks import check_threads
-from ..environment import cores, require_single_process
+from ..environment import affinity, require_single_process
 from ..mask import Mask
 from ..score import Score
 from ..softmax import State, accumulator, check_dtype, finish
@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
     require_single_process("bench kernel")
     chosen = {name: grid if arguments.all else getattr(arguments, name) for name, grid in GRID.items()}
-    threads = check_threads(arguments.threads) or len(cores())
+    threads = check_threads(arguments.threads) or len(affinity())
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
     if "numba" in backends:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend
-from ..environment import cores
+from ..environment import affinity
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
@@ -124,7 +124,7 @@ def _exact(q: NDArray[np.float64], k: Any, v: Any, raw: str | None, bounds: list
     state = State.empty(len(q), q.shape[1], 2 * dim_v, np.float64)
     state.reset(sinks)
     seen = np.full(len(q), sinks is not None)
-    backend = open_backend("numpy", len(cores()))
+    backend = open_backend("numpy", len(affinity()))
     for start in range(0, n_k, PIECE_TOKENS):
         stop = min(start + PIECE_TOKENS, n_k)
         keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (k, v))

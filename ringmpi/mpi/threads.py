@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from ..errors import CommError
-from .comm import load
+from .library import load
 
 
 def check_thread() -> None:

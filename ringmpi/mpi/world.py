@@ -14,7 +14,8 @@ from typing import Any
 from ..environment import launched_sizes
 from ..errors import LaunchError, RingTimeout
 from ..phases import phase
-from .comm import TIMEOUT, load, release
+from .comm import TIMEOUT, release
+from .library import load
 
 LEAVE_TAG = 32766             # no other message is on COMM_WORLD itself: calls have communicators of their own
 PAUSE = 1e-3                  # seconds between two polls at the end
