@@ -21,6 +21,7 @@ from ringmpi.files.shards import Output, read_manifest
 from ringmpi.job.attend import Clock, Options, attend
 from ringmpi.mpi import world as mpi_world
 from ringmpi.mpi.library import load
+from ringmpi.process import STOPS
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
 
@@ -51,6 +52,7 @@ def test_help_needs_no_mpi(command):
     said = without_mpi(*command, "--help")
     assert said.returncode == 0, said.stderr
     assert "exit codes" in said.stdout
+    assert all(f"{128 + number} {number.name}" in said.stdout for number in STOPS)
     assert "usage: ringmpi" in said.stdout
 
 

@@ -44,13 +44,13 @@ sys.exit(main())
 """
 FIRST_CALL = START + """
 from ringmpi.mpi import comm as mpi
-private = mpi.private
+private_comm = mpi.private_comm
 def act(*rest, **more):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(2)                          # the others have not begun to wait
     return private_comm(*rest, **more)
-mpi.private = act
+mpi.private_comm = act
 sys.exit(main())
 """
 AT_THE_END = START + """

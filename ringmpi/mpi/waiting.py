@@ -206,7 +206,8 @@ class Waiter:
 
     def _missing(self, start: float) -> str:
         """Say who is missing in the wait that is under way."""
-        return f"; {self.notices.missing(start, self._peers())}" if self.notices else ""
+        missing = self.notices.missing(start, self._peers()) if self.notices else ""
+        return missing and f"; {missing}"
 
     def _state(self) -> State:
         """Say where this rank is, and for whom it waits, for those who wait for it."""
