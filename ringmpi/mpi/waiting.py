@@ -61,7 +61,7 @@ class Waiter:
         return f"rank {self.rank} on {socket.gethostname()}"
 
     def others(self) -> str:
-        """Name all other ranks: ``"the other 3 ranks"``."""
+        """Name all ranks but this one: ``"the other 3 ranks"``."""
         return "the other rank" if self.size == 2 else f"the other {self.size - 1} ranks"
 
     def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str],
@@ -95,28 +95,32 @@ class Waiter:
         pace = self._pace = Pace(timeout)
         self._peers = peers
         try:
-            while True:
-                done, busy = self._poll(requests, describe, advance)
-                if done:
-                    return time.perf_counter() - pace.start
-                # learn what idle polls take, by the quickest
-                count = len(requests)
-                moving = self._is_moving(count, busy)
-                if busy:
-                    self._idle[count] = min(self._idle_seconds(count), busy)
-                # then see what is due
-                seconds = pace.tick()
-                if seconds > timeout:
-                    raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
-                                      f"stopped or far behind{self._missing(pace.start)}")
-                self._remind(pace, seconds, describe)
-                pace.rest(moving)
+            return self._poll_until_done(pace, requests, timeout, describe, advance)
         except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
             self.give_up(error, requests)
             raise
         finally:
             self._pace = None
             self._peers = tuple               # lets go of whatever `peers` refers to
+
+    def _poll_until_done(self, pace: Pace, requests: list[Any], timeout: float, describe: Callable[[], str],
+                         advance: Callable[[], bool] | None) -> float:
+        while True:
+            done, busy = self._poll(requests, describe, advance)
+            if done:
+                return time.perf_counter() - pace.start
+            # the quickest polls show what idle ones take
+            count = len(requests)
+            moving = self._is_moving(count, busy)
+            if busy:
+                self._idle[count] = min(self._idle_seconds(count), busy)
+            # give up, or ask where the others are, or only wait
+            seconds = pace.tick()
+            if seconds > timeout:
+                raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
+                                  f"stopped or far behind{self._missing(pace.start)}")
+            self._remind(pace, seconds, describe)
+            pace.rest(moving)
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:
         """Let MPI move messages for as long as some move, a fraction of a millisecond at most.
