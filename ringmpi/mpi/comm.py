@@ -87,10 +87,10 @@ class Comm(Exchange):
         RingTimeout
             If not all ranks come within `timeout` seconds. The communicator is lost then.
         """
-        self._duplicate(timeout, exclusive)
+        notices = self._duplicate(timeout, exclusive)
         mine = [socket.gethostname(), boot_id(), sorted(affinity())]
         nodes = [json.loads(text) for text in self.allgather_text(json.dumps(mine), timeout)]
-        self._waiter.notices = Notices(load(), self.comm, [host for host, _, _ in nodes])
+        notices.hosts = [host for host, _, _ in nodes]
         here = [rank for rank, node in enumerate(nodes) if node[:2] == mine[:2]]
         self.leader = here[0]
         self.local_rank = here.index(self.rank)
@@ -99,8 +99,8 @@ class Comm(Exchange):
         users = Counter(core for rank in here for core in nodes[rank][2])
         self.threads = max(1, int(sum(1 / users[core] for core in mine[2]) + 1e-9))
 
-    def _duplicate(self, timeout: float, exclusive: bool) -> None:
-        """Duplicate the caller's communicator without blocking, so that a rank that does not come is an error too."""
+    def _duplicate(self, timeout: float, exclusive: bool) -> Notices:
+        """Duplicate the caller's communicator, with a deadline; return the notices of the duplicate."""
         mpi = load()
         waiter = self._waiter
         if exclusive:
@@ -112,6 +112,7 @@ class Comm(Exchange):
         duplicate.Set_errhandler(mpi.ERRORS_RETURN)
         self.comm = duplicate
         waiter.notices = Notices(mpi, duplicate, [""] * self.size)
+        return waiter.notices
 
     def free(self) -> None:
         """Free the communicator, unless messages are stranded in it. Collective over the caller's comm."""
