@@ -159,7 +159,7 @@ class Comm(Exchange):
 
     @contextmanager
     def one_call(self) -> Iterator[None]:
-        """Run a call, the only one on this communicator; see `telling` for how it ends by an error. Local.
+        """Run a block that is a call, the only one on this communicator; an error ends it as in `telling`. Local.
 
         Raises
         ------

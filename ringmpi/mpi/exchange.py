@@ -1,7 +1,7 @@
-"""Small collective exchanges, by which ranks agree that all is well and tell each other small things.
+"""Small collective exchanges, in which ranks agree that all is well, and gather small arrays and texts.
 
-Each rank brings a header and a payload. Both travel in one message of `RECORD_BYTES` if they fit, and if nothing is
-wrong that is all; a larger payload, and the texts of errors, take a second message.
+Each rank brings a header and a payload, in one MPI_Iallgather of `RECORD_BYTES` a rank. Larger payloads, and the texts
+of errors, take a second one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTHING = np.empty(0, np.uint8)
 
 
 class Exchange:
-    """Exchanges on one communicator.
+    """Exchanges small messages between all ranks of a communicator, and raises the same error on all of them.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Exchange:
         timeout : float
             Seconds to wait for the others.
         payload : uint8 array
-            Any number of bytes; more than `RECORD_BYTES` - `HEADER_BYTES` on any rank take a second message.
+            Any number of bytes; if they don't fit into `RECORD_BYTES` on some rank, there is a second message.
         error : exception, optional
             What has failed on this rank.
         options : mapping, optional
@@ -195,7 +195,7 @@ class Exchange:
     def noting(self) -> Iterator[list[Exception]]:
         """Note what fails in a block, for the `exchange` that follows to raise on all ranks. Local.
 
-        Lost ranks and interrupts are raised at once; the other ranks know of the former, and are told of the latter.
+        Interrupts, and errors about lost ranks, are raised at once: see `telling`.
 
         Yields
         ------
@@ -213,10 +213,10 @@ class Exchange:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Tell the other ranks at once if a block ends by an error that is this rank's alone, an interrupt say. Local.
+        """Give the communicator up if a block ends by an error of this rank alone, an interrupt say. Local.
 
-        The communicator is lost then: they need not wait for this rank until their time is up. A `RingError` is one
-        that the ranks have agreed on, or have been told of already.
+        The other ranks hear of it at once, and need not wait until their time is up. They know of every `RingError`
+        already: they have agreed on it, or have been told.
         """
         try:
             yield
