@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -95,20 +95,21 @@ class Exchange:
             digest = 0 if options is None else digest_of(options)
         mine = np.array((hash_of(call), digest, error is not None, payload.size), np.int64)
         heads, rows = self._meet(mine, payload, timeout)
-        if error is not None or (heads[:, :NBYTES] != mine[:NBYTES]).any():
-            self._disagree(heads, call, error, options or {}, timeout)
+        if error is not None or (heads != mine).any():
+            self._check_agreement(heads, call, error, options or {}, timeout)
         return rows
 
-    def _disagree(self, heads: NDArray[np.int64], call: str, error: BaseException | None, options: Mapping[str, Any],
-                  timeout: float) -> NoReturn:
-        """Raise the same error on every rank, for headers that differ or say that a rank has failed."""
+    def _check_agreement(self, heads: NDArray[np.int64], call: str, error: BaseException | None,
+                         options: Mapping[str, Any], timeout: float) -> None:
+        """Raise the same error on every rank if the headers report a failure, or differ in more than sizes."""
         if (heads[:, CALL] != heads[0, CALL]).any():
             raise differing_calls(self._gather_texts(call or "the middle of a call", timeout))
         if heads[:, FAILED].any():
             notices = self._gather_texts(json.dumps(failure_notice(error)), timeout)
             raise agreed_failure([json.loads(notice) for notice in notices]) from error
-        texts = self._gather_texts(json.dumps(shorten(options)), timeout)
-        raise differing_options([json.loads(text) for text in texts])
+        if (heads[:, OPTIONS] != heads[0, OPTIONS]).any():
+            texts = self._gather_texts(json.dumps(shorten(options)), timeout)
+            raise differing_options([json.loads(text) for text in texts])
 
     def _gather_texts(self, text: str, timeout: float) -> list[str]:
         """Gather texts about an error that all ranks know of already."""
