@@ -1,4 +1,4 @@
-"""The command line: finds the command, runs it, turns errors into exit codes."""
+"""The command line: finds the command, runs it, and turns errors into exit codes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ COMMANDS = {
 EXIT_CODES = """\
 exit codes: 0 done | 1 a check failed | 2 usage | 3 bad input (nothing written) | 4 environment (MPI, ranks,
 backend, memory) | 5 timeout or lost rank | 6 output could not be written | 70 an error in ringmpi itself |
-130 SIGINT | 143 SIGTERM, or a rank that can't start MPI while others do | 137 stuck in MPI's own start or end"""
-GRACE_SECONDS = 2.0          # that a rank which gave up leaves to the others to say why, and to remove what they wrote
+129 SIGHUP | 130 SIGINT | 143 SIGTERM, or a rank that can't start MPI while others do | 137 stuck in MPI's own
+start or end"""
+GRACE_SECONDS = 2.0          # that a rank which gave up leaves the others to say why, and to remove what they wrote
 ABORT_SECONDS = 10           # that MPI_Abort may take
 TIMEOUT = 60.0               # seconds, for commands that have no --timeout
 SYSTEM_ERRORS = {
@@ -48,7 +49,7 @@ SYSTEM_ERRORS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says things once for all ranks, which have the same arguments."""
+    """Prints on one rank only: all ranks have the same arguments."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if launched_rank() == 0:
@@ -58,8 +59,8 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
-    Without `arguments` they are those of this process, which is set up for the command: signals, log, watchdog, the
-    end of MPI. With them the process is the caller's, and stays as it is.
+    Without `arguments` they are those of this process, which is then set up for the command: signals, log, watchdog,
+    and the end of MPI. With `arguments` the process is the caller's, and is left as it is.
     """
     if arguments is not None:
         return _run(*_parse(arguments))
@@ -67,27 +68,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with Process() as process:
         try:
             return _run_and_leave(process)
-        except KeyboardInterrupt as error:        # a signal before the command has begun, or when it is done
+        except KeyboardInterrupt as error:        # a signal before the command begins, or after it
             return _end(_ending(error), process, collective=True)
 
 
 def _open_streams() -> None:
-    """Open what stands for standard streams that are closed, or the next file that is opened takes their place."""
+    """Open /dev/null for each standard stream that is closed: else the next file opened would take its number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)            # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)            # gets the lowest number that is free
     sys.stdout = sys.stdout or open(os.devnull, "w")       # noqa: SIM115 (for the whole process)
     sys.stderr = sys.stderr or open(os.devnull, "w")       # noqa: SIM115
 
 
 def _run_and_leave(process: Process) -> int:
-    """Run the command of this process's arguments, and leave MPI; return the exit code."""
+    """Run the command that this process's arguments name, and leave MPI; return the exit code."""
     name, options = _parse(sys.argv[1:])
     process.log_to_stderr(getattr(options, "quiet", False))
     code = _run(name, options, process)
-    code = _ended(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
+    code = _exit_code_of(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
     process.enter("ending", END_SECONDS)
     return code
 
@@ -113,7 +114,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
 
 @contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Let a warning be a line for users, without the line of code that it comes from."""
+    """Print a warning as one line for users, without the line of code that it comes from."""
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"ringmpi: {message}\n"
     try:
@@ -130,7 +131,7 @@ def _run(name: str, options: argparse.Namespace, process: Process | None = None)
     """Run the command; return the exit code."""
     collective = getattr(options, "collective", False) and not getattr(options, "dry_run", False)
     with phase(f"running {name}"):
-        return _ended(lambda: _do(name, options), process, collective)
+        return _exit_code_of(lambda: _do(name, options), process, collective)
 
 
 def _do(name: str, options: argparse.Namespace) -> int:
@@ -139,35 +140,35 @@ def _do(name: str, options: argparse.Namespace) -> int:
 
 
 def _leave(code: int, timeout: float) -> int:
-    """Write out what was printed, and leave MPI together with the other ranks."""
+    """Flush standard output, and leave MPI together with the other ranks."""
     from .mpi.world import leave
     sys.stdout.flush()
     leave(timeout)
     return code
 
 
-def _ended(action: Callable[[], int], process: Process | None, collective: bool = False) -> int:
-    """Run `action` to its end, whatever that is; return the exit code."""
+def _exit_code_of(action: Callable[[], int], process: Process | None, collective: bool = False) -> int:
+    """Run `action`; return its exit code, or that of the error by which it ends."""
     try:
         return action()
     except (Exception, KeyboardInterrupt) as error:         # noqa: BLE001 (other ranks must not wait for this one)
-        # HDF5 and MPI turn an interrupt of what they call into errors of their own
+        # HDF5 and MPI turn an interrupt within their callbacks into errors of their own
         return _end(_ending((process and process.stopped) or error), process, collective)
 
 
 class Ending(NamedTuple):
-    """How a command ends that fails."""
+    """How a command that fails ends."""
 
     code: int
     text: str
-    agreed: bool = False        # the same on every rank: one speaks, and all leave MPI together
-    grace: float = 0.0          # seconds that this rank leaves to the others before it ends the job
+    agreed: bool = False        # the same error on every rank: one prints it, and all leave MPI together
+    grace: float = 0.0          # seconds that this rank leaves the others before it ends the job
 
 
 def _ending(error: BaseException) -> Ending:
-    """Say how a command ends by this error."""
+    """Say how this error ends a command."""
     if isinstance(error, RingError):
-        alone = isinstance(error, (RingTimeout, RankLost, CommError))        # each rank sees a lost one its own way
+        alone = isinstance(error, (RingTimeout, RankLost, CommError))        # the text differs from rank to rank
         return Ending(error.exit_code, str(error), not alone, GRACE_SECONDS if alone else 0.0)
     if isinstance(error, KeyboardInterrupt):
         code = getattr(error, "exit_code", 128 + signal.SIGINT)
@@ -181,11 +182,13 @@ def _ending(error: BaseException) -> Ending:
 
 
 def _end(ending: Ending, process: Process | None, collective: bool) -> int:
-    """Say why, and end the other ranks where they can't know of it; return the exit code."""
+    """Print the reason, and end the other ranks if they can't know of it; return the exit code."""
+    # one rank speaks for all, unless the error is its own or MPI, which numbers the ranks, has not started
     before_mpi = collective and _world_rank() is None and launched_together()
     if not ending.agreed or before_mpi or _rank() == 0:
         with suppress(OSError):
             print(f"ringmpi: {ending.text}", file=sys.stderr, flush=True)
+    # the others may be waiting in MPI_Init, or for this rank
     if before_mpi and process is not None:
         process.end_by_signal()
     if not ending.agreed:
@@ -202,13 +205,13 @@ def _who() -> str:
 
 
 def _rank() -> int:
-    """Rank in COMM_WORLD once MPI is up, before that what the launcher says."""
+    """Give the rank in COMM_WORLD once MPI is up; before that, what the launcher says."""
     rank = _world_rank()
     return launched_rank() if rank is None else rank
 
 
 def _world_rank() -> int | None:
-    """Rank in COMM_WORLD; None before MPI, when nothing may be imported: an import may be what was cut short."""
+    """Give the rank in COMM_WORLD; None before MPI is up, when an import may be what was interrupted."""
     if "mpi4py.MPI" not in sys.modules:
         return None
     from .mpi.world import world_rank

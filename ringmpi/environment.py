@@ -1,4 +1,4 @@
-"""The only place that reads environment variables and asks the operating system about this process."""
+"""The only module that reads environment variables and asks the operating system about this process."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from .errors import LaunchError
 
-# How many processes each launcher says it started, and which one this is.
-SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun")
+# Variables in which launchers say how many processes they started, and which of them this one is.
+SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-# Slurm's comes last: under an mpiexec in a batch script it is that of the script.
+# Slurm's comes last: an mpiexec in a batch script inherits that of the script.
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PMI_LOCAL_RANK",
                "SLURM_LOCALID")
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
@@ -23,32 +23,32 @@ BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
 
 
 def launched_sizes() -> dict[str, int]:
-    """Give the number of ranks by each variable that the launcher set. Local."""
+    """Give the number of ranks, by the name of each variable in which the launcher set it. Local."""
     return {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
 
 
 def launched_together() -> bool:
-    """Say whether this process is one of several that a launcher started; Slurm's job script is none. Local."""
+    """Say whether this process is one of several that a launcher started; Slurm's batch script is not. Local."""
     return any(size > 1 for name, size in launched_sizes().items() if name != "SLURM_NTASKS")
 
 
 def launched_rank() -> int:
-    """Give this process's rank as the launcher set it; 0 without a launcher. Local."""
+    """Give the rank that the launcher gave this process; 0 without a launcher. Local."""
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
 def launched_local_rank() -> int | None:
-    """Give this process's place on its node as the launcher set it; None if none did. Local."""
+    """Give this process's rank on its node as the launcher set it; None if it did not. Local."""
     return next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()), None)
 
 
 def gpu_transport() -> str:
-    """Give RINGMPI_GPU_TRANSPORT, how K and V get from GPU to GPU; empty if not set. Local."""
+    """Give RINGMPI_GPU_TRANSPORT, how K and V travel from GPU to GPU; empty if not set. Local."""
     return os.environ.get(GPU_TRANSPORT, "").strip()
 
 
 def hopper_kernel() -> bool:
-    """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs alone. Local."""
+    """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs only. Local."""
     return os.environ.get(HOPPER, "").strip().lower() in ("1", "on")
 
 
@@ -58,51 +58,51 @@ def bfloat16_products() -> str:
 
 
 def kernel_cache() -> Path:
-    """Give the folder where CuPy keeps compiled kernels, and this package those that CuPy can't compile. Local."""
+    """Give the folder where CuPy caches kernels, and this package those that it compiles without CuPy. Local."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def mpi_gpu_switches() -> dict[str, str]:
-    """Give the variables by which Cray's and Intel's MPI are told to take GPU memory, empty where not set. Local."""
+    """Give the variables that make Cray's and Intel's MPI accept GPU memory; empty where not set. Local."""
     return {name: os.environ.get(name, "").strip().lower()
             for name in ("MPICH_GPU_SUPPORT_ENABLED", "I_MPI_OFFLOAD", "I_MPI_OFFLOAD_MODE")}
 
 
 def debian_mpich() -> str:
-    """Give the path of the MPICH that Debian and Ubuntu install; empty if it is not here. Local."""
+    """Give the path of the MPICH that Debian and Ubuntu install; empty if it is not installed. Local."""
     return next((str(path) for path in sorted(Path("/usr/lib").glob("*/libmpich.so.12"))), "")
 
 
 def virtual_prefix() -> str | None:
-    """Give HDF5_VDS_PREFIX, which leads HDF5's virtual sources to another folder. Local."""
+    """Give HDF5_VDS_PREFIX, the folder in which HDF5 looks for the sources of virtual datasets. Local."""
     return os.environ.get("HDF5_VDS_PREFIX")
 
 
 def boot_id() -> str:
-    """Give what tells this machine, since it was started, from others of its name; empty if it does not say. Local."""
+    """Give the kernel's boot id, which tells machines of the same name apart; empty if there is none. Local."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def cores() -> set[int]:
-    """Give the cores that this process may run on. Local."""
+def affinity() -> set[int]:
+    """Give the cores that this thread may run on. Local."""
     return os.sched_getaffinity(0)
 
 
 def most_threads() -> int:
-    """Give the number of threads that nobody can mean to go beyond: four for each core of this machine. Local."""
+    """Give the number of threads beyond which a request must be a mistake: four for each core. Local."""
     return max(64, 4 * (os.cpu_count() or 1))
 
 
-def set_affinity(wanted: set[int]) -> None:
-    """Let this thread, and those it starts, run on other cores. Local."""
-    os.sched_setaffinity(0, wanted)
+def set_affinity(cores: set[int]) -> None:
+    """Let this thread, and the threads it starts, run on `cores` only. Local."""
+    os.sched_setaffinity(0, cores)
 
 
 def cache_bytes(level: int) -> int:
-    """Give the size of a core's data cache of `level`, or a modest guess where the system does not say. Local."""
+    """Give the size in bytes of a core's data cache of `level`; a modest guess if the system does not say. Local."""
     try:
         for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
             if (index / "level").read_text().strip() == str(level) and "I" not in (index / "type").read_text():
@@ -113,13 +113,13 @@ def cache_bytes(level: int) -> int:
 
 
 def vector_bytes() -> int:
-    """Give the width of this CPU's vectors in bytes, by what the kernel says of it; 16 where it does not. Local."""
+    """Give the width in bytes of this CPU's vectors, by the flags that the kernel lists; 16 if unknown. Local."""
     flags = _cpu_info("flags").split()
     return 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
 
 
 def cycles_per_second() -> float:
-    """Give this CPU's frequency as far as the kernel knows it, or a usual one. Local."""
+    """Give this CPU's frequency in Hz if the kernel knows it; else a usual one. Local."""
     try:
         return float(_cpu_info("cpu MHz")) * 1e6
     except ValueError:
@@ -127,7 +127,7 @@ def cycles_per_second() -> float:
 
 
 def _cpu_info(name: str) -> str:
-    """Read a line of the first core in /proc/cpuinfo; empty if there is none."""
+    """Read a field of the first core in /proc/cpuinfo; empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -136,7 +136,7 @@ def _cpu_info(name: str) -> str:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """Give the memory of this process that is resident now, or was at its peak, in bytes. Local."""
+    """Give the resident memory of this process in bytes, now or at its `peak`. Local."""
     field = "VmHWM:" if peak else "VmRSS:"
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -146,12 +146,12 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def stderr_is_terminal() -> bool:
-    """Say whether standard error ends on a terminal, through the pipe that mpiexec gives its ranks too. Local."""
+    """Say whether standard error ends up on a terminal, be it through the pipe of an mpiexec. Local."""
     return sys.stderr.isatty() or any(link.startswith(("/dev/pts/", "/dev/tty")) for link in _launcher_error())
 
 
 def _launcher_error(depth: int = 4) -> list[str]:
-    """Where the standard error of the mpiexec above this process goes; empty if there is none to be found."""
+    """Say where the standard error of the mpiexec above this process goes; empty if none is found."""
     process = os.getppid()
     try:
         for _ in range(depth):
@@ -159,15 +159,15 @@ def _launcher_error(depth: int = 4) -> list[str]:
             if status["Name"].startswith(LAUNCHERS):
                 return [os.readlink(f"/proc/{process}/fd/2")]
             process = int(status["PPid"])
-    except (OSError, KeyError, ValueError):       # no such process, or not ours to look at
-        return []
+    except (OSError, KeyError, ValueError):       # no such process, or not ours to read
+        pass
     return []
 
 
 def require_single_process(command: str) -> None:
-    """Raise `LaunchError` if a launcher started several processes for a command that is for one. Local."""
+    """Raise `LaunchError` if a launcher started several processes of a command that runs in one. Local."""
     for name, size in launched_sizes().items():
-        if size > 1 and name != "SLURM_NTASKS":       # a batch script has that too, outside srun
+        if size > 1 and name != "SLURM_NTASKS":       # set in a batch script too, outside srun
             raise LaunchError(f"{command} runs in one process, got {size} ({name}); start it without mpiexec or srun")
 
 

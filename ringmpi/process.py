@@ -1,6 +1,6 @@
 """The process of a command: its signals, faults, log and watchdog, from before MPI starts until after it ends.
 
-For the command line alone. A program that calls the library, or `cli.main` with arguments, is left as it is.
+For the command line only. A program that calls the library, or `cli.main` with arguments, keeps its process as it is.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
 from .environment import launched_rank
-from .phases import LOGGER
+from .phases import LOGGER, Listener
 from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-TURN_SECONDS = 0.25           # by which a stuck rank is ended later than the one before it, for the first ranks
-AGAIN_SECONDS = 0.01          # until a signal comes again that came where nothing may be raised
-FILES = "ringmpi.files.new_file"
+STAGGER_SECONDS = 0.25        # between the ends of ranks that are all stuck, so that they don't all print at once
+AGAIN_SECONDS = 0.01          # until a signal that came where nothing may be raised comes again
+HDF5_CALLS = "ringmpi.files.new_file"         # the module of ours that HDF5 calls
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asks this process to end. The text says which, and what it cut short."""
+    """A signal that asks this process to end. The text says which, and what it interrupted."""
 
     def __init__(self, number: int, doing: str) -> None:
         super().__init__(f"ended by {signal.Signals(number).name} while {doing}")
@@ -37,30 +36,31 @@ class Stopped(KeyboardInterrupt):
 
 
 class Process:
-    """What the command line arranges for its process, as a context manager.
+    """Sets the process of a command up: signals, faults, log and watchdog. A context manager.
 
     Attributes
     ----------
     doing : str
-        What it does now, by `phase`.
+        What the process does now, as announced by `phase`.
     stopped : Stopped, optional
-        The signal that asked it to end: whatever fails from then on, is for that.
+        The signal that asked the process to end: the cause of whatever fails from then on.
     """
 
     def __init__(self) -> None:
         rank = launched_rank()
-        turn = 1.0 + TURN_SECONDS * min(rank, 8) if rank else 0.0
+        patience = 1.0 + STAGGER_SECONDS * min(rank, 8) if rank else 0.0
         self.doing = "starting"
         self.stopped: Stopped | None = None
-        self._pending: int | None = None          # signal that came where nothing may be raised
-        self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", turn)
+        self._pending: int | None = None          # a signal that came where nothing may be raised
+        self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
+        # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
         if sys.__stderr__ is not None:
             faulthandler.enable(sys.__stderr__, all_threads=False)
         self._handled = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]       # nohup
-        self._handle(self._stop)
-        sys.unraisablehook = self._dropped
-        LOGGER.addHandler(_Listener(self.enter))
-        LOGGER.setLevel(logging.DEBUG)
+        self._handle(self._on_signal)
+        sys.unraisablehook = self._on_unraisable
+        # the watchdog hears of every phase
+        Listener(self.enter).start()
         LOGGER.propagate = False
 
     def __enter__(self) -> Process:
@@ -71,29 +71,29 @@ class Process:
         self._watchdog.dismiss()
 
     def log_to_stderr(self, quiet: bool) -> None:
-        """Show the library's warnings, such as whom a rank waits for; with `quiet` only errors. Local."""
-        handler = _Lines()
+        """Show the library's warnings, such as whom a rank waits for; only its errors if `quiet`. Local."""
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("ringmpi: %(message)s"))
         handler.setLevel(logging.ERROR if quiet else logging.WARNING)
         logging.getLogger("ringmpi").addHandler(handler)
 
     def enter(self, doing: str, limit: float | None) -> None:
-        """Take note of what is done from now on; while that has a limit no Python runs, and signals end it at once."""
-        self._raise_pending()                     # a signal that cut short what was done so far
+        """Note what is done from now on. If that has a limit, no Python runs, and signals end the process at once."""
+        self._raise_pending()                     # a signal that interrupted what was done so far
         self.doing = doing
         self._watchdog.note(doing, limit)
-        self._handle(signal.SIG_DFL if limit or self.stopped else self._stop)        # a second one ends it at once
+        self._handle(signal.SIG_DFL if limit or self.stopped else self._on_signal)   # a second one ends it at once
 
     def farewell(self, seconds: float = 0.0) -> None:
-        """Let the watchdog go: this process has said why it ends, and does so within `seconds`, if given. Local."""
-        self._handle(signal.SIG_DFL)              # a launcher that ends the job need not hear of it from every rank
+        """Dismiss the watchdog: this process has said why it ends, and ends within `seconds`, if given. Local."""
+        self._handle(signal.SIG_DFL)              # if the launcher ends the job now, not every rank need say so
         self._watchdog.end()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(math.ceil(seconds))
 
     def end_by_signal(self) -> NoReturn:
-        """End by SIGTERM: MPICH's launcher lets the others wait in MPI_Init for a rank that ends by an exit code."""
+        """End by SIGTERM: if a rank exits before MPI_Init, MPICH's launcher leaves the others waiting in theirs."""
         self.farewell()
         sys.stdout.flush()
         signal.raise_signal(signal.SIGTERM)
@@ -104,26 +104,26 @@ class Process:
             for number in self._handled:
                 signal.signal(number, action)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if _is_called_by_hdf5(frame):
-            self._come_again(number)
+            self._postpone(number)
             return
         self._pending = None
         self._handle(signal.SIG_DFL)              # a second one ends it at once
         self.stopped = Stopped(number, self.doing)
         raise self.stopped
 
-    def _dropped(self, told: Any) -> None:
-        """Let a signal come again that came where Python drops exceptions, as in `__del__`; else the work went on."""
-        if not isinstance(told.exc_value, Stopped):
-            sys.__unraisablehook__(told)
+    def _on_unraisable(self, unraisable: Any) -> None:
+        """Repeat a signal that came where Python drops exceptions, as in `__del__`: else the work would go on."""
+        if not isinstance(unraisable.exc_value, Stopped):
+            sys.__unraisablehook__(unraisable)
             return
         self.stopped = None
-        self._handle(self._stop)
-        self._come_again(told.exc_value.number)
+        self._handle(self._on_signal)
+        self._postpone(unraisable.exc_value.number)
 
-    def _come_again(self, number: int) -> None:
-        """Let a signal be raised at the end of what is done now, or soon if that takes longer."""
+    def _postpone(self, number: int) -> None:
+        """Repeat a signal when the next phase begins, or after `AGAIN_SECONDS` if that is sooner."""
         self._pending = number
         signal.signal(signal.SIGALRM, self._raise_pending)
         signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
@@ -134,27 +134,16 @@ class Process:
 
 
 def _is_called_by_hdf5(frame: FrameType | None) -> bool:
-    """Say whether this is the file that HDF5 writes through: the library crashes of what is raised in there."""
+    """Say whether HDF5 is on the stack, writing through a file of ours: an exception there would crash it."""
     while frame is not None:
-        if frame.f_globals.get("__name__") == FILES:
+        if frame.f_globals.get("__name__") == HDF5_CALLS:
             return True
         frame = frame.f_back
     return False
 
 
-class _Listener(logging.Handler):
-    """Passes on what is said by `phase`."""
-
-    def __init__(self, enter: Callable[[str, float | None], None]) -> None:
-        super().__init__()
-        self._enter = enter
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._enter(record.getMessage(), getattr(record, "limit", None))
-
-
-class _Lines(logging.Handler):
-    """Prints lines on standard error, above a progress bar if there is one."""
+class _StderrHandler(logging.Handler):
+    """Prints lines on standard error, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a rank of the attacks runs: `ringmpi`, but one rank says that it has begun a phase, and may wait there.
+"""What a rank of the attacks runs: `ringmpi`, but one rank says when it has begun a phase, and may wait there.
 
     python at_phase.py FILE RANK PHASE NUMBER HOLD ARGUMENT...
 
@@ -15,9 +15,10 @@ from pathlib import Path
 from ringmpi import phases
 
 HOLD_SECONDS = 60
-COMPILE_SECONDS = 2.0         # in place of minutes: what is compiled here has been compiled before
+COMPILE_SECONDS = 2.0         # instead of minutes: all kernels have been compiled before
 
-file, chosen, start, number, hold = Path(sys.argv[1]), *sys.argv[2:6]
+name, chosen, start, number, hold = sys.argv[1:6]
+file = Path(name)
 del sys.argv[1:6]
 rank = os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or "0"
 original = phases.phase

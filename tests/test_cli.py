@@ -22,7 +22,8 @@ from ringmpi.job.attend import attend
 from ringmpi.job.options import Options
 from ringmpi.job.run import PhaseTimer
 from ringmpi.mpi import world as mpi_world
-from ringmpi.mpi.comm import load
+from ringmpi.mpi.library import load
+from ringmpi.process import STOPS
 
 NO_MPI = "import sys; sys.modules['mpi4py'] = None; from ringmpi.cli import main; sys.exit(main())"
 
@@ -53,6 +54,7 @@ def test_help_needs_no_mpi(command):
     said = without_mpi(*command, "--help")
     assert said.returncode == 0, said.stderr
     assert "exit codes" in said.stdout
+    assert all(f"{128 + number} {number.name}" in said.stdout for number in STOPS)
     assert "usage: ringmpi" in said.stdout
 
 
@@ -162,7 +164,7 @@ def test_more_threads_than_anybody_means_are_refused(capsys):
 
 
 def test_a_warning_is_one_line():
-    """It names no line of ours."""
+    """It names no line of our code."""
     assert code("make", "random", "in.h5", "--tokens", 3, "--heads", 70) == 0
     command = ["attend", "in.h5", "out.h5", "--backend", "numpy", "--quiet"]
     done = subprocess.run([sys.executable, "-m", "ringmpi", *command],
@@ -254,7 +256,7 @@ def test_check_allows_what_rounding_explains_for_large_scores():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_check_with_numbers_that_are_not_finite(bad):
-    """A key that most rows do not see excuses no error in them, and makes no right result wrong."""
+    """A key that most rows do not see excuses no error in those rows, and makes no right result wrong."""
     assert code("make", "random", "in.h5", "--tokens", 40, "--heads", 1, "--dim", 8) == 0
     with h5py.File("in.h5", "a") as file:
         file["k"][-1] = bad
@@ -356,7 +358,7 @@ def test_expect_ranks(capsys):
     (KeyboardInterrupt(), 130, "interrupted"),
 ])
 def test_the_exit_code_says_whose_error_it_is(monkeypatch, capsys, error, number, text):
-    """And a traceback is there for an error of ours, and for no other."""
+    """And a traceback is printed for errors of our own, and for no others."""
     def run(_):
         raise error
     monkeypatch.setattr("ringmpi.commands.info.run", run)
@@ -367,7 +369,7 @@ def test_the_exit_code_says_whose_error_it_is(monkeypatch, capsys, error, number
 
 
 def test_nobody_reads_what_is_printed():
-    """A pipe that is closed, as by `head`; a full disk is the same to the command line."""
+    """The pipe is closed, as by `head`; to the command line a full disk is the same."""
     reader, writer = os.pipe()
     os.close(reader)
     said = subprocess.run([sys.executable, "-m", "ringmpi", "info"], stdout=writer, stderr=subprocess.PIPE, text=True,
@@ -397,7 +399,7 @@ def test_help_says_every_default(command):
 
 
 def test_the_name_of_the_mpi_library(monkeypatch):
-    """Open MPI's ends in a NUL; MPICH's has tabs."""
+    """Open MPI's version ends in a NUL; MPICH's has tabs."""
     class Library:
         Get_library_version = staticmethod(lambda: "Open MPI\tv5.0,  package: X\0\nmore\n")
     monkeypatch.setattr("ringmpi.mpi.world.load", lambda: Library)
@@ -406,17 +408,17 @@ def test_the_name_of_the_mpi_library(monkeypatch):
 
 def test_where_debians_mpich_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
+    monkeypatch.setattr("ringmpi.mpi.library.debian_mpich", lambda: "/usr/lib/x/libmpich.so.12")
     with pytest.raises(LaunchError, match=r"ln -s /usr/lib/x/libmpich.so.12 ~/mpich/libmpi.so.12 && export LD_LIB"):
         load()
-    monkeypatch.setattr("ringmpi.mpi.comm.debian_mpich", lambda: "")
+    monkeypatch.setattr("ringmpi.mpi.library.debian_mpich", lambda: "")
     with pytest.raises(LaunchError, match=r"pip install 'ringmpi\[mpich\]'$"):
         load()
 
 
 @pytest.mark.parametrize("name", ["quiet", "not"])
 def test_waits_are_said_unless_quiet(name):
-    """What the library writes to its log; also where there is no terminal."""
+    """The library's log is shown, even without a terminal."""
     run = ("import logging, sys; from ringmpi.commands import info\n"
            "def run(_): logging.getLogger('ringmpi').warning('waiting for rank 3'); return 0\n"
            "info.run = run\n"

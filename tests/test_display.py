@@ -82,7 +82,7 @@ def test_the_bar_shows_every_phase(quick, capsys, doing):
 
 
 def test_the_work_of_all_ranks_counts(tmp_path):
-    """Rank 0 is done with its quarter of a causal job long before rank 1 is."""
+    """Rank 0 finishes its quarter of a causal job long before rank 1 does the rest."""
     assert main(["make", "random", str(tmp_path / "in.h5"), "--tokens", "2000", "--heads", "2", "--dim", "16"]) == 0
     result = launch.launch(2, ["-c", SLOW, "attend", tmp_path / "in.h5", tmp_path / "out.h5", "--causal", "--backend",
                                "numpy"], folder=tmp_path / "said", timeout=60)

@@ -9,7 +9,8 @@ from fake_device import FakeDevice
 from test_mpi_link import CHUNK, LINKS, TOKENS
 
 from ringmpi import RankLost, RingTimeout
-from ringmpi.mpi.comm import _stranded, private_comm
+from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.waiting import stranded
 from ringmpi.schedules import NAMES, make
 from ringmpi.schedules.base import Blocks, Route
 from ringmpi.schedules.device_links import DirectLink, StagedLink
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
 
 
 class World:
@@ -138,7 +139,7 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, schedule)
     if comm.size == 1:
         pytest.skip("takes two")
     other = comm.Dup()
-    world, before = World(other, kind, 3, schedule=schedule), len(_stranded())
+    world, before = World(other, kind, 3, schedule=schedule), len(stranded())
     comm.Barrier()                    # else a rank may hear of the failure before it knows that all have come
 
     def fail(step):
@@ -151,7 +152,7 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, schedule)
         world.schedule.abandon(error)
     assert not any(link._slots for link in world.schedule.links)
     assert slots
-    assert all(any(one is kept for kept in _stranded()[before:]) for one in slots)
+    assert all(any(one is kept for kept in stranded()[before:]) for one in slots)
 
 
 def test_how_far_blocks_go(comm):

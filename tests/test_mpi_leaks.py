@@ -23,7 +23,7 @@ def test_ten_thousand_calls(comm):
 
 
 def test_communicators_are_freed_with_the_callers(comm):
-    """MPICH has 2048 communicators: one for each round is too many if they stay."""
+    """MPICH has 2048 communicators at most: one for each round would be too many if they were kept."""
     q = np.ones((3, 2, 8), "f4")
     for _ in range(2200):
         mine = comm.Dup()

@@ -8,7 +8,8 @@ import pytest
 from fake_device import FakeDevice
 
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
-from ringmpi.mpi.comm import _stranded, private_comm
+from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.waiting import stranded
 from ringmpi.schedules import NAMES, make
 from ringmpi.schedules.base import Blocks, Route
 from ringmpi.schedules.device_links import DirectLink, StagedLink
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.mpi
 @pytest.fixture(autouse=True)
 def _poll_often(monkeypatch):
     """A fake device takes its turns when it is asked."""
-    monkeypatch.setattr("ringmpi.mpi.comm.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
 
 
 CHUNK = 64                 # bytes; of the links of these tests
@@ -202,7 +203,7 @@ def attempt(world, **options):
         used, slots = world.link.transfers, world.link._slots
         world.schedule.abandon(error)
         said = f"{type(error).__name__}: {error}"
-        kept = not used or any(slots is one for one in _stranded())
+        kept = not used or any(slots is one for one in stranded())
     return said, time.perf_counter() - start, kept
 
 

@@ -16,20 +16,20 @@ from ringmpi import (
     RingAttention,
     RingError,
     RingTimeout,
-    clocks,
-    mpi,
     redistribute,
     ring_attention,
 )
 from ringmpi.errors import InternalError, ResourceError
+from ringmpi.mpi import clocks, pace
 from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.exchange import Exchange
 
 pytestmark = pytest.mark.mpi
 X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")
 
 
 def said(comm, call):
-    """What a call raises on each rank; "" where it does not."""
+    """What a call raises on each rank; "" where it raises nothing."""
     try:
         call()
     except (RingError, MemoryError) as error:
@@ -38,7 +38,7 @@ def said(comm, call):
 
 
 def other_order(comm, first, second):
-    """Make two calls, on the last rank in the other order."""
+    """Make two calls; the last rank makes them in the opposite order."""
     calls = (second, first) if comm.rank == comm.size - 1 else (first, second)
 
     def both():
@@ -50,7 +50,7 @@ def other_order(comm, first, second):
 @pytest.mark.parametrize(("first", "second", "text"), [
     ({"scale": 0.3}, {"scale": 0.1, "softcap": 3.0}, "scale is"),
     ({}, {"mask": Mask(causal=True)}, "calls in the same order"),
-    ({}, {}, "by the order in which they were made"),            # layers of a model: only which object it is differs
+    ({}, {}, "by the order in which they were made"),            # layers of a model, which differ in nothing else
 ])
 def test_objects_called_in_another_order(comm, first, second, text):
     if comm.size == 1:
@@ -77,7 +77,7 @@ def test_backward_of_objects_called_in_another_order(comm):
 
 
 def test_backward_of_calls_in_another_order(comm):
-    """One object for all layers: what tells its calls apart is their number."""
+    """One object for all layers: its calls are told apart by their number."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
     torch = pytest.importorskip("torch")
@@ -106,11 +106,12 @@ def test_different_calls(comm):
 @pytest.mark.parametrize("late", ["the first", "the last"])
 @pytest.mark.parametrize("place", ["before", "within"])
 def test_a_timeout_names_the_rank_that_is_missing(comm, late, place):
-    """Whether it never comes to a call, or stops in the ring, where the others need its share of their gradients."""
+    """Whether it comes late to a call, or stops in the ring, where the others need its share of their gradients."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
     missing = 0 if late == "the first" else comm.size - 1
-    mine, outcome = comm.Dup(), ""
+    mine = comm.Dup()
+    outcome = ""
     naps = iter([4.0])
 
     def stop(done, total):
@@ -137,8 +138,8 @@ def test_a_timeout_names_the_rank_that_is_missing(comm, late, place):
 def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    monkeypatch.setattr(mpi, "LOG_SECONDS", 0.5)
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.1)
+    monkeypatch.setattr(pace, "LOG_SECONDS", 0.5)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.1)
     ring = private_comm(comm)
     comm.Barrier()
     if comm.rank == comm.size - 1:
@@ -151,12 +152,12 @@ def test_a_long_wait_is_logged_by_one_rank(comm, caplog, monkeypatch):
 
 
 def test_a_communicator_is_freed_with_notices_unread(comm, monkeypatch):
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.01)
     for _ in range(20):
         mine = comm.Dup()
         ring = private_comm(mine)
         if comm.rank == 0:
-            time.sleep(0.03)                 # the others ask, and nobody reads it
+            time.sleep(0.03)                 # the others ask where it is, and nobody reads that
         ring.allgather([0], 60)
         mine.Free()
         assert ring.lost.startswith("the caller has freed")
@@ -207,7 +208,8 @@ def test_objects_share_buffers_and_give_them_back(comm):
 
 
 def test_clocks_are_compared(comm, monkeypatch):
-    ring, clock = private_comm(comm), time.perf_counter
+    ring = private_comm(comm)
+    clock = time.perf_counter
     shift = 100.0 * comm.rank                        # ranks of one node have one clock
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: clock() + shift)
     offset = clocks.clock_offset(ring, 60)
@@ -234,7 +236,7 @@ def test_progress_of_all_ranks(comm):
     ring.report_progress(10, 10)
     deadline = time.perf_counter() + 30
     while comm.rank == 0 and ring.progress_of_all() != (10 * comm.size,) * 2 and time.perf_counter() < deadline:
-        ring._notices.read(str)
+        ring.report_progress(10, 10)
     if comm.rank == 0:
         assert ring.progress_of_all() == (10 * comm.size, 10 * comm.size)
     comm.Barrier()
@@ -247,12 +249,12 @@ def test_only_a_communicator_is_one(comm):
 
 
 def test_a_call_takes_few_exchanges(comm, monkeypatch):
-    """One for a call, and one more for the arrays of a backward pass."""
+    """One for each call, and one more for the arrays of a backward pass."""
     if comm.size == 1:
         pytest.skip("one rank exchanges nothing")
     counted = itertools.count()
-    original = mpi.Comm._allgather
-    monkeypatch.setattr(mpi.Comm, "_allgather", lambda *x: (next(counted), original(*x))[1])
+    original = Exchange._allgather
+    monkeypatch.setattr(Exchange, "_allgather", lambda *x: (next(counted), original(*x))[1])
 
     def exchanges(call):
         start = next(counted)
@@ -269,7 +271,7 @@ def test_a_call_takes_few_exchanges(comm, monkeypatch):
 
 
 def test_one_call_at_a_time(comm):
-    """Objects share what they compute with: a call within a call, or in another thread, is an error."""
+    """Objects share their buffers: a call within a call, or in another thread, is an error."""
     mine = comm.Dup()
     inner = RingAttention(mine, backend="numpy")
     with RingAttention(mine, backend="numpy") as outer:
@@ -331,7 +333,7 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
     """It is asked in its last step, in which no message of its own is under way."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    monkeypatch.setattr(mpi, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.05)
     ring = private_comm(comm)
     comm.Barrier()
     text = ""
@@ -342,10 +344,10 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
             time.sleep(0.01)
         ring.exchange("", 60)
     else:
-        original = ring._notices.missing
+        original = ring._waiter.notices.missing
         texts = []
-        monkeypatch.setattr(mpi, "LOG_SECONDS", 0.6)
-        monkeypatch.setattr(ring, "_log", lambda what, since: texts.append(original(since, ())))
+        monkeypatch.setattr(pace, "LOG_SECONDS", 0.6)
+        monkeypatch.setattr(ring._waiter, "_log", lambda what, since: texts.append(original(since, ())))
         ring.exchange("", 60)
         text = texts[0]
     texts = comm.allgather(text)

@@ -1,6 +1,6 @@
-"""The command line's process under mpiexec: signals, deaths, and ranks that are not there at MPI's start or end.
+"""The command line's process under mpiexec: signals, deaths, and ranks that are missing at MPI's start or end.
 
-Each case has a bounded time, an exit code that README names, and one line on standard error that says what happened.
+Each case ends in a bounded time, with an exit code that README names and one line on standard error that says why.
 """
 
 import os
@@ -45,13 +45,13 @@ sys.exit(main())
 """
 FIRST_CALL = START + """
 from ringmpi.mpi import comm as mpi
-private = mpi.private
+private_comm = mpi.private_comm
 def act(*rest, **more):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(2)                          # the others have not begun to wait
     return private_comm(*rest, **more)
-mpi.private = act
+mpi.private_comm = act
 sys.exit(main())
 """
 AT_THE_END = START + """
@@ -93,7 +93,7 @@ def source(tmp_path_factory):
 
 
 def attend(code, source, tmp_path, timeout=20, ranks=3):
-    """Run `attend` on three ranks in at most so many seconds: no longer, whatever happens."""
+    """Run `attend`, with a limit on the time that it takes whatever happens; give the result and the seconds."""
     start = time.perf_counter()
     result = launch.launch(ranks, ["-c", code, "attend", source, tmp_path / "out.h5", "--timeout", str(timeout),
                                    "--backend", "numpy"], folder=tmp_path / "said", timeout=60)
@@ -102,13 +102,13 @@ def attend(code, source, tmp_path, timeout=20, ranks=3):
 
 
 def said(result):
-    """Lines of this package, of all ranks."""
+    """The lines that this package has printed on all ranks."""
     return [line for line in "\n".join(result.ranks).splitlines() if line.startswith("ringmpi: ")]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_on_one_rank(source, tmp_path, name):
-    """It says so and what it was doing, the others hear of it at once, and nothing is left behind."""
+    """It says so, and what it was doing; the others hear of it at once, and nothing is left behind."""
     code = COMPUTING.format(act=f"os.kill(os.getpid(), signal.{name})")
     result, seconds = attend(code, source, tmp_path)
     assert result.code == 128 + getattr(signal, name), result.text
@@ -130,7 +130,7 @@ def test_a_signal_where_python_drops_exceptions(source, tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.01, 30.0])
 def test_a_signal_where_hdf5_calls(source, tmp_path, seconds):
-    """It would crash of what is raised there: the signal waits until it has returned, not until its alarm."""
+    """An exception there would crash HDF5: the signal waits until HDF5 has returned, not for the alarm."""
     code = START + f"""
 from ringmpi.files import new_file as files
 from ringmpi import process
@@ -190,7 +190,7 @@ sys.exit(main())
 
 
 def test_a_signal_between_two_calls(source, tmp_path):
-    """Where no exchange is under way the others are told too, and remove what they wrote."""
+    """The others are told even though no exchange is under way, and remove what they wrote."""
     code = START + """
 from ringmpi.job import attend as job
 from ringmpi.layout import Contiguous
@@ -217,7 +217,7 @@ sys.exit(main())
 
 
 def test_an_interrupt_in_the_first_call(source, tmp_path):
-    """There is no communicator yet by which the others could be told: the job ends."""
+    """There is no communicator yet on which the others could be told: the job is aborted."""
     result, seconds = attend(FIRST_CALL, source, tmp_path, timeout=30)
     assert result.code == 130, result.text
     assert re.search(r"ringmpi: rank 1 on \S+ ended by SIGINT while ", result.ranks[1])
@@ -225,7 +225,7 @@ def test_an_interrupt_in_the_first_call(source, tmp_path):
 
 
 def test_a_rank_without_mpi(source, tmp_path):
-    """The others wait in MPI_Init, where they can't be told: it ends by a signal, and its launcher ends them."""
+    """The others wait in MPI_Init, where they can't be told: it ends by a signal, and the launcher ends them."""
     code = BEFORE_MPI.format(act="os.environ['MPI4PY_LIBMPI'] = '/nowhere/libmpi.so'")
     result, seconds = attend(code, source, tmp_path, timeout=30)
     assert result.code in (15, 143), result.text                # MPICH, Open MPI
@@ -284,7 +284,7 @@ def test_a_crash_names_the_file_that_was_read(source, tmp_path):
 
 
 def test_a_killed_rank_is_told_once(source, tmp_path):
-    """The launcher ends the others then; with more ranks than cores one of them may be told of in its place."""
+    """The launcher then kills the others; with more ranks than cores, one of them may be reported in its place."""
     result, _ = attend(COMPUTING.format(act="os.kill(os.getpid(), signal.SIGKILL)"), source, tmp_path, timeout=30)
     assert result.code not in (0, 124), result.text
     dead = re.findall(r"rank \d on \S+ (?:was killed by SIGKILL|died) while .*: out of memory, perhaps", result.text)
@@ -299,7 +299,7 @@ def test_ranks_say_once_what_all_would_say(tmp_path, arguments):
 
 
 def test_ranks_leave_together(tmp_path):
-    """Errors that are agreed leave MPI in order too."""
+    """Even after an error, if they have agreed on it."""
     result = launch.launch(3, ["-m", "ringmpi", "attend", tmp_path / "none.h5", tmp_path / "out.h5"],
                            folder=tmp_path / "said", timeout=60)
     assert result.code == 3, result.text
@@ -308,7 +308,7 @@ def test_ranks_leave_together(tmp_path):
 
 
 def beside(act):
-    """What the watchdog of a process says that ends by `act`."""
+    """What the watchdog says of a process that ends by `act`."""
     code = f"import os, signal; from ringmpi.watchdog import Watchdog; w = Watchdog('rank 7 on n'); {act}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     return process.stderr

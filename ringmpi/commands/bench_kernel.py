@@ -17,7 +17,7 @@ import numpy as np
 from ..backends import NAMES, open_backend, reason_missing
 from ..backends.products import wish
 from ..checks import check_threads
-from ..environment import cores, require_single_process
+from ..environment import affinity, require_single_process
 from ..score import Score
 from ..softmax import State, accumulator, finish
 from .bench_cases import FEW, Case, chosen, interleave, prepare, spread, timed
@@ -28,7 +28,7 @@ MEMORY = 2**29              # bytes to measure reading with: more than caches ho
 def measure_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
     require_single_process("bench kernel")
-    threads = check_threads(arguments.threads) or len(cores())
+    threads = check_threads(arguments.threads) or len(affinity())
     backends = {name: open_backend(name, threads) for name in NAMES
                 if name in arguments.kernels and reason_missing(name) is None}
     if "numba" in backends:

@@ -17,7 +17,7 @@ from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
 from ..engine import Engine
-from ..environment import cores, set_affinity
+from ..environment import affinity, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
@@ -58,7 +58,7 @@ class _RingBench:
         records = comm.allgather([self.threads, comm.leader], arguments.timeout)
         self.one_node = len(set(records[:, 1])) == 1
         self.all_threads = int(records[:, 0].sum())
-        everyone = comm.allgather_text(json.dumps(sorted(cores())), arguments.timeout)
+        everyone = comm.allgather_text(json.dumps(sorted(affinity())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
                              arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
@@ -94,7 +94,7 @@ class _RingBench:
             alone = self._pass(self.single, self._arrays(tokens if rank == 0 else 1))
 
             def one_rank() -> Trace:
-                before = cores()
+                before = affinity()
                 set_affinity(self.all_cores)
                 try:
                     return alone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 import time
@@ -17,13 +16,13 @@ from tqdm import tqdm
 from ..environment import launched_sizes, resident_bytes
 from ..job.memory import count_pairs, predict_memory, predict_seconds
 from ..job.report import Start
-from ..phases import LOGGER
+from ..phases import Listener
 
 TICK_SECONDS = 0.25
-STEP = 0.1                     # of the work, after which there is a line
-STEP_SECONDS = 5.0             # but none sooner after another than this
-LINE_SECONDS = 60.0            # after which there is a line whatever has happened
-MANY_THREADS = 8               # of a single rank, that make one ask whether it was meant
+STEP = 0.1                     # share of the work after which there is a line ...
+STEP_SECONDS = 5.0             # ... but none sooner after the last one than this
+LINE_SECONDS = 60.0            # without a line, after which there is one in any case
+MANY_THREADS = 8               # of a single rank, from which on the log asks whether one rank is meant
 
 
 class Display:
@@ -45,18 +44,15 @@ class Display:
         self._since = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
-        self._listener = _Listener(self._enter)
-        self._level = LOGGER.level
+        self._listener = Listener(self._enter)
 
     def start(self, start: Start) -> None:
-        """Say what begins, and begin to show it."""
+        """Describe the job, and begin to show it."""
         pairs = count_pairs(start.mask, start.sizes, len(start.hosts), start.options.layout)
         self._pairs = max(1, sum(pairs))
         for line in describe(start, pairs):
             self._say(line)
-        LOGGER.addHandler(self._listener)
-        self._level = LOGGER.level
-        LOGGER.setLevel(logging.DEBUG)
+        self._listener.start()
         if self._draws:
             self._bar = tqdm(total=self._pairs, unit="pair", unit_scale=True, leave=False, file=sys.stderr)
         self._thread.start()
@@ -69,14 +65,13 @@ class Display:
         if self._thread.is_alive():
             self._done.set()
             self._thread.join()
-            LOGGER.removeHandler(self._listener)
-            LOGGER.setLevel(self._level)
+            self._listener.stop()
         if self._bar is not None:
             self._bar.close()
 
     @contextmanager
     def attending(self, counts: Callable[[], tuple[int, int]]) -> Iterator[None]:
-        """Show, within a block, how many pairs of all ranks are done: the first of `counts`."""
+        """Show within a block how many pairs all ranks have done: the first number that `counts` returns."""
         if self._bar is not None:
             self._bar.reset()
         self._lines.restart()
@@ -88,8 +83,9 @@ class Display:
         if self._bar is not None:
             self._bar.n = self._pairs
 
-    def _enter(self, doing: str) -> None:
-        self._doing, self._since = doing, time.monotonic()
+    def _enter(self, doing: str, limit: float | None) -> None:
+        self._doing = doing
+        self._since = time.monotonic()
 
     def _tick(self) -> None:
         while not self._done.wait(TICK_SECONDS):
@@ -110,33 +106,37 @@ class Display:
 
 
 class _Lines:
-    """Decides when the log gets a line, and which."""
+    """Decides when the log gets a line, and what it says."""
 
     def __init__(self) -> None:
         self._last = self._start = time.monotonic()
         self._next = STEP
 
     def restart(self) -> None:
-        """Begin to count."""
-        self._start, self._next = time.monotonic(), STEP
+        """Begin to count the work."""
+        self._start = time.monotonic()
+        self._next = STEP
 
     def due(self, doing: str, seconds: float, share: float | None) -> str:
-        """Give the line that is due, or an empty one.
+        """Give the line that is due; empty if none is.
 
         Parameters
         ----------
         doing : str
+            The phase.
         seconds : float
-            For how long.
+            How long it has lasted.
         share : float or None
-            Of the work that is done, where it is counted.
+            How much of the work is done, if it is counted.
         """
+        # a line is due after a step of the work, or a long silence
         now = time.monotonic()
         silence = now - self._last
         stepped = share is not None and share >= self._next and silence >= STEP_SECONDS
         if not stepped and silence < LINE_SECONDS:
             return ""
         self._last = now
+        # without a share of the work the time so far is all there is to say
         if share is None:
             return f"{doing} for {_clock(seconds)} so far"
         self._next = (share // STEP + 1) * STEP
@@ -145,26 +145,17 @@ class _Lines:
         return f"{doing}: {share:.0%} in {_clock(spent)}{left}"
 
 
-class _Listener(logging.Handler):
-    """Passes on what is said by `phase`."""
-
-    def __init__(self, enter: Callable[[str], None]) -> None:
-        super().__init__()
-        self._enter = enter
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._enter(record.getMessage())
-
-
 def describe(start: Start, pairs: list[int]) -> list[str]:
-    """Say what begins, on what, and what it will take; and whether one rank is perhaps one by accident. Local."""
-    sizes, ranks = start.sizes, len(start.hosts)
+    """Describe a job, where it runs and what it will need; ask about a single rank that may be an accident. Local."""
+    sizes = start.sizes
+    ranks = len(start.hosts)
     memory = predict_memory(sizes, ranks, start.options, resident_bytes())["total"] / 2**20
     seconds = predict_seconds(pairs, sizes, start.threads, start.backend)
     time_needed = f", {_rough(seconds)}" if seconds else ""
     lines = [f"{_many(ranks, 'rank')} on {_hosts(start.hosts)}, {_each(start.threads)} ({start.backend}); "
              f"{start.source}: {sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, "
              f"dim {sizes.dim}, {sizes.dtype}; predicted: {memory:,.0f} MiB a rank{time_needed}"]
+    # a launcher that started more ranks, or many threads, make a single rank look like a mistake
     more = [f"{name} says {size}" for name, size in launched_sizes().items() if size > 1]
     if ranks == 1 and (more or start.threads[0] >= MANY_THREADS):
         lines.append(f"this is one rank alone ({', '.join(more) or _many(start.threads[0], 'thread')}): is it meant? "

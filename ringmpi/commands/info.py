@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi info`; return the exit code."""
-    from ..environment import cores, launched_rank, launched_sizes
+    from ..environment import affinity, launched_rank, launched_sizes
     lines = {
         "ringmpi": f"{__version__}, Python {platform.python_version()}, {platform.machine()}",
         "MPI": _mpi(),
@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         "GPU transport": _transport(),
         **{f"backend {name}": text for name, text in _backends().items()},
         "h5py": _h5py(),
-        "cores": f"{len(cores())} this process may run on",
+        "cores": f"{len(affinity())} this process may run on",
         "packages": ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py", "ml_dtypes", "tqdm")),
     }
     if launched_rank() == 0:

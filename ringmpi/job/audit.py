@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend
-from ..environment import cores
+from ..environment import affinity
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
@@ -170,7 +170,7 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
     state = State.empty(len(q), heads, 2 * data.sizes.dim_v, np.float64)
     state.reset(data.sinks)
     seen = np.full(len(q), data.sinks is not None)
-    backend = open_backend("numpy", len(cores()))
+    backend = open_backend("numpy", len(affinity()))
 
     # Some keys at a time: there may be more than fit in memory.
     for start in range(0, data.sizes.n_k, TOKENS_AT_A_TIME):

@@ -1,1 +1,1 @@
-"""What the library asks of MPI besides moving blocks: communicators, agreement, deadlines."""
+"""What the library needs of MPI besides moving blocks: communicators, agreement, deadlines."""

@@ -1,4 +1,4 @@
-"""How far the clocks of ranks are apart: what a timeline of several ranks needs."""
+"""The offsets between the clocks of ranks, which a timeline of several ranks needs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from .comm import Comm
 
-PINGS = 8            # to and fro, to compare two clocks
+PINGS = 8            # round trips, to compare two clocks
 
 
 def clock_offset(comm: Comm, timeout: float) -> float:
-    """Give what `time.perf_counter` of rank 0 is ahead of this rank's, in seconds. Collective over *comm*.
+    """Give by how many seconds rank 0's `time.perf_counter` is ahead of this rank's. Collective over *comm*.
 
-    Each rank in turn sends rank 0 a message and gets its clock back, some times; the quickest answer counts, and is
-    taken to have been given half way (Cristian 1989, *Probabilistic clock synchronization*).
+    Each rank in turn asks rank 0 for its clock several times. The quickest round trip counts, and rank 0 is taken to
+    have read its clock halfway through it (Cristian 1989, *Probabilistic clock synchronization*).
 
     Raises
     ------
@@ -35,7 +35,7 @@ def clock_offset(comm: Comm, timeout: float) -> float:
 
 
 def _ask(comm: Comm, timeout: float) -> tuple[float, float]:
-    """Ask rank 0 for its clock: the seconds that it took, and what that clock is ahead."""
+    """Ask rank 0 for its clock; return the seconds of the round trip, and by how much that clock is ahead."""
     clock = np.zeros(1)
     start = time.perf_counter()
     _message(comm, "Isend", clock, 0, timeout)

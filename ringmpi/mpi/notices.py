@@ -1,8 +1,8 @@
 """What ranks tell each other beside the work: who gave up, who waits and where, and how far each has got.
 
-Small messages with a tag of their own, sent when somebody has waited for long, and read whenever a rank polls. So they
-cost nothing as long as nobody waits, and a rank from which no answer comes is the one that is stopped, lost, or busy
-outside this library.
+Notices are small messages with a tag of their own, sent when a rank has waited for long, and read whenever a rank
+polls. They cost nothing as long as nobody waits, and a rank that does not answer is stopped, lost, or busy outside this
+library.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NOTICE_TAG = 32767            # the largest tag that every MPI has; others use those below
-LONGEST_NOTICE = 1500         # bytes of a text
+NOTICE_TAG = 32767            # the largest tag that every MPI has; other messages have smaller ones
+LONGEST_NOTICE = 1500         # bytes of its text
 REPORT_SECONDS = 0.5          # between two reports of a rank's progress
 GAVE_UP, QUESTION, ANSWER, PROGRESS = b"!", b"?", b"=", b"%"
 NAMED = 4                     # ranks at most that a text names one by one
-State = tuple[str, "Sequence[int] | None"]      # where a rank is, and whom it waits for: none is all, None nobody
+State = tuple[str, "Sequence[int] | None"]      # where a rank is, and whom it waits for: () is all, None nobody
 
 
 class Notices:
-    """The notices of one rank on one communicator. Local, all of it.
+    """Sends and reads the notices of one rank on one communicator. Local.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Notices:
     comm : MPI.Intracomm
         On which nobody else uses `NOTICE_TAG`.
     hosts : list of str
-        Name of the node of each rank.
+        The name of each rank's node; empty if it is not known yet.
 
     Attributes
     ----------
@@ -45,13 +45,15 @@ class Notices:
     """
 
     def __init__(self, mpi: Any, comm: Any, hosts: Sequence[str]) -> None:
-        self._mpi, self._comm, self.hosts = mpi, comm, list(hosts)
+        self._mpi = mpi
+        self._comm = comm
+        self.hosts = list(hosts)
         self._rank = int(comm.Get_rank())
         self._size = int(comm.Get_size())
         self._status = mpi.Status()
         self._requests: list[Any] = []
-        self._heard: dict[int, tuple[float, State]] = {}      # when each rank was heard last, and what it said
-        self._asked = 0.0
+        self._heard: dict[int, tuple[float, State]] = {}      # when each rank was last heard from, and its state then
+        self._asked = 0.0                                     # when this rank asked last
         self._progress = np.zeros((self._size, 2), np.int64)
         self._reported = 0.0
         self.sent = np.zeros(self._size, np.int64)
@@ -62,17 +64,17 @@ class Notices:
         return f"rank {rank} on {self.hosts[rank]}" if self.hosts[rank] else f"rank {rank}"
 
     def give_up(self, text: str) -> list[Any]:
-        """Tell all ranks that this one gave up; return the requests of the messages, which nobody will wait for."""
+        """Tell all ranks that this one gives up; return the requests of messages that nobody will wait for."""
         self._tell_all(GAVE_UP, text)
         return self._requests
 
     def ask(self, state: State) -> None:
-        """Tell all ranks where this one waits, and ask where they are."""
+        """Tell all ranks where this one is, and ask where they are."""
         self._asked = time.perf_counter()
         self._tell_all(QUESTION, json.dumps(state))
 
     def read(self, state: Callable[[], State]) -> str:
-        """Read what has come and answer questions; return what a rank that gave up says, empty if none did.
+        """Read what has come, and answer questions; return the text of a rank that gave up, empty if none did.
 
         Parameters
         ----------
@@ -90,22 +92,26 @@ class Notices:
         return ""
 
     def missing(self, start: float, peers: Sequence[int]) -> str:
-        """Say who is missing in a wait for `peers`, all if there are none, that began at `start`.
+        """Say who is missing in a wait for `peers`, or all if that is empty, that began at `start`.
 
-        Whoever answers and waits for others itself is not missing, but they may be. A rank that does not answer is; if
-        all answer, the text says where those are that do not wait.
+        A rank that does not answer is missing. One that answers and waits itself is not, but those it waits for may be.
+        If all answer, the text says where the ranks are that do not wait.
         """
+        # those that do not answer, or else those that do not wait
         now = time.perf_counter()
         needed = self._needed(peers)
         silent = [rank for rank in needed if not self._answers(rank)]
         busy = [rank for rank in needed if self._answers(rank) and self._heard[rank][1][1] is None]
-        said = [self._silence(rank, start, now) for rank in silent[:NAMED]] or [
-            f"{self.name(rank)} is {self._heard[rank][1][0]}" for rank in (busy or needed)[:NAMED]]
-        more = len(silent or busy or needed) - NAMED
-        return ("no word from " if silent else "") + "; ".join(said) + (f"; and {more} more" if more > 0 else "")
+        if silent:
+            said = [self._silence(rank, start, now) for rank in silent]
+        else:
+            said = [f"{self.name(rank)} is {self._heard[rank][1][0]}" for rank in busy or needed]
+        # the first of them one by one
+        more = f"; and {len(said) - NAMED} more" if len(said) > NAMED else ""
+        return ("no word from " if silent else "") + "; ".join(said[:NAMED]) + more
 
     def lowest_waiting(self) -> int:
-        """Give the lowest rank that is known to wait, this one among them: the one to write to the log."""
+        """Give the lowest rank that is known to wait, which may be this one: it writes to the log."""
         return min([self._rank] + [rank for rank, (_, (_, peers)) in self._heard.items()
                                   if peers is not None and self._answers(rank)])
 
@@ -113,7 +119,7 @@ class Notices:
         return rank in self._heard and self._heard[rank][0] >= self._asked
 
     def _needed(self, peers: Sequence[int]) -> list[int]:
-        """Give the ranks that are waited for: `peers`, those that they wait for, and so on."""
+        """Give the other ranks that a wait for `peers` depends on: them, those that they wait for, and so on."""
         everyone = range(self._size)
         found: set[int] = set()
         ahead = list(peers or everyone)
@@ -126,7 +132,7 @@ class Notices:
         return sorted(found)
 
     def report(self, done: int, total: int) -> None:
-        """Say how much of this rank's work is done; rank 0 is told at most every `REPORT_SECONDS`."""
+        """Note how much of this rank's work is done, and tell rank 0, at most every `REPORT_SECONDS`."""
         now = time.perf_counter()
         self._progress[self._rank] = done, total
         if self._rank and (now - self._reported > REPORT_SECONDS or done >= total):
@@ -139,16 +145,16 @@ class Notices:
         return done, total
 
     def _take(self, rank: int, message: NDArray[np.uint8], state: Callable[[], State]) -> str:
-        """Take one notice in; give the text if its sender gave up."""
+        """Take one notice in; return its text if its sender gave up."""
         kind, content = message[:1].tobytes(), message[1:].tobytes()
         if kind == PROGRESS:
             self._progress[rank] = np.frombuffer(content, np.int64)
             return ""
-        text, now = content.decode(errors="replace"), time.perf_counter()
+        text = content.decode(errors="replace")
         if kind == GAVE_UP:
             return text
         where, peers = json.loads(text)
-        self._heard[rank] = now, (where, peers)
+        self._heard[rank] = time.perf_counter(), (where, peers)
         if kind == QUESTION:
             self._send(ANSWER + json.dumps(state()).encode(), rank)
         return ""

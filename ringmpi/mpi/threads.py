@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 
 from ..errors import CommError
-from .comm import load
+from .library import load
 
 
 def check_thread() -> None:
-    """Raise `CommError` if MPI lets no other thread call it than the one that initialised it, and this is another.
+    """Raise `CommError` if only the thread that initialized MPI may call it, and this is another one. Local.
 
-    torch, for one, runs the backward pass of GPU tensors on threads of its own. Each rank looks for itself: agreeing
-    would take MPI. Local.
+    torch, for one, runs the backward pass of GPU tensors on threads of its own. Ranks do not agree on this error:
+    that would take MPI.
     """
     mpi = load()
     if mpi.Is_finalized() or mpi.Is_thread_main() or mpi.Query_thread() >= mpi.THREAD_SERIALIZED:

@@ -1,6 +1,6 @@
-"""COMM_WORLD, from its start to its end: what the command line alone asks of MPI.
+"""COMM_WORLD, from MPI's start to its end: what only the command line needs of MPI.
 
-The only module that touches COMM_WORLD.
+No other module touches COMM_WORLD.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from typing import Any
 from ..environment import launched_sizes
 from ..errors import LaunchError, RingTimeout
 from ..phases import phase
-from .comm import TIMEOUT, load, release
+from .comm import TIMEOUT, release
+from .library import load
 
-LEAVE_TAG = 32766             # no other message is on COMM_WORLD itself: calls have communicators of their own
+LEAVE_TAG = 32766             # of the only messages on COMM_WORLD itself: calls have communicators of their own
 PAUSE = 1e-3                  # seconds between two polls at the end
-INFO_TIMEOUT = 60.0           # seconds for MPI to start where nobody has said another time
+INFO_TIMEOUT = 60.0           # seconds for MPI to start, for commands without a --timeout
 
 
 def world_rank() -> int | None:
-    """Give this process's rank in COMM_WORLD, None while MPI is not up. Local."""
+    """Give this process's rank in COMM_WORLD; None unless MPI is up. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
     return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
 
 
 def start(timeout: float) -> Any:
-    """Start MPI, and give ``mpi4py.MPI``; a rank that waits there for others longer is ended by its watchdog. Local.
+    """Start MPI, and give ``mpi4py.MPI``. Local.
+
+    A rank that waits there for others for more than `timeout` seconds is killed by its watchdog.
 
     Raises
     ------
@@ -55,15 +58,15 @@ def describe() -> str:
 
 
 def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any:
-    """Start MPI, and give COMM_WORLD after checking that the ranks know each other. Local.
+    """Start MPI, and give COMM_WORLD after checking that it has all ranks. Local.
 
-    Ranks started by one launcher with another MPI's library are each alone, and would each do the whole job.
+    If the launcher belongs to another MPI than the library, each rank is alone, and would do the whole job.
 
     Raises
     ------
     LaunchError
-        If there is no MPI, or the number of ranks is not `expect_ranks` or, where that is None, not what every
-        launcher's variable says.
+        If there is no MPI, or the number of ranks is not `expect_ranks` or, if that is None, not what all variables
+        of the launcher say.
     """
     comm = start(timeout).COMM_WORLD
     size = comm.Get_size()
@@ -77,22 +80,22 @@ def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any
 
 
 def end_job(code: int, grace: float) -> None:
-    """End every rank of COMM_WORLD, if MPI is up and there are others; they get `grace` seconds to speak. Local."""
+    """Abort COMM_WORLD if MPI is up and there are other ranks, after `grace` seconds for their last words. Local."""
     if world_rank() is not None and load().COMM_WORLD.Get_size() > 1:
         time.sleep(grace)
         load().COMM_WORLD.Abort(code)
 
 
 def leave(timeout: float) -> None:
-    """Meet the other ranks, and finalize MPI. Collective over COMM_WORLD.
+    """Wait for the other ranks, and finalize MPI. Collective over COMM_WORLD.
 
-    MPI_Finalize waits without a deadline for ranks that are stopped or gone; so the ranks meet before in messages that
-    have one, and are ended by their watchdogs if it takes too long all the same.
+    MPI_Finalize waits without a deadline for ranks that are stopped or gone. So the ranks first meet by messages that
+    have one; if MPI_Finalize still takes too long, their watchdogs kill them.
 
     Raises
     ------
     RingTimeout
-        If not all ranks come within `timeout` seconds; that of rank 0 names those that did not.
+        If not all ranks come within `timeout` seconds; rank 0's error names those that did not.
     """
     rank = world_rank()
     if rank is None:
@@ -101,12 +104,12 @@ def leave(timeout: float) -> None:
     with phase("waiting for the other ranks to end"):
         _meet(mpi, rank, timeout)
     with phase("finalizing MPI", limit=timeout):
-        release(mpi.COMM_WORLD)                  # MPI calls back, and prints what a signal would raise in that
+        release(mpi.COMM_WORLD)                  # else MPI_Finalize does, where an exception could only be printed
         mpi.Finalize()
 
 
 def _meet(mpi: Any, rank: int, timeout: float) -> None:
-    """Let rank 0 hear from all ranks that they are done, and then all from rank 0."""
+    """Tell rank 0 that this rank is done, and wait for its word that all are."""
     others = range(1, mpi.COMM_WORLD.Get_size())
     if rank == 0:
         coming = {other: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
