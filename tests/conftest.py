@@ -1,6 +1,12 @@
-"""Tests marked `mpi` run under mpiexec only; `test_launch.py` launches them. The rest runs in plain pytest."""
+"""Which tests run, and which beside which.
 
+Tests marked `mpi` run under mpiexec only; `test_launch.py` launches them. The rest runs in plain pytest, with `-n auto`
+on all cores: first what asserts seconds, one test at a time on one worker, while the others run what launches nothing.
+"""
+
+import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,22 +25,62 @@ for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 
+HERE = Path(__file__).parent
+TIMED = {"test_attacks.py", "test_display.py", "test_harness.py", "test_process.py"}      # assert seconds
+LAUNCHING = ["test_launch.py", "test_faults.py", "test_job.py", "test_jobs.py", "test_readme.py"]   # the longest first
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: more of the same, or slow to compile; runs with -m exhaustive")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
+    config.addinivalue_line("markers", "timed: asserts seconds; no ranks are launched beside it")
+    if config.getoption("dist", "no") == "load":                  # with -n: the next free worker takes the next test
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What -n auto means: a worker for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.hookimpl(tryfirst=True)                       # xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("-m") != "gpu":
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    elif reason := reason_missing():
+    asked = config.getoption("-m")
+    unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
+    unasked += [] if config.getoption("--with-mpi") else ["mpi"]
+    dropped = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=dropped)
+    if asked == "gpu" and (reason := reason_missing()):
         for item in items:
             item.add_marker(pytest.mark.skip(reason=reason))
-    if config.getoption("--with-mpi"):
+    for item in items:
+        if item.path.name in TIMED:
+            item.add_marker("timed")
+        if item.get_closest_marker("timed"):
+            item.add_marker(pytest.mark.xdist_group("timed"))
+    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        items.sort(key=turn)
+
+
+def turn(item):
+    """Sort what asserts seconds first, and what launches ranks last, the longest before the rest."""
+    if item.get_closest_marker("timed"):
+        return 0
+    return 2 + LAUNCHING.index(item.path.name) if item.path.name in LAUNCHING else 1
+
+
+@pytest.fixture(autouse=True)
+def _room(request):
+    """Under -n: tests that launch ranks wait for one that asserts seconds, and the other way round."""
+    timed = request.node.get_closest_marker("timed")
+    if "PYTEST_XDIST_WORKER" not in os.environ or not (timed or request.node.path.name in LAUNCHING):
+        yield
         return
-    mpi = [item for item in items if item.get_closest_marker("mpi")]
-    items[:] = [item for item in items if not item.get_closest_marker("mpi")]
-    config.hook.pytest_deselected(items=mpi)
+    with (HERE / "launch.py").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+        yield
 
 
 @pytest.fixture(scope="session")
