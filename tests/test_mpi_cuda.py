@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from cases import make_layout, make_mask
 from emulate import COMPILER, EmulatedDevice
 from oracle import random_qkv
-from test_mpi_attention import make_layout, make_mask
 
 from ringmpi import Mask, RingAttention, device, ring_attention
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
@@ -260,8 +260,6 @@ def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
     monkeypatch.setattr(device, "reason_missing", lambda: "no GPU: none is visible")
     said = everywhere(comm, lambda: RingAttention(comm, backend="cuda", timeout=60))
     assert "BackendError: rank 0: backend cuda: no GPU: none is visible" in said
-
-
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])

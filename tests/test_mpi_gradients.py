@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import oracle
 import pytest
+from cases import FACTORS, covering, draw_mask, make_layout, of_size
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import FUNCTIONS, functions, random_qkv
 from test_gradients import BOUND
-from test_mpi_attention import FACTORS, covering, draw_mask, make_layout, of_size
 
 from ringmpi import (
     BackendError,
@@ -30,8 +30,6 @@ pytestmark = pytest.mark.mpi
 
 LEVELS = {**FACTORS, "function": list(FUNCTIONS), "length": [1, 2, "P-1", 103, 301]}
 NAMES = ("dq", "dk", "dv", "dsinks")
-
-
 CASES = covering(LEVELS, seed=1)
 
 
