@@ -26,16 +26,15 @@ for _name, _value in QUIET.items():
 
 
 HERE = Path(__file__).parent
-TIMED = {"test_attacks.py", "test_display.py", "test_harness.py", "test_process.py"}      # assert seconds
-LAUNCHING = ["test_launch.py", "test_faults.py", "test_job.py", "test_jobs.py", "test_readme.py"]   # the longest first
+# These assert seconds.
+TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[waits"]
+# These launch ranks, the longest first.
+LAUNCHING = ["test_launch.py::", "test_faults.py::", "test_job.py::", "test_jobs.py::", "test_readme.py::"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: more of the same, or slow to compile; runs with -m exhaustive")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
-    config.addinivalue_line("markers", "timed: asserts seconds; no ranks are launched beside it")
-    if config.getoption("dist", "no") == "load":                  # with -n: the next free worker takes the next test
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,7 +43,24 @@ def pytest_xdist_auto_num_workers(config):
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-@pytest.hookimpl(tryfirst=True)                       # xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give one worker all that asserts seconds, and each of the others the next test when it is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "timed" if found(TIMED, nodeid) else nodeid
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def found(names, nodeid):
+    """Whether one of the names is part of a test's."""
+    return any(name in nodeid for name in names)
+
+
 def pytest_collection_modifyitems(config, items):
     asked = config.getoption("-m")
     unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
@@ -55,31 +71,28 @@ def pytest_collection_modifyitems(config, items):
     if asked == "gpu" and (reason := reason_missing()):
         for item in items:
             item.add_marker(pytest.mark.skip(reason=reason))
-    for item in items:
-        if item.path.name in TIMED:
-            item.add_marker("timed")
-        if item.get_closest_marker("timed"):
-            item.add_marker(pytest.mark.xdist_group("timed"))
-    if config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
-        items.sort(key=turn)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: turn(item.nodeid))
 
 
-def turn(item):
-    """Sort what asserts seconds first, and what launches ranks last, the longest before the rest."""
-    if item.get_closest_marker("timed"):
+def turn(nodeid):
+    """Sort what asserts seconds first, and what launches ranks last."""
+    if found(TIMED, nodeid):
         return 0
-    return 2 + LAUNCHING.index(item.path.name) if item.path.name in LAUNCHING else 1
+    return next((2 + number for number, name in enumerate(LAUNCHING) if name in nodeid), 1)
 
 
 @pytest.fixture(autouse=True)
 def _room(request):
-    """Under -n: tests that launch ranks wait for one that asserts seconds, and the other way round."""
-    timed = request.node.get_closest_marker("timed")
-    if "PYTEST_XDIST_WORKER" not in os.environ or not (timed or request.node.path.name in LAUNCHING):
+    """On a worker: a test that launches ranks waits for one that asserts seconds, and the other way round."""
+    timed, launches = (found(names, request.node.nodeid) for names in (TIMED, LAUNCHING))
+    if not hasattr(request.config, "workerinput") or not (timed or launches):
         yield
         return
-    with (HERE / "launch.py").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+    with (HERE / "conftest.py").open() as gate, (HERE / "launch.py").open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)              # first come, first served
+        fcntl.flock(room, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
         yield
 
 

@@ -26,7 +26,6 @@ def cases():
     for name, (_, ranks, more) in LAUNCHES.items():
         for number in (*more, *ranks):
             marks = [pytest.mark.exhaustive] if number in more else []
-            marks += [pytest.mark.timed] if name == "waits" else []
             found.append(pytest.param(name, number, marks=marks, id=f"{name}-{number}"))
     return found
 
