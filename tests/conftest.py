@@ -1,6 +1,12 @@
-"""Tests marked `mpi` run under mpiexec only; `test_launch.py` launches them. The rest runs in plain pytest."""
+"""Which tests run, and which beside which.
 
+Tests marked `mpi` run under mpiexec only; `test_launch.py` launches them. The rest runs in plain pytest, with `-n auto`
+on all cores: first what asserts seconds, one test at a time on one worker, while the others run what launches nothing.
+"""
+
+import fcntl
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,22 +25,75 @@ for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 
+HERE = Path(__file__).parent
+# These assert seconds.
+TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[waits"]
+# These launch ranks, the longest first.
+LAUNCHING = ["test_launch.py::", "test_faults.py::", "test_job.py::", "test_jobs.py::", "test_readme.py::"]
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "exhaustive: more of the same, or slow to compile; runs with -m exhaustive")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """What -n auto means: a worker for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give one worker all that asserts seconds, and each of the others the next test when it is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "timed" if found(TIMED, nodeid) else nodeid
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def found(names, nodeid):
+    """Whether one of the names is part of a test's."""
+    return any(name in nodeid for name in names)
+
+
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("-m") != "gpu":
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    elif reason := reason_missing():
+    asked = config.getoption("-m")
+    unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
+    unasked += [] if config.getoption("--with-mpi") else ["mpi"]
+    dropped = [item for item in items if any(map(item.get_closest_marker, unasked))]
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, unasked))]
+    config.hook.pytest_deselected(items=dropped)
+    if asked == "gpu" and (reason := reason_missing()):
         for item in items:
             item.add_marker(pytest.mark.skip(reason=reason))
-    if config.getoption("--with-mpi"):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: turn(item.nodeid))
+
+
+def turn(nodeid):
+    """Sort what asserts seconds first, and what launches ranks last."""
+    if found(TIMED, nodeid):
+        return 0
+    return next((2 + number for number, name in enumerate(LAUNCHING) if name in nodeid), 1)
+
+
+@pytest.fixture(autouse=True)
+def _room(request):
+    """On a worker: a test that launches ranks waits for one that asserts seconds, and the other way round."""
+    timed, launches = (found(names, request.node.nodeid) for names in (TIMED, LAUNCHING))
+    if not hasattr(request.config, "workerinput") or not (timed or launches):
+        yield
         return
-    mpi = [item for item in items if item.get_closest_marker("mpi")]
-    items[:] = [item for item in items if not item.get_closest_marker("mpi")]
-    config.hook.pytest_deselected(items=mpi)
+    with (HERE / "conftest.py").open() as gate, (HERE / "launch.py").open() as room:
+        fcntl.flock(gate, fcntl.LOCK_EX)              # first come, first served
+        fcntl.flock(room, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
 
 
 @pytest.fixture(scope="session")

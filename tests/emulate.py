@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -25,6 +26,17 @@ COMPILER = shutil.which("g++")
 OPTIONS = "-std=c++17", "-O1", "-w", "-fPIC"
 
 
+@contextlib.contextmanager
+def _one_at_a_time(path):
+    """Where `path` is not there, let one process make it while the others wait."""
+    if path.exists():
+        yield
+        return
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def _folder():
     """Where compiled kernels are kept, for all processes and runs with the same sources."""
@@ -33,16 +45,21 @@ def _folder():
     folder = Path(tempfile.gettempdir()) / f"ringmpi-emulator-{os.getuid()}-{digest}"
     if folder.exists() and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is somebody else's")
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=tempfile.gettempdir()) as parent:
-            (Path(parent) / "sources").mkdir()
-            for source in sources:             # the emulator's platform.cuh last, in place of the GPU's
-                shutil.copy(source, Path(parent) / "sources" / source.name)
-            subprocess.run([COMPILER, *OPTIONS, "-x", "c++-header", "emulator.h"], cwd=Path(parent) / "sources",
-                           check=True, timeout=300)                # once for all kernels
-            with contextlib.suppress(OSError):             # another process was quicker
-                (Path(parent) / "sources").rename(folder)
+    with _one_at_a_time(folder):
+        if not folder.exists():
+            _gather(sources, folder)
     return folder
+
+
+def _gather(sources, folder):
+    """Put the sources in one folder, the emulator's platform.cuh last, in place of the GPU's; compile the header."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+        made = Path(parent) / "sources"
+        made.mkdir()
+        for source in sources:
+            shutil.copy(source, made / source.name)
+        subprocess.run([COMPILER, *OPTIONS, "-x", "c++-header", "emulator.h"], cwd=made, check=True, timeout=300)
+        made.rename(folder)
 
 
 @functools.cache
@@ -50,15 +67,20 @@ def function(file, name):
     """Compile kernel `name` of `file`, or load it; a function that runs it on a grid."""
     folder = _folder()
     path = folder / f"{hashlib.sha256(f'{file} {name}'.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        code = (f'#include "emulator.h"\n#include "{file}"\n'
-                'extern "C" void run(const unsigned* grid, unsigned threads, size_t shared, unsigned seed, '
-                f"void** arguments) {{ emulator::run(grid, threads, shared, seed, &{name}, arguments); }}\n")
-        temporary = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([COMPILER, *OPTIONS, "-shared", "-x", "c++", "-", "-o", temporary],
-                       input=code, text=True, cwd=folder, check=True, timeout=300)
-        temporary.rename(path)
+    with _one_at_a_time(path):
+        if not path.exists():
+            _compile(file, name, path)
     return ctypes.CDLL(str(path)).run
+
+
+def _compile(file, name, path):
+    code = (f'#include "emulator.h"\n#include "{file}"\n'
+            'extern "C" void run(const unsigned* grid, unsigned threads, size_t shared, unsigned seed, '
+            f"void** arguments) {{ emulator::run(grid, threads, shared, seed, &{name}, arguments); }}\n")
+    temporary = path.with_suffix(f".{os.getpid()}")
+    subprocess.run([COMPILER, *OPTIONS, "-shared", "-x", "c++", "-", "-o", temporary],
+                   input=code, text=True, cwd=path.parent, check=True, timeout=300)
+    temporary.rename(path)
 
 
 class EmulatedDevice(FakeDevice, Device):

@@ -8,16 +8,17 @@ from ringmpi.score import random_words, streams
 from ringmpi.softmax import DTYPES
 
 
-def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None):
-    """Dense boolean mask of shape (n_q, n_k)."""
+def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None,
+            rows=slice(None)):
+    """Dense boolean mask of shape (n_q, n_k), or of some of its rows."""
     offset = n_k - n_q if q_offset is None else q_offset
-    i, j = np.arange(n_q)[:, None] + offset, np.arange(n_k)[None, :]
-    see = np.ones((n_q, n_k), bool)
+    i, j = np.arange(n_q)[rows][:, None] + offset, np.arange(n_k)[None, :]
+    see = np.ones((len(i), n_k), bool)
     if causal:
         see &= (j <= i) | (j < (prefix or 0))
     if window is not None:
         left, right = (window, window) if isinstance(window, int) else window
-        near = np.ones((n_q, n_k), bool)
+        near = np.ones_like(see)
         if left is not None:
             near &= j >= i - left
         if right is not None:
@@ -34,11 +35,17 @@ def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None,
     return see
 
 
+def random_qkv(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
+    """Random q, k and v; `seed` may be a generator."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
+            ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v))]
+
+
 def case(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
     """Random q, k and v, and for each query an interval of keys that it sees, maybe empty."""
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-               ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)))
+    q, k, v = random_qkv(rng, n_q, n_k, heads, kv_heads, dim, dim_v, dtype)
     begin = rng.integers(0, n_k + 1, n_q)
     return q, k, v, begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
@@ -56,24 +63,8 @@ def intervals(kind, n_q, n_k):
 
 def attend(q, k, v, see, scale):
     """Dense softmax attention in float64: out (n_q, heads, dim_v), lse (n_q, heads). Rows that see nothing: 0, -inf."""
-    group = q.shape[1] // k.shape[1]
-    out = np.zeros((len(q), q.shape[1], v.shape[2]))
-    lse = np.full(q.shape[:2], -np.inf)
-    rows = see.any(axis=1)
-    with np.errstate(all="ignore"):
-        for h in range(q.shape[1]):
-            a, b, c = (x.astype(np.float64) for x in (q[:, h], k[:, h // group], v[:, h // group]))
-            scores = np.where(see, a @ b.T * scale, -np.inf)
-            top = scores.max(axis=1, initial=-np.inf)[rows, None]
-            weights = np.exp(scores[rows] - top)
-            norm = weights.sum(axis=1, keepdims=True)
-            if np.isfinite(c).all():
-                out[rows, h] = weights @ c / norm
-            else:                                  # what a row does not see must not reach it
-                for i, w, n in zip(np.flatnonzero(rows), weights, norm[:, 0], strict=True):
-                    out[i, h] = w[see[i]] @ c[see[i]] / n
-            lse[rows, h] = (top + np.log(norm))[:, 0]
-    return out, lse
+    got = dense(q, k, v, see, scale)
+    return got["out"], got["lse"]
 
 
 def error(got, want, scale=None):
@@ -112,14 +103,18 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
           sinks=None, dout=None, dlse=None):
     """Dense attention in float64, and its gradient where `dout` is given, from the definitions, head by head.
 
-    A dict of out, lse, and dq, dk, dv, dsinks.
+    A dict of out and lse, and of dq, dk, dv and dsinks. Rows that see nothing: 0, -inf.
     """
     group, (n_q, heads), dim_v = q.shape[1] // k.shape[1], q.shape[:2], v.shape[2]
-    got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf), "dq": np.zeros(q.shape),
-           "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
+    got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf)}
+    if dout is not None:
+        got |= {"dq": np.zeros(q.shape), "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
+    rows = see.any(axis=1) | (sinks is not None)
     for h in range(heads):
+        # The scores, and how they change with the product of q and k.
         a, b, c = (x.astype(np.float64) for x in (q[:, h], k[:, h // group], v[:, h // group]))
-        x, slope = a @ b.T * scale, scale
+        with np.errstate(all="ignore"):
+            x, slope = a @ b.T * scale, scale
         if softcap:
             slope = scale / np.cosh(x / softcap)**2
             x = softcap * np.tanh(x / softcap)
@@ -128,15 +123,20 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
         x = np.where(see, x, -np.inf)
         if sinks is not None:
             x = np.concatenate([x, np.full((n_q, 1), sinks[h])], axis=1)
-        rows = np.isfinite(x).any(axis=1)
-        top = x[rows].max(axis=1, keepdims=True, initial=-np.inf)
-        norm = np.exp(x[rows] - top).sum(axis=1, keepdims=True)
-        p = np.zeros(x.shape)
-        p[rows] = np.exp(x[rows] - top) / norm
-        got["lse"][rows, h] = (top + np.log(norm))[:, 0]
-        m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) \
-            / (1 - int(dropout * 2**32) / 2**32) if dropout else np.ones((n_q, len(k)))
-        got["out"][:, h] = (p[:, :len(k)] * m) @ c
+
+        # The weights, and what dropout leaves of them.
+        p, m = np.zeros(x.shape), np.ones((n_q, len(k)))
+        with np.errstate(all="ignore"):
+            top = x[rows].max(axis=1, keepdims=True, initial=-np.inf)
+            norm = np.exp(x[rows] - top).sum(axis=1, keepdims=True)
+            p[rows] = np.exp(x[rows] - top) / norm
+            got["lse"][rows, h] = (top + np.log(norm))[:, 0]
+        if dropout:
+            m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) \
+                / (1 - int(dropout * 2**32) / 2**32)
+        got["out"][:, h] = product(p[:, :len(k)] * m, c, see)
+
+        # The gradients.
         if dout is None:
             continue
         g = dout[:, h].astype(np.float64)
@@ -148,3 +148,11 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
         if sinks is not None:
             got["dsinks"][h] = -(p[:, -1] * delta).sum()
     return got
+
+
+def product(weights, values, see):
+    """Weights times values; NaN and infinity in a value reach the rows that see it and no others."""
+    if np.isfinite(values).all():
+        return weights @ values
+    with np.errstate(all="ignore"):
+        return np.array([w[seen] @ values[seen] for w, seen in zip(weights, see, strict=True)])

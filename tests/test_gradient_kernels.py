@@ -420,6 +420,7 @@ def test_prepare_compiles_all_that_a_pass_needs(dtype, back, plain):
     backend.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", sorted(NARROW)[:1])        # each takes the minute that compiling for it takes
 def test_narrower_vectors_pass_the_same_tests(width):
     if os.uname().machine != "x86_64":

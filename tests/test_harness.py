@@ -9,9 +9,9 @@ import psutil
 def test_time_limit_ends_every_process(tmp_path):
     code = "import os, sys, time; print('rank', os.getpid(), flush=True); time.sleep(600)"
     start = time.perf_counter()
-    result = launch.launch(2, ["-c", code], folder=tmp_path, timeout=4)
+    result = launch.launch(2, ["-c", code], folder=tmp_path, timeout=6)
     assert result.code == 124
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 30
     pids = [int(text.split()[1]) for text in result.ranks]
     assert len(pids) == 2, result.text
     deadline = time.perf_counter() + 5

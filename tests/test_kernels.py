@@ -71,6 +71,7 @@ def ranges(kind, n_q, n_k, seed=0):
     return begin, np.maximum(begin, rng.integers(0, n_k + 1, n_q))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("width", NARROW)
 def test_narrower_vectors_pass_the_same_tests(width):
     """The parity tests again, compiled for another CPU; its features alone, so that nothing wider slips in."""

@@ -1,4 +1,4 @@
-"""Runs the tests marked `mpi` under mpiexec, file by file, on 1, 2, 3, 4 and 7 ranks; `redistribute` on 1 to 9."""
+"""Runs the tests marked `mpi` under mpiexec: some files in one launch, for what starting ranks takes."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,18 +7,42 @@ import launch
 import pytest
 
 HERE = Path(__file__).parent
-RANKS = {path.name: (1, 2, 3, 4, 7) for path in sorted(HERE.glob("test_mpi_*.py"))} | {
-    "test_mpi_leaks.py": (2,), "test_mpi_torch.py": (1, 2, 4), "test_mpi_cuda.py": (1, 2, 3, 5),
-    "test_mpi_redistribute.py": tuple(range(1, 10))}
+# Files that one launch runs, and on how many ranks, the most first, but for those that come early and compile kernels;
+# with `-m exhaustive` on the second numbers.
+LAUNCHES = {
+    "attention": (("attention", "gradients"), (4, 3, 2, 1), (7,)),
+    "links": (("link", "homeward", "redistribute"), (4, 3, 2, 1), (7,)),
+    "waits": (("errors", "waits"), (1, 2, 3, 4), (7,)),
+    "cuda": (("cuda",), (3, 2, 1), (5,)),
+    "torch": (("torch",), (4, 2, 1), ()),
+    "leaks": (("leaks",), (2,), ()),
+    "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
+}
 
 
-@pytest.mark.parametrize(("file", "ranks"), [(file, ranks) for file, many in RANKS.items() for ranks in many])
-def test_under_mpiexec(file, ranks, tmp_path):
-    if file == "test_mpi_torch.py" and find_spec("torch") is None:
+def cases():
+    """Every launch: the name of its files, and its ranks."""
+    found = []
+    for name, (_, ranks, more) in LAUNCHES.items():
+        for number in (*more, *ranks):
+            marks = [pytest.mark.exhaustive] if number in more else []
+            found.append(pytest.param(name, number, marks=marks, id=f"{name}-{number}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "ranks"), cases())
+def test_under_mpiexec(name, ranks, tmp_path):
+    if name == "torch" and find_spec("torch") is None:
         pytest.skip("torch is not installed")
-    result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", HERE / file],
-                           folder=tmp_path, timeout=400)
+    files = [HERE / f"test_mpi_{part}.py" for part in LAUNCHES[name][0]]
+    result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", *files],
+                           folder=tmp_path, timeout=600)
     assert result.code == 0, result.text
     assert len(result.ranks) == ranks, result.text
     for text in result.ranks:
         assert " passed" in text, result.text
+
+
+def test_every_file_is_launched():
+    launched = {f"test_mpi_{part}.py" for files, *_ in LAUNCHES.values() for part in files}
+    assert launched == {path.name for path in HERE.glob("test_mpi_*.py")}

@@ -1,85 +1,26 @@
 """Ring attention on this run's ranks against a dense float64 softmax. Runs under mpiexec: see test_launch.py."""
 
-import itertools
-
 import numpy as np
 import oracle
 import pytest
+from cases import FACTORS, covering, draw_mask, make_layout, of_size
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from oracle import random_qkv
 
-from ringmpi import BackendError, Contiguous, Custom, Mask, RingAttention, ring_attention
+from ringmpi import BackendError, Mask, RingAttention, ring_attention
 from ringmpi.layout import make
 from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE
 
 pytestmark = pytest.mark.mpi
 
+CASES = covering(FACTORS)
 LSE_BOUND = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2e-6, "float16": 2e-6}
-FACTORS = {
-    "backend": ["numpy", "numba"],
-    "dtype": list(DTYPES),
-    "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
-    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all"],
-    "heads": [(4, 4), (8, 2), (3, 1)],
-    "length": [1, 2, "P-1", 1003, 4097],
-    "dim_v": [16, 9],
-}
-
-
-def covering(factors, seed=0):
-    """Cases in which every pair of levels of any two factors occurs; the long length seldom more than needed."""
-    names = list(factors)
-    rng = np.random.default_rng(seed)
-    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
-    cases = []
-    while missing:
-        best, gain = None, -1
-        for _ in range(60):
-            case = {name: factors[name][rng.integers(len(factors[name]))] for name in names}
-            covers = {(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)} & missing
-            if len(covers) > gain:
-                best, gain = (case, covers), len(covers)
-        cases.append(best[0])
-        missing -= best[1]
-    return cases
-
-
-def make_layout(kind, length, size):
-    """A layout of each kind, deterministic; the shards of `uneven` differ, one of `empty` holds nothing."""
-    rng = np.random.default_rng(length * 31 + size)
-    if kind in ("contiguous", "striped", "zigzag"):
-        return make(kind, length, size)
-    if kind == "custom":
-        owner = rng.integers(0, size, length)
-        return Custom([np.flatnonzero(owner == rank) for rank in range(size)])
-    cuts = np.sort(rng.integers(0, length + 1, size - 1))
-    counts = np.diff([0, *cuts, length])
-    if kind == "empty" and size > 1:
-        counts[0] += counts[size // 2]
-        counts[size // 2] = 0
-    return Contiguous(counts)
-
-
-def make_mask(kind, n_k):
-    inner = sorted({n_k // 5, n_k // 3, n_k // 2} - {0, n_k})
-    documents = [0, *inner, n_k] if n_k else [0]
-    padded = [0, *inner, *inner[:2], n_k - n_k // 9]              # empty documents, and tokens in none
-    return {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
-            "documents": {"documents": sorted(padded)}, "prefix": {"causal": True, "prefix": n_k // 3},
-            "first": {"window": (n_k // 6, 0), "first": 3},
-            "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
-            }[kind]
-
-
-def arrays(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-            ((n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v))]
 
 
 def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None, seed=0, scale=None):
     n_q = length if n_q is None else n_q
-    q, k, v = arrays(seed, n_q, length, *heads, 16, dim_v, dtype)
+    q, k, v = random_qkv(seed, n_q, length, *heads, 16, dim_v, dtype)
     q_layout, kv_layout = make_layout(layout, n_q, comm.size), make_layout(layout, length, comm.size)
     mine, theirs = q_layout.positions(comm.rank), kv_layout.positions(comm.rank)
     named = layout in ("striped", "zigzag")
@@ -89,7 +30,7 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None,
         out, lse = attention(q[mine], k[theirs], v[theirs], return_lse=True)
         trace = attention.trace
     assert out.dtype == q.dtype
-    see = oracle.visible(n_q, length, **mask)[mine]
+    see = oracle.visible(n_q, length, **mask, rows=mine)
     rows = np.sort(np.random.default_rng(seed).permutation(len(mine))[:200])     # of the long ones, some
     want, want_lse = oracle.attend(q[mine[rows]], k, v, see[rows], 0.25 if scale is None else scale)
     unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
@@ -100,24 +41,9 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None,
     return out, lse
 
 
-def of_size(case, size):
-    """A case of `covering` for a number of ranks."""
-    length = size - 1 if case["length"] == "P-1" else case["length"]
-    return case | {"length": length, "mask": make_mask(case["mask"], length)}
-
-
-def draw_mask(draw, length):
-    """Options of any mask."""
-    documents = [0, *sorted(draw(st.lists(st.integers(0, length) | st.just(length), max_size=4)))]
-    return {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
-            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
-            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
-            "documents": documents if length > 1 and draw(st.booleans()) else None}
-
-
-@pytest.mark.parametrize("number", range(len(covering(FACTORS))))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_dense_softmax(comm, number):
-    check(comm, **of_size(covering(FACTORS)[number], comm.size), seed=number)
+    check(comm, **of_size(CASES[number], comm.size), seed=number)
 
 
 @settings(deadline=None, max_examples=15, derandomize=True, database=None, phases=[Phase.generate])
@@ -134,7 +60,7 @@ def test_any_case(comm, data):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_ranks_agree_with_one(comm, dtype):
     from mpi4py import MPI
-    q, k, v = arrays(3, 1003, 1003, 4, 2, 16, 16, dtype)
+    q, k, v = random_qkv(3, 1003, 1003, 4, 2, 16, 16, dtype)
     alone, alone_lse = ring_attention(q, k, v, comm=MPI.COMM_SELF, mask=Mask(causal=True), return_lse=True)
     mine = make("striped", 1003, comm.size).positions(comm.rank)
     out, lse = ring_attention(q[mine], k[mine], v[mine], comm=comm, mask=Mask(causal=True), layout="striped",
@@ -144,20 +70,20 @@ def test_many_ranks_agree_with_one(comm, dtype):
 
 
 def test_nan_reaches_the_rows_that_see_it_and_no_others(comm):
-    q, k, v = arrays(4, 40, 40, 2, 1, 8, 8, "float32")
+    q, k, v = random_qkv(4, 40, 40, 2, 1, 8, 8, "float32")
     v[17, 0, 2] = np.nan
     k[23, 0, 1] = np.inf
     mine = make("zigzag", 40, comm.size).positions(comm.rank)
     for backend in FACTORS["backend"]:
         out = ring_attention(q[mine], k[mine], v[mine], comm=comm, mask=Mask(causal=True), layout="zigzag",
                              backend=backend, scale=1.0)
-        want, _ = oracle.attend(q[mine], k, v, oracle.visible(40, 40, causal=True)[mine], 1.0)
+        want, _ = oracle.attend(q[mine], k, v, oracle.visible(40, 40, causal=True, rows=mine), 1.0)
         assert (np.isnan(out) == np.isnan(want)).all()
         assert np.isfinite(out[mine < 17]).all()
 
 
 def test_batch_axis(comm):
-    cases = [arrays(seed, 30, 30, 4, 2, 8, 12, "float32") for seed in range(3)]
+    cases = [random_qkv(seed, 30, 30, 4, 2, 8, 12, "float32") for seed in range(3)]
     mine = make("contiguous", 30, comm.size).positions(comm.rank)
     q, k, v = (np.stack([case[i][mine] for case in cases]) for i in range(3))
     out, lse = ring_attention(q, k, v, comm=comm, mask=Mask(causal=True), return_lse=True)
@@ -171,7 +97,7 @@ def test_batch_axis(comm):
 def test_a_plan_serves_many_calls_and_new_shapes(comm):
     with RingAttention(comm, mask=Mask(causal=True)) as attention:
         for seed, each in ((0, 5), (1, 5), (2, 11), (3, 0), (4, 5)):
-            q, k, v = arrays(seed, each * comm.size, each * comm.size, 2, 2, 8, 8, "float64")
+            q, k, v = random_qkv(seed, each * comm.size, each * comm.size, 2, 2, 8, 8, "float64")
             mine = slice(each * comm.rank, each * (comm.rank + 1))
             out = attention(q[mine], k[mine], v[mine])
             want, _ = oracle.attend(q[mine], k, v, oracle.visible(len(q), len(q), causal=True)[mine], 8**-0.5)
@@ -179,7 +105,7 @@ def test_a_plan_serves_many_calls_and_new_shapes(comm):
 
 
 def test_two_objects_on_one_communicator(comm):
-    q, k, v = arrays(5, 12, 12, 2, 1, 8, 8, "float64")
+    q, k, v = random_qkv(5, 12, 12, 2, 1, 8, 8, "float64")
     n = make("contiguous", 12, comm.size).positions(comm.rank)
     with RingAttention(comm) as full, RingAttention(comm, mask=Mask(causal=True)) as causal:
         first, second = full(q[n], k[n], v[n]), causal(q[n], k[n], v[n])
@@ -192,7 +118,7 @@ def test_two_objects_on_one_communicator(comm):
 
 
 def test_inputs_are_left_alone_and_need_not_be_contiguous(comm):
-    q, k, v = (x.transpose(1, 0, 2).copy().transpose(1, 0, 2) for x in arrays(6, 10, 10, 2, 2, 8, 8, "float32"))
+    q, k, v = (x.transpose(1, 0, 2).copy().transpose(1, 0, 2) for x in random_qkv(6, 10, 10, 2, 2, 8, 8, "float32"))
     for x in (q, k, v):
         x.flags.writeable = False
     before = [x.copy() for x in (q, k, v)]
@@ -204,7 +130,7 @@ def test_inputs_are_left_alone_and_need_not_be_contiguous(comm):
 
 def test_a_communicator_of_the_caller(comm):
     half = comm.Split(comm.rank % 2, key=-comm.rank)
-    q, k, v = arrays(7, 9, 9, 1, 1, 4, 4, "float64")
+    q, k, v = random_qkv(7, 9, 9, 1, 1, 4, 4, "float64")
     mine = make("striped", 9, half.size).positions(half.rank)
     out = ring_attention(q[mine], k[mine], v[mine], comm=half, layout="striped")
     want, _ = oracle.attend(q[mine], k, v, np.ones((len(mine), 9), bool), 0.5)
@@ -213,7 +139,7 @@ def test_a_communicator_of_the_caller(comm):
 
 
 def test_causal_contiguous_sends_half(comm):
-    q, k, v = arrays(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
+    q, k, v = random_qkv(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
     mine = slice(4 * comm.rank, 4 * comm.rank + 4)
     full, causal = RingAttention(comm), RingAttention(comm, mask=Mask(causal=True))
     full(q[mine], k[mine], v[mine])
@@ -235,7 +161,7 @@ def test_messages_are_cut(comm, monkeypatch):
 
 def test_trace(comm):
     with RingAttention(comm, backend="numpy") as attention:
-        q, k, v = arrays(9, 64, 64, 2, 2, 8, 8, "float32")
+        q, k, v = random_qkv(9, 64, 64, 2, 2, 8, 8, "float32")
         attention(q, k, v)
         trace = attention.trace
     assert [step.source for step in trace.steps] == [(comm.rank - t) % comm.size for t in range(comm.size)]
@@ -247,7 +173,7 @@ def test_trace(comm):
 
 
 def test_arrays_from_outside(comm):
-    q, k, v = arrays(10, 6, 6, 1, 1, 4, 4, "bfloat16")
+    q, k, v = random_qkv(10, 6, 6, 1, 1, 4, 4, "bfloat16")
     out = ring_attention(q, k, v, comm=comm)
 
     class Foreign:
@@ -266,13 +192,13 @@ def test_arrays_from_outside(comm):
 def test_progress_is_told_every_pair(comm):
     told = []
     with RingAttention(comm, mask=Mask(causal=True)) as attention:
-        q, k, v = arrays(11, 50, 50, 2, 2, 8, 8, "float32")
+        q, k, v = random_qkv(11, 50, 50, 2, 2, 8, 8, "float32")
         attention(q, k, v, progress=lambda done, total: told.append((done, total)))
         assert sum(done for done, _ in told) == attention.trace.pairs == told[-1][1]
 
 
 def test_dlpack_without_numpy(comm):
-    q, k, v = arrays(12, 6, 6, 1, 1, 4, 4, "float32")
+    q, k, v = random_qkv(12, 6, 6, 1, 1, 4, 4, "float32")
 
     class Foreign:
         def __init__(self, x, device=1):

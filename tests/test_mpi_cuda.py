@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+from cases import make_layout, make_mask
 from emulate import COMPILER, EmulatedDevice
-from test_mpi_attention import make_layout, make_mask
+from oracle import random_qkv
 
 from ringmpi import Mask, RingAttention, device, ring_attention
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
@@ -48,14 +49,8 @@ def emulated(gpu):
     return gpu
 
 
-def case(seed, length, heads, kv_heads, dim, dim_v, dtype):
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in
-            ((length, heads, dim), (length, kv_heads, dim), (length, kv_heads, dim_v))]
-
-
 def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0, schedule="ring"):
-    q, k, v = case(seed, length, 4, 2, 16, 16, dtype)
+    q, k, v = random_qkv(seed, length, length, 4, 2, 16, 16, dtype)
     spec = make_layout(layout, length, comm.size)
     mine = spec.positions(comm.rank)
     arrays = [x[mine] for x in (q, k, v)]
@@ -116,7 +111,7 @@ def test_few_tokens(comm, gpu, length):
 
 
 def test_a_batch(comm, gpu):
-    q, k, v = case(2, 60, 4, 2, 16, 16, "float32")
+    q, k, v = random_qkv(2, 60, 60, 4, 2, 16, 16, "float32")
     mine = make_layout("contiguous", 30, comm.size).positions(comm.rank)
     batch = [np.stack((x[:30], x[30:]))[:, mine] for x in (q, k, v)]
     out = ring_attention(*(gpu.array(x) for x in batch), comm=comm, timeout=100, allow_gpu_sharing=True).get()
@@ -138,7 +133,7 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
     n, heads = 83, 4
     spec, sees = make_layout(layout, n, comm.size), make_mask(mask, n)
     mine = spec.positions(comm.rank)
-    cases = [case(seed, n, heads, 2, 16, 24, dtype) for seed in (4, 5)]
+    cases = [random_qkv(seed, n, n, heads, 2, 16, 24, dtype) for seed in (4, 5)]
     rng = np.random.default_rng(6)
     dout = rng.standard_normal((2, n, heads, 24)).astype(DTYPES[dtype])
     dlse = rng.standard_normal((2, n, heads)).astype("f8" if dtype == "float64" else "f4")
@@ -172,7 +167,7 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
 
 
 def test_auto_follows_the_arrays(comm, gpu):
-    arrays = case(3, 20, 2, 2, 16, 16, "float32")
+    arrays = random_qkv(3, 20, 20, 2, 2, 16, 16, "float32")
     outs, names = [], []
     with RingAttention(comm, timeout=100, gpu_transport="staged", allow_gpu_sharing=True) as attention:
         for on_gpu in (False, True, True, False):
@@ -199,7 +194,7 @@ def everywhere(comm, call):
 
 
 def test_arrays_on_different_sides_are_refused(comm, gpu):
-    q, k, v = case(4, 8, 2, 2, 16, 16, "float32")
+    q, k, v = random_qkv(4, 8, 8, 2, 2, 16, 16, "float32")
     mixed = everywhere(comm, lambda: ring_attention(q, gpu.array(k), v, comm=comm, timeout=60))
     assert "BackendError: rank 0: q, k and v: expected all on the host or all on one GPU, got q on the host" in mixed
     if comm.size > 1:
@@ -213,7 +208,7 @@ def test_arrays_on_different_sides_are_refused(comm, gpu):
 
 def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, emulated, monkeypatch):
     monkeypatch.setattr(emulated, "uuid", "GPU-one")
-    arrays = case(5, 8, 2, 2, 16, 16, "float32")
+    arrays = random_qkv(5, 8, 8, 2, 2, 16, 16, "float32")
     options = {"comm": comm, "backend": "cuda", "timeout": 60, "gpu_transport": "staged"}
     said = everywhere(comm, lambda: ring_attention(*arrays, **options))
     allowed = everywhere(comm, lambda: ring_attention(*arrays, **options, allow_gpu_sharing=True))
@@ -225,11 +220,11 @@ def test_a_gpu_that_ranks_share_is_refused_unless_allowed(comm, emulated, monkey
 
 
 def test_options_that_make_no_sense(comm, gpu):
-    arrays = case(6, 8, 2, 2, 16, 16, "float32")
+    arrays = random_qkv(6, 8, 8, 2, 2, 16, 16, "float32")
     said = everywhere(comm, lambda: ring_attention(*arrays, comm=comm, gpu_transport="pigeon", timeout=60))
     assert said == ("OptionError: rank 0: gpu_transport: expected one of auto, direct, staged, got 'pigeon'"
                     + "".join(f" [also on rank {', '.join(map(str, range(1, comm.size)))}]" if comm.size > 1 else ""))
-    wide = case(7, 8, 1, 1, 264, 16, "float32")
+    wide = random_qkv(7, 8, 8, 1, 1, 264, 16, "float32")
     said = everywhere(comm, lambda: ring_attention(*wide, comm=comm, backend="cuda", timeout=60,
                                                     allow_gpu_sharing=True))
     assert "BackendError: rank 0: backend cuda: expected dim and dim_v up to 256, got 264 and 16" in said
@@ -244,7 +239,7 @@ def test_a_gpu_that_computes_wrongly_is_found_out(comm, emulated, monkeypatch):
         right(kernel, grid, threads, shared_bytes, arguments, stream)
     monkeypatch.setattr(emulated, "launch", wrong)
     monkeypatch.setattr(emulated, "cache", {})      # nothing is proven yet, nor on this communicator
-    arrays = case(8, 8, 2, 2, 16, 16, "float32")
+    arrays = random_qkv(8, 8, 8, 2, 2, 16, 16, "float32")
     mine = comm.Dup()
     said = everywhere(comm, lambda: ring_attention(*arrays, comm=mine, backend="cuda", timeout=60))
     mine.Free()
@@ -256,7 +251,7 @@ def test_a_gpu_that_computes_wrongly_is_found_out(comm, emulated, monkeypatch):
 def test_a_gpu_that_fails_on_one_rank_is_an_error_on_all(comm, emulated, monkeypatch, what):
     def fail(*_):
         raise MemoryError("none is left")
-    arrays = case(10, 9, 2, 2, 16, 16, "float32")
+    arrays = random_qkv(10, 9, 9, 2, 2, 16, 16, "float32")
     with RingAttention(comm, backend="cuda", timeout=60, gpu_transport="staged") as attention:
         first = attention(*arrays)
         with monkeypatch.context() as patch:
@@ -274,8 +269,6 @@ def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
     assert "BackendError: rank 0: backend cuda: no GPU: none is visible" in said
 
 
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
 def test_from_file_to_file(comm, gpu, monkeypatch, tmp_path, layout):
     early = []
@@ -284,7 +277,7 @@ def test_from_file_to_file(comm, gpu, monkeypatch, tmp_path, layout):
     folder = Path(comm.bcast(str(tmp_path)))
     if comm.rank == 0:
         with write_file(folder / "in.h5") as file:
-            for name, x in zip("qkv", case(9, 90, 4, 2, 16, 24, "bfloat16"), strict=True):
+            for name, x in zip("qkv", random_qkv(9, 90, 90, 4, 2, 16, 24, "bfloat16"), strict=True):
                 write_rows(create_dataset(file, name, x.shape, x.dtype), 0, x)
     comm.barrier()
     options = Options(causal=True, layout=layout, backend="cuda", gpu_transport="staged", allow_gpu_sharing=True)

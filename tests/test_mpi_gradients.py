@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import oracle
 import pytest
+from cases import FACTORS, covering, draw_mask, make_layout, of_size
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracle import FUNCTIONS, functions
+from oracle import FUNCTIONS, functions, random_qkv
 from test_gradients import BOUND
-from test_mpi_attention import FACTORS, arrays, covering, draw_mask, make_layout, of_size
 
 from ringmpi import (
     BackendError,
@@ -30,8 +30,6 @@ pytestmark = pytest.mark.mpi
 
 LEVELS = {**FACTORS, "function": list(FUNCTIONS), "length": [1, 2, "P-1", 103, 301]}
 NAMES = ("dq", "dk", "dv", "dsinks")
-
-
 CASES = covering(LEVELS, seed=1)
 
 
@@ -39,7 +37,7 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
           accumulator=None):
     """One forward and backward pass; gives the errors of the gradients."""
     n_q = length if n_q is None else n_q
-    q, k, v = arrays(seed, n_q, length, *heads, 16, dim_v, dtype)
+    q, k, v = random_qkv(seed, n_q, length, *heads, 16, dim_v, dtype)
     rng = np.random.default_rng(seed + 1)
     dout, dlse = rng.standard_normal((n_q, heads[0], dim_v)).astype(q.dtype), rng.standard_normal((n_q, heads[0]))
     q_layout, kv_layout = make_layout(layout, n_q, comm.size), make_layout(layout, length, comm.size)
@@ -103,7 +101,7 @@ def test_float64_accumulator(comm, backend):
 @pytest.mark.parametrize("backend", FACTORS["backend"])
 def test_dropout_is_the_same_on_any_ranks_in_any_layout(comm, backend):
     from mpi4py import MPI
-    q, k, v = arrays(3, 90, 90, 4, 2, 8, 8, "float64")
+    q, k, v = random_qkv(3, 90, 90, 4, 2, 8, 8, "float64")
     options = {"mask": Mask(causal=True), "dropout": 0.4, "backend": backend, "seed": 11, "return_lse": True}
     alone, lse = ring_attention(q, k, v, comm=MPI.COMM_SELF, **options)
     same, other = [], True
@@ -119,7 +117,7 @@ def test_dropout_is_the_same_on_any_ranks_in_any_layout(comm, backend):
 
 
 def test_batch_axis(comm):
-    cases = [arrays(seed, 30, 30, 4, 2, 8, 12, "float64") for seed in range(3)]
+    cases = [random_qkv(seed, 30, 30, 4, 2, 8, 12, "float64") for seed in range(3)]
     mine = make("striped", 30, comm.size).positions(comm.rank)
     q, k, v = (np.stack([case[i][mine] for case in cases]) for i in range(3))
     dout = np.random.default_rng(9).standard_normal((3, 30, 4, 12))
@@ -139,7 +137,7 @@ def test_batch_axis(comm):
 
 
 def test_the_functional_form_is_the_same(comm):
-    q, k, v = arrays(4, 40, 40, 4, 2, 8, 12, "float32")
+    q, k, v = random_qkv(4, 40, 40, 4, 2, 8, 12, "float32")
     dout = np.random.default_rng(0).standard_normal((40, 4, 12)).astype("f4")
     mine = make("zigzag", 40, comm.size).positions(comm.rank)
     options = {"mask": Mask(causal=True), "layout": "zigzag", "softcap": 3.0}
@@ -153,7 +151,7 @@ def test_the_functional_form_is_the_same(comm):
 
 
 def test_causal_contiguous_sends_each_gradient_only_as_far_as_it_must(comm):
-    q, k, v = arrays(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
+    q, k, v = random_qkv(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
     mine = slice(4 * comm.rank, 4 * comm.rank + 4)
     with RingAttention(comm) as full, RingAttention(comm, mask=Mask(causal=True)) as causal:
         for attention in (full, causal):
@@ -167,7 +165,7 @@ def test_causal_contiguous_sends_each_gradient_only_as_far_as_it_must(comm):
 
 
 def test_gradients_of_narrow_inputs_travel_wide(comm):
-    q, k, v = arrays(8, 2 * comm.size, 2 * comm.size, 1, 1, 4, 4, "bfloat16")
+    q, k, v = random_qkv(8, 2 * comm.size, 2 * comm.size, 1, 1, 4, 4, "bfloat16")
     mine = slice(2 * comm.rank, 2 * comm.rank + 2)
     with RingAttention(comm) as attention:
         attention(q[mine], k[mine], v[mine])
@@ -201,7 +199,7 @@ def expect(comm, call, kind, *texts):
 
 def test_ranks_that_do_not_do_the_same_pass_say_so(comm):
     """The commonest mistake in training: one rank's result does not need a gradient."""
-    q, k, v = arrays(6, 5, 5, 2, 1, 4, 3, "float32")
+    q, k, v = random_qkv(6, 5, 5, 2, 1, 4, 3, "float32")
     if comm.size == 1:
         pytest.skip("takes two")
     with RingAttention(comm, timeout=20) as attention:
@@ -217,7 +215,7 @@ def test_ranks_that_do_not_do_the_same_pass_say_so(comm):
 
 
 def test_bad_calls_are_errors_on_every_rank(comm):
-    q, k, v = arrays(6, 5, 5, 2, 1, 4, 3, "float32")
+    q, k, v = random_qkv(6, 5, 5, 2, 1, 4, 3, "float32")
     last = comm.size - 1
     with RingAttention(comm) as attention:
         expect(comm, lambda: attention.backward(q), RingError, "backward: expected a call before it")

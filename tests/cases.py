@@ -1,0 +1,80 @@
+"""Cases of calls on several ranks: what varies, coverings of it, layouts and masks."""
+
+import itertools
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ringmpi import Contiguous, Custom
+from ringmpi.layout import make
+from ringmpi.softmax import DTYPES
+
+FACTORS = {
+    "backend": ["numpy", "numba"],
+    "dtype": list(DTYPES),
+    "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
+    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all"],
+    "heads": [(4, 4), (8, 2), (3, 1)],
+    "length": [1, 2, "P-1", 1003, 4097],
+    "dim_v": [16, 9],
+}
+
+
+def covering(factors, seed=0):
+    """Cases in which every pair of levels of any two factors occurs; the long length seldom more than needed."""
+    names = list(factors)
+    rng = np.random.default_rng(seed)
+    missing = {(a, b, x, y) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
+    cases = []
+    while missing:
+        best, gain = None, -1
+        for _ in range(60):
+            case = {name: factors[name][rng.integers(len(factors[name]))] for name in names}
+            covers = {(a, b, case[a], case[b]) for a, b in itertools.combinations(names, 2)} & missing
+            if len(covers) > gain:
+                best, gain = (case, covers), len(covers)
+        cases.append(best[0])
+        missing -= best[1]
+    return cases
+
+
+def make_layout(kind, length, size):
+    """A layout of each kind, deterministic; the shards of `uneven` differ, one of `empty` holds nothing."""
+    rng = np.random.default_rng(length * 31 + size)
+    if kind in ("contiguous", "striped", "zigzag"):
+        return make(kind, length, size)
+    if kind == "custom":
+        owner = rng.integers(0, size, length)
+        return Custom([np.flatnonzero(owner == rank) for rank in range(size)])
+    cuts = np.sort(rng.integers(0, length + 1, size - 1))
+    counts = np.diff([0, *cuts, length])
+    if kind == "empty" and size > 1:
+        counts[0] += counts[size // 2]
+        counts[size // 2] = 0
+    return Contiguous(counts)
+
+
+def make_mask(kind, n_k):
+    inner = sorted({n_k // 5, n_k // 3, n_k // 2} - {0, n_k})
+    documents = [0, *inner, n_k] if n_k else [0]
+    padded = [0, *inner, *inner[:2], n_k - n_k // 9]              # empty documents, and tokens in none
+    return {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
+            "documents": {"documents": sorted(padded)}, "prefix": {"causal": True, "prefix": n_k // 3},
+            "first": {"window": (n_k // 6, 0), "first": 3},
+            "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
+            }[kind]
+
+
+def of_size(case, size):
+    """A case of `covering` for a number of ranks."""
+    length = size - 1 if case["length"] == "P-1" else case["length"]
+    return case | {"length": length, "mask": make_mask(case["mask"], length)}
+
+
+def draw_mask(draw, length):
+    """Options of any mask."""
+    documents = [0, *sorted(draw(st.lists(st.integers(0, length) | st.just(length), max_size=4)))]
+    return {"causal": draw(st.booleans()), "prefix": draw(st.none() | st.integers(0, 60)),
+            "window": draw(st.none() | st.tuples(st.none() | st.integers(0, 9), st.none() | st.integers(0, 9))),
+            "first": draw(st.integers(0, 5)), "q_offset": draw(st.none() | st.integers(-9, 60)),
+            "documents": documents if length > 1 and draw(st.booleans()) else None}
