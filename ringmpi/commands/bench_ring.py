@@ -61,7 +61,7 @@ class _RingBench:
         everyone = comm.allgather_text(json.dumps(sorted(affinity())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
-                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
+                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products), arguments.schedule)
         self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
         self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
@@ -71,7 +71,7 @@ class _RingBench:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
                              backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
-                             allow_gpu_sharing=self.arguments.allow_gpu_sharing,
+                             allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=self.arguments.schedule,
                              bfloat16_products=self.arguments.bfloat16_products)
 
     def _arrays(self, n: int) -> list[Any]:

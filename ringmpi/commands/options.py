@@ -8,6 +8,7 @@ from typing import Any
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "widen", "pairs")
+SCHEDULES = ("ring", "gather")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
@@ -93,6 +94,9 @@ def add_backend(parser: Any) -> None:
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
     parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share GPUs if there are too few")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="ring",
+                        help="how K and V get to the ranks that need them: round a ring, with two buffers, or all at "
+                             "once, with a buffer for each (default: ring)")
     add_products(parser)
 
 

@@ -28,6 +28,7 @@ class Options:
     gpu_transport: str = "auto"
     allow_gpu_sharing: bool = False
     bfloat16_products: str = "auto"
+    schedule: str = "ring"
     q: str = "q"
     k: str = "k"
     v: str = "v"
