@@ -1,7 +1,7 @@
 // Fold one block of K and V into the running softmax of the queries, on tensor cores: bfloat16, float16, float64.
 //
-//   acc        (n_q, heads, stride_v)  sum of exp(score - top) v, float (double for double), read and written
-//   top, sum   (n_q, heads)            running maximum and sum, of acc's type, read and written
+//   acc        (n_q, heads, stride_v)  sum of exp(score - row_max) v, float (double for double), read and written
+//   row_max, row_sum   (n_q, heads)            running maximum and sum, of acc's type, read and written
 //   q          (n_q, heads, dim)       head h uses key head h / group, heads = kv_heads * group
 //   k          (n_k, kv_heads, dim)
 //   v          (n_k, kv_heads, stride_v), of which columns 0 .. dim_v are folded into those of acc
@@ -9,7 +9,7 @@
 //   scale                              factor of the scores q . k
 //   width                              columns of a part: the grid's z has as many parts as cover n_k
 //   packed_score                       with FUNCTIONS: a PackedScore; see score.cuh
-//   fresh                              whether to leave out what acc, top and sum hold, and to write each part to
+//   fresh                              whether to leave out what acc, row_max and sum hold, and to write each part to
 //                                      arrays of its own, (parts, n_q, heads, ..), for combine of state.cu
 //
 // grid (ceil(n_q group / ROWS), kv_heads, parts) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; dynamic shared memory:
@@ -30,9 +30,9 @@ struct WarpRows {
     using A = Accumulator<T>;
     using F = Fragments<T>;
     A acc[HEIGHT][DIM_V / 8][4];
-    A top[HEIGHT][2], sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of sum, this lane's share
+    A row_max[HEIGHT][2], row_sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of row_sum, this lane's share
     Interval sees[HEIGHT][2];
-    typename S::Row what[HEIGHT][2];
+    typename S::Row row_score[HEIGHT][2];
 
     // Take up the state of rows `first` .., each with what it sees, of which a lane knows its own row's.
     __device__ void load(const StateArrays<A>& arrays, const Rows& rows, int first, Interval interval, const S& score) {
@@ -44,11 +44,11 @@ struct WarpRows {
                 const int local = 16 * m + 8 * h + lane / 4;
                 sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
                               __shfl_sync(ALL_LANES, interval.high, local)};
-                what[m][h] = score.row(rows, first + local);
-                const bool known = !arrays.fresh && rows.there(first + local);
+                row_score[m][h] = score.row(rows, first + local);
+                const bool known = !arrays.fresh && rows.contains(first + local);
                 const long long at = known ? rows.state_row(first + local) : 0;
-                top[m][h] = known ? arrays.top[at] : -infinity(A{});
-                sum[m][h] = known && lane % 4 == 0 ? arrays.sum[at] : A{0};
+                row_max[m][h] = known ? arrays.row_max[at] : -infinity(A{});
+                row_sum[m][h] = known && lane % 4 == 0 ? arrays.row_sum[at] : A{0};
 #pragma unroll
                 for (int n = 0; n < DIM_V / 8; ++n)
 #pragma unroll
@@ -67,15 +67,15 @@ struct WarpRows {
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                A total = sum[m][h];
+                A total = row_sum[m][h];
                 total += __shfl_xor_sync(ALL_LANES, total, 1);
                 total += __shfl_xor_sync(ALL_LANES, total, 2);
                 const int row = first + 16 * m + 8 * h + lane / 4;
-                if (!rows.there(row)) continue;
-                const long long at = arrays.place(rows.state_row(row));
+                if (!rows.contains(row)) continue;
+                const long long at = arrays.target_row(rows.state_row(row));
                 if (lane % 4 == 0) {
-                    arrays.top[at] = top[m][h];
-                    arrays.sum[at] = total;
+                    arrays.row_max[at] = row_max[m][h];
+                    arrays.row_sum[at] = total;
                 }
 #pragma unroll
                 for (int n = 0; n < DIM_V / 8; ++n)
@@ -117,14 +117,14 @@ struct WarpRows {
     __device__ void weigh(A (&s)[N][4], int m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            A high = top[m][h];
+            A high = row_max[m][h];
 #pragma unroll
             for (int n = 0; n < N; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
             high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
             high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
             const A base = high == -infinity(A{}) ? A{0} : high;    // -inf - -inf would be NaN
-            const A shrink = exponential(top[m][h] - base);
-            top[m][h] = high;
+            const A shrink = exponential(row_max[m][h] - base);
+            row_max[m][h] = high;
             A more = 0;
 #pragma unroll
             for (int n = 0; n < N; ++n)
@@ -133,7 +133,7 @@ struct WarpRows {
                     s[n][i] = exponential(s[n][i] - base);
                     more += s[n][i];
                 }
-            sum[m][h] = sum[m][h] * shrink + more;
+            row_sum[m][h] = row_sum[m][h] * shrink + more;
 #pragma unroll
             for (int n = 0; n < DIM_V / 8; ++n) {
                 acc[m][n][2 * h] *= shrink;
@@ -155,7 +155,7 @@ struct WarpRows {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = column_of(start, n, i);
-                    s[m][n][i] = score.shape(rounded_product(s[m][n][i], scale), what[m][i / 2], score.key(column));
+                    s[m][n][i] = score.apply(rounded_product(s[m][n][i], scale), row_score[m][i / 2], score.key(column));
                     if (PARTIAL && !sees[m][i / 2].holds(column)) s[m][n][i] = -infinity(A{});
                 }
             weigh(s[m], m);
@@ -164,7 +164,7 @@ struct WarpRows {
                 for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        s[m][n][i] *= score.kept(what[m][i / 2], score.key(column_of(start, n, i)));
+                        s[m][n][i] *= score.dropout_factor(row_score[m][i / 2], score.key(column_of(start, n, i)));
             }
         }
         const bool all_finite = multiply<PARTIAL, T>(acc, s, v_tile, stride_v, 0);
@@ -175,7 +175,7 @@ struct WarpRows {
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
           bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
-accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const T* q, const T* k, const T* v,
+accumulate(Accumulator<T>* acc, Accumulator<T>* row_max, Accumulator<T>* row_sum, const T* q, const T* k, const T* v,
            const int* begin, const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v,
            int stride_v, Accumulator<T> scale, int width, int fresh, const void* packed_score) {
     using A = Accumulator<T>;
@@ -190,10 +190,10 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
                     static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
     const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
     const int mine = warp * WARP_ROWS;
-    const bool has_row = lane < WARP_ROWS && rows.there(mine + lane);
-    const Interval interval = has_row ? cut(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
-    const Sight sight = sight_of(interval, has_row);
-    const Interval range = sight_of_block<WARPS>(sight).any;
+    const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
+    const Interval interval = has_row ? intersection(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
+    const VisibleColumns visible = visible_to_warp(interval, has_row);
+    const Interval range = visible_to_block<WARPS>(visible).hull;
     const int tiles = range.tiles(KEYS);
     if (tiles == 0 && !fresh) return;
 
@@ -220,7 +220,7 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         }
     }
 
-    const StateArrays<A> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
+    const StateArrays<A> arrays{acc, row_max, row_sum, dim_v, stride_v, fresh != 0,
                                 static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
     const S score(packed_score, n_q, n_k, kv_heads * group);
     WarpRows<T, DIM_V, HEIGHT, S> state;
@@ -235,15 +235,15 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
             __syncthreads();
         } else {
             copy_wait<STAGES - 2>();               // tile i is here, for this thread;
-            __syncthreads();                       // for all, and all have read tile i - 1, whose place is free
+            __syncthreads();                       // for all, and all have read tile i - 1, whose stage is free
             if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
             copy_commit();
         }
         const T* const k_tile = stages + i % STAGES * STAGE;
         const T* const v_tile = k_tile + KEYS * STRIDE;
         const int start = range.low + i * KEYS;
-        if (sight.skips(start, KEYS)) continue;
-        if (sight.full(start, KEYS))
+        if (visible.skips(start, KEYS)) continue;
+        if (visible.full(start, KEYS))
             state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);
         else
             state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);

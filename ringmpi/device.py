@@ -174,7 +174,7 @@ class Device:
         self.cache: dict[Any, Any] = {}
         self._staging: list[NDArray[np.uint8]] = []
         self._free: list[Any] = []
-        self._turn = 0
+        self._next_piece = 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -296,14 +296,14 @@ class Device:
                     event.synchronize()
             self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
         for number, start in enumerate(range(0, nbytes, max(size, 1))):
-            self._turn = number % 2
-            if self._free[self._turn] is not None:
-                self._free[self._turn].synchronize()
+            self._next_piece = number % 2
+            if self._free[self._next_piece] is not None:
+                self._free[self._next_piece].synchronize()
             stop = min(start + size, nbytes)
-            yield self._staging[self._turn][:stop - start], slice(start, stop)
+            yield self._staging[self._next_piece][:stop - start], slice(start, stop)
 
     def _free_when(self, stream: Any) -> Any:
-        event = self._free[self._turn] = self.record(stream)
+        event = self._free[self._next_piece] = self.record(stream)
         return event
 
     def seconds(self, work: Callable[[], object]) -> float:

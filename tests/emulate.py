@@ -72,7 +72,7 @@ class EmulatedDevice(FakeDevice, Device):
         self.shared_bytes_processor = shared_bytes_processor
         self.launched = []
         self.cache = {}
-        self._staging, self._free, self._turn = [], [], 0
+        self._staging, self._free, self._next_piece = [], [], 0
 
     def compile(self, path, names, options):
         return [(name, function(path.name, name)) for name in names]

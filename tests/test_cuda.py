@@ -11,7 +11,7 @@ from oracle import case
 from ringmpi import BackendError, device
 from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda.backend import CudaBackend
-from ringmpi.backends.cuda.instances import best, kernels
+from ringmpi.backends.cuda.instances import best, forward_kernels
 from ringmpi.device import choose_index
 from ringmpi.schedules import links as link
 from ringmpi.score import Score
@@ -151,7 +151,7 @@ def test_nothing_to_do(backend, n_q, n_k):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dim_has_a_kernel_that_fits(dtype, shared):
     for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 65, 5000)):
-        kernel = best(kernels(DTYPES[dtype], dim, dim_v, rows, 16), *shared)
+        kernel = best(forward_kernels(DTYPES[dtype], dim, dim_v, rows, 16), *shared)
         assert kernel.shared_bytes + 2048 <= shared[0]
         assert kernel.threads <= 1024
         assert kernel.keys % 16 == 0
@@ -169,7 +169,7 @@ def test_a_gpu_that_is_too_small_or_too_old_says_so():
     with pytest.raises(BackendError, match=r"expected a GPU of compute capability 8\.0 or later, got fake with 7\.5"):
         CudaBackend(1, EmulatedDevice(0, (7, 5)))
     with pytest.raises(BackendError, match="bytes of shared memory, this GPU gives 10000"):
-        best(kernels(DTYPES["float64"], 256, 256, 100, 16), 10000, 20000)
+        best(forward_kernels(DTYPES["float64"], 256, 256, 100, 16), 10000, 20000)
 
 
 def test_prepare_proves_the_kernels_and_refuses_what_there_are_none_for(backend):

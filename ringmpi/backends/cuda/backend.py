@@ -26,8 +26,8 @@ from ...score import Score
 from ...softmax import Gradient, State
 from ..base import Backend
 from . import hopper
-from .instances import TYPES, best, kernels, key_gradients, query_gradients
-from .self_test import Proof
+from .instances import TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
+from .self_test import SelfTest
 from .sources import Kernel, compiler_options, kernels_folder
 
 Array = Any
@@ -80,7 +80,7 @@ class CudaBackend(Backend):
         for n_q, n_k in sizes:
             try:
                 with self.device.current():
-                    error = Proof(n_q, n_k, *case).error(self)
+                    error = SelfTest(n_q, n_k, *case).error(self)
             except TimeoutError as late:
                 raise BackendError(f"backend cuda: {what} does not end; {advice}") from late
             if not error <= bound:
@@ -209,7 +209,7 @@ class CudaBackend(Backend):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         rows = len(q) * q.shape[1] // k.shape[1]
         align = _common_alignment(q, k, v)
-        return self._best(kernels(q.dtype, q.shape[2], v.shape[2], rows, align, plain=score.plain))
+        return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, plain=score.plain))
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
@@ -228,24 +228,24 @@ class CudaBackend(Backend):
         inputs = dout, gradient.lse, gradient.delta, q, k, v, *columns
         sizes = (np.int32(n_q), np.int32(n_k), np.int32(kv_heads), np.int32(heads // kv_heads), np.int32(dim),
                  np.int32(dim_v), kind.type(score.scale), packed)
-        kernel = self._best(query_gradients(q.dtype, dim, dim_v, rows, align, plain=score.plain))
+        kernel = self._best(dq_kernels(q.dtype, dim, dim_v, rows, align, plain=score.plain))
         self._launch(kernel.file, kernel.name, (-(-rows // kernel.rows), kv_heads, -(-dim // kernel.columns)),
                      kernel.threads, kernel.shared_bytes, (gradient.dq, *inputs, *sizes))
         # Where one launch gives both, it has all columns of both.
-        for candidates, width in zip(key_gradients(q.dtype, dim, dim_v, align, plain=score.plain), (dim, dim_v),
+        for candidates, width in zip(dkdv_kernels(q.dtype, dim, dim_v, align, plain=score.plain), (dim, dim_v),
                                      strict=False):
             kernel = self._best(candidates)
-            sights = self._sights(kernel.rows, rows, *columns, heads // kv_heads)
+            tile_columns = self._visible_columns(kernel.rows, rows, *columns, heads // kv_heads)
             self._launch(kernel.file, kernel.name, (-(-n_k // kernel.keys), kv_heads, -(-width // kernel.columns)),
-                         kernel.threads, kernel.shared_bytes, (dk, dv, *inputs, sights, *sizes))
+                         kernel.threads, kernel.shared_bytes, (dk, dv, *inputs, tile_columns, *sizes))
 
-    def _sights(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
+    def _visible_columns(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
         """Reckon what the rows of each tile see."""
         tiles = -(-rows // tile)
-        sights = self._buffer("sights", 4 * tiles, np.dtype(np.int32))
-        self._launch_over(self._kernel("state.cu", "sights"), 32 * tiles, (
-            sights, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles)))
-        return sights
+        tile_columns = self._buffer("visible_columns", 4 * tiles, np.dtype(np.int32))
+        self._launch_over(self._kernel("state.cu", "visible_columns"), 32 * tiles, (
+            tile_columns, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles)))
+        return tile_columns
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
         """Give the number of parts that fill the GPU, and the columns of each, in whole tiles."""

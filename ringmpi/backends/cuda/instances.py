@@ -16,7 +16,7 @@ TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16
          np.dtype(np.float16): "float16"}
 
 
-def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True) -> list[Kernel]:
+def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True) -> list[Kernel]:
     """List the forward kernels for `rows` rows of a key head, the one that should be fastest first. Local.
 
     Parameters
@@ -33,7 +33,7 @@ def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *
     """
     wide, wide_v = _sixteens(dim), _sixteens(dim_v)
     if dtype == np.float32:
-        return [_simple(wide, wide_v, *shape, align, plain) for shape in _shapes_float32(wide_v, rows)
+        return [_simt(wide, wide_v, *shape, align, plain) for shape in _shapes_float32(wide_v, rows)
                 if plain or shape[2] <= 32]
     if dtype == np.float64:
         wide_v = min(wide_v, SLICE_FLOAT64)
@@ -76,22 +76,22 @@ def _tensor(dtype: np.dtype[Any], dim: int, dim_v: int, warps: int, height: int,
     return Kernel("accumulate_tensor.cu", name, rows, keys, 32 * warps, numbers * dtype.itemsize, dim_v, blocks)
 
 
-def _simple(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int, plain: bool) -> Kernel:
-    """Give an instance of accumulate_float.cu."""
+def _simt(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int, plain: bool) -> Kernel:
+    """Give an instance of accumulate_simt.cu."""
     rows, padded = height * lanes, -(-dim // 32) * 32 + 4
     numbers = (rows + keys) * padded + keys * dim_v + rows * (keys + 16 if keys % 32 == 0 else keys)
     name = f"accumulate<{dim}, {dim_v}, {lanes}, {height}, {keys}, {align}, {_flag(plain)}>"
-    return Kernel("accumulate_float.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes < 16 else 1)
+    return Kernel("accumulate_simt.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes < 16 else 1)
 
 
-def query_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
+def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
                     ) -> list[Kernel]:
-    """List the kernels for dq; as `kernels`, but `align` is dout's too. Local."""
+    """List the kernels for dq; as `forward_kernels`, but `align` is dout's too. Local."""
     wide, wide_v = _sixteens(dim), _sixteens(dim_v)
     widest = max(wide, wide_v)
     if dtype == np.float32:
         lanes = [(8, 2, 32), (8, 2, 16)] if rows <= 16 else _lanes(widest)
-        return [_simple_gradient("queries", wide, wide_v, *shape, align, plain) for shape in lanes]
+        return [_simt_gradient("dq", wide, wide_v, *shape, align, plain) for shape in lanes]
     columns = _slice(wide, SLICE_FLOAT64) if dtype == np.float64 else wide
     if dtype == np.float64:
         shapes = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
@@ -103,15 +103,15 @@ def query_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
         shapes = [(1, 1, *shape[2:]) for shape in shapes]
-    return [_tensor_gradient("queries", dtype, wide, wide_v, (columns,), *shape, align, plain) for shape in shapes]
+    return [_tensor_gradient("dq", dtype, wide, wide_v, (columns,), *shape, align, plain) for shape in shapes]
 
 
-def key_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
-    """List the kernels for dk and dv together, or those for dk and those for dv; as `query_gradients`. Local."""
+def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
+    """List the kernels for dk and dv together, or those for dk and those for dv; as `dq_kernels`. Local."""
     wide, wide_v = _sixteens(dim), _sixteens(dim_v)
     widest = max(wide, wide_v)
     if dtype == np.float32:
-        return [[_simple_gradient("keys", wide, wide_v, *shape, align, plain) for shape in _lanes(widest)]]
+        return [[_simt_gradient("dkdv", wide, wide_v, *shape, align, plain) for shape in _lanes(widest)]]
     most = 128 if dtype == np.float64 else 256                  # columns that fit a thread's registers
     columns, columns_v = _slice(wide, most), _slice(wide_v, most)
     both = wide + wide_v <= most
@@ -121,7 +121,7 @@ def key_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, pla
         shapes = [(4, 2, 32, 2)]
     else:
         shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)] if widest > 128 else [(4, 1, 32, 2)]
-    return [[_tensor_gradient("keys", dtype, wide, wide_v, slices, *shape, align, plain) for shape in shapes]
+    return [[_tensor_gradient("dkdv", dtype, wide, wide_v, slices, *shape, align, plain) for shape in shapes]
             for slices in ([(columns, columns_v)] if both else [(columns, 0), (0, columns_v)])]
 
 
@@ -139,29 +139,29 @@ def _lanes(widest: int) -> list[tuple[int, int, int]]:
     return shapes[0 if widest <= 64 else 1 if widest <= 128 else 2:]
 
 
-def _tensor_gradient(what: str, dtype: np.dtype[Any], dim: int, dim_v: int, columns: tuple[int, ...], warps: int,
-                     height: int, others: int, places: int, align: int, plain: bool) -> Kernel:
+def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dim: int, dim_v: int, columns: tuple[int, ...], warps: int,
+                     height: int, others: int, stages: int, align: int, plain: bool) -> Kernel:
     """Give an instance of gradient_tensor.cu."""
     own, pad = 16 * height * warps, 4 if dtype == np.float64 else 8
-    known = 2 * max(4, dtype.itemsize) + 8 if what == "keys" else 0
-    shared_bytes = (own + places * others) * (dim + dim_v + 2 * pad) * dtype.itemsize + places * others * known
-    numbers = ", ".join(map(str, (dim, dim_v, *columns, warps, height, others, places, align)))
+    known = 2 * max(4, dtype.itemsize) + 8 if gradient == "dkdv" else 0
+    shared_bytes = (own + stages * others) * (dim + dim_v + 2 * pad) * dtype.itemsize + stages * others * known
+    numbers = ", ".join(map(str, (dim, dim_v, *columns, warps, height, others, stages, align)))
     blocks = 2 if warps == 4 and dtype != np.float64 and max(dim, dim_v) <= 128 else 1
-    rows, keys = (own, others) if what == "queries" else (others, own)
-    return Kernel("gradient_tensor.cu", f"gradient_{what}<{TYPES[dtype]}, {numbers}, {_flag(plain)}>", rows, keys,
+    rows, keys = (own, others) if gradient == "dq" else (others, own)
+    return Kernel("gradient_tensor.cu", f"gradient_{gradient}<{TYPES[dtype]}, {numbers}, {_flag(plain)}>", rows, keys,
                   32 * warps, shared_bytes, max(columns), blocks)
 
 
-def _simple_gradient(what: str, dim: int, dim_v: int, lanes: int, height: int, others: int, align: int, plain: bool
+def _simt_gradient(gradient: str, dim: int, dim_v: int, lanes: int, height: int, others: int, align: int, plain: bool
                      ) -> Kernel:
-    """Give an instance of gradient_float.cu."""
-    own, places, padded = height * lanes, 1, sum(-(-x // 32) * 32 + 4 for x in (dim, dim_v))
-    weights = (2 if what == "keys" else 1) * own * (others + 16 if others % 32 == 0 else others)
-    known = 4 * others * places if what == "keys" else 0
-    numbers = ", ".join(map(str, (dim, dim_v, lanes, height, others, places, align)))
-    rows, keys = (own, others) if what == "queries" else (others, own)
-    return Kernel("gradient_float.cu", f"gradient_{what}<{numbers}, {_flag(plain)}>", rows, keys, 16 * lanes,
-                  4 * ((own + places * others) * padded + weights + known), max(dim, dim_v), 1)
+    """Give an instance of gradient_simt.cu."""
+    own, stages, padded = height * lanes, 1, sum(-(-x // 32) * 32 + 4 for x in (dim, dim_v))
+    weights = (2 if gradient == "dkdv" else 1) * own * (others + 16 if others % 32 == 0 else others)
+    known = 4 * others * stages if gradient == "dkdv" else 0
+    numbers = ", ".join(map(str, (dim, dim_v, lanes, height, others, stages, align)))
+    rows, keys = (own, others) if gradient == "dq" else (others, own)
+    return Kernel("gradient_simt.cu", f"gradient_{gradient}<{numbers}, {_flag(plain)}>", rows, keys, 16 * lanes,
+                  4 * ((own + stages * others) * padded + weights + known), max(dim, dim_v), 1)
 
 
 def _flag(plain: bool) -> str:

@@ -22,7 +22,7 @@ SECONDS = 100.0               # for a case of milliseconds
 
 
 @dataclass(frozen=True)
-class Proof:
+class SelfTest:
     """A block with a slanting end, random numbers of a dtype, and maybe all score functions at once.
 
     Attributes

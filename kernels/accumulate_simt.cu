@@ -28,9 +28,9 @@ struct ThreadRows : Lanes<ROW_LANES> {
     static constexpr float UNSEEN = -1;       // in place of a weight
 
     float acc[HEIGHT][VECTORS][VECTOR] = {};
-    float top[HEIGHT], sum[HEIGHT];           // of sum, this thread's share
+    float row_max[HEIGHT], row_sum[HEIGHT];           // of row_sum, this thread's share
     Interval sees[HEIGHT];
-    typename S::Row what[HEIGHT];
+    typename S::Row row_score[HEIGHT];
 
     __device__ static int column(int n, int i) { return Lanes<ROW_LANES>::template column<VECTOR>(n, i); }
 
@@ -39,12 +39,12 @@ struct ThreadRows : Lanes<ROW_LANES> {
                          Interval part, const S& score) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
-            const bool there = rows.there(row(i)), known = there && !arrays.fresh;
+            const bool there = rows.contains(row(i)), known = there && !arrays.fresh;
             const long long at = there ? rows.state_row(row(i)) : 0;
-            what[i] = score.row(rows, row(i));
-            sees[i] = there ? cut(rows.interval(begin, end, row(i)), part) : Interval{0, 0};
-            top[i] = known ? arrays.top[at] : -infinity(0.0f);
-            sum[i] = known && lane() == 0 ? arrays.sum[at] : 0;
+            row_score[i] = score.row(rows, row(i));
+            sees[i] = there ? intersection(rows.interval(begin, end, row(i)), part) : Interval{0, 0};
+            row_max[i] = known ? arrays.row_max[at] : -infinity(0.0f);
+            row_sum[i] = known && lane() == 0 ? arrays.row_sum[at] : 0;
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
 #pragma unroll
@@ -58,12 +58,12 @@ struct ThreadRows : Lanes<ROW_LANES> {
     __device__ void store(const StateArrays<float>& arrays, const Rows& rows) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
-            const float total = across_row(sum[i], added);
-            if (!rows.there(row(i))) continue;
-            const long long at = arrays.place(rows.state_row(row(i)));
+            const float total = across_row(row_sum[i], added);
+            if (!rows.contains(row(i))) continue;
+            const long long at = arrays.target_row(rows.state_row(row(i)));
             if (lane() == 0) {
-                arrays.top[at] = top[i];
-                arrays.sum[at] = total;
+                arrays.row_max[at] = row_max[i];
+                arrays.row_sum[at] = total;
             }
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
@@ -88,21 +88,21 @@ struct ThreadRows : Lanes<ROW_LANES> {
             for (int j = 0; j < EACH; ++j) {
                 const int column = start + other(j);
                 seen[j] = !PARTIAL || sees[i].holds(column);
-                s[i][j] = score.shape(rounded_product(s[i][j], scale), what[i], score.key(column));
+                s[i][j] = score.apply(rounded_product(s[i][j], scale), row_score[i], score.key(column));
                 if (!seen[j]) s[i][j] = -infinity(0.0f);
                 high = larger(high, s[i][j]);
             }
-            high = larger(top[i], across_row(high, larger));
+            high = larger(row_max[i], across_row(high, larger));
             const float base = high == -infinity(0.0f) ? 0 : high;       // -inf - -inf would be NaN
-            const float shrink = exponential(top[i] - base);
-            top[i] = high;
-            sum[i] *= shrink;
+            const float shrink = exponential(row_max[i] - base);
+            row_max[i] = high;
+            row_sum[i] *= shrink;
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 const float p = exponential(s[i][j] - base);
-                const float kept = score.kept(what[i], score.key(start + other(j)));
-                p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * kept : UNSEEN;
-                if (seen[j]) sum[i] += p;
+                const float dropout = score.dropout_factor(row_score[i], score.key(start + other(j)));
+                p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * dropout : UNSEEN;
+                if (seen[j]) row_sum[i] += p;
             }
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
@@ -137,7 +137,7 @@ struct ThreadRows : Lanes<ROW_LANES> {
 
 template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * ROW_LANES)
-accumulate(float* acc, float* top, float* sum, const float* q, const float* k, const float* v, const int* begin,
+accumulate(float* acc, float* row_max, float* row_sum, const float* q, const float* k, const float* v, const int* begin,
            const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v, int stride_v, float scale,
            int width, int fresh, const void* packed_score) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
@@ -149,10 +149,10 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
                     static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
     const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
     const int mine = threadIdx.x;
-    const bool has_row = mine < ROWS && rows.there(mine);
-    const Interval interval = has_row ? cut(rows.interval(begin, end, mine), part) : Interval{0, 0};
-    const Sight sight = sight_of_block<WARPS>(sight_of(interval, has_row));
-    const Interval range = sight.any;
+    const bool has_row = mine < ROWS && rows.contains(mine);
+    const Interval interval = has_row ? intersection(rows.interval(begin, end, mine), part) : Interval{0, 0};
+    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+    const Interval range = visible.hull;
     const int tiles = range.tiles(KEYS);
     if (tiles == 0 && !fresh) return;
 
@@ -179,7 +179,7 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         copy_commit();
     }
 
-    const StateArrays<float> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
+    const StateArrays<float> arrays{acc, row_max, row_sum, dim_v, stride_v, fresh != 0,
                                     static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
     const S score(packed_score, n_q, n_k, kv_heads * group);
     State state;
@@ -187,7 +187,7 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
 
     for (int i = 0; i < tiles; ++i) {
         const int start = range.low + i * KEYS;
-        const bool full = sight.full(start, KEYS);
+        const bool full = visible.full(start, KEYS);
         copy_wait<1>();
         __syncthreads();                           // K is here
         if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale, score);
