@@ -5,8 +5,8 @@
 //              (KEYS, 1, 64) with the 128-byte swizzle, zeros outside
 //
 // grid (ceil(n_q group / ROWS), kv_heads, parts) of 128 (GROUPS + 1) threads; ROWS = 64 GROUPS; dynamic shared memory:
-// SharedLayout::BYTES. The caller guarantees: dim <= DIM, dim_v <= DIM_V, DIM and DIM_V 64 or 128; dim and dim_v multiples of
-// 8; q, k and v aligned to 16 bytes, acc to 8; n_k + width < 2^31.
+// SharedLayout::BYTES. The caller guarantees: dim <= DIM, dim_v <= DIM_V, DIM and DIM_V 64 or 128; dim and dim_v
+// multiples of 8; q, k and v aligned to 16 bytes, acc to 8; n_k + width < 2^31.
 //
 // The threads have roles, as in Shah et al. 2024, FlashAttention-3: one copies tiles of K and V into stages, in turns;
 // each other warpgroup folds them into the state of its 64 rows, which stays in registers. Over tiles that all its
@@ -17,7 +17,7 @@
 
 #include "finite.cuh"
 #include "panels.cuh"
-#include "rows.cuh"
+#include "softmax.cuh"
 
 constexpr int GROUP_ROWS = 64, WARP_ROWS = 16, WARPS = 4;       // of a warpgroup
 
@@ -25,7 +25,8 @@ constexpr int GROUP_ROWS = 64, WARP_ROWS = 16, WARPS = 4;       // of a warpgrou
 template <int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
 struct SharedLayout {
     static constexpr int Q = GROUP_ROWS * DIM * 2, K = KEYS * DIM * 2, V = KEYS * DIM_V * 2;
-    static constexpr int BYTES = PANEL_ALIGN + GROUPS * Q + STAGES * (K + V + 4 * static_cast<int>(sizeof(MBarrier)));
+    static constexpr int BARRIERS = 4 * static_cast<int>(sizeof(MBarrier));        // of a stage
+    static constexpr int BYTES = PANEL_ALIGN + GROUPS * Q + STAGES * (K + V + BARRIERS);
 
     unsigned char *q, *k, *v;
     MBarrier *k_full, *v_full, *k_empty, *v_empty;      // of each stage
@@ -77,18 +78,15 @@ __device__ inline void release(MBarrier& empty) {
 // Tiles of `keys` columns from `start` on that rows see in full: low <= tile < high.
 __device__ inline Interval full_tiles(const VisibleColumns& visible, int start, int keys) {
     if (visible.hull.low >= visible.hull.high) return {0, 0};
-    return intersection({(visible.common.low - start + keys - 1) / keys, (visible.common.high - start) / keys}, {0, NOWHERE});
+    const Interval full{(visible.common.low - start + keys - 1) / keys, (visible.common.high - start) / keys};
+    return intersection(full, {0, NOWHERE});
 }
-
-struct alignas(8) Two {
-    float first, second;
-};
 
 // The rows of a warpgroup, 16 in each warp: what they see, and their state in registers.
 template <class T, int DIM, int DIM_V, int KEYS>
 struct GroupRows {
     float acc[DIM_V / 8][4];
-    float row_max[2], row_sum[2];                      // of rows g and g + 8 of the warp; of row_sum, this lane's share
+    float row_max[2], row_sum[2];
     Interval sees[2];
     float s[KEYS / 8][4];                      // scores, then weights
     unsigned p[KEYS / 16][4];                  // weights, as the left side of a product
@@ -100,7 +98,7 @@ struct GroupRows {
         for (int column = 0; column < DIM; column += 16) {
             const int panel = column / PANEL_COLUMNS, inside = column % PANEL_COLUMNS * 2;
             wgmma(T{}, s, advanced(q, panel * GROUP_ROWS * PANEL_ROW_BYTES + inside),
-                    advanced(k, panel * KEYS * PANEL_ROW_BYTES + inside), column > 0);
+                  advanced(k, panel * KEYS * PANEL_ROW_BYTES + inside), column > 0);
         }
         wgmma_commit();
     }
@@ -128,25 +126,7 @@ struct GroupRows {
     // Turn scores into weights, and move the maximum and the sum to what they are now; acc is to shrink by `shrink`.
     __device__ void weigh(float (&shrink)[2]) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float high = row_max[h];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
-            const float base = high == -infinity(float{}) ? 0.f : high;      // -inf - -inf would be NaN
-            shrink[h] = exponential(row_max[h] - base);
-            row_max[h] = high;
-            float more = 0;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-                for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                    s[n][i] = exponential(s[n][i] - base);
-                    more += s[n][i];
-                }
-            row_sum[h] = row_sum[h] * shrink[h] + more;
-        }
+        for (int h = 0; h < 2; ++h) shrink[h] = online_softmax(s, h, row_max[h], row_sum[h]);
     }
 
     // Take the weights and the maximum of a tile over, once no product reads the ones before.
@@ -219,9 +199,8 @@ struct GroupRows {
 
 template <class T, int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
 __global__ void __launch_bounds__(WARPGROUP * (GROUPS + 1), 1)
-accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_constant__ TensorMap k,
-           const __grid_constant__ TensorMap v, const int* begin, const int* end, int n_q, int n_k, int kv_heads,
-           int group, int dim, int dim_v, int stride_v, float scale, int width, int fresh) {
+accumulate(const StateArrays<float> arrays, const T* q, const __grid_constant__ TensorMap k,
+           const __grid_constant__ TensorMap v, const Problem<float> problem) {
     static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
     static_assert(STAGES >= 2, "scores are started a tile ahead");
     static_assert(KEYS == 128, "products are of this width");
@@ -232,28 +211,29 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
     // The first warpgroup copies. The same for all lanes of a warp, which the compiler does not see by itself.
     const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0) - WARPS, lane = threadIdx.x % 32;
     const int mine = warp * WARP_ROWS;
-    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
-                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
-    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+    const Rows rows = rows_of_block(problem, ROWS);
+    const Interval part = columns_of_part(problem.n_k, arrays.width);
 
-    __shared__ VisibleColumns visible_columns[GROUPS * WARPS];
+    // What each row sees of this part, each warpgroup, and the tiles of keys that any row of the block sees.
+    __shared__ VisibleColumns of_warps[GROUPS * WARPS];
     const bool has_row = warp >= 0 && lane < WARP_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? intersection(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
-    const VisibleColumns visible_to_this_warp = visible_to_warp(interval, has_row);
-    if (warp >= 0 && lane == 0) visible_columns[warp] = visible_to_this_warp;
+    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
+                                      : Interval{0, 0};
+    const VisibleColumns of_this_warp = visible_to_warp(interval, has_row);
+    if (warp >= 0 && lane == 0) of_warps[warp] = of_this_warp;
     if (threadIdx.x == 0) layout.make_barriers();
     __syncthreads();
-    VisibleColumns visible_to_group[GROUPS];
+    VisibleColumns of_groups[GROUPS];
     Interval range{NOWHERE, 0};
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        visible_to_group[g] = visible_columns[g * WARPS];
+        of_groups[g] = of_warps[g * WARPS];
 #pragma unroll
-        for (int w = 1; w < WARPS; ++w) visible_to_group[g] = merged(visible_to_group[g], visible_columns[g * WARPS + w]);
-        range = {min(range.low, visible_to_group[g].hull.low), max(range.high, visible_to_group[g].hull.high)};
+        for (int w = 1; w < WARPS; ++w) of_groups[g] = merged(of_groups[g], of_warps[g * WARPS + w]);
+        range = {min(range.low, of_groups[g].hull.low), max(range.high, of_groups[g].hull.high)};
     }
     const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !fresh) return;
+    if (tiles == 0 && !arrays.fresh) return;
 
     if (warp < 0) {
         decrease_registers<COPIER_REGISTERS>();
@@ -284,35 +264,29 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
         for (int i = 0; i < GROUP_ROWS * CHUNKS; i += WARPGROUP) {
             const int chunk = i + threadIdx.x % WARPGROUP, r = chunk / CHUNKS, c = chunk % CHUNKS;
             const int row = warpgroup * GROUP_ROWS + r;
-            const bool there = rows.contains(row) && c * 8 < dim;
-            store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c),
-                        there ? *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * dim + c * 8) : Chunk{});
+            Chunk numbers{};
+            if (rows.contains(row) && c * 8 < problem.dim)
+                numbers = *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * problem.dim + c * 8);
+            store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c), numbers);
         }
         fence_async_proxy();
         named_barrier_sync(1 + warpgroup, WARPGROUP);
 
         GroupRows<T, DIM, DIM_V, KEYS> state;
-        const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
+        const int own_row = mine + lane / 4;       // the other is 8 further on
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int local = 8 * h + lane / 4, row = mine + local;
-            state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, local), __shfl_sync(ALL_LANES, interval.high, local)};
-            const bool known = !fresh && rows.contains(row);
-            const long long at = known ? rows.state_row(row) : 0;
-            state.row_max[h] = known ? row_max[at] : -infinity(float{});
-            state.row_sum[h] = known && lane % 4 == 0 ? row_sum[at] : 0.f;
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n) {
-                const int column = column_of(0, n, 0);
-                const Two two = known && column < dim_v ? *reinterpret_cast<const Two*>(acc + at * stride_v + column)
-                                                        : Two{0.f, 0.f};
-                state.acc[n][2 * h] = two.first;
-                state.acc[n][2 * h + 1] = two.second;
-            }
+            const int row = own_row + 8 * h;
+            state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, row - mine),
+                             __shfl_sync(ALL_LANES, interval.high, row - mine)};
+            const bool known = !arrays.fresh && rows.contains(row);
+            load_state<true>(arrays, problem.dim_v, known ? rows.state_row(row) : 0, known, h, state.acc,
+                             state.row_max[h], state.row_sum[h]);
         }
 
         const SmemDescriptor q_descriptor = smem_descriptor<true, GROUP_ROWS>(q_tile);
-        const SmemDescriptor k_descriptor = smem_descriptor<true, KEYS>(layout.k), v_descriptor = smem_descriptor<false, KEYS>(layout.v);
+        const SmemDescriptor k_descriptor = smem_descriptor<true, KEYS>(layout.k);
+        const SmemDescriptor v_descriptor = smem_descriptor<false, KEYS>(layout.v);
         auto start_scores = [&](int i) {
             layout.k_full[layout.stage(i)].wait(layout.parity(i));
             state.start_scores(q_descriptor, advanced(k_descriptor, layout.stage(i) * layout.K));
@@ -333,12 +307,12 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
             }
         };
 
-        VisibleColumns visible = visible_to_group[0];
+        VisibleColumns visible = of_groups[0];
         Interval all_run{0, NOWHERE};
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
-            if (g == warpgroup) visible = visible_to_group[g];
-            all_run = intersection(all_run, full_tiles(visible_to_group[g], range.low, KEYS));
+            if (g == warpgroup) visible = of_groups[g];
+            all_run = intersection(all_run, full_tiles(of_groups[g], range.low, KEYS));
         }
         const bool sees_any = visible.hull.low < visible.hull.high;
         const int first = sees_any ? (visible.hull.low - range.low) / KEYS : tiles;
@@ -346,7 +320,8 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
         const Interval full = full_tiles(visible, range.low, KEYS);
         const Interval turns{all_run.low, all_run.high - 1};       // the last tile of a run starts no scores
         auto await_turn = [&](int i) {
-            if (turns.holds(i) && (warpgroup > 0 || i > turns.low)) named_barrier_sync(1 + GROUPS + warpgroup, 2 * WARPGROUP);
+            if (turns.holds(i) && (warpgroup > 0 || i > turns.low))
+                named_barrier_sync(1 + GROUPS + warpgroup, 2 * WARPGROUP);
         };
         auto pass_turn_on = [&](int i) {
             if (turns.holds(i) && (warpgroup < GROUPS - 1 || i + 1 < turns.high))
@@ -360,7 +335,7 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
             wgmma_wait<0>(state.s);
             release_k(i);
             if (full.holds(i)) {
-                state.template scale_scores<false>(scale, start);
+                state.template scale_scores<false>(problem.scale, start);
                 state.weigh(shrink);
                 state.take(shrink);
                 for (; i + 1 < full.high; ++i) {
@@ -370,7 +345,7 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
                     pass_turn_on(i);
                     wgmma_wait<1>(state.s);
                     release_k(i + 1);
-                    state.template scale_scores<false>(scale, start);
+                    state.template scale_scores<false>(problem.scale, start);
                     state.weigh(shrink);
                     settle(state.row_sum[0] + state.row_sum[1]);
                     wgmma_wait<0>(state.acc);
@@ -380,7 +355,7 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
                 start_values(i);
                 wgmma_wait<0>(state.acc);
             } else {
-                state.template scale_scores<true>(scale, start);
+                state.template scale_scores<true>(problem.scale, start);
                 state.weigh(shrink);
                 state.take(shrink);
                 layout.v_full[layout.stage(i)].wait(layout.parity(i));
@@ -391,7 +366,7 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
                 } else {
                     state.add_carefully(v_tile, start);
                 }
-                fence_async_proxy();                      // the next tile comes after what threads have read of this
+                fence_async_proxy();                       // the next tile comes after what threads have read of this
             }
             release_v(i);
             ++i;
@@ -400,23 +375,10 @@ accumulate(float* acc, float* row_max, float* row_sum, const T* q, const __grid_
 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float total = state.row_sum[h];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const int row = mine + 8 * h + lane / 4;
-            if (!rows.contains(row)) continue;
-            const long long at = offset + rows.state_row(row);
-            if (lane % 4 == 0) {
-                row_max[at] = state.row_max[h];
-                row_sum[at] = total;
-            }
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n) {
-                const int column = column_of(0, n, 0);
-                if (column < dim_v)
-                    *reinterpret_cast<Two*>(acc + at * stride_v + column) = {state.acc[n][2 * h],
-                                                                            state.acc[n][2 * h + 1]};
-            }
+            const int row = own_row + 8 * h;
+            const bool exists = rows.contains(row);
+            const long long at = arrays.target_row(exists ? rows.state_row(row) : 0, rows.state_rows());
+            store_state<true>(arrays, problem.dim_v, at, exists, h, state.acc, state.row_max[h], state.row_sum[h]);
         }
     }
 }

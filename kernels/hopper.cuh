@@ -78,12 +78,12 @@ __device__ inline void named_barrier_sync(int number, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 
-// Count as having come to a meeting, and go on.
+// Arrive at such a barrier, and go on.
 __device__ inline void named_barrier_arrive(int number, int threads) {
     asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 
-// Meet, and tell whether any thread says yes.
+// The same as the first; tells whether any thread says yes.
 __device__ inline bool named_barrier_or(int number, int threads, bool yes) {
     int any;
     asm volatile("{\n"
@@ -143,8 +143,12 @@ __device__ inline void wgmma_wait(float (&d)[N][4]) {
                  "setp.ne.s32 add, %66, 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES " {" NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n" \
                  "}" : REGISTERS_64(d) : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-__device__ inline void wgmma(bfloat16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) { WGMMA("bf16.bf16"); }
-__device__ inline void wgmma(float16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) { WGMMA("f16.f16"); }
+__device__ inline void wgmma(bfloat16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) {
+    WGMMA("bf16.bf16");
+}
+__device__ inline void wgmma(float16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) {
+    WGMMA("f16.f16");
+}
 #undef WGMMA
 
 // d += a b, with a of 64 x 16 in registers, 16 rows in each warp as in platform.cuh, and b of 16 x 128 or 16 x 64 in

@@ -28,5 +28,7 @@ __device__ inline SmemDescriptor smem_descriptor(const void* tile) {
     return SWIZZLE_128 | EIGHT_ROWS << 32 | NEXT_PANEL << 16 | (shared_address(tile) & 0x3ffff) >> 4;
 }
 
-// The operand `bytes` further on, a multiple of 16.
-__device__ inline SmemDescriptor advanced(SmemDescriptor from, int bytes) { return from + static_cast<SmemDescriptor>(bytes / 16); }
+// The descriptor of what lies `bytes` further on, a multiple of 16.
+__device__ inline SmemDescriptor advanced(SmemDescriptor from, int bytes) {
+    return from + static_cast<SmemDescriptor>(bytes / 16);
+}

@@ -4,7 +4,7 @@
 // a group, which share keys, lie side by side: row r is query r / group, head kv_head * group + r % group.
 #pragma once
 
-#include "platform.cuh"
+#include "arguments.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int NOWHERE = 0x7fffffff;
@@ -37,24 +37,28 @@ struct Rows {
         return static_cast<long long>(i) * (kv_heads * group) + kv_head * group + (first + row - i * group);
     }
 
+    // How many there are of all heads.
+    __device__ long long state_rows() const { return static_cast<long long>(n_q) * kv_heads * group; }
+
     __device__ Interval interval(const int* begin, const int* end, int row) const {
         return {begin[query(row)], end[query(row)]};
     }
 };
 
+// The rows of this block of threads, `count` of them. The last rows, which see most, come first.
+template <class A>
+__device__ inline Rows rows_of_block(const Problem<A>& problem, int count) {
+    return {problem.n_q, problem.kv_heads, problem.group, static_cast<int>(blockIdx.y),
+            static_cast<int>(gridDim.x - 1 - blockIdx.x) * count};
+}
+
+// The columns of this block's part.
+__device__ inline Interval columns_of_part(int n_k, int width) {
+    return {static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+}
+
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`; see platform.cuh.
 __device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
-
-// The state in global memory: to be taken up and put back, or, if `fresh`, begun anew and put into an array of this part.
-template <class A>
-struct StateArrays {
-    A *acc, *row_max, *row_sum;
-    int dim_v, stride_v;
-    bool fresh;
-    long long part;            // rows before this part's
-
-    __device__ long long target_row(long long state_row) const { return fresh ? part + state_row : state_row; }
-};
 
 // What a set of rows sees: nobody sees beyond `hull`, everybody sees all of `common`.
 struct VisibleColumns {

@@ -2,10 +2,10 @@
 // defines them. A kernel takes a Score of one of two kinds: the plain one has nothing to keep and nothing to do.
 #pragma once
 
-#include "platform.cuh"
+#include "arguments.cuh"
 
-// How a Score comes to the GPU. Arrays follow it, one after the other: slopes (heads,) of type A, dropout_keys (heads,),
-// positions of the queries (n_q,) and of the keys (n_k,), 32 bits each; what the score does not use is 0.
+// How a Score comes to the GPU. Arrays follow it, one after the other: slopes (heads,) of type A, and of 32 bits each
+// dropout keys (heads,), positions of the queries (n_q,) and of the keys (n_k,); what the score does not use is 0.
 template <class A>
 struct PackedScore {
     A softcap, gain;           // 0 for none; gain: factor of the weights that are kept
@@ -30,7 +30,7 @@ template <class A, bool WITH_FUNCTIONS>
 struct Score {
     static constexpr bool FUNCTIONS = false;
     struct Row {};
-    __device__ Score(const void*, int, int, int) {}
+    __device__ explicit Score(const Problem<A>&) {}
     template <class R>
     __device__ Row row(const R&, int) const { return {}; }
     __device__ int key(int) const { return 0; }
@@ -50,11 +50,12 @@ struct Score<A, true> {
     const int *queries, *keys;
     int last_key;
 
-    __device__ Score(const void* packed, int n_q, int n_k, int heads)
-        : header(*static_cast<const PackedScore<A>*>(packed)), inverse(1 / header.softcap),
-          slopes(reinterpret_cast<const A*>(static_cast<const PackedScore<A>*>(packed) + 1)),
-          dropout_keys(reinterpret_cast<const unsigned*>(slopes + heads)),
-          queries(reinterpret_cast<const int*>(dropout_keys + heads)), keys(queries + n_q), last_key(n_k - 1) {}
+    __device__ explicit Score(const Problem<A>& problem)
+        : header(*static_cast<const PackedScore<A>*>(problem.packed_score)), inverse(1 / header.softcap),
+          slopes(reinterpret_cast<const A*>(static_cast<const PackedScore<A>*>(problem.packed_score) + 1)),
+          dropout_keys(reinterpret_cast<const unsigned*>(slopes + problem.kv_heads * problem.group)),
+          queries(reinterpret_cast<const int*>(dropout_keys + problem.kv_heads * problem.group)),
+          keys(queries + problem.n_q), last_key(problem.n_k - 1) {}
 
     // What the score of a row depends on; R: a kind of Rows.
     template <class R>

@@ -253,7 +253,7 @@ class Device:
         stream.wait_event(event.cupy_event)
 
     def read_rows(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
-        """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.gather`."""
+        """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.read_rows`."""
         target = self.empty(shape, dtype)
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         stream = self.caller_stream()
@@ -410,11 +410,15 @@ class Device:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
                stream: Any) -> None:
-        """Start blocks of `threads` threads of a kernel on `stream`; arguments are GPU arrays and NumPy scalars."""
+        """Start blocks of `threads` threads of a kernel on `stream`.
+
+        Arguments are GPU arrays, NumPy scalars, structs, and what `tensor_map` gives.
+        """
         if shared_bytes > 40 * 1024:           # a kernel has 48 KiB unless it asks, its static share included
             kernel.max_dynamic_shared_size_bytes = shared_bytes
         with stream:
-            kernel(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+            kernel(grid, (threads,), tuple(x.value if isinstance(x, Struct) else x for x in arguments),
+                   shared_mem=shared_bytes)
 
 
 def _uuid(index: int) -> str:
@@ -433,6 +437,33 @@ def _bytes(x: Any) -> Any:
 def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrived: Any) -> None:
     arrived.synchronize()
     target[at] = piece
+
+
+class Struct:
+    """A struct that a kernel is given by value.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Its fields, laid out as in C++.
+    **fields : array or number
+        Their values; of a GPU array its address.
+
+    Attributes
+    ----------
+    value : array of shape (1,)
+        The struct: CuPy passes a host array of one item by value.
+    arrays : list
+        The arrays whose addresses are in it: they live as long as it does.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], **fields: Any) -> None:
+        if set(fields) != set(dtype.names or ()):
+            raise TypeError(f"expected the fields {dtype.names}, got {tuple(fields)}")
+        self.value = np.zeros(1, dtype)
+        self.arrays = [x for x in fields.values() if hasattr(x, "__cuda_array_interface__")]
+        for name, x in fields.items():
+            self.value[name] = x.data.ptr if hasattr(x, "__cuda_array_interface__") else x
 
 
 class Event:

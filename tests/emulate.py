@@ -14,7 +14,7 @@ import numpy as np
 from fake_device import FakeArray, FakeDevice
 
 from ringmpi.backends.cuda.sources import kernels_folder
-from ringmpi.device import Device
+from ringmpi.device import Device, Struct
 
 # TensorMap in emulator/hopper.cuh: x first.
 MAP = np.dtype([("address", np.uint64), ("sizes", np.uint64, 3), ("strides", np.uint64, 3), ("box", np.uint32, 3),
@@ -97,9 +97,10 @@ class EmulatedDevice(FakeDevice, Device):
 
 
 def run(compiled, grid, threads, shared_bytes, arguments, seed=0):
-    """Run a compiled kernel to its end; arguments are fake arrays and NumPy scalars."""
-    # An array is passed as its address, a scalar as it is; the kernel gets the address of each.
-    values = [np.array(x.data.ptr if isinstance(x, FakeArray) else x) for x in arguments]
+    """Run a compiled kernel to its end; arguments are fake arrays, NumPy scalars and structs."""
+    # An array is passed as its address, others as they are; the kernel gets the address of each.
+    plain = (x.value if isinstance(x, Struct) else x.data.ptr if isinstance(x, FakeArray) else x for x in arguments)
+    values = [np.array(x) for x in plain]
     addresses = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
     sizes = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
     compiled(sizes, ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.c_uint(seed), addresses)

@@ -10,6 +10,7 @@ from oracle import case
 
 from ringmpi import BackendError, device
 from ringmpi.backends.cuda import backend as cuda
+from ringmpi.backends.cuda.arguments import from_number
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, forward_kernels
 from ringmpi.device import choose_index
@@ -254,7 +255,7 @@ def test_views_of_real_cupy_arrays():
     one, = v
     assert one[1:3].data.ptr == v.data.ptr + 16
     assert one[1:3].flags.c_contiguous
-    assert cuda._from(one, 5).data.ptr == v.data.ptr + 10
+    assert from_number(one, 5).data.ptr == v.data.ptr + 10
     assert cuda._alignment(one) == 8
     assert device.view(v) is v
     assert device._bytes(v).shape == (64,)

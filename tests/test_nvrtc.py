@@ -16,7 +16,8 @@ nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings
 ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 * 1024),
                  "sm_100": (227 * 1024, 228 * 1024)}
 MOST_SPILLED = 160            # bytes a thread stores outside its registers, all over the kernel; mostly before its loop
-STATE = ["visible_columns", *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add") for kind in ("float", "double")),
+STATE = ["visible_columns",
+         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),

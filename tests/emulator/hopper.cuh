@@ -2,7 +2,7 @@
 //
 // What runs on its own on a GPU is late here. The box of a copy is NaN until it arrives, in any order, at some turn of
 // the scheduler. The registers of a product are NaN until the wait for it, which each warp ends for itself; what it
-// reads, in shared memory and in registers, must be the same then as when it was started. Operands are decoded from
+// reads, in shared memory and in registers, must be the same then as when it was started. Descriptors are decoded from
 // their 64 bits, and shared memory is addressed as a GPU does it. What a thread wrote must have been fenced by it, and
 // the thread have come to a barrier since, before a product reads it.
 #pragma once
@@ -115,7 +115,7 @@ inline Phases& phases(const void* barrier) {
     return found->second;
 }
 
-// A 16-bit number of an operand.
+// A 16-bit number of a descriptor.
 inline unsigned short number_at(unsigned address) {
     const unsigned place = swizzled(address);
     if (hopper().stored.count(place / 16)) fail("a product reads what was not fenced, or not before a barrier");
@@ -124,12 +124,12 @@ inline unsigned short number_at(unsigned address) {
     return bits;
 }
 
-// Numbers (i, k) of an operand, i < width and k < 16: the canonical layouts of the 128-byte swizzle, for 16 bits.
-inline std::vector<unsigned short> read(unsigned long long operand, bool along, int width) {
-    const unsigned start = (operand & 0x3fff) << 4, leading = (operand >> 16 & 0x3fff) << 4,
-                   stride = (operand >> 32 & 0x3fff) << 4;
-    if (operand >> 62 != 1 || (operand >> 14 & 3) || (operand >> 30 & 3) || (operand >> 46 & 0xffff))
-        fail("an operand that is not of the 128-byte swizzle");
+// Numbers (i, k) of a descriptor, i < width and k < 16: the canonical layouts of the 128-byte swizzle, for 16 bits.
+inline std::vector<unsigned short> read(unsigned long long descriptor, bool along, int width) {
+    const unsigned start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                   stride = (descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 14 & 3) || (descriptor >> 30 & 3) || (descriptor >> 46 & 0xffff))
+        fail("a descriptor that is not of the 128-byte swizzle");
     std::vector<unsigned short> all;
     for (int i = 0; i < width; ++i)
         for (int k = 0; k < 16; ++k)

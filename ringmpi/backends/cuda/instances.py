@@ -16,7 +16,8 @@ TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16
          np.dtype(np.float16): "float16"}
 
 
-def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True) -> list[Kernel]:
+def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
+                    ) -> list[Kernel]:
     """List the forward kernels for `rows` rows of a key head, the one that should be fastest first. Local.
 
     Parameters
@@ -85,7 +86,7 @@ def _simt(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int, 
 
 
 def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
-                    ) -> list[Kernel]:
+               ) -> list[Kernel]:
     """List the kernels for dq; as `forward_kernels`, but `align` is dout's too. Local."""
     wide, wide_v = _sixteens(dim), _sixteens(dim_v)
     widest = max(wide, wide_v)
