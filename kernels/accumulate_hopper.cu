@@ -199,8 +199,8 @@ struct GroupRows {
 
 template <class T, int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
 __global__ void __launch_bounds__(WARPGROUP * (GROUPS + 1), 1)
-accumulate(const StateArrays<float> arrays, const T* q, const __grid_constant__ TensorMap k,
-           const __grid_constant__ TensorMap v, const Problem<float> problem) {
+accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const __grid_constant__ TensorMap k,
+           const __grid_constant__ TensorMap v, const __grid_constant__ Problem<float> problem) {
     static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
     static_assert(STAGES >= 2, "scores are started a tile ahead");
     static_assert(KEYS == 128, "products are of this width");

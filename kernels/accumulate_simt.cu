@@ -133,8 +133,8 @@ struct ThreadRows : Lanes<ROW_LANES> {
 
 template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * ROW_LANES)
-accumulate(const StateArrays<float> arrays, const float* q, const float* k, const float* v,
-           const Problem<float> problem) {
+accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
+           const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
     using S = Score<float, FUNCTIONS>;
     using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S>;

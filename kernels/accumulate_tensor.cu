@@ -135,8 +135,8 @@ struct WarpRows {
 
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
-accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
-           const Problem<Accumulator<T>> problem) {
+accumulate(const __grid_constant__ StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
+           const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
     using S = Score<A, FUNCTIONS>;

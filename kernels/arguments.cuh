@@ -1,5 +1,6 @@
 // The arguments of the kernels over tiles, in structs that are passed by value. ringmpi/backends/cuda/arguments.py has
-// the same fields in the same order; a test compares the two layouts.
+// the same fields in the same order; a test compares the two layouts. Kernels take them as const __grid_constant__:
+// fields are then read where the launch put them, and take no registers when they are not in use.
 #pragma once
 
 #include "platform.cuh"

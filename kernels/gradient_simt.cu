@@ -36,7 +36,8 @@ struct Sums {
 
 template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * LANES)
-gradient_dq(float* dq, const GradientInputs<float> inputs, const Problem<float> problem) {
+gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
+            const __grid_constant__ Problem<float> problem) {
     using S = Score<float, FUNCTIONS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, ROWS = HEIGHT * LANES, EACH = KEYS / 16;
@@ -110,8 +111,8 @@ gradient_dq(float* dq, const GradientInputs<float> inputs, const Problem<float> 
 
 template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * LANES)
-gradient_dkdv(float* dk, float* dv, const GradientInputs<float> inputs, const VisibleColumns* visible,
-              const Problem<float> problem) {
+gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
+              const __grid_constant__ Problem<float> problem) {
     using S = Score<float, FUNCTIONS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16, STRIDE_P = padded_weights(ROWS);

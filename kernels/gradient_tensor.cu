@@ -33,7 +33,8 @@ __device__ inline void add_to(Row row, const A (&acc)[HEIGHT][N][4], int start, 
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
           bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS)
-gradient_dq(Accumulator<T>* dq, const GradientInputs<T> inputs, const Problem<Accumulator<T>> problem) {
+gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
+            const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using S = Score<A, FUNCTIONS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
@@ -111,8 +112,8 @@ gradient_dq(Accumulator<T>* dq, const GradientInputs<T> inputs, const Problem<Ac
 template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, int HEIGHT, int ROWS, int STAGES,
           int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS)
-gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const GradientInputs<T> inputs, const VisibleColumns* visible,
-              const Problem<Accumulator<T>> problem) {
+gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
+              const VisibleColumns* visible, const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using S = Score<A, FUNCTIONS>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;

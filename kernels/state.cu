@@ -16,7 +16,7 @@ __device__ inline long long thread_count() { return static_cast<long long>(gridD
 
 // Forget every key. `sinks`, null or (heads,), are scores that the rows of a head have besides. Any grid.
 template <class A>
-__global__ void reset(const StateArrays<A> state, const A* sinks, long long rows, int heads) {
+__global__ void reset(const __grid_constant__ StateArrays<A> state, const A* sinks, long long rows, int heads) {
     for (long long i = thread_number(); i < rows * state.stride_v; i += thread_count()) state.acc[i] = 0;
     for (long long i = thread_number(); i < rows; i += thread_count()) {
         state.row_max[i] = sinks ? sinks[i % heads] : -infinity(A{});
@@ -28,7 +28,8 @@ __global__ void reset(const StateArrays<A> state, const A* sinks, long long rows
 // grid (rows,) of 32 Combine::WARPS threads; dim_v <= Combine::MOST_COLUMNS.
 template <class A>
 __global__ void __launch_bounds__(32 * Combine::WARPS)
-combine(const StateArrays<A> state, const StateArrays<A> parts, int count, long long rows) {
+combine(const __grid_constant__ StateArrays<A> state, const __grid_constant__ StateArrays<A> parts, int count,
+        long long rows) {
     constexpr int WARPS = Combine::WARPS, MOST_COLUMNS = Combine::MOST_COLUMNS, EACH = MOST_COLUMNS / 32;
     __shared__ A highs[WARPS], sums[WARPS], columns[WARPS][MOST_COLUMNS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim_v = state.stride_v;
@@ -77,8 +78,8 @@ combine(const StateArrays<A> state, const StateArrays<A> parts, int count, long 
 
 // Normalise: out = acc / row_sum and lse = row_max + log(row_sum); 0 and -inf for queries with seen = 0. Any grid.
 template <class T, class A>
-__global__ void finish(const StateArrays<A> state, const unsigned char* seen, T* out, A* lse, long long rows,
-                       int heads) {
+__global__ void finish(const __grid_constant__ StateArrays<A> state, const unsigned char* seen, T* out, A* lse,
+                       long long rows, int heads) {
     for (long long i = thread_number(); i < rows * state.stride_v; i += thread_count()) {
         const long long row = i / state.stride_v;
         store(out + i, seen[row / heads] ? state.acc[i] / state.row_sum[row] : A{0});
