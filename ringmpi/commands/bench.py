@@ -101,10 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
         from .bench_network import measure as measure_network
         rows, hidden = measure_network(arguments), set()
     else:
+        from ..backends import choose_gpu_early
         from .bench_ring import measure as measure_ring
-        if arguments.backend == "cuda":
-            from ..device import choose_early
-            choose_early()
+        choose_gpu_early(arguments.backend)
         rows, hidden = measure_ring(arguments), {"compute min"}
     if rows:
         _print(rows, [name for name in rows[0] if name not in hidden])

@@ -18,8 +18,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__, device
+from .. import __version__
 from ..attention import RingAttention
+from ..backends import choose_gpu_early
 from ..checks import check_shapes
 from ..environment import resident_bytes
 from ..errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
@@ -265,8 +266,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
         target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
     """
-    if options.backend == "cuda":
-        device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
+    choose_gpu_early(options.backend)
     world = comm_world(timeout, expect_ranks)
     comm = mpi.private_comm(world, timeout, exclusive=True)
     clock = Clock()

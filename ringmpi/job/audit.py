@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends import open_backend
+from ..backends import open_backend, tolerance
 from ..environment import cores
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..mask import Interval
 from ..score import Score
-from ..softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
+from ..softmax import TOLERANCE, State, finish
 from .attend import Options, datasets, make_mask, read_heads
 
 PIECE_TOKENS = 8192          # keys at a time
@@ -103,7 +103,7 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
         shift = shift + 2 * eps * np.minimum(np.abs(slopes) * reach, 2 * most + 40)
     tiny = np.finfo(np.float32).tiny
     own = TOLERANCE[result.dtypes["lse"]]
-    bound = (TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE)[sizes.dtype]
+    bound = tolerance(result.record.get("backend"))[sizes.dtype]
     return Audit(len(sample), _largest(given, out, (bound + shift)[..., None] * spread + tiny),
                  _largest(given_lse, exact_lse, own * np.maximum(1, np.abs(exact_lse)) + shift),
                  _largest(given, out, spread + tiny))

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ...device import Device, open_device
+from ...device import Device, open_device, version
 from ...environment import hopper_kernel
 from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
-from ...softmax import Gradient, State
-from ..base import Backend
+from ...softmax import TENSOR_TOLERANCE, Gradient, State
+from ..base import Backend, Shape
 from . import hopper
 from .arguments import from_number, gradient_inputs, problem, state_arrays
 from .instances import TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
@@ -48,6 +48,7 @@ class CudaBackend(Backend):
 
     name = "cuda"
     compiles = True
+    tolerance = TENSOR_TOLERANCE
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -58,6 +59,19 @@ class CudaBackend(Backend):
         self.hopper = hopper_kernel()         # for good once settled: what is proven must be what runs
         self.ways = int(self.hopper)
         self._buffers: dict[str, Array] = {}
+
+    @classmethod
+    def scratch_bytes(cls, q: Shape, k: Shape, v: Shape, dtype: np.dtype[Any], acc_dtype: np.dtype[Any]
+                      ) -> dict[str, int]:
+        """Predict the copies of q, k and v in float64 where that is asked for; see `Backend`. Local."""
+        if acc_dtype != np.float64 or dtype == acc_dtype:
+            return {}
+        return {"q, k and v widened": sum(math.prod(shape) for shape in (q, k, v)) * acc_dtype.itemsize}
+
+    @classmethod
+    def describe(cls) -> str:
+        """Describe CuPy and the driver; see `Backend.describe`. Local."""
+        return version()
 
     def settle(self, wished: str, ways: Sequence[int]) -> None:
         """Use the kernel for Hopper GPUs where all ranks are asked to; see `Backend.settle`. Local."""
