@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
 import sys
 import uuid
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .binaries import keep, kept_name, usable_cache
-from .environment import kernel_cache, launched_local_rank
+from .compiler import binary_of, usable_cache
+from .environment import launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
 
@@ -116,7 +115,8 @@ def choose_early() -> None:
 
     What is wrong is left to the backend to find, when all ranks can agree on the error.
     """
-    local_rank, visible = launched_local_rank(), count()
+    local_rank = launched_local_rank()
+    visible = count()
     if local_rank is not None and visible:
         with suppress(_cupy().cuda.runtime.CUDARuntimeError):
             _cupy().cuda.Device(choose_index(local_rank, visible, True)).use()
@@ -294,7 +294,8 @@ class Device:
             for event in self._free:               # the old ones may still be read from
                 if event is not None:
                     event.synchronize()
-            self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
+            self._staging = [self.pinned(size) for _ in range(2)]
+            self._free = [None, None]
         for number, start in enumerate(range(0, nbytes, max(size, 1))):
             self._next_piece = number % 2
             if self._free[self._next_piece] is not None:
@@ -308,13 +309,14 @@ class Device:
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time what `work` puts on the caller's stream, as the GPU sees it: it is kept busy until all is queued."""
-        stream, cuda = self.caller_stream(), self._cupy.cuda
+        stream = self.caller_stream()
+        cuda = self._cupy.cuda
         if "cover" not in self.cache:
             self.cache["cover"] = self.empty((2**29,), np.uint8), self.empty((2**29,), np.uint8)
         to, of = self.cache["cover"]
         for _ in range(8):                       # some milliseconds
             self.copy(to, of, stream)
-        first, last = cuda.Event(), cuda.Event()
+        first, last = (cuda.Event() for _ in range(2))
         first.record(stream)
         work()
         last.record(stream)
@@ -340,40 +342,15 @@ class Device:
     def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
         """Compile one kernel with NVRTC for an architecture by name, or load it from a cache beside CuPy's.
 
-        CuPy compiles for sm_90, which is without the instructions that sm_90a has.
-
         Raises
         ------
         BackendError
             If it does not compile, or the cache can't be read or written.
         """
-        nvrtc = self._cupy.cuda.nvrtc
         options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
-        source = path.read_text()
-        key = hashlib.sha256(repr(("digest", nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
-        binary = kernel_cache() / f"ringmpi-{key}.cubin"
         with usable_cache():
-            lowered = kept_name(binary)
-            if lowered is None:
-                lowered = self._compile_to(binary, source, path.name, name, options)
+            binary, lowered = binary_of(self._cupy.cuda.nvrtc, path, name, options)
             return self._cupy.RawModule(path=str(binary)).get_function(lowered)
-
-    def _compile_to(self, binary: Path, source: str, file: str, name: str, options: Sequence[str]) -> str:
-        """Compile to a file; give the kernel's name in it, which is kept beside it with a digest."""
-        nvrtc = self._cupy.cuda.nvrtc
-        program = nvrtc.createProgram(source, file, (), ())
-        try:
-            nvrtc.addNameExpression(program, name)
-            nvrtc.compileProgram(program, options)
-            lowered = str(nvrtc.getLoweredName(program, name))
-            content = nvrtc.getCUBIN(program) + b"\0"            # the last byte, which CuPy leaves out
-        except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program)
-            raise BackendError(f"{file}, {name}, {options[0]}: {error}\n{log}") from error
-        finally:
-            nvrtc.destroyProgram(program)
-        keep(binary, lowered, content)
-        return lowered
 
     def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
         """Describe an array to the hardware that copies boxes of it into shared memory, as a kernel's argument.
@@ -396,17 +373,18 @@ class Device:
         BackendError
             If the driver refuses.
         """
-        room = np.zeros(128 + 64, np.uint8)
-        room = room[-room.ctypes.data % 64:][:128]                        # the driver wants it aligned to 64
-        (n, heads, columns), ones = x.shape, (ctypes.c_uint32 * 3)(1, 1, 1)
+        buffer = np.zeros(128 + 64, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % 64:][:128]                  # the driver wants it aligned to 64
+        n, heads, columns = x.shape
+        ones = (ctypes.c_uint32 * 3)(1, 1, 1)
         encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
         status = encode(
-            ctypes.c_void_p(room.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
+            ctypes.c_void_p(buffer.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
             (ctypes.c_uint64 * 3)(columns, heads, n), (ctypes.c_uint64 * 2)(columns * 2, heads * columns * 2),
             (ctypes.c_uint32 * 3)(*reversed(box)), ones, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZEROS)
         if status:
             raise BackendError(f"cuTensorMapEncodeTiled: error {status} for shape {x.shape}, boxes of {tuple(box)}")
-        return room.copy().view([("opaque", np.uint64, (16,))])
+        return buffer.copy().view([("opaque", np.uint64, (16,))])
 
     def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
                stream: Any) -> None:
@@ -423,7 +401,9 @@ class Device:
 
 def _uuid(index: int) -> str:
     """Ask the driver, as CuPy cuts a UUID at a zero byte; empty if it does not say."""
-    driver, device, raw = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    driver = ctypes.CDLL("libcuda.so.1")
+    device = ctypes.c_int()
+    raw = (ctypes.c_ubyte * 16)()
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetUuid_v2(raw, device):
         return ""
     return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
@@ -472,7 +452,8 @@ class Event:
     NOT_READY = 600                            # cudaErrorNotReady
 
     def __init__(self, cupy_event: Any, runtime: Any) -> None:
-        self.cupy_event, self._runtime = cupy_event, runtime
+        self.cupy_event = cupy_event
+        self._runtime = runtime
 
     @property
     def done(self) -> bool:
