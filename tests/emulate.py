@@ -13,12 +13,19 @@ from pathlib import Path
 import numpy as np
 from fake_device import FakeArray, FakeDevice
 
+from ringmpi.backends.cuda.arguments import gradient_type, problem_type, score_type, state_type
 from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.device import Device, Struct
 
 # TensorMap in emulator/hopper.cuh: x first.
 MAP = np.dtype([("address", np.uint64), ("sizes", np.uint64, 3), ("strides", np.uint64, 3), ("box", np.uint32, 3),
                 ("rest", np.uint32, 15)])
+
+SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+STRUCTS = {"Problem<float>": problem_type(SINGLE), "Problem<double>": problem_type(DOUBLE),
+           "PackedScore<float>": score_type(SINGLE), "PackedScore<double>": score_type(DOUBLE),
+           "StateArrays<float>": state_type(), "StateArrays<double>": state_type(),
+           "GradientInputs<bfloat16>": gradient_type(), "GradientInputs<double>": gradient_type()}
 
 EMULATOR = Path(__file__).parent / "emulator"
 COMPILER = shutil.which("g++")
@@ -59,6 +66,22 @@ def function(file, name):
                        input=code, text=True, cwd=folder, check=True, timeout=300)
         temporary.rename(path)
     return ctypes.CDLL(str(path)).run
+
+
+def layout_source():
+    """C++ that compiles only if the structs of the kernels lie in memory as the library lays them out."""
+    lines = ['#include "score.cuh"', '#include "rows.cuh"', "static_assert(sizeof(VisibleColumns) == 4 * 4);"]
+    for name, dtype in STRUCTS.items():
+        lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
+        lines += [f"static_assert(__builtin_offsetof({name}, {field}) == {dtype.fields[field][1]});"
+                  for field in dtype.names]
+    return "\n".join(lines) + "\n"
+
+
+def compile_layout():
+    """Compile `layout_source`; an error of g++ if it does not."""
+    subprocess.run([COMPILER, *OPTIONS, "-fsyntax-only", "-x", "c++", "-"], input=layout_source(), text=True,
+                   cwd=_folder(), check=True, timeout=300)
 
 
 class EmulatedDevice(FakeDevice, Device):

@@ -1,11 +1,12 @@
 """The CUDA kernels and the backend that launches them, on a lazy device that runs the kernels on the CPU."""
 
 import itertools
+import subprocess
 
 import numpy as np
 import oracle
 import pytest
-from emulate import COMPILER, EmulatedDevice
+from emulate import COMPILER, STRUCTS, EmulatedDevice, compile_layout
 from oracle import case
 
 from ringmpi import BackendError, device
@@ -232,6 +233,26 @@ def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
     next(loop)
     loop.close()
     check(backend, q, k, v, begin, end, "float32")
+
+
+def test_structs_lie_as_the_kernels_have_them(monkeypatch):
+    compile_layout()
+    wrong = np.dtype([(name, np.uint64) for name in STRUCTS["StateArrays<float>"].names])
+    monkeypatch.setitem(STRUCTS, "StateArrays<float>", wrong)
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_layout()
+
+
+def test_a_struct_has_all_its_fields_and_keeps_its_arrays():
+    gpu = EmulatedDevice()
+    x = gpu.empty((3,), np.float32)
+    made = device.Struct(np.dtype([("x", np.uint64), ("n", np.int32)], align=True), x=x, n=3)
+    assert made.value["x"] == x.data.ptr
+    assert made.value["n"] == 3
+    assert made.value.nbytes == 16
+    assert made.arrays == [x]
+    with pytest.raises(TypeError, match=r"expected the fields \('x', 'n'\), got \('x',\)"):
+        device.Struct(made.value.dtype, x=x)
 
 
 def test_the_gpu_of_a_rank():

@@ -7,6 +7,7 @@ import os
 import re
 
 import pytest
+from emulate import layout_source
 
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.backends.cuda.sources import kernels_folder
@@ -65,6 +66,12 @@ def compile_one(architecture, file, name):
         return f"{error}\n{nvrtc.getProgramLog(program)}"
     assert len(nvrtc.getCUBIN(program)) > 1000
     return nvrtc.getProgramLog(program)
+
+
+def test_structs_lie_as_the_library_lays_them_out():
+    program = nvrtc.createProgram(layout_source(), "layout.cu", (), ())
+    nvrtc.compileProgram(program, ("-arch=sm_80", "--std=c++17", f"-I{kernels_folder()}",
+                                   "--device-as-default-execution-space"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

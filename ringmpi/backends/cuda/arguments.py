@@ -1,4 +1,4 @@
-"""The structs that kernels over tiles are given by value: kernels/arguments.cuh, field by field, as NumPy dtypes."""
+"""The structs that kernels are given: kernels/arguments.cuh and PackedScore, field by field, as NumPy dtypes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def state_type() -> np.dtype[Any]:
 def gradient_type() -> np.dtype[Any]:
     """Give the layout of ``GradientInputs<T>``. Local."""
     return _struct(dict.fromkeys(("q", "k", "v", "dout", "lse", "delta"), POINTER))
+
+
+def score_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Give the layout of ``PackedScore<A>``. Local."""
+    return _struct({"softcap": acc_dtype, "gain": acc_dtype, "threshold": np.uint32, "sloped": np.int32})
 
 
 def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any, scale: float,

@@ -26,7 +26,7 @@ from ...score import Score
 from ...softmax import TENSOR_TOLERANCE, Gradient, State
 from ..base import Backend, Shape
 from . import hopper
-from .arguments import from_number, gradient_inputs, problem, state_arrays
+from .arguments import from_number, gradient_inputs, problem, score_type, state_arrays
 from .instances import TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
 from .self_test import SelfTest
 from .sources import Kernel, compiler_options, kernels_folder
@@ -371,8 +371,8 @@ def _seen(begin: Integers, end: Integers) -> slice:
 
 
 def _packed(score: Score, seen: slice, acc_dtype: np.dtype[Any], heads: int, n_q: int) -> NDArray[np.int32]:
-    """Give the PackedScore of score.cuh, and what follows it, in words of 32 bits."""
-    header = np.zeros(1, [("softcap", acc_dtype), ("gain", acc_dtype), ("threshold", np.uint32), ("sloped", np.int32)])
+    """Give the PackedScore of score.cuh, and the arrays that follow it, in words of 32 bits."""
+    header = np.zeros(1, score_type(acc_dtype))
     header[0] = score.softcap, score.gain if score.dropout else 0, score.threshold, score.slopes is not None
     n_k = seen.stop - seen.start
     slopes = np.zeros(heads, acc_dtype) if score.slopes is None else score.slopes.astype(acc_dtype)
