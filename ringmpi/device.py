@@ -275,7 +275,8 @@ class Device:
     def host(self, x: Array) -> NDArray[Any]:
         """Copy a contiguous GPU array to the host, once what is on the caller's stream is done."""
         target = np.empty(x.shape, x.dtype)
-        source, target_bytes = _bytes(x), _bytes(target)
+        source = _bytes(x)
+        target_bytes = _bytes(target)
         stream = self.caller_stream()
         waiting: list[tuple[NDArray[np.uint8], slice, Any]] = []
         for piece, at in self._pieces(x.nbytes, 1):
@@ -313,9 +314,9 @@ class Device:
         cuda = self._cupy.cuda
         if "cover" not in self.cache:
             self.cache["cover"] = self.empty((2**29,), np.uint8), self.empty((2**29,), np.uint8)
-        to, of = self.cache["cover"]
+        target, source = self.cache["cover"]
         for _ in range(8):                       # some milliseconds
-            self.copy(to, of, stream)
+            self.copy(target, source, stream)
         first, last = (cuda.Event() for _ in range(2))
         first.record(stream)
         work()

@@ -87,15 +87,18 @@ def compile_layout():
 class EmulatedDevice(FakeDevice, Device):
     """A lazy device that runs the real kernels, and copies between host and device in the pieces of `Device`."""
 
-    array, host = Device.array, Device.host
+    array = Device.array
+    host = Device.host
 
     def __init__(self, seed=0, capability=(9, 0), shared_bytes=227 * 1024, shared_bytes_processor=228 * 1024):
         super().__init__(seed)
-        self.capability, self.shared_bytes = capability, shared_bytes
+        self.capability = capability
+        self.shared_bytes = shared_bytes
         self.shared_bytes_processor = shared_bytes_processor
         self.launched = []
         self.cache = {}
-        self._staging, self._free, self._next_piece = [], [], 0
+        self._staging, self._free = [], []
+        self._next_piece = 0
 
     def compile(self, path, names, options):
         return [(name, function(path.name, name)) for name in names]

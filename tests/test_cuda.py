@@ -35,7 +35,8 @@ def backend(request):
 def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     """Fold k and v in several blocks; rows see begin..end of the whole."""
     state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype, kind))
-    pairs, placed = 0, backend.to_device(q)
+    pairs = 0
+    placed = backend.to_device(q)
     for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
         pairs += sum(backend.accumulate(state, placed, backend.to_device(k[a:b]), backend.to_device(v[a:b]),
                                         np.clip(begin, a, b) - a, np.clip(end, a, b) - a, Score(scale)))
@@ -200,7 +201,8 @@ def test_prepare_compiles_all_that_is_used_later(dtype):
     known = set(backend.device.cache)
     for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
         q, k, v = (backend.to_device(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
-        state, whole = backend.new_state(n_q, 1, 16, kind), np.full(n_q, 70)
+        state = backend.new_state(n_q, 1, 16, kind)
+        whole = np.full(n_q, 70)
         assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(1.0))) == 70 * n_q
     assert set(backend.device.cache) == known
 

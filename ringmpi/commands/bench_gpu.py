@@ -45,7 +45,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
     for dtype, dim, mask, shape in itertools.product(*chosen.values()):
         try:
             with device.current():
-                start, kind = time.perf_counter(), check_dtype(dtype, "--dtype")
+                start = time.perf_counter()
+                kind = check_dtype(dtype, "--dtype")
                 for direction in {"forward", *arguments.passes}:        # the backward pass begins with a result
                     backend.prepare(kind, accumulator(kind), dim, dim, backward=direction == "backward")
                 compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
@@ -61,7 +62,8 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 
 def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace
              ) -> list[dict[str, Any]]:
-    copy, forward = _copy(device), direction == "forward"
+    copy = _copy(device)
+    forward = direction == "forward"
     runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k)) if forward
                               else _our_gradient(case, backend, device)}
     if forward and len(case.q) > FEW:
@@ -79,7 +81,8 @@ def _compare(case: Case, direction: str, backend: Any, device: Device, arguments
     bandwidth = max(copies)
     medians = {name: statistics.median(column) for name, column in times.items()}
     peers = {name: seconds for name, seconds in medians.items() if name.startswith("torch")}
-    best, whole = min(peers.values(), default=None), medians["ringmpi"]
+    best = min(peers.values(), default=None)
+    whole = medians["ringmpi"]
     flop = case.flop if forward else case.flop * 5 // 2            # two products, five products
     rows = []
     for name, seconds in medians.items():
@@ -160,7 +163,8 @@ def _torch(case: Case, direction: str) -> dict[str, Timed]:
     if case.mask not in ("full", "causal") or (causal and case.shape[0] != case.shape[1]):
         return {}                                              # torch's fast kernels have no such mask
     torch.backends.cuda.matmul.allow_tf32 = False         # float32 means float32
-    attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    kind = getattr(torch, case.dtype)
     q, k, v, dout = (torch.from_numpy(x.view(f"i{x.itemsize}")).to("cuda").view(kind).transpose(0, 1)[None].contiguous()
                      for x in (case.q, case.k, case.v, case.dout))
     leaves = [x.requires_grad_(direction == "backward") for x in (q, k, v)]

@@ -1,7 +1,7 @@
 """The GPU path: the CUDA C++ kernels of kernels/, chosen, launched and watched from here.
 
 A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
-puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns, and a merge. Where there are too few
+puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where there are too few
 tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
 kernel folds into the state. The gradient of a block is a launch for dq, and one or two for dk and dv. While kernels
 run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
@@ -33,11 +33,12 @@ from .sources import Kernel, compiler_options, kernels_folder
 
 Array = Any
 MOST_DIM = 256
-# Queries, of two heads each, and keys: each of the kernels that a number of rows may choose is among theirs; in the
-# last all of Hopper's warpgroups go through some full tiles together, and through the end of the keys.
-TO_PROVE = ((1, 94), (8, 106), (25, 140), (65, 220))
-TO_PROVE_ON_HOPPER = (*TO_PROVE, (100, 1000))
-TO_PROVE_BACKWARD = ((7, 106), (75, 220))
+# Sizes of the self-tests: queries, with two heads each, and keys. The forward kernels are chosen by the number of rows;
+# these choose every one of them. With 100 queries all warpgroups of the kernel for Hopper have full tiles in common,
+# and then one that is full for none.
+FORWARD_TESTS = ((1, 94), (8, 106), (25, 140), (65, 220))
+HOPPER_TESTS = (*FORWARD_TESTS, (100, 1000))
+BACKWARD_TESTS = ((7, 106), (75, 220))
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
 NULL = np.uint64(0)           # in place of an array
@@ -91,7 +92,7 @@ class CudaBackend(Backend):
                 f"{dim_v}{'' if plain else ', with score functions,'}")
         advice = "please report it, and take backend='numba' meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
-        sizes = TO_PROVE_BACKWARD if backward else TO_PROVE_ON_HOPPER if self.hopper and plain else TO_PROVE
+        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self.hopper and plain else FORWARD_TESTS
         for n_q, n_k in sizes:
             try:
                 with self.device.current():
@@ -322,7 +323,8 @@ class CudaBackend(Backend):
     def _kernel(self, file: str, name: str) -> Any:
         """Compile a kernel once."""
         if (file, name) not in self.device.cache:
-            path, options = kernels_folder() / file, compiler_options()
+            path = kernels_folder() / file
+            options = compiler_options()
             with self.device.current():
                 self.device.cache[file, name] = (
                     self.device.compile_for(hopper.ARCHITECTURE, path, name, options) if file == hopper.FILE

@@ -1,4 +1,4 @@
-"""Small cases that a GPU's kernels are proven by before they are used: the same blocks in NumPy, in float64."""
+"""Self-tests of a GPU's kernels before they are used: small blocks, compared with NumPy's results in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SelfTest:
     plain : bool
         Whether scores are plain.
     backward : bool
-        Whether the gradient is proven, else the result.
+        Whether the gradient is tested, else the result.
     """
 
     n_q: int
