@@ -290,6 +290,7 @@ class Device:
 
     def _pieces(self, nbytes: int, unit: int) -> Iterator[tuple[NDArray[np.uint8], slice]]:
         """Give page-locked pieces of whole units, and which bytes they are for, each when it is free."""
+        # Two of them, which are kept, and replaced where they are too small.
         size = min(max(PIECE_BYTES // unit, 1) * unit, nbytes) if nbytes else 0
         if size and (not self._staging or len(self._staging[0]) < size):
             for event in self._free:               # the old ones may still be read from
@@ -297,6 +298,7 @@ class Device:
                     event.synchronize()
             self._staging = [self.pinned(size) for _ in range(2)]
             self._free = [None, None]
+        # One after the other, once what was last done with it is over.
         for number, start in enumerate(range(0, nbytes, max(size, 1))):
             self._next_piece = number % 2
             if self._free[self._next_piece] is not None:
@@ -374,6 +376,7 @@ class Device:
         BackendError
             If the driver refuses.
         """
+        # Dimensions are counted from the last; strides leave it out.
         buffer = np.zeros(128 + 64, np.uint8)
         buffer = buffer[-buffer.ctypes.data % 64:][:128]                  # the driver wants it aligned to 64
         n, heads, columns = x.shape

@@ -62,6 +62,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[s
 
 def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace
              ) -> list[dict[str, Any]]:
+    # What runs: ours, the cost of loading and storing the state alone, and torch.
     copy = _copy(device)
     forward = direction == "forward"
     runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k)) if forward
@@ -70,14 +71,16 @@ def _compare(case: Case, direction: str, backend: Any, device: Device, arguments
         runs["state in and out"] = _ours(case, backend, device, 1)
     if "torch" in arguments.kernels:
         runs.update(_torch(case, direction))
+    # Interleaved runs, of which the first warms up.
     times: dict[str, list[float]] = {name: [] for name in runs}
     copies = []
     for number in range(arguments.repeat + 1):
         for name, call in runs.items():
             seconds = call()
-            if number:                    # the first is the warm-up
+            if number:
                 times[name].append(seconds)
         copies.append(COPY_BYTES / copy())
+    # A row for each, beside the best of torch's and the speed of a copy.
     bandwidth = max(copies)
     medians = {name: statistics.median(column) for name, column in times.items()}
     peers = {name: seconds for name, seconds in medians.items() if name.startswith("torch")}

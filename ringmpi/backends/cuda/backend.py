@@ -57,7 +57,7 @@ class CudaBackend(Backend):
         if self.device.capability < (8, 0):
             raise BackendError(f"backend cuda: expected a GPU of compute capability 8.0 or later, got "
                                f"{self.device.name} with {'.'.join(map(str, self.device.capability))}")
-        self.hopper = hopper_kernel()         # for good once settled: what is proven must be what runs
+        self.hopper = hopper_kernel()         # for good once settled: what is tested must be what runs
         self.ways = int(self.hopper)
         self._buffers: dict[str, Array] = {}
 
@@ -80,29 +80,34 @@ class CudaBackend(Backend):
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
                 plain: bool = True, backward: bool = False) -> None:
-        """Compile the kernels, or load them, and prove each on a small case; see `Backend.prepare`. Local."""
+        """Compile the kernels, or load them, and test each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                "take backend='numba'")
-        proven = self.device.cache.setdefault("proven kernels", set())
         case = dim, dim_v, dtype, accumulator, plain, backward
-        if (case, self.hopper) in proven:
-            return
-        what = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
+        tested = self.device.cache.setdefault("tested kernels", set())
+        if (case, self.hopper) not in tested:
+            self._test_kernels(*case)
+            tested.add((case, self.hopper))
+
+    def _test_kernels(self, dim: int, dim_v: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], plain: bool,
+                      backward: bool) -> None:
+        """Run every kernel that such inputs may choose, and compare with NumPy."""
+        kernel = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
                 f"{dim_v}{'' if plain else ', with score functions,'}")
         advice = "please report it, and take backend='numba' meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
         sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self.hopper and plain else FORWARD_TESTS
         for n_q, n_k in sizes:
+            test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, plain, backward)
             try:
                 with self.device.current():
-                    error = SelfTest(n_q, n_k, *case).error(self)
+                    error = test.error(self)
             except TimeoutError as late:
-                raise BackendError(f"backend cuda: {what} does not end; {advice}") from late
+                raise BackendError(f"backend cuda: {kernel} does not end; {advice}") from late
             if not error <= bound:
-                raise BackendError(f"backend cuda: {what} gives a wrong result (error {error:.2g}, bound {bound:.0g}); "
-                                   f"{advice}")
-        proven.add((case, self.hopper))
+                raise BackendError(f"backend cuda: {kernel} gives a wrong result (error {error:.2g}, bound "
+                                   f"{bound:.0g}); {advice}")
 
     def to_device(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.to_device`. Local."""
@@ -201,7 +206,8 @@ class CudaBackend(Backend):
         acc_dtype = state.acc.dtype
         q, k, v = self._widened(acc_dtype, q=q, k=k, v=v)
         seen = _seen(begin, end)
-        k, v = k[seen], v[seen]
+        k = k[seen]
+        v = v[seen]
         n_q, heads, _ = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * heads // kv_heads
@@ -240,7 +246,7 @@ class CudaBackend(Backend):
         acc_dtype = gradient.dq.dtype
         q, k, v, dout = self._widened(acc_dtype, q=q, k=k, v=v, dout=gradient.dout)
         seen = _seen(begin, end)
-        k, v, dk, dv = k[seen], v[seen], dk[seen], dv[seen]
+        k, v, dk, dv = (x[seen] for x in (k, v, dk, dv))
         n_q, heads, dim = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * (heads // kv_heads)
@@ -374,6 +380,7 @@ def _seen(begin: Integers, end: Integers) -> slice:
 
 def _packed(score: Score, seen: slice, acc_dtype: np.dtype[Any], heads: int, n_q: int) -> NDArray[np.int32]:
     """Give the PackedScore of score.cuh, and the arrays that follow it, in words of 32 bits."""
+    # What the score does not use is 0.
     header = np.zeros(1, score_type(acc_dtype))
     header[0] = score.softcap, score.gain if score.dropout else 0, score.threshold, score.slopes is not None
     n_k = seen.stop - seen.start

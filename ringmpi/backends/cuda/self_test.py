@@ -52,6 +52,7 @@ class SelfTest:
         TimeoutError
             If the backend does not come to an end.
         """
+        # Random inputs, and what NumPy makes of them in float64.
         rng = np.random.default_rng(self.n_q)
         inputs = [rng.standard_normal(shape).astype(self.dtype) for shape in (
             (self.n_q, HEADS, self.dim), (self.n_k, 1, self.dim), (self.n_k, 1, self.dim_v),
@@ -66,6 +67,7 @@ class SelfTest:
                 got = self.gradient(backend, *inputs, out.astype(self.dtype), lse.astype(self.accumulator))
             else:
                 got = self.forward(backend, *inputs[:3])
+        # The largest of errors, one of which is NaN, is NaN.
         with np.errstate(all="ignore"):
             errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in zip(got, want, strict=True)]
         return float(np.max(errors))
