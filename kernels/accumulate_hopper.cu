@@ -5,8 +5,8 @@
 //              (KEYS, 1, 64) with the 128-byte swizzle, zeros outside
 //
 // grid (ceil(n_q group / ROWS), kv_heads, parts) of 128 (GROUPS + 1) threads; ROWS = 64 GROUPS; dynamic shared memory:
-// Room::BYTES. The caller guarantees: dim <= DIM, dim_v <= DIM_V, DIM and DIM_V 64 or 128; dim and dim_v multiples of
-// 8; q, k and v aligned to 16 bytes, acc to 8; n_k + width < 2^31.
+// SharedLayout::BYTES. The caller guarantees: dim <= DIM, dim_v <= DIM_V, DIM and DIM_V 64 or 128; dim and dim_v
+// multiples of 8; q, k and v aligned to 16 bytes, acc to 8; n_k + width < 2^31.
 //
 // The threads have roles, as in Shah et al. 2024, FlashAttention-3: one copies tiles of K and V into stages, in turns;
 // each other warpgroup folds them into the state of its 64 rows, which stays in registers. Over tiles that all its
@@ -17,38 +17,39 @@
 
 #include "finite.cuh"
 #include "panels.cuh"
-#include "rows.cuh"
+#include "softmax.cuh"
 
 constexpr int GROUP_ROWS = 64, WARP_ROWS = 16, WARPS = 4;       // of a warpgroup
 
 // What lies where in shared memory.
 template <int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
-struct Room {
+struct SharedLayout {
     static constexpr int Q = GROUP_ROWS * DIM * 2, K = KEYS * DIM * 2, V = KEYS * DIM_V * 2;
-    static constexpr int BYTES = PANEL_ALIGN + GROUPS * Q + STAGES * (K + V + 4 * static_cast<int>(sizeof(PhaseBarrier)));
+    static constexpr int BARRIERS = 4 * static_cast<int>(sizeof(MBarrier));        // of a stage
+    static constexpr int BYTES = PANEL_ALIGN + GROUPS * Q + STAGES * (K + V + BARRIERS);
 
     unsigned char *q, *k, *v;
-    PhaseBarrier *k_here, *v_here, *k_free, *v_free;      // of each stage
+    MBarrier *k_full, *v_full, *k_empty, *v_empty;      // of each stage
 
-    __device__ explicit Room(unsigned char* start) {
+    __device__ explicit SharedLayout(unsigned char* start) {
         q = align_panel(start);
         k = q + GROUPS * Q;
         v = k + STAGES * K;
-        k_here = reinterpret_cast<PhaseBarrier*>(v + STAGES * V);
-        v_here = k_here + STAGES;
-        k_free = v_here + STAGES;
-        v_free = k_free + STAGES;
+        k_full = reinterpret_cast<MBarrier*>(v + STAGES * V);
+        v_full = k_full + STAGES;
+        k_empty = v_full + STAGES;
+        v_empty = k_empty + STAGES;
     }
 
     // One arrival says that a tile is under way, one of each warp that it is done with it.
     __device__ void make_barriers() const {
         for (int i = 0; i < STAGES; ++i) {
-            k_here[i].make(1);
-            v_here[i].make(1);
-            k_free[i].make(GROUPS * WARPS);
-            v_free[i].make(GROUPS * WARPS);
+            k_full[i].make(1);
+            v_full[i].make(1);
+            k_empty[i].make(GROUPS * WARPS);
+            v_empty[i].make(GROUPS * WARPS);
         }
-        fence_for_hardware();
+        fence_async_proxy();
     }
 
     __device__ static int stage(int tile) { return tile % STAGES; }
@@ -58,64 +59,56 @@ struct Room {
 // Copy a tile of K or V into its stage, once all are done with the tile that was there.
 template <int KEYS, int COLUMNS>
 __device__ inline void copy_tile(unsigned char* tile, const TensorMap& map, int kv_head, int start, int parity,
-                                 PhaseBarrier& free, PhaseBarrier& here) {
-    free.wait(parity ^ 1);
-    here.arrive_and_expect(KEYS * COLUMNS * 2);
+                                 MBarrier& empty, MBarrier& full) {
+    empty.wait(parity ^ 1);
+    full.arrive_and_expect(KEYS * COLUMNS * 2);
 #pragma unroll
     for (int c = 0; c < COLUMNS; c += PANEL_COLUMNS) {
-        copy_box(tile, map, c, kv_head, start, here);
+        tma_load(tile, map, c, kv_head, start, full);
         tile += KEYS * PANEL_ROW_BYTES;
     }
 }
 
 // This warp is done with a tile.
-__device__ inline void let_go(PhaseBarrier& free) {
+__device__ inline void release(MBarrier& empty) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) free.arrive();
-}
-
-__device__ inline Sight join(const Sight& a, const Sight& b) {
-    return {{min(a.any.low, b.any.low), max(a.any.high, b.any.high)},
-            {max(a.every.low, b.every.low), min(a.every.high, b.every.high)}};
+    if (threadIdx.x % 32 == 0) empty.arrive();
 }
 
 // Tiles of `keys` columns from `start` on that rows see in full: low <= tile < high.
-__device__ inline Interval full_tiles(const Sight& sight, int start, int keys) {
-    if (sight.any.low >= sight.any.high) return {0, 0};
-    return cut({(sight.every.low - start + keys - 1) / keys, (sight.every.high - start) / keys}, {0, NOWHERE});
+__device__ inline Interval full_tiles(const VisibleColumns& visible, int start, int keys) {
+    if (visible.hull.low >= visible.hull.high) return {0, 0};
+    const Interval full{(visible.common.low - start + keys - 1) / keys, (visible.common.high - start) / keys};
+    return intersection(full, {0, NOWHERE});
 }
-
-struct alignas(8) Two {
-    float first, second;
-};
 
 // The rows of a warpgroup, 16 in each warp: what they see, and their state in registers.
 template <class T, int DIM, int DIM_V, int KEYS>
 struct GroupRows {
     float acc[DIM_V / 8][4];
-    float top[2], sum[2];                      // of rows g and g + 8 of the warp; of sum, this lane's share
+    float row_max[2], row_sum[2];
     Interval sees[2];
     float s[KEYS / 8][4];                      // scores, then weights
     unsigned p[KEYS / 16][4];                  // weights, as the left side of a product
 
     // Start s = Q K^T.
-    __device__ void start_scores(Operand q, Operand k) {
-        products_start();
+    __device__ void start_scores(SmemDescriptor q, SmemDescriptor k) {
+        wgmma_fence();
 #pragma unroll
         for (int column = 0; column < DIM; column += 16) {
             const int panel = column / PANEL_COLUMNS, inside = column % PANEL_COLUMNS * 2;
-            product(T{}, s, further(q, panel * GROUP_ROWS * PANEL_ROW_BYTES + inside),
-                    further(k, panel * KEYS * PANEL_ROW_BYTES + inside), column > 0);
+            wgmma(T{}, s, advanced(q, panel * GROUP_ROWS * PANEL_ROW_BYTES + inside),
+                  advanced(k, panel * KEYS * PANEL_ROW_BYTES + inside), column > 0);
         }
-        products_commit();
+        wgmma_commit();
     }
 
     // Start acc += p V.
-    __device__ void start_values(Operand v) {
-        products_start();
+    __device__ void start_values(SmemDescriptor v) {
+        wgmma_fence();
 #pragma unroll
-        for (int key = 0; key < KEYS; key += 16) product(T{}, acc, p[key / 16], further(v, key * PANEL_ROW_BYTES));
-        products_commit();
+        for (int key = 0; key < KEYS; key += 16) wgmma(T{}, acc, p[key / 16], advanced(v, key * PANEL_ROW_BYTES));
+        wgmma_commit();
     }
 
     // Scores as they count: -infinity what is not seen.
@@ -133,25 +126,7 @@ struct GroupRows {
     // Turn scores into weights, and move the maximum and the sum to what they are now; acc is to shrink by `shrink`.
     __device__ void weigh(float (&shrink)[2]) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float high = top[h];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
-            const float base = high == -infinity(float{}) ? 0.f : high;      // -inf - -inf would be NaN
-            shrink[h] = exponential(top[h] - base);
-            top[h] = high;
-            float more = 0;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-                for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                    s[n][i] = exponential(s[n][i] - base);
-                    more += s[n][i];
-                }
-            sum[h] = sum[h] * shrink[h] + more;
-        }
+        for (int h = 0; h < 2; ++h) shrink[h] = online_softmax(s, h, row_max[h], row_sum[h]);
     }
 
     // Take the weights and the maximum of a tile over, once no product reads the ones before.
@@ -224,55 +199,55 @@ struct GroupRows {
 
 template <class T, int DIM, int DIM_V, int GROUPS, int KEYS, int STAGES>
 __global__ void __launch_bounds__(WARPGROUP * (GROUPS + 1), 1)
-accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant__ TensorMap k,
-           const __grid_constant__ TensorMap v, const int* begin, const int* end, int n_q, int n_k, int kv_heads,
-           int group, int dim, int dim_v, int stride_v, float scale, int width, int fresh) {
+accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const __grid_constant__ TensorMap k,
+           const __grid_constant__ TensorMap v, const __grid_constant__ Problem<float> problem) {
     static_assert(GROUPS == 2 || GROUPS == 3, "the registers of a multiprocessor are shared out for these");
     static_assert(STAGES >= 2, "scores are started a tile ahead");
     static_assert(KEYS == 128, "products are of this width");
     constexpr int ROWS = GROUP_ROWS * GROUPS;
     constexpr int COPIER_REGISTERS = GROUPS == 2 ? 24 : 32, REGISTERS = GROUPS == 2 ? 240 : 160;
-    const Room<DIM, DIM_V, GROUPS, KEYS, STAGES> room(shared_memory());
+    const SharedLayout<DIM, DIM_V, GROUPS, KEYS, STAGES> layout(shared_memory());
 
     // The first warpgroup copies. The same for all lanes of a warp, which the compiler does not see by itself.
     const int warp = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x) / 32, 0) - WARPS, lane = threadIdx.x % 32;
     const int mine = warp * WARP_ROWS;
-    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
-                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
-    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+    const Rows rows = rows_of_block(problem, ROWS);
+    const Interval part = columns_of_part(problem.n_k, arrays.width);
 
-    __shared__ Sight sights[GROUPS * WARPS];
-    const bool has_row = warp >= 0 && lane < WARP_ROWS && rows.there(mine + lane);
-    const Interval interval = has_row ? cut(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
-    const Sight sight_of_warp = sight_of(interval, has_row);
-    if (warp >= 0 && lane == 0) sights[warp] = sight_of_warp;
-    if (threadIdx.x == 0) room.make_barriers();
+    // What each row sees of this part, each warpgroup, and the tiles of keys that any row of the block sees.
+    __shared__ VisibleColumns of_warps[GROUPS * WARPS];
+    const bool has_row = warp >= 0 && lane < WARP_ROWS && rows.contains(mine + lane);
+    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
+                                      : Interval{0, 0};
+    const VisibleColumns of_this_warp = visible_to_warp(interval, has_row);
+    if (warp >= 0 && lane == 0) of_warps[warp] = of_this_warp;
+    if (threadIdx.x == 0) layout.make_barriers();
     __syncthreads();
-    Sight sight_of_group[GROUPS];
+    VisibleColumns of_groups[GROUPS];
     Interval range{NOWHERE, 0};
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
-        sight_of_group[g] = sights[g * WARPS];
+        of_groups[g] = of_warps[g * WARPS];
 #pragma unroll
-        for (int w = 1; w < WARPS; ++w) sight_of_group[g] = join(sight_of_group[g], sights[g * WARPS + w]);
-        range = {min(range.low, sight_of_group[g].any.low), max(range.high, sight_of_group[g].any.high)};
+        for (int w = 1; w < WARPS; ++w) of_groups[g] = merged(of_groups[g], of_warps[g * WARPS + w]);
+        range = {min(range.low, of_groups[g].hull.low), max(range.high, of_groups[g].hull.high)};
     }
     const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !fresh) return;
+    if (tiles == 0 && !arrays.fresh) return;
 
     if (warp < 0) {
-        fewer_registers<COPIER_REGISTERS>();
+        decrease_registers<COPIER_REGISTERS>();
         if (threadIdx.x == 0) {
             auto start_of = [&](int i) { return range.low + i * KEYS; };
             auto load_k = [&](int i) {
-                const int stage = room.stage(i);
-                copy_tile<KEYS, DIM>(room.k + stage * room.K, k, rows.kv_head, start_of(i), room.parity(i),
-                                     room.k_free[stage], room.k_here[stage]);
+                const int stage = layout.stage(i);
+                copy_tile<KEYS, DIM>(layout.k + stage * layout.K, k, rows.kv_head, start_of(i), layout.parity(i),
+                                     layout.k_empty[stage], layout.k_full[stage]);
             };
             auto load_v = [&](int i) {
-                const int stage = room.stage(i);
-                copy_tile<KEYS, DIM_V>(room.v + stage * room.V, v, rows.kv_head, start_of(i), room.parity(i),
-                                       room.v_free[stage], room.v_here[stage]);
+                const int stage = layout.stage(i);
+                copy_tile<KEYS, DIM_V>(layout.v + stage * layout.V, v, rows.kv_head, start_of(i), layout.parity(i),
+                                       layout.v_empty[stage], layout.v_full[stage]);
             };
             if (tiles) load_k(0);
             for (int i = 0; i < tiles; ++i) {
@@ -281,91 +256,86 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
             }
         }
     } else {
-        more_registers<REGISTERS>();
+        increase_registers<REGISTERS>();
         const int warpgroup = warp / WARPS;
-        unsigned char* const q_tile = room.q + warpgroup * room.Q;
+        unsigned char* const q_tile = layout.q + warpgroup * layout.Q;
         constexpr int CHUNKS = DIM / 8;
 #pragma unroll
         for (int i = 0; i < GROUP_ROWS * CHUNKS; i += WARPGROUP) {
             const int chunk = i + threadIdx.x % WARPGROUP, r = chunk / CHUNKS, c = chunk % CHUNKS;
             const int row = warpgroup * GROUP_ROWS + r;
-            const bool there = rows.there(row) && c * 8 < dim;
-            store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c),
-                        there ? *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * dim + c * 8) : Chunk{});
+            Chunk numbers{};
+            if (rows.contains(row) && c * 8 < problem.dim)
+                numbers = *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * problem.dim + c * 8);
+            store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c), numbers);
         }
-        fence_for_hardware();
-        meet(1 + warpgroup, WARPGROUP);
+        fence_async_proxy();
+        named_barrier_sync(1 + warpgroup, WARPGROUP);
 
         GroupRows<T, DIM, DIM_V, KEYS> state;
-        const long long offset = fresh ? static_cast<long long>(blockIdx.z) * n_q * kv_heads * group : 0;
+        const int own_row = mine + lane / 4;       // the other is 8 further on
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int local = 8 * h + lane / 4, row = mine + local;
-            state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, local), __shfl_sync(ALL_LANES, interval.high, local)};
-            const bool known = !fresh && rows.there(row);
-            const long long at = known ? rows.state_row(row) : 0;
-            state.top[h] = known ? top[at] : -infinity(float{});
-            state.sum[h] = known && lane % 4 == 0 ? sum[at] : 0.f;
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n) {
-                const int column = column_of(0, n, 0);
-                const Two two = known && column < dim_v ? *reinterpret_cast<const Two*>(acc + at * stride_v + column)
-                                                        : Two{0.f, 0.f};
-                state.acc[n][2 * h] = two.first;
-                state.acc[n][2 * h + 1] = two.second;
-            }
+            const int row = own_row + 8 * h;
+            state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, row - mine),
+                             __shfl_sync(ALL_LANES, interval.high, row - mine)};
+            const bool known = !arrays.fresh && rows.contains(row);
+            load_state<true>(arrays, problem.dim_v, known ? rows.state_row(row) : 0, known, h, state.acc,
+                             state.row_max[h], state.row_sum[h]);
         }
 
-        const Operand q_operand = operand<true, GROUP_ROWS>(q_tile);
-        const Operand k_operand = operand<true, KEYS>(room.k), v_operand = operand<false, KEYS>(room.v);
+        const SmemDescriptor q_descriptor = smem_descriptor<true, GROUP_ROWS>(q_tile);
+        const SmemDescriptor k_descriptor = smem_descriptor<true, KEYS>(layout.k);
+        const SmemDescriptor v_descriptor = smem_descriptor<false, KEYS>(layout.v);
         auto start_scores = [&](int i) {
-            room.k_here[room.stage(i)].wait(room.parity(i));
-            state.start_scores(q_operand, further(k_operand, room.stage(i) * room.K));
+            layout.k_full[layout.stage(i)].wait(layout.parity(i));
+            state.start_scores(q_descriptor, advanced(k_descriptor, layout.stage(i) * layout.K));
         };
         auto start_values = [&](int i) {
-            room.v_here[room.stage(i)].wait(room.parity(i));
-            state.start_values(further(v_operand, room.stage(i) * room.V));
+            layout.v_full[layout.stage(i)].wait(layout.parity(i));
+            state.start_values(advanced(v_descriptor, layout.stage(i) * layout.V));
         };
-        auto let_go_of_k = [&](int i) { let_go(room.k_free[room.stage(i)]); };
-        auto let_go_of_v = [&](int i) { let_go(room.v_free[room.stage(i)]); };
+        auto release_k = [&](int i) { release(layout.k_empty[layout.stage(i)]); };
+        auto release_v = [&](int i) { release(layout.v_empty[layout.stage(i)]); };
         // Tiles that the other rows see and these don't: only when one is here is it the turn of its phase.
         auto pass = [&](int from, int to) {
             for (int i = from; i < to; ++i) {
-                room.k_here[room.stage(i)].wait(room.parity(i));
-                let_go_of_k(i);
-                room.v_here[room.stage(i)].wait(room.parity(i));
-                let_go_of_v(i);
+                layout.k_full[layout.stage(i)].wait(layout.parity(i));
+                release_k(i);
+                layout.v_full[layout.stage(i)].wait(layout.parity(i));
+                release_v(i);
             }
         };
 
-        Sight sight = sight_of_group[0];
+        VisibleColumns visible = of_groups[0];
         Interval all_run{0, NOWHERE};
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
-            if (g == warpgroup) sight = sight_of_group[g];
-            all_run = cut(all_run, full_tiles(sight_of_group[g], range.low, KEYS));
+            if (g == warpgroup) visible = of_groups[g];
+            all_run = intersection(all_run, full_tiles(of_groups[g], range.low, KEYS));
         }
-        const bool sees_any = sight.any.low < sight.any.high;
-        const int first = sees_any ? (sight.any.low - range.low) / KEYS : tiles;
-        const int last = sees_any ? (sight.any.high - range.low + KEYS - 1) / KEYS : tiles;
-        const Interval full = full_tiles(sight, range.low, KEYS);
+        const bool sees_any = visible.hull.low < visible.hull.high;
+        const int first = sees_any ? (visible.hull.low - range.low) / KEYS : tiles;
+        const int last = sees_any ? (visible.hull.high - range.low + KEYS - 1) / KEYS : tiles;
+        const Interval full = full_tiles(visible, range.low, KEYS);
         const Interval turns{all_run.low, all_run.high - 1};       // the last tile of a run starts no scores
         auto await_turn = [&](int i) {
-            if (turns.holds(i) && (warpgroup > 0 || i > turns.low)) meet(1 + GROUPS + warpgroup, 2 * WARPGROUP);
+            if (turns.holds(i) && (warpgroup > 0 || i > turns.low))
+                named_barrier_sync(1 + GROUPS + warpgroup, 2 * WARPGROUP);
         };
         auto pass_turn_on = [&](int i) {
             if (turns.holds(i) && (warpgroup < GROUPS - 1 || i + 1 < turns.high))
-                come(1 + GROUPS + (warpgroup + 1) % GROUPS, 2 * WARPGROUP);
+                named_barrier_arrive(1 + GROUPS + (warpgroup + 1) % GROUPS, 2 * WARPGROUP);
         };
         float shrink[2];
         pass(0, first);
         for (int i = first; i < last;) {
             const int start = range.low + i * KEYS;
             start_scores(i);
-            products_wait<0>(state.s);
-            let_go_of_k(i);
+            wgmma_wait<0>(state.s);
+            release_k(i);
             if (full.holds(i)) {
-                state.template scale_scores<false>(scale, start);
+                state.template scale_scores<false>(problem.scale, start);
                 state.weigh(shrink);
                 state.take(shrink);
                 for (; i + 1 < full.high; ++i) {
@@ -373,55 +343,42 @@ accumulate(float* acc, float* top, float* sum, const T* q, const __grid_constant
                     start_scores(i + 1);
                     start_values(i);
                     pass_turn_on(i);
-                    products_wait<1>(state.s);
-                    let_go_of_k(i + 1);
-                    state.template scale_scores<false>(scale, start);
+                    wgmma_wait<1>(state.s);
+                    release_k(i + 1);
+                    state.template scale_scores<false>(problem.scale, start);
                     state.weigh(shrink);
-                    settle(state.sum[0] + state.sum[1]);
-                    products_wait<0>(state.acc);
-                    let_go_of_v(i);
+                    settle(state.row_sum[0] + state.row_sum[1]);
+                    wgmma_wait<0>(state.acc);
+                    release_v(i);
                     state.take(shrink);
                 }
                 start_values(i);
-                products_wait<0>(state.acc);
+                wgmma_wait<0>(state.acc);
             } else {
-                state.template scale_scores<true>(scale, start);
+                state.template scale_scores<true>(problem.scale, start);
                 state.weigh(shrink);
                 state.take(shrink);
-                room.v_here[room.stage(i)].wait(room.parity(i));
-                const unsigned char* const v_tile = room.v + room.stage(i) * room.V;
-                if (!meet_any(1 + warpgroup, WARPGROUP, !state.finite_share(v_tile))) {
+                layout.v_full[layout.stage(i)].wait(layout.parity(i));
+                const unsigned char* const v_tile = layout.v + layout.stage(i) * layout.V;
+                if (!named_barrier_or(1 + warpgroup, WARPGROUP, !state.finite_share(v_tile))) {
                     start_values(i);
-                    products_wait<0>(state.acc);
+                    wgmma_wait<0>(state.acc);
                 } else {
                     state.add_carefully(v_tile, start);
                 }
-                fence_for_hardware();                      // the next tile comes after what threads have read of this
+                fence_async_proxy();                       // the next tile comes after what threads have read of this
             }
-            let_go_of_v(i);
+            release_v(i);
             ++i;
         }
         pass(last, tiles);
 
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            float total = state.sum[h];
-            total += __shfl_xor_sync(ALL_LANES, total, 1);
-            total += __shfl_xor_sync(ALL_LANES, total, 2);
-            const int row = mine + 8 * h + lane / 4;
-            if (!rows.there(row)) continue;
-            const long long at = offset + rows.state_row(row);
-            if (lane % 4 == 0) {
-                top[at] = state.top[h];
-                sum[at] = total;
-            }
-#pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n) {
-                const int column = column_of(0, n, 0);
-                if (column < dim_v)
-                    *reinterpret_cast<Two*>(acc + at * stride_v + column) = {state.acc[n][2 * h],
-                                                                            state.acc[n][2 * h + 1]};
-            }
+            const int row = own_row + 8 * h;
+            const bool exists = rows.contains(row);
+            const long long at = arrays.target_row(exists ? rows.state_row(row) : 0, rows.state_rows());
+            store_state<true>(arrays, problem.dim_v, at, exists, h, state.acc, state.row_max[h], state.row_sum[h]);
         }
     }
 }

@@ -1,16 +1,10 @@
 // Fold one block of K and V into the running softmax of the queries, on tensor cores: bfloat16, float16, float64.
 //
-//   acc        (n_q, heads, stride_v)  sum of exp(score - top) v, float (double for double), read and written
-//   top, sum   (n_q, heads)            running maximum and sum, of acc's type, read and written
-//   q          (n_q, heads, dim)       head h uses key head h / group, heads = kv_heads * group
-//   k          (n_k, kv_heads, dim)
-//   v          (n_k, kv_heads, stride_v), of which columns 0 .. dim_v are folded into those of acc
-//   begin, end (n_q,)                  query i sees columns begin[i] <= j < end[i], within 0 .. n_k
-//   scale                              factor of the scores q . k
-//   width                              columns of a part: the grid's z has as many parts as cover n_k
-//   packed_score                       with FUNCTIONS: a PackedScore; see score.cuh
-//   fresh                              whether to leave out what acc, top and sum hold, and to write each part to
-//                                      arrays of its own, (parts, n_q, heads, ..), for combine of state.cu
+//   arrays   state of the queries, float (double for double), read and written
+//   q        (n_q, heads, dim)
+//   k        (n_k, kv_heads, dim)
+//   v        (n_k, kv_heads, stride_v), of which columns 0 .. dim_v are folded into those of acc
+//   problem  what there is besides; see arguments.cuh
 //
 // grid (ceil(n_q group / ROWS), kv_heads, parts) of 32 WARPS threads; ROWS = 16 HEIGHT WARPS; dynamic shared memory:
 // ROWS rows of Q, STAGES times KEYS rows of K and of V, each row padded as Fragments says.
@@ -23,6 +17,7 @@
 
 #include "fragments.cuh"
 #include "score.cuh"
+#include "softmax.cuh"
 
 // The rows of a warp: what they see, and their state in registers.
 template <class T, int DIM_V, int HEIGHT, class S>
@@ -30,60 +25,40 @@ struct WarpRows {
     using A = Accumulator<T>;
     using F = Fragments<T>;
     A acc[HEIGHT][DIM_V / 8][4];
-    A top[HEIGHT][2], sum[HEIGHT][2];         // of rows g and g + 8 of each 16; of sum, this lane's share
+    A row_max[HEIGHT][2], row_sum[HEIGHT][2];
     Interval sees[HEIGHT][2];
-    typename S::Row what[HEIGHT][2];
+    typename S::Row row_score[HEIGHT][2];
 
-    // Take up the state of rows `first` .., each with what it sees, of which a lane knows its own row's.
-    __device__ void load(const StateArrays<A>& arrays, const Rows& rows, int first, Interval interval, const S& score) {
-        const int lane = threadIdx.x % 32;
+    // Number of one of a lane's rows, among those of the warp.
+    __device__ static int row(int m, int h) { return 16 * m + 8 * h + threadIdx.x % 32 / 4; }
+
+    // Load the state of the warp's rows, the first of which is row `first` of the block. Lane i brings the `interval`
+    // that row i of the warp sees, and gets those of its own rows.
+    __device__ void load(const StateArrays<A>& arrays, int dim_v, const Rows& rows, int first, Interval interval,
+                         const S& score) {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int local = 16 * m + 8 * h + lane / 4;
-                sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, local),
-                              __shfl_sync(ALL_LANES, interval.high, local)};
-                what[m][h] = score.row(rows, first + local);
-                const bool known = !arrays.fresh && rows.there(first + local);
-                const long long at = known ? rows.state_row(first + local) : 0;
-                top[m][h] = known ? arrays.top[at] : -infinity(A{});
-                sum[m][h] = known && lane % 4 == 0 ? arrays.sum[at] : A{0};
-#pragma unroll
-                for (int n = 0; n < DIM_V / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int column = column_of(0, n, i);
-                        acc[m][n][2 * h + i] =
-                            known && column < arrays.dim_v ? arrays.acc[at * arrays.stride_v + column] : A{0};
-                    }
+                sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
+                              __shfl_sync(ALL_LANES, interval.high, row(m, h))};
+                row_score[m][h] = score.row(rows, first + row(m, h));
+                const bool known = !arrays.fresh && rows.contains(first + row(m, h));
+                load_state<false>(arrays, dim_v, known ? rows.state_row(first + row(m, h)) : 0, known, h, acc[m],
+                                  row_max[m][h], row_sum[m][h]);
             }
     }
 
     // Put the state back.
-    __device__ void store(const StateArrays<A>& arrays, const Rows& rows, int first) {
-        const int lane = threadIdx.x % 32;
+    __device__ void store(const StateArrays<A>& arrays, int dim_v, const Rows& rows, int first) {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                A total = sum[m][h];
-                total += __shfl_xor_sync(ALL_LANES, total, 1);
-                total += __shfl_xor_sync(ALL_LANES, total, 2);
-                const int row = first + 16 * m + 8 * h + lane / 4;
-                if (!rows.there(row)) continue;
-                const long long at = arrays.place(rows.state_row(row));
-                if (lane % 4 == 0) {
-                    arrays.top[at] = top[m][h];
-                    arrays.sum[at] = total;
-                }
-#pragma unroll
-                for (int n = 0; n < DIM_V / 8; ++n)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int column = column_of(0, n, i);
-                        if (column < arrays.dim_v) arrays.acc[at * arrays.stride_v + column] = acc[m][n][2 * h + i];
-                    }
+                const bool exists = rows.contains(first + row(m, h));
+                const long long at = exists ? rows.state_row(first + row(m, h)) : 0;
+                store_state<false>(arrays, dim_v, arrays.target_row(at, rows.state_rows()), exists, h, acc[m],
+                                   row_max[m][h], row_sum[m][h]);
             }
     }
 
@@ -117,23 +92,7 @@ struct WarpRows {
     __device__ void weigh(A (&s)[N][4], int m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            A high = top[m][h];
-#pragma unroll
-            for (int n = 0; n < N; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
-            high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
-            const A base = high == -infinity(A{}) ? A{0} : high;    // -inf - -inf would be NaN
-            const A shrink = exponential(top[m][h] - base);
-            top[m][h] = high;
-            A more = 0;
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                    s[n][i] = exponential(s[n][i] - base);
-                    more += s[n][i];
-                }
-            sum[m][h] = sum[m][h] * shrink + more;
+            const A shrink = online_softmax(s, h, row_max[m][h], row_sum[m][h]);
 #pragma unroll
             for (int n = 0; n < DIM_V / 8; ++n) {
                 acc[m][n][2 * h] *= shrink;
@@ -144,10 +103,11 @@ struct WarpRows {
 
     // Fold the tile of keys from `start`. PARTIAL: some rows don't see all of it.
     template <bool PARTIAL, int DIM, int KEYS>
-    __device__ void fold(const T* q_tile, int row, const T* k_tile, int stride, const T* v_tile, int stride_v,
-                         int start, A scale, const S& score) {
+    __device__ void fold(const T* q_tile, int first, const T* k_tile, const T* v_tile, int start, A scale,
+                         const S& score) {
+        constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V;
         A s[HEIGHT][KEYS / 8][4] = {};
-        multiply_transposed<DIM>(s, q_tile, row, k_tile, stride);
+        multiply_transposed<DIM>(s, q_tile, first, k_tile, STRIDE);
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m) {
 #pragma unroll
@@ -155,7 +115,8 @@ struct WarpRows {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = column_of(start, n, i);
-                    s[m][n][i] = score.shape(rounded_product(s[m][n][i], scale), what[m][i / 2], score.key(column));
+                    const A product = rounded_product(s[m][n][i], scale);
+                    s[m][n][i] = score.apply(product, row_score[m][i / 2], score.key(column));
                     if (PARTIAL && !sees[m][i / 2].holds(column)) s[m][n][i] = -infinity(A{});
                 }
             weigh(s[m], m);
@@ -164,39 +125,39 @@ struct WarpRows {
                 for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        s[m][n][i] *= score.kept(what[m][i / 2], score.key(column_of(start, n, i)));
+                        s[m][n][i] *= score.dropout_factor(row_score[m][i / 2], score.key(column_of(start, n, i)));
             }
         }
-        const bool all_finite = multiply<PARTIAL, T>(acc, s, v_tile, stride_v, 0);
-        if (PARTIAL && !__all_sync(ALL_LANES, all_finite)) add_not_finite<KEYS>(v_tile, stride_v, start);
+        const bool all_finite = multiply<PARTIAL, T>(acc, s, v_tile, STRIDE_V, 0);
+        if (PARTIAL && !__all_sync(ALL_LANES, all_finite)) add_not_finite<KEYS>(v_tile, STRIDE_V, start);
     }
 };
 
-template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
-          bool FUNCTIONS>
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
-accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const T* q, const T* k, const T* v,
-           const int* begin, const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v,
-           int stride_v, Accumulator<T> scale, int width, int fresh, const void* packed_score) {
+accumulate(const __grid_constant__ StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
+           const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
     using S = Score<A, FUNCTIONS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_ROWS;
 
-    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
-                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
-    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
-    const int mine = warp * WARP_ROWS;
-    const bool has_row = lane < WARP_ROWS && rows.there(mine + lane);
-    const Interval interval = has_row ? cut(rows.interval(begin, end, mine + lane), part) : Interval{0, 0};
-    const Sight sight = sight_of(interval, has_row);
-    const Interval range = sight_of_block<WARPS>(sight).any;
+    // What each row sees of this part, and the tiles of keys that any row of the block sees.
+    const Rows rows = rows_of_block(problem, ROWS);
+    const Interval part = columns_of_part(problem.n_k, arrays.width);
+    const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
+    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
+                                      : Interval{0, 0};
+    const VisibleColumns visible = visible_to_warp(interval, has_row);
+    const Interval range = visible_to_block<WARPS>(visible).hull;
     const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !fresh) return;
+    if (tiles == 0 && !arrays.fresh) return;
 
+    // Q, and the first tiles of K and V, are on their way while the state is taken up.
+    const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
     T* const q_tile = reinterpret_cast<T*>(shared_memory());
     T* const stages = q_tile + ROWS * STRIDE;
     auto load = [&](int i) {
@@ -220,12 +181,11 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
         }
     }
 
-    const StateArrays<A> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
-                                static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
-    const S score(packed_score, n_q, n_k, kv_heads * group);
+    const S score(problem);
     WarpRows<T, DIM_V, HEIGHT, S> state;
-    state.load(arrays, rows, mine, interval, score);
+    state.load(arrays, dim_v, rows, mine, interval, score);
 
+    // Fold tile after tile, while the next ones come.
     for (int i = 0; i < tiles; ++i) {
         if constexpr (STAGES == 1) {
             __syncthreads();                       // all have read the tile before
@@ -235,18 +195,18 @@ accumulate(Accumulator<T>* acc, Accumulator<T>* top, Accumulator<T>* sum, const 
             __syncthreads();
         } else {
             copy_wait<STAGES - 2>();               // tile i is here, for this thread;
-            __syncthreads();                       // for all, and all have read tile i - 1, whose place is free
+            __syncthreads();                       // for all, and all have read tile i - 1, whose stage is free
             if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
             copy_commit();
         }
         const T* const k_tile = stages + i % STAGES * STAGE;
         const T* const v_tile = k_tile + KEYS * STRIDE;
         const int start = range.low + i * KEYS;
-        if (sight.skips(start, KEYS)) continue;
-        if (sight.full(start, KEYS))
-            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);
+        if (visible.skips(start, KEYS)) continue;
+        if (visible.full(start, KEYS))
+            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem.scale, score);
         else
-            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, STRIDE, v_tile, STRIDE_V, start, scale, score);
+            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem.scale, score);
     }
-    state.store(arrays, rows, mine);
+    state.store(arrays, dim_v, rows, mine);
 }

@@ -10,6 +10,7 @@ struct Fragments {
     using Register = unsigned;                // two numbers
     static constexpr int DEPTH = 16;          // of a product
     static constexpr int PAD = 8, PAD_V = 8;  // numbers after each row of a tile, so that lanes of a load share no bank
+    __device__ static constexpr int stride(int dim) { return dim + PAD; }
 
     // Left side: rows row .. row + 16, columns column .. column + DEPTH.
     __device__ static void left(Register (&a)[4], const T* tile, int stride, int row, int column) {
@@ -48,6 +49,7 @@ struct Fragments<double> {
     using Register = double;
     static constexpr int DEPTH = 8;
     static constexpr int PAD = 4, PAD_V = 2;
+    __device__ static constexpr int stride(int dim) { return dim + PAD; }
 
     __device__ static void left(double (&a)[4], const double* tile, int stride, int row, int column) {
         const double* at = tile + (row + threadIdx.x % 32 / 4) * stride + column + threadIdx.x % 4;

@@ -5,18 +5,17 @@
 //
 //   dv = (m p)^T dout      ds = p (m (dout . v) - delta) score'      dq = scale ds k      dk = scale ds^T q
 //
-// Two kernels do it, each with sums of its own in registers: gradient_queries has a tile of rows and goes through the
-// keys, for dq; gradient_keys has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
+// Two kernels do it, each with sums of its own in registers: gradient_dq has a tile of rows and goes through the
+// keys, for dq; gradient_dkdv has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
 // made twice, 7 products in place of 5; but nothing is added by atomics, and no memory is needed for parts: the result
 // depends on the arguments alone.
 //
-//   dq         (n_q, heads, dim)       gradient so far, float (double for double), read and written
-//   dk         (n_k, kv_heads, dim)    the same
-//   dv         (n_k, kv_heads, dim_v)  the same
-//   dout       (n_q, heads, dim_v)     gradient of the result, of q's type
-//   lse, delta (n_q, heads)            log-sum-exp of all scores of the row; sum(dout out) - dlse; of dq's type
-//   sights     (tiles of rows,)        what the rows of each tile see, from `sights` of state.cu
-//   others                             as in accumulate_tensor.cu
+//   dq       (n_q, heads, dim)       gradient so far, float (double for double), read and written
+//   dk       (n_k, kv_heads, dim)    the same
+//   dv       (n_k, kv_heads, dim_v)  the same
+//   inputs   q, k, v and dout, lse and delta; see arguments.cuh
+//   visible  (tiles of rows,)        what the rows of each tile see, from `visible_columns` of state.cu
+//   problem  what there is besides; see arguments.cuh
 //
 // The caller guarantees: dim <= DIM, dim_v <= DIM_V; every row of q, k, v and dout aligned to BYTES, which divides dim
 // and dim_v in bytes; n_q group + ROWS and n_k + KEYS below 2^31.
@@ -31,8 +30,8 @@
 
 // The rows of a tile, as `Rows` has them, but without a division for each: 2^32 / group, rounded up, times a number
 // less than group + ROWS gives the quotient in its upper half, for groups of up to 65,000.
-class NearRows {
-    int n_q, heads, group, first_head, first_query, past, there_are;
+class TileRows {
+    int heads, group, first_head, first_query, past, rows;
     unsigned inverse;
 
     // Queries from the first of the tile to that of a row.
@@ -42,112 +41,154 @@ class NearRows {
     }
 
 public:
-    __device__ NearRows(int n_q, int kv_heads, int group, int kv_head, int first)
-        : n_q(n_q), heads(kv_heads * group), group(group), first_head(kv_head * group), first_query(first / group),
-          past(first % group), there_are(n_q * group - first), inverse(0xffffffffu / group + 1) {}
+    template <class A>
+    __device__ TileRows(const Problem<A>& problem, int kv_head, int first)
+        : heads(problem.kv_heads * problem.group), group(problem.group), first_head(kv_head * problem.group),
+          first_query(first / problem.group), past(first % problem.group), rows(problem.n_q * problem.group - first),
+          inverse(0xffffffffu / problem.group + 1) {}
 
-    __device__ int count() const { return there_are; }
-    __device__ bool there(int row) const { return row < there_are; }
+    __device__ int count() const { return rows; }
+    __device__ bool contains(int row) const { return row < rows; }
     __device__ int query(int row) const { return first_query + queries_on(row); }
     __device__ int head(int row) const { return first_head + past + row - queries_on(row) * group; }
     __device__ long long state_row(int row) const { return static_cast<long long>(query(row)) * heads + head(row); }
 };
 
-// Tiles of two arrays side by side in shared memory, Q and dout, or K and V; rows are ROW and ROW_V numbers apart.
-template <class T, int DIM, int DIM_V, int ROWS, int ROW, int ROW_V>
+// Tiles of two arrays side by side in shared memory, Q and dout, or K and V. Padding says how far apart rows are.
+template <class T, class Padding, int DIM, int DIM_V, int ROWS>
 struct TilePair {
-    static constexpr int STRIDE = ROW, STRIDE_V = ROW_V, NUMBERS = ROWS * (STRIDE + STRIDE_V);
+    static constexpr int STRIDE = Padding::stride(DIM), STRIDE_V = Padding::stride(DIM_V);
+    static constexpr int NUMBERS = ROWS * (STRIDE + STRIDE_V);
     T *tile, *tile_v;
 
     __device__ explicit TilePair(T* memory) : tile(memory), tile_v(memory + ROWS * STRIDE) {}
 
-    // Start to copy rows; `row(i)` is the number of row i in arrays of `dim` and `dim_v` columns.
-    template <int BYTES, int THREADS, class Row>
-    __device__ void copy(const T* array, const T* array_v, Row row, int count, int dim, int dim_v) const {
+    // Start to copy rows; `row(i)` is the number of row i in arrays of dim and dim_v columns.
+    template <int BYTES, int THREADS, class Row, class A>
+    __device__ void copy(const T* array, const T* array_v, Row row, int count, const Problem<A>& problem) const {
+        const int dim = problem.dim, dim_v = problem.dim_v;
         copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(tile, [=](int r) { return array + row(r) * dim; }, count, dim);
         copy_tile<ROWS, DIM_V, STRIDE_V, BYTES, THREADS>(
             tile_v, [=](int r) { return array_v + row(r) * dim_v; }, count, dim_v);
     }
+
+    // Start to copy rows of Q and dout; R: a kind of Rows.
+    template <int BYTES, int THREADS, class R, class A>
+    __device__ void copy_rows(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem) const {
+        copy<BYTES, THREADS>(
+            inputs.q, inputs.dout, [&](int r) { return rows.state_row(r); }, rows.count(), problem);
+    }
+
+    // Start to copy rows of K and V: of a key head, key `key` and those that follow, `count` of which count.
+    template <int BYTES, int THREADS, class A>
+    __device__ void copy_keys(const GradientInputs<T>& inputs, int kv_head, int key, int count,
+                              const Problem<A>& problem) const {
+        const int kv_heads = problem.kv_heads;
+        const long long first = static_cast<long long>(key) * kv_heads + kv_head;
+        copy<BYTES, THREADS>(
+            inputs.k, inputs.v, [=](int r) { return first + r * kv_heads; }, count, problem);
+    }
 };
+
+// The tiles of a block of threads in shared memory: OWN rows that stay, STAGES times OTHERS that come and go.
+template <class T, class Padding, int DIM, int DIM_V, int OWN, int OTHERS, int STAGES>
+struct GradientTiles {
+    using Own = TilePair<T, Padding, DIM, DIM_V, OWN>;
+    using Other = TilePair<T, Padding, DIM, DIM_V, OTHERS>;
+    T* memory;
+
+    __device__ GradientTiles() : memory(reinterpret_cast<T*>(shared_memory())) {}
+    __device__ Own own() const { return Own(memory); }
+    __device__ Other other(int stage) const { return Other(memory + Own::NUMBERS + stage * Other::NUMBERS); }
+    __device__ T* end() const { return memory + Own::NUMBERS + STAGES * Other::NUMBERS; }
+};
+
+// Row `key` of dk or dv, of a key head; null if there is no such key.
+template <class A>
+__device__ inline A* key_row(A* array, int columns, int key, int kv_head, const Problem<A>& problem) {
+    if (key >= problem.n_k) return nullptr;
+    return array + (static_cast<long long>(key) * problem.kv_heads + kv_head) * columns;
+}
 
 // What is known of a row.
 template <class A>
-struct KnownRow {
+struct RowStats {
     A lse, delta;
     Interval sees;
 
-    __device__ KnownRow() {}
-    __device__ KnownRow(A lse, A delta, Interval sees) : lse(lse + (delta - delta)), delta(delta), sees(sees) {}
+    __device__ RowStats() {}
+    __device__ RowStats(A lse, A delta, Interval sees) : lse(lse + (delta - delta)), delta(delta), sees(sees) {}
 };
 
 // What is known of the rows of a tile, in shared memory.
 template <class A, int ROWS>
-struct KnownRows {
+struct TileRowStats {
     A lse[ROWS], delta[ROWS];
     int begin[ROWS], end[ROWS];
 
     // Start to copy it; a row that is not there sees nothing.
-    template <int THREADS>
-    __device__ void copy(const A* all_lse, const A* all_delta, const int* all_begin, const int* all_end,
-                         const NearRows& rows) {
+    template <int THREADS, class T>
+    __device__ void copy(const GradientInputs<T>& inputs, const TileRows& rows, const Problem<A>& problem) {
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
-            const bool there = rows.there(r);
+            const bool there = rows.contains(r);
             const long long at = there ? rows.state_row(r) : 0;
             const int query = there ? rows.query(r) : 0;
-            copy_async<sizeof(A)>(lse + r, all_lse + at, there);
-            copy_async<sizeof(A)>(delta + r, all_delta + at, there);
-            copy_async<4>(begin + r, all_begin + query, there);
-            copy_async<4>(end + r, all_end + query, there);
+            copy_async<sizeof(A)>(lse + r, inputs.lse + at, there);
+            copy_async<sizeof(A)>(delta + r, inputs.delta + at, there);
+            copy_async<4>(begin + r, problem.begin + query, there);
+            copy_async<4>(end + r, problem.end + query, there);
         }
     }
 
-    __device__ KnownRow<A> row(int r) const { return {lse[r], delta[r], {begin[r], end[r]}}; }
+    __device__ RowStats<A> row(int r) const { return {lse[r], delta[r], {begin[r], end[r]}}; }
 };
 
 // Of a row and a key: turn q . k into the weight that dv has, and dout . v into ds. PARTIAL: the row may not see it.
 template <bool PARTIAL, class A, class S>
-__device__ inline void differentiate(A& qk, A& dout_v, const KnownRow<A>& row, const typename S::Row& what, int column,
-                                     int key, A scale, const S& score) {
+__device__ inline void differentiate(A& qk, A& dout_v, const RowStats<A>& row, const typename S::Row& row_score,
+                                     int column, int key, A scale, const S& score) {
     A derivative = 1;
-    const A x = score.shape(rounded_product(qk, scale), what, key, derivative);
+    const A x = score.apply(rounded_product(qk, scale), row_score, key, derivative);
     const bool seen = !PARTIAL || row.sees.holds(column);
     const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
-    const A p = exponential(shift > 0 ? A{0} : shift), kept = score.kept(what, key);
-    qk = seen ? p * kept : A{0};
-    dout_v = seen ? p * (kept * dout_v - row.delta) * derivative : A{0};
+    const A p = exponential(shift > 0 ? A{0} : shift);
+    const A dropout = score.dropout_factor(row_score, key);
+    qk = seen ? p * dropout : A{0};
+    dout_v = seen ? p * (dropout * dout_v - row.delta) * derivative : A{0};
 }
 
 // The first tile of rows from number `from` on of which any row may see one of the keys; `count` if there is none. All
 // lanes of a warp.
-__device__ inline int next_tile(const Sight* sights, int from, int count, Interval keys) {
+__device__ inline int next_tile(const VisibleColumns* visible, int from, int count, Interval keys) {
     for (int first = from; first < count; first += 32) {
         const int tile = first + threadIdx.x % 32;
-        const bool sees = tile < count && !sights[tile].skips(keys.low, keys.high - keys.low);
+        const bool sees = tile < count && !visible[tile].skips(keys.low, keys.high - keys.low);
         const int found = __reduce_min_sync(ALL_LANES, sees ? tile : NOWHERE);
         if (found != NOWHERE) return found;
     }
     return count;
 }
 
-// Go through the tiles that `next` gives, which finds the first of `count` from a number on: `load(tile, place)` starts
-// to copy one to one of PLACES, 1 or 2, while `work(tile, place)` is at the one before. All threads of the block.
-template <int PLACES, class Next, class Load, class Work>
+// Go through the tiles that `next` gives, which finds the first of `count` from a number on: `load(tile, stage)` starts
+// to copy one to a stage, of which there are 1 or 2, while `work(tile, stage)` is at the one before. All threads of
+// the block.
+template <int STAGES, class Next, class Load, class Work>
 __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
     int ahead = next(0);
-    if (PLACES == 2 && ahead < count) load(ahead, 0);
+    if (STAGES == 2 && ahead < count) load(ahead, 0);
     copy_commit();
     for (int i = 0; ahead < count; ++i) {
-        const int tile = ahead, place = i % PLACES;
+        const int tile = ahead, stage = i % STAGES;
         ahead = next(tile + 1);
-        if constexpr (PLACES == 1) {
+        if constexpr (STAGES == 1) {
             __syncthreads();                       // all have read the tile before
             load(tile, 0);
             copy_commit();
         }
         copy_wait<0>();                            // the tile is here, for this thread;
-        __syncthreads();                           // for all, and all have read the one before, whose place is free
-        if (PLACES == 2 && ahead < count) load(ahead, 1 - place);
+        __syncthreads();                           // for all, and all have read the one before, whose stage is free
+        if (STAGES == 2 && ahead < count) load(ahead, 1 - stage);
         copy_commit();
-        work(tile, place);
+        work(tile, stage);
     }
 }

@@ -3,7 +3,7 @@
 // divisible by four), all of which run on their own while threads go on. Tiles lie as panels.cuh says. sm_90a.
 //
 // Shared memory has two proxies: threads read and write through one, copies of tiles and products through the other.
-// What a thread has written is not there for the other proxy until that thread has called fence_for_hardware() and
+// What a thread has written is not there for the other proxy until that thread has called fence_async_proxy() and
 // then met the others at a barrier; a barrier in shared memory orders all else.
 //
 // The tests put a file of the same name in place of this one that gives the functions their meaning on a CPU.
@@ -13,7 +13,7 @@
 
 constexpr int WARPGROUP = 128;
 
-__device__ inline void fence_for_hardware() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // What a thread moves at a time.
 struct alignas(16) Chunk {
@@ -23,10 +23,10 @@ __device__ inline void store_chunk(void* shared, const Chunk& chunk) { *static_c
 
 // A barrier in shared memory. Its phases are 0, 1, 2 ..; a phase is over when as many arrivals as it was made with
 // have come, and all the bytes that were announced.
-struct PhaseBarrier {
+struct MBarrier {
     unsigned long long opaque;
 
-    // By one thread; then fence_for_hardware(), then a barrier of all who use it.
+    // By one thread; then fence_async_proxy(), then a barrier of all who use it.
     __device__ void make(int arrivals) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(this)), "r"(arrivals) : "memory");
     }
@@ -61,7 +61,7 @@ struct alignas(64) TensorMap {
 
 // Start to copy the box at (x, y, z), x counted fastest, to a panel; what is outside of the array becomes zeros. The
 // bytes of the whole box count for the barrier. By one thread.
-__device__ inline void copy_box(void* panel, const TensorMap& map, int x, int y, int z, PhaseBarrier& arrived) {
+__device__ inline void tma_load(void* panel, const TensorMap& map, int x, int y, int z, MBarrier& arrived) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
                  "[%5];" :: "r"(shared_address(panel)), "l"(&map), "r"(x), "r"(y), "r"(z),
                  "r"(shared_address(&arrived)) : "memory");
@@ -69,22 +69,22 @@ __device__ inline void copy_box(void* panel, const TensorMap& map, int x, int y,
 
 // Give registers back, or take what others gave back, to have COUNT a thread. All warps of a warpgroup.
 template <int COUNT>
-__device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+__device__ inline void decrease_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 template <int COUNT>
-__device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+__device__ inline void increase_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 
 // Barriers of some threads of the block, by number, from 1; 0 is __syncthreads. Whole warps.
-__device__ inline void meet(int number, int threads) {
+__device__ inline void named_barrier_sync(int number, int threads) {
     asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 
-// Count as having come to a meeting, and go on.
-__device__ inline void come(int number, int threads) {
+// Arrive at such a barrier, and go on.
+__device__ inline void named_barrier_arrive(int number, int threads) {
     asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
 }
 
-// Meet, and tell whether any thread says yes.
-__device__ inline bool meet_any(int number, int threads, bool yes) {
+// The same as the first; tells whether any thread says yes.
+__device__ inline bool named_barrier_or(int number, int threads, bool yes) {
     int any;
     asm volatile("{\n"
                  ".reg .pred mine, any;\n"
@@ -96,14 +96,14 @@ __device__ inline bool meet_any(int number, int threads, bool yes) {
 }
 
 // What a product reads in shared memory, as panels.cuh makes it.
-using Operand = unsigned long long;
+using SmemDescriptor = unsigned long long;
 
 // Products run in the order in which they are started. Before the first, and whenever a thread has touched
 // registers that they will read or write:
-__device__ inline void products_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Close a group of products.
-__device__ inline void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Work a number out before what comes next; it is not negative. The assembler moves arithmetic past the waits below,
 // where it no longer overlaps with products, but not past a branch, which this is.
@@ -118,7 +118,7 @@ __device__ inline void settle(float number) {
 // Wait until at most PENDING of the latest groups run, and so `d` is there. Nothing may touch the registers of a
 // product, and nobody may write to its tiles, before.
 template <int PENDING, int N>
-__device__ inline void products_wait(float (&d)[N][4]) {
+__device__ inline void wgmma_wait(float (&d)[N][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 #pragma unroll
     for (int i = 0; i < N; ++i)                // keeps the compiler from reading d before
@@ -137,38 +137,42 @@ __device__ inline void products_wait(float (&d)[N][4]) {
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // d = a b + (add ? d : 0), with a of 64 x 16 and the transposed of b of 128 x 16, both in shared memory, ALONG.
-#define PRODUCT(TYPES) \
+#define WGMMA(TYPES) \
     asm volatile("{\n" \
                  ".reg .pred add;\n" \
                  "setp.ne.s32 add, %66, 0;\n" \
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPES " {" NAMES_64 "}, %64, %65, add, 1, 1, 0, 0;\n" \
                  "}" : REGISTERS_64(d) : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-__device__ inline void product(bfloat16, float (&d)[16][4], Operand a, Operand b, bool add) { PRODUCT("bf16.bf16"); }
-__device__ inline void product(float16, float (&d)[16][4], Operand a, Operand b, bool add) { PRODUCT("f16.f16"); }
-#undef PRODUCT
+__device__ inline void wgmma(bfloat16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) {
+    WGMMA("bf16.bf16");
+}
+__device__ inline void wgmma(float16, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) {
+    WGMMA("f16.f16");
+}
+#undef WGMMA
 
 // d += a b, with a of 64 x 16 in registers, 16 rows in each warp as in platform.cuh, and b of 16 x 128 or 16 x 64 in
 // shared memory, not ALONG.
-#define PRODUCT(SHAPE, TYPES, NAMES, REGISTERS, A0, A1, A2, A3, B) \
+#define WGMMA(SHAPE, TYPES, NAMES, REGISTERS, A0, A1, A2, A3, B) \
     asm volatile("{\n" \
                  ".reg .pred add;\n" \
                  "setp.eq.s32 add, 0, 0;\n" \
                  "wgmma.mma_async.sync.aligned." SHAPE ".f32." TYPES " {" NAMES "}, {" A0 ", " A1 ", " A2 ", " A3 "}, " \
                  B ", add, 1, 1, 1;\n" \
                  "}" : REGISTERS(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-__device__ inline void product(bfloat16, float (&d)[16][4], const unsigned (&a)[4], Operand b) {
-    PRODUCT("m64n128k16", "bf16.bf16", NAMES_64, REGISTERS_64, "%64", "%65", "%66", "%67", "%68");
+__device__ inline void wgmma(bfloat16, float (&d)[16][4], const unsigned (&a)[4], SmemDescriptor b) {
+    WGMMA("m64n128k16", "bf16.bf16", NAMES_64, REGISTERS_64, "%64", "%65", "%66", "%67", "%68");
 }
-__device__ inline void product(float16, float (&d)[16][4], const unsigned (&a)[4], Operand b) {
-    PRODUCT("m64n128k16", "f16.f16", NAMES_64, REGISTERS_64, "%64", "%65", "%66", "%67", "%68");
+__device__ inline void wgmma(float16, float (&d)[16][4], const unsigned (&a)[4], SmemDescriptor b) {
+    WGMMA("m64n128k16", "f16.f16", NAMES_64, REGISTERS_64, "%64", "%65", "%66", "%67", "%68");
 }
-__device__ inline void product(bfloat16, float (&d)[8][4], const unsigned (&a)[4], Operand b) {
-    PRODUCT("m64n64k16", "bf16.bf16", NAMES_32, REGISTERS_32, "%32", "%33", "%34", "%35", "%36");
+__device__ inline void wgmma(bfloat16, float (&d)[8][4], const unsigned (&a)[4], SmemDescriptor b) {
+    WGMMA("m64n64k16", "bf16.bf16", NAMES_32, REGISTERS_32, "%32", "%33", "%34", "%35", "%36");
 }
-__device__ inline void product(float16, float (&d)[8][4], const unsigned (&a)[4], Operand b) {
-    PRODUCT("m64n64k16", "f16.f16", NAMES_32, REGISTERS_32, "%32", "%33", "%34", "%35", "%36");
+__device__ inline void wgmma(float16, float (&d)[8][4], const unsigned (&a)[4], SmemDescriptor b) {
+    WGMMA("m64n64k16", "f16.f16", NAMES_32, REGISTERS_32, "%32", "%33", "%34", "%35", "%36");
 }
-#undef PRODUCT
+#undef WGMMA
 #undef NAMES_64
 #undef NAMES_32
 #undef REGISTERS_64

@@ -21,6 +21,7 @@ struct alignas(4 * VECTOR) Vector { float x[VECTOR]; };
 
 template <int ROW_LANES>
 struct Lanes {
+    __device__ static constexpr int stride(int dim) { return padded(dim); }
     __device__ static int lane() { return threadIdx.x % 16; }
     __device__ static int row(int i) { return i * ROW_LANES + threadIdx.x / 16; }
     __device__ static int other(int j) { return lane() + 16 * j; }

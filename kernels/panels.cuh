@@ -22,11 +22,13 @@ __device__ inline unsigned char* align_panel(unsigned char* pointer) {
 // there. ALONG: the columns of the tile are the depth of the product. Else its rows are, and the product takes 64
 // columns from each panel, as many panels as it needs.
 template <bool ALONG, int ROWS>
-__device__ inline Operand operand(const void* tile) {
-    constexpr Operand SWIZZLE_128 = Operand{1} << 62, EIGHT_ROWS = 8 * PANEL_ROW_BYTES / 16;
-    constexpr Operand NEXT_PANEL = ALONG ? 1 : ROWS * PANEL_ROW_BYTES / 16;           // 1: not used
+__device__ inline SmemDescriptor smem_descriptor(const void* tile) {
+    constexpr SmemDescriptor SWIZZLE_128 = SmemDescriptor{1} << 62, EIGHT_ROWS = 8 * PANEL_ROW_BYTES / 16;
+    constexpr SmemDescriptor NEXT_PANEL = ALONG ? 1 : ROWS * PANEL_ROW_BYTES / 16;           // 1: not used
     return SWIZZLE_128 | EIGHT_ROWS << 32 | NEXT_PANEL << 16 | (shared_address(tile) & 0x3ffff) >> 4;
 }
 
-// The operand `bytes` further on, a multiple of 16.
-__device__ inline Operand further(Operand from, int bytes) { return from + static_cast<Operand>(bytes / 16); }
+// The descriptor of what lies `bytes` further on, a multiple of 16.
+__device__ inline SmemDescriptor advanced(SmemDescriptor from, int bytes) {
+    return from + static_cast<SmemDescriptor>(bytes / 16);
+}

@@ -4,7 +4,7 @@
 // a group, which share keys, lie side by side: row r is query r / group, head kv_head * group + r % group.
 #pragma once
 
-#include "platform.cuh"
+#include "arguments.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int NOWHERE = 0x7fffffff;
@@ -17,7 +17,7 @@ struct Interval {
 };
 
 // What both hold; {0, 0} if nothing.
-__device__ inline Interval cut(Interval a, Interval b) {
+__device__ inline Interval intersection(Interval a, Interval b) {
     const Interval both{max(a.low, b.low), min(a.high, b.high)};
     return both.low < both.high ? both : Interval{0, 0};
 }
@@ -27,7 +27,7 @@ struct Rows {
     int n_q, kv_heads, group, kv_head, first;
 
     __device__ int count() const { return n_q * group - first; }
-    __device__ bool there(int row) const { return row < count(); }
+    __device__ bool contains(int row) const { return row < count(); }
     __device__ int query(int row) const { return (first + row) / group; }
     __device__ int head(int row) const { return kv_head * group + (first + row) % group; }
 
@@ -37,42 +37,46 @@ struct Rows {
         return static_cast<long long>(i) * (kv_heads * group) + kv_head * group + (first + row - i * group);
     }
 
+    // How many there are of all heads.
+    __device__ long long state_rows() const { return static_cast<long long>(n_q) * kv_heads * group; }
+
     __device__ Interval interval(const int* begin, const int* end, int row) const {
         return {begin[query(row)], end[query(row)]};
     }
 };
 
+// The rows of this block of threads, `count` of them. The last rows, which see most, come first.
+template <class A>
+__device__ inline Rows rows_of_block(const Problem<A>& problem, int count) {
+    return {problem.n_q, problem.kv_heads, problem.group, static_cast<int>(blockIdx.y),
+            static_cast<int>(gridDim.x - 1 - blockIdx.x) * count};
+}
+
+// The columns of this block's part.
+__device__ inline Interval columns_of_part(int n_k, int width) {
+    return {static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+}
+
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`; see platform.cuh.
 __device__ inline int column_of(int start, int n, int i) { return start + 8 * n + threadIdx.x % 4 * 2 + i % 2; }
 
-// The state in global memory: to be taken up and put back, or, if `fresh`, begun anew and put into an array of this part.
-template <class A>
-struct StateArrays {
-    A *acc, *top, *sum;
-    int dim_v, stride_v;
-    bool fresh;
-    long long part;            // rows before this part's
-
-    __device__ long long place(long long state_row) const { return fresh ? part + state_row : state_row; }
+// What a set of rows sees: nobody sees beyond `hull`, everybody sees all of `common`.
+struct VisibleColumns {
+    Interval hull, common;
+    __device__ bool skips(int start, int count) const { return start >= hull.high || start + count <= hull.low; }
+    __device__ bool full(int start, int count) const { return common.low <= start && start + count <= common.high; }
 };
 
-// What a set of rows sees: nobody sees beyond `any`, everybody sees all of `every`.
-struct Sight {
-    Interval any, every;
-    __device__ bool skips(int start, int count) const { return start >= any.high || start + count <= any.low; }
-    __device__ bool full(int start, int count) const { return every.low <= start && start + count <= every.high; }
-};
-
-__device__ inline Sight joined(const Sight& a, const Sight& b) {
-    return {{min(a.any.low, b.any.low), max(a.any.high, b.any.high)},
-            {max(a.every.low, b.every.low), min(a.every.high, b.every.high)}};
+__device__ inline VisibleColumns merged(const VisibleColumns& a, const VisibleColumns& b) {
+    return {{min(a.hull.low, b.hull.low), max(a.hull.high, b.hull.high)},
+            {max(a.common.low, b.common.low), min(a.common.high, b.common.high)}};
 }
 
 // What no rows see.
-__device__ inline Sight sight_of_none() { return {{NOWHERE, 0}, {0, NOWHERE}}; }
+__device__ inline VisibleColumns nothing_visible() { return {{NOWHERE, 0}, {0, NOWHERE}}; }
 
 // What the rows of a warp see, one interval a lane; a lane that has no row does not count.
-__device__ inline Sight sight_of(Interval mine, bool has_row) {
+__device__ inline VisibleColumns visible_to_warp(Interval mine, bool has_row) {
     const bool sees = mine.low < mine.high;
     return {{__reduce_min_sync(ALL_LANES, sees ? mine.low : NOWHERE),
              __reduce_max_sync(ALL_LANES, sees ? mine.high : 0)},
@@ -82,13 +86,13 @@ __device__ inline Sight sight_of(Interval mine, bool has_row) {
 
 // What the rows of the whole block see. All threads of the block.
 template <int WARPS>
-__device__ inline Sight sight_of_block(const Sight& mine) {
-    __shared__ Sight sights[WARPS];
-    if (threadIdx.x % 32 == 0) sights[threadIdx.x / 32] = mine;
+__device__ inline VisibleColumns visible_to_block(const VisibleColumns& mine) {
+    __shared__ VisibleColumns visible_columns[WARPS];
+    if (threadIdx.x % 32 == 0) visible_columns[threadIdx.x / 32] = mine;
     __syncthreads();
-    Sight all = sight_of_none();
+    VisibleColumns all = nothing_visible();
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) all = joined(all, sights[w]);
+    for (int w = 0; w < WARPS; ++w) all = merged(all, visible_columns[w]);
     return all;
 }
 

@@ -2,10 +2,10 @@
 // defines them. A kernel takes a Score of one of two kinds: the plain one has nothing to keep and nothing to do.
 #pragma once
 
-#include "platform.cuh"
+#include "arguments.cuh"
 
-// How a Score comes to the GPU. Arrays follow it, one after the other: slopes (heads,) of type A, streams (heads,),
-// positions of the queries (n_q,) and of the keys (n_k,), 32 bits each; what the score does not use is 0.
+// How a Score comes to the GPU. Arrays follow it, one after the other: slopes (heads,) of type A, and of 32 bits each
+// dropout keys (heads,), positions of the queries (n_q,) and of the keys (n_k,); what the score does not use is 0.
 template <class A>
 struct PackedScore {
     A softcap, gain;           // 0 for none; gain: factor of the weights that are kept
@@ -13,15 +13,15 @@ struct PackedScore {
     int sloped;
 };
 
-// The first word of Philox-2x32-10 (Salmon et al. 2011) with counter (j, i) and key `stream`.
-__device__ inline unsigned random_word(unsigned stream, int i, int j) {
+// The first word of Philox-2x32-10 (Salmon et al. 2011) with counter (j, i) and key `key`.
+__device__ inline unsigned random_word(unsigned key, int i, int j) {
     unsigned low = static_cast<unsigned>(j), high = static_cast<unsigned>(i);
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
         const unsigned long long product = 0xd256d193ull * low;
-        low = static_cast<unsigned>(product >> 32) ^ stream ^ high;
+        low = static_cast<unsigned>(product >> 32) ^ key ^ high;
         high = static_cast<unsigned>(product);
-        stream += 0x9e3779b9u;
+        key += 0x9e3779b9u;
     }
     return low;
 }
@@ -30,66 +30,67 @@ template <class A, bool WITH_FUNCTIONS>
 struct Score {
     static constexpr bool FUNCTIONS = false;
     struct Row {};
-    __device__ Score(const void*, int, int, int) {}
+    __device__ explicit Score(const Problem<A>&) {}
     template <class R>
     __device__ Row row(const R&, int) const { return {}; }
     __device__ int key(int) const { return 0; }
-    __device__ A shape(A x, const Row&, int) const { return x; }
-    __device__ A shape(A x, const Row&, int, A&) const { return x; }
-    __device__ A kept(const Row&, int) const { return 1; }
+    __device__ A apply(A x, const Row&, int) const { return x; }
+    __device__ A apply(A x, const Row&, int, A&) const { return x; }
+    __device__ A dropout_factor(const Row&, int) const { return 1; }
 };
 
 template <class A>
 struct Score<A, true> {
     static constexpr bool FUNCTIONS = true;
-    struct Row { A slope; unsigned stream; int position; };
-    PackedScore<A> is;
+    struct Row { A slope; unsigned dropout_key; int position; };
+    PackedScore<A> header;
     A inverse;                 // of softcap
     const A* slopes;
-    const unsigned* streams;
+    const unsigned* dropout_keys;
     const int *queries, *keys;
     int last_key;
 
-    __device__ Score(const void* packed, int n_q, int n_k, int heads)
-        : is(*static_cast<const PackedScore<A>*>(packed)), inverse(1 / is.softcap),
-          slopes(reinterpret_cast<const A*>(static_cast<const PackedScore<A>*>(packed) + 1)),
-          streams(reinterpret_cast<const unsigned*>(slopes + heads)),
-          queries(reinterpret_cast<const int*>(streams + heads)), keys(queries + n_q), last_key(n_k - 1) {}
+    __device__ explicit Score(const Problem<A>& problem)
+        : header(*static_cast<const PackedScore<A>*>(problem.packed_score)), inverse(1 / header.softcap),
+          slopes(reinterpret_cast<const A*>(static_cast<const PackedScore<A>*>(problem.packed_score) + 1)),
+          dropout_keys(reinterpret_cast<const unsigned*>(slopes + problem.kv_heads * problem.group)),
+          queries(reinterpret_cast<const int*>(dropout_keys + problem.kv_heads * problem.group)),
+          keys(queries + problem.n_q), last_key(problem.n_k - 1) {}
 
     // What the score of a row depends on; R: a kind of Rows.
     template <class R>
     __device__ Row row(const R& rows, int row) const {
-        if (!rows.there(row)) return {};
+        if (!rows.contains(row)) return {};
         const int head = rows.head(row);
-        return {slopes[head], streams[head], queries[rows.query(row)]};
+        return {slopes[head], dropout_keys[head], queries[rows.query(row)]};
     }
 
     // Position of a key, of the last one if there is no such key.
     __device__ int key(int column) const { return keys[min(column, last_key)]; }
 
     // Score of a scaled product, and its derivative.
-    __device__ A shape(A x, const Row& row, int key, A& derivative) const {
+    __device__ A apply(A x, const Row& row, int key, A& derivative) const {
         derivative = 1;
-        if (is.softcap != 0) {
+        if (header.softcap != 0) {
             const A bent = hyperbolic_tangent(x * inverse);
             derivative = 1 - bent * bent;
-            x = bent * is.softcap;
+            x = bent * header.softcap;
         }
-        if (is.sloped) {
+        if (header.sloped) {
             const unsigned i = static_cast<unsigned>(row.position), j = static_cast<unsigned>(key);
             x -= row.slope * static_cast<A>(row.position < key ? j - i : i - j);
         }
         return x;
     }
 
-    __device__ A shape(A x, const Row& row, int key) const {
+    __device__ A apply(A x, const Row& row, int key) const {
         A derivative;
-        return shape(x, row, key, derivative);
+        return apply(x, row, key, derivative);
     }
 
     // Factor of a weight: 1 without dropout.
-    __device__ A kept(const Row& row, int key) const {
-        if (is.gain == 0) return 1;
-        return random_word(row.stream, row.position, key) < is.threshold ? A{0} : is.gain;
+    __device__ A dropout_factor(const Row& row, int key) const {
+        if (header.gain == 0) return 1;
+        return random_word(row.dropout_key, row.position, key) < header.threshold ? A{0} : header.gain;
     }
 };

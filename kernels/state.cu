@@ -1,13 +1,12 @@
-// What is done to the state of the queries besides accumulating: reset, merge parts, finish; what the backward pass
+// What is done to the state of the queries besides accumulating: reset, combine parts, finish; what the backward pass
 // needs besides its products; and little things: widen, round, clear, add.
 //
-//   acc       (rows, dim_v)   rows = n_q heads; sum of exp(score - top) v
-//   top, sum  (rows,)         running maximum, -inf before the first key, and sum
-//   A         float or double, of all three
+// A state is a StateArrays of arguments.cuh, of which the arrays and stride_v count: acc (rows, stride_v), row_max and
+// row_sum (rows,), with rows = n_q heads. A is float or double, of all three.
 
-#include "rows.cuh"
+#include "softmax.cuh"
 
-struct Merge { static constexpr int WARPS = 8, MOST_COLUMNS = 256; };
+struct Combine { static constexpr int WARPS = 8, MOST_COLUMNS = 256; };
 
 __device__ inline long long thread_number() {
     return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -17,72 +16,76 @@ __device__ inline long long thread_count() { return static_cast<long long>(gridD
 
 // Forget every key. `sinks`, null or (heads,), are scores that the rows of a head have besides. Any grid.
 template <class A>
-__global__ void reset(A* acc, A* top, A* sum, const A* sinks, long long rows, int heads, int dim_v) {
-    for (long long i = thread_number(); i < rows * dim_v; i += thread_count()) acc[i] = 0;
+__global__ void reset(const __grid_constant__ StateArrays<A> state, const A* sinks, long long rows, int heads) {
+    for (long long i = thread_number(); i < rows * state.stride_v; i += thread_count()) state.acc[i] = 0;
     for (long long i = thread_number(); i < rows; i += thread_count()) {
-        top[i] = sinks ? sinks[i % heads] : -infinity(A{});
-        sum[i] = sinks ? 1 : 0;
+        state.row_max[i] = sinks ? sinks[i % heads] : -infinity(A{});
+        state.row_sum[i] = sinks ? 1 : 0;
     }
 }
 
-// Fold `parts` states of the same rows, one after the other in part_acc, part_top and part_sum, into the first.
-// grid (rows,) of 32 Merge::WARPS threads; dim_v <= Merge::MOST_COLUMNS.
+// Fold `count` states of the same rows, one after the other in the arrays of `parts`, into one.
+// grid (rows,) of 32 Combine::WARPS threads; dim_v <= Combine::MOST_COLUMNS.
 template <class A>
-__global__ void __launch_bounds__(32 * Merge::WARPS)
-combine(A* acc, A* top, A* sum, const A* part_acc, const A* part_top, const A* part_sum, int parts,
-            long long rows, int dim_v) {
-    constexpr int WARPS = Merge::WARPS, MOST_COLUMNS = Merge::MOST_COLUMNS, EACH = MOST_COLUMNS / 32;
+__global__ void __launch_bounds__(32 * Combine::WARPS)
+combine(const __grid_constant__ StateArrays<A> state, const __grid_constant__ StateArrays<A> parts, int count,
+        long long rows) {
+    constexpr int WARPS = Combine::WARPS, MOST_COLUMNS = Combine::MOST_COLUMNS, EACH = MOST_COLUMNS / 32;
     __shared__ A highs[WARPS], sums[WARPS], columns[WARPS][MOST_COLUMNS];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, dim_v = state.stride_v;
     const long long row = blockIdx.x;
 
-    A high = top[row];
-    for (int p = threadIdx.x; p < parts; p += 32 * WARPS) high = larger(high, part_top[p * rows + row]);
+    // The largest maximum of all: each thread looks at some parts.
+    A high = state.row_max[row];
+    for (int p = threadIdx.x; p < count; p += 32 * WARPS) high = larger(high, parts.row_max[p * rows + row]);
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2) high = larger(high, __shfl_xor_sync(ALL_LANES, high, mask));
     if (lane == 0) highs[warp] = high;
     __syncthreads();
     for (int w = 0; w < WARPS; ++w) high = larger(high, highs[w]);
-    const A base = high == -infinity(A{}) ? A{0} : high;        // -inf - -inf would be NaN
+    const A base = finite_maximum(high);
 
+    // Each warp adds up some parts, shrunk to that maximum.
     A more = 0, mine[EACH] = {};
 #pragma unroll 4
-    for (int p = warp; p < parts; p += WARPS) {
+    for (int p = warp; p < count; p += WARPS) {
         const long long at = p * rows + row;
-        const A factor = exponential(part_top[at] - base);
-        more += factor * part_sum[at];
+        const A factor = exponential(parts.row_max[at] - base);
+        more += factor * parts.row_sum[at];
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
-            if (lane + 32 * i < dim_v) mine[i] += factor * part_acc[at * dim_v + lane + 32 * i];
+            if (lane + 32 * i < dim_v) mine[i] += factor * parts.acc[at * dim_v + lane + 32 * i];
     }
     if (lane == 0) sums[warp] = more;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) columns[warp][lane + 32 * i] = mine[i];
-    const A shrink = exponential(top[row] - base);
+    const A shrink = exponential(state.row_max[row] - base);
     __syncthreads();
+
+    // The state, shrunk as well, and the sums of all warps make the new state.
     for (int c = threadIdx.x; c < dim_v; c += 32 * WARPS) {
-        A total = acc[row * dim_v + c] * shrink;
+        A total = state.acc[row * dim_v + c] * shrink;
         for (int w = 0; w < WARPS; ++w) total += columns[w][c];
-        acc[row * dim_v + c] = total;
+        state.acc[row * dim_v + c] = total;
     }
     if (threadIdx.x == 0) {
-        A total = sum[row] * shrink;
+        A total = state.row_sum[row] * shrink;
         for (int w = 0; w < WARPS; ++w) total += sums[w];
-        sum[row] = total;
-        top[row] = high;
+        state.row_sum[row] = total;
+        state.row_max[row] = high;
     }
 }
 
-// Normalise: out = acc / sum and lse = top + log(sum); 0 and -inf for queries with seen = 0. Any grid.
+// Normalise: out = acc / row_sum and lse = row_max + log(row_sum); 0 and -inf for queries with seen = 0. Any grid.
 template <class T, class A>
-__global__ void finish(const A* acc, const A* top, const A* sum, const unsigned char* seen, T* out, A* lse,
-                       long long rows, int heads, int dim_v) {
-    for (long long i = thread_number(); i < rows * dim_v; i += thread_count()) {
-        const long long row = i / dim_v;
-        store(out + i, seen[row / heads] ? acc[i] / sum[row] : A{0});
+__global__ void finish(const __grid_constant__ StateArrays<A> state, const unsigned char* seen, T* out, A* lse,
+                       long long rows, int heads) {
+    for (long long i = thread_number(); i < rows * state.stride_v; i += thread_count()) {
+        const long long row = i / state.stride_v;
+        store(out + i, seen[row / heads] ? state.acc[i] / state.row_sum[row] : A{0});
     }
     for (long long row = thread_number(); row < rows; row += thread_count())
-        lse[row] = seen[row / heads] ? top[row] + log(sum[row]) : -infinity(A{});
+        lse[row] = seen[row / heads] ? state.row_max[row] + log(state.row_sum[row]) : -infinity(A{});
 }
 
 // Write `count` numbers of `source` as doubles. Any grid.
@@ -123,16 +126,17 @@ __global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, 
 
 // What the rows of each tile see, in numbers of rows of a key head; rows that are not there see nothing. Any grid of
 // whole warps, one to a tile at a time.
-__global__ void sights(Sight* sights, const int* begin, const int* end, int n_q, int group, int rows_of_tile,
-                       int tiles) {
+__global__ void visible_columns(VisibleColumns* tile_columns, const int* begin, const int* end, int n_q, int group,
+                                int rows_of_tile, int tiles) {
     for (long long tile = thread_number() / 32; tile < tiles; tile += thread_count() / 32) {
         const Rows rows{n_q, 1, group, 0, static_cast<int>(tile) * rows_of_tile};
-        Sight all = sight_of_none();
+        VisibleColumns all = nothing_visible();
         for (int first = 0; first < rows_of_tile; first += 32) {
             const int row = first + threadIdx.x % 32;
-            const bool of_tile = row < rows_of_tile, there = of_tile && rows.there(row);
-            all = joined(all, sight_of(there ? rows.interval(begin, end, row) : Interval{0, 0}, of_tile));
+            const bool of_tile = row < rows_of_tile;
+            const Interval sees = of_tile && rows.contains(row) ? rows.interval(begin, end, row) : Interval{0, 0};
+            all = merged(all, visible_to_warp(sees, of_tile));
         }
-        if (threadIdx.x % 32 == 0) sights[tile] = all;
+        if (threadIdx.x % 32 == 0) tile_columns[tile] = all;
     }
 }

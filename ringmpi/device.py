@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
 import sys
 import uuid
@@ -20,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .binaries import keep, kept_name, usable_cache
-from .environment import kernel_cache, launched_local_rank
+from .compiler import binary_of, usable_cache
+from .environment import launched_local_rank
 from .errors import BackendError
 from .softmax import BFLOAT16
 
@@ -116,7 +115,8 @@ def choose_early() -> None:
 
     What is wrong is left to the backend to find, when all ranks can agree on the error.
     """
-    local_rank, visible = launched_local_rank(), count()
+    local_rank = launched_local_rank()
+    visible = count()
     if local_rank is not None and visible:
         with suppress(_cupy().cuda.runtime.CUDARuntimeError):
             _cupy().cuda.Device(choose_index(local_rank, visible, True)).use()
@@ -174,7 +174,7 @@ class Device:
         self.cache: dict[Any, Any] = {}
         self._staging: list[NDArray[np.uint8]] = []
         self._free: list[Any] = []
-        self._turn = 0
+        self._next_piece = 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Device:
         stream.wait_event(event.cupy_event)
 
     def read_rows(self, shape: Sequence[int], dtype: np.dtype[Any], read: Read) -> Array:
-        """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.gather`."""
+        """Fill a GPU array with what `read` puts into page-locked memory, piece by piece; see `Backend.read_rows`."""
         target = self.empty(shape, dtype)
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         stream = self.caller_stream()
@@ -275,7 +275,8 @@ class Device:
     def host(self, x: Array) -> NDArray[Any]:
         """Copy a contiguous GPU array to the host, once what is on the caller's stream is done."""
         target = np.empty(x.shape, x.dtype)
-        source, target_bytes = _bytes(x), _bytes(target)
+        source = _bytes(x)
+        target_bytes = _bytes(target)
         stream = self.caller_stream()
         waiting: list[tuple[NDArray[np.uint8], slice, Any]] = []
         for piece, at in self._pieces(x.nbytes, 1):
@@ -289,32 +290,36 @@ class Device:
 
     def _pieces(self, nbytes: int, unit: int) -> Iterator[tuple[NDArray[np.uint8], slice]]:
         """Give page-locked pieces of whole units, and which bytes they are for, each when it is free."""
+        # Two of them, which are kept, and replaced where they are too small.
         size = min(max(PIECE_BYTES // unit, 1) * unit, nbytes) if nbytes else 0
         if size and (not self._staging or len(self._staging[0]) < size):
             for event in self._free:               # the old ones may still be read from
                 if event is not None:
                     event.synchronize()
-            self._staging, self._free = [self.pinned(size) for _ in range(2)], [None, None]
+            self._staging = [self.pinned(size) for _ in range(2)]
+            self._free = [None, None]
+        # One after the other, once what was last done with it is over.
         for number, start in enumerate(range(0, nbytes, max(size, 1))):
-            self._turn = number % 2
-            if self._free[self._turn] is not None:
-                self._free[self._turn].synchronize()
+            self._next_piece = number % 2
+            if self._free[self._next_piece] is not None:
+                self._free[self._next_piece].synchronize()
             stop = min(start + size, nbytes)
-            yield self._staging[self._turn][:stop - start], slice(start, stop)
+            yield self._staging[self._next_piece][:stop - start], slice(start, stop)
 
     def _free_when(self, stream: Any) -> Any:
-        event = self._free[self._turn] = self.record(stream)
+        event = self._free[self._next_piece] = self.record(stream)
         return event
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time what `work` puts on the caller's stream, as the GPU sees it: it is kept busy until all is queued."""
-        stream, cuda = self.caller_stream(), self._cupy.cuda
+        stream = self.caller_stream()
+        cuda = self._cupy.cuda
         if "cover" not in self.cache:
             self.cache["cover"] = self.empty((2**29,), np.uint8), self.empty((2**29,), np.uint8)
-        to, of = self.cache["cover"]
+        target, source = self.cache["cover"]
         for _ in range(8):                       # some milliseconds
-            self.copy(to, of, stream)
-        first, last = cuda.Event(), cuda.Event()
+            self.copy(target, source, stream)
+        first, last = (cuda.Event() for _ in range(2))
         first.record(stream)
         work()
         last.record(stream)
@@ -340,40 +345,15 @@ class Device:
     def compile_for(self, architecture: str, path: Path, name: str, options: Sequence[str]) -> Any:
         """Compile one kernel with NVRTC for an architecture by name, or load it from a cache beside CuPy's.
 
-        CuPy compiles for sm_90, which is without the instructions that sm_90a has.
-
         Raises
         ------
         BackendError
             If it does not compile, or the cache can't be read or written.
         """
-        nvrtc = self._cupy.cuda.nvrtc
         options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
-        source = path.read_text()
-        key = hashlib.sha256(repr(("digest", nvrtc.getVersion(), options, name, source)).encode()).hexdigest()
-        binary = kernel_cache() / f"ringmpi-{key}.cubin"
         with usable_cache():
-            lowered = kept_name(binary)
-            if lowered is None:
-                lowered = self._compile_to(binary, source, path.name, name, options)
+            binary, lowered = binary_of(self._cupy.cuda.nvrtc, path, name, options)
             return self._cupy.RawModule(path=str(binary)).get_function(lowered)
-
-    def _compile_to(self, binary: Path, source: str, file: str, name: str, options: Sequence[str]) -> str:
-        """Compile to a file; give the kernel's name in it, which is kept beside it with a digest."""
-        nvrtc = self._cupy.cuda.nvrtc
-        program = nvrtc.createProgram(source, file, (), ())
-        try:
-            nvrtc.addNameExpression(program, name)
-            nvrtc.compileProgram(program, options)
-            lowered = str(nvrtc.getLoweredName(program, name))
-            content = nvrtc.getCUBIN(program) + b"\0"            # the last byte, which CuPy leaves out
-        except nvrtc.NVRTCError as error:
-            log = nvrtc.getProgramLog(program)
-            raise BackendError(f"{file}, {name}, {options[0]}: {error}\n{log}") from error
-        finally:
-            nvrtc.destroyProgram(program)
-        keep(binary, lowered, content)
-        return lowered
 
     def tensor_map(self, x: Array, box: Sequence[int]) -> NDArray[Any]:
         """Describe an array to the hardware that copies boxes of it into shared memory, as a kernel's argument.
@@ -396,30 +376,38 @@ class Device:
         BackendError
             If the driver refuses.
         """
-        room = np.zeros(128 + 64, np.uint8)
-        room = room[-room.ctypes.data % 64:][:128]                        # the driver wants it aligned to 64
-        (n, heads, columns), ones = x.shape, (ctypes.c_uint32 * 3)(1, 1, 1)
+        # Dimensions are counted from the last; strides leave it out.
+        buffer = np.zeros(128 + 64, np.uint8)
+        buffer = buffer[-buffer.ctypes.data % 64:][:128]                  # the driver wants it aligned to 64
+        n, heads, columns = x.shape
+        ones = (ctypes.c_uint32 * 3)(1, 1, 1)
         encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
         status = encode(
-            ctypes.c_void_p(room.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
+            ctypes.c_void_p(buffer.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
             (ctypes.c_uint64 * 3)(columns, heads, n), (ctypes.c_uint64 * 2)(columns * 2, heads * columns * 2),
             (ctypes.c_uint32 * 3)(*reversed(box)), ones, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZEROS)
         if status:
             raise BackendError(f"cuTensorMapEncodeTiled: error {status} for shape {x.shape}, boxes of {tuple(box)}")
-        return room.copy().view([("opaque", np.uint64, (16,))])
+        return buffer.copy().view([("opaque", np.uint64, (16,))])
 
     def launch(self, kernel: Any, grid: tuple[int, ...], threads: int, shared_bytes: int, arguments: Sequence[Any],
                stream: Any) -> None:
-        """Start blocks of `threads` threads of a kernel on `stream`; arguments are GPU arrays and NumPy scalars."""
+        """Start blocks of `threads` threads of a kernel on `stream`.
+
+        Arguments are GPU arrays, NumPy scalars, structs, and what `tensor_map` gives.
+        """
         if shared_bytes > 40 * 1024:           # a kernel has 48 KiB unless it asks, its static share included
             kernel.max_dynamic_shared_size_bytes = shared_bytes
         with stream:
-            kernel(grid, (threads,), tuple(arguments), shared_mem=shared_bytes)
+            kernel(grid, (threads,), tuple(x.value if isinstance(x, Struct) else x for x in arguments),
+                   shared_mem=shared_bytes)
 
 
 def _uuid(index: int) -> str:
     """Ask the driver, as CuPy cuts a UUID at a zero byte; empty if it does not say."""
-    driver, device, raw = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    driver = ctypes.CDLL("libcuda.so.1")
+    device = ctypes.c_int()
+    raw = (ctypes.c_ubyte * 16)()
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetUuid_v2(raw, device):
         return ""
     return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
@@ -435,13 +423,41 @@ def _take(target: NDArray[np.uint8], piece: NDArray[np.uint8], at: slice, arrive
     target[at] = piece
 
 
+class Struct:
+    """A struct that a kernel is given by value.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Its fields, laid out as in C++.
+    **fields : array or number
+        Their values; of a GPU array its address.
+
+    Attributes
+    ----------
+    value : array of shape (1,)
+        The struct: CuPy passes a host array of one item by value.
+    arrays : list
+        The arrays whose addresses are in it: they live as long as it does.
+    """
+
+    def __init__(self, dtype: np.dtype[Any], **fields: Any) -> None:
+        if set(fields) != set(dtype.names or ()):
+            raise TypeError(f"expected the fields {dtype.names}, got {tuple(fields)}")
+        self.value = np.zeros(1, dtype)
+        self.arrays = [x for x in fields.values() if hasattr(x, "__cuda_array_interface__")]
+        for name, x in fields.items():
+            self.value[name] = x.data.ptr if hasattr(x, "__cuda_array_interface__") else x
+
+
 class Event:
     """A mark on a stream. CuPy's own takes a failed GPU for one that is not done yet, for ever."""
 
     NOT_READY = 600                            # cudaErrorNotReady
 
     def __init__(self, cupy_event: Any, runtime: Any) -> None:
-        self.cupy_event, self._runtime = cupy_event, runtime
+        self.cupy_event = cupy_event
+        self._runtime = runtime
 
     @property
     def done(self) -> bool:

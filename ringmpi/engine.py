@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import device
-from .backends import HOST_NAMES, open_backend
+from .backends import GPU_NAMES, HOST_NAMES, open_backend
 from .backends.base import Backend
 from .call import ON_HOST
 from .environment import hopper_kernel, launched_local_rank
@@ -180,7 +180,7 @@ class Engine:
         if self._name in HOST_NAMES and mine != ON_HOST:
             raise BackendError(f"backend {self._name} computes on CPUs, and the arrays are on GPUs; take "
                                "backend='auto' or 'cuda', or copy them to the host")
-        stays = (mine == ON_HOST and self._name == "cuda") or (places == self._indices).all()
+        stays = (mine == ON_HOST and self._name in GPU_NAMES) or (places == self._indices).all()
         if self._places is not None and stays:             # the same on all ranks: on host arrays all agree
             self._places = places.copy()
             return
@@ -194,9 +194,9 @@ class Engine:
 
     def _open(self) -> None:
         """Take the workspace that these options are about, a new one if there is none. Local."""
-        on_gpu = self._name == "cuda" or self._index is not None
+        on_gpu = self._name in GPU_NAMES or self._index is not None
         gpu = self._gpu() if on_gpu else None
-        name = "cuda" if on_gpu else self._name
+        name = GPU_NAMES[0] if on_gpu else self._name
         key = name, self._threads, gpu, self._products, on_gpu and hopper_kernel()
         workspaces = self._comm.shared
         if key not in workspaces:

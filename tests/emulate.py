@@ -14,12 +14,19 @@ from pathlib import Path
 import numpy as np
 from fake_device import FakeArray, FakeDevice
 
+from ringmpi.backends.cuda.arguments import gradient_type, problem_type, score_type, state_type
 from ringmpi.backends.cuda.sources import kernels_folder
-from ringmpi.device import Device
+from ringmpi.device import Device, Struct
 
 # TensorMap in emulator/hopper.cuh: x first.
 MAP = np.dtype([("address", np.uint64), ("sizes", np.uint64, 3), ("strides", np.uint64, 3), ("box", np.uint32, 3),
                 ("rest", np.uint32, 15)])
+
+SINGLE, DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+STRUCTS = {"Problem<float>": problem_type(SINGLE), "Problem<double>": problem_type(DOUBLE),
+           "PackedScore<float>": score_type(SINGLE), "PackedScore<double>": score_type(DOUBLE),
+           "StateArrays<float>": state_type(), "StateArrays<double>": state_type(),
+           "GradientInputs<bfloat16>": gradient_type(), "GradientInputs<double>": gradient_type()}
 
 EMULATOR = Path(__file__).parent / "emulator"
 COMPILER = shutil.which("g++")
@@ -83,18 +90,37 @@ def _compile(file, name, path):
     temporary.rename(path)
 
 
+def layout_source():
+    """C++ that compiles only if the structs of the kernels lie in memory as the library lays them out."""
+    lines = ['#include "score.cuh"', '#include "rows.cuh"', "static_assert(sizeof(VisibleColumns) == 4 * 4);"]
+    for name, dtype in STRUCTS.items():
+        lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
+        lines += [f"static_assert(__builtin_offsetof({name}, {field}) == {dtype.fields[field][1]});"
+                  for field in dtype.names]
+    return "\n".join(lines) + "\n"
+
+
+def compile_layout():
+    """Compile `layout_source`; an error of g++ if it does not."""
+    subprocess.run([COMPILER, *OPTIONS, "-fsyntax-only", "-x", "c++", "-"], input=layout_source(), text=True,
+                   cwd=_folder(), check=True, timeout=300)
+
+
 class EmulatedDevice(FakeDevice, Device):
     """A lazy device that runs the real kernels, and copies between host and device in the pieces of `Device`."""
 
-    array, host = Device.array, Device.host
+    array = Device.array
+    host = Device.host
 
     def __init__(self, seed=0, capability=(9, 0), shared_bytes=227 * 1024, shared_bytes_processor=228 * 1024):
         super().__init__(seed)
-        self.capability, self.shared_bytes = capability, shared_bytes
+        self.capability = capability
+        self.shared_bytes = shared_bytes
         self.shared_bytes_processor = shared_bytes_processor
         self.launched = []
         self.cache = {}
-        self._staging, self._free, self._turn = [], [], 0
+        self._staging, self._free = [], []
+        self._next_piece = 0
 
     def compile(self, path, names, options):
         return [(name, function(path.name, name)) for name in names]
@@ -119,9 +145,10 @@ class EmulatedDevice(FakeDevice, Device):
 
 
 def run(compiled, grid, threads, shared_bytes, arguments, seed=0):
-    """Run a compiled kernel to its end; arguments are fake arrays and NumPy scalars."""
-    # An array is passed as its address, a scalar as it is; the kernel gets the address of each.
-    values = [np.array(x.data.ptr if isinstance(x, FakeArray) else x) for x in arguments]
+    """Run a compiled kernel to its end; arguments are fake arrays, NumPy scalars and structs."""
+    # An array is passed as its address, others as they are; the kernel gets the address of each.
+    plain = (x.value if isinstance(x, Struct) else x.data.ptr if isinstance(x, FakeArray) else x for x in arguments)
+    values = [np.array(x) for x in plain]
     addresses = (ctypes.c_void_p * len(values))(*(x.ctypes.data for x in values))
     sizes = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
     compiled(sizes, ctypes.c_uint(threads), ctypes.c_size_t(shared_bytes), ctypes.c_uint(seed), addresses)

@@ -119,8 +119,11 @@ class FakeDevice:
 
     def __init__(self, seed=0):
         self.random = random.Random(seed)
-        self.index, self.name, self.uuid = 0, "fake", f"GPU-fake-{seed}"
-        self.capability, self.processors = (9, 0), 4
+        self.index = 0
+        self.name = "fake"
+        self.uuid = f"GPU-fake-{seed}"
+        self.capability = 9, 0
+        self.processors = 4
         self.shared_bytes = self.shared_bytes_processor = 2**17
         self.streams = []
         self.current_streams = [self.new_stream()]

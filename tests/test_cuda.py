@@ -1,17 +1,19 @@
 """The CUDA kernels and the backend that launches them, on a lazy device that runs the kernels on the CPU."""
 
 import itertools
+import subprocess
 
 import numpy as np
 import oracle
 import pytest
-from emulate import COMPILER, EmulatedDevice
+from emulate import COMPILER, STRUCTS, EmulatedDevice, compile_layout
 from oracle import case
 
 from ringmpi import BackendError, device
 from ringmpi.backends.cuda import backend as cuda
+from ringmpi.backends.cuda.arguments import from_number
 from ringmpi.backends.cuda.backend import CudaBackend
-from ringmpi.backends.cuda.instances import best, kernels
+from ringmpi.backends.cuda.instances import best, forward_kernels
 from ringmpi.device import choose_index
 from ringmpi.schedules.device_links import DeviceLink
 from ringmpi.score import Score
@@ -33,7 +35,8 @@ def backend(request):
 def run(backend, q, k, v, begin, end, scale=0.3, blocks=1, kind=None):
     """Fold k and v in several blocks; rows see begin..end of the whole."""
     state = backend.new_state(len(q), q.shape[1], v.shape[2], accumulator(q.dtype, kind))
-    pairs, placed = 0, backend.to_device(q)
+    pairs = 0
+    placed = backend.to_device(q)
     for a, b in itertools.pairwise(np.linspace(0, len(k), blocks + 1).astype(int)):
         pairs += sum(backend.accumulate(state, placed, backend.to_device(k[a:b]), backend.to_device(v[a:b]),
                                         np.clip(begin, a, b) - a, np.clip(end, a, b) - a, Score(scale)))
@@ -151,7 +154,7 @@ def test_nothing_to_do(backend, n_q, n_k):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dim_has_a_kernel_that_fits(dtype, shared):
     for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 65, 5000)):
-        kernel = best(kernels(DTYPES[dtype], dim, dim_v, rows, 16), *shared)
+        kernel = best(forward_kernels(DTYPES[dtype], dim, dim_v, rows, 16), *shared)
         assert kernel.shared_bytes + 2048 <= shared[0]
         assert kernel.threads <= 1024
         assert kernel.keys % 16 == 0
@@ -169,7 +172,7 @@ def test_a_gpu_that_is_too_small_or_too_old_says_so():
     with pytest.raises(BackendError, match=r"expected a GPU of compute capability 8\.0 or later, got fake with 7\.5"):
         CudaBackend(1, EmulatedDevice(0, (7, 5)))
     with pytest.raises(BackendError, match="bytes of shared memory, this GPU gives 10000"):
-        best(kernels(DTYPES["float64"], 256, 256, 100, 16), 10000, 20000)
+        best(forward_kernels(DTYPES["float64"], 256, 256, 100, 16), 10000, 20000)
 
 
 def test_prepare_proves_the_kernels_and_refuses_what_there_are_none_for(backend):
@@ -198,7 +201,8 @@ def test_prepare_compiles_all_that_is_used_later(dtype):
     known = set(backend.device.cache)
     for n_q in (1, 2, 3, 7, 16, 17, 64, 65, 140):
         q, k, v = (backend.to_device(x) for x in case(12, n_q, 70, 1, 1, 16, 16, dtype)[:3])
-        state, whole = backend.new_state(n_q, 1, 16, kind), np.full(n_q, 70)
+        state = backend.new_state(n_q, 1, 16, kind)
+        whole = np.full(n_q, 70)
         assert sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(1.0))) == 70 * n_q
     assert set(backend.device.cache) == known
 
@@ -233,6 +237,26 @@ def test_a_loop_that_is_left_early_can_be_followed_by_another(backend):
     check(backend, q, k, v, begin, end, "float32")
 
 
+def test_structs_lie_as_the_kernels_have_them(monkeypatch):
+    compile_layout()
+    wrong = np.dtype([(name, np.uint64) for name in STRUCTS["StateArrays<float>"].names])
+    monkeypatch.setitem(STRUCTS, "StateArrays<float>", wrong)
+    with pytest.raises(subprocess.CalledProcessError):
+        compile_layout()
+
+
+def test_a_struct_has_all_its_fields_and_keeps_its_arrays():
+    gpu = EmulatedDevice()
+    x = gpu.empty((3,), np.float32)
+    made = device.Struct(np.dtype([("x", np.uint64), ("n", np.int32)], align=True), x=x, n=3)
+    assert made.value["x"] == x.data.ptr
+    assert made.value["n"] == 3
+    assert made.value.nbytes == 16
+    assert made.arrays == [x]
+    with pytest.raises(TypeError, match=r"expected the fields \('x', 'n'\), got \('x',\)"):
+        device.Struct(made.value.dtype, x=x)
+
+
 def test_the_gpu_of_a_rank():
     assert [choose_index(r, 4, False) for r in range(4)] == [0, 1, 2, 3]
     assert [choose_index(r, 1, False) for r in range(3)] == [0, 0, 0]
@@ -254,7 +278,7 @@ def test_views_of_real_cupy_arrays():
     one, = v
     assert one[1:3].data.ptr == v.data.ptr + 16
     assert one[1:3].flags.c_contiguous
-    assert cuda._from(one, 5).data.ptr == v.data.ptr + 10
+    assert from_number(one, 5).data.ptr == v.data.ptr + 10
     assert cuda._alignment(one) == 8
     assert device.view(v) is v
     assert device._bytes(v).shape == (64,)

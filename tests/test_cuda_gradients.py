@@ -15,7 +15,7 @@ from ringmpi import BackendError, device
 from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.backend import CudaBackend
-from ringmpi.backends.cuda.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.score import Score
 from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
@@ -55,8 +55,8 @@ def test_slices_of_columns_keep_to_the_columns_there_are():
         check(backend, *case(17, 9, 20, 1, 1, dim, dim_v, "float64"), "float64", scale=0.1)
         assert [grid[2] for name, grid, *_ in backend.device.launched if name.startswith("gradient")] == slices
     for wide in range(16, 257, 16):
-        for kernel in (query_gradients(DTYPES["float64"], wide, 256, 99, 16)[0],
-                       key_gradients(DTYPES["float64"], wide, 256, 16)[0][0]):
+        for kernel in (dq_kernels(DTYPES["float64"], wide, 256, 99, 16)[0],
+                       dkdv_kernels(DTYPES["float64"], wide, 256, 16)[0][0]):
             assert 0 <= -(-wide // kernel.columns) * kernel.columns - wide <= 16
 
 
@@ -191,7 +191,7 @@ def test_prepare_finds_a_wrong_gradient(monkeypatch):
 
 def test_prepare_gives_up_on_a_kernel_that_does_not_end(monkeypatch):
     backend = CudaBackend(1, EmulatedDevice(2))
-    monkeypatch.setattr(cuda.Proof, "_finish", lambda *_: (_ for _ in ()).throw(TimeoutError))
+    monkeypatch.setattr(cuda.SelfTest, "_finish", lambda *_: (_ for _ in ()).throw(TimeoutError))
     with pytest.raises(BackendError, match="float32, dim 16, dim_v 16, with score functions, does not end"):
         backend.prepare(DTYPES["float32"], np.dtype("f4"), 16, 16, plain=False)
 
@@ -211,9 +211,9 @@ def test_every_dim_has_kernels_that_fit(dtype, shared, plain):
     for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 5000)):
         if dtype == "float64" and shared == SMALL and dim + dim_v > 350:
             continue          # Q, dout, K and V of 16 rows each are too much
-        for candidates in (kernels(kind, dim, dim_v, rows, 16, plain=plain),
-                           query_gradients(kind, dim, dim_v, rows, 16, plain=plain),
-                           *key_gradients(kind, dim, dim_v, 16, plain=plain)):
+        for candidates in (forward_kernels(kind, dim, dim_v, rows, 16, plain=plain),
+                           dq_kernels(kind, dim, dim_v, rows, 16, plain=plain),
+                           *dkdv_kernels(kind, dim, dim_v, 16, plain=plain)):
             kernel = best(candidates, *shared)
             assert kernel.shared_bytes + 2048 <= shared[0]
             assert kernel.threads <= 1024

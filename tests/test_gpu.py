@@ -120,7 +120,8 @@ def test_jax_arrays():
 
 
 def test_copies_at_speed():
-    gpu, x = open_device(0), np.random.default_rng(3).standard_normal((50_000_000,))
+    gpu = open_device(0)
+    x = np.random.default_rng(3).standard_normal((50_000_000,))
     assert (gpu.host(gpu.array(x)) == x).all()
 
 

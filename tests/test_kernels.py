@@ -389,11 +389,6 @@ def test_a_cache_that_cannot_be_written_is_one_warning():
     assert run.stderr.count("NUMBA_CACHE_DIR") == 1, run.stderr
 
 
-def test_the_packed_bytes_that_memory_counts_are_the_backend_s():
-    from ringmpi.job import memory
-    assert memory.PACKED_BYTES["numba"] == numba_.PACKED_BYTES
-
-
 @pytest.mark.parametrize("damage", ["half", "empty", "flipped", "a folder"])
 def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, damage):
     """Whichever file it is: never an exception, and no damaged machine code is run; then it is whole again."""

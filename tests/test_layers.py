@@ -15,7 +15,7 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
     {"environment", "layout", "softmax"},
-    {"binaries", "files", "mask", "mpi", "process", "score"},
+    {"compiler", "files", "mask", "mpi", "process", "score"},
     {"device"},
     {"arrays", "backends"},
     {"checks"},

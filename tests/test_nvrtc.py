@@ -7,8 +7,9 @@ import os
 import re
 
 import pytest
+from emulate import layout_source
 
-from ringmpi.backends.cuda.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.softmax import BFLOAT16, DTYPES
 
@@ -16,7 +17,8 @@ nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings
 ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 * 1024),
                  "sm_100": (227 * 1024, 228 * 1024)}
 MOST_SPILLED = 160            # bytes a thread stores outside its registers, all over the kernel; mostly before its loop
-STATE = ["sights", *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add") for kind in ("float", "double")),
+STATE = ["visible_columns",
+         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
@@ -36,19 +38,19 @@ def instances(architecture):
             "float16": (128,)}
     for dtype, rows in itertools.product(DTYPES, (1, 10, 50, 1000)):
         for dim in dims[dtype]:
-            kernel = best(kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
+            kernel = best(forward_kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
     for dtype, dim, rows, plain in GRADIENTS if architecture == "sm_90a" else OTHER_GRADIENTS:
         kind = DTYPES[dtype]
-        chosen = [query_gradients(kind, dim, dim, rows, 16, plain=plain),
-                  *key_gradients(kind, dim, dim, 16, plain=plain)]
+        chosen = [dq_kernels(kind, dim, dim, rows, 16, plain=plain),
+                  *dkdv_kernels(kind, dim, dim, 16, plain=plain)]
         if not plain:
-            chosen.append(kernels(kind, dim, dim, rows, 16, plain=False))
+            chosen.append(forward_kernels(kind, dim, dim, rows, 16, plain=False))
         for candidates in chosen:
             kernel = best(candidates, *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
     for align, dtype in ((2, BFLOAT16), (4, DTYPES["float32"]), (8, DTYPES["float64"])):       # odd dims
-        kernel = best(kernels(dtype, 33, 7, 1000, align), *ARCHITECTURES[architecture])
+        kernel = best(forward_kernels(dtype, 33, 7, 1000, align), *ARCHITECTURES[architecture])
         found.add((kernel.file, kernel.name))
     return sorted(found)
 
@@ -64,6 +66,12 @@ def compile_one(architecture, file, name):
         return f"{error}\n{nvrtc.getProgramLog(program)}"
     assert len(nvrtc.getCUBIN(program)) > 1000
     return nvrtc.getProgramLog(program)
+
+
+def test_structs_lie_as_the_library_lays_them_out():
+    program = nvrtc.createProgram(layout_source(), "layout.cu", (), ())
+    nvrtc.compileProgram(program, ("-arch=sm_80", "--std=c++17", f"-I{kernels_folder()}",
+                                   "--device-as-default-execution-space"))
 
 
 @pytest.mark.parametrize("architecture", [

@@ -13,22 +13,38 @@ from .base import Backend
 _CLASSES = {"numba": ("numba_.backend", "NumbaBackend"), "numpy": ("numpy_", "NumpyBackend"),
             "cuda": ("cuda.backend", "CudaBackend")}
 HOST_NAMES = ("numba", "numpy")          # in the order of preference
-NAMES = ("auto", *_CLASSES)
+GPU_NAMES = ("cuda",)                    # likewise: "auto" takes the first for arrays on a GPU
+NAMES = ("auto", *HOST_NAMES, *GPU_NAMES)
 
 
 def reason_missing(name: str) -> str | None:
     """Say why backend `name` cannot run here; None if it can. Local."""
     if name == "numba" and importlib.util.find_spec("numba") is None:
         return "numba is not installed: pip install numba"
-    if name == "cuda":
-        return device.reason_missing()
-    return None
+    return device.reason_missing() if name in GPU_NAMES else None
 
 
 def check_name(name: str) -> None:
     """Raise `OptionError` unless `name` is one of `NAMES`. Local."""
     if name not in NAMES:
         raise OptionError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Give the class of a backend that can run here, which answers for what it is without being opened. Local."""
+    module, kind = _CLASSES[name]
+    return cast(type[Backend], getattr(importlib.import_module(f".{module}", __package__), kind))
+
+
+def tolerance(name: str | None) -> dict[str, float]:
+    """Give `Backend.tolerance` of a backend, whether or not it can run here; unknown names count as CPUs. Local."""
+    return (backend_class(name) if name in GPU_NAMES else Backend).tolerance
+
+
+def choose_gpu_early(name: str) -> None:
+    """Make this rank's GPU current before MPI starts, for a backend that computes on one. Local."""
+    if name in GPU_NAMES:
+        device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
 
 
 def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> Backend:
@@ -39,7 +55,7 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> B
     name : str
     threads : int
     gpu : Device, optional
-        For ``"cuda"``; the first one by default.
+        For a backend that computes on one; the first one by default.
 
     Raises
     ------
@@ -54,5 +70,4 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> B
     reason = reason_missing(name)
     if reason:
         raise BackendError(f"backend {name}: {reason}")
-    module, kind = _CLASSES[name]
-    return cast(Backend, getattr(importlib.import_module(f".{module}", __package__), kind)(threads, gpu))
+    return backend_class(name)(threads, gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,8 +13,10 @@ from numpy.typing import DTypeLike, NDArray
 from ..device import Device
 from ..layout import Integers
 from ..score import Score
-from ..softmax import Gradient, State, finish, row_delta
+from ..softmax import TOLERANCE, Gradient, State, finish, row_delta
 from .products import bits, choose
+
+Shape = tuple[int, int, int]
 
 
 class Backend:
@@ -61,6 +64,31 @@ class Backend:
     def current(self) -> AbstractContextManager[None]:
         """Make the backend's GPU the current one for a while; nothing on the host. Local."""
         return self.device.current() if self.device else nullcontext()
+
+    # What the class answers for, opened or not.
+
+    tolerance = TOLERANCE             # largest error of a result, by dtype: see softmax.py
+    library_bytes = 0                 # of a process's memory, for machine code and libraries besides NumPy and MPI
+    lane_flop = 0.0                   # that a lane of a vector unit does in a cycle, about; 0: nothing is known
+
+    @classmethod
+    def scratch_bytes(cls, q: Shape, k: Shape, v: Shape, dtype: np.dtype[Any], acc_dtype: np.dtype[Any]
+                      ) -> dict[str, int]:
+        """Predict what a call takes besides its arrays, where it computes: bytes by name. Local.
+
+        Parameters
+        ----------
+        q, k, v : tuple of int
+            Shapes of the inputs, as for `accumulate`.
+        dtype, acc_dtype : dtype
+            Of the inputs and of the accumulator.
+        """
+        return {}
+
+    @classmethod
+    def describe(cls) -> str:
+        """Describe what computes, in a few words: the package, its version. Local."""
+        return f"{cls.name} {importlib.metadata.version(cls.name)}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
                 plain: bool = True, backward: bool = False) -> None:

@@ -20,7 +20,7 @@ from ..device import Device
 from ..layout import Integers
 from ..score import Score, random_words
 from ..softmax import Gradient, State
-from .base import Backend
+from .base import Backend, Shape
 from .team import Task, Team
 
 ROWS, COLUMNS = 512, 2048    # a tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread
@@ -30,10 +30,17 @@ class NumpyBackend(Backend):
     """Attention in NumPy: a thread for each tile, whose products are BLAS; with few tiles BLAS has the others."""
 
     name = "numpy"
+    lane_flop = 4 * 0.4               # the second factor: the share that is reached, by the measurements in README
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
         self._team = Team(threads)
+
+    @classmethod
+    def scratch_bytes(cls, q: Shape, k: Shape, v: Shape, dtype: np.dtype[Any], acc_dtype: np.dtype[Any]
+                      ) -> dict[str, int]:
+        """Predict the scores of a thread, and what NumPy makes of them on the way; see `Backend`. Local."""
+        return {"scores": 2**25 - 2**23, "packed K and V": 0}
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:

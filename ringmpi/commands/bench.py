@@ -124,10 +124,9 @@ def _kernel(arguments: argparse.Namespace) -> Table:
 
 
 def _ring(arguments: argparse.Namespace) -> Table:
+    from ..backends import choose_gpu_early
     from .bench_ring import measure_ring
-    if arguments.backend == "cuda":
-        from ..device import choose_early
-        choose_early()
+    choose_gpu_early(arguments.backend)
     return Table(measure_ring(arguments), {"compute min"}, {})
 
 

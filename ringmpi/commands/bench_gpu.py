@@ -55,7 +55,9 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
 
 def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace
              ) -> list[dict[str, Any]]:
-    copy, forward = _copy(device), direction == "forward"
+    # What runs: ours, the cost of loading and storing the state alone, and torch.
+    copy = _copy(device)
+    forward = direction == "forward"
     runs: dict[str, Timed] = {"ringmpi": _ours(case, backend, device, len(case.k)) if forward
                               else _our_gradient(case, backend, device)}
     if forward and len(case.q) > FEW:
@@ -145,7 +147,8 @@ def _torch(case: Case, direction: str) -> dict[str, Timed]:
     if case.mask not in ("full", "causal") or (causal and case.shape[0] != case.shape[1]):
         return {}                                              # torch's fast kernels have no such mask
     torch.backends.cuda.matmul.allow_tf32 = False         # float32 means float32
-    attention, kind = torch.nn.functional.scaled_dot_product_attention, getattr(torch, case.dtype)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    kind = getattr(torch, case.dtype)
     q, k, v, dout = (torch.from_numpy(x.view(f"i{x.itemsize}")).to("cuda").view(kind).transpose(0, 1)[None].contiguous()
                      for x in (case.q, case.k, case.v, case.dout))
     leaves = [x.requires_grad_(direction == "backward") for x in (q, k, v)]

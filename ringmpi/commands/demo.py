@@ -47,12 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
-    from .. import device
+    from ..backends import choose_gpu_early
     from ..files.paths import writing
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
-    if arguments.backend == "cuda":
-        device.choose_early()
+    choose_gpu_early(arguments.backend)
     comm = mpi.private_comm(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.allgather_text(str(arguments.keep or temporary), arguments.timeout)[0])

@@ -59,20 +59,8 @@ def _transport() -> str:
 
 
 def _backends() -> dict[str, str]:
-    from ..backends import NAMES, reason_missing
-    more = {"numba": _vectors}
-    return {name: reason_missing(name) or f"yes ({_package(name)}{more.get(name, str)()})"
-            for name in NAMES if name != "auto"}
-
-
-def _package(name: str) -> str:
-    from ..device import version
-    return version() if name == "cuda" else f"{name} {_version(name)}"
-
-
-def _vectors() -> str:
-    from ..backends.numba_.vector import machine
-    return f"; vectors of {8 * machine().vector_bytes} bits{', bfloat16 pairs' if machine().pairs else ''}"
+    from ..backends import NAMES, backend_class, reason_missing
+    return {name: reason_missing(name) or f"yes ({backend_class(name).describe()})" for name in NAMES if name != "auto"}
 
 
 def _h5py() -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .. import device
 from ..attention import RingAttention
 from ..files.shards import Output
 from ..mpi import comm as mpi
@@ -60,8 +59,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
         target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
     """
-    if options.backend == "cuda":
-        device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
+    choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
     output = _agree_on_output(run, source, target, options, force)
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends import open_backend
+from ..backends import open_backend, tolerance
 from ..environment import affinity
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..mask import Interval
 from ..score import Score
-from ..softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
+from ..softmax import TOLERANCE, State, finish
 from .inputs import Input, open_input
 from .options import Options
 
@@ -91,8 +91,8 @@ def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int
 
     # What rounding explains of an element: the shift of its scores, and the bound of the dtype that it is stored in.
     shift = _score_rounding(exact, options.softcap or 0.0, float(np.finfo(result.dtypes["lse"]).eps))
-    tolerance = TENSOR_TOLERANCE if result.record.get("backend") == "cuda" else TOLERANCE
-    out_bound = (tolerance[data.sizes.dtype] + shift)[..., None] * exact.spread + TINY
+    bound = tolerance(result.record.get("backend"))[data.sizes.dtype]
+    out_bound = (bound + shift)[..., None] * exact.spread + TINY
     lse_bound = TOLERANCE[result.dtypes["lse"]] * np.maximum(1, np.abs(exact.lse)) + shift
     return Audit(len(sample), _largest_error(out, exact.out, out_bound), _largest_error(lse, exact.lse, lse_bound),
                  _largest_error(out, exact.out, exact.spread + TINY))

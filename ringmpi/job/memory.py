@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..backends import open_backend
+from ..backends import GPU_NAMES, backend_class, open_backend
+from ..backends.base import Backend
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
+from ..schedules import schedule_class
 from ..softmax import DTYPES, accumulator
 from .inputs import Sizes
 from .options import Options
 
-# MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.
-LIBRARY_BYTES = {"numpy": 18 * 2**20, "numba": 64 * 2**20}
-SCORE_BYTES = {"numpy": 2**25 - 2**23, "numba": 2**23}       # of a thread, and what NumPy makes of them on the way
-PACKED_BYTES = {"numpy": 0, "numba": 2**25}       # at a time, or one tile of each key head
-
-# Flop of a vector unit's lane in a cycle, and the share of it that the kernels reach: README has measurements.
-LANE_FLOP = {"numpy": 4 * 0.4, "numba": 4 * 0.75}
+MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 ranks
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
 
 
@@ -37,25 +33,26 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     Returns
     -------
     dict of str to int
-        Bytes of each array while the ring runs, and `total`: the largest sum of any phase, this process and
+        Bytes of each array while attention is computed, and `total`: the largest sum of any phase, this process and
         its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum; CUDA's own
         memory comes on top.
     """
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     item = DTYPES[sizes.dtype].itemsize
-    wide = accumulator(DTYPES[sizes.dtype], options.accumulator).itemsize
-    if options.backend == "cuda":
-        arrays = _arrays(sizes, n_q, n_k, item, wide, 2 if ranks > 1 else 0)
-        if wide == 8 > item:           # float64 on request: the kernels take operands of that type
-            arrays["q, k and v widened"] = (arrays["q"] + arrays["k"] + arrays["v"]) // item * wide
+    acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)
+    wide = acc_dtype.itemsize
+    shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
+    backend = _class_of(options.backend)
+    buffers = schedule_class(options.schedule).buffer_blocks(ranks, options.backend in GPU_NAMES)
+    scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
+    if options.backend in GPU_NAMES:
+        arrays = {**_arrays(sizes, n_q, n_k, item, wide, buffers), **scratch}
         return {**arrays, "total": sum(arrays.values())}
-    name, base = _resident_with(options.backend)
-    base = base if resident is None else resident + LIBRARY_BYTES[name] - LIBRARY_BYTES["numpy"]
+    base = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
     parts = {
-        **_arrays(sizes, n_q, n_k, item, wide, min(ranks - 1, 2)),      # its own K and V are sent from where they are
+        **_arrays(sizes, n_q, n_k, item, wide, buffers),
         "columns": 8 * 8 * n_q,
-        "scores": SCORE_BYTES[name],
-        "packed K and V": min(PACKED_BYTES[name], n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * wide),
+        **scratch,
     }
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
@@ -76,10 +73,11 @@ def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend:
         CPU threads of each rank.
     backend : str
     """
-    if backend not in LANE_FLOP:
+    lane_flop = backend_class(backend).lane_flop
+    if not lane_flop:
         return 0.0
     lanes = vector_bytes() / accumulator(DTYPES[sizes.dtype], None).itemsize
-    speed = lanes * LANE_FLOP[backend] * cycles_per_second()
+    speed = lanes * lane_flop * cycles_per_second()
     flop = 2 * sizes.heads * (sizes.dim + sizes.dim_v)
     return max(flop * mine / (speed * number) for mine, number in zip(pairs, threads, strict=True))
 
@@ -110,8 +108,10 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int
     }
 
 
-def _resident_with(backend: str) -> tuple[str, int]:
-    """Name of the backend; memory of this process with its modules loaded, and of what a dry run does not load."""
-    opened = open_backend(backend, 1)
+def _class_of(name: str) -> type[Backend]:
+    """Give the class of a backend; one for CPUs is opened, so that its modules count in the memory of this process."""
+    if name in GPU_NAMES:
+        return backend_class(name)
+    opened = open_backend(name, 1)
     opened.close()
-    return opened.name, resident_bytes() + LIBRARY_BYTES[opened.name]
+    return type(opened)

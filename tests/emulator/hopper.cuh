@@ -2,7 +2,7 @@
 //
 // What runs on its own on a GPU is late here. The box of a copy is NaN until it arrives, in any order, at some turn of
 // the scheduler. The registers of a product are NaN until the wait for it, which each warp ends for itself; what it
-// reads, in shared memory and in registers, must be the same then as when it was started. Operands are decoded from
+// reads, in shared memory and in registers, must be the same then as when it was started. Descriptors are decoded from
 // their 64 bits, and shared memory is addressed as a GPU does it. What a thread wrote must have been fenced by it, and
 // the thread have come to a barrier since, before a product reads it.
 #pragma once
@@ -115,7 +115,7 @@ inline Phases& phases(const void* barrier) {
     return found->second;
 }
 
-// A 16-bit number of an operand.
+// A 16-bit number of a descriptor.
 inline unsigned short number_at(unsigned address) {
     const unsigned place = swizzled(address);
     if (hopper().stored.count(place / 16)) fail("a product reads what was not fenced, or not before a barrier");
@@ -124,12 +124,12 @@ inline unsigned short number_at(unsigned address) {
     return bits;
 }
 
-// Numbers (i, k) of an operand, i < width and k < 16: the canonical layouts of the 128-byte swizzle, for 16 bits.
-inline std::vector<unsigned short> read(unsigned long long operand, bool along, int width) {
-    const unsigned start = (operand & 0x3fff) << 4, leading = (operand >> 16 & 0x3fff) << 4,
-                   stride = (operand >> 32 & 0x3fff) << 4;
-    if (operand >> 62 != 1 || (operand >> 14 & 3) || (operand >> 30 & 3) || (operand >> 46 & 0xffff))
-        fail("an operand that is not of the 128-byte swizzle");
+// Numbers (i, k) of a descriptor, i < width and k < 16: the canonical layouts of the 128-byte swizzle, for 16 bits.
+inline std::vector<unsigned short> read(unsigned long long descriptor, bool along, int width) {
+    const unsigned start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
+                   stride = (descriptor >> 32 & 0x3fff) << 4;
+    if (descriptor >> 62 != 1 || (descriptor >> 14 & 3) || (descriptor >> 30 & 3) || (descriptor >> 46 & 0xffff))
+        fail("a descriptor that is not of the 128-byte swizzle");
     std::vector<unsigned short> all;
     for (int i = 0; i < width; ++i)
         for (int k = 0; k < 16; ++k)
@@ -138,28 +138,28 @@ inline std::vector<unsigned short> read(unsigned long long operand, bool along, 
     return all;
 }
 
-inline void start_product(const Product& what, float* d, const unsigned* a, float (*number)(unsigned)) {
+inline void start_product(const Product& wanted, float* d, const unsigned* a, float (*number)(unsigned)) {
     Lane& lane = hopper().lanes[current->index];
-    if (!lane.started) fail("a product without products_start()");
+    if (!lane.started) fail("a product without wgmma_fence()");
     const std::pair<int, long> name{current->index / WARPGROUP, lane.count++};
     auto& kept = hopper().products[name];
     if (!kept) {
-        kept = std::make_shared<Product>(what);
-        if (!what.a_in_registers) kept->a_bits = read(what.a, true, 64);
-        kept->b_bits = read(what.b, !what.a_in_registers, what.width);
+        kept = std::make_shared<Product>(wanted);
+        if (!wanted.a_in_registers) kept->a_bits = read(wanted.a, true, 64);
+        kept->b_bits = read(wanted.b, !wanted.a_in_registers, wanted.width);
         for (const unsigned short bits : kept->a_bits) kept->a_numbers.push_back(number(bits));
         for (const unsigned short bits : kept->b_bits) kept->b_numbers.push_back(number(bits));
     }
     const auto product = kept;
-    if (product->a != what.a || product->b != what.b || product->add != what.add || product->width != what.width)
+    if (product->a != wanted.a || product->b != wanted.b || product->add != wanted.add || product->width != wanted.width)
         fail("the threads of a warpgroup start different products");
     if (++product->lanes == WARPGROUP) hopper().products.erase(name);
     Share share{product, d, a, {}, number};
     if (a) std::copy(a, a + 4, share.a_then);
     lane.groups.back().push_back(share);
     if (!lane.values.count(d)) {
-        lane.values[d].assign(d, d + what.width / 2);
-        std::fill(d, d + what.width / 2, NAN);
+        lane.values[d].assign(d, d + wanted.width / 2);
+        std::fill(d, d + wanted.width / 2, NAN);
     }
 }
 
@@ -199,7 +199,7 @@ inline void end_product(Lane& lane, const Share& share, bool last) {
 
 inline void wait_for_products(size_t pending) {
     Lane& lane = hopper().lanes[current->index];
-    meet(0, "products_wait");
+    meet(0, "wgmma_wait");
     while (lane.groups.size() > pending + 1) {
         const auto group = lane.groups.front();
         lane.groups.erase(lane.groups.begin());
@@ -239,7 +239,7 @@ inline float number_of(unsigned bits) { return wide(T{}, bits); }
 
 inline unsigned shared_address(const void* pointer) { return emulator::address_of(pointer); }
 
-inline void fence_for_hardware() {
+inline void fence_async_proxy() {
     for (auto& stored : emulator::hopper().stored)
         stored.second.fenced |= stored.second.thread == emulator::current->index;
     for (auto& barrier : emulator::hopper().barriers)
@@ -257,7 +257,7 @@ inline void store_chunk(void* shared, const Chunk& chunk) {
     emulator::hopper().stored[address / 16] = {emulator::current->index, false};
 }
 
-struct PhaseBarrier {
+struct MBarrier {
     unsigned long long opaque;
 
     void make(int arrivals) {
@@ -291,7 +291,7 @@ struct TensorMap {
     unsigned char rest[56];
 };
 
-inline void copy_box(void* panel, const TensorMap& map, int x, int y, int z, PhaseBarrier& arrived) {
+inline void tma_load(void* panel, const TensorMap& map, int x, int y, int z, MBarrier& arrived) {
     static_assert(sizeof(TensorMap) == 128);
     const unsigned bytes = map.box[0] * map.box[1] * map.box[2] * 2, target = emulator::address_of(panel);
     if (target % 128) emulator::fail("a box that is not aligned");
@@ -318,18 +318,18 @@ inline void copy_box(void* panel, const TensorMap& map, int x, int y, int z, Pha
 }
 
 template <int COUNT>
-inline void fewer_registers() {}
+inline void decrease_registers() {}
 template <int COUNT>
-inline void more_registers() {}
+inline void increase_registers() {}
 
-inline void meet(int number, int threads) { emulator::meet_at(number, threads, false); }
-inline void come(int number, int threads) { emulator::meet_at(number, threads, false, false); }
-inline bool meet_any(int number, int threads, bool yes) { return emulator::meet_at(number, threads, yes); }
+inline void named_barrier_sync(int number, int threads) { emulator::meet_at(number, threads, false); }
+inline void named_barrier_arrive(int number, int threads) { emulator::meet_at(number, threads, false, false); }
+inline bool named_barrier_or(int number, int threads, bool yes) { return emulator::meet_at(number, threads, yes); }
 
-using Operand = unsigned long long;
+using SmemDescriptor = unsigned long long;
 
 // All four warps come here before any goes on.
-inline void products_start() {
+inline void wgmma_fence() {
     emulator::hopper().lanes[emulator::current->index].started = true;
     auto& meeting = emulator::hopper().meetings[-1 - static_cast<int>(threadIdx.x / WARPGROUP)];
     const long mine = meeting.number + 1;
@@ -340,7 +340,7 @@ inline void products_start() {
     emulator::wait_until([&meeting, mine] { return meeting.number >= mine; });
 }
 
-inline void products_commit() {
+inline void wgmma_commit() {
     auto& lane = emulator::hopper().lanes[emulator::current->index];
     lane.groups.emplace_back();
     lane.started = false;
@@ -351,18 +351,24 @@ inline void settle(float number) {
 }
 
 template <int PENDING, int N>
-inline void products_wait(float (&)[N][4]) { emulator::wait_for_products(PENDING); }
+inline void wgmma_wait(float (&)[N][4]) { emulator::wait_for_products(PENDING); }
 
 template <class T>
-inline void product(T, float (&d)[16][4], Operand a, Operand b, bool add) {
-    emulator::Product what;
-    what.a = a, what.b = b, what.add = add, what.width = 128;
-    emulator::start_product(what, &d[0][0], nullptr, emulator::number_of<T>);
+inline void wgmma(T, float (&d)[16][4], SmemDescriptor a, SmemDescriptor b, bool add) {
+    emulator::Product product;
+    product.a = a;
+    product.b = b;
+    product.add = add;
+    product.width = 128;
+    emulator::start_product(product, &d[0][0], nullptr, emulator::number_of<T>);
 }
 
 template <class T, int N>
-inline void product(T, float (&d)[N][4], const unsigned (&a)[4], Operand b) {
-    emulator::Product what;
-    what.b = b, what.add = true, what.width = 8 * N, what.a_in_registers = true;
-    emulator::start_product(what, &d[0][0], a, emulator::number_of<T>);
+inline void wgmma(T, float (&d)[N][4], const unsigned (&a)[4], SmemDescriptor b) {
+    emulator::Product product;
+    product.b = b;
+    product.add = true;
+    product.width = 8 * N;
+    product.a_in_registers = true;
+    emulator::start_product(product, &d[0][0], a, emulator::number_of<T>);
 }

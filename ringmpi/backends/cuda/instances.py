@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,36 @@ TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16
          np.dtype(np.float16): "float16"}
 
 
-def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True) -> list[Kernel]:
+class Dims(NamedTuple):
+    """Columns of a tile, multiples of 16."""
+
+    qk: int
+    v: int
+
+
+class Tile(NamedTuple):
+    """What a block of threads works on at a time.
+
+    Attributes
+    ----------
+    lanes : int
+        Warps, or without tensor cores rows of 16 threads.
+    height : int
+        Rows of each: of 16 for a warp, of one for a row of threads.
+    others : int
+        Rows or keys that come and go in tiles.
+    stages : int
+        Tiles of those in shared memory.
+    """
+
+    lanes: int
+    height: int
+    others: int
+    stages: int = 1
+
+
+def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
+                    ) -> list[Kernel]:
     """List the forward kernels for `rows` rows of a key head, the one that should be fastest first. Local.
 
     Parameters
@@ -31,98 +61,96 @@ def kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *
     plain : bool
         See `Score.plain`. Score functions take registers: tiles with them have fewer keys.
     """
-    wide, wide_v = _sixteens(dim), _sixteens(dim_v)
+    dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        return [_simple(wide, wide_v, *shape, align, plain) for shape in _shapes_float32(wide_v, rows)
-                if plain or shape[2] <= 32]
+        return [_simt(dims, tile, align, plain) for tile in _simt_tiles(dims.v, rows) if plain or tile.others <= 32]
     if dtype == np.float64:
-        wide_v = min(wide_v, SLICE_FLOAT64)
-        shapes = [(1, 1, 32, 3), (1, 1, 16, 2), (1, 1, 16, 1)] if rows <= 16 else [
+        dims = Dims(dims.qk, min(dims.v, SLICE_FLOAT64))
+        tiles = [(1, 1, 32, 3), (1, 1, 16, 2), (1, 1, 16, 1)] if rows <= 16 else [
             (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
     elif rows <= 16:
-        shapes = [(1, 1, 32, 3), (1, 1, 32, 2)]
-    elif max(wide, wide_v) > 128:
-        shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
+        tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
+    elif max(dims) > 128:
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
     else:
         height = 1 if rows <= 64 else 2
-        shapes = [(4, height, 64, 2), (4, height, 32, 2)]
+        tiles = [(4, height, 64, 2), (4, height, 32, 2)]
     most = 64 if plain else 16 if dtype == np.float64 else 32
-    return [_tensor(dtype, wide, wide_v, *shape, align, plain) for shape in shapes if shape[2] <= most]
+    return [_tensor(dtype, dims, tile, align, plain) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
 
 
-def _shapes_float32(wide_v: int, rows: int) -> list[tuple[int, int, int]]:
-    """Row lanes, rows of a thread, keys."""
-    tallest = 8 if wide_v <= 128 else 4        # what a thread's registers hold
+def _simt_tiles(dim_v: int, rows: int) -> list[Tile]:
+    """List tiles for the forward pass in float32, the fastest first."""
+    tallest = 8 if dim_v <= 128 else 4        # what a thread's registers hold
     if rows <= 16:
         lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
-        return [(lanes, height, 32), (lanes, height, 16)]
-    tall = [(16, 8, 64), (16, 8, 32)] if tallest == 8 else []
-    return [*tall, (16, 4, 32), (16, 4, 16), (16, 2, 16)]
+        return [Tile(lanes, height, 32), Tile(lanes, height, 16)]
+    tall = [Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
+    return [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
 
 
 def _sixteens(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _tensor(dtype: np.dtype[Any], dim: int, dim_v: int, warps: int, height: int, keys: int, stages: int,
-            align: int, plain: bool) -> Kernel:
+def _tensor(dtype: np.dtype[Any], dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
     """Give an instance of accumulate_tensor.cu."""
-    rows = 16 * height * warps
+    rows = 16 * tile.height * tile.lanes
     pad, pad_v = (4, 2) if dtype == np.float64 else (8, 8)
-    numbers = rows * (dim + pad) + stages * keys * (dim + pad + dim_v + pad_v)
-    blocks = 8 if warps == 1 else 2 if warps == 4 and dtype != np.float64 else 1
-    name = f"accumulate<{TYPES[dtype]}, {dim}, {dim_v}, {warps}, {height}, {keys}, {stages}, {align}, " \
-           f"{_flag(plain)}>"
-    return Kernel("accumulate_tensor.cu", name, rows, keys, 32 * warps, numbers * dtype.itemsize, dim_v, blocks)
+    numbers = rows * (dims.qk + pad) + tile.stages * tile.others * (sum(dims) + pad + pad_v)
+    blocks = 8 if tile.lanes == 1 else 2 if tile.lanes == 4 and dtype != np.float64 else 1
+    arguments = TYPES[dtype], *dims, *tile, align, _flag(plain)
+    return Kernel("accumulate_tensor.cu", _named("accumulate", arguments), rows, tile.others, 32 * tile.lanes,
+                  numbers * dtype.itemsize, dims.v, blocks)
 
 
-def _simple(dim: int, dim_v: int, lanes: int, height: int, keys: int, align: int, plain: bool) -> Kernel:
-    """Give an instance of accumulate_float.cu."""
-    rows, padded = height * lanes, -(-dim // 32) * 32 + 4
-    numbers = (rows + keys) * padded + keys * dim_v + rows * (keys + 16 if keys % 32 == 0 else keys)
-    name = f"accumulate<{dim}, {dim_v}, {lanes}, {height}, {keys}, {align}, {_flag(plain)}>"
-    return Kernel("accumulate_float.cu", name, rows, keys, 16 * lanes, 4 * numbers, dim_v, 8 if lanes < 16 else 1)
+def _simt(dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
+    """Give an instance of accumulate_simt.cu."""
+    rows = tile.height * tile.lanes
+    numbers = (rows + tile.others) * _padded(dims.qk) + tile.others * dims.v + rows * _padded_weights(tile.others)
+    arguments = *dims, *tile[:3], align, _flag(plain)
+    return Kernel("accumulate_simt.cu", _named("accumulate", arguments), rows, tile.others, 16 * tile.lanes,
+                  4 * numbers, dims.v, 8 if tile.lanes < 16 else 1)
 
 
-def query_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
-                    ) -> list[Kernel]:
-    """List the kernels for dq; as `kernels`, but `align` is dout's too. Local."""
-    wide, wide_v = _sixteens(dim), _sixteens(dim_v)
-    widest = max(wide, wide_v)
+def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
+               ) -> list[Kernel]:
+    """List the kernels for dq; as `forward_kernels`, but `align` is dout's too. Local."""
+    dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        lanes = [(8, 2, 32), (8, 2, 16)] if rows <= 16 else _lanes(widest)
-        return [_simple_gradient("queries", wide, wide_v, *shape, align, plain) for shape in lanes]
-    columns = _slice(wide, SLICE_FLOAT64) if dtype == np.float64 else wide
+        few = [Tile(8, 2, 32), Tile(8, 2, 16)]
+        chosen = few if rows <= 16 else _simt_gradient_tiles(max(dims))
+        return [_simt_gradient("dq", dims, tile, align, plain) for tile in chosen]
+    columns = _slice(dims.qk, SLICE_FLOAT64) if dtype == np.float64 else dims.qk
     if dtype == np.float64:
-        shapes = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
-    elif widest <= 64:
-        shapes = [(4, 2, 32, 2)]
-    elif widest <= 128:
-        shapes = [(4, 2, 32, 2) if plain else (4, 1, 64, 2), (4, 1, 32, 2)]
+        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+    elif max(dims) <= 64:
+        tiles = [(4, 2, 32, 2)]
+    elif max(dims) <= 128:
+        tiles = [(4, 2, 32, 2) if plain else (4, 1, 64, 2), (4, 1, 32, 2)]
     else:
-        shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
-        shapes = [(1, 1, *shape[2:]) for shape in shapes]
-    return [_tensor_gradient("queries", dtype, wide, wide_v, (columns,), *shape, align, plain) for shape in shapes]
+        tiles = [(1, 1, *tile[2:]) for tile in tiles]
+    return [_tensor_gradient("dq", dtype, dims, (columns,), Tile(*tile), align, plain) for tile in tiles]
 
 
-def key_gradients(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
-    """List the kernels for dk and dv together, or those for dk and those for dv; as `query_gradients`. Local."""
-    wide, wide_v = _sixteens(dim), _sixteens(dim_v)
-    widest = max(wide, wide_v)
+def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
+    """List the kernels for dk and dv together, or those for dk and those for dv; as `dq_kernels`. Local."""
+    dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        return [[_simple_gradient("keys", wide, wide_v, *shape, align, plain) for shape in _lanes(widest)]]
-    most = 128 if dtype == np.float64 else 256                  # columns that fit a thread's registers
-    columns, columns_v = _slice(wide, most), _slice(wide_v, most)
-    both = wide + wide_v <= most
+        return [[_simt_gradient("dkdv", dims, tile, align, plain) for tile in _simt_gradient_tiles(max(dims))]]
     if dtype == np.float64:
-        shapes = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
-    elif widest <= 64:
-        shapes = [(4, 2, 32, 2)]
+        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+    elif max(dims) <= 64:
+        tiles = [(4, 2, 32, 2)]
     else:
-        shapes = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)] if widest > 128 else [(4, 1, 32, 2)]
-    return [[_tensor_gradient("keys", dtype, wide, wide_v, slices, *shape, align, plain) for shape in shapes]
-            for slices in ([(columns, columns_v)] if both else [(columns, 0), (0, columns_v)])]
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)] if max(dims) > 128 else [(4, 1, 32, 2)]
+    # Columns of dk and of dv: all of both in one launch, if a thread's registers hold them.
+    most = 128 if dtype == np.float64 else 256
+    launches = [tuple(dims)] if sum(dims) <= most else [(_slice(dims.qk, most), 0), (0, _slice(dims.v, most))]
+    return [[_tensor_gradient("dkdv", dtype, dims, columns, Tile(*tile), align, plain) for tile in tiles]
+            for columns in launches]
 
 
 def _slice(wide: int, most: int) -> int:
@@ -133,35 +161,52 @@ def _slice(wide: int, most: int) -> int:
     return _sixteens(-(-wide // -(-wide // most)))
 
 
-def _lanes(widest: int) -> list[tuple[int, int, int]]:
-    """Row lanes, rows of a thread, others, where a row of a tile has so many columns."""
-    shapes = [(16, 4, 64), (16, 4, 32), (16, 2, 16), (8, 2, 16)]
-    return shapes[0 if widest <= 64 else 1 if widest <= 128 else 2:]
+def _simt_gradient_tiles(widest: int) -> list[Tile]:
+    """List tiles for the backward pass in float32, where a row of a tile has so many columns."""
+    tiles = [Tile(16, 4, 64), Tile(16, 4, 32), Tile(16, 2, 16), Tile(8, 2, 16)]
+    return tiles[0 if widest <= 64 else 1 if widest <= 128 else 2:]
 
 
-def _tensor_gradient(what: str, dtype: np.dtype[Any], dim: int, dim_v: int, columns: tuple[int, ...], warps: int,
-                     height: int, others: int, places: int, align: int, plain: bool) -> Kernel:
+def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: tuple[int, ...], tile: Tile, align: int,
+                     plain: bool) -> Kernel:
     """Give an instance of gradient_tensor.cu."""
-    own, pad = 16 * height * warps, 4 if dtype == np.float64 else 8
-    known = 2 * max(4, dtype.itemsize) + 8 if what == "keys" else 0
-    shared_bytes = (own + places * others) * (dim + dim_v + 2 * pad) * dtype.itemsize + places * others * known
-    numbers = ", ".join(map(str, (dim, dim_v, *columns, warps, height, others, places, align)))
-    blocks = 2 if warps == 4 and dtype != np.float64 and max(dim, dim_v) <= 128 else 1
-    rows, keys = (own, others) if what == "queries" else (others, own)
-    return Kernel("gradient_tensor.cu", f"gradient_{what}<{TYPES[dtype]}, {numbers}, {_flag(plain)}>", rows, keys,
-                  32 * warps, shared_bytes, max(columns), blocks)
+    own = 16 * tile.height * tile.lanes
+    coming = tile.stages * tile.others
+    pad = 4 if dtype == np.float64 else 8
+    row_stats = 2 * max(4, dtype.itemsize) + 8 if gradient == "dkdv" else 0
+    shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats
+    blocks = 2 if tile.lanes == 4 and dtype != np.float64 and max(dims) <= 128 else 1
+    rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
+    arguments = TYPES[dtype], *dims, *columns, *tile, align, _flag(plain)
+    return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
+                  shared_bytes, max(columns), blocks)
 
 
-def _simple_gradient(what: str, dim: int, dim_v: int, lanes: int, height: int, others: int, align: int, plain: bool
-                     ) -> Kernel:
-    """Give an instance of gradient_float.cu."""
-    own, places, padded = height * lanes, 1, sum(-(-x // 32) * 32 + 4 for x in (dim, dim_v))
-    weights = (2 if what == "keys" else 1) * own * (others + 16 if others % 32 == 0 else others)
-    known = 4 * others * places if what == "keys" else 0
-    numbers = ", ".join(map(str, (dim, dim_v, lanes, height, others, places, align)))
-    rows, keys = (own, others) if what == "queries" else (others, own)
-    return Kernel("gradient_float.cu", f"gradient_{what}<{numbers}, {_flag(plain)}>", rows, keys, 16 * lanes,
-                  4 * ((own + places * others) * padded + weights + known), max(dim, dim_v), 1)
+def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
+    """Give an instance of gradient_simt.cu."""
+    own = tile.height * tile.lanes
+    coming = tile.stages * tile.others
+    weights = (2 if gradient == "dkdv" else 1) * own * _padded_weights(tile.others)
+    row_stats = 4 * coming if gradient == "dkdv" else 0
+    numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats
+    rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
+    return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, _flag(plain))), rows, keys,
+                  16 * tile.lanes, 4 * numbers, max(dims), 1)
+
+
+def _padded(dim: int) -> int:
+    """Numbers to a row of a tile, as lanes.cuh has it."""
+    return -(-dim // 32) * 32 + 4
+
+
+def _padded_weights(keys: int) -> int:
+    """Numbers to a row of weights, as lanes.cuh has it."""
+    return keys + 16 if keys % 32 == 0 else keys
+
+
+def _named(kernel: str, arguments: Iterable[Any]) -> str:
+    """Give the C++ name of an instance."""
+    return f"{kernel}<{', '.join(map(str, arguments))}>"
 
 
 def _flag(plain: bool) -> str:
@@ -170,12 +215,15 @@ def _flag(plain: bool) -> str:
 
 
 def best(candidates: Sequence[Kernel], shared_bytes: int, shared_bytes_processor: int) -> Kernel:
-    """Choose the first kernel of which a multiprocessor holds two blocks, if meant, else the first that fits. Local.
+    """Choose the first kernel of which a multiprocessor holds as many blocks as it is meant to. Local.
+
+    More than two are not asked for. If there is no such kernel, the first that a block of threads has the shared memory
+    for is chosen.
 
     Raises
     ------
     BackendError
-        If none fits.
+        If there is not enough shared memory for any.
     """
     static = 2048             # what a block has besides: its own, and the driver's 1 KiB
     fitting = [kernel for kernel in candidates if kernel.shared_bytes + static <= shared_bytes]

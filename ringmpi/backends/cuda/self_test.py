@@ -1,4 +1,4 @@
-"""Small cases that a GPU's kernels are proven by before they are used: the same blocks in NumPy, in float64."""
+"""Self-tests of a GPU's kernels before they are used: small blocks, compared with NumPy's results in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 100.0               # for a case of milliseconds
 
 
 @dataclass(frozen=True)
-class Proof:
+class SelfTest:
     """A block with a slanting end, random numbers of a dtype, and maybe all score functions at once.
 
     Attributes
@@ -32,7 +32,7 @@ class Proof:
     plain : bool
         Whether scores are plain.
     backward : bool
-        Whether the gradient is proven, else the result.
+        Whether the gradient is tested, else the result.
     """
 
     n_q: int
@@ -52,6 +52,7 @@ class Proof:
         TimeoutError
             If the backend does not come to an end.
         """
+        # Random inputs, and what NumPy makes of them in float64.
         rng = np.random.default_rng(self.n_q)
         inputs = [rng.standard_normal(shape).astype(self.dtype) for shape in (
             (self.n_q, HEADS, self.dim), (self.n_k, 1, self.dim), (self.n_k, 1, self.dim_v),
@@ -66,6 +67,7 @@ class Proof:
                 got = self.gradient(backend, *inputs, out.astype(self.dtype), lse.astype(self.accumulator))
             else:
                 got = self.forward(backend, *inputs[:3])
+        # The largest of errors, one of which is NaN, is NaN.
         with np.errstate(all="ignore"):
             errors = [np.abs(x.astype(np.float64) - y).max() / np.abs(y).max() for x, y in zip(got, want, strict=True)]
         return float(np.max(errors))

@@ -8,6 +8,7 @@
 
 #include "lanes.cuh"
 #include "score.cuh"
+#include "softmax.cuh"
 
 __device__ inline float across_row(float x, float (*both)(float, float)) {
 #pragma unroll
@@ -28,49 +29,44 @@ struct ThreadRows : Lanes<ROW_LANES> {
     static constexpr float UNSEEN = -1;       // in place of a weight
 
     float acc[HEIGHT][VECTORS][VECTOR] = {};
-    float top[HEIGHT], sum[HEIGHT];           // of sum, this thread's share
+    float row_max[HEIGHT], row_sum[HEIGHT];           // of row_sum, this thread's share
     Interval sees[HEIGHT];
-    typename S::Row what[HEIGHT];
+    typename S::Row row_score[HEIGHT];
 
     __device__ static int column(int n, int i) { return Lanes<ROW_LANES>::template column<VECTOR>(n, i); }
 
-    // Take up the state of the rows, each with what it sees of this part.
-    __device__ void load(const StateArrays<float>& arrays, const Rows& rows, const int* begin, const int* end,
+    // Load the state of the rows, each with what it sees of this part.
+    __device__ void load(const StateArrays<float>& arrays, const Problem<float>& problem, const Rows& rows,
                          Interval part, const S& score) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
-            const bool there = rows.there(row(i)), known = there && !arrays.fresh;
-            const long long at = there ? rows.state_row(row(i)) : 0;
-            what[i] = score.row(rows, row(i));
-            sees[i] = there ? cut(rows.interval(begin, end, row(i)), part) : Interval{0, 0};
-            top[i] = known ? arrays.top[at] : -infinity(0.0f);
-            sum[i] = known && lane() == 0 ? arrays.sum[at] : 0;
+            const bool exists = rows.contains(row(i)), known = exists && !arrays.fresh;
+            const long long at = exists ? rows.state_row(row(i)) : 0;
+            row_score[i] = score.row(rows, row(i));
+            sees[i] = exists ? intersection(rows.interval(problem.begin, problem.end, row(i)), part) : Interval{0, 0};
+            load_softmax(arrays, at, known, lane() == 0, row_max[i], row_sum[i]);
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
 #pragma unroll
                 for (int c = 0; c < VECTOR; ++c)
-                    if (known && column(n, c) < arrays.dim_v)
+                    if (known && column(n, c) < problem.dim_v)
                         acc[i][n][c] = arrays.acc[at * arrays.stride_v + column(n, c)];
         }
     }
 
     // Put the state back.
-    __device__ void store(const StateArrays<float>& arrays, const Rows& rows) {
+    __device__ void store(const StateArrays<float>& arrays, int dim_v, const Rows& rows) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
-            const float total = across_row(sum[i], added);
-            if (!rows.there(row(i))) continue;
-            const long long at = arrays.place(rows.state_row(row(i)));
-            if (lane() == 0) {
-                arrays.top[at] = top[i];
-                arrays.sum[at] = total;
-            }
+            const float total = across_row(row_sum[i], added);
+            if (!rows.contains(row(i))) continue;
+            const long long at = arrays.target_row(rows.state_row(row(i)), rows.state_rows());
+            store_softmax(arrays, at, lane() == 0, row_max[i], total);
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
 #pragma unroll
                 for (int c = 0; c < VECTOR; ++c)
-                    if (column(n, c) < arrays.dim_v)
-                        arrays.acc[at * arrays.stride_v + column(n, c)] = acc[i][n][c];
+                    if (column(n, c) < dim_v) arrays.acc[at * arrays.stride_v + column(n, c)] = acc[i][n][c];
         }
     }
 
@@ -88,21 +84,21 @@ struct ThreadRows : Lanes<ROW_LANES> {
             for (int j = 0; j < EACH; ++j) {
                 const int column = start + other(j);
                 seen[j] = !PARTIAL || sees[i].holds(column);
-                s[i][j] = score.shape(rounded_product(s[i][j], scale), what[i], score.key(column));
+                s[i][j] = score.apply(rounded_product(s[i][j], scale), row_score[i], score.key(column));
                 if (!seen[j]) s[i][j] = -infinity(0.0f);
                 high = larger(high, s[i][j]);
             }
-            high = larger(top[i], across_row(high, larger));
-            const float base = high == -infinity(0.0f) ? 0 : high;       // -inf - -inf would be NaN
-            const float shrink = exponential(top[i] - base);
-            top[i] = high;
-            sum[i] *= shrink;
+            high = larger(row_max[i], across_row(high, larger));
+            const float base = finite_maximum(high);
+            const float shrink = exponential(row_max[i] - base);
+            row_max[i] = high;
+            row_sum[i] *= shrink;
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
                 const float p = exponential(s[i][j] - base);
-                const float kept = score.kept(what[i], score.key(start + other(j)));
-                p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * kept : UNSEEN;
-                if (seen[j]) sum[i] += p;
+                const float dropout = score.dropout_factor(row_score[i], score.key(start + other(j)));
+                p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * dropout : UNSEEN;
+                if (seen[j]) row_sum[i] += p;
             }
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
@@ -137,25 +133,27 @@ struct ThreadRows : Lanes<ROW_LANES> {
 
 template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(16 * ROW_LANES)
-accumulate(float* acc, float* top, float* sum, const float* q, const float* k, const float* v, const int* begin,
-           const int* end, int n_q, int n_k, int kv_heads, int group, int dim, int dim_v, int stride_v, float scale,
-           int width, int fresh, const void* packed_score) {
+accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
+           const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
     using S = Score<float, FUNCTIONS>;
     using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S>;
     static_assert(ROWS <= THREADS, "one interval a thread");
 
-    const Rows rows{n_q, kv_heads, group, static_cast<int>(blockIdx.y),
-                    static_cast<int>(gridDim.x - 1 - blockIdx.x) * ROWS};      // the last rows, which see most, first
-    const Interval part{static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+    // The tiles of keys that any row of the block sees of this part.
+    const Rows rows = rows_of_block(problem, ROWS);
+    const Interval part = columns_of_part(problem.n_k, arrays.width);
     const int mine = threadIdx.x;
-    const bool has_row = mine < ROWS && rows.there(mine);
-    const Interval interval = has_row ? cut(rows.interval(begin, end, mine), part) : Interval{0, 0};
-    const Sight sight = sight_of_block<WARPS>(sight_of(interval, has_row));
-    const Interval range = sight.any;
+    const bool has_row = mine < ROWS && rows.contains(mine);
+    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine), part)
+                                      : Interval{0, 0};
+    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+    const Interval range = visible.hull;
     const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !fresh) return;
+    if (tiles == 0 && !arrays.fresh) return;
 
+    // Q, and the first tiles of K and V, are on their way while the state is loaded.
+    const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
     float* const q_tile = reinterpret_cast<float*>(shared_memory());
     float* const k_tile = q_tile + ROWS * State::STRIDE;
     float* const v_tile = k_tile + KEYS * State::STRIDE;
@@ -165,10 +163,9 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         const float* const first = array + (at * kv_heads + rows.kv_head) * stride;
         const int step = kv_heads * stride;        // within a tile 32 bits are enough
         const int count = range.high - static_cast<int>(at);
-        if (tile == k_tile)
-            copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, [=](int r) { return first + r * step; }, count, dim);
-        else
-            copy_tile<KEYS, DIM_V, DIM_V, BYTES, THREADS>(tile, [=](int r) { return first + r * step; }, count, dim_v);
+        auto row = [=](int r) { return first + r * step; };
+        if (tile == k_tile) copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, row, count, dim);
+        else copy_tile<KEYS, DIM_V, DIM_V, BYTES, THREADS>(tile, row, count, dim_v);
     };
     if (tiles) {
         copy_tile<ROWS, DIM, State::STRIDE, BYTES, THREADS>(
@@ -179,19 +176,18 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         copy_commit();
     }
 
-    const StateArrays<float> arrays{acc, top, sum, dim_v, stride_v, fresh != 0,
-                                    static_cast<long long>(blockIdx.z) * n_q * kv_heads * group};
-    const S score(packed_score, n_q, n_k, kv_heads * group);
+    const S score(problem);
     State state;
-    state.load(arrays, rows, begin, end, part, score);
+    state.load(arrays, problem, rows, part, score);
 
+    // Fold tile after tile: the next one of K comes while V is read, the next one of V while K is.
     for (int i = 0; i < tiles; ++i) {
         const int start = range.low + i * KEYS;
-        const bool full = sight.full(start, KEYS);
+        const bool full = visible.full(start, KEYS);
         copy_wait<1>();
         __syncthreads();                           // K is here
-        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, scale, score);
-        else state.template weigh<true>(q_tile, k_tile, p_tile, start, scale, score);
+        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, problem.scale, score);
+        else state.template weigh<true>(q_tile, k_tile, p_tile, start, problem.scale, score);
         __syncthreads();                           // all have read K, and the weights are there
         if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
         copy_commit();
@@ -204,5 +200,5 @@ accumulate(float* acc, float* top, float* sum, const float* q, const float* k, c
         copy_commit();
     }
 
-    state.store(arrays, rows);
+    state.store(arrays, dim_v, rows);
 }

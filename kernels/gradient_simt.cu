@@ -1,0 +1,174 @@
+// The backward pass of one block of K and V in float32 throughout, without tensor cores. Arguments and promises are in
+// gradient.cuh, with float for T.
+//
+// gradient_dq: grid (ceil(n_q group / ROWS), kv_heads) of 16 LANES threads; ROWS = HEIGHT LANES.
+// gradient_dkdv: grid (ceil(n_k / KEYS), kv_heads); KEYS = HEIGHT LANES. Threads have what Lanes says. Dynamic shared
+// memory: of Q and dout, or K and V, the rows of the block; STAGES times the tile of the others; ds, and for
+// gradient_dkdv the weights and STAGES TileRowStats; padded as in lanes.cuh.
+// DIM, DIM_V and tiles are multiples of 16; LANES is even.
+
+#include "gradient.cuh"
+#include "lanes.cuh"
+
+// Sums of COLUMNS columns of the rows of a thread.
+template <int LANES, int HEIGHT, int COLUMNS>
+struct Sums {
+    static constexpr int VECTOR = vector_of(COLUMNS), VECTORS = vectors_of(COLUMNS);
+    float acc[HEIGHT][VECTORS][VECTOR] = {};
+
+    // Add them, times `factor`, to rows; `row(i)` points to row i, or is null.
+    template <class Row>
+    __device__ void add_to(Row row, int columns, float factor) const {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            float* const at = row(Lanes<LANES>::row(i));
+            if (!at) continue;
+#pragma unroll
+            for (int n = 0; n < VECTORS; ++n)
+#pragma unroll
+                for (int c = 0; c < VECTOR; ++c) {
+                    const int column = Lanes<LANES>::template column<VECTOR>(n, c);
+                    if (column < columns) at[column] += acc[i][n][c] * factor;
+                }
+        }
+    }
+};
+
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
+__global__ void __launch_bounds__(16 * LANES)
+gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
+            const __grid_constant__ Problem<float> problem) {
+    using S = Score<float, FUNCTIONS>;
+    using L = Lanes<LANES>;
+    constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, ROWS = HEIGHT * LANES, EACH = KEYS / 16;
+    constexpr int STRIDE_P = padded_weights(KEYS);
+    using Tiles = GradientTiles<float, L, DIM, DIM_V, ROWS, KEYS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    static_assert(ROWS <= THREADS, "one interval a thread");
+
+    // The tiles of keys that any row of the block sees.
+    const Rows rows = rows_of_block(problem, ROWS);
+    const int mine = threadIdx.x;
+    const bool has_row = mine < ROWS && rows.contains(mine);
+    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine) : Interval{0, 0};
+    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+    const Interval range = visible.hull;
+    const int tiles = range.tiles(KEYS);
+    if (tiles == 0) return;
+
+    // Q and dout are on their way while the rest of what is known of the rows is read.
+    const Tiles memory;
+    float* const ds_tile = memory.end();
+    const Own own = memory.own();
+    own.template copy_rows<BYTES, THREADS>(inputs, rows, problem);
+    const S score(problem);
+    RowStats<float> row_stats[HEIGHT];
+    typename S::Row row_score[HEIGHT];
+#pragma unroll
+    for (int i = 0; i < HEIGHT; ++i) {
+        const int row = L::row(i);
+        const bool exists = rows.contains(row);
+        const long long at = exists ? rows.state_row(row) : 0;
+        row_stats[i] = {inputs.lse[at], inputs.delta[at],
+                        exists ? rows.interval(problem.begin, problem.end, row) : Interval{0, 0}};
+        row_score[i] = score.row(rows, row);
+    }
+
+    // Add what tile after tile of keys gives.
+    Sums<LANES, HEIGHT, DIM> sums;
+    auto add = [&](auto partial, const Other& other, int start) {
+        constexpr bool PARTIAL = decltype(partial)::value;
+        float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
+        L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Own::STRIDE);
+        L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int column = start + L::other(j), key = score.key(column);
+#pragma unroll
+            for (int i = 0; i < HEIGHT; ++i) {
+                differentiate<PARTIAL>(qk[i][j], dout_v[i][j], row_stats[i], row_score[i], column, key, problem.scale,
+                                       score);
+                ds_tile[L::row(i) * STRIDE_P + L::other(j)] = dout_v[i][j];
+            }
+        }
+        __syncwarp();                              // the lanes of a row are all in one warp
+        L::template multiply<PARTIAL, KEYS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
+    };
+    auto load = [&](int i, int stage) {
+        const int start = range.low + i * KEYS;
+        memory.other(stage).template copy_keys<BYTES, THREADS>(inputs, rows.kv_head, start, range.high - start,
+                                                               problem);
+    };
+    for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
+        const int start = range.low + i * KEYS;
+        if (visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
+        else add(True{}, memory.other(stage), start);
+    });
+    sums.add_to([&](int r) { return rows.contains(r) ? dq + rows.state_row(r) * problem.dim : nullptr; }, problem.dim,
+                problem.scale);
+}
+
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS>
+__global__ void __launch_bounds__(16 * LANES)
+gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
+              const __grid_constant__ Problem<float> problem) {
+    using S = Score<float, FUNCTIONS>;
+    using L = Lanes<LANES>;
+    constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16, STRIDE_P = padded_weights(ROWS);
+    using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    using Stats = TileRowStats<float, ROWS>;
+    const int kv_head = blockIdx.y, first = blockIdx.x * KEYS, tiles = (problem.n_q * problem.group + ROWS - 1) / ROWS;
+    const Interval keys{first, min(first + KEYS, problem.n_k)};
+
+    const Tiles memory;
+    float* const ds_tile = memory.end();
+    float* const p_tile = ds_tile + KEYS * STRIDE_P;
+    Stats* const row_stats = reinterpret_cast<Stats*>(p_tile + KEYS * STRIDE_P);
+    const Own own = memory.own();
+    own.template copy_keys<BYTES, THREADS>(inputs, kv_head, first, problem.n_k - first, problem);
+
+    // Add what tile after tile of rows gives.
+    const S score(problem);
+    auto rows_of = [&](int tile) { return TileRows(problem, kv_head, tile * ROWS); };
+    Sums<LANES, HEIGHT, DIM> sums;
+    Sums<LANES, HEIGHT, DIM_V> sums_v;
+    auto add = [&](auto partial, const Other& other, const Stats& stats, const TileRows& rows) {
+        constexpr bool PARTIAL = decltype(partial)::value;
+        float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
+        L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Own::STRIDE);
+        L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const RowStats<float> row = stats.row(L::other(j));
+            const typename S::Row row_score = score.row(rows, L::other(j));
+#pragma unroll
+            for (int i = 0; i < HEIGHT; ++i) {
+                const int column = first + L::row(i), at = L::row(i) * STRIDE_P + L::other(j);
+                differentiate<PARTIAL>(qk[i][j], dout_v[i][j], row, row_score, column, score.key(column), problem.scale,
+                                       score);
+                p_tile[at] = qk[i][j];
+                ds_tile[at] = dout_v[i][j];
+            }
+        }
+        __syncwarp();                              // the lanes of a row are all in one warp
+        L::template multiply<PARTIAL, ROWS>(sums_v.acc, p_tile, STRIDE_P, other.tile_v, Other::STRIDE_V, 0);
+        L::template multiply<PARTIAL, ROWS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
+    };
+    auto load = [&](int tile, int stage) {
+        const TileRows rows = rows_of(tile);
+        memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
+        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+    };
+    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, keys); }, load,
+                      [&](int tile, int stage) {
+        const bool full = visible[tile].full(keys.low, keys.high - keys.low);
+        if (full) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
+        else add(True{}, memory.other(stage), row_stats[stage], rows_of(tile));
+    });
+    sums.add_to([&](int r) { return key_row(dk, problem.dim, first + r, kv_head, problem); }, problem.dim,
+                problem.scale);
+    sums_v.add_to([&](int r) { return key_row(dv, problem.dim_v, first + r, kv_head, problem); }, problem.dim_v, 1.0f);
+}

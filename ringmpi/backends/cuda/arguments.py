@@ -1,0 +1,93 @@
+"""The structs that kernels are given: kernels/arguments.cuh and PackedScore, field by field, as NumPy dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...device import Struct
+from ...softmax import State
+
+Array = Any
+POINTER = np.uint64
+
+
+def problem_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Give the layout of ``Problem<A>``. Local."""
+    return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype,
+                    **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32)})
+
+
+def state_type() -> np.dtype[Any]:
+    """Give the layout of ``StateArrays<A>``. Local."""
+    return _struct({**dict.fromkeys(("acc", "row_max", "row_sum"), POINTER),
+                    **dict.fromkeys(("stride_v", "width", "fresh"), np.int32)})
+
+
+def gradient_type() -> np.dtype[Any]:
+    """Give the layout of ``GradientInputs<T>``. Local."""
+    return _struct(dict.fromkeys(("q", "k", "v", "dout", "lse", "delta"), POINTER))
+
+
+def score_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Give the layout of ``PackedScore<A>``. Local."""
+    return _struct({"softcap": acc_dtype, "gain": acc_dtype, "threshold": np.uint32, "sloped": np.int32})
+
+
+def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any, scale: float,
+            acc_dtype: np.dtype[Any], dim_v: int | None = None) -> Struct:
+    """Give the Problem of a block. Local.
+
+    Parameters
+    ----------
+    q : array of shape (n_q, heads, dim)
+    v : array of shape (n_k, kv_heads, dim_v)
+    columns : two int32 arrays of shape (n_q,), on the GPU
+        Where the columns that each query sees begin and end.
+    packed_score : array or 0
+    scale : float
+    acc_dtype : dtype
+        Of the accumulator.
+    dim_v : int, optional
+        Columns of v that the launch works on; by default all of them.
+    """
+    begin, end = columns
+    (n_q, heads, dim), (n_k, kv_heads, _) = q.shape, v.shape
+    return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale, n_q=n_q,
+                  n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
+                  dim_v=v.shape[2] if dim_v is None else dim_v)
+
+
+def state_arrays(state: State, dim_v: int, start: int = 0, width: int = 0, fresh: bool = False) -> Struct:
+    """Give the StateArrays of a state. Local.
+
+    Parameters
+    ----------
+    state : State
+        With `dim_v` columns; its arrays may have any shape.
+    dim_v : int
+    start : int
+        The column of acc that the launch begins at.
+    width : int
+        Columns of K and V that make a part.
+    fresh : bool
+        Whether parts are written one after the other, and nothing is read.
+    """
+    return Struct(state_type(), acc=from_number(state.acc, start), row_max=state.row_max, row_sum=state.row_sum,
+                  stride_v=dim_v, width=width, fresh=fresh)
+
+
+def gradient_inputs(q: Array, k: Array, v: Array, dout: Array, lse: Array, delta: Array) -> Struct:
+    """Give the GradientInputs of a block. Local."""
+    return Struct(gradient_type(), q=q, k=k, v=v, dout=dout, lse=lse, delta=delta)
+
+
+def from_number(x: Array, start: int) -> Array:
+    """View an array from number `start` on. Local."""
+    return x.reshape(-1)[start:]
+
+
+def _struct(fields: dict[str, Any]) -> np.dtype[Any]:
+    """Lay fields out as C++ does: each aligned to its size, the struct to the largest."""
+    return np.dtype(list(fields.items()), align=True)
