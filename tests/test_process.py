@@ -22,13 +22,13 @@ START = "import os, signal, sys, time\nfrom ringmpi.cli import main\n" + RANK
 BEFORE_MPI = START + "if rank == 1: {act}\nsys.exit(main())\n"
 # Of another rank than 0, while it computes with the block of a neighbour.
 COMPUTING = START + """
-from ringmpi import attention
-compute = attention.RingAttention._compute
-def act(self, call, block, work, progress):
-    if rank == 1 and block.step.step == 1:
+from ringmpi.passes import Pass
+compute = Pass._run
+def act(self, work, *rest):
+    if rank == 1 and work.step.step == 1:
         {act}
-    return compute(self, call, block, work, progress)
-attention.RingAttention._compute = act
+    return compute(self, work, *rest)
+Pass._run = act
 sys.exit(main())
 """
 READING = START + """

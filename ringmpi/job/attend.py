@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..attention import RingAttention
+from ..backends import choose_gpu_early
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..schedules.redistribution import redistribute
