@@ -31,6 +31,7 @@ from .checks import (
     column,
     warn_of_order,
 )
+from .dtypes import DTYPES, accumulator
 from .engine import NO_FACTS, ON_HOST, Engine
 from .errors import BackendError, InternalError, OptionError, RingError
 from .keywords import explained
@@ -43,7 +44,7 @@ from .schedules.gpu_transport import Transport, check_transport
 from .schedules.gradient_ring import first_hops
 from .schedules.ring import Block, travel
 from .score import Score, streams
-from .softmax import DTYPES, Gradient, State, accumulator
+from .softmax import Gradient, State
 from .trace import Trace
 
 Array = Any                       # of NumPy, or of CuPy on a GPU

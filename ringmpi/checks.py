@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_host_array
+from .dtypes import DTYPES, check_dtype
 from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
 from .mpi.comm import TIMEOUT
-from .softmax import DTYPES, check_dtype
 
 Array = NDArray[Any]
 

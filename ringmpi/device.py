@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .binaries import keep, kept_name, usable_cache
+from .dtypes import BFLOAT16
 from .environment import kernel_cache, launched_local_rank
 from .errors import BackendError
-from .softmax import BFLOAT16
 
 PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"

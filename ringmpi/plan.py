@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap, column
+from .dtypes import DTYPES, accumulator
 from .errors import OptionError, ShapeError
 from .layout import Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .schedules.ring import Block
 from .score import MOST_POSITION, Score
-from .softmax import DTYPES, accumulator
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from .attention import RingAttention
+from .dtypes import BFLOAT16
 from .errors import OptionError, RingError
 from .keywords import explained
 from .layout import Layout
 from .mpi.comm import TIMEOUT
 from .schedules.redistribution import redistribute_with_layouts
-from .softmax import BFLOAT16
 
 try:
     import torch

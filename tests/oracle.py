@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
+from ringmpi.dtypes import DTYPES
 from ringmpi.score import random_words, streams
-from ringmpi.softmax import DTYPES
 
 
 def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None):

@@ -13,9 +13,9 @@ from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, kernels
 from ringmpi.device import choose_index
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.schedules import links as link
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 # Shared memory of a block, of a multiprocessor: compute capability 9.0, 8.0, 8.6.

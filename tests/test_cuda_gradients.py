@@ -16,8 +16,8 @@ from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, kernels, key_gradients, query_gradients
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 KINDS = ("float64", "float32", "bfloat16")         # each has kernels of its own; float16 has those of bfloat16

@@ -16,11 +16,11 @@ import pytest
 
 from ringmpi import OutputError
 from ringmpi.cli import main
+from ringmpi.dtypes import BFLOAT16
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.manifest import read_manifest
 from ringmpi.files.new_file import check_writable, new_file, write_json
 from ringmpi.files.shards import verify
-from ringmpi.softmax import BFLOAT16
 
 
 @pytest.fixture(scope="module")

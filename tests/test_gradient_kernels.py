@@ -20,8 +20,9 @@ from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import backward, vector
 from ringmpi.backends.numba_.gradient import gradient_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
+from ringmpi.dtypes import DTYPES, accumulator
 from ringmpi.score import Score, random_words
-from ringmpi.softmax import DTYPES, Gradient, State, accumulator
+from ringmpi.softmax import Gradient, State
 
 HERE = Path(__file__).parent
 BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 5e-6, "float16": 5e-6}      # dq, dk, dv are not rounded

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ringmpi import DtypeError, OutputError, ShardError
+from ringmpi.dtypes import BFLOAT16, DTYPES
 from ringmpi.files.hdf5 import (
     create_dataset,
     file_type,
@@ -20,7 +21,6 @@ from ringmpi.files.hdf5 import (
     write_file,
     write_rows,
 )
-from ringmpi.softmax import BFLOAT16, DTYPES
 
 
 @pytest.fixture

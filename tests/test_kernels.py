@@ -17,8 +17,9 @@ from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import vector
 from ringmpi.backends.numba_.product import ROWS, VECTORS
 from ringmpi.backends.numba_.tile import tile_shape
+from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, combine, finish
+from ringmpi.softmax import State, combine, finish
 
 HERE = Path(__file__).parent
 NARROW = {"AVX2": "haswell", "SSE": "x86-64"}

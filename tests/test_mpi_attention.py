@@ -9,8 +9,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ringmpi import BackendError, Contiguous, Custom, Mask, RingAttention, ring_attention
+from ringmpi.dtypes import BFLOAT16, DTYPES, TOLERANCE
 from ringmpi.layout import make
-from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE
 
 pytestmark = pytest.mark.mpi
 

@@ -10,6 +10,7 @@ from emulate import COMPILER, EmulatedDevice
 from test_mpi_attention import make_layout, make_mask
 
 from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
 from ringmpi.job.attend import Options, attend
@@ -17,7 +18,6 @@ from ringmpi.job.audit import audit
 from ringmpi.schedules import links as link
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.score import streams
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 

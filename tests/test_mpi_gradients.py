@@ -22,9 +22,9 @@ from ringmpi import (
     ring_attention,
     ring_attention_backward,
 )
+from ringmpi.dtypes import TOLERANCE
 from ringmpi.layout import make
 from ringmpi.score import streams
-from ringmpi.softmax import TOLERANCE
 
 pytestmark = pytest.mark.mpi
 

@@ -22,10 +22,10 @@ import numpy as np
 
 from ..backends import open_backend
 from ..device import Device, open_device
+from ..dtypes import accumulator, check_dtype
 from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
-from ..softmax import accumulator, check_dtype
 from .bench_kernel import GRID, Case
 
 TORCH = ("flash_attention", "cudnn_attention", "efficient_attention", "math")

@@ -19,10 +19,11 @@ import numpy as np
 from ..backends import NAMES, open_backend, reason_missing
 from ..backends.products import wish
 from ..checks import check_threads
+from ..dtypes import accumulator, check_dtype
 from ..environment import cores, require_single_process
 from ..mask import Mask
 from ..score import Score
-from ..softmax import State, accumulator, check_dtype, finish
+from ..softmax import State, finish
 
 MASKS = ("full", "causal", "window", "documents")
 GRID = {"dtype": ("float32", "float64", "bfloat16", "float16"), "dim": (64, 128, 80), "mask": MASKS,

@@ -16,12 +16,12 @@ from .. import layout
 from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
+from ..dtypes import check_dtype
 from ..engine import Engine
 from ..environment import cores, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
-from ..softmax import check_dtype
 from ..trace import Trace
 
 ALONE = "one rank"

@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
     """Make, attend, report for one length of context."""
+    from ..dtypes import BFLOAT16
     from ..job.attend import Options, attend
-    from ..softmax import BFLOAT16
     from .demo_text import read_text, standard_library, write_text
     source, target = folder / f"text-{context}.h5", folder / f"out-{context}.h5"
     text = None

@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import BFLOAT16
 from ..environment import virtual_prefix
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from ..phases import phase
-from ..softmax import BFLOAT16
 from .new_file import kind, new_file, not_what_was_written
 from .stored import check_storage, file_type, follow, memory_type, row_pieces, stored_dtype, whole_rows
 

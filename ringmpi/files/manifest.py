@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..errors import InternalError, ShardError
-from ..softmax import DTYPES
 from .hdf5 import open_dataset, open_file, read_as_shown, read_rows, reading
 from .stored import check_storage, file_type, follow, whole_rows
 

@@ -21,9 +21,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
-from ..softmax import DTYPES
 from .hdf5 import check_regular, create_dataset, open_file, reading, write_array, write_file, write_rows
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
 from .new_file import check_writable, flush_to_disk, writing

@@ -14,8 +14,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import BFLOAT16, DTYPES
 from ..errors import DtypeError, ShardError
-from ..softmax import BFLOAT16, DTYPES
 
 FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 PIECE_BYTES = 2**28            # of one read or write: far below the 2 GiB where MPI-IO and HDF5 had bugs

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .. import __version__, device
 from ..attention import RingAttention
 from ..checks import check_shapes
+from ..dtypes import accumulator
 from ..environment import resident_bytes
 from ..errors import CommError, DtypeError, OptionError, RankLost, RingError, RingTimeout, ShardError
 from ..files.hdf5 import check_axes, open_dataset, open_file, read_floats, read_integers, read_rows, read_rows_into
@@ -35,7 +36,6 @@ from ..mpi.clocks import clock_offset
 from ..mpi.world import comm_world, library
 from ..phases import phase
 from ..schedules.redistribution import redistribute
-from ..softmax import accumulator
 
 Array = NDArray[Any]
 MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend
+from ..dtypes import TENSOR_TOLERANCE, TOLERANCE
 from ..environment import cores
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..mask import Interval
 from ..score import Score
-from ..softmax import TENSOR_TOLERANCE, TOLERANCE, State, finish
+from ..softmax import State, finish
 from .attend import Options, datasets, make_mask, read_heads
 
 PIECE_TOKENS = 8192          # keys at a time

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..backends import open_backend
+from ..dtypes import DTYPES, accumulator
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
-from ..softmax import DTYPES, accumulator
 from .attend import Options, Sizes
 
 # MPI, and for Numba the machine code: measured with the mpich wheel and Numba 0.68, from 2 to 8 ranks.

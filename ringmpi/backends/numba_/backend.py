@@ -27,10 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...device import Device
+from ...dtypes import BFLOAT16
 from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
-from ...softmax import BFLOAT16, Gradient, State, combine
+from ...softmax import Gradient, State, combine
 from ..base import Backend
 from ..products import PRODUCTS, bits
 from ..team import Task, Team

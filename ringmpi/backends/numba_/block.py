@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...dtypes import BFLOAT16
 from ...layout import Integers
 from ...score import Score
-from ...softmax import BFLOAT16
 from .score_rows import Shape
 from .vector import machine
 
