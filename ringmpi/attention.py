@@ -43,7 +43,7 @@ from .plan import Plan, Problem
 from .schedules.gpu_transport import Transport, check_transport
 from .schedules.gradient_ring import first_hops
 from .schedules.ring import Block, travel
-from .score import Score, streams
+from .score import Score, dropout_keys
 from .softmax import Gradient, State
 from .trace import Trace
 
@@ -64,7 +64,7 @@ class Call:
     v: Array
     batched: bool
     on_gpu: bool
-    streams: NDArray[np.uint32]
+    dropout_keys: NDArray[np.uint32]
     sinks: NDArray[Any] | None
     out: Array = None
     lse: Array = None
@@ -466,7 +466,7 @@ class RingAttention:
         score = plan.score_of(block.source)
         for begin, end in plan.columns(block.source):
             for number in range(plan.batch):
-                for pairs in work(number, block, begin, end, score.of_streams(call.streams[number])):
+                for pairs in work(number, block, begin, end, score.of_dropout_keys(call.dropout_keys[number])):
                     plan.look_ahead(block)
                     self._engine.ring.progress()
                     block.step.pairs += pairs
@@ -552,7 +552,7 @@ class RingAttention:
         keys = np.empty((batch, 0), np.uint32)
         if self._problem.dropout:
             seed = check_seed(seed)
-            keys = streams(seed, batch, heads)
+            keys = dropout_keys(seed, batch, heads)
         else:
             seed = 0
         record = np.array([0, seed - 2**64 * (seed >= 2**63), batched, batch, heads, kv_heads, dim, dim_v,

@@ -34,7 +34,7 @@ class Plan:
     shapes : list
         For each rank, the shapes of its k and v.
     score : Score
-        Of this rank's queries, still without the keys and streams of a block.
+        Of this rank's queries, still without the positions of keys and the dropout keys of a block.
     accumulator : dtype
     dtype : dtype
         Of q, k and v.

@@ -17,7 +17,7 @@ from ringmpi.job.attend import Options, attend
 from ringmpi.job.audit import audit
 from ringmpi.schedules import links as link
 from ringmpi.schedules.gpu_transport import cuda_awareness
-from ringmpi.score import streams
+from ringmpi.score import dropout_keys
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 
@@ -152,8 +152,8 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu):
     bound = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}[dtype]
     see, dsinks = oracle.visible(n, n, **sees), 0.0
     for number, arrays in enumerate(cases):
-        if "streams" in score:
-            score["streams"] = streams(9, 2, heads)[number]
+        if "dropout_keys" in score:
+            score["dropout_keys"] = dropout_keys(9, 2, heads)[number]
         want = oracle.dense(*arrays, see, 0.25, dout=dout[number], dlse=dlse[number], sinks=sinks, **score)
         dsinks = dsinks + want["dsinks"]
         for x, name in zip(got, ("dq", "dk", "dv"), strict=False):

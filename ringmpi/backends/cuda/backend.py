@@ -358,9 +358,10 @@ def _packed(score: Score, seen: slice, kind: np.dtype[Any], heads: int, n_q: int
     head[0] = score.softcap, score.gain if score.dropout else 0, score.threshold, score.slopes is not None
     n_k = seen.stop - seen.start
     slopes = np.zeros(heads, kind) if score.slopes is None else score.slopes.astype(kind)
-    streams = score.streams if score.dropout else np.zeros(heads, np.uint32)
+    dropout_keys = score.dropout_keys if score.dropout else np.zeros(heads, np.uint32)
     queries, keys = (score.queries, score.keys[seen]) if score.positional else (np.zeros(n_q), np.zeros(n_k))
-    parts = head, slopes, streams, queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
+    positions = queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
+    parts = head, slopes, dropout_keys, *positions
     return np.concatenate([np.ascontiguousarray(part).view(np.int32) for part in parts])
 
 
