@@ -91,15 +91,16 @@ def combine(state: State, parts: State) -> None:
     parts : State
         Arrays with a leading axis: one state after the other.
     """
-    top = np.maximum(state.row_max, parts.row_max.max(axis=0))
-    shift = np.where(top == -np.inf, top.dtype.type(0), top)      # -inf - -inf would be NaN
+    row_max = np.maximum(state.row_max, parts.row_max.max(axis=0))
+    shift = np.where(row_max == -np.inf, row_max.dtype.type(0), row_max)      # -inf - -inf would be NaN
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that saw them
-        shrink, factors = np.exp(state.row_max - shift), np.exp(parts.row_max - shift)
+        shrink = np.exp(state.row_max - shift)
+        factors = np.exp(parts.row_max - shift)
         state.acc *= shrink[..., None]
         state.acc += (factors[..., None] * parts.acc).sum(axis=0)
         state.row_sum *= shrink
         state.row_sum += (factors * parts.row_sum).sum(axis=0)
-    state.row_max[...] = top
+    state.row_max[...] = row_max
 
 
 def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any]) -> None:

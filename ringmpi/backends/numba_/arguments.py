@@ -56,7 +56,8 @@ class KernelArguments:
         """Give the fields of `ScoreArguments` that all threads share; what the score does not have is zeros."""
         number = self.acc_dtype.type
         integer = np.dtype(f"i{self.acc_dtype.itemsize}")
-        heads, n_q, n_k = self.arrays.q.shape[1], len(self.arrays.q), len(self.arrays.k)
+        heads = self.arrays.q.shape[1]
+        n_q, n_k = len(self.arrays.q), len(self.arrays.k)
         slopes = np.zeros(heads, self.acc_dtype)
         if score.slopes is not None:
             slopes[:] = score.slopes

@@ -116,7 +116,8 @@ class NumbaBackend(Backend):
                    score: Score) -> KernelArguments:
         """Give the arguments of the forward pass: its scale is positive, for maxima of products; the sign goes to q."""
         if score.scale < 0:
-            q, score = -q, replace(score, scale=-score.scale)
+            q = -q
+            score = replace(score, scale=-score.scale)
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
 
@@ -124,7 +125,8 @@ class NumbaBackend(Backend):
         """Make the work space for blocks like this one, unless the last one was."""
         key = _forward_key(block)
         if self._packed is None or self._forward_key != key:
-            self._scratch, self._packed = [], None       # the old memory goes before the new comes
+            self._scratch = []       # the old memory goes before the new comes
+            self._packed = None
             self._scratch = [ForwardScratch(*key) for _ in range(self.threads)]
             self._packed = PackedKV(*key)
             self._forward_key = key
@@ -163,7 +165,8 @@ def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]
 def _prepare_forward(block: KernelArguments) -> None:
     """Compile the forward pass for a block of one key and one query."""
     key = _forward_key(block)
-    scratch, tiles = ForwardScratch(*key), PackedKV(*key).reserve(1, 1)
+    scratch = ForwardScratch(*key)
+    tiles = PackedKV(*key).reserve(1, 1)
     compile_for(pack_forward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     state = State.empty(1, 1, block.arrays.v.shape[2], block.acc_dtype)
     compile_for(forward_keys, StateArrays(state.acc, state.row_max, state.row_sum), block.arrays,
@@ -173,11 +176,16 @@ def _prepare_forward(block: KernelArguments) -> None:
 
 def _prepare_backward(block: KernelArguments) -> None:
     """Compile the backward pass for a block of one key and one query."""
-    acc_dtype, q = block.acc_dtype, block.arrays.q
+    acc_dtype = block.acc_dtype
+    q = block.arrays.q
     buffers = BackwardBuffers(q.shape[2], q.shape[2], acc_dtype, 1)
-    tiles, sums = buffers.reserve(1, 1), buffers.reserve_sums(1, buffers.tile + ROWS)
-    one, many, scale = np.zeros((1, 1), acc_dtype), np.zeros(q.shape, acc_dtype), acc_dtype.type(1)
-    rows, columns = RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1)
+    tiles = buffers.reserve(1, 1)
+    sums = buffers.reserve_sums(1, buffers.tile + ROWS)
+    one = np.zeros((1, 1), acc_dtype)
+    many = np.zeros(q.shape, acc_dtype)
+    scale = acc_dtype.type(1)
+    rows = RowRange(0, 1, 0, 1)
+    columns = ColumnRange(0, 0, 1)
     compile_for(pack_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     compile_for(backward_keys, GradientArrays(q, one, one, many, scale), block.arrays,
                 block.score_arguments(buffers.scratch[0].row_score), rows, columns, tiles,

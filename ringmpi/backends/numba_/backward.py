@@ -43,7 +43,9 @@ class Backward:
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
-        block, buffers, tile = self.block, self.buffers, self.buffers.tile
+        block = self.block
+        buffers = self.buffers
+        tile = self.buffers.tile
         chunks = self._chunks()
         tiles = -(-(block.last - block.first) // tile)
         most = max(1, min(self.limits.packed_bytes // (block.heads * buffers.tile_bytes),
@@ -54,13 +56,16 @@ class Backward:
 
     def _chunks(self) -> int:
         """As few chunks of rows as give each thread as much to do."""
-        threads, heads = self.team.size, self.block.heads
+        threads = self.team.size
+        heads = self.block.heads
         most = max(1, min(-(-TASKS * threads // heads), -(-self.block.rows // ROWS)))
         return next((c for c in range(1, most) if c * heads % threads == 0), most)
 
     def _piece(self, start: int, stop: int, chunks: int) -> Generator[int, None, None]:
         """Do the backward pass of columns start..stop."""
-        block, tile, heads = self.block, self.buffers.tile, self.block.heads
+        block = self.block
+        tile = self.buffers.tile
+        heads = self.block.heads
         before = np.append(0, np.cumsum(block.areas(start, stop, ROWS)))
         if not before[-1]:                # between two intervals
             return
@@ -93,7 +98,9 @@ class Backward:
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: BackwardTiles,
                sums: KeySums) -> Iterator[tuple[Callable[[int], None], int]]:
         """Do the backward pass of some columns for some rows, step by step; `area` is seen of them all."""
-        block, tile, height = self.block, self.buffers.tile, self.buffers.rows
+        block = self.block
+        tile = self.buffers.tile
+        height = self.buffers.rows
         origin, first, last = columns.origin, columns.start, columns.stop
         yield partial(_clear, first - origin, last - origin, sums), 0
 

@@ -76,7 +76,8 @@ class _Rows:
     """Emits the pass over two arrays of a group of rows."""
 
     def __init__(self, vectors: Vectors, work: Any, row: Any, row_keys: Any, columns: Any, outer: list[Any]) -> None:
-        self.v, self.start = vectors, columns.start
+        self.v = vectors
+        self.start = columns.start
         self.group = Group(vectors, work, row, row_keys, columns)
         self.edges = [outer[0], *self.group.edges, outer[1]]
         self.dp = [at(vectors.builder, work.dp, place) for place in self.group.places]
@@ -88,7 +89,8 @@ class _Rows:
 
     def over(self, both: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
         """Emit ``s, dp = both(i, j, s, dp)`` over the vectors and the rows."""
-        v, zero = self.v, self.v.number(0.0)
+        v = self.v
+        zero = self.v.number(0.0)
         for number, part in enumerate(("unseen", "masked", "seen", "masked", "unseen")):
             with self.group.columns(*self.edges[number:number + 2]) as j:
                 for i, (s, dp) in enumerate(zip(self.group.s, self.dp, strict=True)):

@@ -43,7 +43,9 @@ def backward_tile_shape(dim: int, dim_v: int, item: int, cache: int) -> tuple[in
 @numba.njit(error_model="numpy")
 def pack_tile(k, v, start, n, head, slot, packed):  # type: ignore[no-untyped-def]
     """Pack keys start..start + n of a head: K and V as keys, and K as values."""
-    tile, dim, dim_v, side = packed.tile, k.shape[2], v.shape[2], lanes(packed.keys)
+    tile = packed.tile
+    dim, dim_v = k.shape[2], v.shape[2]
+    side = lanes(packed.keys)
     size = tile * -(-dim // side) * side
     pack_keys(k, start, n, head, packed.keys, slot * tile * dim)
     pack_keys(v, start, n, head, packed.values, slot * tile * dim_v)
@@ -110,7 +112,10 @@ def backward_packed(tile, slot, work, packed, sums, sums_at, scale, score):  # t
 
     `work.groups` says what is seen.
     """
-    s, dp, groups, side, item = work.s, work.dp, work.groups, lanes(work.s), packed.keys.itemsize
+    s, dp = work.s, work.dp
+    groups = work.groups
+    side = lanes(work.s)
+    item = packed.keys.itemsize
     keys_at = slot * packed.tile * work.queries.shape[1]
     values_at = slot * packed.tile * work.douts.shape[1]
     k_as_values_at = slot * packed.tile * work.dq.shape[1]
@@ -144,24 +149,31 @@ def find_spans(rows, groups, spans):  # type: ignore[no-untyped-def]
 
     Some row in first..last sees one of the keys, no other row does.
     """
-    low, high = groups[0, 0], 0
+    low = groups[0, 0]
+    high = 0
     for g in range(0, rows, ROWS):
         if groups[g, 0] < groups[g, 1]:
             low, high = min(low, groups[g, 0]), max(high, groups[g, 1])
     low, high = low // ROWS, -(-high // ROWS)
     for k in range(low, high):
-        spans[k, 0], spans[k, 1] = rows, 0
+        spans[k, 0] = rows
+        spans[k, 1] = 0
     for g in range(0, rows, ROWS):
         for k in range(groups[g, 0] // ROWS, -(-groups[g, 1] // ROWS)):
-            spans[k, 0], spans[k, 1] = min(spans[k, 0], g), g + ROWS
+            spans[k, 0] = min(spans[k, 0], g)
+            spans[k, 1] = g + ROWS
     return low * ROWS, high * ROWS
 
 
 @numba.njit(error_model="numpy")
 def add_queries(rows, work, k_as_values, keys):  # type: ignore[no-untyped-def]
     """Add dS·K to dQ, each group of rows over the keys that it sees; K is a packed tile of `keys` keys."""
-    ds, dq, groups, side = work.dp, work.dq, work.groups, lanes(work.dp)
-    columns, item, place = dq.shape[1], k_as_values.array.itemsize, k_as_values.at
+    ds, dq = work.dp, work.dq
+    groups = work.groups
+    side = lanes(work.dp)
+    columns = dq.shape[1]
+    item = k_as_values.array.itemsize
+    place = k_as_values.at
     for column, width in panels(columns, side):
         following = address(k_as_values.array) + (place + keys * width) * item
         share = -(-width * ROWS // rows) * item
@@ -179,11 +191,12 @@ def add_queries(rows, work, k_as_values, keys):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def add_keys(low, high, a, b, spans, sums, sums_at):  # type: ignore[no-untyped-def]
     """Add Aᵀ·B to rows of `sums`, each group of keys over the rows that see it; A is P or dS, B panels of dO or Q."""
-    columns, side = sums.shape[1], lanes(a)
+    columns = sums.shape[1]
+    side = lanes(a)
     place = 0
     for column, width in panels(columns, side):
         for k in range(low, high, ROWS):
-            first, last = spans[k // ROWS]
+            first, last = spans[k // ROWS, 0], spans[k // ROWS, 1]
             if first < last:
                 at = (sums_at + k) * columns + column
                 share = -(-ROWS * columns // (last - first)) * sums.itemsize

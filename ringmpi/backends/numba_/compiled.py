@@ -62,7 +62,8 @@ def _forward(digest: str) -> tuple[Any, ...]:
         digest                          # noqa: B018 (a free variable is part of the key of Numba's cache)
         size = len(packed.values) // len(packed.finite)
         for slot in range(first, last):
-            head, at = slot // packed.tiles, start + slot % packed.tiles * packed.tile
+            head = slot // packed.tiles
+            at = start + slot % packed.tiles * packed.tile
             n = min(packed.tile, stop - at)
             pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
             packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
@@ -74,8 +75,11 @@ def _forward(digest: str) -> tuple[Any, ...]:
         `score` is None for a plain score. Several heads go tile by tile, since the keys of a token lie side by side.
         """
         digest                          # noqa: B018
-        n_rows, tile, origin = rows.n_rows, packed.tile, columns.origin
-        group, whole = state.acc.shape[1] // block.v.shape[1], -(-n_rows // ROWS) * ROWS
+        n_rows = rows.n_rows
+        tile = packed.tile
+        origin = columns.origin
+        group = state.acc.shape[1] // block.v.shape[1]
+        whole = -(-n_rows // ROWS) * ROWS
         for h in range(rows.heads if columns.fresh else 0):
             mine = work_from(work, h * whole)
             load_forward_rows(block, state.row_max, rows.first, n_rows, whole, rows.head + h, group, mine)
@@ -85,7 +89,8 @@ def _forward(digest: str) -> tuple[Any, ...]:
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, columns.stop - at)
             for h in range(rows.heads):
-                mine, mine_score = work_from(work, h * whole), score_arguments_from(score, h * whole)
+                mine = work_from(work, h * whole)
+                mine_score = score_arguments_from(score, h * whole)
                 find_groups(whole, mine.low, mine.high, at, n, lanes(state.acc), mine.groups)
                 if not any_sees(whole, mine.groups):
                     continue
@@ -122,8 +127,11 @@ def _backward(digest: str) -> tuple[Any, ...]:
         The first row of the sums is that of column `origin`; their dK is not multiplied by the scale yet.
         """
         digest                          # noqa: B018
-        head, tile, origin = rows.head, packed.tile, columns.origin
-        group, height = block.q.shape[1] // block.k.shape[1], len(work.s)
+        head = rows.head
+        tile = packed.tile
+        origin = columns.origin
+        group = block.q.shape[1] // block.k.shape[1]
+        height = len(work.s)
         for first in range(rows.first, rows.first + rows.n_rows, height):
             count = min(height, rows.first + rows.n_rows - first)
             whole = -(-count // ROWS) * ROWS

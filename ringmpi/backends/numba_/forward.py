@@ -50,7 +50,9 @@ class Forward:
 
     def _many_rows(self) -> Generator[int, None, None]:
         """Pack tiles for all, then fold them into tiles of rows."""
-        block, packed, tile = self.block, self.packed, self.packed.tile
+        block = self.block
+        packed = self.packed
+        tile = self.packed.tile
         # Tiles of rows: as high as the work space, but enough of them for all threads.
         least = TASKS * self.team.size
         count = max(-(-block.rows // packed.rows), -(-least // block.heads))
@@ -72,7 +74,9 @@ class Forward:
 
     def _few_rows(self) -> Generator[int, None, None]:
         """Split the keys, pack each tile where it is used, combine."""
-        block, packed, tile = self.block, self.packed, self.packed.tile
+        block = self.block
+        packed = self.packed
+        tile = self.packed.tile
         # Ranges of keys, whole tiles: enough for all threads, but some tiles in each.
         tiles = -(-(block.last - block.first) // tile)
         together = min(block.heads, packed.rows // (-(-block.rows // ROWS) * ROWS))       # heads of a task

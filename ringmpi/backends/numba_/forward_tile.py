@@ -57,7 +57,8 @@ def score_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-de
 @numba.njit(error_model="numpy")
 def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-untyped-def]
     """S of a packed tile of n keys, panel by panel; each asks for the next, the last for address `ahead`."""
-    depth, wide = queries.shape[1], VECTORS * lanes(s)
+    depth = queries.shape[1]
+    wide = VECTORS * lanes(s)
     item = keys.array.itemsize
     share = -(-wide * ROWS // rows) * item                        # bytes of the next panel that a step asks for
     for panel in range(0, n, wide):
@@ -72,7 +73,9 @@ def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-u
 @numba.njit(error_model="numpy")
 def weigh_groups(tile, work, p, scale, score):  # type: ignore[no-untyped-def]
     """Products in S to weights in `p`, for each group of rows that sees something."""
-    s, groups, side = work.s, work.groups, lanes(work.acc)
+    s = work.s
+    groups = work.groups
+    side = lanes(work.acc)
     for g in range(0, tile.rows, ROWS):
         if groups[g, 0] < groups[g, 1]:
             columns = Columns(groups[g, 0] // side * side, groups[g, 2], groups[g, 3], -(-groups[g, 1] // side) * side,
@@ -93,9 +96,16 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
     Where it is not all finite, rows take the values as they came and multiply only what they see. The last panel asks
     for the keys of the next tile.
     """
-    k, v, p, acc, groups, side = block.k, block.v, work.p, work.acc, work.groups, lanes(work.acc)
-    values, rows, columns = packed.values, tile.rows, acc.shape[1]
-    finite, item = packed.finite[slot], packed.values.itemsize
+    k, v = block.k, block.v
+    p = work.p
+    acc = work.acc
+    groups = work.groups
+    side = lanes(work.acc)
+    values = packed.values
+    rows = tile.rows
+    columns = acc.shape[1]
+    finite = packed.finite[slot]
+    item = packed.values.itemsize
     step = work.s.size * work.s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
     depth = packed.tile // step
     if packed.private:
@@ -109,7 +119,7 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
         share = -(-width * ROWS // rows) * item
         for g in range(0, rows, ROWS):
             first, last = groups[g, 0], groups[g, 1]
-            if first < last and (finite or is_even(groups[g])):
+            if first < last and (finite or is_even(groups, g)):
                 first //= step
                 add_product(Strided(p, g * p.shape[1] + first, p.shape[1]), Contiguous(values, place + first * width),
                             Strided(acc, g * columns + column, columns), -(-last // step) - first,
@@ -118,7 +128,7 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
         place += depth * width
     if not finite:
         for g in range(0, rows, ROWS):
-            if groups[g, 0] < groups[g, 1] and not is_even(groups[g]):
+            if groups[g, 0] < groups[g, 1] and not is_even(groups, g):
                 for r in range(g, g + ROWS):
                     add_seen(r, tile, work, v)
 
@@ -126,7 +136,9 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
 @numba.njit(error_model="numpy")
 def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
     """Row r of acc = shrink·acc + P·V over the columns that it sees alone, one at a time: 0 × NaN is NaN."""
-    row, shrink, p = work.acc[r], work.shrink[r], work.p
+    row = work.acc[r]
+    shrink = work.shrink[r]
+    p = work.p
     a, b = max(work.low[r] - tile.start, 0), min(work.high[r] - tile.start, tile.n)
     for c in range(v.shape[2]):
         total = row.dtype.type(0)
@@ -138,8 +150,11 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def score_direct(count, tile, work, k):  # type: ignore[no-untyped-def]
     """S of a tile of keys, as they came, for the first `count` rows, at most ROWS."""
-    queries, s, side = work.queries, work.s, lanes(work.s)
-    depth, row = k.shape[2], k.shape[1] * k.shape[2]
+    queries = work.queries
+    s = work.s
+    side = lanes(work.s)
+    depth = k.shape[2]
+    row = k.shape[1] * k.shape[2]
     for j in range(work.groups[0, 0] // side * side, work.groups[0, 1], side):
         for r in range(count):
             dot_keys(Contiguous(queries, r * depth), Strided(k, (tile.start + j) * row + tile.head * depth, row),
@@ -149,8 +164,12 @@ def score_direct(count, tile, work, k):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def multiply_direct(count, tile, work, v):  # type: ignore[no-untyped-def]
     """Add P, which is in S, times values as they came to the first `count` rows of acc."""
-    s, acc, start, dim_v = work.s, work.acc, tile.start, v.shape[2]
-    row, whole = v.shape[1] * dim_v, dim_v - dim_v % lanes(acc)
+    s = work.s
+    acc = work.acc
+    start = tile.start
+    dim_v = v.shape[2]
+    row = v.shape[1] * dim_v
+    whole = dim_v - dim_v % lanes(acc)
     for r in range(count):
         a, b = max(work.low[r] - start, 0), min(work.high[r] - start, tile.n)
         if a < b:
@@ -185,13 +204,16 @@ def find_groups(rows, low, high, start, n, side, groups):  # type: ignore[no-unt
         inner_first, inner_last = -(-inner_first // side) * side, max(inner_last, 0) // side * side
         if inner_first >= inner_last:
             inner_first = inner_last = -(-last // side) * side
-        groups[g, 0], groups[g, 1], groups[g, 2], groups[g, 3] = first, last, inner_first, inner_last
+        groups[g, 0] = first
+        groups[g, 1] = last
+        groups[g, 2] = inner_first
+        groups[g, 3] = inner_last
 
 
 @numba.njit
-def is_even(group):  # type: ignore[no-untyped-def]
+def is_even(groups, g):  # type: ignore[no-untyped-def]
     """Whether every row of a group sees all that any of them sees."""
-    return group[0] == group[2] and group[1] == group[3]
+    return groups[g, 0] == groups[g, 2] and groups[g, 1] == groups[g, 3]
 
 
 @numba.njit(error_model="numpy")

@@ -88,7 +88,9 @@ def transpose_square(context, x, y):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def pack_keys(k, start, n, head, out, out_at):  # type: ignore[no-untyped-def]
     """Keys start..start+n of `head`, k (n_k, kv_heads, depth), to panels in `out`; absent keys are zeros."""
-    depth, row, side = k.shape[2], k.shape[1] * k.shape[2], lanes(out)
+    depth = k.shape[2]
+    row = k.shape[1] * k.shape[2]
+    side = lanes(out)
     wide = VECTORS * side
     for j in range(0, -(-n // wide) * wide, side):
         place = out_at + j // wide * wide * depth + j % wide
@@ -121,7 +123,8 @@ def _pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyp
 
 
 def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    dim_v, side = v.shape[2], lanes(out)
+    dim_v = v.shape[2]
+    side = lanes(out)
     row = v.shape[1] * dim_v
     source = (start * v.shape[1] + head) * dim_v
     place = out_at
@@ -176,7 +179,8 @@ def copy_rows(context, x, y, n, columns):  # type: ignore[no-untyped-def]
 
 
 def _pack_value_pairs(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    dim_v, side = v.shape[2], lanes(out)
+    dim_v = v.shape[2]
+    side = lanes(out)
     infinite = False
     place = out_at
     for first, width in panels(dim_v, side):

@@ -187,7 +187,10 @@ class _Registers:
     """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide."""
 
     def __init__(self, builder: ir.IRBuilder, b: _Operand, c: _Operand, width: int) -> None:
-        self.builder, self.b, self.c, self.width = builder, b, c, width
+        self.builder = builder
+        self.b = b
+        self.c = c
+        self.width = width
         self.vectors = Vectors(builder, c.dtype)
 
     def multiply(self, a: _Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:

@@ -29,7 +29,8 @@ class ScoreEmitter:
     """
 
     def __init__(self, vectors: Vectors, score: Any, row: Any, start: Any) -> None:
-        self.v, self.score = vectors, score
+        self.v = vectors
+        self.score = score
         self.keys = at(vectors.builder, score.keys, start)
         self.position = splats(vectors, score.position, row)
 

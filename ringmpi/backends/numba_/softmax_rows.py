@@ -68,7 +68,9 @@ class Group:
     def __init__(self, vectors: Vectors, work: Any, row: Any, row_keys: Any, columns: Any) -> None:
         b = vectors.builder
         rows = [b.add(row, constant(i)) for i in range(ROWS)]
-        self.v, self.work, self.row = vectors, work, row
+        self.v = vectors
+        self.work = work
+        self.row = row
         self.edges = columns[:4]
         self.places = [b.mul(r, row_keys) for r in rows]
         self.s = [at(b, work.s, place) for place in self.places]

@@ -114,7 +114,8 @@ class Vectors:
     """
 
     def __init__(self, builder: ir.IRBuilder, dtype: Any) -> None:
-        self.builder, self.dtype = builder, dtype
+        self.builder = builder
+        self.dtype = dtype
         self.lanes = machine().lanes(dtype)
         self.element = ir.FloatType() if dtype == types.float32 else ir.DoubleType()
         self.integer = ir.IntType(dtype.bitwidth)

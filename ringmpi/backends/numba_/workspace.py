@@ -154,7 +154,6 @@ class BackwardScratch:
         def integers(*shape: int) -> Array:
             return aligned(shape, np.int64)
 
-        self.row_score = row_score(rows, acc_dtype)
         self.work = BackwardWork(
             queries=numbers(rows, dim), douts=numbers(rows, dim_v),
             query_panels=numbers(rows * width), dout_panels=numbers(rows * width_v),
@@ -162,3 +161,4 @@ class BackwardScratch:
             ones=numbers(rows), lse=numbers(rows), delta=numbers(rows),
             low=integers(rows), high=integers(rows), groups=integers(rows, 4), spans=integers(tile // ROWS + 1, 2))
         self.work.ones.fill(1)
+        self.row_score = row_score(rows, acc_dtype)
