@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import device
+from .dtypes import BFLOAT16
 from .errors import BackendError, DtypeError
-from .softmax import BFLOAT16
 
 HOST = (1, 3)                  # kDLCPU of DLPack, and kDLCUDAHost, which is page-locked
 CUDA = (2, 13)                 # kDLCUDA, kDLCUDAManaged

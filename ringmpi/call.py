@@ -12,9 +12,10 @@ from numpy.typing import DTypeLike, NDArray
 from . import device
 from .arrays import as_array
 from .checks import check_arrays, check_like, check_seed, check_sinks
+from .dtypes import DTYPES, accumulator
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
-from .score import streams
-from .softmax import DTYPES, State, accumulator
+from .score import dropout_keys
+from .softmax import State
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 ON_HOST = -1                      # where host arrays are, among the indices of GPUs
@@ -53,7 +54,7 @@ class Call:
         Index of the GPU that the caller's arrays are on; ON_HOST for host arrays.
     seed : int
     dropout_keys : uint32 array
-        See `score.streams`; empty without dropout.
+        See `score.dropout_keys`; empty without dropout.
     sinks : array of shape (heads,), accumulator dtype, optional
     out, lse : arrays
         The results; None before there are any.
@@ -108,7 +109,7 @@ class Call:
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu) for name, x in arrays.items()}
         batch, _, heads, _ = arrays["q"].shape
-        keys = streams(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
+        keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
         return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, seed, keys, sinks, arrays.get("out"),
                    arrays.get("lse"))
 

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import as_host_array
+from .dtypes import check_dtype
 from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
 from .mpi.comm import TIMEOUT
-from .softmax import check_dtype
 
 Array = NDArray[Any]
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .compiler import binary_of, usable_cache
+from .dtypes import BFLOAT16
 from .environment import launched_local_rank
 from .errors import BackendError
-from .softmax import BFLOAT16
 
 PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"

@@ -12,12 +12,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from .call import Records
 from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap
+from .dtypes import accumulator
 from .errors import OptionError, ShapeError
 from .layout import Integers, Layout, check_spec, resolve
 from .mask import Interval, Mask
 from .schedules.base import Route
 from .score import MOST_POSITION, Score
-from .softmax import accumulator
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 
@@ -104,7 +104,7 @@ class Plan:
         score = self.score_of(source)
         for begin, end in self.columns(source):
             for number in range(self.batch):
-                yield number, begin, end, score.of_streams(dropout_keys[number])
+                yield number, begin, end, score.of_dropout_keys(dropout_keys[number])
 
     def score_of(self, source: int) -> Score:
         """Give the score for the block of rank `source`. Local."""

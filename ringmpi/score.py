@@ -32,7 +32,7 @@ class Score:
         weight = exp(x - lse)                       what the sum, lse and the maximum are made of
         weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by; see `gain`
 
-    A weight is dropped iff ``random_words(streams[h], i, j) < threshold``.
+    A weight is dropped iff ``random_words(dropout_keys[h], i, j) < threshold``.
 
     Attributes
     ----------
@@ -42,18 +42,18 @@ class Score:
     slopes : float64 array of shape (heads,), optional
     dropout : float
         Probability that a weight is dropped, ``0 <= dropout < 1``.
-    streams : uint32 array of shape (heads,)
-        The generator's key of each head; with dropout, else empty.
+    dropout_keys : uint32 array of shape (heads,)
+        The random generator's key for each head; empty without dropout.
     queries, keys : int64 arrays of shapes (n_q,) and (n_k,)
-        Global positions, those of the queries as the mask aligns them with the keys; within ±2^31. With slopes or
-        dropout, else empty.
+        Global positions within ±2^31; those of the queries are as the mask aligns them with the keys. Empty without
+        slopes and dropout.
     """
 
     scale: float
     softcap: float = 0.0
     slopes: Array | None = None
     dropout: float = 0.0
-    streams: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    dropout_keys: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     queries: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     keys: Integers = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -74,24 +74,23 @@ class Score:
 
     @property
     def gain(self) -> float:
-        """Factor of the weights that are kept: one over the share of the words that keep."""
+        """Factor of the weights that are kept: one over the share of the random words that keep a weight."""
         return 2**32 / (2**32 - self.threshold)
 
     def of_keys(self, keys: Integers) -> Score:
         """Give the score for a block whose keys have these positions. Local."""
         return replace(self, keys=keys) if self.positional else self
 
-    def of_streams(self, streams: NDArray[np.uint32]) -> Score:
-        """Give the score for another element of the batch. Local."""
-        return replace(self, streams=streams) if self.dropout else self
+    def of_dropout_keys(self, dropout_keys: NDArray[np.uint32]) -> Score:
+        """Give the score for the element of the batch that has these dropout keys. Local."""
+        return replace(self, dropout_keys=dropout_keys) if self.dropout else self
 
 
-def streams(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
-    """Give the generator's keys, of shape (batch, heads): all different, by a hash of the seed. Local.
+def dropout_keys(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
+    """Give the random generator's keys, of shape (batch, heads). Local.
 
-    They have 32 bits: of two seeds, one in 2^31 / (batch heads) pairs gives some heads the same words.
-
-    The hash is SplitMix64's (Steele, Lea & Flood 2014), its upper half.
+    They are consecutive from a hash of the seed on, so all differ: the upper half of SplitMix64 (Steele, Lea & Flood
+    2014). A key has 32 bits, so two seeds share some key with probability 2 batch heads / 2^32.
     """
     x = (seed + 0x9E3779B97F4A7C15) % 2**64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -100,14 +99,14 @@ def streams(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
     return ((first + np.arange(batch * heads, dtype=np.uint64)) % 2**32).astype(np.uint32).reshape(batch, heads)
 
 
-def random_words(stream: ArrayLike, i: ArrayLike, j: ArrayLike) -> NDArray[np.uint32]:
-    """Give the random word of each (stream, query position, key position), by broadcasting. Local.
+def random_words(dropout_key: ArrayLike, i: ArrayLike, j: ArrayLike) -> NDArray[np.uint32]:
+    """Give the random word of each (dropout key, query position, key position), by broadcasting. Local.
 
-    Philox-2x32-10 with counter (j, i), each modulo 2^32, and key `stream`; the first word of two.
+    Philox-2x32-10 with counter (j, i), each modulo 2^32, and key `dropout_key`; the first word of two.
     """
     mask = np.uint64(2**32 - 1)
     low, high = (np.asarray(x).astype(np.int64).astype(np.uint64) & mask for x in (j, i))
-    key = np.asarray(stream).astype(np.uint64)
+    key = np.asarray(dropout_key).astype(np.uint64)
     for _ in range(ROUNDS):
         product = low * np.uint64(MULTIPLIER)
         low, high = (product >> np.uint64(32)) ^ key ^ high, product & mask

@@ -1,4 +1,4 @@
-"""The running softmax of a query shard: state, finish, and the dtypes and bounds that go with it.
+"""The running softmax of a query shard: its state, how states are combined and finished, and its gradient.
 
 The recurrence is that of Milakov & Gimelshein 2018 (*Online normalizer calculation for softmax*) and
 Rabe & Staats 2021; folding blocks is associative and commutative up to rounding.
@@ -9,52 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-
-from .errors import DtypeError
-
-BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-DTYPES: dict[str, np.dtype[Any]] = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
-                                    "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
-
-# Largest |out - exact| over largest |exact|: the accumulator's error, and for 16-bit output its rounding (unit roundoff
-# 2^-8 for bfloat16, 2^-11 for float16). bfloat16 twice: where it is multiplied in pairs, the weights are rounded too;
-# on tensor cores those of float16 as well.
-TOLERANCE = {"float64": 1e-13, "float32": 2e-6, "bfloat16": 2.0**-7 + 2e-6, "float16": 2.0**-11 + 2e-6}
-TENSOR_TOLERANCE = {**TOLERANCE, "float16": 2.0**-10 + 2e-6}
-
-
-def check_dtype(dtype: DTypeLike, what: str) -> np.dtype[Any]:
-    """Return `dtype` as a NumPy dtype, or raise `DtypeError` if attention is not defined for it. Local."""
-    given = DTYPES[dtype] if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype)
-    if given not in DTYPES.values():
-        raise DtypeError(f"{what}: expected dtype {', '.join(DTYPES)}, got {given}; convert it first")
-    return given
-
-
-def accumulator(dtype: np.dtype[Any], request: DTypeLike | None = None) -> np.dtype[Any]:
-    """Dtype of scores, probabilities and sums for inputs of `dtype`. Local.
-
-    float64 for float64, else float32, or float64 on `request`.
-
-    Raises
-    ------
-    DtypeError
-        If `request` is narrower than the rule gives, or no accumulator at all.
-    """
-    rule = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-    if request is None:
-        return rule
-    try:
-        wanted = np.dtype(request)
-    except TypeError:
-        wanted = np.dtype(object)
-    if wanted not in (np.dtype(np.float64), rule):
-        raise DtypeError(f"accumulator: expected {' or '.join(sorted({'float64', str(rule)}))} for {dtype} input, "
-                         f"got {request!r}")
-    return wanted
 
 
 @dataclass
@@ -135,15 +91,16 @@ def combine(state: State, parts: State) -> None:
     parts : State
         Arrays with a leading axis: one state after the other.
     """
-    top = np.maximum(state.row_max, parts.row_max.max(axis=0))
-    shift = np.where(top == -np.inf, top.dtype.type(0), top)      # -inf - -inf would be NaN
+    row_max = np.maximum(state.row_max, parts.row_max.max(axis=0))
+    shift = np.where(row_max == -np.inf, row_max.dtype.type(0), row_max)      # -inf - -inf would be NaN
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that saw them
-        shrink, factors = np.exp(state.row_max - shift), np.exp(parts.row_max - shift)
+        shrink = np.exp(state.row_max - shift)
+        factors = np.exp(parts.row_max - shift)
         state.acc *= shrink[..., None]
         state.acc += (factors[..., None] * parts.acc).sum(axis=0)
         state.row_sum *= shrink
         state.row_sum += (factors * parts.row_sum).sum(axis=0)
-    state.row_max[...] = top
+    state.row_max[...] = row_max
 
 
 def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArray[Any]) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 
 from .attention import RingAttention
 from .call import Inputs
+from .dtypes import BFLOAT16
 from .errors import OptionError, RingError
 from .keywords import explained
 from .layout import Layout
 from .mpi.comm import TIMEOUT
 from .schedules.redistribution import redistribute_with_layouts
-from .softmax import BFLOAT16
 
 try:
     import torch

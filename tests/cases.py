@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ringmpi import Contiguous, Custom
+from ringmpi.dtypes import DTYPES
 from ringmpi.layout import make
-from ringmpi.softmax import DTYPES
 
 FACTORS = {
     "backend": ["numpy", "numba"],

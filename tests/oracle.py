@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
-from ringmpi.score import random_words, streams
-from ringmpi.softmax import DTYPES
+from ringmpi.dtypes import DTYPES
+from ringmpi.score import dropout_keys, random_words
 
 
 def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None,
@@ -93,13 +93,13 @@ def functions(kind, heads, queries, keys, seed=0):
     if "alibi" in wanted:
         score["slopes"] = 2.0 ** -np.arange(1, heads + 1) / 64
     if "dropout" in wanted:
-        score |= {"dropout": 0.3, "streams": streams(seed, 1, heads)[0]}
+        score |= {"dropout": 0.3, "dropout_keys": dropout_keys(seed, 1, heads)[0]}
     if "slopes" in score or "dropout" in score:
         score |= {"queries": np.asarray(queries, np.int64), "keys": np.asarray(keys, np.int64)}
     return score, sinks if "sinks" in wanted else None
 
 
-def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams=None, queries=None, keys=None,
+def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None, keys=None,
           sinks=None, dout=None, dlse=None):
     """Dense attention in float64, and its gradient where `dout` is given, from the definitions, head by head.
 
@@ -132,7 +132,7 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, streams
             p[rows] = np.exp(x[rows] - top) / norm
             got["lse"][rows, h] = (top + np.log(norm))[:, 0]
         if dropout:
-            m = (random_words(streams[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) \
+            m = (random_words(dropout_keys[h], queries[:, None], keys[None]) >= int(dropout * 2**32)) \
                 / (1 - int(dropout * 2**32) / 2**32)
         got["out"][:, h] = product(p[:, :len(k)] * m, c, see)
 

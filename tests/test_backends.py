@@ -16,8 +16,9 @@ from ringmpi.backends.base import Backend
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.numba_.backend import NumbaBackend
 from ringmpi.backends.numpy_ import NumpyBackend
+from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, finish
+from ringmpi.softmax import State, finish
 
 BACKENDS = list(HOST_NAMES)
 

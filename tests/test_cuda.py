@@ -15,9 +15,9 @@ from ringmpi.backends.cuda.arguments import from_number
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, forward_kernels
 from ringmpi.device import choose_index
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.schedules.device_links import DeviceLink
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 # Shared memory of a block, of a multiprocessor: compute capability 9.0, 8.0, 8.6.

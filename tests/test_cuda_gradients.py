@@ -16,8 +16,8 @@ from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE, accumulator
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 KINDS = ("float64", "float32", "bfloat16")         # each has kernels of its own; float16 has those of bfloat16
@@ -122,7 +122,7 @@ def test_positions_far_apart(backend, dtype):
     """A distance may take 32 bits without a sign; dropout counts positions modulo 2^32."""
     q, k, v, _, _ = case(16, 20, 40, 1, 1, 8, 8, dtype)
     begin, end = np.zeros(20, int), np.full(20, 40)
-    score = {"slopes": np.array([2.0**-31]), "dropout": 0.25, "streams": np.array([2**32 - 1], np.uint32),
+    score = {"slopes": np.array([2.0**-31]), "dropout": 0.25, "dropout_keys": np.array([2**32 - 1], np.uint32),
              "queries": 2**31 - 1 - np.arange(20), "keys": np.arange(40) * 13 - 2**31}
     dout = np.random.default_rng(0).standard_normal((20, 1, 8)).astype(q.dtype)
     got = run(backend, q, k, v, begin, end, 0.3, score, dout=dout)

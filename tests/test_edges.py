@@ -65,14 +65,14 @@ def test_a_closed_numba_backend_keeps_no_work_space():
     sum(backend.accumulate(State.empty(300, 2, 8, "f4"), x, x, x, 0 * one, one, Score(1.0)))
     gradient = backend.new_gradient(x, x, x[..., 0].copy(), None, np.zeros_like(x))
     sum(backend.backward(gradient, x, x, x, np.zeros_like(x), np.zeros_like(x), 0 * one, one, Score(1.0)))
-    assert backend._rows
+    assert backend._scratch
     assert backend._packed
-    assert backend._back
+    assert backend._buffers
     backend.close()
-    assert not any((backend._rows, backend._packed, backend._back))
+    assert not any((backend._scratch, backend._packed, backend._buffers))
     with pytest.raises(RuntimeError, match="this backend is closed"):
         sum(backend.accumulate(State.empty(300, 2, 8, "f4"), x, x, x, 0 * one, one, Score(1.0)))
-    assert not any((backend._rows, backend._packed, backend._back))
+    assert not any((backend._scratch, backend._packed, backend._buffers))
 
 
 @pytest.mark.parametrize("level", ["funneled", "serialized"])

@@ -17,12 +17,12 @@ from job_files import attend, make_random, write_arrays
 
 from ringmpi import OutputError
 from ringmpi.cli import main
+from ringmpi.dtypes import BFLOAT16
 from ringmpi.files.manifest import read_manifest
 from ringmpi.files.new_file import new_file, replace_file
 from ringmpi.files.paths import check_writable
 from ringmpi.files.record import write_json
 from ringmpi.files.shards import verify
-from ringmpi.softmax import BFLOAT16
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from test_cuda import run
 from ringmpi import Mask, RingAttention
 from ringmpi.backends import open_backend
 from ringmpi.device import open_device
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = pytest.mark.gpu
 N_Q, N_K = 1500, 4100

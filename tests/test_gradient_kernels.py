@@ -18,10 +18,11 @@ from test_kernels import NARROW, data, make_late, ranges
 from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import backward, vector
-from ringmpi.backends.numba_.gradient import gradient_tile_shape
+from ringmpi.backends.numba_.backward_tile import backward_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
+from ringmpi.dtypes import DTYPES, accumulator
 from ringmpi.score import Score, random_words
-from ringmpi.softmax import DTYPES, Gradient, State, accumulator
+from ringmpi.softmax import Gradient, State
 
 HERE = Path(__file__).parent
 BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 5e-6, "float16": 5e-6}      # dq, dk, dv are not rounded
@@ -239,15 +240,15 @@ def test_a_block_makes_nothing_anew():
 def test_work_space_does_not_grow_with_the_tokens():
     """Beyond the bounds keys come in pieces."""
     backend = open_backend("numba", 2)
-    room = {}
+    nbytes = {}
     for n in (40_000, 80_000):
         q, k, v = data(0, 2, n, 2, 2, 64, 64, "float32")
         begin, end = np.zeros(2, int), np.full(2, n)
         gradient = Gradient(np.zeros_like(q), *np.zeros((2, 2, 2), np.float32), np.zeros_like(q))
         sum(backend.backward(gradient, q, k, v, np.zeros_like(k), np.zeros_like(v), begin, end, Score(0.1)))
-        room[n] = sum(x.nbytes for x in (*backend._back._packed, *backend._back._sums))
+        nbytes[n] = sum(x.nbytes for x in (*backend._buffers._packed, *backend._buffers._sums))
     backend.close()
-    assert max(room.values()) <= 1.1 * (numba_.PACKED_BYTES + 2 * backward.SUMS_BYTES)
+    assert max(nbytes.values()) <= 1.1 * (numba_.PACKED_BYTES + 2 * backward.SUMS_BYTES)
 
 
 def test_one_loop_at_a_time():
@@ -300,7 +301,7 @@ def test_tile_shape_fits_the_cache():
     lanes = vector.machine().vector_bytes // 4
     for cache in (2**18, 2**20, 2**21):
         for dim in (16, 128, 512):
-            rows, keys = gradient_tile_shape(dim, dim, 4, cache)
+            rows, keys = backward_tile_shape(dim, dim, 4, cache)
             assert rows % ROWS == keys % (VECTORS * lanes) == 0
             assert rows >= 8 * ROWS
             if rows > 8 * ROWS:
@@ -355,11 +356,11 @@ def test_tanh_is_good_to_the_last_bits(kind):
 def test_random_words_are_those_of_numpy(kind):
     run, integer = emitted("words", kind)
     rng = np.random.default_rng(0)
-    stream = rng.integers(0, 2**32, 4096).astype(np.uint32)
+    keys = rng.integers(0, 2**32, 4096).astype(np.uint32)
     i, j = (rng.integers(-2**31, 2**31, 4096) for _ in range(2))
     out = np.empty(4096, integer)
-    run(stream.astype(integer), i.astype(integer), j.astype(integer), out)
-    assert (out.astype(np.uint32) == random_words(stream, i, j)).all()
+    run(keys.astype(integer), i.astype(integer), j.astype(integer), out)
+    assert (out.astype(np.uint32) == random_words(keys, i, j)).all()
     assert kind == "float32" or (out >> 32 == 0).all()
 
 
@@ -374,7 +375,7 @@ def test_dropout_drops_what_numpy_drops(dtype, n_q):
     sum(backend.accumulate(state, q, k, v.astype(DTYPES[dtype]), np.zeros(n_q, int), np.full(n_q, 200),
                            Score(1.0, **score)))
     backend.close()
-    words = random_words(score["streams"][:, None], score["queries"][:, None, None], score["keys"])
+    words = random_words(score["dropout_keys"][:, None], score["queries"][:, None, None], score["keys"])
     assert ((state.acc > 0) == (words >= int(0.3 * 2**32))).all()
     assert np.unique(state.acc).tolist() == [0, kind.type(Score(1.0, **score).gain)]
     assert (state.row_sum == 200).all()
@@ -400,8 +401,8 @@ def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
 @pytest.mark.parametrize("back", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prepare_compiles_all_that_a_pass_needs(dtype, back, plain):
-    from ringmpi.backends.numba_.fold import add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
-    every = add_sums, differentiate_keys, fold_keys, pack_tiles, pack_twice
+    from ringmpi.backends.numba_.compiled import add_sums, backward_keys, forward_keys, pack_backward, pack_forward
+    every = add_sums, backward_keys, forward_keys, pack_backward, pack_forward
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 8, 8, plain=plain, backward=back)
     compiled = [len(f.signatures) for f in every]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracle import FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
+from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TOLERANCE, accumulator
 
 BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}       # of gradients
 

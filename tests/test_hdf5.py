@@ -10,6 +10,7 @@ import pytest
 from job_files import write_arrays
 
 from ringmpi import DtypeError, OutputError, ShardError
+from ringmpi.dtypes import BFLOAT16, DTYPES
 from ringmpi.files.hdf5 import (
     open_dataset,
     read_integers,
@@ -18,7 +19,6 @@ from ringmpi.files.hdf5 import (
 )
 from ringmpi.files.item_types import file_type, stored_dtype
 from ringmpi.files.opening import open_file
-from ringmpi.softmax import BFLOAT16, DTYPES
 
 
 @pytest.fixture

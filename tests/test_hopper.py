@@ -17,8 +17,8 @@ from ringmpi import BackendError, device
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.sources import kernels_folder
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 BOTH = ["bfloat16", "float16"]

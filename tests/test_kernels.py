@@ -1,5 +1,6 @@
 """The Numba kernels: every vector width, every way through a block, shapes around tiles and vectors, accuracy."""
 
+import ast
 import hashlib
 import os
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import vector
+from ringmpi.backends.numba_.forward_tile import forward_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
-from ringmpi.backends.numba_.tile import tile_shape
+from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score
-from ringmpi.softmax import DTYPES, TOLERANCE, State, accumulator, combine, finish
+from ringmpi.softmax import State, combine, finish
 
 HERE = Path(__file__).parent
 NARROW = {"AVX2": "haswell", "SSE": "x86-64"}
@@ -281,25 +283,27 @@ def test_tile_shape_fits_the_cache():
     lanes = vector.machine().vector_bytes // 4
     for cache in (2**18, 2**20, 2**21):
         for width in (16, 128, 512):
-            rows, keys = tile_shape(width, width, 4, cache)
+            rows, keys = forward_tile_shape(width, width, 4, cache)
             assert rows % ROWS == 0
             assert keys % (VECTORS * lanes) == 0
             assert rows >= 8 * ROWS
             if rows > 8 * ROWS:
                 assert 4 * (rows * (2 * width + keys) + 2 * keys * width) <= cache / 2
-    assert tile_shape(16, 16, 4, 2**21)[0] > 8 * ROWS
+    assert forward_tile_shape(16, 16, 4, 2**21)[0] > 8 * ROWS
 
 
 def test_merge_of_states():
     rng = np.random.default_rng(0)
-    acc, top, norm = rng.standard_normal((4, 5, 2, 3)), rng.standard_normal((4, 5, 2)), rng.random((4, 5, 2))
-    top[1:, 0], norm[1:, 0], acc[1:, 0] = -np.inf, 0, 0           # parts that saw nothing
-    top[:, 1], norm[:, 1], acc[:, 1] = -np.inf, 0, 0              # nobody did
-    state = State(acc[0].copy(), top[0].copy(), norm[0].copy())
-    combine(state, State(acc[1:], top[1:], norm[1:]))
-    weights = np.exp(top - np.where(state.row_max == -np.inf, 0, state.row_max))
-    assert (state.row_max == top.max(axis=0)).all()
-    assert np.allclose(state.row_sum, (weights * norm).sum(axis=0))
+    acc, row_max, row_sum = rng.standard_normal((4, 5, 2, 3)), rng.standard_normal((4, 5, 2)), rng.random((4, 5, 2))
+    for unseeing in (np.s_[1:, 0], np.s_[:, 1]):                  # parts that saw nothing, a row where nobody did
+        row_max[unseeing] = -np.inf
+        row_sum[unseeing] = 0
+        acc[unseeing] = 0
+    state = State(acc[0].copy(), row_max[0].copy(), row_sum[0].copy())
+    combine(state, State(acc[1:], row_max[1:], row_sum[1:]))
+    weights = np.exp(row_max - np.where(state.row_max == -np.inf, 0, state.row_max))
+    assert (state.row_max == row_max.max(axis=0)).all()
+    assert np.allclose(state.row_sum, (weights * row_sum).sum(axis=0))
     assert np.allclose(state.acc, (weights[..., None] * acc).sum(axis=0))
     assert (state.acc[0] == acc[0, 0]).all()
 
@@ -318,24 +322,33 @@ def test_without_a_cache_folder_there_is_one_warning(tmp_path):
 
 
 def test_nothing_is_compiled_at_import():
-    code = ("from ringmpi.backends.numba_ import fold; from ringmpi.backends import open_backend; "
-            "open_backend('numba', 2); print(len(fold.fold_keys.signatures) + len(fold.pack_tiles.signatures))")
+    code = ("from ringmpi.backends.numba_ import compiled; from ringmpi.backends import open_backend; "
+            "open_backend('numba', 2); "
+            "print(len(compiled.forward_keys.signatures) + len(compiled.pack_forward.signatures))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
                           ).stdout == "0\n"
 
 
 def test_the_cache_knows_every_source(tmp_path, monkeypatch):
-    """Numba's cache looks at the file of a function alone: the others must be in the key."""
-    from ringmpi.backends.numba_ import fold
-    names = {module.__name__.rsplit(".", 1)[1] for module in fold.SOURCES} | {"fold"}
-    kernels = {path.stem for path in Path(fold.__file__).parent.glob("*.py")
-               if "numba" in path.read_text() and path.stem not in ("__init__", "cache", "peak")}
-    assert names == kernels
-    before = fold._digest()
-    copy = tmp_path / "tile.py"
+    """Numba's cache looks at the file of a function alone: all modules that `compiled` stands on must be in the key."""
+    from ringmpi.backends.numba_ import compiled
+    folder = Path(compiled.__file__).parent
+
+    def imported(stem):
+        for node in ast.walk(ast.parse((folder / f"{stem}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                yield from [node.module] if node.module else [alias.name for alias in node.names]
+
+    below, new = set(), {"compiled"}
+    while new:
+        below |= new
+        new = {name for stem in new for name in imported(stem)} - below
+    assert {module.__name__.rsplit(".", 1)[1] for module in compiled.SOURCES} == below - {"compiled", "cache"}
+    before = compiled._digest()
+    copy = tmp_path / "forward_tile.py"
     copy.write_text("# changed")
-    monkeypatch.setattr(fold.tile, "__file__", str(copy))
-    assert fold._digest() != before
+    monkeypatch.setattr(compiled.forward_tile, "__file__", str(copy))
+    assert compiled._digest() != before
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 1e9), ("float32", 1e30), ("float64", 1e18),
@@ -363,16 +376,16 @@ def test_prepare_compiles_pairs_and_odd_dims(in_pairs):
 
 
 def only_prepared(dtype):
-    from ringmpi.backends.numba_.fold import fold_keys, pack_tiles
+    from ringmpi.backends.numba_.compiled import forward_keys, pack_forward
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 8, 8)
-    compiled = [len(f.signatures) for f in (fold_keys, pack_tiles)]
+    compiled = [len(f.signatures) for f in (forward_keys, pack_forward)]
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
         state, whole = State.empty(n_q, 2, dim_v, kind), np.full(n_q, 50)
         sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(0.1)))
-    assert [len(f.signatures) for f in (fold_keys, pack_tiles)] == compiled
+    assert [len(f.signatures) for f in (forward_keys, pack_forward)] == compiled
     backend.close()
 
 
@@ -393,11 +406,11 @@ def test_a_cache_that_cannot_be_written_is_one_warning():
 def test_a_damaged_cache_is_made_anew_with_one_warning(tmp_path, damage):
     """Whichever file it is: never an exception, and no damaged machine code is run; then it is whole again."""
     script, folder = tmp_path / "kernel.py", tmp_path / "cache"
-    script.write_text("import numba; from ringmpi.backends.numba_ import cache, fold\n"
+    script.write_text("import numba; from ringmpi.backends.numba_ import cache, compiled\n"
                       "def add(x):\n    return x + 1\n"
-                      "f = numba.njit(add)\nf._cache = cache.KernelCache(add)\nfold.compile_for(f, 1)\n"
+                      "f = numba.njit(add)\nf._cache = cache.KernelCache(add)\ncompiled.compile_for(f, 1)\n"
                       "assert f(1) == 2\nprint(sum(f.stats.cache_hits.values()))\n"
-                      "assert type(fold.fold_keys._cache) is cache.KernelCache")
+                      "assert type(compiled.forward_keys._cache) is cache.KernelCache")
 
     def run():
         return subprocess.run([sys.executable, script], env=os.environ | {"NUMBA_CACHE_DIR": str(folder)},

@@ -14,13 +14,14 @@ ROOT = Path(ringmpi.__file__).parent
 # Modules and packages: each imports only from lines above it, and within a package there is no circle.
 LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
-    {"environment", "layout", "softmax"},
+    {"dtypes", "environment", "layout", "softmax"},
     {"compiler", "files", "mask", "mpi", "process", "score"},
     {"device"},
     {"arrays", "backends"},
     {"checks"},
-    {"schedules"},
+    {"call", "schedules"},
     {"engine", "plan"},
+    {"passes"},
     {"attention"},
     {"functional", "job", "torch"},
     {"commands"},

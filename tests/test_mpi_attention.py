@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import random_qkv
 
 from ringmpi import BackendError, Mask, RingAttention, ring_attention
+from ringmpi.dtypes import BFLOAT16, DTYPES, TOLERANCE
 from ringmpi.layout import make
-from ringmpi.softmax import BFLOAT16, DTYPES, TOLERANCE
 
 pytestmark = pytest.mark.mpi
 

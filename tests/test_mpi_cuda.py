@@ -11,14 +11,14 @@ from emulate import COMPILER, EmulatedDevice
 from oracle import random_qkv
 
 from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
 from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
 from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
-from ringmpi.score import streams
-from ringmpi.softmax import DTYPES, TENSOR_TOLERANCE
+from ringmpi.score import dropout_keys
 
 pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
 
@@ -154,8 +154,8 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
     bound = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}[dtype]
     see, dsinks = oracle.visible(n, n, **sees), 0.0
     for number, arrays in enumerate(cases):
-        if "streams" in score:
-            score["streams"] = streams(9, 2, heads)[number]
+        if "dropout_keys" in score:
+            score["dropout_keys"] = dropout_keys(9, 2, heads)[number]
         want = oracle.dense(*arrays, see, 0.25, dout=dout[number], dlse=dlse[number], sinks=sinks, **score)
         dsinks = dsinks + want["dsinks"]
         for x, name in zip(got, ("dq", "dk", "dv"), strict=False):

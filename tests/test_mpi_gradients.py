@@ -22,9 +22,9 @@ from ringmpi import (
     ring_attention,
     ring_attention_backward,
 )
+from ringmpi.dtypes import TOLERANCE
 from ringmpi.layout import make
-from ringmpi.score import streams
-from ringmpi.softmax import TOLERANCE
+from ringmpi.score import dropout_keys
 
 pytestmark = pytest.mark.mpi
 
@@ -45,8 +45,8 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     named = layout in ("striped", "zigzag")
     offset = Mask(**mask).offset(n_q, length)
     score, sinks = functions(function, heads[0], np.arange(n_q) + offset, np.arange(length), seed)
-    if "streams" in score:
-        score["streams"] = streams(seed, 1, heads[0])[0]
+    if "dropout_keys" in score:
+        score["dropout_keys"] = dropout_keys(seed, 1, heads[0])[0]
     options = {"mask": Mask(**mask), "layout": layout if named else q_layout, "softcap": score.get("softcap"),
                "kv_layout": layout if named else kv_layout, "alibi": score.get("slopes"),
                "dropout": score.get("dropout", 0.0), "accumulator": accumulator}
@@ -126,9 +126,9 @@ def test_batch_axis(comm):
         attention(q, k, v, seed=5, sinks=sinks)
         grads = attention.backward(dout[:, mine])
     total = comm.allreduce(grads[3])
-    keys, want_sinks = streams(5, 3, 4), 0.0
+    keys, want_sinks = dropout_keys(5, 3, 4), 0.0
     for number, case in enumerate(cases):
-        want = oracle.dense(*case, see, 8**-0.5, dout=dout[number], sinks=sinks, dropout=0.2, streams=keys[number],
+        want = oracle.dense(*case, see, 8**-0.5, dout=dout[number], sinks=sinks, dropout=0.2, dropout_keys=keys[number],
                             queries=np.arange(30), keys=np.arange(30))
         for got, name in zip(grads, NAMES[:3], strict=False):
             assert oracle.error(got[number], want[name][mine], np.abs(want[name]).max()) < 1e-12

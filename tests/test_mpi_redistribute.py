@@ -6,8 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ringmpi import Contiguous, Custom, OptionError, ShapeError, redistribute
+from ringmpi.dtypes import DTYPES
 from ringmpi.layout import make
-from ringmpi.softmax import DTYPES
 
 pytestmark = pytest.mark.mpi
 

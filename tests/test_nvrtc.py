@@ -11,7 +11,7 @@ from emulate import layout_source
 
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.backends.cuda.sources import kernels_folder
-from ringmpi.softmax import BFLOAT16, DTYPES
+from ringmpi.dtypes import BFLOAT16, DTYPES
 
 nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings the interface to NVRTC")
 ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 * 1024),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ringmpi.score import Score, random_words, streams
+from ringmpi.score import Score, dropout_keys, random_words
 
 
 @pytest.mark.parametrize(("counter", "key", "word"), [
@@ -38,14 +38,14 @@ def test_what_is_kept_makes_up_for_what_is_dropped(p):
     assert 0 <= score.threshold < 2**32
 
 
-def test_streams_differ():
-    a = streams(0, 3, 50)
+def test_dropout_keys_differ():
+    a = dropout_keys(0, 3, 50)
     assert a.shape == (3, 50)
     assert len(np.unique(a)) == 150
     assert a.dtype == np.uint32
     for seed in (1, 2, 2**63, 2**64 - 1):
-        assert not np.isin(streams(seed, 3, 50), a).any()
-    assert (streams(0, 3, 50) == a).all()
+        assert not np.isin(dropout_keys(seed, 3, 50), a).any()
+    assert (dropout_keys(0, 3, 50) == a).all()
 
 
 def test_plain():

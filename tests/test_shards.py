@@ -11,10 +11,10 @@ import pytest
 
 from ringmpi import OutputError, ShardError
 from ringmpi.cli import main
+from ringmpi.dtypes import DTYPES
 from ringmpi.files.hdf5 import open_dataset, read_rows
 from ringmpi.files.opening import open_file
 from ringmpi.files.shards import Output, merge_shards, read_manifest, verify
-from ringmpi.softmax import DTYPES
 
 COUNTS = (4, 0, 6)
 

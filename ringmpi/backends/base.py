@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..device import Device
+from ..dtypes import TOLERANCE
 from ..layout import Integers
 from ..score import Score
-from ..softmax import TOLERANCE, Gradient, State, finish, row_delta
+from ..softmax import Gradient, State, finish, row_delta
 from .products import bits, choose
 
 Shape = tuple[int, int, int]

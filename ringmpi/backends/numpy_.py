@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from ..softmax import Gradient, State
 from .base import Backend, Shape
 from .team import Task, Team
 
-ROWS, COLUMNS = 512, 2048    # a tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread
+# A tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread.
+ROWS = 512
+COLUMNS = 2048
 
 
 class NumpyBackend(Backend):
@@ -45,20 +47,21 @@ class NumpyBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        group = q.shape[1] // k.shape[1]
-        queries = max(1, ROWS // group)
-        rooms = [np.empty(queries * group * COLUMNS, state.acc.dtype) for _ in range(self.threads)]
+        block = _Block(q, k, v, begin, end, score)
+        queries = max(1, ROWS // block.group)
+        scratch = [np.empty(queries * block.group * COLUMNS, state.acc.dtype) for _ in range(self.threads)]
         tiles = [(rows, head, int((end[rows] - begin[rows]).sum()))
                  for rows in _slices(0, len(q), queries) for head in range(k.shape[1])]
-        yield from self._run([Task(area, _steps(state, q, k, v, begin, end, score, rows, head, rooms))
+        yield from self._run([Task(area, _forward_steps(state, block, rows, head, scratch))
                               for rows, head, area in tiles if area], k.shape[1])
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
                  dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         area = int((end - begin).sum())       # all rows of a key head add to the same dk: one task
-        yield from self._run([Task(area, _steps_back(gradient, q, k, v, dk, dv, begin, end, score, head))
-                              for head in range(k.shape[1]) if area], k.shape[1])
+        block = _Block(q, k, v, begin, end, score)
+        yield from self._run([Task(area, _backward_steps(gradient, block, dk, dv, head)) for head in range(k.shape[1])
+                              if area], k.shape[1])
 
     def _run(self, tasks: list[Task], heads: int) -> Iterator[int]:
         """Do the tasks; their costs are pairs, each counted once for each of the heads."""
@@ -78,7 +81,8 @@ class _BlasLimit:
     """BLAS's threads belong to the process: the first loop to begin sets their number, the last to end restores it."""
 
     def __init__(self) -> None:
-        self._lock, self._users = Lock(), 0
+        self._lock = Lock()
+        self._users = 0
         self._limit: Any = None
         self._pools: Any = None
 
@@ -101,48 +105,60 @@ class _BlasLimit:
 _blas_threads = _BlasLimit()
 
 
-def _steps(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], begin: Integers, end: Integers,
-           score: Score, rows: slice, head: int, rooms: list[NDArray[Any]]
-           ) -> Iterator[tuple[Callable[[int], None], int]]:
+class _Block(NamedTuple):
+    """One block of K and V and the queries that it meets: the arguments of both loops."""
+
+    q: NDArray[Any]
+    k: NDArray[Any]
+    v: NDArray[Any]
+    begin: Integers
+    end: Integers
+    score: Score
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return int(self.q.shape[1] // self.k.shape[1])
+
+    def heads(self, head: int) -> slice:
+        """Give the query heads of a key head."""
+        return slice(head * self.group, (head + 1) * self.group)
+
+    def tiles(self, rows: slice, head: int) -> Iterator[tuple[Tile, int]]:
+        """Yield each tile of these rows in which some row sees something, and the pairs seen."""
+        seeing = self.end[rows] > self.begin[rows]
+        if not seeing.any():
+            return
+        width = min(COLUMNS, max(128, COLUMNS * 256 // (self.q.shape[2] + self.v.shape[2])))
+        first, last = int(self.begin[rows][seeing].min()), int(self.end[rows][seeing].max())
+        for columns in _slices(first, last, width):
+            low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start
+                         for edge in (self.begin, self.end))
+            pairs = int((high - low).sum())
+            if pairs:
+                yield Tile(self.score, rows, self.heads(head), columns, low, high), pairs
+
+
+def _forward_steps(state: State, block: _Block, rows: slice, head: int, scratch: list[NDArray[Any]]
+                   ) -> Iterator[tuple[Callable[[int], None], int]]:
     """Fold all columns into `rows` of one key head, one tile after the other."""
-    mine = rows, _heads(q, k, head)
+    mine = rows, block.heads(head)
     part = State(state.acc[mine], state.row_max[mine], state.row_sum[mine])
-    for columns, low, high, pairs in _tiles(rows, begin, end, q.shape[2] + v.shape[2]):
-        tile = Tile(score, *mine, columns, low, high)
-        yield partial(_fold, part, q[mine], k[columns, head], v[columns, head], tile, rooms), pairs
+    for tile, pairs in block.tiles(rows, head):
+        keys = tile.columns, head
+        yield partial(_forward_tile, part, block.q[mine], block.k[keys], block.v[keys], tile, scratch), pairs
 
 
-def _steps_back(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                dv: NDArray[Any], begin: Integers, end: Integers, score: Score, head: int
-                ) -> Iterator[tuple[Callable[[int], None], int]]:
-    """Differentiate all that one key head is multiplied with, one tile after the other."""
-    heads = _heads(q, k, head)
-    for rows in _slices(0, len(q), max(1, ROWS // (heads.stop - heads.start))):
-        mine = rows, heads
+def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDArray[Any], head: int
+                    ) -> Iterator[tuple[Callable[[int], None], int]]:
+    """Do the backward pass of one key head, one tile after the other."""
+    for rows in _slices(0, len(block.q), max(1, ROWS // block.group)):
+        mine = rows, block.heads(head)
         part = Gradient(gradient.dout[mine], gradient.lse[mine], gradient.delta[mine], gradient.dq[mine])
-        for columns, low, high, pairs in _tiles(rows, begin, end, q.shape[2] + v.shape[2]):
-            tile = Tile(score, *mine, columns, low, high)
-            keys = columns, head
-            yield partial(_differentiate, part, q[mine], k[keys], v[keys], dk[keys], dv[keys], tile), pairs
-
-
-def _heads(q: NDArray[Any], k: NDArray[Any], head: int) -> slice:
-    group = q.shape[1] // k.shape[1]
-    return slice(head * group, (head + 1) * group)
-
-
-def _tiles(rows: slice, begin: Integers, end: Integers, numbers: int
-           ) -> Iterator[tuple[slice, Integers, Integers, int]]:
-    """Yield the columns of each tile that some row sees, what each row sees of it, and the pairs."""
-    seeing = end[rows] > begin[rows]
-    if not seeing.any():
-        return
-    width = min(COLUMNS, max(128, COLUMNS * 256 // numbers))
-    for columns in _slices(int(begin[rows][seeing].min()), int(end[rows][seeing].max()), width):
-        low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start for edge in (begin, end))
-        pairs = int((high - low).sum())
-        if pairs:
-            yield columns, low, high, pairs
+        for tile, pairs in block.tiles(rows, head):
+            keys = tile.columns, head
+            yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], dk[keys], dv[keys],
+                          tile), pairs
 
 
 def _slices(start: int, stop: int, width: int) -> list[slice]:
@@ -171,9 +187,10 @@ class Tile:
         j = np.arange(self.columns.stop - self.columns.start)
         return ((j < self.low[:, None]) | (j >= self.high[:, None]))[:, None, :]
 
-    def shape(self, x: NDArray[Any]) -> NDArray[Any] | None:
+    def apply_score(self, x: NDArray[Any]) -> NDArray[Any] | None:
         """Turn scaled products into scores, in place; give the derivative if it is not 1."""
-        score, derivative = self.score, None
+        score = self.score
+        derivative = None
         if score.softcap:
             x /= x.dtype.type(score.softcap)
             derivative = np.cosh(x)
@@ -185,10 +202,10 @@ class Tile:
             x -= score.slopes[self.heads, None].astype(x.dtype) * np.abs(i - j).astype(x.dtype)
         return derivative
 
-    def kept(self, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Give the factors of the weights, with dropout: (rows, heads, columns)."""
+    def dropout_factor(self, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Give what dropout multiplies each weight by, (rows, heads, columns): 0 or the gain."""
         score = self.score
-        words = random_words(score.streams[self.heads, None], *self._positions())
+        words = random_words(score.dropout_keys[self.heads, None], *self._positions())
         factors: NDArray[Any] = np.where(words >= score.threshold, dtype.type(score.gain), dtype.type(0))
         return factors
 
@@ -197,29 +214,37 @@ class Tile:
         return self.score.queries[self.rows, None, None], self.score.keys[self.columns]
 
 
-def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], tile: Tile, rooms: list[NDArray[Any]],
-          thread: int) -> None:
-    """Fold a tile: q (rows, group, dim), k (columns, dim), v (columns, dim_v), one key head; scores go to a room."""
+def _forward_tile(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], tile: Tile,
+                  scratch: list[NDArray[Any]], thread: int) -> None:
+    """Fold a tile of one key head: q (rows, group, dim), k (columns, dim), v (columns, dim_v).
+
+    The scores go to the thread's scratch.
+    """
     dtype = state.acc.dtype
     q, k, v = (x.astype(dtype, copy=False) for x in (q, k, v))
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that see them
-        flat = rooms[thread][:q.shape[0] * q.shape[1] * len(k)].reshape(-1, len(k))
+        # Scores of the tile, -inf where a row does not see the column.
+        flat = scratch[thread][:q.shape[0] * q.shape[1] * len(k)].reshape(-1, len(k))
         scaled = (q * dtype.type(tile.score.scale)).reshape(-1, q.shape[2])
         scores = np.matmul(scaled, k.T, out=flat).reshape(*q.shape[:2], -1)
-        tile.shape(scores)
+        tile.apply_score(scores)
         if not tile.full:
             np.copyto(scores, -np.inf, where=tile.hidden)
-        top = np.maximum(state.row_max, scores.max(axis=2))
-        shift = np.where(top == -np.inf, dtype.type(0), top)      # -inf - -inf would be NaN
+
+        # The online softmax: a new maximum shrinks what was summed up to now.
+        row_max = np.maximum(state.row_max, scores.max(axis=2))
+        shift = np.where(row_max == -np.inf, dtype.type(0), row_max)      # -inf - -inf would be NaN
         scores -= shift[..., None]
         weights = np.exp(scores, out=scores)
         shrink = np.exp(state.row_max - shift)
         state.acc *= shrink[..., None]
         state.row_sum *= shrink
-        state.row_max[...] = top
+        state.row_max[...] = row_max
         state.row_sum += weights.sum(axis=2)
+
+        # Dropout changes what the values are multiplied by, not the sum of the weights.
         if tile.score.dropout:
-            weights *= tile.kept(dtype)
+            weights *= tile.dropout_factor(dtype)
         if tile.full or np.isfinite(v).all():
             state.acc += (flat @ v).reshape(state.acc.shape)
         else:                             # 0 × NaN is NaN: rows that do not see it must not multiply it
@@ -227,32 +252,42 @@ def _fold(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], tile:
                 state.acc[i] += weights[i, :, a:b] @ v[a:b]
 
 
-def _differentiate(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
+def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
                    dv: NDArray[Any], tile: Tile, thread: int) -> None:
-    """Add what a tile gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v), one key head."""
-    dtype, columns = gradient.dq.dtype, len(k)
+    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v)."""
+    dtype = gradient.dq.dtype
+    columns = len(k)
     q, k, v, dout = (x.astype(dtype, copy=False) for x in (q, k, v, gradient.dout))
-    scale, lse, delta = dtype.type(tile.score.scale), gradient.lse[..., None], gradient.delta[..., None]
+    lse, delta = gradient.lse[..., None], gradient.delta[..., None]
+    scale = dtype.type(tile.score.scale)
     with np.errstate(all="ignore"):
+        # Scores and dout · v of the tile.
         weights = ((q * scale).reshape(-1, q.shape[2]) @ k.T).reshape(*q.shape[:2], columns)
         ds = (dout.reshape(-1, dout.shape[2]) @ v.T).reshape(weights.shape)
-        derivative = tile.shape(weights)
+        derivative = tile.apply_score(weights)
+
+        # The weights once more. Rounding alone can put a score above lse, by much where scores are huge.
         weights -= lse
-        np.minimum(weights, 0, out=weights)        # above it by rounding alone, which is far where scores are huge
+        np.minimum(weights, 0, out=weights)
         np.exp(weights, out=weights)
-        kept = tile.kept(dtype) if tile.score.dropout else dtype.type(1)
-        ds *= kept
+
+        # The gradients of scale q · k, and the weights that the values were multiplied by.
+        factor = tile.dropout_factor(dtype) if tile.score.dropout else dtype.type(1)
+        ds *= factor
         ds -= delta
         ds *= weights
         if derivative is not None:
             ds *= derivative
         ds *= scale
-        weights *= kept
-        # Where dout is not finite delta is not: what it makes of dv goes by the weights. Below, 0 × NaN is nothing.
+        weights *= factor
+
+        # If dout is not finite, neither is delta. The product below takes dout's NaN and infinity as 0, so the NaN
+        # that belongs in dv goes there by way of the weights.
         np.copyto(weights, np.nan, where=~np.isfinite(delta))
         if not tile.full:
             np.copyto(weights, 0, where=tile.hidden)
             np.copyto(ds, 0, where=tile.hidden)
+
         flat, flat_ds = weights.reshape(-1, columns), ds.reshape(-1, columns)
         dv += flat.T @ _finite(dout).reshape(-1, dout.shape[2])
         dk += flat_ds.T @ _finite(q).reshape(-1, q.shape[2])
@@ -260,6 +295,6 @@ def _differentiate(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
 
 
 def _finite(x: NDArray[Any]) -> NDArray[Any]:
-    """Give `x` with zeros for what is not finite: NaN has made its scores NaN, and so all that it belongs to."""
+    """Give `x` with 0 for NaN and infinity: they have made the gradients of their scores NaN already."""
     finite = np.isfinite(x)
     return x if finite.all() else np.where(finite, x, x.dtype.type(0))

@@ -1,4 +1,4 @@
-"""How CPUs multiply bfloat16: a choice with a name, never a matter of a stopwatch, and the same on all ranks."""
+"""How CPUs multiply bfloat16: a choice by name, the same on all ranks and never made by timing."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from ..environment import BFLOAT16_PRODUCTS, bfloat16_products
 from ..errors import BackendError, OptionError
 
-# By preference. `widen` makes float32 of what is multiplied, and every CPU has it. `pairs` multiplies two numbers at a
-# time as they are (AVX512_BF16), and rounds the weights too. On a Xeon with AVX512_BF16 and AMX, dim 64 and 128, it
-# took 1.5 to 1.6 times as long: there the instruction does half of what float32's does.
+# In order of preference. `widen` converts to float32 before it multiplies, and works on every CPU. `pairs` multiplies
+# bfloat16 two at a time (AVX512_BF16), for which the weights are rounded to bfloat16 too. On a Xeon with AVX512_BF16
+# and AMX, dim 64 and 128, `pairs` took 1.5 to 1.6 times as long: its instruction does half of what float32's does.
 PRODUCTS = ("widen", "pairs")
 NAMES = ("auto", *PRODUCTS)
 

@@ -15,9 +15,14 @@ POLL_SECONDS = 0.002        # how often the caller yields while it waits for the
 
 @dataclass
 class Task:
-    """Steps to do one after the other, made when their turn comes: calls that take the thread's number, and their cost.
+    """Steps to do one after the other, each made when it is about to run.
 
-    `cost` is that of all steps.
+    Attributes
+    ----------
+    cost : int
+        Of all steps together.
+    steps : iterable of (callable, int)
+        A call that is given the thread's number, and its cost.
     """
 
     cost: int
@@ -39,7 +44,8 @@ class Team:
         The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
         """
         self.check()
-        queue, stop = deque(sorted(tasks, key=lambda task: -task.cost)), Event()
+        queue = deque(sorted(tasks, key=lambda task: -task.cost))
+        stop = Event()
         self._live.add(stop)
         done: deque[int] = deque()
         helpers: list[Future[None]] = []

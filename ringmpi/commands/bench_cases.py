@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend
+from ..dtypes import accumulator, check_dtype
 from ..mask import Mask
-from ..softmax import accumulator, check_dtype
 from .options import MASKS
 
 GRID = {"dtype": ("float32", "float64", "bfloat16", "float16"), "dim": (64, 128, 80), "mask": MASKS,

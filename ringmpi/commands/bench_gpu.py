@@ -20,10 +20,10 @@ import numpy as np
 
 from ..backends import open_backend
 from ..device import Device, open_device
+from ..dtypes import accumulator
 from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
-from ..softmax import accumulator
 from .bench_cases import FEW, Case, Timed, chosen, interleave, prepare, spread
 
 TORCH = ("flash_attention", "cudnn_attention", "efficient_attention", "math")

@@ -17,9 +17,10 @@ import numpy as np
 from ..backends import NAMES, open_backend, reason_missing
 from ..backends.products import wish
 from ..checks import check_threads
+from ..dtypes import accumulator
 from ..environment import affinity, require_single_process
 from ..score import Score
-from ..softmax import State, accumulator, finish
+from ..softmax import State, finish
 from .bench_cases import FEW, Case, chosen, interleave, prepare, spread, timed
 
 MEMORY = 2**29              # bytes to measure reading with: more than caches hold

@@ -16,13 +16,13 @@ from .. import layout
 from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
+from ..dtypes import check_dtype
 from ..engine import Engine
 from ..environment import affinity, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
 from ..schedules.base import Blocks, Route, block_sizes
-from ..softmax import check_dtype
 from ..trace import Trace
 
 ALONE = "one rank"

@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
     """Make an input, attend and report, for one length of context; give the text on rank 0."""
+    from ..dtypes import BFLOAT16
     from ..job.attend import attend
     from ..job.options import Options
-    from ..softmax import BFLOAT16
     from .demo_text import read_text, standard_library, write_text
     source = folder / f"text-{context}.h5"
     target = folder / f"out-{context}.h5"

@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _random(arguments: argparse.Namespace) -> int:
     import numpy as np
 
+    from ..dtypes import check_dtype
     from ..files.hdf5 import create_dataset, write_array, write_file, write_rows
     from ..files.rows import row_ranges
-    from ..softmax import check_dtype
     tokens = arguments.tokens
     kv_heads = arguments.kv_heads or arguments.heads
     if arguments.heads % kv_heads:
@@ -79,7 +79,7 @@ def _random(arguments: argparse.Namespace) -> int:
 
 
 def _text(arguments: argparse.Namespace) -> int:
-    from ..softmax import check_dtype
+    from ..dtypes import check_dtype
     from .demo_text import read_text, standard_library, write_text
     if arguments.queries > arguments.tokens:
         arguments.error(f"--queries must be at most --tokens, got {arguments.queries} and {arguments.tokens}")

@@ -16,8 +16,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import BFLOAT16
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
-from ..softmax import BFLOAT16
 from .item_types import file_type, memory_type, stored_dtype
 from .links import resolve_path
 from .new_file import NewFile, new_file, not_what_was_written

@@ -7,8 +7,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..dtypes import BFLOAT16, DTYPES
 from ..errors import DtypeError
-from ..softmax import BFLOAT16, DTYPES
 
 BFLOAT16_FIELDS = (15, 7, 8, 0, 7)     # sign, exponent position and size, mantissa position and size
 RAW_DTYPE = "bfloat16"         # what 16-bit items that are no floats may be said to be

@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..errors import InternalError, ShardError
-from ..softmax import DTYPES
 from .hdf5 import open_dataset, read_as_shown, read_rows
 from .item_types import file_type
 from .links import resolve_path

@@ -21,9 +21,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
-from ..softmax import DTYPES
 from .hdf5 import create_dataset, write_array, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend, tolerance
+from ..dtypes import TOLERANCE
 from ..environment import affinity
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..mask import Interval
 from ..score import Score
-from ..softmax import TOLERANCE, State, finish
+from ..softmax import State, finish
 from .inputs import Input, open_input
 from .options import Options
 

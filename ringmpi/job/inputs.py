@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..attention import RingAttention
 from ..checks import check_shapes
+from ..dtypes import accumulator
 from ..errors import DtypeError
 from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, read_rows, read_rows_into
 from ..files.item_types import RAW_DTYPE, stored_dtype
@@ -21,7 +22,6 @@ from ..files.opening import open_file
 from ..layout import Contiguous
 from ..mask import Mask
 from ..schedules.redistribution import redistribute
-from ..softmax import accumulator
 from .options import Options
 from .run import Run
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from ..backends import GPU_NAMES, backend_class, open_backend
 from ..backends.base import Backend
+from ..dtypes import DTYPES, accumulator
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
 from ..schedules import schedule_class
-from ..softmax import DTYPES, accumulator
 from .inputs import Sizes
 from .options import Options
 

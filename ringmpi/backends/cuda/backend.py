@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ...device import Device, open_device, version
+from ...dtypes import TENSOR_TOLERANCE
 from ...environment import hopper_kernel
 from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
-from ...softmax import TENSOR_TOLERANCE, Gradient, State
+from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from . import hopper
 from .arguments import from_number, gradient_inputs, problem, score_type, state_arrays
@@ -385,9 +386,10 @@ def _packed(score: Score, seen: slice, acc_dtype: np.dtype[Any], heads: int, n_q
     header[0] = score.softcap, score.gain if score.dropout else 0, score.threshold, score.slopes is not None
     n_k = seen.stop - seen.start
     slopes = np.zeros(heads, acc_dtype) if score.slopes is None else score.slopes.astype(acc_dtype)
-    streams = score.streams if score.dropout else np.zeros(heads, np.uint32)
+    dropout_keys = score.dropout_keys if score.dropout else np.zeros(heads, np.uint32)
     queries, keys = (score.queries, score.keys[seen]) if score.positional else (np.zeros(n_q), np.zeros(n_k))
-    parts = header, slopes, streams, queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
+    positions = queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
+    parts = header, slopes, dropout_keys, *positions
     return np.concatenate([np.ascontiguousarray(part).view(np.int32) for part in parts])
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...device import Device
+from ...dtypes import BFLOAT16
 from ...score import Score
-from ...softmax import BFLOAT16
 from .sources import Kernel
 
 Array = Any

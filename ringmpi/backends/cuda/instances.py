@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...dtypes import BFLOAT16
 from ...errors import BackendError
-from ...softmax import BFLOAT16
 from .sources import Kernel
 
 SLICE_FLOAT64 = 128           # columns of a result that fit a thread's registers beside the rest, in float64

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...score import Score, streams
+from ...score import Score, dropout_keys
 from ..base import Backend
 from ..numpy_ import NumpyBackend
 
@@ -101,7 +101,7 @@ class SelfTest:
         scale = 1 / math.sqrt(self.dim)
         if self.plain:
             return Score(scale)
-        return Score(scale, 2.0, np.array([0.02, 0.01]), 0.2, streams(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
+        return Score(scale, 2.0, np.array([0.02, 0.01]), 0.2, dropout_keys(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
                      np.arange(self.n_k))
 
     @staticmethod

@@ -77,7 +77,7 @@ def _read(path: Path) -> Any:
 
 def warn_once(text: str) -> None:
     """Warn of something about the cache, of the same thing once in a process. Local."""
-    kind = text.split(":")[0]
-    if kind not in _warned:
-        _warned.add(kind)
+    subject = text.split(":")[0]
+    if subject not in _warned:
+        _warned.add(subject)
         warnings.warn(text, RuntimeWarning, stacklevel=3)

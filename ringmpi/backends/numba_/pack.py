@@ -1,10 +1,10 @@
 """Packing: a tile of K, V or Q into the order in which the products read it, widened to what they multiply.
 
-K is turned so that keys lie across lanes: panels of a few vectors of keys, each depth × width. V keeps its rows, cut
-into panels of up to `VECTORS` vectors of columns, each keys × width, padded with zeros. Q is rows. Where the products
-take pairs of bfloat16, two steps of the depth share a uint32.
+K is transposed so that keys lie across lanes: panels of a few vectors of keys, each depth × width. V keeps its rows,
+cut into panels of up to `VECTORS` vectors of columns, each keys × width, padded with zeros. Q is rows. Where the
+products take pairs of bfloat16, two steps of the depth share a uint32.
 
-Turning works on squares of lanes × lanes in registers: log2(lanes) shuffles for each vector.
+Transposing works on squares of lanes × lanes in registers: log2(lanes) shuffles for each vector.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from .product import VECTORS
-from .vector import Vectors, at, constant, data, loop, machine
+from .tuples import Strided
+from .vector import Vectors, at, constant, dtype_of, loop, machine, unpack
 
 
 def widen(x):  # type: ignore[no-untyped-def]
@@ -65,34 +66,38 @@ def _lanes(array):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def turn(context, x, x_at, x_row, y, y_at, y_row):  # type: ignore[no-untyped-def]
-    """Write a square of lanes × lanes from x, rows `x_row` apart, turned to y, rows `y_row` apart; widened."""
+def transpose_square(context, x, y):  # type: ignore[no-untyped-def]
+    """Write a square of lanes × lanes of x, transposed and widened, to y; both are `Strided`."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        stored, dtype = signature.args[0].dtype, signature.args[3].dtype
-        x, y = (data(context, builder, signature.args[i], values[i]) for i in (0, 3))
+        stored, dtype = (dtype_of(kind, "array") for kind in signature.args)
+        x, y = (unpack(context, builder, kind, value) for kind, value in zip(signature.args, values, strict=True))
+        source, target = x.array, y.array
         if dtype == types.uint32:         # pairs move as they are
             stored = dtype = types.float32
-            x, y = (builder.bitcast(p, ir.FloatType().as_pointer()) for p in (x, y))
+            source, target = (builder.bitcast(p, ir.FloatType().as_pointer()) for p in (source, target))
         v = Vectors(builder, dtype)
-        x, y = at(builder, x, values[1]), at(builder, y, values[4])
-        rows = [v.widen(stored, x, builder.mul(values[2], constant(i))) for i in range(v.lanes)]
+        source, target = at(builder, source, x.at), at(builder, target, y.at)
+        rows = [v.widen(stored, source, builder.mul(x.row, constant(i))) for i in range(v.lanes)]
         for i, row in enumerate(v.transpose(rows)):
-            v.store(row, y, builder.mul(values[5], constant(i)))
+            v.store(row, target, builder.mul(y.row, constant(i)))
         return context.get_dummy_value()
 
-    return types.void(x, x_at, x_row, y, y_at, y_row), emit
+    return types.void(x, y), emit
 
 
 @numba.njit(error_model="numpy")
 def pack_keys(k, start, n, head, out, out_at):  # type: ignore[no-untyped-def]
     """Keys start..start+n of `head`, k (n_k, kv_heads, depth), to panels in `out`; absent keys are zeros."""
-    depth, row, side = k.shape[2], k.shape[1] * k.shape[2], lanes(out)
+    depth = k.shape[2]
+    row = k.shape[1] * k.shape[2]
+    side = lanes(out)
     wide = VECTORS * side
     for j in range(0, -(-n // wide) * wide, side):
         place = out_at + j // wide * wide * depth + j % wide
         whole = depth - depth % side if j + side <= n else 0
         for d in range(0, whole, side):
-            turn(k, (start + j) * row + head * depth + d, row, out, place + d * wide, wide)
+            transpose_square(Strided(k, (start + j) * row + head * depth + d, row),
+                             Strided(out, place + d * wide, wide))
         for d in range(whole, depth):
             for c in range(side):
                 out[place + d * wide + c] = widen(k[start + j + c, head, d]) if j + c < n else widen(out.dtype.type(0))
@@ -118,12 +123,15 @@ def _pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyp
 
 
 def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    dim_v, side = v.shape[2], lanes(out)
-    row, source, place = v.shape[1] * dim_v, (start * v.shape[1] + head) * dim_v, out_at
+    dim_v = v.shape[2]
+    side = lanes(out)
+    row = v.shape[1] * dim_v
+    source = (start * v.shape[1] + head) * dim_v
+    place = out_at
     finite = True
     for first, width in panels(dim_v, side):
         whole = min(width, dim_v - first) // side * side
-        finite &= copy_rows(v, source + first, row, n, whole, out, place, width)
+        finite &= copy_rows(Strided(v, source + first, row), Strided(out, place, width), n, whole)
         for j in range(n if whole < width else 0):
             for c in range(whole, width):
                 x = widen(v[start + j, head, first + c]) if first + c < dim_v else out.dtype.type(0)
@@ -134,20 +142,21 @@ def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-u
 
 
 @intrinsic
-def copy_rows(context, x, x_at, x_row, n, columns, y, y_at, y_row):  # type: ignore[no-untyped-def]
-    """Copy n rows of `columns` numbers, whole vectors, widened; say if all are finite."""
+def copy_rows(context, x, y, n, columns):  # type: ignore[no-untyped-def]
+    """Copy n rows of `columns` numbers, whole vectors, widened, from x to y, both `Strided`; say if all are finite."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        stored = signature.args[0].dtype
-        x, y = (at(builder, data(context, builder, signature.args[i], values[i]), values[i + 1]) for i in (0, 5))
-        x_row, n, columns, y_row = values[2], values[3], values[4], values[7]
-        v = Vectors(builder, signature.args[5].dtype)
+        stored, dtype = (dtype_of(kind, "array") for kind in signature.args[:2])
+        x, y = (unpack(context, builder, signature.args[i], values[i]) for i in (0, 1))
+        x_at, y_at = at(builder, x.array, x.at), at(builder, y.array, y.at)
+        n, columns = values[2:]
+        v = Vectors(builder, dtype)
         zero = v.number(0.0)
         checks = [cgutils.alloca_once(builder, v.kind) for _ in range(4)]       # NaN where 0 × number is
         for check in checks:
             builder.store(zero, check)
 
         def copy(j, check):  # type: ignore[no-untyped-def]
-            source, target = at(builder, x, builder.mul(j, x_row)), at(builder, y, builder.mul(j, y_row))
+            source, target = at(builder, x_at, builder.mul(j, x.row)), at(builder, y_at, builder.mul(j, y.row))
             with loop(builder, constant(0), builder.udiv(columns, constant(v.lanes))) as i:
                 place = builder.mul(i, constant(v.lanes))
                 numbers = v.widen(stored, source, place)
@@ -166,11 +175,13 @@ def copy_rows(context, x, x_at, x_row, n, columns, y, y_at, y_row):  # type: ign
         total = v.sum(total)
         return builder.fcmp_ordered("==", total, total)
 
-    return types.boolean(x, x_at, x_row, n, columns, y, y_at, y_row), emit
+    return types.boolean(x, y, n, columns), emit
 
 
 def _pack_value_pairs(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    dim_v, side, infinite = v.shape[2], lanes(out), False
+    dim_v = v.shape[2]
+    side = lanes(out)
+    infinite = False
     place = out_at
     for first, width in panels(dim_v, side):
         columns = min(width, dim_v - first)

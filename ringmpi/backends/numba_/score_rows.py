@@ -8,66 +8,43 @@ branches always go the same way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from .product import ROWS
-from .vector import I64, Vectors, at, constant, data, loop
+from .tuples import ScoreArguments
+from .vector import I64, Vectors, at, constant, data, loop, unpack
 
 
-class Shape(NamedTuple):
-    """A score that is not plain, as the kernels take it; integers are as wide as the accumulator's numbers.
+class ScoreEmitter:
+    """Emits score functions of one vector: of row i of a group, and of keys from column j on.
 
-    Attributes
-    ----------
-    ratio, cap : number
-        scale / softcap and softcap; scale and 0 without.
-    sloped : bool
-    threshold, gain : int64 and number
-        Of dropout; gain is 0 without.
-    slopes, streams : (heads,)
-    queries, keys : (n_q,), (n_k + a vector,)
-        Positions.
-    slope, stream, position : (rows,)
-        Of a thread: those of the rows that it works on.
+    `score` is a `ScoreArguments` with pointers; of the row's numbers, which go to every lane, only those that are asked
+    for are loaded.
     """
 
-    ratio: Any
-    cap: Any
-    sloped: Any
-    threshold: Any
-    gain: Any
-    slopes: Any
-    streams: Any
-    queries: Any
-    keys: Any
-    slope: Any
-    stream: Any
-    position: Any
+    def __init__(self, vectors: Vectors, score: Any, row: Any, start: Any) -> None:
+        self.v = vectors
+        self.score = score
+        self.keys = at(vectors.builder, score.keys, start)
+        self.position = splats(vectors, score.position, row)
 
-
-class Shaper:
-    """Emits score functions of one vector: of row i, whose numbers are splats, and of keys from j on."""
-
-    def __init__(self, vectors: Vectors, keys: Any, position: list[Any]) -> None:
-        self.v, self.keys = vectors, keys
-        self.position = position
-
-    def score(self, s: Any, i: int, j: Any, ratio: Any, cap: Any, sloped: Any, slope: list[Any]) -> tuple[Any, Any]:
+    def apply(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
         """Turn products into scores; give their derivative by scale·product too."""
-        v, b = self.v, self.v.builder
-        x = b.fmul(s, v.splat(ratio))
+        v, b, score = self.v, self.v.builder, self.score
+        x = b.fmul(s, v.splat(score.ratio))
 
         def capped() -> list[Any]:
             bounded = v.tanh(x)
-            return [b.fmul(bounded, v.splat(cap)), b.fsub(v.number(1.0), b.fmul(bounded, bounded))]
+            return [b.fmul(bounded, v.splat(score.cap)), b.fsub(v.number(1.0), b.fmul(bounded, bounded))]
 
-        x, derivative = self._if(b.fcmp_unordered("!=", cap, ir.Constant(v.element, 0.0)), capped, [x, v.number(1.0)])
+        has_cap = b.fcmp_unordered("!=", score.cap, ir.Constant(v.element, 0.0))
+        x, derivative = self._if(has_cap, capped, [x, v.number(1.0)])
 
         def biased() -> list[Any]:
             k = self._positions(j)
@@ -75,19 +52,19 @@ class Shaper:
             distance = b.select(later, b.sub(self.position[i], k), b.sub(k, self.position[i]))      # up to 2^32
             return [b.fsub(x, b.fmul(slope[i], b.uitofp(distance, v.kind)))]
 
-        return self._if(sloped, biased, [x])[0], derivative
+        return self._if(score.sloped, biased, [x])[0], derivative
 
-    def dropped(self, x: list[Any], i: int, j: Any, threshold: Any, gain: Any, stream: list[Any]) -> list[Any]:
+    def drop(self, x: list[Any], i: int, j: Any, dropout_key: list[Any]) -> list[Any]:
         """Multiply vectors by 0 or the gain; as they are where the gain is 0."""
-        v, b = self.v, self.v.builder
+        v, b, score = self.v, self.v.builder, self.score
 
-        def drop() -> list[Any]:
-            words = v.random_words(stream[i], self.position[i], self._positions(j))
-            limit = v.splat(threshold if v.integer == I64 else b.trunc(threshold, v.integer))
-            factor = v.where(b.icmp_unsigned(">=", words, limit), v.splat(gain), v.number(0.0))
+        def dropped() -> list[Any]:
+            words = v.random_words(dropout_key[i], self.position[i], self._positions(j))
+            limit = v.splat(score.threshold if v.integer == I64 else b.trunc(score.threshold, v.integer))
+            factor = v.where(b.icmp_unsigned(">=", words, limit), v.splat(score.gain), v.number(0.0))
             return [b.fmul(y, factor) for y in x]
 
-        return self._if(b.fcmp_unordered("!=", gain, ir.Constant(v.element, 0.0)), drop, x)
+        return self._if(b.fcmp_unordered("!=", score.gain, ir.Constant(v.element, 0.0)), dropped, x)
 
     def _positions(self, j: Any) -> Any:
         b = self.v.builder
@@ -107,74 +84,64 @@ class Shaper:
 
 
 @intrinsic
-def turn_products(context, s, row, row_keys, first, last, start, ratio, cap, sloped,  # type: ignore[no-untyped-def]
-                  slope, position, keys):
-    """Turn products into scores, in place: rows row..row + ROWS, columns first..last (whole vectors) of s.
-
-    Column j is key start + j; the other arguments are those of `Shape`.
-    """
+def apply_score(context, s, row, row_keys, columns, score):  # type: ignore[no-untyped-def]
+    """Turn products into scores, in place: rows row..row + ROWS of s (rows, row_keys), all of `columns`."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        s, slope, position, keys = (data(context, builder, signature.args[i], values[i]) for i in (0, 9, 10, 11))
+        s = data(context, builder, signature.args[0], values[0])
+        columns, score = (unpack(context, builder, signature.args[i], values[i]) for i in (3, 4))
         v = Vectors(builder, signature.args[0].dtype)
-        shaper = Shaper(v, at(builder, keys, values[5]), splats(v, position, values[1]))
-        slopes = splats(v, slope, values[1])
-        for i, j, place in _each(v, *values[1:5]):
-            x, _ = shaper.score(v.load(s, place), i, j, *values[6:9], slopes)
+        emitter = ScoreEmitter(v, score, values[1], columns.start)
+        slope = splats(v, score.slope, values[1])
+        for i, j, place in _each(v, values[1], values[2], columns):
+            x, _ = emitter.apply(v.load(s, place), i, j, slope)
             v.store(x, s, place)
         return context.get_dummy_value()
 
-    return types.void(s, row, row_keys, first, last, start, ratio, cap, sloped, slope, position, keys), emit
+    return types.void(s, row, row_keys, columns, score), emit
 
 
 @intrinsic
-def drop_weights(context, p, row, row_keys, first, last, start, threshold, gain,  # type: ignore[no-untyped-def]
-                 stream, position, keys):
-    """Multiply weights by 0 or the gain, in place; the arguments are those of `turn_products`."""
+def apply_dropout(context, p, row, row_keys, columns, score):  # type: ignore[no-untyped-def]
+    """Multiply weights by 0 or the gain, in place; the arguments are those of `apply_score`."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        p, stream, position, keys = (data(context, builder, signature.args[i], values[i]) for i in (0, 8, 9, 10))
+        p = data(context, builder, signature.args[0], values[0])
+        columns, score = (unpack(context, builder, signature.args[i], values[i]) for i in (3, 4))
         v = Vectors(builder, signature.args[0].dtype)
-        shaper = Shaper(v, at(builder, keys, values[5]), splats(v, position, values[1]))
-        streams = splats(v, stream, values[1])
-        for i, j, place in _each(v, *values[1:5]):
-            x, = shaper.dropped([v.load(p, place)], i, j, *values[6:8], streams)
+        emitter = ScoreEmitter(v, score, values[1], columns.start)
+        dropout_key = splats(v, score.dropout_key, values[1])
+        for i, j, place in _each(v, values[1], values[2], columns):
+            x, = emitter.drop([v.load(p, place)], i, j, dropout_key)
             v.store(x, p, place)
         return context.get_dummy_value()
 
-    return types.void(p, row, row_keys, first, last, start, threshold, gain, stream, position, keys), emit
+    return types.void(p, row, row_keys, columns, score), emit
 
 
 @numba.njit
-def turn(s, row, first, last, start, shape):  # type: ignore[no-untyped-def]
-    """Turn products of a group of rows into scores, in place."""
-    turn_products(s, row, s.shape[1], first, last, start, shape.ratio, shape.cap, shape.sloped,
-                  shape.slope, shape.position, shape.keys)
-
-
-@numba.njit
-def drop(p, row, first, last, start, shape):  # type: ignore[no-untyped-def]
-    """Drop weights of a group of rows, where there is dropout."""
-    if shape.gain != 0:
-        drop_weights(p, row, p.shape[1], first, last, start, shape.threshold, shape.gain,
-                     shape.stream, shape.position, shape.keys)
-
-
-@numba.njit
-def load_traits(first, count, rows, head, group, shape):  # type: ignore[no-untyped-def]
-    """Set what the score needs to know of each row; see `load_rows`."""
-    if shape is not None:
+def load_row_scores(first, count, rows, head, group, score):  # type: ignore[no-untyped-def]
+    """Set what the score needs to know of each row; see `forward_tile.load_forward_rows`."""
+    if score is not None:
         for r in range(rows):
             i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
-            shape.slope[r], shape.stream[r], shape.position[r] = shape.slopes[h], shape.streams[h], shape.queries[i]
+            score.slope[r] = score.slopes[h]
+            score.dropout_key[r] = score.dropout_keys[h]
+            score.position[r] = score.queries[i]
 
 
-@numba.njit
-def shape_part(shape, row):  # type: ignore[no-untyped-def]
-    """Give the score of the rows of the work space from `row` on."""
-    if shape is None:
-        return None
-    ratio, cap, sloped, threshold, gain, slopes, streams, queries, keys, slope, stream, position = shape
-    return Shape(ratio, cap, sloped, threshold, gain, slopes, streams, queries, keys,
-                 slope[row:], stream[row:], position[row:])
+def score_arguments_from(score, row):  # type: ignore[no-untyped-def]
+    """Give the score of the rows of the work space from `row` on; None if it is plain."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(score_arguments_from)
+def _score_arguments_from(score, row):  # type: ignore[no-untyped-def]
+    return (lambda score, row: None) if isinstance(score, types.NoneType) else _rows_from
+
+
+def _rows_from(score, row):  # type: ignore[no-untyped-def]
+    return ScoreArguments(score.ratio, score.cap, score.sloped, score.threshold, score.gain, score.slopes,
+                          score.dropout_keys, score.queries, score.keys, score.slope[row:], score.dropout_key[row:],
+                          score.position[row:])
 
 
 def splats(v: Vectors, numbers: Any, row: Any) -> list[Any]:
@@ -183,11 +150,11 @@ def splats(v: Vectors, numbers: Any, row: Any) -> list[Any]:
     return [v.splat(b.load(at(b, numbers, b.add(row, constant(i))))) for i in range(ROWS)]
 
 
-def _each(v: Vectors, row: Any, row_keys: Any, first: Any, last: Any) -> Iterator[tuple[int, Any, Any]]:
-    """Emit a loop over the vectors of columns first..last, and give (i, column, place) for each row i of a group."""
+def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[int, Any, Any]]:
+    """Emit a loop over the vectors of `columns`, and give (i, column, place) for each row i of a group."""
     b = v.builder
     places = [b.mul(b.add(row, constant(i)), row_keys) for i in range(ROWS)]
-    with loop(b, constant(0), b.sdiv(b.sub(last, first), constant(v.lanes))) as n:
-        j = b.add(first, b.mul(n, constant(v.lanes)))
+    with loop(b, constant(0), b.sdiv(b.sub(columns.last, columns.first), constant(v.lanes))) as n:
+        j = b.add(columns.first, b.mul(n, constant(v.lanes)))
         for i, place in enumerate(places):
             yield i, j, b.add(place, j)

@@ -19,90 +19,90 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .product import ROWS
-from .vector import Vectors, at, constant, data, loop, store, to_bfloat16
+from .vector import Vectors, at, constant, data, dtype_of, loop, store, to_bfloat16, unpack
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
-def raise_maxima(context, s, row, row_keys, first, inner_first, inner_last, last,  # type: ignore[no-untyped-def]
-                 low, high, start, top, norm, shrink, shift, scale):
+def raise_maxima(context, work, row, row_keys, columns, scale):  # type: ignore[no-untyped-def]
     """First pass over the scores of rows row..row + ROWS: raise their maxima.
 
-    s (rows, row_keys) are scores before scaling, columns first <= j < last. Row r sees columns with
-    ``low[r] <= start + j < high[r]``, all of inner_first..inner_last among them; the four are multiples of the lanes.
-    top[r] is the largest scaled score so far; NaN is passed over. shift[r] becomes what to subtract from scaled scores,
-    and shrink[r] the factor of what was summed before, norm[r] among it. A vector of numbers after the last row may be
-    touched. scale >= 0.
+    Of the `ForwardWork`, s (rows, row_keys) are scores before scaling, and row r sees columns with
+    ``low[r] <= start + j < high[r]``; see `Columns`. row_max[r] is the largest scaled score so far; NaN is passed over.
+    shift[r] becomes what to subtract from scaled scores, and shrink[r] the factor of what was summed before, row_sum[r]
+    among it. A vector of numbers after the last row may be touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        s, low, high, top, norm, shrink, shift = (data(context, builder, signature.args[i], values[i])
-                                                  for i in (0, 7, 8, 10, 11, 12, 13))
-        group = Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
-        group.raise_maxima(*(at(builder, x, values[1]) for x in (top, norm, shrink, shift)), values[14])
+        work = unpack(context, builder, signature.args[0], values[0])
+        columns = unpack(context, builder, signature.args[3], values[3])
+        group = Group(Vectors(builder, dtype_of(signature.args[0], "s")), work, values[1], values[2], columns)
+        group.raise_maxima(values[4])
         return context.get_dummy_value()
 
-    return types.void(s, row, row_keys, first, inner_first, inner_last, last, low, high, start,
-                      top, norm, shrink, shift, scale), emit
+    return types.void(work, row, row_keys, columns, scale), emit
 
 
 @intrinsic
-def weigh(context, s, row, row_keys, first, inner_first, inner_last, last,  # type: ignore[no-untyped-def]
-          low, high, start, p, norm, shift, scale):
-    """Second pass: in columns first..last p becomes ``exp(scale·s - shift)``, 0 where unseen; norm grows by it.
+def weigh(context, work, p, row, row_keys, columns, scale):  # type: ignore[no-untyped-def]
+    """Second pass: in `columns` p becomes ``exp(scale·s - shift)``, 0 where unseen; row_sum grows by it.
 
     The scaled score is rounded as the maximum was, so that it gives exactly 1, however large.
 
     p is float as s, and may be s, or uint32: a pair of bfloat16 each. The other arguments are those of `raise_maxima`.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        s, low, high, p, norm, shift = (data(context, builder, signature.args[i], values[i])
-                                        for i in (0, 7, 8, 10, 11, 12))
-        group = Group(Vectors(builder, signature.args[0].dtype), s, *values[1:3], values[3:7], low, high, values[9])
-        norm, shift = (at(builder, x, values[1]) for x in (norm, shift))
-        group.weigh(p, signature.args[10].dtype == types.uint32, norm, shift, values[13])
+        work = unpack(context, builder, signature.args[0], values[0])
+        columns = unpack(context, builder, signature.args[4], values[4])
+        p = data(context, builder, signature.args[1], values[1])
+        group = Group(Vectors(builder, dtype_of(signature.args[0], "s")), work, values[2], values[3], columns)
+        group.weigh(p, signature.args[1].dtype == types.uint32, values[5])
         return context.get_dummy_value()
 
-    return types.void(s, row, row_keys, first, inner_first, inner_last, last, low, high, start,
-                      p, norm, shift, scale), emit
+    return types.void(work, p, row, row_keys, columns, scale), emit
 
 
 class Group:
-    """Emits a pass over the columns of a group of rows; `edges` are first, inner first, inner last, last."""
+    """Emits a pass over the columns of a group of rows: of a work space's s, low and high, as pointers."""
 
-    def __init__(self, vectors: Vectors, s: Any, row: Any, row_keys: Any, edges: Any, low: Any, high: Any,
-                 start: Any) -> None:
+    def __init__(self, vectors: Vectors, work: Any, row: Any, row_keys: Any, columns: Any) -> None:
         b = vectors.builder
         rows = [b.add(row, constant(i)) for i in range(ROWS)]
-        self.v, self.edges = vectors, edges
+        self.v = vectors
+        self.work = work
+        self.row = row
+        self.edges = columns[:4]
         self.places = [b.mul(r, row_keys) for r in rows]
-        self.s = [at(b, s, place) for place in self.places]
-        self.seen = [[b.sub(b.load(at(b, edge, r)), start) for edge in (low, high)] for r in rows]
+        self.s = [at(b, work.s, place) for place in self.places]
+        self.seen = [[b.sub(b.load(at(b, edge, r)), columns.start) for edge in (work.low, work.high)] for r in rows]
 
-    def raise_maxima(self, top: Any, norm: Any, shrink: Any, shift: Any, scale: Any) -> None:
+    def raise_maxima(self, scale: Any) -> None:
         """Emit the first pass and the update of the rows' numbers, side by side in lanes."""
-        v, b = self.v, self.v.builder
+        v, b, work = self.v, self.v.builder, self.work
         hidden, zero = v.number(float("-inf")), v.number(0.0)
 
         def largest(i: int, j: Any, total: Any, masked: bool) -> Any:
             x = v.load(self.s[i], j)
             return v.larger(v.where(v.inside(j, *self.seen[i]), x, hidden) if masked else x, total)
 
-        tops = self._over(hidden, largest)
+        maxima = self._over(hidden, largest)
+        row_max, row_sum, shrink, shift = (
+            at(b, x, self.row) for x in (work.row_max, work.row_sum, work.shrink, work.shift))
         for chunk in _chunks(v.lanes):
-            old = v.load(top, chunk[0])
-            new = v.larger(b.fmul(v.across([tops[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
+            old = v.load(row_max, chunk[0])
+            new = v.larger(b.fmul(v.across([maxima[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
             subtract = v.where(b.fcmp_ordered("==", new, hidden), zero, new)         # -inf - -inf would be NaN
             factor = v.exp(b.fsub(old, subtract))
-            sums = b.fmul(v.load(norm, chunk[0]), factor)
-            for x, place in ((new, top), (sums, norm), (factor, shrink), (subtract, shift)):
+            sums = b.fmul(v.load(row_sum, chunk[0]), factor)
+            for x, place in ((new, row_max), (sums, row_sum), (factor, shrink), (subtract, shift)):
                 v.store_first(x, len(chunk), at(b, place, chunk[0]))
 
-    def weigh(self, p: Any, pairs: bool, norm: Any, shift: Any, scale: Any) -> None:
+    def weigh(self, p: Any, pairs: bool, scale: Any) -> None:
         """Emit the second pass."""
         v, b, zero = self.v, self.v.builder, self.v.number(0.0)
         p = b.bitcast(p, I16.as_pointer()) if pairs else p
         weights = [at(b, p, place) for place in self.places]
+        row_sum, shift = (at(b, x, self.row) for x in (self.work.row_sum, self.work.shift))
         subtract = [v.splat(b.load(at(b, shift, i))) for i in range(ROWS)]
         scale = v.splat(scale)
 
@@ -116,7 +116,7 @@ class Group:
         sums = self._over(zero, weigh)
         for chunk in _chunks(v.lanes):
             total = v.across([sums[i] for i in chunk], b.fadd, zero)
-            v.store_first(b.fadd(v.load(norm, chunk[0]), total), len(chunk), at(b, norm, chunk[0]))
+            v.store_first(b.fadd(v.load(row_sum, chunk[0]), total), len(chunk), at(b, row_sum, chunk[0]))
 
     def _over(self, start: Any, step: Any) -> list[Any]:
         """Emit ``total[i] = step(i, j, total[i], masked)`` over the vectors and the rows; masked but in the middle."""

@@ -114,7 +114,8 @@ class Vectors:
     """
 
     def __init__(self, builder: ir.IRBuilder, dtype: Any) -> None:
-        self.builder, self.dtype = builder, dtype
+        self.builder = builder
+        self.dtype = dtype
         self.lanes = machine().lanes(dtype)
         self.element = ir.FloatType() if dtype == types.float32 else ir.DoubleType()
         self.integer = ir.IntType(dtype.bitwidth)
@@ -211,13 +212,13 @@ class Vectors:
         power = b.shl(b.bitcast(shifted, self.bits), self.integers(mantissa))
         return b.bitcast(power, self.kind), fraction, p
 
-    def random_words(self, stream: Any, i: Any, j: Any) -> Any:
+    def random_words(self, dropout_key: Any, i: Any, j: Any) -> Any:
         """Give `score.random_words`, lane by lane, for integers as wide as the elements: its 32 bits, zeros above."""
         b = self.builder
         wide = ir.VectorType(I64, self.lanes * self.integer.width // 64)
         mask, factor, half = (_fill(wide, x) for x in (2**32 - 1, MULTIPLIER, 32))
         word = self.integers(2**32 - 1)
-        low, high, key = (b.and_(x, word) for x in (j, i, stream))
+        low, high, key = (b.and_(x, word) for x in (j, i, dropout_key))
         for _ in range(ROUNDS):
             x = b.bitcast(low, wide)
             even = b.mul(b.and_(x, mask), factor)
@@ -341,6 +342,18 @@ def at(builder: ir.IRBuilder, pointer: Any, offset: Any) -> Any:
 def data(context: Any, builder: ir.IRBuilder, array: types.Type, value: Any) -> Any:
     """Pointer to the first element of an array argument."""
     return cgutils.create_struct_proxy(array)(context, builder, value=value).data
+
+
+def unpack(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
+    """Give a named tuple argument as an instance of its class: pointers to its arrays' first elements, its numbers."""
+    fields = cgutils.unpack_tuple(builder, value, len(kind.types))
+    return kind.instance_class(*(data(context, builder, field_kind, field) if isinstance(field_kind, types.Array)
+                                 else field for field_kind, field in zip(kind.types, fields, strict=True)))
+
+
+def dtype_of(kind: Any, name: str) -> Any:
+    """Dtype of an array in a named tuple argument."""
+    return kind.types[kind.fields.index(name)].dtype
 
 
 def dot_pairs(builder: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:

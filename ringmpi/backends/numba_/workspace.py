@@ -1,6 +1,6 @@
 """What the Numba kernels write to, made once: packed tiles of K and V, and the rows that a thread works on.
 
-`Packed` and `Rows` are for the forward pass, `BackRoom` and `BackRows` for the backward pass.
+`PackedKV` and `ForwardScratch` are for the forward pass, `BackwardBuffers` and `BackwardScratch` for the backward pass.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ...environment import cache_bytes
-from .gradient import BackWork, gradient_tile_shape
+from .backward_tile import backward_tile_shape
+from .forward_tile import forward_tile_shape
 from .product import ROWS
-from .tile import Work, tile_shape
+from .tuples import BackwardTiles, BackwardWork, ForwardTiles, ForwardWork, KeySums
 from .vector import machine
 
 Array = NDArray[Any]
@@ -23,31 +24,35 @@ SPARE = 16           # numbers after the rows' own: a vector of them is stored a
 
 def aligned(shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
     """Make an array, not initialised, that begins with a cache line: vectors across two lines take two loads."""
-    kind = np.dtype(dtype)
-    size = int(np.prod(shape)) * kind.itemsize
-    room = np.empty(size + LINE, np.uint8)
-    start = -room.ctypes.data % LINE
-    return room[start:start + size].view(kind).reshape(shape)
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(size + LINE, np.uint8)
+    start = -buffer.ctypes.data % LINE
+    return buffer[start:start + size].view(dtype).reshape(shape)
 
 
-class Packed:
-    """Room for packed tiles of K and V, a number of tiles for each key head.
+def in_vectors(numbers: int, acc_dtype: np.dtype[Any]) -> int:
+    """Give `numbers` in whole vectors."""
+    lanes = machine().vector_bytes // acc_dtype.itemsize
+    return -(-numbers // lanes) * lanes
+
+
+class PackedKV:
+    """Memory for packed tiles of K and V in the forward pass, a number of tiles for each key head.
 
     Parameters
     ----------
     depth, dim_v : int
         Numbers (or pairs) of a key; columns of a value.
-    kind : dtype
-        Of the accumulator.
+    acc_dtype : dtype
     pairs : bool
         Whether bfloat16 is multiplied in pairs, which are uint32.
     """
 
-    def __init__(self, depth: int, dim_v: int, kind: np.dtype[Any], pairs: bool) -> None:
-        lanes = machine().vector_bytes // kind.itemsize
-        self.words = np.dtype(np.uint32) if pairs else kind
-        self.width = -(-dim_v // lanes) * lanes
-        self.rows, self.tile = tile_shape(depth, self.width, kind.itemsize, cache_bytes(2))
+    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool) -> None:
+        self.words = np.dtype(np.uint32) if pairs else acc_dtype
+        self.width = in_vectors(dim_v, acc_dtype)
+        self.rows, self.tile = forward_tile_shape(depth, self.width, acc_dtype.itemsize, cache_bytes(2))
         self._sizes = self.tile * depth, self.tile * self.width // (2 if pairs else 1)
         self._arrays: tuple[Array, ...] = (np.empty(0, self.words), np.empty(0, self.words), np.empty(0, np.bool_))
 
@@ -56,93 +61,104 @@ class Packed:
         """Bytes of a tile of one key head."""
         return sum(self._sizes) * self.words.itemsize
 
-    def reserve(self, heads: int, tiles: int) -> tuple[Any, ...]:
-        """Give (keys, values, finite, keys of a tile, tiles of a head) for the kernels; grows, never shrinks."""
+    def reserve(self, heads: int, tiles: int, private: bool = False) -> ForwardTiles:
+        """Give tiles for the kernels; the memory grows, and never shrinks."""
         slots = heads * tiles
         if len(self._arrays[2]) < slots:
             self._arrays = (*(aligned(slots * size, self.words) for size in self._sizes), aligned(slots, np.bool_))
         keys, values, finite = self._arrays
-        return keys[:slots * self._sizes[0]], values[:slots * self._sizes[1]], finite[:slots], self.tile, tiles
+        return ForwardTiles(keys[:slots * self._sizes[0]], values[:slots * self._sizes[1]], finite[:slots], self.tile,
+                            tiles, private)
 
 
-class Rows:
-    """What a thread needs to fold tiles into a tile of rows, and one tile of its own; see `tile.Work`."""
+class ForwardScratch:
+    """What a thread needs to fold tiles into a tile of rows, and one packed tile of its own."""
 
-    def __init__(self, depth: int, dim_v: int, kind: np.dtype[Any], pairs: bool) -> None:
-        packed = Packed(depth, dim_v, kind, pairs)
+    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool) -> None:
+        packed = PackedKV(depth, dim_v, acc_dtype, pairs)
         n = packed.rows
-        scores = aligned((n, packed.tile), kind)
+        scores = aligned((n, packed.tile), acc_dtype)
         weights = aligned((n, packed.tile // 2), np.uint32) if pairs else scores
-        self.private = packed.reserve(1, 1)
-        self.traits = traits(n, kind)
-        self.work = Work(aligned((n, depth), packed.words), scores, weights, aligned((n, packed.width), kind),
-                         *(np.zeros(n + SPARE, kind) for _ in range(4)), *(aligned(n, np.int64) for _ in range(2)),
-                         aligned((n, 4), np.int64))
+        row_max, row_sum, shrink, shift = (np.zeros(n + SPARE, acc_dtype) for _ in range(4))
+        self.private = packed.reserve(1, 1, private=True)
+        self.row_score = row_score(n, acc_dtype)
+        self.work = ForwardWork(
+            queries=aligned((n, depth), packed.words), s=scores, p=weights, acc=aligned((n, packed.width), acc_dtype),
+            row_max=row_max, row_sum=row_sum, shrink=shrink, shift=shift,
+            low=aligned(n, np.int64), high=aligned(n, np.int64), groups=aligned((n, 4), np.int64))
 
 
-def traits(rows: int, kind: np.dtype[Any]) -> tuple[Array, ...]:
-    """Room for what a score needs to know of each row; see `score_rows.Shape`."""
-    integer = np.dtype(f"i{kind.itemsize}")
-    return aligned(rows, kind), aligned(rows, integer), aligned(rows, integer)
+def row_score(rows: int, acc_dtype: np.dtype[Any]) -> tuple[Array, ...]:
+    """Make the last fields of a `ScoreArguments`: what a score needs to know of each row of the work space."""
+    integer = np.dtype(f"i{acc_dtype.itemsize}")
+    return aligned(rows, acc_dtype), aligned(rows, integer), aligned(rows, integer)
 
 
-class BackRoom:
+class BackwardBuffers:
     """Packed tiles, sums of dK and dV, and what each of `threads` threads works on.
 
     Parameters
     ----------
     dim, dim_v : int
         Numbers of a key and a value.
-    kind : dtype
-        Of the accumulator.
+    acc_dtype : dtype
     threads : int
     """
 
-    def __init__(self, dim: int, dim_v: int, kind: np.dtype[Any], threads: int) -> None:
-        lanes = machine().vector_bytes // kind.itemsize
-        self.kind, self.widths = kind, tuple(-(-x // lanes) * lanes for x in (dim, dim_v))
-        self.rows, self.tile = gradient_tile_shape(*self.widths, kind.itemsize, cache_bytes(2))
-        self.threads = [BackRows(dim, dim_v, self.widths, kind, self.rows, self.tile) for _ in range(threads)]
+    def __init__(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], threads: int) -> None:
+        self.acc_dtype = acc_dtype
+        self.widths = in_vectors(dim, acc_dtype), in_vectors(dim_v, acc_dtype)
+        self.rows, self.tile = backward_tile_shape(*self.widths, acc_dtype.itemsize, cache_bytes(2))
+        self.scratch = [BackwardScratch(dim, dim_v, acc_dtype, self.rows, self.tile) for _ in range(threads)]
         self._sizes = self.tile * dim, self.tile * dim_v, self.tile * self.widths[0]
-        self._packed: tuple[Array, ...] = tuple(np.empty(0, kind) for _ in self._sizes)
-        self._sums: tuple[Array, ...] = tuple(np.empty(0, kind) for _ in self.widths)
+        self._packed: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in self._sizes)
+        self._sums: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in self.widths)
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of a packed tile of one key head."""
-        return sum(self._sizes) * self.kind.itemsize
+        return sum(self._sizes) * self.acc_dtype.itemsize
 
     @property
     def sums_bytes(self) -> int:
         """Bytes of the sums for a tile."""
-        return self.tile * sum(self.widths) * self.kind.itemsize
+        return self.tile * sum(self.widths) * self.acc_dtype.itemsize
 
-    def reserve(self, heads: int, tiles: int) -> tuple[Any, ...]:
-        """Give (keys, values, keys as values, keys of a tile, tiles of a head) for the kernels; never shrinks."""
+    def reserve(self, heads: int, tiles: int) -> BackwardTiles:
+        """Give tiles for the kernels; the memory grows, and never shrinks."""
         sizes = [heads * tiles * size for size in self._sizes]
         if len(self._packed[0]) < sizes[0]:
             self._packed = ()                          # the old memory goes before the new comes
-            self._packed = tuple(aligned(size, self.kind) for size in sizes)
-        return *(x[:size] for x, size in zip(self._packed, sizes, strict=True)), self.tile, tiles
+            self._packed = tuple(aligned(size, self.acc_dtype) for size in sizes)
+        return BackwardTiles(*(x[:size] for x, size in zip(self._packed, sizes, strict=True)), self.tile, tiles)
 
-    def reserve_sums(self, count: int, keys: int) -> tuple[Array, ...]:
-        """Give sums of dK and dV, each (count, keys, width), not initialised; grows, never shrinks."""
+    def reserve_sums(self, count: int, keys: int) -> KeySums:
+        """Give sums of dK and dV, each (count, keys, width), not initialised; the memory grows, and never shrinks."""
         if len(self._sums[0]) < count * keys * self.widths[0]:
             self._sums = ()
-            self._sums = tuple(aligned(count * keys * width, self.kind) for width in self.widths)
-        return tuple(x[:count * keys * width].reshape(count, keys, width)
-                     for x, width in zip(self._sums, self.widths, strict=True))
+            self._sums = tuple(aligned(count * keys * width, self.acc_dtype) for width in self.widths)
+        return KeySums(*(x[:count * keys * width].reshape(count, keys, width)
+                         for x, width in zip(self._sums, self.widths, strict=True)))
 
 
-class BackRows:
-    """What a thread needs to differentiate tiles for a tile of rows; see `gradient.BackWork`."""
+class BackwardScratch:
+    """What a thread needs for the backward pass of a tile of rows."""
 
-    def __init__(self, dim: int, dim_v: int, widths: tuple[int, ...], kind: np.dtype[Any], rows: int,
-                 tile: int) -> None:
-        keys = tile + LINE // kind.itemsize            # lines of a column fall into different sets of the cache
-        shapes: tuple[Any, ...] = ((rows, dim), (rows, dim_v), rows * widths[0], rows * widths[1], (rows, keys),
-                                   (rows, keys), (rows, widths[0]), rows, rows, rows)
-        arrays = [aligned(shape, kind) for shape in shapes]
-        arrays[7].fill(1)
-        integers = [aligned(shape, np.int64) for shape in (rows, rows, (rows, 4), (tile // ROWS + 1, 2))]
-        self.work, self.traits = BackWork(*arrays, *integers), traits(rows, kind)
+    def __init__(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], rows: int, tile: int) -> None:
+        width, width_v = in_vectors(dim, acc_dtype), in_vectors(dim_v, acc_dtype)
+        keys = tile + LINE // acc_dtype.itemsize       # lines of a column fall into different sets of the cache
+
+        def numbers(*shape: int) -> Array:
+            return aligned(shape, acc_dtype)
+
+        def integers(*shape: int) -> Array:
+            return aligned(shape, np.int64)
+
+        self.work = BackwardWork(
+            queries=numbers(rows, dim), douts=numbers(rows, dim_v),
+            query_panels=numbers(rows * width), dout_panels=numbers(rows * width_v),
+            s=numbers(rows, keys), dp=numbers(rows, keys), dq=numbers(rows, width),
+            ones=numbers(rows), lse=numbers(rows), delta=numbers(rows),
+            low=integers(rows), high=integers(rows), groups=integers(rows, 4), spans=integers(tile // ROWS + 1, 2))
+        self.work.ones.fill(1)
+        self.row_score = row_score(rows, acc_dtype)

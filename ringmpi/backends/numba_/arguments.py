@@ -1,0 +1,115 @@
+"""One block of K and V as the kernels take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...dtypes import BFLOAT16
+from ...layout import Integers
+from ...score import Score
+from .tuples import BlockArrays, ScoreArguments
+from .vector import machine
+
+Array = NDArray[Any]
+
+
+class KernelArguments:
+    """The arguments of a backend's loop, for kernels that accumulate in `acc_dtype`.
+
+    With `pairs`, q and k are uint32 pairs of bfloat16 along dim.
+
+    Attributes
+    ----------
+    arrays : BlockArrays
+    acc_dtype : dtype
+    numbers : int
+        dim + dim_v: a pair of a row and a key takes as many multiply-adds in the forward pass.
+    heads, group : int
+        Key heads, and query heads of each.
+    rows : int
+        Queries × group: the rows of a key head.
+    first, last : int
+        The columns that some query sees.
+    """
+
+    def __init__(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, begin: Integers, end: Integers,
+                 score: Score, pairs: bool = False) -> None:
+        self.acc_dtype = acc_dtype
+        self.numbers = q.shape[2] + v.shape[2]
+        self.heads = k.shape[1]
+        self.group = q.shape[1] // self.heads
+        self.rows = len(q) * self.group
+        seeing = end > begin
+        self.first = int(begin[seeing].min())
+        self.last = int(end[seeing].max())
+        q, k, v = (kernel_array(x) for x in (q, k, v))
+        if pairs:
+            q, k = q.view(np.uint32), k.view(np.uint32)
+        scale = acc_dtype.type(score.scale if score.plain else 1)
+        self.arrays = BlockArrays(q, k, v, np.array(begin, np.int64), np.array(end, np.int64), scale)
+        self._score = None if score.plain else self._shared_score(score)
+
+    def _shared_score(self, score: Score) -> dict[str, Any]:
+        """Give the fields of `ScoreArguments` that all threads share; what the score does not have is zeros."""
+        number = self.acc_dtype.type
+        integer = np.dtype(f"i{self.acc_dtype.itemsize}")
+        heads = self.arrays.q.shape[1]
+        n_q, n_k = len(self.arrays.q), len(self.arrays.k)
+        slopes = np.zeros(heads, self.acc_dtype)
+        if score.slopes is not None:
+            slopes[:] = score.slopes
+        dropout_keys = np.zeros(heads, integer)
+        if score.dropout:
+            dropout_keys[:] = np.array(score.dropout_keys, np.uint32).astype(integer)
+        queries = np.zeros(n_q, integer)
+        keys = np.zeros(n_k + machine().vector_bytes // self.acc_dtype.itemsize, integer)
+        if score.positional:
+            queries[:] = score.queries
+            keys[:n_k] = score.keys
+        return {"ratio": number(score.scale / (score.softcap or 1)), "cap": number(score.softcap),
+                "sloped": score.slopes is not None, "threshold": np.int64(score.threshold),
+                "gain": number(score.gain if score.dropout else 0), "slopes": slopes, "dropout_keys": dropout_keys,
+                "queries": queries, "keys": keys}
+
+    def score_arguments(self, row_score: tuple[Array, ...]) -> ScoreArguments | None:
+        """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain."""
+        if self._score is None:
+            return None
+        slope, dropout_key, position = row_score
+        return ScoreArguments(**self._score, slope=slope, dropout_key=dropout_key, position=position)
+
+    def areas(self, start: int, stop: int, height: int) -> NDArray[np.int64]:
+        """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
+        seen = np.clip(self.arrays.end, start, stop) - np.clip(self.arrays.begin, start, stop)
+        edges = np.minimum(np.arange(0, self.rows + height, height), self.rows)
+        query, rest = edges // self.group, edges % self.group          # a tile may end among the heads of a query
+        before = self.group * np.append(0, np.cumsum(seen))[query] + rest * np.append(seen, 0)[query]
+        areas: NDArray[np.int64] = np.diff(before)
+        return areas
+
+    def seen(self, rows: range, start: int, stop: int) -> tuple[int, int, int]:
+        """Rows × keys that some rows see among columns start..stop, and the first and last of these columns."""
+        queries = np.arange(rows.start, rows.stop) // self.group
+        low, high = (np.clip(x[queries], start, stop) for x in (self.arrays.begin, self.arrays.end))
+        some = high > low
+        if not some.any():
+            return 0, start, start
+        return int((high - low).sum()), int(low[some].min()), int(high[some].max())
+
+
+def kernel_array(x: Array) -> Array:
+    """Give `x` as the kernels expect it: contiguous and writable, bfloat16 as uint16 bits, float16 as int16 bits."""
+    x = np.ascontiguousarray(x)
+    x = x.view({BFLOAT16: np.uint16, np.dtype(np.float16): np.int16}.get(x.dtype, x.dtype))
+    return x if x.flags.writeable else np.asarray(_Writable(x))
+
+
+class _Writable:
+    """Shows a read-only array as a writable one, to kernels that only read it."""
+
+    def __init__(self, x: Array) -> None:
+        self.base = x
+        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}

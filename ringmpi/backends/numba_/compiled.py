@@ -1,0 +1,194 @@
+"""The functions that Python calls and Numba compiles: pack tiles of a block, and both passes over a range of keys.
+
+They are compiled on the first call for a dtype and cached on disk. Numba's cache looks at the file of a function
+alone, so the digest of all the files that the machine code comes from is part of its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from ...environment import launched_rank
+from . import (
+    backward_rows,
+    backward_tile,
+    forward_tile,
+    pack,
+    product,
+    score_rows,
+    softmax_rows,
+    tuples,
+    vector,
+)
+from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
+from .cache import KernelCache, warn_once
+from .forward_tile import (
+    any_sees,
+    find_groups,
+    load_forward_rows,
+    multiply_direct,
+    multiply_packed,
+    score_direct,
+    score_packed,
+    store_forward_rows,
+    visible,
+    weigh_groups,
+    work_from,
+)
+from .pack import lanes, pack_keys, pack_values
+from .product import ROWS
+from .score_rows import load_row_scores, score_arguments_from
+from .tuples import Tile
+
+SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, pack, forward_tile, backward_tile)
+
+
+def _digest() -> str:
+    """Digest of the sources of the machine code, this file among them, and of the vectors it is for."""
+    paths = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths) + repr(vector.machine()).encode()).hexdigest()
+
+
+def _forward(digest: str) -> tuple[Any, ...]:
+    """Make the functions of the forward pass; nothing is compiled yet. `digest` makes the key of their cache."""
+
+    def pack_forward(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head."""
+        digest                          # noqa: B018 (a free variable is part of the key of Numba's cache)
+        size = len(packed.values) // len(packed.finite)
+        for slot in range(first, last):
+            head = slot // packed.tiles
+            at = start + slot % packed.tiles * packed.tile
+            n = min(packed.tile, stop - at)
+            pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
+            packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
+
+    def forward_keys(state, block, score, rows, columns, packed, work):  # type: ignore[no-untyped-def]
+        """Fold a range of columns of a block into a range of rows.
+
+        The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
+        `score` is None for a plain score. Several heads go tile by tile, since the keys of a token lie side by side.
+        """
+        digest                          # noqa: B018
+        n_rows = rows.n_rows
+        tile = packed.tile
+        origin = columns.origin
+        group = state.acc.shape[1] // block.v.shape[1]
+        whole = -(-n_rows // ROWS) * ROWS
+        for h in range(rows.heads if columns.fresh else 0):
+            mine = work_from(work, h * whole)
+            load_forward_rows(block, state.row_max, rows.first, n_rows, whole, rows.head + h, group, mine)
+            load_row_scores(rows.first, n_rows, whole, rows.head + h, group, score_arguments_from(score, h * whole))
+
+        a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+        for at in range(a - (a - origin) % tile, b, tile):
+            n = min(tile, columns.stop - at)
+            for h in range(rows.heads):
+                mine = work_from(work, h * whole)
+                mine_score = score_arguments_from(score, h * whole)
+                find_groups(whole, mine.low, mine.high, at, n, lanes(state.acc), mine.groups)
+                if not any_sees(whole, mine.groups):
+                    continue
+                here = Tile(whole, rows.head + h, at, n)
+                if packed.private and n_rows <= ROWS:
+                    score_direct(n_rows, here, mine, block.k)
+                    weigh_groups(here, mine, mine.s, block.scale, mine_score)
+                    multiply_direct(n_rows, here, mine, block.v)
+                else:
+                    slot = 0 if packed.private else here.head * packed.tiles + (at - origin) // tile
+                    score_packed(here, slot, mine, block, packed)
+                    weigh_groups(here, mine, mine.p, block.scale, mine_score)
+                    multiply_packed(here, slot, mine, block, packed)
+
+        for h in range(rows.heads if columns.final else 0):
+            store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * whole))
+
+    return pack_forward, forward_keys
+
+
+def _backward(digest: str) -> tuple[Any, ...]:
+    """Make the functions of the backward pass, as `_forward` does."""
+
+    def pack_backward(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head, for `backward_keys`."""
+        digest                          # noqa: B018
+        for slot in range(first, last):
+            at = start + slot % packed.tiles * packed.tile
+            pack_tile(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
+
+    def backward_keys(gradient, block, score, rows, columns, packed, sums, work):  # type: ignore[no-untyped-def]
+        """Add what a range of columns of a block gives to dQ of a range of rows, and to `sums` of dK and dV.
+
+        The first row of the sums is that of column `origin`; their dK is not multiplied by the scale yet.
+        """
+        digest                          # noqa: B018
+        head = rows.head
+        tile = packed.tile
+        origin = columns.origin
+        group = block.q.shape[1] // block.k.shape[1]
+        height = len(work.s)
+        for first in range(rows.first, rows.first + rows.n_rows, height):
+            count = min(height, rows.first + rows.n_rows - first)
+            whole = -(-count // ROWS) * ROWS
+            load_backward_rows(block, gradient, first, count, whole, head, group, work)
+            load_row_scores(first, count, whole, head, group, score)
+            a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+            for at in range(a - (a - origin) % tile, b, tile):
+                n = min(tile, columns.stop - at)
+                find_groups(whole, work.low, work.high, at, n, lanes(gradient.dq), work.groups)
+                if any_sees(whole, work.groups):
+                    slot = head * packed.tiles + (at - origin) // tile
+                    backward_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, block.scale, score)
+            store_backward_rows(gradient, first, count, head, group, work)
+
+    def add_sums(dk, dv, sums, scale, head, columns, spans):  # type: ignore[no-untyped-def]
+        """Add the sums of all chunks of a key head to a range of rows of dk and dv.
+
+        A chunk of rows saw columns spans[chunk] alone; its sums begin at column `origin`.
+        """
+        digest                          # noqa: B018
+        for chunk in range(len(spans)):
+            for j in range(max(columns.start, spans[chunk, 0]), min(columns.stop, spans[chunk, 1])):
+                x, y = sums.dk[chunk, j - columns.origin], sums.dv[chunk, j - columns.origin]
+                for c in range(dk.shape[2]):
+                    dk[j, head, c] += x[c] * scale
+                for c in range(dv.shape[2]):
+                    dv[j, head, c] += y[c]
+
+    return pack_backward, backward_keys, add_sums
+
+
+def compile_for(function: Any, *arguments: Any) -> None:
+    """Call a function for the first time; where its machine code can't be saved, go on without. Local."""
+    try:
+        function(*arguments)
+    except OSError as error:              # a full disk, a quota: by now it is compiled
+        _warn(error)
+        function(*arguments)
+
+
+def _warn(error: Exception) -> None:
+    """Say once, on the launcher's rank 0, that there is no cache."""
+    if launched_rank() == 0:
+        warn_once(f"kernels are compiled anew in every process: {error}; set NUMBA_CACHE_DIR to a folder "
+                  "that can be written")
+
+
+def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
+    """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
+    for function in functions:
+        compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+        try:
+            compiled._cache = KernelCache(function)       # as enable_caching does, with Numba's own
+        except RuntimeError as error:
+            _warn(error)
+        yield compiled
+
+
+pack_forward, forward_keys, pack_backward, backward_keys, add_sums = _compiled(
+    _forward(_digest()) + _backward(_digest()))

@@ -1,0 +1,277 @@
+"""The attention tile: one packed tile of keys folded into one tile of rows (flash attention, forward).
+
+    for each panel of keys:    S = Q·K            rows that see nothing of the panel are left out
+    for each row:              P, maximum, sum    from S, in place
+    for each panel of values:  acc = shrink·acc + P·V
+
+Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 numbers, 32 KiB, in L1 while all row
+groups pass over it, and each step of a product asks for a little of the next panel. Q, S and acc of 192 rows take
+288 KiB and the tile of K and V 128 KiB, in L2. `forward_tile_shape` says so for other sizes.
+
+Rows go by in groups of `ROWS`. A group works on the union of what its rows see of the tile; only the vectors that not
+every row sees in full are masked, by comparing lane numbers.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from .pack import lanes, pack_keys, pack_queries, pack_values, panels, weight, widen
+from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
+from .score_rows import apply_dropout, apply_score
+from .softmax_rows import exponential, raise_maxima, weigh
+from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
+from .vector import machine
+
+MOST_ROWS = 32 * ROWS
+MOST_KEYS = 128
+
+
+def forward_tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]:
+    """Rows and keys of a tile for keys of `depth` and values of `width` numbers of `item` bytes.
+
+    The keys are a multiple of the widest panel; their K and V fill at most a quarter of a cache of `cache` bytes, and
+    Q, S and acc of the rows what is left of its half.
+    """
+    wide = VECTORS * machine().vector_bytes // item
+    keys = max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
+    rows = (cache // 2 - keys * (depth + width) * item) // ((depth + width + keys) * item)
+    return max(8 * ROWS, min(MOST_ROWS, rows // ROWS * ROWS)), keys
+
+
+@numba.njit(error_model="numpy")
+def score_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-def]
+    """S of packed tile number `slot`, which is packed here first if it is private."""
+    k, v = block.k, block.v
+    keys_at = slot * packed.tile * k.shape[2]
+    values_at = slot * (len(packed.values) // len(packed.finite))
+    if packed.private:
+        pack_keys(k, tile.start, tile.n, tile.head, packed.keys, keys_at)
+    score_panels(tile.rows, tile.n, work.queries, work.s, work.groups, Contiguous(packed.keys, keys_at),
+                 address(packed.values) + values_at * packed.values.itemsize)
+    if packed.private:
+        packed.finite[slot] = pack_values(v, tile.start, tile.n, tile.head, packed.values, values_at, packed.tile)
+
+
+@numba.njit(error_model="numpy")
+def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-untyped-def]
+    """S of a packed tile of n keys, panel by panel; each asks for the next, the last for address `ahead`."""
+    depth = queries.shape[1]
+    wide = VECTORS * lanes(s)
+    item = keys.array.itemsize
+    share = -(-wide * ROWS // rows) * item                        # bytes of the next panel that a step asks for
+    for panel in range(0, n, wide):
+        following = address(keys.array) + (keys.at + (panel + wide) * depth) * item if panel + wide < n else ahead
+        for g in range(0, rows, ROWS):
+            if groups[g, 0] < panel + wide and groups[g, 1] > panel:
+                scores(Strided(queries, g * depth, depth), Contiguous(keys.array, keys.at + panel * depth),
+                       Strided(s, g * s.shape[1] + panel, s.shape[1]), depth,
+                       Prefetch(following + g // ROWS * depth * share, share))
+
+
+@numba.njit(error_model="numpy")
+def weigh_groups(tile, work, p, scale, score):  # type: ignore[no-untyped-def]
+    """Products in S to weights in `p`, for each group of rows that sees something."""
+    s = work.s
+    groups = work.groups
+    side = lanes(work.acc)
+    for g in range(0, tile.rows, ROWS):
+        if groups[g, 0] < groups[g, 1]:
+            columns = Columns(groups[g, 0] // side * side, groups[g, 2], groups[g, 3], -(-groups[g, 1] // side) * side,
+                              tile.start)
+            if score is not None:
+                apply_score(s, g, s.shape[1], columns, score)
+            raise_maxima(work, g, s.shape[1], columns, scale)
+            weigh(work, p, g, s.shape[1], columns, scale)
+            if score is not None:  # noqa: SIM102 (Numba leaves out what is below where the score is None)
+                if score.gain != 0:
+                    apply_dropout(p, g, p.shape[1], columns, score)
+
+
+@numba.njit(error_model="numpy")
+def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-def]
+    """Add P·V to acc, V of packed tile number `slot`.
+
+    Where it is not all finite, rows take the values as they came and multiply only what they see. The last panel asks
+    for the keys of the next tile.
+    """
+    k, v = block.k, block.v
+    p = work.p
+    acc = work.acc
+    groups = work.groups
+    side = lanes(work.acc)
+    values = packed.values
+    rows = tile.rows
+    columns = acc.shape[1]
+    finite = packed.finite[slot]
+    item = packed.values.itemsize
+    step = work.s.size * work.s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
+    depth = packed.tile // step
+    if packed.private:
+        ahead = address(k) + (tile.start + tile.n) * k.shape[1] * k.shape[2] * k.itemsize
+    else:
+        ahead = address(packed.keys) + (slot + 1) * packed.tile * k.shape[2] * packed.keys.itemsize
+
+    place = slot * (len(values) // len(packed.finite))
+    for column, width in panels(columns, side):
+        following = address(values) + (place + depth * width) * item if column + width < columns else ahead
+        share = -(-width * ROWS // rows) * item
+        for g in range(0, rows, ROWS):
+            first, last = groups[g, 0], groups[g, 1]
+            if first < last and (finite or is_even(groups, g)):
+                first //= step
+                add_product(Strided(p, g * p.shape[1] + first, p.shape[1]), Contiguous(values, place + first * width),
+                            Strided(acc, g * columns + column, columns), -(-last // step) - first,
+                            Prefetch(following + g // ROWS * depth * share, share), Contiguous(work.shrink, g),
+                            width // side)
+        place += depth * width
+    if not finite:
+        for g in range(0, rows, ROWS):
+            if groups[g, 0] < groups[g, 1] and not is_even(groups, g):
+                for r in range(g, g + ROWS):
+                    add_seen(r, tile, work, v)
+
+
+@numba.njit(error_model="numpy")
+def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
+    """Row r of acc = shrink·acc + P·V over the columns that it sees alone, one at a time: 0 × NaN is NaN."""
+    row = work.acc[r]
+    shrink = work.shrink[r]
+    p = work.p
+    a, b = max(work.low[r] - tile.start, 0), min(work.high[r] - tile.start, tile.n)
+    for c in range(v.shape[2]):
+        total = row.dtype.type(0)
+        for j in range(a, b):
+            total += weight(p, r, j) * widen(v[tile.start + j, tile.head, c])
+        row[c] = row[c] * shrink + total
+
+
+@numba.njit(error_model="numpy")
+def score_direct(count, tile, work, k):  # type: ignore[no-untyped-def]
+    """S of a tile of keys, as they came, for the first `count` rows, at most ROWS."""
+    queries = work.queries
+    s = work.s
+    side = lanes(work.s)
+    depth = k.shape[2]
+    row = k.shape[1] * k.shape[2]
+    for j in range(work.groups[0, 0] // side * side, work.groups[0, 1], side):
+        for r in range(count):
+            dot_keys(Contiguous(queries, r * depth), Strided(k, (tile.start + j) * row + tile.head * depth, row),
+                     Contiguous(s, r * s.shape[1] + j), min(side, tile.n - j), depth)
+
+
+@numba.njit(error_model="numpy")
+def multiply_direct(count, tile, work, v):  # type: ignore[no-untyped-def]
+    """Add P, which is in S, times values as they came to the first `count` rows of acc."""
+    s = work.s
+    acc = work.acc
+    start = tile.start
+    dim_v = v.shape[2]
+    row = v.shape[1] * dim_v
+    whole = dim_v - dim_v % lanes(acc)
+    for r in range(count):
+        a, b = max(work.low[r] - start, 0), min(work.high[r] - start, tile.n)
+        if a < b:
+            add_values(Contiguous(s, r * s.shape[1] + a), Strided(v, (start + a) * row + tile.head * dim_v, row),
+                       Contiguous(acc, r * acc.shape[1]), b - a, whole, work.shrink[r])
+            for c in range(whole, dim_v):
+                total = acc[r, c] * work.shrink[r]
+                for j in range(a, b):
+                    total += s[r, j] * widen(v[start + j, tile.head, c])
+                acc[r, c] = total
+
+
+@numba.njit
+def address(array):  # type: ignore[no-untyped-def]
+    """Address of an array's first element."""
+    return np.int64(array.ctypes.data)
+
+
+@numba.njit
+def find_groups(rows, low, high, start, n, side, groups):  # type: ignore[no-untyped-def]
+    """Say what each group sees of a tile of n columns: groups[g] = first, last, inner first, inner last.
+
+    Some row sees something of first..last only; every row sees all of inner first..inner last, which are whole vectors.
+    """
+    for g in range(0, rows, ROWS):
+        first, last, inner_first, inner_last = n, 0, 0, n
+        for r in range(g, g + ROWS):
+            a, b = max(low[r] - start, 0), min(high[r] - start, n)
+            if a < b:
+                first, last = min(first, a), max(last, b)
+            inner_first, inner_last = max(inner_first, a), min(inner_last, b)
+        inner_first, inner_last = -(-inner_first // side) * side, max(inner_last, 0) // side * side
+        if inner_first >= inner_last:
+            inner_first = inner_last = -(-last // side) * side
+        groups[g, 0] = first
+        groups[g, 1] = last
+        groups[g, 2] = inner_first
+        groups[g, 3] = inner_last
+
+
+@numba.njit
+def is_even(groups, g):  # type: ignore[no-untyped-def]
+    """Whether every row of a group sees all that any of them sees."""
+    return groups[g, 0] == groups[g, 2] and groups[g, 1] == groups[g, 3]
+
+
+@numba.njit(error_model="numpy")
+def load_forward_rows(block, row_max, first, count, rows, head, group, work):  # type: ignore[no-untyped-def]
+    """Set the work space to rows first..first + count of a key head; the others up to `rows` see what the last does.
+
+    `row_max` is the state's.
+    """
+    pack_queries(block.q, first, count, head, group, work.queries[:rows])
+    for r in range(rows):
+        i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
+        work.low[r] = block.begin[i]
+        work.high[r] = max(block.begin[i], block.end[i])
+        work.row_max[r] = row_max[i, h]
+        work.row_sum[r] = 0
+        for c in range(work.acc.shape[1]):
+            work.acc[r, c] = 0
+
+
+@numba.njit(error_model="numpy")
+def store_forward_rows(state, first, count, head, group, work):  # type: ignore[no-untyped-def]
+    """Merge the work space into the state; rows that saw nothing stay as they are."""
+    row_max = work.row_max
+    for r in range(count):
+        if work.low[r] >= work.high[r]:
+            continue
+        i, h = (first + r) // group, head * group + (first + r) % group
+        shrink = exponential(state.row_max[i, h] - (row_max[r] if row_max[r] > -np.inf else row_max.dtype.type(0)))
+        row, new = state.acc[i, h], work.acc[r]
+        for c in range(len(row)):
+            row[c] = row[c] * shrink + new[c]
+        state.row_sum[i, h] = state.row_sum[i, h] * shrink + work.row_sum[r]
+        state.row_max[i, h] = row_max[r]
+
+
+@numba.njit
+def visible(low, high, rows, start, stop):  # type: ignore[no-untyped-def]
+    """First and last column of start..stop that any row sees."""
+    first, last = stop, start
+    for r in range(rows):
+        a, b = max(low[r], start), min(high[r], stop)
+        if a < b:
+            first, last = min(first, a), max(last, b)
+    return first, last
+
+
+@numba.njit
+def any_sees(rows, groups):  # type: ignore[no-untyped-def]
+    """Whether any group sees anything of the tile."""
+    seen = False
+    for g in range(0, rows, ROWS):
+        seen |= groups[g, 0] < groups[g, 1]
+    return seen
+
+
+@numba.njit
+def work_from(work, row):  # type: ignore[no-untyped-def]
+    """Give the work space from a row on."""
+    return ForwardWork(work.queries[row:], work.s[row:], work.p[row:], work.acc[row:], work.row_max[row:],
+                       work.row_sum[row:], work.shrink[row:], work.shift[row:], work.low[row:], work.high[row:],
+                       work.groups[row:])

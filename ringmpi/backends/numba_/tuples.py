@@ -1,0 +1,253 @@
+"""What the compiled functions take: arrays and numbers by name, as Numba's named tuples.
+
+Within a compiled function a named tuple costs nothing: it is its fields. `vector.unpack` gives them to an intrinsic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class BlockArrays(NamedTuple):
+    """One block of K and V and the queries that it meets.
+
+    Attributes
+    ----------
+    q, k, v : (n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)
+        bfloat16 and float16 as bits, uint16 and int16; q and k may be uint32 pairs of bfloat16 along dim.
+    begin, end : (n_q,) int64
+        The columns that a query sees.
+    scale : number
+        Of the products; 1 where the score is not plain, whose scale is in `ScoreArguments.ratio`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    begin: Any
+    end: Any
+    scale: Any
+
+
+class StateArrays(NamedTuple):
+    """The arrays of a `softmax.State`."""
+
+    acc: Any
+    row_max: Any
+    row_sum: Any
+
+
+class GradientArrays(NamedTuple):
+    """The arrays of a `softmax.Gradient`, and the scale by which dQ and dK are multiplied."""
+
+    dout: Any
+    lse: Any
+    delta: Any
+    dq: Any
+    scale: Any
+
+
+class KeySums(NamedTuple):
+    """Sums of dK, not multiplied by the scale yet, and of dV: (keys, width), or (chunks, keys, width)."""
+
+    dk: Any
+    dv: Any
+
+
+class RowRange(NamedTuple):
+    """Rows first..first + n_rows of each of the key heads head..head + heads; the backward pass takes one head."""
+
+    head: Any
+    heads: Any
+    first: Any
+    n_rows: Any
+
+
+class ColumnRange(NamedTuple):
+    """Columns start..stop of a block, whose tiles begin at `origin`; for `fresh` and `final` see `forward_keys`."""
+
+    origin: Any
+    start: Any
+    stop: Any
+    fresh: Any = True
+    final: Any = True
+
+
+class ForwardTiles(NamedTuple):
+    """Packed tiles for the forward pass, head by head.
+
+    Attributes
+    ----------
+    keys, values : arrays of one axis
+        See `pack.pack_keys` and `pack.pack_values`.
+    finite : (tiles of all heads,) bool
+        Whether all values of a tile are finite.
+    tile : int
+        Keys of a tile.
+    tiles : int
+        Tiles of a head.
+    private : bool
+        Whether there is room for one tile alone, which the thread packs for itself where it uses it.
+    """
+
+    keys: Any
+    values: Any
+    finite: Any
+    tile: Any
+    tiles: Any
+    private: Any
+
+
+class BackwardTiles(NamedTuple):
+    """Packed tiles for the backward pass, head by head: K and V as keys, and K as values; see `ForwardTiles`."""
+
+    keys: Any
+    values: Any
+    k_as_values: Any
+    tile: Any
+    tiles: Any
+
+
+class ForwardWork(NamedTuple):
+    """What a thread works on in the forward pass: arrays for a tile of rows, made by `workspace.ForwardScratch`.
+
+    Attributes
+    ----------
+    queries : (rows, depth)
+        Q, as the products take it.
+    s, p : (rows, keys)
+        Scores and weights: one array, but where bfloat16 is multiplied in pairs; then p is uint32 (rows, keys / 2).
+    acc : (rows, width)
+        Sum of weights times values; width is dim_v in whole vectors.
+    row_max, row_sum, shrink, shift : (rows + a vector,)
+        See `softmax_rows.raise_maxima`.
+    low, high : (rows,) int64
+        The columns that a row sees.
+    groups : (rows, 4) int64
+        See `forward_tile.find_groups`.
+    """
+
+    queries: Any
+    s: Any
+    p: Any
+    acc: Any
+    row_max: Any
+    row_sum: Any
+    shrink: Any
+    shift: Any
+    low: Any
+    high: Any
+    groups: Any
+
+
+class BackwardWork(NamedTuple):
+    """What a thread works on in the backward pass: arrays for a tile of rows, made by `workspace.BackwardScratch`.
+
+    Attributes
+    ----------
+    queries, douts : (rows, dim), (rows, dim_v)
+        Q and dO, as the products take them from the left.
+    query_panels, dout_panels : (rows · width,), (rows · width_v,)
+        The same from the right, as values are packed.
+    s, dp : (rows, keys + some)
+        S and P, dP and dS.
+    dq : (rows, width)
+    ones, lse, delta : (rows,)
+    low, high : (rows,) int64
+        The columns that a row sees.
+    groups : (rows, 4) int64
+        See `forward_tile.find_groups`.
+    spans : (groups of keys, 2) int64
+        See `backward_tile.find_spans`.
+    """
+
+    queries: Any
+    douts: Any
+    query_panels: Any
+    dout_panels: Any
+    s: Any
+    dp: Any
+    dq: Any
+    ones: Any
+    lse: Any
+    delta: Any
+    low: Any
+    high: Any
+    groups: Any
+    spans: Any
+
+
+class ScoreArguments(NamedTuple):
+    """A score that is not plain, as the kernels take it; integers are as wide as the accumulator's numbers.
+
+    Attributes
+    ----------
+    ratio, cap : number
+        scale / softcap and softcap; scale and 0 without.
+    sloped : bool
+    threshold, gain : int64 and number
+        Of dropout; gain is 0 without.
+    slopes, dropout_keys : (heads,)
+    queries, keys : (n_q,), (n_k + a vector,)
+        Positions.
+    slope, dropout_key, position : (rows,)
+        Of a thread: those of the rows that it works on.
+    """
+
+    ratio: Any
+    cap: Any
+    sloped: Any
+    threshold: Any
+    gain: Any
+    slopes: Any
+    dropout_keys: Any
+    queries: Any
+    keys: Any
+    slope: Any
+    dropout_key: Any
+    position: Any
+
+
+class Tile(NamedTuple):
+    """A tile of scores: `rows` rows of the work space (a multiple of ROWS), and columns start..start + n of a head."""
+
+    rows: Any
+    head: Any
+    start: Any
+    n: Any
+
+
+class Columns(NamedTuple):
+    """The columns of a tile that a group of rows works on; the first four are multiples of the lanes.
+
+    Some row sees something of first..last only, and every row sees all of inner_first..inner_last. Column 0 is column
+    `start` of the block.
+    """
+
+    first: Any
+    inner_first: Any
+    inner_last: Any
+    last: Any
+    start: Any
+
+
+class Contiguous(NamedTuple):
+    """Numbers side by side, from element `at` of an array on."""
+
+    array: Any
+    at: Any
+
+
+class Strided(NamedTuple):
+    """Rows of numbers, `row` elements apart, from element `at` of an array on."""
+
+    array: Any
+    at: Any
+    row: Any
+
+
+class Prefetch(NamedTuple):
+    """What a product asks for, for a later call: step i the address `address` + i · `stride`."""
+
+    address: Any
+    stride: Any
