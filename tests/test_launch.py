@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 LAUNCHES = {
     "attention": (("attention", "gradients"), (4, 3, 2, 1), (7,)),
     "links": (("link", "homeward", "redistribute"), (4, 3, 2, 1), (7,)),
-    "waits": (("errors", "waits"), (1, 2, 3, 4), (7,)),
+    "waits": (("errors", "waits"), (1, 2, 3), (4, 7)),
     "cuda": (("cuda",), (3, 2, 1), (5,)),
     "torch": (("torch",), (4, 2, 1), ()),
     "leaks": (("leaks",), (2,), ()),
