@@ -15,7 +15,7 @@ LAUNCHES = {
     "waits": (("errors", "waits"), (1, 2, 3), (4, 7)),
     "cuda": (("cuda",), (3, 2, 1), (5,)),
     "torch": (("torch",), (4, 2, 1), ()),
-    "leaks": (("leaks",), (2,), ()),
+    "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
 }
 
