@@ -1,7 +1,7 @@
 """Which tests run, and which beside which.
 
 Tests marked `mpi` run under mpiexec only; `test_launch.py` launches them. The rest runs in plain pytest, with `-n auto`
-on all cores: first what asserts seconds, one test at a time on one worker, while the others run what launches nothing.
+on all cores: first what asserts seconds, one test at a time on one worker, while the others run what takes one core.
 """
 
 import fcntl
@@ -24,12 +24,13 @@ QUIET = {
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
-
 HERE = Path(__file__).parent
 # These assert seconds.
-TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[waits"]
-# These launch ranks, the longest first.
-LAUNCHING = ["test_launch.py::", "test_faults.py::", "test_job.py::", "test_jobs.py::", "test_readme.py::"]
+TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[links",
+         "test_under_mpiexec[waits"]
+# These keep more than one core busy, the longest first: most of them launch ranks.
+HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_faults.py::", "test_job.py::",
+         "test_jobs.py::", "test_readme.py::"]
 
 
 def pytest_configure(config):
@@ -76,17 +77,17 @@ def pytest_collection_modifyitems(config, items):
 
 
 def turn(nodeid):
-    """Sort what asserts seconds first, and what launches ranks last."""
+    """Sort what asserts seconds first, and what keeps more than one core busy last."""
     if found(TIMED, nodeid):
         return 0
-    return next((2 + number for number, name in enumerate(LAUNCHING) if name in nodeid), 1)
+    return next((2 + number for number, name in enumerate(HEAVY) if name in nodeid), 1)
 
 
 @pytest.fixture(autouse=True)
 def _room(request):
-    """On a worker: a test that launches ranks waits for one that asserts seconds, and the other way round."""
-    timed, launches = (found(names, request.node.nodeid) for names in (TIMED, LAUNCHING))
-    if not hasattr(request.config, "workerinput") or not (timed or launches):
+    """On a worker: a test that takes more than one core waits for one that asserts seconds, and the other way round."""
+    timed, heavy = (found(names, request.node.nodeid) for names in (TIMED, HEAVY))
+    if not hasattr(request.config, "workerinput") or not (timed or heavy):
         yield
         return
     with (HERE / "conftest.py").open() as gate, (HERE / "launch.py").open() as room:

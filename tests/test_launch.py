@@ -10,12 +10,12 @@ HERE = Path(__file__).parent
 # Files that one launch runs, and on how many ranks, the most first, but for those that come early and compile kernels;
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
-    "attention": (("attention", "gradients"), (4, 3, 2, 1), (7,)),
-    "links": (("link", "gradient_ring", "schedules", "redistribute"), (4, 3, 2, 1), (7,)),
-    "waits": (("errors", "waits"), (1, 2, 3, 4), (7,)),
+    "attention": (("attention", "gradients", "redistribute"), (4, 3, 2, 1), (7,)),
+    "links": (("link", "homeward"), (1, 2, 3, 4), (7,)),
+    "waits": (("errors", "waits"), (1, 2, 3), (4, 7)),
     "cuda": (("cuda",), (3, 2, 1), (5,)),
     "torch": (("torch",), (4, 2, 1), ()),
-    "leaks": (("leaks",), (2,), ()),
+    "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
 }
 
