@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
     "attention": (("attention", "gradients", "redistribute"), (4, 3, 2, 1), (7,)),
-    "links": (("link", "homeward"), (1, 2, 3, 4), (7,)),
+    "links": (("link", "gradient_ring", "schedules"), (1, 2, 3, 4), (7,)),
     "waits": (("errors", "waits"), (1, 2, 3), (4, 7)),
     "cuda": (("cuda",), (3, 2, 1), (5,)),
     "torch": (("torch",), (4, 2, 1), ()),
