@@ -279,9 +279,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
             const int row = own_row + 8 * h;
             state.sees[h] = {__shfl_sync(ALL_LANES, interval.low, row - mine),
                              __shfl_sync(ALL_LANES, interval.high, row - mine)};
-            const bool known = !arrays.fresh && rows.contains(row);
-            load_state<true>(arrays, problem.dim_v, known ? rows.state_row(row) : 0, known, h, state.acc,
-                             state.row_max[h], state.row_sum[h]);
+            load_state<true>(arrays, rows, row, problem.dim_v, h, state.acc, state.row_max[h], state.row_sum[h]);
         }
 
         const SmemDescriptor q_descriptor = smem_descriptor<true, GROUP_ROWS>(q_tile);
@@ -374,11 +372,8 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
         pass(last, tiles);
 
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int row = own_row + 8 * h;
-            const bool exists = rows.contains(row);
-            const long long at = arrays.target_row(exists ? rows.state_row(row) : 0, rows.state_rows());
-            store_state<true>(arrays, problem.dim_v, at, exists, h, state.acc, state.row_max[h], state.row_sum[h]);
-        }
+        for (int h = 0; h < 2; ++h)
+            store_state<true>(arrays, rows, own_row + 8 * h, problem.dim_v, h, state.acc, state.row_max[h],
+                              state.row_sum[h]);
     }
 }

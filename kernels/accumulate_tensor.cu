@@ -43,9 +43,7 @@ struct WarpRows {
                 sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
                               __shfl_sync(ALL_LANES, interval.high, row(m, h))};
                 row_score[m][h] = score.row(rows, first + row(m, h));
-                const bool known = !arrays.fresh && rows.contains(first + row(m, h));
-                load_state<false>(arrays, dim_v, known ? rows.state_row(first + row(m, h)) : 0, known, h, acc[m],
-                                  row_max[m][h], row_sum[m][h]);
+                load_state<false>(arrays, rows, first + row(m, h), dim_v, h, acc[m], row_max[m][h], row_sum[m][h]);
             }
     }
 
@@ -54,12 +52,8 @@ struct WarpRows {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const bool exists = rows.contains(first + row(m, h));
-                const long long at = exists ? rows.state_row(first + row(m, h)) : 0;
-                store_state<false>(arrays, dim_v, arrays.target_row(at, rows.state_rows()), exists, h, acc[m],
-                                   row_max[m][h], row_sum[m][h]);
-            }
+            for (int h = 0; h < 2; ++h)
+                store_state<false>(arrays, rows, first + row(m, h), dim_v, h, acc[m], row_max[m][h], row_sum[m][h]);
     }
 
     // Add NaN or infinity where V has it among the keys that a row sees; a rare way.
@@ -133,9 +127,10 @@ struct WarpRows {
     }
 };
 
+// `arrays` is not __grid_constant__ as `problem` is: ptxas spills less so.
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
-accumulate(const __grid_constant__ StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
+accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
            const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;

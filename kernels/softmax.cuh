@@ -55,11 +55,13 @@ struct alignas(2 * sizeof(A)) Two {
     A first, second;
 };
 
-// Take up the state of one of a lane's two rows, which is row `at` of the arrays if it is `known`. PAIRS: dim_v is
-// even and the rows of acc are aligned to two numbers, which are read at a time.
+// Take up the state of row `row` of the block, one of a lane's two. PAIRS: dim_v is even and the rows of acc are
+// aligned to two numbers, which are read at a time.
 template <bool PAIRS, class A, int N>
-__device__ inline void load_state(const StateArrays<A>& arrays, int dim_v, long long at, bool known, int h,
+__device__ inline void load_state(const StateArrays<A>& arrays, const Rows& rows, int row, int dim_v, int h,
                                   A (&acc)[N][4], A& row_max, A& row_sum) {
+    const bool known = !arrays.fresh && rows.contains(row);
+    const long long at = known ? rows.state_row(row) : 0;
     load_softmax(arrays, at, known, threadIdx.x % 4 == 0, row_max, row_sum);
 #pragma unroll
     for (int n = 0; n < N; ++n)
@@ -81,11 +83,12 @@ __device__ inline void load_state(const StateArrays<A>& arrays, int dim_v, long 
 
 // Put it back, if there is such a row. All lanes of a warp.
 template <bool PAIRS, class A, int N>
-__device__ inline void store_state(const StateArrays<A>& arrays, int dim_v, long long at, bool exists, int h,
+__device__ inline void store_state(const StateArrays<A>& arrays, const Rows& rows, int row, int dim_v, int h,
                                    const A (&acc)[N][4], A row_max, A row_sum) {
     row_sum += __shfl_xor_sync(ALL_LANES, row_sum, 1);
     row_sum += __shfl_xor_sync(ALL_LANES, row_sum, 2);
-    if (!exists) return;
+    if (!rows.contains(row)) return;
+    const long long at = arrays.target_row(rows.state_row(row), rows.state_rows());
     store_softmax(arrays, at, threadIdx.x % 4 == 0, row_max, row_sum);
 #pragma unroll
     for (int n = 0; n < N; ++n)
