@@ -15,8 +15,9 @@ import numpy as np
 import oracle
 import pytest
 
-from ringmpi import InternalError, LaunchError, ResourceError
+from ringmpi import InternalError, LaunchError, ResourceError, schedules
 from ringmpi.cli import COMMANDS, main
+from ringmpi.commands.options import SCHEDULES
 from ringmpi.files.shards import Output, read_manifest
 from ringmpi.job.attend import attend
 from ringmpi.job.options import Options
@@ -310,6 +311,25 @@ def test_zero_tokens(capsys):
         assert file["out"].shape == (0, 8, 64)
     with h5py.File("out.h5") as file:
         assert file["lse"].shape == (0, 8)
+
+
+def test_a_schedule_takes_the_buffers_that_a_dry_run_says(tmp_path):
+    code("make", "random", "in.h5", "--tokens", 2**16, "--heads", 8, "--kv-heads", 2)
+    buffers = {}
+    for schedule in schedules.NAMES:
+        for backend in ("numpy", "cuda"):
+            said = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "8", "--backend", backend,
+                               "--schedule", schedule).stdout
+            assert {"ring": "in 7 hops", "gather": "to 7 ranks"}[schedule] in said
+            buffers[schedule, backend] = float(re.search(r"K/V buffers +([\d.]+) MiB", said).group(1))
+    block = buffers["ring", "numpy"] / 2
+    assert block > 0
+    assert buffers == {("ring", "numpy"): 2 * block, ("ring", "cuda"): 2 * block, ("gather", "numpy"): 7 * block,
+                       ("gather", "cuda"): 8 * block}
+
+
+def test_the_options_name_the_schedules_there_are():
+    assert SCHEDULES == schedules.NAMES
 
 
 def test_dry_run_needs_no_mpi_and_writes_nothing(tmp_path):

@@ -128,6 +128,19 @@ def test_file_to_file(source, tmp_path, ranks, layout):
     assert record["pairs"] == 1003 * 1004 // 2
 
 
+def test_both_schedules_write_the_same(source, tmp_path):
+    written = []
+    for schedule in ("ring", "gather"):
+        target = tmp_path / f"{schedule}.h5"
+        result = run(3, "attend", source, target, "--causal", "--layout", "striped", "--schedule", schedule,
+                     "--json", tmp_path / "record.json", folder=tmp_path)
+        assert result.code == 0, result.text
+        assert json.loads((tmp_path / "record.json").read_text())["options"]["schedule"] == schedule
+        assert main(["check", str(source), str(target), "--rows", "100"]) == 0
+        written.append(read_arrays(target, ("out", "lse")))
+    assert all((a == b).all() for a, b in zip(*written, strict=True))
+
+
 def test_zero_tokens_and_fewer_tokens_than_ranks(tmp_path):
     for tokens in (0, 2):
         source = make_random(tmp_path / f"in{tokens}.h5", tokens)

@@ -72,6 +72,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     from ..job.inputs import check_input
     from ..job.memory import predict_memory
     from ..job.outputs import check_paths
+    from ..schedules import schedule_class
     if launched_rank():
         return 0
     check_threads(arguments.threads)
@@ -84,5 +85,5 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
-          f"in {ranks - 1} hops")
+          f"{schedule_class(options.schedule).way.format(ranks - 1)}")
     return 0

@@ -137,6 +137,7 @@ class Schedule:
     """
 
     name = ""
+    way = ""                    # of this rank's block to n other ranks, for people: "in {} hops"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:

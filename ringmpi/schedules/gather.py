@@ -19,6 +19,7 @@ class Gather(Schedule):
     """Blocks that go straight from their owners to the ranks that need them; see `Schedule`."""
 
     name = "gather"
+    way = "to {} ranks"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:

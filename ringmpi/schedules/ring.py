@@ -18,6 +18,7 @@ class Ring(Schedule):
     """Blocks that pass from rank to rank; see `Schedule`. At most ``size - 1`` route."""
 
     name = "ring"
+    way = "in {} hops"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
