@@ -1,6 +1,6 @@
 """Masks: which keys a query sees, as half-open intervals of global key positions.
 
-One or two disjoint intervals for each query, whatever is combined, so every mask works with every layout
+Disjoint intervals for each query, any number of them, whatever is combined, so every mask works with every layout
 and every schedule, and no kernel knows what a mask is.
 """
 

@@ -44,7 +44,9 @@ class Pass:
 
     def forward(self) -> tuple[Array, Array]:
         """Attend; give `out` and `lse` with a batch axis, where the caller's arrays are."""
-        call, plan, backend = self.call, self.plan, self.backend
+        call = self.call
+        plan = self.plan
+        backend = self.backend
         heads, dim, dim_v = plan.dims
         self._get_ready("forward")
         self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
@@ -59,7 +61,9 @@ class Pass:
 
     def backward(self, dout: Array, dlse: Array | None) -> tuple[Array, ...]:
         """Differentiate; give dq, dk and dv as the caller has q, k and v, and dsinks if there are sinks."""
-        call, plan, backend = self.call, self.plan, self.backend
+        call = self.call
+        plan = self.plan
+        backend = self.backend
         heads, dim, dim_v = plan.dims
         self._get_ready("backward")
         self.trace.flop_per_pair = heads * (6 * dim + 4 * dim_v)
@@ -90,7 +94,9 @@ class Pass:
 
     def _get_ready(self, way: str) -> None:
         """Compile what such a pass needs, and make its buffers, the first time. Collective."""
-        plan, backend, trace = self.plan, self.backend, self.trace
+        plan = self.plan
+        backend = self.backend
+        trace = self.trace
         if way not in plan.ready:
             heads, dim, dim_v = plan.dims
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
@@ -107,7 +113,9 @@ class Pass:
 
     def _accumulate(self) -> None:
         """Fold every block that comes by into the states of the queries."""
-        call, plan, backend = self.call, self.plan, self.backend
+        call = self.call
+        plan = self.plan
+        backend = self.backend
         schedule = self.engine.schedule      # kept: a callback may close its object, and the others must hear of it
         try:
             call.make_results(backend, plan.accumulator)
@@ -126,7 +134,9 @@ class Pass:
 
     def _differentiate(self, gradients: list[Gradient], shares: Blocks) -> None:
         """Differentiate with every block that comes by, and bring the gradients of k and v home."""
-        call, plan, backend = self.call, self.plan, self.backend
+        call = self.call
+        plan = self.plan
+        backend = self.backend
         schedule = self.engine.schedule           # kept: see `_accumulate`
         try:
             for work in schedule.backward(Blocks((call.k, call.v), plan.shapes), shares, plan.route, self.trace):
@@ -141,7 +151,8 @@ class Pass:
 
     def _run(self, work: Work, move_messages: Callable[[], None], loops: Iterable[Iterator[int]]) -> None:
         """Run the loops of a backend over an item of work, and let messages move between their tiles."""
-        plan, start = self.plan, time.perf_counter()
+        plan = self.plan
+        start = time.perf_counter()
         for loop in loops:
             for pairs in loop:
                 plan.prefetch_columns(work.following)

@@ -59,7 +59,9 @@ class Gather(Schedule):
 
     def _gather(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
                 stop: Callable[[], bool] | None) -> Iterator[Work]:
-        size, rank, link = self.comm.size, self.comm.rank, self._blocks
+        size = self.comm.size
+        rank = self.comm.rank
+        link = self._blocks
         slots = {source: link.own_slots + slot for slot, source in enumerate(self._sources(route))}
 
         # Begin: buffers, what the caller has put on the GPU's stream, and all blocks that travel.
@@ -93,7 +95,9 @@ class Gather(Schedule):
     def _exchange_blocks(self, sizes: Sequence[Sequence[int]], route: Route,
                          slots: dict[int, int]) -> dict[int, Transfer]:
         """Ask for every block that this rank needs, and send its own to every rank that does; give what arrives."""
-        size, rank, link = self.comm.size, self.comm.rank, self._blocks
+        size = self.comm.size
+        rank = self.comm.rank
+        link = self._blocks
         arriving = {}
         for hop in range(1, size):
             source, dest = (rank - hop) % size, (rank + hop) % size

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..mpi.comm import Comm
-from ..trace import Trace
+from ..trace import Step, Trace
 from .base import TAGS, Blocks, Message, Route, Schedule, Work, largest
 from .gradient_ring import GradientRing
 from .links import Array, Link
@@ -54,7 +54,10 @@ class Ring(Schedule):
 
     def _circulate(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
                    stop: Callable[[], bool] | None) -> Iterator[Work]:
-        comm, link, sizes, sums = self.comm, self._blocks, blocks.sizes, self._gradients
+        comm = self.comm
+        link = self._blocks
+        sums = self._gradients
+        sizes = blocks.sizes
 
         # Begin: buffers, what the caller has put on the GPU's stream, this rank's own block.
         self.reserve(route, sizes)
@@ -66,20 +69,8 @@ class Ring(Schedule):
         for step in self._steps(trace, stop):
             number, source = step.step, step.source
 
-            # The next block comes in and this one goes on, as far as somebody needs them, while this rank computes.
-            following = (source - 1) % comm.size
-            if route.last[following] > number:
-                step.bytes_received = sum(sizes[following])
-                what = f"for {step.bytes_received} bytes from rank {comm.source}"
-                link.receive(number + 1, sizes[following], self._peer("Irecv", comm.source, number % TAGS, what))
-            if route.last[source] > number:
-                step.bytes_sent = sum(sizes[source])
-                taker = self._peer("Isend", comm.dest, number % TAGS,
-                                   f"for rank {comm.dest} to take {step.bytes_sent} bytes")
-                if number == 0:
-                    link.send_own(taker)
-                else:
-                    link.send(number, sizes[source], taker)
+            # The next block comes in and this one goes on, while this rank computes.
+            self._pass_on(step, route, sizes)
             shares = sums.begin_step(step) if gradients else ()
             if route.needed[comm.rank, source]:
                 arrays = own if number == 0 else link.views(number, blocks.shapes[source], blocks.dtype)
@@ -96,6 +87,23 @@ class Ring(Schedule):
         if gradients:
             step.wait_seconds += self._wait([transfer for link in self.links for transfer in link.transfers])
             sums.finish()
+
+    def _pass_on(self, step: Step, route: Route, sizes: Sequence[Sequence[int]]) -> None:
+        """Ask for the next block, and send this one on, as far as somebody needs them."""
+        comm, number, source = self.comm, step.step, step.source
+        following = (source - 1) % comm.size
+        if route.last[following] > number:
+            step.bytes_received = sum(sizes[following])
+            what = f"for {step.bytes_received} bytes from rank {comm.source}"
+            self._blocks.receive(number + 1, sizes[following], self._peer("Irecv", comm.source, number % TAGS, what))
+        if route.last[source] > number:
+            step.bytes_sent = sum(sizes[source])
+            what = f"for rank {comm.dest} to take {step.bytes_sent} bytes"
+            taker = self._peer("Isend", comm.dest, number % TAGS, what)
+            if number == 0:
+                self._blocks.send_own(taker)
+            else:
+                self._blocks.send(number, sizes[source], taker)
 
     @staticmethod
     def steps(route: Route, sizes: Sequence[Sequence[int]],
