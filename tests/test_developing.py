@@ -51,7 +51,7 @@ def test_names_exist():
 
 
 def test_the_layers_are_those_that_are_kept():
-    block = re.search(r"keeps both\)::\n\n((?:    .*\n)+)", TEXT["DEVELOPING.rst"]).group(1)
+    block = re.search(r"checks both\)::\n\n((?:    .*\n)+)", TEXT["DEVELOPING.rst"]).group(1)
     assert [set(line.split()) for line in block.splitlines()] == LAYERS
 
 

@@ -56,7 +56,7 @@ def test_the_same_bits_as_the_ring(comm, mask, layout, dtype, sinks):
 def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
     x = np.ones((3, 2, 8), "f4")
     expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule="mesh"), OptionError,
-           "schedule: expected one of ring, gather, got 'mesh'")
+           f"schedule: expected one of {', '.join(NAMES)}, got 'mesh'")
     if comm.size > 1:
         expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=NAMES[comm.rank == 1]), OptionError,
                "schedule is gather here and ring on rank 0")

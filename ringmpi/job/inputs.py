@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
 def _read_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
     """Make the mask that the options and the file's `documents` describe."""
     documents = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else None
-    mask = Mask(causal=options.causal, window=options.window, documents=documents, prefix=options.prefix,
-                first=options.first, q_offset=options.q_offset)
+    given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": documents}
+    mask = Mask(**given)
     mask.check(n_k)
     return mask
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import OptionError
 
 if TYPE_CHECKING:
     from .base import Schedule
 
-NAMES = ("ring", "gather")
+_CLASSES = {"ring": "Ring", "gather": "Gather"}      # each in the module of its name
+NAMES = tuple(_CLASSES)
 
 
 def check_schedule(name: Any) -> str:
@@ -21,12 +23,8 @@ def check_schedule(name: Any) -> str:
 
 
 def schedule_class(name: str) -> type[Schedule]:
-    """Give the class of a schedule; imported only when it is needed. Local."""
-    if name == "ring":
-        from .ring import Ring
-        return Ring
-    from .gather import Gather
-    return Gather
+    """Give the class of a schedule, imported only when it is needed. Local."""
+    return cast("type[Schedule]", getattr(importlib.import_module(f".{name}", __package__), _CLASSES[name]))
 
 
 def make(name: str, comm: Any, new_link: Callable[[], Any], clear: Callable[[Any], None],
