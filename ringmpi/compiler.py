@@ -7,7 +7,6 @@ made anew, never loaded.
 from __future__ import annotations
 
 import hashlib
-import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 
 from .environment import kernel_cache
 from .errors import BackendError
+from .files.new_file import replace_file
 
 
 def binary_of(nvrtc: Any, path: Path, name: str, options: Sequence[str]) -> tuple[Path, str]:
@@ -86,8 +86,9 @@ def _compiled(nvrtc: Any, source: str, file: str, name: str, options: Sequence[s
 
 def _keep(binary: Path, name: str, content: bytes) -> None:
     """Write a binary, and beside it the name of the kernel in it, and a digest."""
-    _write(binary.with_suffix(".name"), f"{name}\n{hashlib.sha256(content).hexdigest()}".encode())
-    _write(binary, content)
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(binary.with_suffix(".name"), f"{name}\n{hashlib.sha256(content).hexdigest()}".encode())
+    replace_file(binary, content)
 
 
 def _kept_name(binary: Path) -> str | None:
@@ -104,10 +105,3 @@ def _kept_name(binary: Path) -> str | None:
                   stacklevel=3)
     return None
 
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: other ranks may look for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{secrets.token_hex(8)}")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -15,7 +15,8 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
     {"dtypes", "environment", "layout", "softmax"},
-    {"compiler", "files", "mask", "mpi", "process", "score"},
+    {"files", "mask", "mpi", "process", "score"},
+    {"compiler"},
     {"device"},
     {"arrays", "backends"},
     {"checks"},
