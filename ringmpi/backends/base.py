@@ -38,9 +38,9 @@ class Backend:
     Attributes
     ----------
     ways : int
-        Bits of what it can do here in more than one way, for `settle`: how to multiply bfloat16, see `products.bits`.
+        The ways in which it can multiply bfloat16 on this machine, as `products.bits` gives them; for `settle`.
     products : str
-        How it does: one of `products.PRODUCTS`.
+        The way that it takes: one of `products.PRODUCTS`.
     """
 
     name = "base"
@@ -53,12 +53,21 @@ class Backend:
         self.threads = threads
 
     def settle(self, wished: str, ways: Sequence[int]) -> None:
-        """Take the same way on all ranks, before `prepare`: by a wish, and the `ways` of each. Local.
+        """Choose how to multiply bfloat16, before `prepare`. Local.
+
+        With the same arguments on all ranks, all of them choose the same.
+
+        Parameters
+        ----------
+        wished : str
+            One of `products.NAMES`.
+        ways : sequence of int
+            The `ways` of every rank's backend.
 
         Raises
         ------
         BackendError
-            If what is wished for is not there on a rank.
+            If a rank's machine cannot do what is wished for.
         """
         self.products = choose(wished, ways)
 
@@ -93,7 +102,7 @@ class Backend:
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
                 plain: bool = True, backward: bool = False) -> None:
-        """Make ready for such inputs and that accumulator: compile, or load what was compiled. Local.
+        """Compile what inputs of this dtype and accumulator need, or load what was compiled before. Local.
 
         Parameters
         ----------
@@ -102,12 +111,12 @@ class Backend:
         plain : bool
             Whether scores will be plain; see `Score.plain`.
         backward : bool
-            Whether for `backward`, else for `accumulate`.
+            Whether to prepare `backward`; else `accumulate`.
 
         Raises
         ------
         BackendError
-            If the backend can't compute with them.
+            If the backend can't compute with these.
         """
 
     def to_device(self, x: Any) -> Any:
@@ -231,7 +240,7 @@ class Backend:
         return x.astype(dtype, copy=False)
 
     def synchronize(self) -> None:
-        """Wait until what was asked for has been done: no more than launching comes back from a GPU at once. Local."""
+        """Wait until all work is done: on a GPU, the calls above return once it is queued. Local."""
 
     def release(self) -> None:
         """Give buffers back; they are made again when they are needed. Local."""
