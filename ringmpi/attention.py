@@ -143,7 +143,7 @@ class RingAttention:
         """Agree on the options, and what computes. Collective over *comm*."""
         facts = NO_FACTS if engine is None else engine.facts()
         try:
-            rows = self._comm.exchange("RingAttention", self.timeout, facts, error=failures[0] if failures else None,
+            rows = self._comm.exchange("RingAttention", self.timeout, facts, failures=failures,
                                        options=self._options)
             if engine is None:
                 raise InternalError("a RingAttention without an engine")
@@ -371,7 +371,7 @@ class RingAttention:
     def _agree(self, call: Call | None, failures: list[Exception], way: str) -> tuple[Call, Records]:
         """Raise on all ranks what failed on any, or if their calls do not go together; give the records of all."""
         rows = self._comm.exchange(way, self.timeout, NO_RECORD if call is None else call.record(),
-                                   error=failures[0] if failures else None, options=self._options, digest=self._digest)
+                                   failures=failures, options=self._options, digest=self._digest)
         if call is None:
             raise InternalError("a call without arrays")
         records = Records(rows)
@@ -391,7 +391,7 @@ class RingAttention:
                 records.warn_of_order()
             plan = self._problem.plan(records, layouts, self._comm.rank)
             needs = plan.needs
-        bits = self._comm.exchange("", self.timeout, np.packbits(needs), error=failures[0] if failures else None)
+        bits = self._comm.exchange("", self.timeout, np.packbits(needs), failures=failures)
         if plan is None:
             raise InternalError("a plan is missing")
         plan.route = Route(np.unpackbits(np.stack(bits), axis=1, count=size).astype(bool))

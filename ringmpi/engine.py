@@ -188,7 +188,7 @@ class Engine:
         with self._comm.noting() as failures:
             self.close()
             self._open()
-        rows = self._comm.exchange("", self._timeout, self.facts(), error=failures[0] if failures else None)
+        rows = self._comm.exchange("", self._timeout, self.facts(), failures=failures)
         self.connect(rows)
         self._places = places.copy()
 

@@ -7,7 +7,7 @@ of errors, take a second one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Exchange:
         self._all = np.zeros((self.size, RECORD_BYTES), np.uint8)
 
     def exchange(self, call: str, timeout: float, payload: NDArray[np.uint8] = NOTHING, *,
-                 error: BaseException | None = None, options: Mapping[str, Any] | None = None,
+                 failures: Sequence[BaseException] = (), options: Mapping[str, Any] | None = None,
                  digest: int | None = None) -> list[NDArray[np.uint8]]:
         """Agree with all ranks that all is well, and give what each of them brings. Collective over *comm*.
 
@@ -67,8 +67,8 @@ class Exchange:
             Seconds to wait for the others.
         payload : uint8 array
             Any number of bytes; if they don't fit into `RECORD_BYTES` on some rank, there is a second message.
-        error : exception, optional
-            What has failed on this rank.
+        failures : sequence of exceptions
+            What has failed on this rank; the first is told.
         options : mapping, optional
             What must be the same on every rank.
         digest : int, optional
@@ -93,6 +93,7 @@ class Exchange:
             self._waiter.place = ""
         if digest is None:
             digest = 0 if options is None else digest_of(options)
+        error = failures[0] if failures else None
         mine = np.array((hash_of(call), digest, error is not None, payload.size), np.int64)
         heads, rows = self._meet(mine, payload, timeout)
         if error is not None or (heads != mine).any():
@@ -190,7 +191,7 @@ class Exchange:
         """
         with self.noting() as failures:
             yield
-        self.exchange("", timeout, error=failures[0] if failures else None)
+        self.exchange("", timeout, failures=failures)
 
     @contextmanager
     def noting(self) -> Iterator[list[Exception]]:

@@ -77,7 +77,7 @@ def _moved(x: ArrayLike, ring: Comm, source: str | Layout, target: str | Layout,
             check_spec(spec)
         names = [spec if isinstance(spec, str) else spec.describe() for spec in (source, target)]
     rows = ring.exchange("redistribute", timeout, np.array([len(shard) if shard.ndim else 0]).view(np.uint8),
-                         error=failures[0] if failures else None,
+                         failures=failures,
                          options=None if failures else {
                              "dtype of x": shard.dtype, "trailing shape of x": shard.shape[1:], "source": names[0],
                              "target": names[1]})
