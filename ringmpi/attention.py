@@ -84,8 +84,6 @@ class RingAttention:
     ----------
     trace : Trace
         What the last call cost on this rank.
-    last_number : int
-        Of the last forward call, among the calls on its communicator; the same on every rank.
 
     Raises
     ------
@@ -133,7 +131,7 @@ class RingAttention:
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
         self._digest = digest_of(self._options)
         self._plan: Plan | None = None
-        self.last_number = 0
+        self._last_number = 0
         self._last: Call | None = None
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
         self._close.atexit = False
@@ -315,9 +313,9 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        return self.differentiate(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse), progress)
+        return self._differentiate_call(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse), progress)
 
-    def differentiate(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
+    def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
                       progress: Progress | None = None) -> tuple[Array, ...]:
         """Differentiate the call of a number, by which ranks see that they mean the same one. Collective over *comm*.
 
@@ -326,7 +324,7 @@ class RingAttention:
         Parameters
         ----------
         number : int
-            See `last_number`; 0 if it is not known.
+            See `_last_number`; 0 if it is not known.
         """
         with self._comm.one_call():
             self._last = None
@@ -376,7 +374,7 @@ class RingAttention:
             raise InternalError("a call without arrays")
         records = Records(rows)
         if way == "forward":
-            call.number = self.last_number = self._comm.calls
+            call.number = self._last_number = self._comm.calls
         return call, records
 
     def _make_plan(self, records: Records) -> Plan:

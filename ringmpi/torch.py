@@ -156,7 +156,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
             out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True,
                                  keep=False)
         result, log = _tensor(out), _tensor(lse)
-        ctx.source, ctx.seed, ctx.number = source, seed, attention.last_number
+        ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, result, log)
         return result, log
@@ -171,7 +171,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         with ctx.source.open() as attention:
             q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
             inputs = Inputs(q, k, v, _on_host(sinks), ctx.seed, out, lse)
-            grads = attention.differentiate(ctx.number, dout, None if dlse is None else dlse.detach(), inputs)
+            grads = attention._differentiate_call(ctx.number, dout, None if dlse is None else dlse.detach(), inputs)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
         return dq, dk, dv, dsinks, None, None

@@ -6,6 +6,7 @@ on all cores: first what asserts seconds, one test at a time on one worker, whil
 
 import fcntl
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,9 @@ QUIET = {
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
-HERE = Path(__file__).parent
 # These assert seconds.
 TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[links",
-         "test_under_mpiexec[waits"]
+         "test_under_mpiexec[waits", "::test_a_lost_rank", "::test_a_rank_that_stops"]
 # These keep more than one core busy, the longest first: most of them launch ranks.
 HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_faults.py::", "test_job.py::",
          "test_jobs.py::", "test_readme.py::"]
@@ -63,6 +63,10 @@ def found(names, nodeid):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:                  # else it would never run: see test_launch.py
+        if item.get_closest_marker("mpi") and (item.get_closest_marker("exhaustive") or
+                                               not item.path.name.startswith("test_mpi_")):
+            raise pytest.UsageError(f"{item.nodeid}: expected tests marked mpi in test_mpi_*.py, and not exhaustive")
     asked = config.getoption("-m")
     unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
     unasked += [] if config.getoption("--with-mpi") else ["mpi"]
@@ -90,11 +94,15 @@ def _room(request):
     if not hasattr(request.config, "workerinput") or not (timed or heavy):
         yield
         return
-    with (HERE / "conftest.py").open() as gate, (HERE / "launch.py").open() as room:
+    locks = [Path(tempfile.gettempdir()) / f"ringmpi-tests-{os.getuid()}.{name}" for name in ("gate", "room")]
+    with locks[0].open("a") as gate, locks[1].open("a") as room:
         fcntl.flock(gate, fcntl.LOCK_EX)              # first come, first served
         fcntl.flock(room, fcntl.LOCK_EX if timed else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(room, fcntl.LOCK_UN)          # a child that lives on may have it too
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
     {"dtypes", "environment", "layout", "softmax"},
     {"files", "mask", "mpi", "process", "score"},
-    {"compiler"},
+    {"compiler", "hdf5"},
     {"device"},
     {"arrays", "backends"},
     {"checks"},

@@ -32,7 +32,7 @@ class NumpyBackend(Backend):
     """Attention in NumPy: a thread for each tile, whose products are BLAS; with few tiles BLAS has the others."""
 
     name = "numpy"
-    lane_flop = 4 * 0.4               # the second factor: the share that is reached, by the measurements in README
+    lane_flop = 4 * 0.4               # the second factor is the share reached: docs/performance.rst
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)

@@ -20,6 +20,7 @@ from ..mpi.notices import NOTICE_TAG
 from ..trace import Step, Trace
 from .links import Array, Link, Peer, Shape, Transfer
 
+NAMED = 4                   # transfers that a text says it waits for
 TAGS = NOTICE_TAG // 3      # of blocks, of gradients that are passed on, and then one of gradients that come home
 
 
@@ -239,9 +240,8 @@ class Schedule:
         RankLost
             If another rank is gone.
         """
-        self._awaited = [transfer for link in self.links for transfer in link.transfers]
-        joined = _Joined(self._awaited, self.links)
-        self.comm.progress(joined.requests, self._describe, joined.advance)
+        joined = _Joined([transfer for link in self.links for transfer in link.transfers], self.links)
+        self.comm.progress(joined.requests, lambda: f"{self._where()}, computing", joined.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave a pass in mid-way because of an error on this rank; the other ranks are told. Local."""
@@ -298,9 +298,13 @@ class Schedule:
         return [] if self._vote in self._late() else ranks
 
     def _describe(self) -> str:
-        what = " and ".join(f"{transfer.peer.what} {transfer.waiting_for()}".rstrip() for transfer in self._late())
-        return (f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}"
-                f"{f': waited {what}' if what else ', computing'}")
+        late = self._late()
+        named = [f"{transfer.peer.what} {transfer.waiting_for()}".rstrip() for transfer in late[:NAMED]]
+        more = [f"{len(late) - NAMED} more"] if len(late) > NAMED else []
+        return f"{self._where()}: waited {' and '.join([*named, *more])}"
+
+    def _where(self) -> str:
+        return f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}"
 
 
 class _Vote:

@@ -47,7 +47,7 @@ class NumbaBackend(Backend):
     name = "numba"
     compiles = True
     library_bytes = 46 * 2**20        # measured with Numba 0.68
-    lane_flop = 4 * 0.75              # the second factor: the share that is reached, by the measurements in README
+    lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
