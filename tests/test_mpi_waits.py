@@ -23,6 +23,7 @@ from ringmpi.errors import InternalError, ResourceError
 from ringmpi.mpi import clocks, pace
 from ringmpi.mpi.comm import private_comm
 from ringmpi.mpi.exchange import Exchange
+from ringmpi.passes import Pass
 
 pytestmark = pytest.mark.mpi
 X = np.random.default_rng(0).standard_normal((16, 2, 8)).astype("f4")
@@ -314,7 +315,7 @@ def test_an_interrupt_between_two_exchanges_is_told(comm, monkeypatch):
         if comm.rank == 0:
             def interrupt(*_):
                 raise KeyboardInterrupt
-            monkeypatch.setattr(attention, "_get_ready", interrupt)
+            monkeypatch.setattr(Pass, "_get_ready", interrupt)
         outcomes = []
         for _ in range(2):
             try:
