@@ -32,7 +32,7 @@ from .trace import Trace
 class RingAttention:
     """Exact softmax attention on a ring of MPI ranks: plan once, run many times. Collective over *comm*.
 
-    Every rank keeps its queries; the K/V blocks travel round the ring while every rank computes on the block
+    Every rank keeps its queries; the K/V blocks travel, round a ring by default, while every rank computes on the block
     it has (Liu, Zaharia & Abbeel 2023, *Ring Attention with Blockwise Transformers*).
 
     Parameters
@@ -132,7 +132,7 @@ class RingAttention:
         self._digest = digest_of(self._options)
         self._plan: Plan | None = None
         self._last_number = 0
-        self._last: Call | None = None
+        self._last: tuple[Call, Plan] | None = None
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
         self._close.atexit = False
         self.trace = Trace()
@@ -236,7 +236,7 @@ class RingAttention:
         self._last = None                 # what the last call worked on goes before this call's memory comes
         call, plan = self._admit(inputs)
         out, lse = Pass(call, plan, self._engine, self.trace, progress).forward()
-        self._last = call if keep else None
+        self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
 
     def backward(self, dout: ArrayLike, dlse: ArrayLike | None = None, *,
@@ -278,14 +278,16 @@ class RingAttention:
 
     def _backward_of_last(self, dout: Any, dlse: Any, progress: Progress | None) -> tuple[Array, ...]:
         self._start()
-        call = self._last
+        call, plan = self._last or (None, None)
         with self._comm.noting() as failures:
             self._check_open()
             if call is None:
                 raise no_call()
             dout, dlse = call.check_cotangents(dout, dlse)
         call, _ = self._agree(call, failures, "backward")
-        return self._differentiate(call, dout, dlse, progress)
+        if plan is None:
+            raise InternalError("a call without a plan")
+        return Pass(call, plan, self._engine, self.trace, progress).backward(dout, dlse)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -316,22 +318,22 @@ class RingAttention:
         return self._differentiate_call(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse), progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
-                      progress: Progress | None = None) -> tuple[Array, ...]:
+                            progress: Progress | None = None) -> tuple[Array, ...]:
         """Differentiate the call of a number, by which ranks see that they mean the same one. Collective over *comm*.
-
-        For `ringmpi.torch`; see `backward_of`.
 
         Parameters
         ----------
         number : int
-            See `_last_number`; 0 if it is not known.
+            Of the call, as `_last_number` said; 0 if it is not known.
+        dout, dlse, inputs, progress
+            See `backward_of`.
         """
         with self._comm.one_call():
             self._last = None
-            call, _ = self._admit(inputs, number)
+            call, plan = self._admit(inputs, number)
             with self._comm.raise_on_all(self.timeout):
                 dout, dlse = call.check_cotangents(dout, dlse)
-            return self._differentiate(call, dout, dlse, progress)
+            return Pass(call, plan, self._engine, self.trace, progress).backward(dout, dlse)
 
     def _check_open(self) -> None:
         if not self._close.alive:
@@ -341,13 +343,6 @@ class RingAttention:
         """Begin a call."""
         check_thread()
         self.trace = Trace()
-
-    def _differentiate(self, call: Call, dout: Array, dlse: Array | None,
-                       progress: Progress | None) -> tuple[Array, ...]:
-        """Do the backward pass of a call; the last plan is its plan."""
-        if self._plan is None:
-            raise InternalError("a call without a plan")
-        return Pass(call, self._plan, self._engine, self.trace, progress).backward(dout, dlse)
 
     def _admit(self, inputs: Inputs, number: int = 0) -> tuple[Call, Plan]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""

@@ -179,11 +179,6 @@ class Records:
 
     Attributes
     ----------
-    n_q, n_k, gpus : list of int
-        Of each rank: tokens of q, tokens of k and v, index of the GPU that its arrays are on.
-    batch, heads, kv_heads, dim, dim_v : int
-    dtype : dtype
-        Of q, k and v.
     key : bytes
         Of all that a plan goes by.
 
@@ -194,25 +189,50 @@ class Records:
     """
 
     def __init__(self, rows: list[NDArray[np.uint8]]) -> None:
-        table = np.concatenate(rows).view(RECORD)
-        _check_equal(table)
-        self.n_q: list[int] = table["n_q"].tolist()
-        self.n_k: list[int] = table["n_k"].tolist()
-        self.gpus: NDArray[np.int64] = table["gpu"]
-        self.batch, self.heads, self.kv_heads = (int(table[name][0]) for name in ("batch", "heads", "kv_heads"))
-        self.dim, self.dim_v = (int(table[name][0]) for name in ("dim", "dim_v"))
-        self.dtype = list(DTYPES.values())[table["dtype"][0]]
-        self.key = table.view(np.int64).reshape(len(rows), -1)[:, len(OF_THE_CALL):].tobytes()
+        self._table = np.concatenate(rows).view(RECORD)
+        _check_equal(self._table)
+        numbers = self._table.view(np.int64).reshape(len(rows), -1)
+        self.key = numbers[:, len(OF_THE_CALL):].tobytes()
+
+    @property
+    def n_q(self) -> list[int]:
+        """Tokens of q on each rank."""
+        return self._column("n_q")
+
+    @property
+    def n_k(self) -> list[int]:
+        """Tokens of k and v on each rank."""
+        return self._column("n_k")
+
+    @property
+    def gpus(self) -> NDArray[np.int64]:
+        """Index of the GPU that the arrays of each rank are on; ON_HOST for host arrays."""
+        gpus: NDArray[np.int64] = self._table["gpu"]
+        return gpus
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of q, k and v."""
+        return list(DTYPES.values())[self.common("dtype")]
+
+    def common(self, name: str) -> int:
+        """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v. Local."""
+        return int(self._table[name][0])
+
+    def _column(self, name: str) -> list[int]:
+        numbers: list[int] = self._table[name].tolist()
+        return numbers
 
     def warn_of_order(self) -> None:
         """Warn if the arrays look like (heads, tokens, dim), as torch has them. Local.
 
         More than 64 heads, and more heads than tokens in all, are rarely meant.
         """
+        heads, kv_heads = self.common("heads"), self.common("kv_heads")
         tokens = sum(self.n_q)
-        if self.heads > 64 and self.heads > tokens > 0 and self.kv_heads > 64 and self.kv_heads > sum(self.n_k) > 0:
-            warnings.warn(f"q, k and v: {self.heads} heads and {tokens} tokens in all, which looks like (heads, "
-                          "tokens, dim); expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant",
+        if heads > 64 and heads > tokens > 0 and kv_heads > 64 and kv_heads > sum(self.n_k) > 0:
+            warnings.warn(f"q, k and v: {heads} heads and {tokens} tokens in all, which looks like (heads, tokens, "
+                          "dim); expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant",
                           stacklevel=2)
 
 

@@ -66,12 +66,12 @@ class Workspace:
             self._schedules[name, transport] = make(name, self._comm, new_link, self.backend.clear, self.backend.add)
         return self._schedules[name, transport]
 
-    def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
+    def states(self, batch: int, n_q: int, heads: int, dim_v: int, acc_dtype: np.dtype[Any]) -> list[State]:
         """Give states of these sizes, one for each element of the batch; those of the last call if they fit."""
-        key = batch, n_q, heads, dim_v, kind
+        key = batch, n_q, heads, dim_v, acc_dtype
         if self._states[0] != key:
             self._states = None, []            # the old memory goes before the new comes
-            self._states = key, [self.backend.new_state(n_q, heads, dim_v, kind) for _ in range(batch)]
+            self._states = key, [self.backend.new_state(n_q, heads, dim_v, acc_dtype) for _ in range(batch)]
         return self._states[1]
 
     def leave(self) -> None:
@@ -102,7 +102,7 @@ class Engine:
         Of the backend, or ``"auto"``.
     threads : int
     gpu_transport : str
-        See `transport.choose`.
+        See `gpu_transport.choose`.
     allow_gpu_sharing : bool
         Let ranks of a node share a GPU.
     bfloat16_products : str
@@ -157,9 +157,9 @@ class Engine:
             raise BackendError("this backend is closed; make a new RingAttention")
         return self._workspace
 
-    def states(self, batch: int, n_q: int, heads: int, dim_v: int, kind: np.dtype[Any]) -> list[State]:
+    def states(self, batch: int, n_q: int, heads: int, dim_v: int, acc_dtype: np.dtype[Any]) -> list[State]:
         """Give the states of a call, one for each element of the batch; see `Workspace.states`. Local."""
-        return self._shared.states(batch, n_q, heads, dim_v, kind)
+        return self._shared.states(batch, n_q, heads, dim_v, acc_dtype)
 
     def move_to(self, places: NDArray[np.int64]) -> None:
         """Open the backend where the arrays are, unless it is open there. Collective over *comm*.
@@ -252,13 +252,13 @@ class Engine:
                                "choose a GPU of its own, or allow_gpu_sharing (--allow-gpu-sharing)")
         return uuids
 
-    def prepare(self, dtype: np.dtype[Any], kind: np.dtype[Any], dim: int, dim_v: int, *, plain: bool,
+    def prepare(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], dim: int, dim_v: int, *, plain: bool,
                 backward: bool) -> float:
         """Compile what such a call needs, once; one rank of a node first. Collective over *comm*.
 
         Parameters
         ----------
-        dtype, kind, dim, dim_v, plain, backward
+        dtype, acc_dtype, dim, dim_v, plain, backward
             See `Backend.prepare`.
 
         Returns
@@ -268,14 +268,14 @@ class Engine:
         """
         # by the facts of all ranks, so that all know alike what is there
         prepared: set[Any] = self._comm.prepared
-        wanted = self._facts.tobytes(), dtype, kind, dim, dim_v, plain, backward
+        wanted = self._facts.tobytes(), dtype, acc_dtype, dim, dim_v, plain, backward
         if not self._compiles or wanted in prepared:
             return 0.0
         start = time.perf_counter()
         self._comm.place = ", compiling kernels"
         with phase("compiling kernels"):
             self._comm.node_leader_first(
-                lambda: self.backend.prepare(dtype, kind, dim, dim_v, plain=plain, backward=backward),
+                lambda: self.backend.prepare(dtype, acc_dtype, dim, dim_v, plain=plain, backward=backward),
                 max(self._timeout, COMPILE_TIMEOUT))
         prepared.add(wanted)
         return time.perf_counter() - start

@@ -48,7 +48,7 @@ class Pass:
         plan = self.plan
         backend = self.backend
         heads, dim, dim_v = plan.dims
-        self._get_ready("forward")
+        self._prepare_pass("forward")
         self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
         with backend.current():
             self._accumulate()
@@ -65,7 +65,7 @@ class Pass:
         plan = self.plan
         backend = self.backend
         heads, dim, dim_v = plan.dims
-        self._get_ready("backward")
+        self._prepare_pass("backward")
         self.trace.flop_per_pair = heads * (6 * dim + 4 * dim_v)
 
         # The gradients of this rank's arrays, which are summed up in the accumulator's dtype.
@@ -92,7 +92,7 @@ class Pass:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
         return self.engine.raise_on_all() if self.backend.device else nullcontext()
 
-    def _get_ready(self, way: str) -> None:
+    def _prepare_pass(self, way: str) -> None:
         """Compile what such a pass needs, and make its buffers, the first time. Collective."""
         plan = self.plan
         backend = self.backend
@@ -116,7 +116,7 @@ class Pass:
         call = self.call
         plan = self.plan
         backend = self.backend
-        schedule = self.engine.schedule      # kept: a callback may close its object, and the others must hear of it
+        schedule = self.engine.schedule     # kept: if a callback closes the object, others must still hear of an error
         try:
             call.make_results(backend, plan.accumulator)
             heads, _, dim_v = plan.dims

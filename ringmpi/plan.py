@@ -158,8 +158,9 @@ class Problem:
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         self.mask.check(kv_layout.length)
         self._check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
-        if self.alibi is not None and len(self.alibi) != records.heads:
-            raise ShapeError(f"alibi: expected a slope for each of {records.heads} heads, got {len(self.alibi)}")
+        heads = records.common("heads")
+        if self.alibi is not None and len(self.alibi) != heads:
+            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
         farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
         if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
@@ -178,15 +179,15 @@ class Problem:
 
     def plan(self, records: Records, layouts: tuple[Layout, Layout], rank: int) -> Plan:
         """Make the plan of `rank`, but for the route, which is agreed on. Local."""
+        batch, heads, kv_heads, dim, dim_v = map(records.common, ("batch", "heads", "kv_heads", "dim", "dim_v"))
         q_layout, kv_layout = layouts
         positions = q_layout.positions(rank)
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
-        score = Score(1 / math.sqrt(records.dim) if self.scale is None else self.scale, self.softcap or 0.0, self.alibi,
+        score = Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0, self.alibi,
                       self.dropout)
         if score.positional:
             score = replace(score, queries=positions + self.mask.offset(q_layout.length, kv_layout.length))
         shapes: list[list[tuple[int, ...]]] = [
-            [(records.batch, n, records.kv_heads, dim) for dim in (records.dim, records.dim_v)]
-            for n in kv_layout.counts]
+            [(batch, n, kv_heads, dim), (batch, n, kv_heads, dim_v)] for n in kv_layout.counts]
         return Plan(records.key, kv_layout, bounds, shapes, score, accumulator(records.dtype, self.accumulator),
-                    records.dtype, (records.heads, records.dim, records.dim_v))
+                    records.dtype, (heads, dim, dim_v))

@@ -1,7 +1,9 @@
 """The parts of a link one by one, the fake device they are tested with, and what MPI says about CUDA. One process."""
 
 import ctypes
+import gc
 import inspect
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -245,11 +247,32 @@ def test_transfers_of_one_direction_take_turns():
     assert [buffer.nbytes for buffer in wire.buffers] == [4, 2, 4, 2]
 
 
+def test_slots_and_staging_buffers_go_without_a_collector():
+    """A cycle would keep a GPU's memory until Python collects it, and the larger ones would come on top."""
+    device, wire = FakeDevice(0), Wire()
+    link = StagedLink(device, chunk_bytes=4)
+    link.reserve([10, 10])
+    kept = [weakref.ref(x) for x in (*link._slots, *link._channels)]
+    link.receive(1, [10], wire.peer)
+    while not link.incoming[0].done():
+        link.advance()
+        for request in wire.requests:
+            request.finished = True
+    link.end_step()
+    wire.buffers.clear()
+    gc.disable()
+    try:
+        link.reserve([100, 100])
+        assert [one() for one in kept] == [None] * 4
+    finally:
+        gc.enable()
+
+
 def links_under_way():
     """Links of every kind with a block on its way in, and the wire it is on."""
     for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
         link, wire = kind(), Wire()
-        link.reserve(22, 2)
+        link.reserve([22, 22])
         link.receive(1, [22], wire.peer)
         link.advance()
         yield link, wire
@@ -275,13 +298,13 @@ def test_buffers_stay_until_more_or_larger_ones_are_needed():
             for request in wire.requests:
                 request.finished = True
         link.end_step()
-        slots = link._slots
-        link.reserve(10, 1)
-        assert link._slots is slots
-        link.reserve(100, 2)
-        assert [slot.nbytes for slot in link._slots] == [100, 100]
-        link.reserve(100, 3)
-        assert [slot.nbytes for slot in link._slots] == [100, 100, 100]
+        slots = list(link._slots)
+        link.reserve([10])
+        assert all(a is b for a, b in zip(link._slots, slots, strict=True))
+        second = link._slots[1]
+        link.reserve([100, 5, 3])
+        assert [slot.nbytes for slot in link._slots] == [100, 22, 3]
+        assert link._slots[1] is second
         assert link.cancel() == []
 
 

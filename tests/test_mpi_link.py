@@ -279,7 +279,7 @@ def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
 
     def each(world, number):
         if comm.rank == 0 and number == 0:
-            while world.link._placed is None or not world.link._placed.done:
+            while world.link._own_block_ready is None or not world.link._own_block_ready.done:
                 pass
             world.device.caller_stream().speed = 0
 

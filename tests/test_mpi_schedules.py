@@ -1,10 +1,15 @@
 """Every schedule gives what the ring gives, bit for bit. Runs under mpiexec."""
 
+import time
+
 import numpy as np
 import pytest
 from test_mpi_gradients import expect
 
-from ringmpi import Mask, OptionError, RingAttention, Zigzag, ring_attention
+from ringmpi import Mask, OptionError, RingAttention, RingError, Zigzag, ring_attention
+from ringmpi.mpi import pace
+from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.notices import QUESTION
 from ringmpi.schedules import NAMES
 
 pytestmark = pytest.mark.mpi
@@ -60,6 +65,35 @@ def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
     if comm.size > 1:
         expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=NAMES[comm.rank == 1]), OptionError,
                "schedule is gather here and ring on rank 0")
+
+
+@pytest.mark.parametrize("schedule", NAMES)
+def test_an_object_that_a_callback_closes(comm, schedule):
+    """The call ends as it would have, and keeps nothing for a backward pass."""
+    x = np.random.default_rng(comm.rank).standard_normal((9, 2, 8)).astype("f4")
+    with RingAttention(comm, schedule=schedule, timeout=60) as attention:
+        want = attention(x, x, x)
+    attention = RingAttention(comm, schedule=schedule, timeout=60)
+    got = attention(x, x, x, progress=lambda *_: attention.close())
+    assert (got == want).all()
+    assert attention._last is None
+    expect(comm, lambda: attention.backward(x), RingError, "closed")
+
+
+def test_a_wait_for_very_many_ranks(comm, monkeypatch):
+    """What is said to the others is of any length; what they can't read is no reason to give up."""
+    ring = private_comm(comm)
+    monkeypatch.setattr(pace, "ASK_SECONDS", 0.02)
+    ring.exchange("", 60)
+    if comm.rank == 0 and comm.size > 1:
+        ring._waiter.notices._tell_all(QUESTION, "no JSON")
+        arrived = comm.irecv(source=comm.size - 1, tag=7)
+        ring.wait([arrived], 60, lambda: "waits", peers=lambda: list(range(comm.size)) * 1000)
+    elif comm.rank == comm.size - 1 and comm.size > 1:
+        time.sleep(0.3)
+        comm.send(1, dest=0, tag=7)
+    ring.exchange("", 60)
+    assert not ring.lost
 
 
 def test_the_gather_has_buffers_only_for_what_a_rank_needs(comm):

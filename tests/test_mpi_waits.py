@@ -315,7 +315,7 @@ def test_an_interrupt_between_two_exchanges_is_told(comm, monkeypatch):
         if comm.rank == 0:
             def interrupt(*_):
                 raise KeyboardInterrupt
-            monkeypatch.setattr(Pass, "_get_ready", interrupt)
+            monkeypatch.setattr(Pass, "_prepare_pass", interrupt)
         outcomes = []
         for _ in range(2):
             try:

@@ -85,5 +85,5 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
-          f"{schedule_class(options.schedule).way.format(ranks - 1)}")
+          f"{schedule_class(options.schedule).path_text.format(ranks - 1)}")
     return 0

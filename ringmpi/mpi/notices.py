@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOTICE_TAG = 32767            # the largest tag that every MPI has; other messages have smaller ones
-LONGEST_NOTICE = 1500         # bytes of its text
+LONGEST_NOTICE = 1500         # characters of the text of a rank that gives up
 REPORT_SECONDS = 0.5          # between two reports of a rank's progress
 GAVE_UP, QUESTION, ANSWER, PROGRESS = b"!", b"?", b"=", b"%"
 NAMED = 4                     # ranks at most that a text names one by one
@@ -65,7 +65,7 @@ class Notices:
 
     def give_up(self, text: str) -> list[Any]:
         """Tell all ranks that this one gives up; return the requests of messages that nobody will wait for."""
-        self._tell_all(GAVE_UP, text)
+        self._tell_all(GAVE_UP, text[:LONGEST_NOTICE])
         return self._requests
 
     def ask(self, state: State) -> None:
@@ -153,7 +153,10 @@ class Notices:
         text = content.decode(errors="replace")
         if kind == GAVE_UP:
             return text
-        where, peers = json.loads(text)
+        try:
+            where, peers = json.loads(text)
+        except ValueError:                # whatever it is, it is no reason to give up
+            return ""
         self._heard[rank] = time.perf_counter(), (where, peers)
         if kind == QUESTION:
             self._send(ANSWER + json.dumps(state()).encode(), rank)
@@ -166,7 +169,7 @@ class Notices:
         return f"{self.name(rank)} for {now - max(heard, start):.1f} s, which was {said} {now - heard:.1f} s ago"
 
     def _tell_all(self, kind: bytes, text: str) -> None:
-        message = kind + text.encode(errors="backslashreplace")[:LONGEST_NOTICE]
+        message = kind + text.encode(errors="backslashreplace")
         for rank in range(self._size):
             if rank != self._rank:
                 self._send(message, rank)

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..mpi.comm import Comm, load
+from ..mpi.comm import Comm
 from ..mpi.notices import NOTICE_TAG
 from ..trace import Step, Trace
 from .links import Array, Link, Peer, Shape, Transfer
+from .waits import Joined, Vote, describe
 
-NAMED = 4                   # transfers that a text says it waits for
-TAGS = NOTICE_TAG // 3      # of blocks, of gradients that are passed on, and then one of gradients that come home
+MOST_RANKS = 64             # that are told to be waited for; more count as all
+TAGS = NOTICE_TAG // 3      # that many for blocks, and for gradients that are passed on; one for those that come home
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Route:
     """Who computes with which block, and how far away that is.
 
@@ -39,20 +40,26 @@ class Route:
     @cached_property
     def first(self) -> list[int]:
         """For each rank's block, hops downstream to the first other rank that computes with it; 0 if none does."""
-        return [min(hops, default=0) for hops in self._hops]
+        hops: list[int] = self._by_hop.argmax(axis=0).tolist()
+        return hops
 
     @cached_property
     def last(self) -> list[int]:
         """For each rank's block, hops downstream to the last other rank that computes with it; 0 if none does."""
-        return [max(hops, default=0) for hops in self._hops]
+        by_hop = self._by_hop
+        hops: list[int] = np.where(by_hop.any(axis=0), len(by_hop) - 1 - by_hop[::-1].argmax(axis=0), 0).tolist()
+        return hops
 
-    @cached_property
-    def _hops(self) -> list[list[int]]:
-        size = len(self.needed)
-        return [[hop for hop in range(1, size) if self.needed[(owner + hop) % size, owner]] for owner in range(size)]
+    @property
+    def _by_hop(self) -> NDArray[np.bool_]:
+        """``[hop, owner]``: the rank that many hops downstream of the owner is another one and needs its block."""
+        ranks = np.arange(len(self.needed))
+        by_hop: NDArray[np.bool_] = self.needed[(ranks + ranks[:, None]) % len(ranks), ranks]
+        by_hop[0] = False
+        return by_hop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
     """A block on each rank: arrays of one dtype, this rank's, and the shapes of all.
 
@@ -72,7 +79,7 @@ class Blocks:
         dtype: np.dtype[Any] = self.own[0].dtype
         return dtype
 
-    @property
+    @cached_property
     def sizes(self) -> list[list[int]]:
         """Bytes of each array of each rank's block."""
         return block_sizes(self.shapes, self.dtype)
@@ -93,7 +100,7 @@ class Work:
     arrays : tuple of arrays
         The block, valid until the next item is asked for.
     gradients : tuple of arrays
-        In the backward pass, what the gradients of the block are added to by then.
+        In a backward pass, arrays to add this rank's share to before the next item is asked for.
     following : int, optional
         The `source` of this rank's next item; None after the last.
     """
@@ -138,7 +145,7 @@ class Schedule:
     """
 
     name = ""
-    way = ""                    # of this rank's block to n other ranks, for people: "in {} hops"
+    path_text = ""              # how a block reaches n other ranks, for display: "in {} hops"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
@@ -149,7 +156,7 @@ class Schedule:
         self._add = add
         self._step = Step(0, comm.rank)
         self._awaited: list[Transfer] = []      # what is waited for now
-        self._vote: _Vote | None = None
+        self._vote: Vote | None = None
 
     @property
     def links(self) -> list[Link]:
@@ -172,7 +179,7 @@ class Schedule:
                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
         """Yield this rank's work with every block that it needs. Collective over *comm*.
 
-        Every rank must take all its items, or say `abandon`.
+        Every rank must take all its items, or call `abandon`.
 
         Parameters
         ----------
@@ -240,16 +247,20 @@ class Schedule:
         RankLost
             If another rank is gone.
         """
-        joined = _Joined([transfer for link in self.links for transfer in link.transfers], self.links)
-        self.comm.progress(joined.requests, lambda: f"{self._where()}, computing", joined.advance)
+        joined = Joined([transfer for link in self.links for transfer in link.transfers])
+        self.comm.progress(joined.requests, lambda: describe(self._where(), ()), joined.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave a pass in mid-way because of an error on this rank; the other ranks are told. Local."""
         self.comm.give_up(error, [])
         for link in self.links:
             self.comm.keep_alive(link.cancel())
+        self._forget()
         if self._vote:
             self.comm.keep_alive([self._vote])
+
+    def _forget(self) -> None:
+        """Let go of what the pass was about."""
 
     def _steps(self, trace: Trace, stop: Callable[[], bool] | None) -> Iterator[Step]:
         """Yield one step after the other, with the block of a rank one farther away; no more once a rank has asked.
@@ -262,7 +273,7 @@ class Schedule:
             step = self._step = Step(number, (rank - number) % size, trace.now())
             trace.steps.append(step)
             self.comm.place = f", {self.name} step {number} of {size}"
-            self._vote = _Vote(self.comm, stop()) if stop and number < size - 1 else None
+            self._vote = Vote(self.comm, stop()) if stop and number < size - 1 else None
             yield step
             if self._leaves():
                 self.stopped = True
@@ -285,8 +296,12 @@ class Schedule:
     def _wait(self, transfers: Sequence[Transfer]) -> float:
         """Wait for some transfers, and let all advance; return the seconds it took."""
         self._awaited = [*transfers, *([self._vote] if self._vote else [])]
-        joined = _Joined(self._awaited, self.links)
-        return self.comm.wait(joined.requests, self.timeout, self._describe, joined.advance, self._late_ranks)
+        joined = Joined(self._awaited, self.links)
+        try:
+            return self.comm.wait(joined.requests, self.timeout, lambda: describe(self._where(), self._late()),
+                                  joined.advance, self._late_ranks)
+        finally:
+            self._awaited = []                   # they refer to buffers
 
     def _late(self) -> list[Transfer]:
         """Give what is waited for and not done; all that is waited for, if it has been done meanwhile."""
@@ -294,62 +309,12 @@ class Schedule:
 
     def _late_ranks(self) -> list[int]:
         """Give the ranks that are waited for; none means all."""
-        ranks = [transfer.peer.rank for transfer in self._late()]
-        return [] if self._vote in self._late() else ranks
-
-    def _describe(self) -> str:
         late = self._late()
-        named = [f"{transfer.peer.what} {transfer.waiting_for()}".rstrip() for transfer in late[:NAMED]]
-        more = [f"{len(late) - NAMED} more"] if len(late) > NAMED else []
-        return f"{self._where()}: waited {' and '.join([*named, *more])}"
+        ranks = {transfer.peer.rank for transfer in late}
+        return [] if self._vote in late or len(ranks) > MOST_RANKS else sorted(ranks)
 
     def _where(self) -> str:
         return f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}"
-
-
-class _Vote:
-    """One exchange of all ranks: whether any of them asks to stop. Like a transfer, to be waited for."""
-
-    peer = Peer(-1, lambda _: None, "for all ranks to say whether to stop")
-
-    def __init__(self, comm: Comm, ask: bool) -> None:
-        self._mine = np.array([ask], np.uint8)
-        self._any = np.zeros(1, np.uint8)
-        self.requests = [comm.comm.Iallreduce(self._mine, self._any, load().MAX)]
-
-    @property
-    def passed(self) -> bool:
-        """Whether a rank has asked, once it is done."""
-        return bool(self._any[0])
-
-    def advance(self) -> bool:
-        """Say that nothing but `requests` is left. Local."""
-        return True
-
-    def done(self) -> bool:
-        """Say whether all ranks have answered. Local."""
-        return bool(self.requests[0].Get_status())
-
-    def waiting_for(self) -> str:
-        """Say that no GPU is waited for. Local."""
-        return ""
-
-
-class _Joined:
-    """Several transfers as one: the messages of those that are waited for, and the links that must advance."""
-
-    def __init__(self, awaited: Sequence[Transfer], links: Sequence[Link]) -> None:
-        self._awaited = awaited
-        self._links = links
-        self.requests: list[Any] = []
-
-    def advance(self) -> bool:
-        """Do what has become possible; say whether nothing but `requests` is left. Local."""
-        for link in self._links:
-            link.advance()
-        nothing_else = all(transfer.advance() for transfer in self._awaited)
-        self.requests[:] = [request for transfer in self._awaited for request in transfer.requests]
-        return nothing_else
 
 
 def block_sizes(shapes: Sequence[Sequence[Shape]], dtype: np.dtype[Any]) -> list[list[int]]:

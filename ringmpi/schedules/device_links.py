@@ -32,21 +32,21 @@ class DeviceLink(Link):
         super().__init__()
         self._device = device
         self._stream: Any = None
-        self._placed: Any = None       # the event of the copy of this rank's own block into the first slot
-        self._read: Any = None         # the event of the kernels that read the blocks given up so far
+        self._own_block_ready: Any = None       # the event of the copy of this rank's own block into the first slot
+        self._reads_done: Any = None         # the event of the kernels that read the blocks given up so far
 
     def begin(self) -> None:
         """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
         self._stream = self._device.caller_stream()
-        if self._read is not None:     # on another stream, in the call before this
-            self._device.follow(self._stream, self._read)
+        if self._reads_done is not None:     # on another stream, in the call before this
+            self._device.follow(self._stream, self._reads_done)
 
     def put_own_block(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Copy this rank's own block into the first slot, for `send_own`; return views of it there. Local."""
         views = self.views(0, [array.shape for array in arrays], arrays[0].dtype)
         for view, array in zip(views, arrays, strict=True):
             self._device.copy(view, array, self._stream)
-        self._placed = self._device.record(self._stream)
+        self._own_block_ready = self._device.record(self._stream)
         self._own = views
         return views
 
@@ -61,13 +61,13 @@ class DeviceLink(Link):
 
     def send_own(self, peer: Peer) -> None:
         """Start to send this rank's own block. Local."""
-        start(self._send(0, [x.nbytes for x in self._own], peer, self._placed), self.outgoing)
+        start(self._send(0, [x.nbytes for x in self._own], peer, self._own_block_ready), self.outgoing)
 
     def end_step(self) -> None:
         """Forget the transfers that are done; all kernels that use the step's block have been launched. Local."""
         super().end_step()
         if self._stream is not None:   # None on one rank alone
-            self._read = self._device.record(self._stream)
+            self._reads_done = self._device.record(self._stream)
 
     def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> Any:
         """Make the transfer into a slot, which may begin once kernels no longer read the slot."""
@@ -92,7 +92,7 @@ class DirectLink(DeviceLink):
     """
 
     def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> DirectTransfer:
-        return DirectTransfer(self._messages(number, sizes), peer, self._read,
+        return DirectTransfer(self._messages(number, sizes), peer, self._reads_done,
                               "(not asked for yet: this rank's GPU still reads the buffer)")
 
     def _send(self, number: int, sizes: Sequence[int], peer: Peer, after: Any) -> DirectTransfer:
@@ -118,12 +118,14 @@ class StagedLink(DeviceLink):
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES
         self._channels: list[StagingChannel] = []      # in, out
 
-    def reserve(self, nbytes: int, slots: int) -> None:
-        """Make the slots, and buffers on the host, unless those there are as many and large enough. Local."""
-        sizes = [min(self._chunk_bytes, nbytes)] * min(CHUNKS, math.ceil(nbytes / self._chunk_bytes))
-        if not self._channels or self._channels[0].nbytes < sum(sizes):
-            self._channels = [StagingChannel(self._device, sizes) for _ in range(2)]
-        super().reserve(nbytes, slots)
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Make slots, and buffers on the host, unless those there are large enough. Local."""
+        nbytes = max(sizes, default=0)
+        buffers = [min(self._chunk_bytes, nbytes)] * min(CHUNKS, math.ceil(nbytes / self._chunk_bytes))
+        if not self._channels or self._channels[0].nbytes < sum(buffers):
+            self._channels = []            # the old ones go first
+            self._channels = [StagingChannel(self._device, buffers) for _ in range(2)]
+        super().reserve(sizes)
 
     def cancel(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""
@@ -132,7 +134,7 @@ class StagedLink(DeviceLink):
 
     def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> StagedReceive:
         block = chunks(self._slot(number), sum(sizes), self._chunk_bytes)
-        return StagedReceive(self._channels[0], block, peer, self._read)
+        return StagedReceive(self._channels[0], block, peer, self._reads_done)
 
     def _send(self, number: int, sizes: Sequence[int], peer: Peer, after: Any) -> StagedSend:
         block = chunks(self._slot(number), sum(sizes), self._chunk_bytes)
@@ -170,9 +172,13 @@ class StagingChannel:
 
     def take(self, transfer: Any) -> bool:
         """Take the channel for a transfer, or say that another has it. Local."""
-        if self._user is None or self._user.done():
+        if self._user is None:
             self._user = transfer
         return self._user is transfer
+
+    def leave(self) -> None:
+        """Let the next transfer take the channel. Local."""
+        self._user = None
 
     def buffer(self, chunk: int, nbytes: int) -> Array:
         """Give the first `nbytes` bytes of the buffer of a chunk. Local."""
@@ -228,6 +234,8 @@ class StagedTransfer:
                 self._channel.device.follow(self._channel.stream, self._after)
         if self._begun and not self.done():
             self._advance()
+            if self.done():
+                self._channel.leave()
         return self.done()
 
     def done(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..mpi.comm import Comm
 from ..trace import Step, Trace
-from .base import TAGS, Blocks, Message, Route, Schedule, Work, largest
+from .base import TAGS, Blocks, Message, Route, Schedule, Work
 from .links import Array, Link, Transfer
 
 
@@ -19,7 +19,7 @@ class Gather(Schedule):
     """Blocks that go straight from their owners to the ranks that need them; see `Schedule`."""
 
     name = "gather"
-    way = "to {} ranks"
+    path_text = "to {} ranks"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
@@ -41,11 +41,12 @@ class Gather(Schedule):
         another rank, and one for each rank that needs this rank's.
         """
         if self.comm.size > 1:
-            others, users = len(self._sources(route)), len(self._users(route))
-            self._blocks.reserve(largest(sizes), self._blocks.own_slots + others)
+            rank, others = self.comm.rank, self._sources(route)
+            own = [rank] * self._blocks.own_slots
+            self._blocks.reserve([sum(sizes[source]) for source in [*own, *others]])
             if gradient_sizes:
-                self._shares.reserve(largest(gradient_sizes), others)
-                self._coming_home.reserve(sum(gradient_sizes[self.comm.rank]), users)
+                self._shares.reserve([sum(gradient_sizes[source]) for source in others])
+                self._coming_home.reserve([sum(gradient_sizes[rank])] * len(self._users(route)))
 
     def forward(self, blocks: Blocks, route: Route, trace: Trace,
                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
@@ -63,6 +64,7 @@ class Gather(Schedule):
         rank = self.comm.rank
         link = self._blocks
         slots = {source: link.own_slots + slot for slot, source in enumerate(self._sources(route))}
+        users = {user: slot for slot, user in enumerate(self._users(route))}
 
         # Begin: buffers, what the caller has put on the GPU's stream, and all blocks that travel.
         self.reserve(route, blocks.sizes, gradients.sizes if gradients else None)
@@ -74,7 +76,7 @@ class Gather(Schedule):
         for step in self._steps(trace, stop):
             number, source = step.step, step.source
             self._count(step, route, blocks.sizes)
-            shares = self._begin_gradients(step, route, gradients, slots) if gradients else ()
+            shares = self._begin_gradients(step, gradients, slots, users) if gradients else ()
             if route.needed[rank, source]:
                 arrays = link.views(slots[source], blocks.shapes[source], blocks.dtype) if number else own
                 yield self._work(step, route, arrays, shares)
@@ -84,7 +86,11 @@ class Gather(Schedule):
             # The step ends when the next block is there; nothing else is waited for until the last.
             step.wait_start = trace.now()
             following = (source - 1) % size
-            step.wait_seconds = self._wait([arriving[following]] if following in arriving else [])
+            if following in arriving:
+                step.wait_seconds = self._wait([arriving[following]])
+                link.forget(arriving.pop(following))
+            else:
+                step.wait_seconds = self._wait([])
 
         step.wait_seconds += self._wait([transfer for each in self.links for transfer in each.transfers])
         if gradients and not self.stopped:
@@ -118,16 +124,16 @@ class Gather(Schedule):
             step.bytes_received = sum(sizes[source]) if route.needed[rank, source] else 0
             step.bytes_sent = sum(sizes[rank]) if route.needed[dest, rank] else 0
 
-    def _begin_gradients(self, step: Step, route: Route, gradients: Blocks,
-                         slots: dict[int, int]) -> tuple[Array, ...]:
-        """Ask for what another rank computes of this rank's gradients now; give what this rank adds its share to."""
+    def _begin_gradients(self, step: Step, gradients: Blocks, slots: dict[int, int],
+                         users: dict[int, int]) -> tuple[Array, ...]:
+        """Start to receive a rank's share of this rank's gradients; give zeroed arrays for this rank's share."""
         size, rank, source = self.comm.size, self.comm.rank, step.source
         if step.step == 0:
             return tuple(gradients.own)
         user = (rank + step.step) % size
-        if route.needed[user, rank]:
+        if user in users:
             what = f"for the gradients of its own block from rank {user}"
-            self._coming_home.receive(self._users(route).index(user), gradients.sizes[rank],
+            self._coming_home.receive(users[user], gradients.sizes[rank],
                                       self._peer("Irecv", user, 2 * TAGS, what))
         if source not in slots:
             return ()

@@ -50,8 +50,8 @@ class GradientRing:
         the step before, goes out.
         """
         if self._comm.size > 1:
-            self.passed_on.reserve(largest(sizes), 3)
-            self.coming_home.reserve(largest(sizes), 1)
+            self.passed_on.reserve([largest(sizes)] * 3)
+            self.coming_home.reserve([sum(sizes[self._comm.rank])])
 
     def bind(self, gradients: Blocks, first: Sequence[int], last: Sequence[int]) -> None:
         """Take what the next pass is about. Local.
@@ -123,6 +123,10 @@ class GradientRing:
             for x, y in zip(self._gradients.own, theirs, strict=True):
                 self._add(x, y)
         self.coming_home.end_step()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the arrays. Local."""
         self._gradients = Blocks((), ())
 
     def _comes(self, number: int, source: int) -> bool:

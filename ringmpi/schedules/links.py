@@ -73,11 +73,15 @@ class Link:
         """All transfers under way."""
         return [*self.incoming, *self.outgoing]
 
-    def reserve(self, nbytes: int, slots: int) -> None:
-        """Make `slots` buffers of `nbytes` bytes, unless those there are as many and large enough. Local."""
-        if len(self._slots) < slots or any(slot.nbytes < nbytes for slot in self._slots):
-            self._slots = []               # the old ones go first
-            self._slots = [self._new_slot(nbytes) for _ in range(slots)]
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Make a slot of so many bytes for each of `sizes`, unless the one there is large enough. Local."""
+        self._slots += [None] * (len(sizes) - len(self._slots))
+        small = [number for number, nbytes in enumerate(sizes)
+                 if self._slots[number] is None or self._slots[number].nbytes < nbytes]
+        for number in small:
+            self._slots[number] = None     # the old ones go first
+        for number in small:
+            self._slots[number] = self._new_slot(sizes[number])
 
     def begin(self) -> None:
         """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
@@ -122,6 +126,10 @@ class Link:
         """Do what has become possible for all transfers. Local."""
         for transfer in self.transfers:
             transfer.advance()
+
+    def forget(self, transfer: Transfer) -> None:
+        """Forget a transfer into a slot that is done. Local."""
+        self.incoming.remove(transfer)
 
     def end_step(self) -> None:
         """Forget the transfers that are done; all kernels that use the step's block have been launched. Local."""

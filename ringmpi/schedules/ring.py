@@ -15,16 +15,19 @@ from .links import Array, Link
 
 
 class Ring(Schedule):
-    """Blocks that pass from rank to rank; see `Schedule`. At most ``size - 1`` route."""
+    """Blocks that pass from rank to rank; see `Schedule`. A block makes ``size - 1`` hops at most."""
 
     name = "ring"
-    way = "in {} hops"
+    path_text = "in {} hops"
 
     def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
         super().__init__(comm, new_link, clear, add)
         self._blocks = new_link()
         self._gradients = GradientRing(comm, new_link, clear, add)
+
+    def _forget(self) -> None:
+        self._gradients.forget()
 
     @property
     def links(self) -> list[Link]:
@@ -38,7 +41,7 @@ class Ring(Schedule):
         Slot n % 2 has the block of step n, while (n + 1) % 2 takes the next; the gradients have slots of their own.
         """
         if self.comm.size > 1:
-            self._blocks.reserve(largest(sizes), 2)
+            self._blocks.reserve([largest(sizes)] * min(2, self.comm.size - 1 + self._blocks.own_slots))
             if gradient_sizes:
                 self._gradients.reserve(gradient_sizes)
 
