@@ -113,7 +113,7 @@ template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, in
           int BYTES, bool FUNCTIONS>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
-              const VisibleColumns* visible, const __grid_constant__ Problem<Accumulator<T>> problem) {
+              const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
     using S = Score<A, FUNCTIONS>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;

@@ -18,7 +18,9 @@ from ringmpi.files.shards import verify
 from ringmpi.watchdog import Watchdog, _guess
 
 RANK = "rank = int(os.environ.get('PMI_RANK') or os.environ.get('OMPI_COMM_WORLD_RANK') or 0)\n"
-START = "import os, signal, sys, time\nfrom ringmpi.cli import main\n" + RANK
+# Whoever starts the tests may ignore SIGHUP, as nohup does, and so would the ranks.
+START = ("import os, signal, sys, time\nfrom ringmpi.cli import main\n"
+         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n" + RANK)
 BEFORE_MPI = START + "if rank == 1: {act}\nsys.exit(main())\n"
 # What mpiexec says when a rank ends by SIGTERM before MPI is up: MPICH, Open MPI, and MPICH if its launcher was just
 # about to answer that rank.

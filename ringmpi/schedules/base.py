@@ -247,8 +247,9 @@ class Schedule:
         RankLost
             If another rank is gone.
         """
-        joined = Joined([transfer for link in self.links for transfer in link.transfers])
-        self.comm.progress(joined.requests, lambda: describe(self._where(), ()), joined.advance)
+        under_way = [transfer for link in self.links for transfer in link.transfers]
+        joined = Joined(under_way)
+        self.comm.progress(joined.requests, lambda: describe(self._where(), under_way), joined.advance)
 
     def abandon(self, error: BaseException) -> None:
         """Leave a pass in mid-way because of an error on this rank; the other ranks are told. Local."""
