@@ -66,6 +66,7 @@ def test_flipped_bytes(tmp_path, monkeypatch):
     assert attacks.REFUSED in outcomes(attacks.flips(tmp_path, step=31), 100)
 
 
+@pytest.mark.exhaustive
 def test_flipped_bytes_that_hdf5_does_not_survive(tmp_path, monkeypatch):
     """In the heap of the views: the library dies, and with some names of shards it never ends."""
     def opened(path):

@@ -10,11 +10,11 @@ HERE = Path(__file__).parent
 # Files that one launch runs, and on how many ranks, the most first, but for those that come early and compile kernels;
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
-    "attention": (("attention", "gradients", "redistribute"), (4, 3, 2, 1), (7,)),
-    "links": (("link", "gradient_ring", "schedules"), (1, 2, 3, 4), (7,)),
-    "waits": (("errors", "waits"), (1, 2, 3), (4, 7)),
-    "cuda": (("cuda",), (3, 2, 1), (5,)),
-    "torch": (("torch",), (4, 2, 1), ()),
+    "attention": (("attention", "gradients", "redistribute"), (4, 2, 1), (3, 7)),
+    "links": (("link", "gradient_ring", "schedules"), (2, 4), (1, 3, 7)),
+    "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
+    "cuda": (("cuda",), (2,), (1, 3, 5)),
+    "torch": (("torch",), (2,), (1, 4)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
 }

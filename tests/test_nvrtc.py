@@ -74,8 +74,8 @@ def test_structs_lie_as_the_library_lays_them_out():
                                    "--device-as-default-execution-space"))
 
 
-@pytest.mark.parametrize("architecture", [
-    name if name == "sm_90a" else pytest.param(name, marks=pytest.mark.exhaustive) for name in ARCHITECTURES])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_and_keep_to_their_registers(architecture):
     wanted = instances(architecture)
     context = multiprocessing.get_context("spawn")
