@@ -139,7 +139,7 @@ class Waiter:
 
     def heed_notices(self) -> None:
         """Read what other ranks have to say, and answer them; raise `RankLost` if one gave up."""
-        self._read_notices(self.name, [])
+        self._read_notices(lambda: f"{self.name()}{self.place}, computing", [])
 
     def give_up(self, error: BaseException, requests: Sequence[Any] = ()) -> None:
         """Give the communicator up because of `error`, and tell the other ranks; a rank that is alone goes on.
