@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
     from .schedules.redistribution import redistribute
+    from .schedules.spec import Schedule
     from .trace import Step, Trace
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
     "schedules.redistribution": ("redistribute",),
+    "schedules.spec": ("Schedule",),
     "trace": ("Step", "Trace"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -48,8 +50,8 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "InternalError", "LaunchError", "Layout",
     "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError", "RingAttention", "RingError",
-    "RingTimeout", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag", "redistribute", "ring_attention",
-    "ring_attention_backward",
+    "RingTimeout", "Schedule", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag", "redistribute",
+    "ring_attention", "ring_attention_backward",
 ]
 
 try:

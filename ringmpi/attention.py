@@ -22,10 +22,11 @@ from .mask import Mask
 from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
 from .passes import Pass, Progress
-from .plan import Plan, Problem
-from .schedules import check_schedule
+from .plan import Plan
+from .problem import Problem
 from .schedules.base import Route
 from .schedules.gpu_transport import Transport, check_transport
+from .schedules.spec import Schedule, check_schedule, resolve
 from .trace import Trace
 
 
@@ -72,9 +73,13 @@ class RingAttention:
         is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
-    schedule : {"ring", "gather"}
-        How blocks of keys get to the ranks that need them: round a ring, with two buffers however many ranks there are;
-        or all at once, with a buffer for each, which suits small blocks. Results are the same, bit for bit.
+    schedule : {"ring", "gather", "queries", "mesh", "heads"} or Schedule or str
+        Who computes what, and what travels. ``"ring"``: queries stay, blocks of keys go round, with two buffers however
+        many ranks there are. ``"gather"``: all blocks come at once, with a buffer for each, which suits small blocks;
+        results are those of the ring, bit for bit. ``"queries"``: keys stay, queries and their results travel, which
+        suits few queries. ``"mesh"``: ranks in a square share queries along one side and keys along the other.
+        ``"heads"``: tokens are exchanged for heads, whose number the ranks must divide. A `Schedule`, or text like
+        ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination. Results are equal to rounding.
     bfloat16_products : {"auto", "widen", "pairs"}
         How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
         rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
@@ -82,6 +87,8 @@ class RingAttention:
 
     Attributes
     ----------
+    schedule : Schedule
+        What `schedule` means on these ranks.
     trace : Trace
         What the last call cost on this rank.
 
@@ -107,7 +114,7 @@ class RingAttention:
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
-                 schedule: str = "ring") -> None:
+                 schedule: str | Schedule = "ring") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private_comm(comm, self.timeout)
@@ -120,12 +127,12 @@ class RingAttention:
             check_name(backend)
             check_transport(gpu_transport)
             bfloat16_products = wish(bfloat16_products)
-            schedule = check_schedule(schedule)
+            self.schedule = resolve(check_schedule(schedule), self._comm.size)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
                              "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products,
-                             "schedule": schedule}
+                             "schedule": str(self.schedule)}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
-                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products, schedule)
+                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products)
         self._engine = self._connect(engine, failures)
         # What each call brings along, so that none is taken for another's.
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
@@ -376,18 +383,19 @@ class RingAttention:
         """Plan for these shards. Collective over *comm*."""
         self._engine.move_to(records.gpus)
         layouts = self._problem.resolve(records)
-        size = self._comm.size
+        grid = self._problem.grid(self.schedule, self._comm.nodes, records)
         plan: Plan | None = None
-        needs = np.zeros(size, bool)
+        needs = np.zeros(self.schedule.keys, bool)
         with self._comm.noting() as failures:
             if self._comm.rank == 0:
                 records.warn_of_order()
-            plan = self._problem.plan(records, layouts, self._comm.rank)
+            plan = self._problem.plan(records, layouts, grid, self._comm.rank)
             needs = plan.needs
         bits = self._comm.exchange("", self.timeout, np.packbits(needs), failures=failures)
         if plan is None:
             raise InternalError("a plan is missing")
-        plan.route = Route(np.unpackbits(np.stack(bits), axis=1, count=size).astype(bool))
+        needed = np.unpackbits(np.stack(bits), axis=1, count=self.schedule.keys).astype(bool)
+        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)])
         return plan
 
     def close(self) -> None:

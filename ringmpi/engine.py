@@ -25,11 +25,11 @@ from .environment import hopper_kernel, launched_local_rank
 from .errors import BackendError
 from .mpi.comm import Comm
 from .phases import phase
-from .schedules import make
-from .schedules.base import Schedule
 from .schedules.device_links import DirectLink, StagedLink
 from .schedules.gpu_transport import Transport, choose
+from .schedules.grid import Grid
 from .schedules.links import HostLink, Link
+from .schedules.movers import Movers
 from .softmax import State
 
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
@@ -54,17 +54,17 @@ class Workspace:
         self.backend = backend
         self.number = number
         self.users = 0
-        self._schedules: dict[tuple[str, str], Schedule] = {}
+        self._movers: dict[tuple[Grid, str], Movers] = {}
         self._states: tuple[Any, list[State]] = (None, [])
 
-    def schedule(self, name: str, transport: str) -> Schedule:
-        """Give a schedule, over links of a kind: host, direct or staged."""
-        if (name, transport) not in self._schedules:
+    def movers(self, grid: Grid, transport: str) -> Movers:
+        """Give what moves bytes on a grid, over links of a kind: host, direct or staged."""
+        if (grid, transport) not in self._movers:
             new_link: Callable[[], Link] = HostLink
             if transport != "host":
                 new_link = partial(DirectLink if transport == "direct" else StagedLink, self.backend.device)
-            self._schedules[name, transport] = make(name, self._comm, new_link, self.backend.clear, self.backend.add)
-        return self._schedules[name, transport]
+            self._movers[grid, transport] = Movers(self._comm, grid, new_link, self.backend.clear, self.backend.add)
+        return self._movers[grid, transport]
 
     def states(self, batch: int, n_q: int, heads: int, dim_v: int, acc_dtype: np.dtype[Any]) -> list[State]:
         """Give states of these sizes, one for each element of the batch; those of the last call if they fit."""
@@ -78,13 +78,13 @@ class Workspace:
         """Take note that an object is done with it; the last one's buffers go."""
         self.users -= 1
         if self.users == 0:
-            self._schedules = {}
+            self._movers = {}
             self._states = None, []
             self.backend.release()
 
     def close(self) -> None:
         """End the backend, when its communicator goes."""
-        self._schedules = {}
+        self._movers = {}
         self.backend.close()
 
 
@@ -107,8 +107,6 @@ class Engine:
         Let ranks of a node share a GPU.
     bfloat16_products : str
         What is wished for; see `Backend.settle`.
-    schedule : str
-        One of `schedules.NAMES`.
 
     Attributes
     ----------
@@ -128,11 +126,10 @@ class Engine:
     backend: Backend
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool, bfloat16_products: str = "auto", schedule: str = "ring") -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto") -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._products = bfloat16_products
-        self._schedule = schedule
         self._places: NDArray[np.int64] | None = np.full(comm.size, ON_HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
@@ -140,12 +137,11 @@ class Engine:
         self.transport: Transport | None = None
         self._open()
 
-    @property
-    def schedule(self) -> Schedule:
-        """What moves K and V, and their gradients."""
-        schedule = self._shared.schedule(self._schedule, self.transport.name if self.transport else "host")
-        schedule.timeout = self._timeout
-        return schedule
+    def movers(self, grid: Grid) -> Movers:
+        """Give what moves bytes on a grid: queries, K and V, and their gradients. Local."""
+        movers = self._shared.movers(grid, self.transport.name if self.transport else "host")
+        movers.set_timeout(self._timeout)
+        return movers
 
     def raise_on_all(self) -> AbstractContextManager[None]:
         """Run a block that may fail on some ranks; see `Comm.raise_on_all`. Collective over *comm*."""

@@ -1,11 +1,11 @@
-"""The forward and the backward pass of a call: blocks come by, and a backend computes with them."""
+"""The forward and the backward pass of a call: heads and queries are exchanged, blocks come by, a backend computes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,13 @@ from .call import Array, Call
 from .engine import Engine
 from .plan import Plan
 from .schedules.base import Blocks, Work, block_sizes
-from .softmax import Gradient
+from .schedules.links import assign
+from .softmax import Gradient, State
 from .trace import Trace
 
 Progress = Callable[[int, int], object]
+Rows = TypeVar("Rows", State, Gradient)
+FEW_ROWS = 128          # for one head of the keys; computing with fewer takes as long as reading keys and values
 
 
 class Pass:
@@ -39,6 +42,7 @@ class Pass:
         self.plan = plan
         self.engine = engine
         self.backend = engine.backend
+        self.movers = engine.movers(plan.grid)     # kept: if a callback closes the object, others must hear of an error
         self.trace = trace
         self._progress = progress
 
@@ -50,12 +54,16 @@ class Pass:
         heads, dim, dim_v = plan.dims
         self._prepare_pass("forward")
         self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
+        shares_heads = self.movers.heads.group.size > 1
         with backend.current():
-            self._accumulate()
+            with self._abandoned_on_error():
+                call.make_results(backend, plan.accumulator)
+                states = self._accumulate()
+                if shares_heads:
+                    self._finish_for_all(states)
             with self.agreed_on_gpu(), backend.current():
-                for state, out, lse in zip(call.states, call.out, call.lse, strict=True):
-                    backend.finish(state, plan.seen, out, lse)
-                call.states = []                  # the next call's, of whichever object
+                if not shares_heads:
+                    self._finish(states, call.out, call.lse)
                 backend.synchronize()
                 return self._to_caller(call.out), self._to_caller(call.lse)
 
@@ -77,8 +85,11 @@ class Pass:
                                               dq[i]) for i in range(plan.batch)]
             for x in (dk, dv):
                 backend.clear(x)
-        with backend.current():
-            self._differentiate(gradients, Blocks((dk, dv), plan.shapes))
+        with backend.current(), self._abandoned_on_error():
+            if self.movers.heads.group.size * self.movers.queries.group.size == 1:
+                self._differentiate(call.q, gradients, (call.k, call.v), (dk, dv))
+            else:
+                self._differentiate_for_all(dout, gradients, (dq, dk, dv))
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
@@ -92,6 +103,15 @@ class Pass:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
         return self.engine.raise_on_all() if self.backend.device else nullcontext()
 
+    @contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        """Tell the other ranks, which wait for this one, of an error."""
+        try:
+            yield
+        except BaseException as error:
+            self.movers.abandon(error)
+            raise
+
     def _prepare_pass(self, way: str) -> None:
         """Compile what such a pass needs, and make its buffers, the first time. Collective."""
         plan = self.plan
@@ -102,56 +122,160 @@ class Pass:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
                                                          plain=plan.score.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
-                gradient_sizes = block_sizes(plan.shapes, plan.accumulator) if way == "backward" else None
-                self.engine.schedule.reserve(plan.route, block_sizes(plan.shapes, plan.dtype), gradient_sizes)
+                gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
+                self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2), gradient_sizes)
                 if way == "forward":
                     seen = plan.sees | (self.call.sinks is not None)       # a sink is seen by all
                     plan.seen = backend.to_device(seen)
-                    self.engine.states(plan.batch, len(seen), heads, dim_v, plan.accumulator)
+                    self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
             plan.ready.add(way)
         trace.setup_seconds = trace.now() - trace.compile_seconds
 
-    def _accumulate(self) -> None:
-        """Fold every block that comes by into the states of the queries."""
+    def _accumulate(self) -> list[State]:
+        """Fold every block that comes by into the states of the rows; give those that this rank finishes."""
         call = self.call
         plan = self.plan
         backend = self.backend
-        schedule = self.engine.schedule     # kept: if a callback closes the object, others must still hear of an error
-        try:
-            call.make_results(backend, plan.accumulator)
-            heads, _, dim_v = plan.dims
-            call.states = self.engine.states(plan.batch, call.q.shape[1], heads, dim_v, plan.accumulator)
-            for state in call.states:
-                backend.reset(state, call.sinks)
-            for work in schedule.forward(Blocks((call.k, call.v), plan.shapes), plan.route, self.trace):
-                k, v = work.arrays
-                self._run(work, schedule.progress, (
-                    backend.accumulate(call.states[i], call.q[i], k[i], v[i], begin, end, score)
-                    for i, begin, end, score in plan.tasks(work.source, call.dropout_keys)))
-        except BaseException as error:
-            schedule.abandon(error)
-            raise
+        movers = self.movers
+        heads, _, dim_v = plan.dims
+        q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (call.k, plan.kv_tokens),
+                                                  (call.v, plan.kv_tokens)], backend.empty, self.trace)
+        rows = movers.queries.ask([q], plan.row_counts, backend.empty, self.trace)
+        states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
+        self._reset(states)
+        blocks = Blocks((k, v), plan.shapes)
+        for work, part in self._rounds(movers.carrier.forward(blocks, plan.route, self.trace), rows):
+            k, v = work.arrays
+            self._run(work, (
+                backend.accumulate(_part(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
+                                   score)
+                for i, columns, begin, end, score in plan.tasks(work.source, part, call.dropout_keys)))
+        own = [_part(state, slice(plan.own_rows)) for state in states]
+        if len(plan.row_counts) > 1:
+            movers.queries.bring_home("states", [x for state in states for x in _arrays(state)], plan.row_counts,
+                                      lambda parts: self._combine(own, parts), self.trace)
+        return own
 
-    def _differentiate(self, gradients: list[Gradient], shares: Blocks) -> None:
-        """Differentiate with every block that comes by, and bring the gradients of k and v home."""
+    def _reset(self, states: Sequence[State]) -> None:
+        """Let states forget every key; a sink counts where its queries belong."""
+        plan = self.plan
+        sinks = self.call.sinks
+        for state in states:
+            self.backend.reset(_part(state, slice(plan.own_rows)), None if sinks is None else sinks[plan.share.queries])
+            if plan.rows > plan.own_rows:
+                self.backend.reset(_part(state, slice(plan.own_rows, plan.rows)))
+
+    def _combine(self, states: Sequence[State], parts: tuple[Array, ...]) -> None:
+        """Fold what another rank has made of this rank's rows into their states."""
+        for number, state in enumerate(states):
+            acc, row_max, row_sum = parts[3 * number:3 * number + 3]
+            self.backend.combine(state, State(acc[None], row_max[None], row_sum[None]))
+
+    def _finish(self, states: Sequence[State], out: Array, lse: Array) -> None:
+        """Normalise states into results, and let go of them."""
+        for state, out_i, lse_i in zip(states, out, lse, strict=True):
+            self.backend.finish(state, self.plan.seen, out_i, lse_i)
+        self.call.states = []                  # the next call's, of whichever object
+
+    def _finish_for_all(self, states: Sequence[State]) -> None:
+        """Normalise states of some heads, and bring results to the ranks that have their tokens."""
+        plan = self.plan
+        heads, _, dim_v = plan.dims
+        out = self.backend.empty((plan.batch, plan.own_rows, heads, dim_v), plan.dtype)
+        lse = self.backend.empty((plan.batch, plan.own_rows, heads), plan.accumulator)
+        self._finish(states, out, lse)
+        self.movers.heads.to_tokens("results", [(lse, plan.q_tokens), (out, plan.q_tokens)],
+                                    [(self.call.lse, _put), (self.call.out, _put)], self.trace)
+
+    def _differentiate(self, q: Array, gradients: Sequence[Gradient], keys: Sequence[Array], shares: Sequence[Array],
+                       rows: Sequence[Array] = ()) -> None:
+        """Differentiate with every block that comes by, and bring the gradients of k and v home.
+
+        Parameters
+        ----------
+        q : array of shape (batch, rows, heads, dim)
+        gradients : sequence of Gradient
+            Of the rows, one for each element of the batch.
+        keys, shares : (array, array)
+            k and v of this rank, and their gradients.
+        rows : sequence of arrays
+            What `QueryExchange.hear` fills in.
+        """
+        plan = self.plan
+        backend = self.backend
+        works = self.movers.carrier.backward(Blocks(keys, plan.shapes), Blocks(shares, plan.shapes), plan.route,
+                                             self.trace)
+        for work, part in self._rounds(works, rows):
+            k, v = work.arrays
+            dk, dv = work.gradients
+            self._run(work, (
+                backend.backward(_part(gradients[i], part), q[i, part], k[i, columns], v[i, columns], dk[i, columns],
+                                 dv[i, columns], begin, end, score)
+                for i, columns, begin, end, score in plan.tasks(work.source, part, self.call.dropout_keys)))
+
+    def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
+        """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""
         call = self.call
         plan = self.plan
         backend = self.backend
-        schedule = self.engine.schedule           # kept: see `_accumulate`
-        try:
-            for work in schedule.backward(Blocks((call.k, call.v), plan.shapes), shares, plan.route, self.trace):
-                k, v = work.arrays
-                dk, dv = work.gradients
-                self._run(work, schedule.progress, (
-                    backend.backward(gradients[i], call.q[i], k[i], v[i], dk[i], dv[i], begin, end, score)
-                    for i, begin, end, score in plan.tasks(work.source, call.dropout_keys)))
-        except BaseException as error:
-            schedule.abandon(error)
-            raise
+        heads, queries = self.movers.heads, self.movers.queries
+        acc_dtype = plan.accumulator
+        delta = backend.empty(call.lse.shape, acc_dtype)
+        for target, gradient in zip(delta, gradients, strict=True):
+            assign(target, gradient.delta)
 
-    def _run(self, work: Work, move_messages: Callable[[], None], loops: Iterable[Iterator[int]]) -> None:
+        # What travels, the wider dtype first.
+        given = [(x, plan.q_tokens) for x in (call.lse, delta, call.q, dout)]
+        *asked, k, v = heads.to_heads("heads", [*given, (call.k, plan.kv_tokens), (call.v, plan.kv_tokens)],
+                                      backend.empty, self.trace)
+        rows = queries.ask(asked, plan.row_counts, backend.empty, self.trace)
+        lse, delta, q, dout = rows
+        dq, dk, dv = (backend.empty(x.shape, acc_dtype) for x in (q, k, v))
+        for x in (dq, dk, dv):
+            backend.clear(x)
+        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i]) for i in range(plan.batch)], (k, v),
+                            (dk, dv), rows)
+        own = slice(plan.own_rows)
+        queries.bring_home("dq", list(dq), plan.row_counts, lambda parts: self._add(dq[:, own], parts), self.trace)
+        place = self._add_heads if plan.kv_tokens.repeats else _put
+        heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), (dk, plan.kv_tokens), (dv, plan.kv_tokens)],
+                        list(zip(results, (_put, place, place), strict=True)), self.trace)
+
+    def _add(self, targets: Iterable[Array], parts: Iterable[Array]) -> None:
+        for target, part in zip(targets, parts, strict=True):
+            self.backend.add(target, part)
+
+    def _add_heads(self, target: Array, part: slice, piece: Array) -> None:
+        """Add a piece to some heads of a contiguous array."""
+        wide = self.backend.empty(target.shape, target.dtype)
+        self.backend.clear(wide)
+        assign(wide[:, :, part], piece)
+        self.backend.add(target, wide)
+
+    def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
+        """Yield each item of work with the rows to compute; this rank's own first, while those of others come."""
+        plan = self.plan
+        everything = slice(plan.rows)
+        heads, _, _ = plan.dims
+        heard = len(plan.row_counts) == 1
+        if not heard and plan.own_rows * heads < FEW_ROWS * plan.share.kv_heads:
+            self.movers.queries.hear(rows, plan.row_counts)
+            heard = True
+        for work in works:
+            if heard:
+                yield work, everything
+                continue
+            yield work, slice(plan.own_rows)
+            self.movers.queries.hear(rows, plan.row_counts)
+            heard = True
+            yield work, slice(plan.own_rows, plan.rows)
+        if not heard:
+            self.movers.queries.hear(rows, plan.row_counts)
+
+    def _run(self, work: Work, loops: Iterable[Iterator[int]]) -> None:
         """Run the loops of a backend over an item of work, and let messages move between their tiles."""
         plan = self.plan
+        move_messages = self.movers.progress
         start = time.perf_counter()
         for loop in loops:
             for pairs in loop:
@@ -160,7 +284,7 @@ class Pass:
                 work.step.pairs += pairs
                 if self._progress and pairs:
                     self._progress(pairs, plan.pairs)
-        work.step.compute_seconds = time.perf_counter() - start
+        work.step.compute_seconds += time.perf_counter() - start
 
     def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: list[Gradient]) -> NDArray[Any]:
         """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries."""
@@ -174,3 +298,17 @@ class Pass:
     def _to_caller(self, x: Array) -> Array:
         """Bring a result to where the caller's arrays are."""
         return x if self.call.on_gpu else self.backend.to_numpy(x)
+
+
+def _arrays(state: State) -> tuple[Array, Array, Array]:
+    return state.acc, state.row_max, state.row_sum
+
+
+def _part(whole: Rows, rows: slice) -> Rows:
+    """Give some rows of a state or a gradient."""
+    return type(whole)(*(x[rows] for x in vars(whole).values()))
+
+
+def _put(target: Array, part: slice, piece: Array) -> None:
+    """Put a piece into some heads of an array."""
+    assign(target[:, :, part], piece)

@@ -27,6 +27,17 @@ class Step:
 
 
 @dataclass
+class Exchange:
+    """What some ranks have exchanged before the steps or after them. Times in seconds, sizes in bytes."""
+
+    what: str
+    start: float = 0.0
+    wait_seconds: float = 0.0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass
 class Trace:
     """The steps of one call on this rank, and their sums.
 
@@ -36,6 +47,8 @@ class Trace:
         When the call began, by this rank's clock (`time.perf_counter`).
     steps : list of Step
         One for each position in the ring, idle ones included.
+    exchanges : list of Exchange
+        Of queries and of heads, where the schedule has any.
     setup_seconds : float
         Seconds that the agreement before the first message took, waiting for late ranks included.
     compile_seconds : float
@@ -47,6 +60,7 @@ class Trace:
 
     started: float = field(default_factory=time.perf_counter)
     steps: list[Step] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
     setup_seconds: float = 0.0
     compile_seconds: float = 0.0
     flop_per_pair: int = 0
@@ -72,8 +86,8 @@ class Trace:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds waiting for K and V with nothing to compute."""
-        return sum(s.wait_seconds for s in self.steps)
+        """Seconds waiting for other ranks with nothing to compute."""
+        return sum(s.wait_seconds for s in self.steps) + sum(x.wait_seconds for x in self.exchanges)
 
     @property
     def bytes_sent(self) -> int:
@@ -86,6 +100,11 @@ class Trace:
         return sum(s.gradient_bytes_sent for s in self.steps)
 
     @property
+    def exchanged_bytes_sent(self) -> int:
+        """Bytes of queries, heads and results that were sent to other ranks."""
+        return sum(x.bytes_sent for x in self.exchanges)
+
+    @property
     def hops(self) -> int:
         """Blocks received from the neighbour."""
         return sum(s.bytes_received > 0 for s in self.steps)
@@ -93,5 +112,6 @@ class Trace:
     def as_dict(self) -> dict[str, Any]:
         """Give sums and steps as plain numbers, for JSON."""
         names = ("started", "pairs", "flop", "compute_seconds", "wait_seconds", "setup_seconds", "compile_seconds",
-                 "bytes_sent", "gradient_bytes_sent", "hops")
-        return {name: getattr(self, name) for name in names} | {"steps": [asdict(s) for s in self.steps]}
+                 "bytes_sent", "gradient_bytes_sent", "exchanged_bytes_sent", "hops")
+        return {name: getattr(self, name) for name in names} | {
+            "steps": [asdict(s) for s in self.steps], "exchanges": [asdict(x) for x in self.exchanges]}

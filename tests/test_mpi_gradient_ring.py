@@ -1,4 +1,4 @@
-"""Gradients come home whole by every schedule and link, with GPUs that lag behind at will. Runs under mpiexec."""
+"""Gradients come home whole by every carrier and link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
 import time
@@ -11,10 +11,12 @@ from test_mpi_link import CHUNK, LINKS, TOKENS
 from ringmpi import RankLost, RingTimeout
 from ringmpi.mpi.comm import private_comm
 from ringmpi.mpi.waiting import stranded
-from ringmpi.schedules import NAMES, make
 from ringmpi.schedules.base import Blocks, Route
 from ringmpi.schedules.device_links import DirectLink, StagedLink
+from ringmpi.schedules.group import Group
 from ringmpi.schedules.links import HostLink
+from ringmpi.schedules.movers import carrier_class
+from ringmpi.schedules.spec import CARRIERS
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -27,15 +29,16 @@ def _poll_often(monkeypatch):
 
 
 class World:
-    """A schedule and its gradients over one kind of link."""
+    """A carrier and its gradients over one kind of link."""
 
-    def __init__(self, comm, kind, seed, timeout=60.0, schedule="ring"):
+    def __init__(self, comm, kind, seed, timeout=60.0, carrier="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
         new_link = {"host": HostLink, "direct": lambda: DirectLink(self.device),
                     "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}[kind]
-        self.schedule = make(schedule, private_comm(comm), new_link, self.clear, self.add)
-        self.schedule.timeout = timeout
+        private = private_comm(comm)
+        self.carrier = carrier_class(carrier)(private, Group.everyone(private), new_link, self.clear, self.add)
+        self.carrier.timeout = timeout
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def work(self, call):
@@ -64,10 +67,10 @@ class World:
         for x in (*mine, *arrays):
             self.clear(x)
         trace = Trace()
-        for work in self.schedule.backward(Blocks(arrays, shapes), Blocks(mine, shapes), Route(needed), trace, stop):
+        for work in self.carrier.backward(Blocks(arrays, shapes), Blocks(mine, shapes), Route(needed), trace, stop):
             for x, share in zip(work.gradients, shares[rank][work.source], strict=True):
                 self.add(x, share)
-            self.schedule.progress()
+            self.carrier.progress()
             each(work.step.step)
         if self.device:
             self.device.caller_stream().synchronize()
@@ -81,18 +84,18 @@ def host(x):
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_sum_of_all_shares_comes_home(comm, kind, schedule, seed):
+def test_the_sum_of_all_shares_comes_home(comm, kind, carrier, seed):
     """Several rounds on the same buffers, which grow; in some nobody needs a block, or but few do."""
-    world, size, outcomes = World(comm, kind, seed, schedule=schedule), comm.size, []
+    world, size, outcomes = World(comm, kind, seed, carrier=carrier), comm.size, []
     for turn in range(6):
         tokens = [TOKENS[(turn + 3 * rank + seed) % (4 if turn < 2 else 8)] for rank in range(size)]
         needed = world.random.random((size, size)) < (0.0, 0.3, 0.6, 1.0, 0.3, 1.0)[turn]
         dtype = np.dtype(np.float64 if turn % 2 else np.float32)
         got, want, trace = world.pass_round(tokens, needed, dtype)
         sizes = [[2 * n * dtype.itemsize, 4 * n * dtype.itemsize] for n in tokens]
-        messages = world.schedule.steps(Route(needed), [[8 * n, 16 * n] for n in tokens], sizes)
+        messages = world.carrier.steps(Route(needed), [[8 * n, 16 * n] for n in tokens], sizes)
         outcomes.append(([(a == b).all() for a, b in zip(got, want, strict=True)], trace.steps, messages))
     for right, steps, messages in outcomes:
         assert all(right)
@@ -101,10 +104,10 @@ def test_the_sum_of_all_shares_comes_home(comm, kind, schedule, seed):
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_a_pass_that_stops_leaves_nothing_behind(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_pass_that_stops_leaves_nothing_behind(comm, kind, carrier):
     """After it gradients come home as if it had not been."""
-    world, size, right = World(comm, kind, 1, schedule=schedule), comm.size, []
+    world, size, right = World(comm, kind, 1, carrier=carrier), comm.size, []
     tokens = [TOKENS[(3 * rank + 4) % 8] for rank in range(size)]
     for at in range(size):
         needed, asked = world.random.random((size, size)) < 0.7, iter(range(size))
@@ -125,21 +128,21 @@ def test_sums_come_in_while_a_rank_computes(comm):
 
     def compute(step):
         latest = time.monotonic() + 20
-        while step > 1 and not world.schedule.links[1].incoming[0].done() and time.monotonic() < latest:
-            world.schedule.progress()
-        there.append(step < 2 or world.schedule.links[1].incoming[0].done())
+        while step > 1 and not world.carrier.links[1].incoming[0].done() and time.monotonic() < latest:
+            world.carrier.progress()
+        there.append(step < 2 or world.carrier.links[1].incoming[0].done())
 
     world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), compute)
     assert all(there)
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, carrier):
     if comm.size == 1:
         pytest.skip("takes two")
     other = comm.Dup()
-    world, before = World(other, kind, 3, schedule=schedule), len(stranded())
+    world, before = World(other, kind, 3, carrier=carrier), len(stranded())
     comm.Barrier()                    # else a rank may hear of the failure before it knows that all have come
 
     def fail(step):
@@ -148,9 +151,9 @@ def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, schedule)
     try:
         world.pass_round([24] * comm.size, np.ones((comm.size, comm.size), bool), np.dtype("f4"), fail)
     except (ValueError, RankLost) as error:
-        slots = [link._slots for link in world.schedule.links if link.transfers]
-        world.schedule.abandon(error)
-    assert not any(link._slots for link in world.schedule.links)
+        slots = [link._slots for link in world.carrier.links if link.transfers]
+        world.carrier.abandon(error)
+    assert not any(link._slots for link in world.carrier.links)
     assert slots
     assert all(any(one is kept for kept in stranded()[before:]) for one in slots)
 

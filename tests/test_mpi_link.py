@@ -1,4 +1,4 @@
-"""Blocks travel unharmed by every schedule over every link, with GPUs that lag behind at will. Runs under mpiexec."""
+"""Blocks travel unharmed by every carrier over every link, with GPUs that lag behind at will. Runs under mpiexec."""
 
 import re
 import time
@@ -10,11 +10,13 @@ from fake_device import FakeDevice
 from ringmpi import OptionError, RankLost, RingError, RingTimeout
 from ringmpi.mpi.comm import private_comm
 from ringmpi.mpi.waiting import stranded
-from ringmpi.schedules import NAMES, make
 from ringmpi.schedules.base import Blocks, Route
 from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.gpu_transport import Transport, choose
+from ringmpi.schedules.group import Group
 from ringmpi.schedules.links import HostLink
+from ringmpi.schedules.movers import carrier_class
+from ringmpi.schedules.spec import CARRIERS
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -37,16 +39,17 @@ def add(x, y):
 
 
 class World:
-    """A schedule over one kind of link, and a consumer that reads its blocks late."""
+    """A carrier over one kind of link, and a consumer that reads its blocks late."""
 
-    def __init__(self, comm, kind, seed, timeout=60.0, schedule="ring"):
+    def __init__(self, comm, kind, seed, timeout=60.0, carrier="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
         links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
                  "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}
-        self.schedule = make(schedule, private_comm(comm), links[kind], lambda x: x.fill(0), add)
-        self.schedule.timeout = timeout
-        self.link = self.schedule.links[0]
+        private = private_comm(comm)
+        self.carrier = carrier_class(carrier)(private, Group.everyone(private), links[kind], lambda x: x.fill(0), add)
+        self.carrier.timeout = timeout
+        self.link = self.carrier.links[0]
         self.random = np.random.default_rng(seed)       # the same on all ranks
 
     def blocks(self, tokens):
@@ -76,11 +79,11 @@ class World:
         mine = [self.there(x) for x in blocks[self.comm.rank]]
         route = Route(np.ones((self.comm.size, self.comm.size), bool) if needed is None else needed)
         got = {}
-        for work in self.schedule.forward(Blocks(mine, [[x.shape for x in pair] for pair in blocks]), route, trace,
+        for work in self.carrier.forward(Blocks(mine, [[x.shape for x in pair] for pair in blocks]), route, trace,
                                           stop):
             each(work.step.step)
             got[work.source] = self.read(work.arrays)
-            self.schedule.progress()
+            self.carrier.progress()
         if self.device:
             self.device.caller_stream().synchronize()
         return {source: [bytes_of(x) for x in arrays] for source, arrays in got.items()}, blocks, trace
@@ -95,11 +98,11 @@ def same(got, blocks):
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_every_block_reaches_every_rank(comm, kind, schedule, seed):
+def test_every_block_reaches_every_rank(comm, kind, carrier, seed):
     """Several rounds on the same buffers, which grow."""
-    world = World(comm, kind, seed, schedule=schedule)
+    world = World(comm, kind, seed, carrier=carrier)
     outcomes = []
     for turn in range(6):
         tokens = [TOKENS[(turn + 3 * rank + seed) % (4 if turn < 2 else 8)] for rank in range(comm.size)]
@@ -111,21 +114,21 @@ def test_every_block_reaches_every_rank(comm, kind, schedule, seed):
         assert sources == [(comm.rank - number) % comm.size for number in range(comm.size)]
         passing = [24 * tokens[source] for source in sources]
         assert received == [*passing[1:], 0]
-        assert sent == [*([passing[0]] * (comm.size - 1) if schedule == "gather" else passing[:-1]), 0]
+        assert sent == [*([passing[0]] * (comm.size - 1) if carrier == "gather" else passing[:-1]), 0]
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_blocks_go_no_farther_than_they_must(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_blocks_go_no_farther_than_they_must(comm, kind, carrier):
     """And what goes where is what `steps` says."""
     size, rank = comm.size, comm.rank
-    world = World(comm, kind, 5, schedule=schedule)
+    world = World(comm, kind, 5, carrier=carrier)
     outcomes = []
     for turn in range(6):
         needed = world.random.random((size, size)) < (0.0, 0.3, 0.6, 0.3, 0.6, 1.0)[turn]
         tokens = [TOKENS[(other + turn) % 8] for other in range(size)]
         got, blocks, trace = world.pass_round(tokens, needed)
-        messages = world.schedule.steps(Route(needed), [[8 * n, 16 * n] for n in tokens])
+        messages = world.carrier.steps(Route(needed), [[8 * n, 16 * n] for n in tokens])
         outcomes.append((same(got, blocks), sorted(got), np.flatnonzero(needed[rank]).tolist(), trace, messages))
     for right, sources, wanted, trace, messages in outcomes:
         assert right
@@ -136,20 +139,20 @@ def test_blocks_go_no_farther_than_they_must(comm, kind, schedule):
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_a_pass_stops_after_the_same_step_on_all_ranks(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_pass_stops_after_the_same_step_on_all_ranks(comm, kind, carrier):
     """One rank asks; the next pass is as if nothing had been."""
     size, last = comm.size, comm.size - 1
-    world = World(comm, kind, 9, schedule=schedule)
+    world = World(comm, kind, 9, carrier=carrier)
     tokens = [TOKENS[(2 * rank + 5) % 8] for rank in range(size)]
     outcomes = []
     for at in range(size + 1):
         asked = iter(range(size + 1))
         got, blocks, trace = world.pass_round(tokens, stop=lambda asked=asked, at=at: next(asked) >= at and
                                               comm.rank == last)
-        outcomes.append((same(got, blocks), len(got), len(trace.steps), world.schedule.stopped))
+        outcomes.append((same(got, blocks), len(got), len(trace.steps), world.carrier.stopped))
         got, blocks, _ = world.pass_round(tokens)
-        outcomes.append((same(got, blocks), len(got), size, world.schedule.stopped))
+        outcomes.append((same(got, blocks), len(got), size, world.carrier.stopped))
     everyone = comm.allgather(outcomes)
     assert all(theirs == outcomes for theirs in everyone)
     for at, (stopped, after) in enumerate(zip(outcomes[::2], outcomes[1::2], strict=True)):
@@ -158,9 +161,9 @@ def test_a_pass_stops_after_the_same_step_on_all_ranks(comm, kind, schedule):
 
 
 @pytest.mark.parametrize("kind", ["direct", "staged"])
-@pytest.mark.parametrize("schedule", NAMES)
-def test_the_callers_stream_may_change_between_calls(comm, kind, schedule):
-    world = World(comm, kind, 6, schedule=schedule)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_the_callers_stream_may_change_between_calls(comm, kind, carrier):
+    world = World(comm, kind, 6, carrier=carrier)
     tokens = [TOKENS[(3 + rank) % 8] for rank in range(comm.size)]
     right = []
     for speed in (0.05, 1.0, 0.05, 1.0):
@@ -172,7 +175,7 @@ def test_the_callers_stream_may_change_between_calls(comm, kind, schedule):
             shapes = [[x.shape for x in pair] for pair in blocks]
             route = Route(np.ones((comm.size, comm.size), bool))
             got = {work.source: world.read(work.arrays)
-                   for work in world.schedule.forward(Blocks(mine, shapes), route, trace)}
+                   for work in world.carrier.forward(Blocks(mine, shapes), route, trace)}
         right.append((got, blocks))
     for stream in world.device.streams:
         stream.synchronize()
@@ -180,11 +183,11 @@ def test_the_callers_stream_may_change_between_calls(comm, kind, schedule):
                for got, blocks in right)
 
 
-@pytest.mark.parametrize("schedule", NAMES)
-def test_one_rank_alone_has_no_buffers(comm, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_one_rank_alone_has_no_buffers(comm, carrier):
     if comm.size > 1:
         pytest.skip("is for one rank")
-    world = World(comm, "staged", 0, schedule=schedule)
+    world = World(comm, "staged", 0, carrier=carrier)
     got, blocks, trace = world.pass_round([24])
     assert same(got, blocks)
     assert world.link._slots == []
@@ -201,45 +204,45 @@ def attempt(world, **options):
         said = "no error"
     except (MemoryError, RingError) as error:
         used, slots = world.link.transfers, world.link._slots
-        world.schedule.abandon(error)
+        world.carrier.abandon(error)
         said = f"{type(error).__name__}: {error}"
         kept = not used or any(slots is one for one in stranded())
     return said, time.perf_counter() - start, kept
 
 
-def outcomes_of(comm, kind, each, timeout=60.0, schedule="ring"):
+def outcomes_of(comm, kind, each, timeout=60.0, carrier="ring"):
     if comm.size == 1:
         pytest.skip("needs two ranks")
     mine = comm.Dup()
-    world = World(mine, kind, 7, timeout, schedule)
+    world = World(mine, kind, 7, timeout, carrier)
     comm.Barrier()               # else a rank may hear that another gave up before it knows that all have come
     return comm.allgather(attempt(world, each=lambda number: each(world, number))), world
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_a_rank_that_fails_is_not_waited_for(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_rank_that_fails_is_not_waited_for(comm, kind, carrier):
     def each(world, number):
         if comm.rank == 0 and number == 0:
             raise MemoryError("no more")
 
-    outcomes, _ = outcomes_of(comm, kind, each, schedule=schedule)
+    outcomes, _ = outcomes_of(comm, kind, each, carrier=carrier)
     for rank, (said, seconds, kept) in enumerate(outcomes):
         assert seconds < 10, outcomes
         assert kept
         if rank == 0:
             assert said == "MemoryError: no more", outcomes
         elif said != "no error":           # had all it needed
-            where = f"rank {rank} on .*, {schedule} step . of {comm.size}(: waited .*|, computing)"
+            where = f"rank {rank} on .*, {carrier} step . of {comm.size}(: waited .*|, computing)"
             assert re.match(f"RankLost: {where}; rank 0 gave up", said), said
 
 
 @pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("schedule", NAMES)
-def test_a_rank_that_stops_is_an_error_in_time(comm, kind, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_a_rank_that_stops_is_an_error_in_time(comm, kind, carrier):
     if comm.size == 1:
         pytest.skip("needs two ranks")
-    world = World(comm.Dup(), kind, 7, 0.3, schedule)
+    world = World(comm.Dup(), kind, 7, 0.3, carrier)
     if comm.rank == 0:
         time.sleep(0.8)
     outcomes = comm.allgather(attempt(world))
@@ -249,7 +252,7 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind, schedule):
         assert seconds < 10, outcomes
         assert kept
         if rank:
-            where = rf"rank {rank} on .*, {schedule} step .* waited for "
+            where = rf"rank {rank} on .*, {carrier} step .* waited for "
             assert re.match(f"(RingTimeout|RankLost): {where}", said), outcomes
 
 

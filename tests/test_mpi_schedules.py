@@ -1,4 +1,4 @@
-"""Every schedule gives what the ring gives, bit for bit. Runs under mpiexec."""
+"""Every carrier gives what the ring gives, bit for bit; which schedules there are. Runs under mpiexec."""
 
 import time
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_mpi_gradients import expect
 
-from ringmpi import Mask, OptionError, RingAttention, RingError, Zigzag, ring_attention
+from ringmpi import Mask, OptionError, RingAttention, RingError, Schedule, Zigzag, ring_attention
 from ringmpi.mpi import pace
 from ringmpi.mpi.comm import private_comm
 from ringmpi.mpi.notices import QUESTION
-from ringmpi.schedules import NAMES
+from ringmpi.schedules.spec import CARRIERS
 
 pytestmark = pytest.mark.mpi
 
@@ -22,6 +22,10 @@ def shard(random, rank, counts, heads, dim, batch, dtype):
     x = random.standard_normal((batch, sum(counts), heads, dim)).astype(dtype)
     start = sum(counts[:rank])
     return x[:, start:start + counts[rank]]
+
+
+def movers(attention):
+    return attention._engine.movers(attention._plan.grid)
 
 
 def passes(comm, schedule, mask, layout, dtype, sinks):
@@ -52,7 +56,7 @@ def passes(comm, schedule, mask, layout, dtype, sinks):
 @pytest.mark.parametrize("layout", ["uneven", "striped", "zigzag"])
 @pytest.mark.parametrize(("dtype", "sinks"), [("f4", False), ("f8", True)])
 def test_the_same_bits_as_the_ring(comm, mask, layout, dtype, sinks):
-    want, *others = (passes(comm, schedule, mask, layout, dtype, sinks) for schedule in NAMES)
+    want, *others = (passes(comm, schedule, mask, layout, dtype, sinks) for schedule in CARRIERS)
     right = [[x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(got, want, strict=True)] for got in others]
     assert all(all(comm.allgather(all(row))) for row in right)
     assert others
@@ -60,14 +64,21 @@ def test_the_same_bits_as_the_ring(comm, mask, layout, dtype, sinks):
 
 def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
     x = np.ones((3, 2, 8), "f4")
-    expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule="mesh"), OptionError,
-           f"schedule: expected one of {', '.join(NAMES)}, got 'mesh'")
-    if comm.size > 1:
-        expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=NAMES[comm.rank == 1]), OptionError,
-               "schedule is gather here and ring on rank 0")
+    for wrong in ("tree", "2x2", "1x1x2:tree", 3, None):
+        expect(comm, lambda wrong=wrong: ring_attention(x, x, x, comm=comm, schedule=wrong), OptionError, "schedule: ")
+    size = comm.size
+    expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=Schedule(2, 3, size)), OptionError,
+           f"schedule 2x3x{size}:ring: expected heads x queries x keys to be the number of ranks, {size}, "
+           f"got {6 * size}")
+    if size > 2:
+        expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule="heads"), OptionError,
+               f"to divide the 2 heads; {2 - size % 2}x1x{size // (2 - size % 2)}:ring would do")
+    if size > 1:
+        expect(comm, lambda: ring_attention(x, x, x, comm=comm, schedule=CARRIERS[comm.rank == 1]), OptionError,
+               f"schedule is 1x1x{size}:gather here and 1x1x{size}:ring on rank 0")
 
 
-@pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.parametrize("schedule", CARRIERS)
 def test_an_object_that_a_callback_closes(comm, schedule):
     """The call ends as it would have, and keeps nothing for a backward pass."""
     x = np.random.default_rng(comm.rank).standard_normal((9, 2, 8)).astype("f4")
@@ -102,6 +113,6 @@ def test_the_gather_has_buffers_only_for_what_a_rank_needs(comm):
     x = np.ones((20, 2, 8), "f4")
     with RingAttention(comm, mask=Mask(causal=True, window=(4, 0)), schedule="gather", timeout=60) as attention:
         attention.backward(attention(x, x, x))
-        blocks, shares, coming_home = (len(link._slots) for link in attention._engine.schedule.links)
+        blocks, shares, coming_home = (len(link._slots) for link in movers(attention).carrier.links)
     assert (blocks, shares, coming_home) == (comm.rank > 0, comm.rank > 0, comm.rank < comm.size - 1)
     assert attention.trace.hops == (comm.rank > 0)

@@ -14,7 +14,7 @@ from ..device import Device
 from ..dtypes import TOLERANCE
 from ..layout import Integers
 from ..score import Score
-from ..softmax import Gradient, State, finish, row_delta
+from ..softmax import Gradient, State, combine, finish, row_delta
 from .products import bits, choose
 
 Shape = tuple[int, int, int]
@@ -153,6 +153,10 @@ class Backend:
     def reset(self, state: State, sinks: NDArray[Any] | None = None) -> None:
         """Let a state forget every key; see `State.reset`. `sinks` are NumPy, whatever the backend. Local."""
         state.reset(sinks)
+
+    def combine(self, state: State, parts: State) -> None:
+        """Fold states of the same queries that saw other keys into one; see `softmax.combine`. Local."""
+        combine(state, parts)
 
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `softmax.finish`. Local."""

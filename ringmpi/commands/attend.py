@@ -72,7 +72,8 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     from ..job.inputs import check_input
     from ..job.memory import predict_memory
     from ..job.outputs import check_paths
-    from ..schedules import schedule_class
+    from ..schedules.movers import carrier_class
+    from ..schedules.spec import check_schedule, resolve
     if launched_rank():
         return 0
     check_threads(arguments.threads)
@@ -84,6 +85,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (ranks - 1) / 2**20:12.1f} MiB sent by a rank at most, "
-          f"{schedule_class(options.schedule).path_text.format(ranks - 1)}")
+    schedule = resolve(check_schedule(options.schedule), ranks)
+    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (schedule.keys - 1) / 2**20:12.1f} MiB sent by a rank at "
+          f"most, {carrier_class(schedule.carrier).path_text.format(schedule.keys - 1)}")
     return 0

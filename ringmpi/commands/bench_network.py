@@ -19,6 +19,7 @@ from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
 from ..schedules.base import Blocks, Route
+from ..schedules.grid import Grid
 from ..schedules.redistribution import redistribute
 from ..trace import Trace
 
@@ -129,7 +130,8 @@ class _NetworkBench:
         """Pass K and V round the ring of the library, and compute nothing."""
         size, arrays = self.comm.size, (self.x[None], self.x[None])
         blocks = Blocks(arrays, [[x.shape for x in arrays]] * size)
-        for _ in self.engine.schedule.forward(blocks, Route(np.ones((size, size), bool)), Trace()):
+        carrier = self.engine.movers(Grid(self.full.schedule, tuple(self.comm.nodes))).carrier
+        for _ in carrier.forward(blocks, Route(np.ones((size, size), bool)), Trace()):
             pass
 
     def _bare_exchange(self) -> None:
@@ -152,8 +154,8 @@ class _NetworkBench:
         self._buffers = self._buffers or [[np.empty_like(x) for x in here] for _ in range(2)]
         for step in range(comm.size - 1):
             there = self._buffers[step % 2]
-            requests = [self.world.Irecv([x.view(np.uint8), byte], comm.source, 0) for x in there]
-            requests += [self.world.Isend([x.view(np.uint8), byte], comm.dest, 0) for x in here]
+            requests = [self.world.Irecv([x.view(np.uint8), byte], (comm.rank - 1) % comm.size, 0) for x in there]
+            requests += [self.world.Isend([x.view(np.uint8), byte], (comm.rank + 1) % comm.size, 0) for x in here]
             wait_for_all(requests)
             here = there
 

@@ -23,6 +23,8 @@ from ..mask import Mask
 from ..mpi import comm as mpi
 from ..mpi.world import comm_world
 from ..schedules.base import Blocks, Route, block_sizes
+from ..schedules.grid import Grid
+from ..schedules.spec import Schedule
 from ..trace import Trace
 
 ALONE = "one rank"
@@ -61,17 +63,17 @@ class _RingBench:
         everyone = comm.allgather_text(json.dumps(sorted(affinity())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
         self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
-                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products), arguments.schedule)
+                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
         self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
-        self.layouts = {name: self._attention(world, name, self.threads) for name in layout.NAMES}
+        self.layouts = {name: self._attention(world, name, self.threads, arguments.schedule) for name in layout.NAMES}
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
 
-    def _attention(self, comm: Any, name: str, threads: int) -> RingAttention:
+    def _attention(self, comm: Any, name: str, threads: int, schedule: str = "ring") -> RingAttention:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
                              backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
-                             allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=self.arguments.schedule,
+                             allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule,
                              bfloat16_products=self.arguments.bfloat16_products)
 
     def _arrays(self, n: int) -> list[Any]:
@@ -88,8 +90,9 @@ class _RingBench:
         for name, attention in self.layouts.items():
             arrays = self._arrays(layout.make(name, tokens, ranks).counts[rank])
             runs[name] = self._pass(attention, arrays)
-        if ranks > 1 and self.arguments.which == "forward":
-            runs[TRANSFER] = self._transfer()
+        schedule = self.layouts["contiguous"].schedule
+        if 1 < ranks == schedule.keys and self.arguments.which == "forward":
+            runs[TRANSFER] = self._transfer(schedule)
         if self.one_node and ranks > 1:
             alone = self._pass(self.single, self._arrays(tokens if rank == 0 else 1))
 
@@ -118,19 +121,20 @@ class _RingBench:
         attention(*arrays)
         return backward
 
-    def _transfer(self) -> Callable[[], Trace]:
+    def _transfer(self, schedule: Schedule) -> Callable[[], Trace]:
         counts = layout.make("contiguous", self.arguments.tokens, self.comm.size).counts
         shapes = [[(1, n, self.arguments.heads, self.arguments.dim)] * 2 for n in counts]
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
-        schedule, backend = self.engine.schedule, self.engine.backend
+        carrier, backend = self.engine.movers(Grid(schedule, tuple(self.comm.nodes))).carrier, self.engine.backend
+        shapes = [shapes[rank] for rank in carrier.group.ranks]
         route = Route(np.ones((self.comm.size, self.comm.size), bool))
         with self.comm.raise_on_all(self.arguments.timeout), backend.current():
-            schedule.reserve(route, block_sizes(shapes, self.dtype))
+            carrier.reserve(route, block_sizes(shapes, [self.dtype] * 2))
 
         def transfer() -> Trace:
             trace = Trace()
             with backend.current():
-                for _ in schedule.forward(Blocks((k, v), shapes), route, trace):
+                for _ in carrier.forward(Blocks((k, v), shapes), route, trace):
                     pass
             return trace
         return transfer

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..errors import OptionError
+from ..schedules.spec import check_schedule
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "widen", "pairs")
-SCHEDULES = ("ring", "gather")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
@@ -18,6 +20,15 @@ def window(text: str) -> tuple[int | None, int | None]:
         raise argparse.ArgumentTypeError(f"expected LEFT[,RIGHT], got {text!r}")
     left, right = (natural(part) if part else None for part in parts)
     return (left, right)
+
+
+def schedule(text: str) -> str:
+    """Read a schedule's name, or a grid. Local."""
+    try:
+        check_schedule(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def natural(text: str) -> int:
@@ -94,9 +105,11 @@ def add_backend(parser: Any) -> None:
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
     parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share GPUs if there are too few")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="ring",
-                        help="how K and V get to the ranks that need them: round a ring, with two buffers, or all at "
-                             "once, with a buffer for each (default: ring)")
+    parser.add_argument("--schedule", type=schedule, default="ring", metavar="S",
+                        help="who computes what: ring (keys go round, with two buffers), gather (keys come at once, "
+                             "with a buffer for each), queries (queries travel), mesh (queries along one side of a "
+                             "square of ranks, keys along the other), heads (tokens are exchanged for heads), or a "
+                             "grid of ranks for heads x queries x keys and a carrier, 2x4x8:ring (default: ring)")
     add_products(parser)
 
 

@@ -10,7 +10,8 @@ from ..dtypes import DTYPES, accumulator
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
-from ..schedules import schedule_class
+from ..schedules.movers import carrier_class
+from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from .inputs import Sizes
 from .options import Options
 
@@ -43,15 +44,17 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     wide = acc_dtype.itemsize
     shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
     backend = _class_of(options.backend)
-    buffers = schedule_class(options.schedule).buffer_blocks(ranks, options.backend in GPU_NAMES)
+    schedule = resolve(check_schedule(options.schedule), ranks)
+    check_heads(schedule, sizes.heads)
+    buffers = carrier_class(schedule.carrier).buffer_blocks(schedule.keys, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
-        arrays = {**_arrays(sizes, n_q, n_k, item, wide, buffers), **scratch}
+        arrays = {**_arrays(sizes, n_q, n_k, item, wide, buffers, schedule), **scratch}
         return {**arrays, "total": sum(arrays.values())}
     base = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
     parts = {
-        **_arrays(sizes, n_q, n_k, item, wide, buffers),
-        "columns": 8 * 8 * n_q,
+        **_arrays(sizes, n_q, n_k, item, wide, buffers, schedule),
+        "columns": 8 * 8 * n_q * schedule.heads * schedule.queries,
         **scratch,
     }
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
@@ -94,18 +97,28 @@ def count_pairs(mask: Mask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
     return [int(seen.sum()) // ranks + 1] * ranks
 
 
-def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int) -> dict[str, int]:
+def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int, schedule: Schedule
+            ) -> dict[str, int]:
     """Give the bytes of what every backend has, where it computes."""
-    return {
-        "q": n_q * sizes.heads * sizes.dim * item,
+    q = n_q * sizes.heads * sizes.dim * item
+    kv = n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item
+    out, lse = n_q * sizes.heads * sizes.dim_v * item, n_q * sizes.heads * wide
+    acc = n_q * sizes.heads * sizes.dim_v * wide
+    arrays = {
+        "q": q,
         "k": n_k * sizes.kv_heads * sizes.dim * item,
         "v": n_k * sizes.kv_heads * sizes.dim_v * item,
-        "out": n_q * sizes.heads * sizes.dim_v * item,
-        "lse": n_q * sizes.heads * wide,
-        "acc": n_q * sizes.heads * sizes.dim_v * wide,
-        "max and sum": 2 * n_q * sizes.heads * wide,
-        "K/V buffers": buffers * n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item,
+        "out": out,
+        "lse": lse,
+        "acc": schedule.queries * acc,
+        "max and sum": schedule.queries * 2 * lse,
+        "K/V buffers": buffers * kv,
     }
+    if schedule.queries > 1:                     # the rows, and what is packed and received: queries, then states
+        arrays["queries of others"] = 2 * schedule.queries * q + 2 * (schedule.queries - 1) * (acc + 2 * lse)
+    if schedule.heads > 1:                       # by heads, and what is packed and received
+        arrays["exchange of heads"] = 3 * (q + kv) + out + lse
+    return arrays
 
 
 def _class_of(name: str) -> type[Backend]:

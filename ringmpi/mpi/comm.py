@@ -46,8 +46,8 @@ class Comm(Exchange):
         A duplicate of the caller's; ranks as there.
     rank, size, calls : int
         See `Exchange`.
-    source, dest : int
-        The neighbours in the ring that blocks come from and go to.
+    nodes : list of int
+        For each rank, the lowest rank on its node.
     leader : int
         The lowest rank on this rank's node.
     local_rank, local_size : int
@@ -62,8 +62,7 @@ class Comm(Exchange):
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         super().__init__(comm)
-        self.source = (self.rank - 1) % self.size
-        self.dest = (self.rank + 1) % self.size
+        self.nodes = [0] * self.size
         self.leader = self.rank
         self.local_rank = 0
         self.local_size = 1
@@ -91,8 +90,10 @@ class Comm(Exchange):
         mine = [socket.gethostname(), boot_id(), sorted(affinity())]
         nodes = [json.loads(text) for text in self.allgather_text(json.dumps(mine), timeout)]
         notices.hosts = [host for host, _, _ in nodes]
-        here = [rank for rank, node in enumerate(nodes) if node[:2] == mine[:2]]
-        self.leader = here[0]
+        machines = [node[:2] for node in nodes]
+        self.nodes = [machines.index(machine) for machine in machines]
+        self.leader = self.nodes[self.rank]
+        here = [rank for rank, node in enumerate(self.nodes) if node == self.leader]
         self.local_rank = here.index(self.rank)
         self.local_size = len(here)
         # a core that k ranks of this node may run on counts 1/k for each of them

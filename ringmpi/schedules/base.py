@@ -1,7 +1,8 @@
-"""The contract of a schedule: which rank computes with which block at which step, and what travels meanwhile.
+"""The contract of a carrier: which member of a group computes with which block at which step, and what travels.
 
-A schedule yields items of work, each while the blocks of later ones are on their way. It moves bytes, and knows
-neither backend nor mask: of the mask it is told which rank needs which block.
+A carrier yields items of work, each while the blocks of later ones are on their way. It moves bytes, and knows
+neither backend nor mask: of the mask it is told which member needs which block. Members are numbered by their place in
+the group.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from ..mpi.comm import Comm
 from ..mpi.notices import NOTICE_TAG
 from ..trace import Step, Trace
-from .links import Array, Link, Peer, Shape, Transfer
-from .waits import Joined, Vote, describe
+from .group import Group
+from .links import Array, Link, Shape, Transfer
+from .mover import Mover
+from .waits import Vote
 
-MOST_RANKS = 64             # that are told to be waited for; more count as all
 TAGS = NOTICE_TAG // 3      # that many for blocks, and for gradients that are passed on; one for those that come home
 
 
@@ -32,27 +34,27 @@ class Route:
     Attributes
     ----------
     needed : bool array of shape (size, size)
-        ``needed[rank, source]``: rank computes with the block of source.
+        ``needed[member, source]``: member computes with the block of source.
     """
 
     needed: NDArray[np.bool_]
 
     @cached_property
     def first(self) -> list[int]:
-        """For each rank's block, hops downstream to the first other rank that computes with it; 0 if none does."""
+        """For each member's block, hops downstream to the first other that computes with it; 0 if none does."""
         hops: list[int] = self._by_hop.argmax(axis=0).tolist()
         return hops
 
     @cached_property
     def last(self) -> list[int]:
-        """For each rank's block, hops downstream to the last other rank that computes with it; 0 if none does."""
+        """For each member's block, hops downstream to the last other that computes with it; 0 if none does."""
         by_hop = self._by_hop
         hops: list[int] = np.where(by_hop.any(axis=0), len(by_hop) - 1 - by_hop[::-1].argmax(axis=0), 0).tolist()
         return hops
 
     @property
     def _by_hop(self) -> NDArray[np.bool_]:
-        """``[hop, owner]``: the rank that many hops downstream of the owner is another one and needs its block."""
+        """``[hop, owner]``: the member that many hops downstream of the owner is another one and needs its block."""
         ranks = np.arange(len(self.needed))
         by_hop: NDArray[np.bool_] = self.needed[(ranks + ranks[:, None]) % len(ranks), ranks]
         by_hop[0] = False
@@ -61,52 +63,49 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A block on each rank: arrays of one dtype, this rank's, and the shapes of all.
+    """A block on each member: arrays, this member's, and the shapes of all.
 
     Attributes
     ----------
     own : sequence of C-contiguous arrays
-        This rank's block, in the memory of the schedule's links.
-    shapes : for each rank, the shapes of its arrays
+        This member's block, in the memory of the links.
+    shapes : for each member, the shapes of its arrays
+        Their dtypes are the same on all.
     """
 
     own: Sequence[Array]
     shapes: Sequence[Sequence[Shape]]
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of all arrays."""
-        dtype: np.dtype[Any] = self.own[0].dtype
-        return dtype
+    @cached_property
+    def dtypes(self) -> list[np.dtype[Any]]:
+        """Of each array."""
+        return [x.dtype for x in self.own]
 
     @cached_property
     def sizes(self) -> list[list[int]]:
-        """Bytes of each array of each rank's block."""
-        return block_sizes(self.shapes, self.dtype)
+        """Bytes of each array of each member's block."""
+        return block_sizes(self.shapes, self.dtypes)
 
 
 @dataclass(frozen=True)
 class Work:
-    """An item of work: the queries of a rank with the keys and values of a rank.
+    """An item of work: the queries of this member with the keys and values of a member.
 
     Attributes
     ----------
     step : Step
         Takes the figures.
-    queries : int
-        The rank whose queries they are; with the schedules there are, always this one.
     source : int
-        The rank whose block it is.
+        The member whose block it is.
     arrays : tuple of arrays
         The block, valid until the next item is asked for.
     gradients : tuple of arrays
-        In a backward pass, arrays to add this rank's share to before the next item is asked for.
+        In a backward pass, arrays to add this member's share to before the next item is asked for.
     following : int, optional
-        The `source` of this rank's next item; None after the last.
+        The `source` of this member's next item; None after the last.
     """
 
     step: Step
-    queries: int
     source: int
     arrays: tuple[Array, ...]
     gradients: tuple[Array, ...]
@@ -114,7 +113,7 @@ class Work:
 
 
 class Message(NamedTuple):
-    """What a rank sends to another in a step, in one message or several."""
+    """What a member of a group sends to another in a step, in one message or several."""
 
     source: int
     dest: int
@@ -123,12 +122,14 @@ class Message(NamedTuple):
     gradients: bool = False
 
 
-class Schedule:
-    """What all schedules have in common. One pass at a time, and none after a failure.
+class Carrier(Mover):
+    """What all carriers have in common; see `Mover`.
 
     Parameters
     ----------
     comm : Comm
+    group : Group
+        The members, each of which has a block.
     new_link : callable
         Makes a `Link`, of the same kind on every rank.
     clear : callable
@@ -138,8 +139,6 @@ class Schedule:
 
     Attributes
     ----------
-    timeout : float
-        Seconds after which a wait for another rank is an error.
     stopped : bool
         Whether the last pass was left before its end, because a rank asked for it.
     """
@@ -147,21 +146,14 @@ class Schedule:
     name = ""
     path_text = ""              # how a block reaches n other ranks, for display: "in {} hops"
 
-    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+    def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
-        self.comm = comm
-        self.timeout = 0.0
+        super().__init__(comm, group)
         self.stopped = False
         self._clear = clear
         self._add = add
         self._step = Step(0, comm.rank)
-        self._awaited: list[Transfer] = []      # what is waited for now
         self._vote: Vote | None = None
-
-    @property
-    def links(self) -> list[Link]:
-        """Every link that may have something under way."""
-        raise NotImplementedError
 
     def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
@@ -171,13 +163,13 @@ class Schedule:
         ----------
         route : Route
         sizes, gradient_sizes
-            For each rank, the bytes of the arrays of its block, and of their gradients in a backward pass.
+            For each member, the bytes of the arrays of its block, and of their gradients in a backward pass.
         """
         raise NotImplementedError
 
     def forward(self, blocks: Blocks, route: Route, trace: Trace,
                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this rank's work with every block that it needs. Collective over *comm*.
+        """Yield this member's work with every block that it needs. Collective over *comm*.
 
         Every rank must take all its items, or call `abandon`.
 
@@ -201,7 +193,7 @@ class Schedule:
 
     def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
                  stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this rank's work with every block that it needs, and bring what is added to its gradients home.
+        """Yield this member's work with every block that it needs, and bring what is added to its gradients home.
 
         Collective over *comm*.
 
@@ -210,7 +202,7 @@ class Schedule:
         blocks, route, trace
             See `forward`.
         gradients : Blocks
-            The gradient of this rank's block, which the shares of all ranks are added to.
+            The gradient of this member's block, which the shares of all ranks are added to.
         stop : callable, optional
             See `forward`. The gradients are of no use then.
 
@@ -224,7 +216,7 @@ class Schedule:
     @staticmethod
     def steps(route: Route, sizes: Sequence[Sequence[int]],
               gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
-        """Say what all ranks send at each step, from the sizes alone. Local, and without MPI.
+        """Say what all members send at each step, from the sizes alone. Local, and without MPI.
 
         Parameters
         ----------
@@ -239,23 +231,9 @@ class Schedule:
         """Say how many blocks of K and V a rank has buffers for in a forward pass, at most. Local."""
         raise NotImplementedError
 
-    def progress(self) -> None:
-        """Let MPI move what is on its way; call it every few milliseconds while computing. Local.
-
-        Raises
-        ------
-        RankLost
-            If another rank is gone.
-        """
-        under_way = [transfer for link in self.links for transfer in link.transfers]
-        joined = Joined(under_way)
-        self.comm.progress(joined.requests, lambda: describe(self._where(), under_way), joined.advance)
-
-    def abandon(self, error: BaseException) -> None:
-        """Leave a pass in mid-way because of an error on this rank; the other ranks are told. Local."""
-        self.comm.give_up(error, [])
-        for link in self.links:
-            self.comm.keep_alive(link.cancel())
+    def cancel(self) -> None:
+        """Give up what is under way, because of an error; what MPI may still write to is kept. Local."""
+        super().cancel()
         self._forget()
         if self._vote:
             self.comm.keep_alive([self._vote])
@@ -264,14 +242,14 @@ class Schedule:
         """Let go of what the pass was about."""
 
     def _steps(self, trace: Trace, stop: Callable[[], bool] | None) -> Iterator[Step]:
-        """Yield one step after the other, with the block of a rank one farther away; no more once a rank has asked.
+        """Yield one step after the other, with the block of a member one farther away; no more once a rank has asked.
 
         What `_wait` waits for at the end of a step includes the answer of all ranks.
         """
-        size, rank = self.comm.size, self.comm.rank
+        size = self.group.size
         self.stopped = False
         for number in range(size):
-            step = self._step = Step(number, (rank - number) % size, trace.now())
+            step = self._step = Step(number, self.group.ranks[self.group.upstream(number)], trace.now())
             trace.steps.append(step)
             self.comm.place = f", {self.name} step {number} of {size}"
             self._vote = Vote(self.comm, stop()) if stop and number < size - 1 else None
@@ -286,43 +264,25 @@ class Schedule:
 
     def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
         """Make the item of work of a step."""
-        size, rank = self.comm.size, self.comm.rank
-        later = ((rank - number) % size for number in range(step.step + 1, size))
-        following = next((source for source in later if route.needed[rank, source]), None)
-        return Work(step, rank, step.source, arrays, gradients, following)
+        group = self.group
+        later = (group.upstream(number) for number in range(step.step + 1, group.size))
+        following = next((source for source in later if route.needed[group.index, source]), None)
+        return Work(step, group.upstream(step.step), arrays, gradients, following)
 
-    def _peer(self, call: str, rank: int, tag: int, what: str) -> Peer:
-        return Peer(rank, self.comm.message_starter(call, rank, tag), what)
-
-    def _wait(self, transfers: Sequence[Transfer]) -> float:
-        """Wait for some transfers, and let all advance; return the seconds it took."""
-        self._awaited = [*transfers, *([self._vote] if self._vote else [])]
-        joined = Joined(self._awaited, self.links)
-        try:
-            return self.comm.wait(joined.requests, self.timeout, lambda: describe(self._where(), self._late()),
-                                  joined.advance, self._late_ranks)
-        finally:
-            self._awaited = []                   # they refer to buffers
-
-    def _late(self) -> list[Transfer]:
-        """Give what is waited for and not done; all that is waited for, if it has been done meanwhile."""
-        return [transfer for transfer in self._awaited if not transfer.done()] or self._awaited
-
-    def _late_ranks(self) -> list[int]:
-        """Give the ranks that are waited for; none means all."""
-        late = self._late()
-        ranks = {transfer.peer.rank for transfer in late}
-        return [] if self._vote in late or len(ranks) > MOST_RANKS else sorted(ranks)
+    def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
+        """Wait for some transfers, and the answer of all ranks; let all advance; return the seconds it took."""
+        return super()._wait([*transfers, *([self._vote] if self._vote else [])])
 
     def _where(self) -> str:
-        return f"{self.comm.name()}, {self.name} step {self._step.step} of {self.comm.size}"
+        return f"{self.comm.name()}, {self.name} step {self._step.step} of {self.group.size}"
 
 
-def block_sizes(shapes: Sequence[Sequence[Shape]], dtype: np.dtype[Any]) -> list[list[int]]:
-    """Give the bytes of each array of each rank's block, from the shapes of the arrays. Local."""
-    return [[math.prod(shape) * dtype.itemsize for shape in theirs] for theirs in shapes]
+def block_sizes(shapes: Sequence[Sequence[Shape]], dtypes: Sequence[np.dtype[Any]]) -> list[list[int]]:
+    """Give the bytes of each array of each member's block, from the shapes and dtypes of the arrays. Local."""
+    return [[math.prod(shape) * dtype.itemsize for shape, dtype in zip(theirs, dtypes, strict=True)]
+            for theirs in shapes]
 
 
 def largest(sizes: Sequence[Sequence[int]]) -> int:
-    """Give the bytes of the largest block of any rank. Local."""
+    """Give the bytes of the largest block of any member. Local."""
     return max(map(sum, sizes))

@@ -43,7 +43,7 @@ class DeviceLink(Link):
 
     def put_own_block(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Copy this rank's own block into the first slot, for `send_own`; return views of it there. Local."""
-        views = self.views(0, [array.shape for array in arrays], arrays[0].dtype)
+        views = self.views(0, [array.shape for array in arrays], [array.dtype for array in arrays])
         for view, array in zip(views, arrays, strict=True):
             self._device.copy(view, array, self._stream)
         self._own_block_ready = self._device.record(self._stream)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from ..mpi.comm import Comm
 from ..trace import Step
 from .base import TAGS, Blocks, largest
+from .group import Group
 from .links import Array, Link, Peer, Transfer
 
 
@@ -22,6 +23,7 @@ class GradientRing:
     Parameters
     ----------
     comm : Comm
+    group : Group
     new_link : callable
         Makes a link of the kind that the ring has.
     clear : callable
@@ -35,9 +37,10 @@ class GradientRing:
         What goes from neighbour to neighbour, and home from the last rank; and what comes home.
     """
 
-    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+    def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
         self._comm = comm
+        self._group = group
         self._clear = clear
         self._add = add
         self.passed_on = new_link()
@@ -46,12 +49,12 @@ class GradientRing:
     def reserve(self, sizes: Sequence[Sequence[int]]) -> None:
         """Make the buffers, for gradients of blocks whose arrays have `sizes` bytes. Local.
 
-        Slot n % 3 takes this rank's share of step n, while (n + 1) % 3 takes the sum coming in, and (n - 1) % 3, of
+        Slot n % 3 takes this member's share of step n, while (n + 1) % 3 takes the sum coming in, and (n - 1) % 3, of
         the step before, goes out.
         """
-        if self._comm.size > 1:
+        if self._group.size > 1:
             self.passed_on.reserve([largest(sizes)] * 3)
-            self.coming_home.reserve([sum(sizes[self._comm.rank])])
+            self.coming_home.reserve([sum(sizes[self._group.index])])
 
     def bind(self, gradients: Blocks, first: Sequence[int], last: Sequence[int]) -> None:
         """Take what the next pass is about. Local.
@@ -59,7 +62,7 @@ class GradientRing:
         Parameters
         ----------
         gradients : Blocks
-            The gradient of this rank's block, which its own share and then those of the others are added to.
+            The gradient of this member's block, which its own share and then those of the others are added to.
         first, last : for each rank, where the first and the last other rank that computes with its block is
             See `Route`.
         """
@@ -67,28 +70,27 @@ class GradientRing:
         self._sizes = gradients.sizes
         self._first = first
         self._last = last
-        if self._comm.size > 1:
+        if self._group.size > 1:
             self.reserve(self._sizes)
             self.passed_on.begin()
             self.coming_home.begin()
 
     def begin_step(self, step: Step) -> tuple[Array, ...]:
-        """Give the arrays that this rank's share of a step is added to; the sum so far starts to come in. Local."""
-        number, source, rank = step.step, step.source, self._comm.rank
-        if 0 < number == self._last[rank]:       # in this step the last rank computes with this rank's block
-            last = (rank + number) % self._comm.size
-            self.coming_home.receive(0, self._sizes[rank], self._peer("Irecv", last, 2 * TAGS,
-                                                                      "for its own gradients to come home"))
+        """Give the arrays that this member's share of a step is added to; the sum so far starts to come in. Local."""
+        group, number = self._group, step.step
+        source = group.upstream(number)
+        if 0 < number == self._last[group.index]:       # in this step the last member computes with this one's block
+            self.coming_home.receive(0, self._sizes[group.index], self._peer(
+                "Irecv", group.downstream(number), 2 * TAGS, "for its own gradients to come home"))
         if number == 0:
             return tuple(self._gradients.own)
         share = self._views(number, source)
         for x in share:
             self._clear(x)
         if self._comes(number, source):
-            before = self._comm.source
-            what = f"for the gradients of rank {source}'s block from rank {before}"
+            what = f"for the gradients of rank {group.ranks[source]}'s block from rank {group.ranks[group.upstream(1)]}"
             self.passed_on.receive(number + 1, self._sizes[source],
-                                   self._peer("Irecv", before, TAGS + (number - 1) % TAGS, what))
+                                   self._peer("Irecv", group.upstream(1), TAGS + (number - 1) % TAGS, what))
         return share
 
     def to_wait_for(self) -> list[Transfer]:
@@ -96,11 +98,12 @@ class GradientRing:
         return self.passed_on.transfers
 
     def end_step(self, step: Step, leaves: bool) -> None:
-        """Add what came in to this rank's share, when both are there, and pass the sum on, or home. Local.
+        """Add what came in to this member's share, when both are there, and pass the sum on, or home. Local.
 
         If all ranks leave the pass after this step, nobody will ask for a sum that is passed on.
         """
-        number, source = step.step, step.source
+        group, number = self._group, step.step
+        source = group.upstream(number)
         if number and self._comes(number, source):
             for share, others in zip(self._views(number, source), self._views(number + 1, source), strict=True):
                 self._add(share, others)
@@ -108,18 +111,17 @@ class GradientRing:
         home = number == self._last[source]
         if number and self._first[source] <= number and (home or (number < self._last[source] and not leaves)):
             step.gradient_bytes_sent = sum(self._sizes[source])
-            taker = source if home else self._comm.dest
+            taker = source if home else group.downstream(1)
             tag = 2 * TAGS if home else TAGS + number % TAGS
-            self.passed_on.send(number, self._sizes[source],
-                                self._peer("Isend", taker, tag, f"for rank {taker} to take the gradients of a block"),
-                                written=True)
+            what = f"for rank {group.ranks[taker]} to take the gradients of a block"
+            self.passed_on.send(number, self._sizes[source], self._peer("Isend", taker, tag, what), written=True)
 
     def finish(self) -> None:
         """Add what has come home; let go of the arrays. Local."""
         self.passed_on.end_step()           # of what the last step sent
         if self.coming_home.incoming:
-            rank = self._comm.rank
-            theirs = self.coming_home.views(0, self._gradients.shapes[rank], self._gradients.dtype)
+            shapes = self._gradients.shapes[self._group.index]
+            theirs = self.coming_home.views(0, shapes, self._gradients.dtypes)
             for x, y in zip(self._gradients.own, theirs, strict=True):
                 self._add(x, y)
         self.coming_home.end_step()
@@ -133,7 +135,8 @@ class GradientRing:
         return self._first[source] < number <= self._last[source]
 
     def _views(self, number: int, source: int) -> tuple[Array, ...]:
-        return self.passed_on.views(number, self._gradients.shapes[source], self._gradients.dtype)
+        return self.passed_on.views(number, self._gradients.shapes[source], self._gradients.dtypes)
 
-    def _peer(self, call: str, rank: int, tag: int, what: str) -> Peer:
+    def _peer(self, call: str, member: int, tag: int, what: str) -> Peer:
+        rank = self._group.ranks[member]
         return Peer(rank, self._comm.message_starter(call, rank, tag), what)

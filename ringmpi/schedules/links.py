@@ -90,10 +90,10 @@ class Link:
         """Take this rank's own block, for `send_own`; return arrays that hold it. Local."""
         raise NotImplementedError
 
-    def views(self, number: int, shapes: Sequence[Shape], dtype: np.dtype[Any]) -> tuple[Array, ...]:
-        """View slot `number` as arrays of these shapes, one after the other. Local."""
+    def views(self, number: int, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> tuple[Array, ...]:
+        """View slot `number` as arrays of these shapes and dtypes, one after the other. Local."""
         views, start = [], 0
-        for shape in shapes:
+        for shape, dtype in zip(shapes, dtypes, strict=True):
             stop = start + math.prod(shape) * dtype.itemsize
             views.append(self._slot(number)[start:stop].view(dtype).reshape(shape))
             start = stop
@@ -222,6 +222,12 @@ class DirectTransfer:
     def waiting_for(self) -> str:
         """Say what of this rank's GPU it waits for; empty if it waits for the peer alone. Local."""
         return "" if self._started else self._waiting_for
+
+
+def assign(target: Array, source: Array) -> None:
+    """Copy an array into another of its shape and dtype, of any strides, as bits: bfloat16 needs no header. Local."""
+    bits = f"u{source.dtype.itemsize}"
+    target.view(bits)[...] = source.view(bits)
 
 
 def start(transfer: Transfer, under_way: list[Transfer]) -> None:

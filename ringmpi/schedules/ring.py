@@ -9,22 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..mpi.comm import Comm
 from ..trace import Step, Trace
-from .base import TAGS, Blocks, Message, Route, Schedule, Work, largest
+from .base import TAGS, Blocks, Carrier, Message, Route, Work, largest
 from .gradient_ring import GradientRing
+from .group import Group
 from .links import Array, Link
 
 
-class Ring(Schedule):
-    """Blocks that pass from rank to rank; see `Schedule`. A block makes ``size - 1`` hops at most."""
+class Ring(Carrier):
+    """Blocks that pass from member to member; see `Carrier`. A block makes ``size - 1`` hops at most."""
 
     name = "ring"
     path_text = "in {} hops"
 
-    def __init__(self, comm: Comm, new_link: Callable[[], Link], clear: Callable[[Array], None],
+    def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
-        super().__init__(comm, new_link, clear, add)
+        super().__init__(comm, group, new_link, clear, add)
         self._blocks = new_link()
-        self._gradients = GradientRing(comm, new_link, clear, add)
+        self._gradients = GradientRing(comm, group, new_link, clear, add)
 
     def _forget(self) -> None:
         self._gradients.forget()
@@ -36,47 +37,47 @@ class Ring(Schedule):
 
     def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
-        """Make the buffers of a pass; see `Schedule.reserve`. Local.
+        """Make the buffers of a pass; see `Carrier.reserve`. Local.
 
         Slot n % 2 has the block of step n, while (n + 1) % 2 takes the next; the gradients have slots of their own.
         """
-        if self.comm.size > 1:
-            self._blocks.reserve([largest(sizes)] * min(2, self.comm.size - 1 + self._blocks.own_slots))
+        if self.group.size > 1:
+            self._blocks.reserve([largest(sizes)] * min(2, self.group.size - 1 + self._blocks.own_slots))
             if gradient_sizes:
                 self._gradients.reserve(gradient_sizes)
 
     def forward(self, blocks: Blocks, route: Route, trace: Trace,
                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this rank's work with every block that it needs; see `Schedule.forward`. Collective over *comm*."""
+        """Yield this member's work with every block that it needs; see `Carrier.forward`. Collective over *comm*."""
         return self._circulate(blocks, None, route, trace, stop)
 
     def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
                  stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this rank's work, and bring gradients home; see `Schedule.backward`. Collective over *comm*."""
+        """Yield this member's work, and bring gradients home; see `Carrier.backward`. Collective over *comm*."""
         return self._circulate(blocks, gradients, route, trace, stop)
 
     def _circulate(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
                    stop: Callable[[], bool] | None) -> Iterator[Work]:
-        comm = self.comm
+        group = self.group
         link = self._blocks
         sums = self._gradients
         sizes = blocks.sizes
 
-        # Begin: buffers, what the caller has put on the GPU's stream, this rank's own block.
+        # Begin: buffers, what the caller has put on the GPU's stream, this member's own block.
         self.reserve(route, sizes)
         link.begin()
         if gradients:
             sums.bind(gradients, route.first, route.last)
-        own = link.put_own_block(blocks.own) if comm.size > 1 else tuple(blocks.own)
+        own = link.put_own_block(blocks.own) if group.size > 1 else tuple(blocks.own)
 
         for step in self._steps(trace, stop):
-            number, source = step.step, step.source
+            number, source = step.step, group.upstream(step.step)
 
-            # The next block comes in and this one goes on, while this rank computes.
+            # The next block comes in and this one goes on, while this member computes.
             self._pass_on(step, route, sizes)
             shares = sums.begin_step(step) if gradients else ()
-            if route.needed[comm.rank, source]:
-                arrays = own if number == 0 else link.views(number, blocks.shapes[source], blocks.dtype)
+            if route.needed[group.index, source]:
+                arrays = own if number == 0 else link.views(number, blocks.shapes[source], blocks.dtypes)
                 yield self._work(step, route, arrays, shares)
 
             # The step ends when the next block is there, this one has been taken, and so has the last step's sum.
@@ -93,16 +94,17 @@ class Ring(Schedule):
 
     def _pass_on(self, step: Step, route: Route, sizes: Sequence[Sequence[int]]) -> None:
         """Ask for the next block, and send this one on, as far as somebody needs them."""
-        comm, number, source = self.comm, step.step, step.source
-        following = (source - 1) % comm.size
+        group, number = self.group, step.step
+        source, following = group.upstream(number), group.upstream(number + 1)
         if route.last[following] > number:
             step.bytes_received = sum(sizes[following])
-            what = f"for {step.bytes_received} bytes from rank {comm.source}"
-            self._blocks.receive(number + 1, sizes[following], self._peer("Irecv", comm.source, number % TAGS, what))
+            what = f"for {step.bytes_received} bytes from rank {{}}"
+            sender = self._peer("Irecv", group.upstream(1), number % TAGS, what)
+            self._blocks.receive(number + 1, sizes[following], sender)
         if route.last[source] > number:
             step.bytes_sent = sum(sizes[source])
-            what = f"for rank {comm.dest} to take {step.bytes_sent} bytes"
-            taker = self._peer("Isend", comm.dest, number % TAGS, what)
+            what = f"for rank {{}} to take {step.bytes_sent} bytes"
+            taker = self._peer("Isend", group.downstream(1), number % TAGS, what)
             if number == 0:
                 self._blocks.send_own(taker)
             else:
@@ -111,7 +113,7 @@ class Ring(Schedule):
     @staticmethod
     def steps(route: Route, sizes: Sequence[Sequence[int]],
               gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
-        """Say what all ranks send at each step; see `Schedule.steps`. Local, and without MPI."""
+        """Say what all ranks send at each step; see `Carrier.steps`. Local, and without MPI."""
         size = len(sizes)
         messages: list[list[Message]] = [[] for _ in range(size)]
         for owner in range(size):

@@ -143,6 +143,17 @@ class CudaBackend(Backend):
             placed = NULL if sinks is None or not rows else self.device.array(np.ascontiguousarray(sinks, acc_dtype))
         self._launch_over(kernel, rows * dim_v, (state_arrays(state, dim_v), placed, np.int64(rows), np.int32(heads)))
 
+    def combine(self, state: State, parts: State) -> None:
+        """Fold states into one; see `Backend.combine`. Local."""
+        rows = state.row_max.size
+        acc_dtype = state.acc.dtype
+        dim_v = state.acc.shape[-1]
+        arguments = state_arrays(state, dim_v), state_arrays(parts, dim_v), np.int32(len(parts.acc)), np.int64(rows)
+        kernel = self._kernel("state.cu", f"combine<{TYPES[acc_dtype]}>")
+        if rows:
+            with self.device.current():
+                self.device.launch(kernel, (rows,), 256, 0, arguments, self.device.caller_stream())
+
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
         rows = state.row_max.size
@@ -227,9 +238,7 @@ class CudaBackend(Backend):
                 state_arrays(target, dim_v, start, width, fresh), q, *keys,
                 problem(q, v, columns, packed, score.scale, acc_dtype, min(kernel.columns, dim_v - start))))
         if fresh:
-            arguments = state_arrays(state, dim_v), state_arrays(target, dim_v), np.int32(parts), np.int64(n_q * heads)
-            combine = self._kernel("state.cu", f"combine<{TYPES[acc_dtype]}>")
-            self.device.launch(combine, (n_q * heads,), 256, 0, arguments, self.device.caller_stream())
+            self.combine(state, target)
 
     def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
         if self.hopper and hopper.takes(self.device, q, k, v, score):
@@ -302,11 +311,11 @@ class CudaBackend(Backend):
         return (columns[:len(begin)], columns[len(begin):]), NULL if score.plain else placed
 
     def _parts(self, count: int, state: State) -> State:
-        """Give memory for `count` states like `state`, one after the other."""
-        sizes = [count * x.size for x in (state.acc, state.row_max, state.row_sum)]
-        buffer = self._buffer("parts", sum(sizes), state.acc.dtype)
-        edges = itertools.accumulate(sizes, initial=0)
-        return State(*(buffer[a:b] for a, b in itertools.pairwise(edges)))
+        """Give memory for `count` states like `state`, along a leading axis."""
+        arrays = state.acc, state.row_max, state.row_sum
+        buffer = self._buffer("parts", sum(count * x.size for x in arrays), state.acc.dtype)
+        edges = itertools.pairwise(itertools.accumulate((count * x.size for x in arrays), initial=0))
+        return State(*(buffer[a:b].reshape(count, *x.shape) for (a, b), x in zip(edges, arrays, strict=True)))
 
     def _widened(self, acc_dtype: np.dtype[Any], **arrays: Array) -> list[Array]:
         """Give the arrays themselves, or copies in float64 where that is what is summed in."""

@@ -1,0 +1,134 @@
+"""Members of a group send each other arrays, each its own to each: tokens for heads, queries, and results home."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..mpi.comm import Comm
+from ..trace import Exchange, Trace
+from .group import Group
+from .links import Array, Link, Shape, Transfer, assign
+from .mover import Mover
+
+Kinds = Sequence[tuple[Shape, np.dtype[Any]]]        # of some arrays, one after the other
+
+
+class GroupExchange(Mover):
+    """An exchange of arrays among all members of a group; see `Mover`.
+
+    What is sent is packed into a slot of the link, and what has come is read there, so neither side's arrays need be
+    contiguous.
+
+    Parameters
+    ----------
+    comm : Comm
+    group : Group
+    new_link : callable
+        Makes a `Link`, of the same kind on every rank.
+    """
+
+    def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link]) -> None:
+        super().__init__(comm, group)
+        self._link = new_link()
+        self._arriving: list[Transfer] = []
+        self._kinds: Sequence[Kinds] = ()
+        self._record = Exchange("")
+
+    @property
+    def links(self) -> list[Link]:
+        """Every link that may have something under way."""
+        return [self._link]
+
+    @property
+    def others(self) -> list[int]:
+        """The other members, in the order in which they are heard."""
+        return [self.group.upstream(hop) for hop in range(1, self.group.size)]
+
+    def start(self, what: str, outgoing: Sequence[Sequence[Array]], incoming: Sequence[Kinds], trace: Trace) -> None:
+        """Start to send each member its arrays. Collective over the group.
+
+        Parameters
+        ----------
+        what : str
+            Is exchanged: "queries".
+        outgoing : for each member, arrays of any strides
+            May change as soon as this returns, or on a GPU once what is on its stream is done. The same object for
+            several members is packed once.
+        incoming : for each member, the shapes and dtypes of its arrays
+        trace : Trace
+            An `Exchange` is added.
+        """
+        group = self.group
+        link = self._link
+        self._record = Exchange(what, trace.now())
+        if group.size > 1:
+            trace.exchanges.append(self._record)
+        self.comm.place = f", exchange of {what}"
+        self._kinds = incoming
+        self._arriving = []
+        slots = self._reserve(outgoing, incoming)
+        link.begin()
+        packed: set[int] = set()
+        for hop in range(1, group.size):
+            source, dest = group.upstream(hop), group.downstream(hop)
+            nbytes = _nbytes(incoming[source])
+            link.receive(hop - 1, [nbytes], self._peer("Irecv", source, 0, f"for {nbytes} bytes from rank {{}}"))
+            self._arriving.append(link.incoming[-1])
+            self._record.bytes_received += nbytes
+
+            arrays = outgoing[dest]
+            nbytes = sum(x.nbytes for x in arrays)
+            if id(arrays) not in packed:
+                packed.add(id(arrays))
+                self._pack(slots[id(arrays)], arrays)
+            taker = self._peer("Isend", dest, 0, f"for rank {{}} to take {nbytes} bytes")
+            link.send(slots[id(arrays)], [nbytes], taker, written=True)
+            self._record.bytes_sent += nbytes
+
+    def _reserve(self, outgoing: Sequence[Sequence[Array]], incoming: Sequence[Kinds]) -> dict[int, int]:
+        """Make a slot for what comes from each member, and for what goes out; give the numbers of the latter."""
+        sizes = [_nbytes(incoming[member]) for member in self.others]
+        slots: dict[int, int] = {}
+        for hop in range(1, self.group.size):
+            arrays = outgoing[self.group.downstream(hop)]
+            if id(arrays) not in slots:
+                slots[id(arrays)] = len(sizes)
+                sizes.append(sum(x.nbytes for x in arrays))
+        self._link.reserve(sizes)
+        return slots
+
+    def _pack(self, slot: int, arrays: Sequence[Array]) -> None:
+        """Write arrays into a slot, one after the other."""
+        views = self._link.views(slot, [x.shape for x in arrays], [x.dtype for x in arrays])
+        for view, x in zip(views, arrays, strict=True):
+            assign(view, x)
+
+    def take(self, member: int) -> tuple[Array, ...]:
+        """Wait for the arrays of another member; they are there until `end`. Local, but for the wait."""
+        hop = (self.group.index - member) % self.group.size
+        self._record.wait_seconds += self._wait([self._arriving[hop - 1]])
+        shapes = [shape for shape, _ in self._kinds[member]]
+        return self._link.views(hop - 1, shapes, [dtype for _, dtype in self._kinds[member]])
+
+    def end(self) -> None:
+        """Wait until all has been taken; what `take` gave has been read. Local, but for the wait."""
+        if self.group.size == 1:
+            return
+        self._record.wait_seconds += self._wait(self._link.transfers)
+        self._link.end_step()
+        self._arriving = []
+
+    def cancel(self) -> None:
+        """Give up what is under way; see `Mover.cancel`. Local."""
+        super().cancel()
+        self._arriving = []
+
+    def _where(self) -> str:
+        return f"{self.comm.name()}, exchange of {self._record.what}"
+
+
+def _nbytes(kinds: Kinds) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in kinds)

@@ -1,0 +1,62 @@
+"""All that moves bytes in a call on one grid: heads, queries, and blocks of keys."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import cast
+
+from ..mpi.comm import Comm
+from .base import Carrier
+from .grid import Grid
+from .head_exchange import HeadExchange
+from .links import Array, Link
+from .query_exchange import QueryExchange
+
+_CLASSES = {"ring": "Ring", "gather": "Gather"}      # each in the module of its name
+
+
+def carrier_class(name: str) -> type[Carrier]:
+    """Give the class of a carrier, imported only when it is needed. Local."""
+    return cast("type[Carrier]", getattr(importlib.import_module(f".{name}", __package__), _CLASSES[name]))
+
+
+class Movers:
+    """What moves bytes on this rank's place in a grid.
+
+    Parameters
+    ----------
+    comm : Comm
+    grid : Grid
+    new_link, clear, add
+        See `Carrier`.
+
+    Attributes
+    ----------
+    heads : HeadExchange
+    queries : QueryExchange
+    carrier : Carrier
+    """
+
+    def __init__(self, comm: Comm, grid: Grid, new_link: Callable[[], Link], clear: Callable[[Array], None],
+                 add: Callable[[Array, Array], None]) -> None:
+        self.heads = HeadExchange(comm, grid.group("heads", comm.rank), new_link)
+        self.queries = QueryExchange(comm, grid.group("queries", comm.rank), new_link)
+        self.carrier = carrier_class(grid.schedule.carrier)(comm, grid.group("keys", comm.rank), new_link, clear, add)
+
+    def set_timeout(self, timeout: float) -> None:
+        """Set after how many seconds a wait for another rank is an error. Local."""
+        for mover in (self.heads, self.queries, self.carrier):
+            mover.timeout = timeout
+
+    def progress(self) -> None:
+        """Let MPI move what is on its way; see `Mover.progress`. Local."""
+        self.carrier.progress()
+        if any(link.transfers for link in self.queries.links):
+            self.queries.progress()
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave a call in mid-way because of an error on this rank; the other ranks are told. Local."""
+        self.carrier.abandon(error)
+        self.heads.cancel()
+        self.queries.cancel()

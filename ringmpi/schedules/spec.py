@@ -1,0 +1,126 @@
+"""Which schedule is meant: how many ranks share heads, queries and keys, and how blocks of keys are carried."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import OptionError
+
+CARRIERS = ("ring", "gather")
+NAMES = ("ring", "gather", "queries", "mesh", "heads")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A grid of heads x queries x keys ranks, and how blocks of keys get to the ranks that need them. Local.
+
+    Parameters
+    ----------
+    heads : int
+        So many ranks exchange tokens for heads: each computes with the tokens of all of them for its share of the heads
+        (Jacobs et al. 2023, *DeepSpeed Ulysses*). It must divide the heads.
+    queries : int
+        So many ranks share their queries: each computes with the queries of all of them, and results are combined where
+        they belong.
+    keys : int
+        So many ranks share their keys: blocks of K and V go from each to the others.
+    carrier : {"ring", "gather"}
+        How they go: round a ring, with two buffers however many ranks there are; or all at once, with a buffer for
+        each, which suits small blocks.
+
+    A rank computes the queries of `queries` ranks with the keys of `keys` ranks: each pair of shards once. As text it
+    is ``"1x2x4:ring"``.
+
+    Raises
+    ------
+    OptionError
+        If a number is none, or there is no such carrier.
+    """
+
+    heads: int = 1
+    queries: int = 1
+    keys: int = 1
+    carrier: str = "ring"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "queries", "keys"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise OptionError(f"schedule: {name} expects an integer >= 1, got {number!r}")
+        if self.carrier not in CARRIERS:
+            raise OptionError(f"schedule: carrier expects one of {', '.join(CARRIERS)}, got {self.carrier!r}")
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks it is for."""
+        return self.heads * self.queries * self.keys
+
+    def __str__(self) -> str:
+        return f"{self.heads}x{self.queries}x{self.keys}:{self.carrier}"
+
+
+def check_schedule(spec: Any) -> str | Schedule:
+    """Take what a caller says of the schedule: a name, a grid, or a grid as text ``"1x2x4:ring"``. Local.
+
+    Raises
+    ------
+    OptionError
+        If it is neither.
+    """
+    if isinstance(spec, Schedule) or (isinstance(spec, str) and spec in NAMES):
+        return spec
+    grid = re.fullmatch(r"(\d{1,9})x(\d{1,9})x(\d{1,9})(?::([\w-]+))?", spec) if isinstance(spec, str) else None
+    if grid is None:
+        raise OptionError(f"schedule: expected one of {', '.join(NAMES)}, a Schedule or text like 1x2x4:ring (heads x "
+                          f"queries x keys : carrier), got {spec!r}")
+    heads, queries, keys = (int(number) for number in grid.groups()[:3])
+    return Schedule(heads, queries, keys, grid[4] or CARRIERS[0])
+
+
+def resolve(spec: str | Schedule, size: int) -> Schedule:
+    """Give the grid that is meant on so many ranks. Local.
+
+    Raises
+    ------
+    OptionError
+        If it is one of another number of ranks.
+    """
+    if isinstance(spec, Schedule):
+        if spec.ranks != size:
+            raise OptionError(f"schedule {spec}: expected heads x queries x keys to be the number of ranks, {size}, "
+                              f"got {spec.ranks}; {_near(spec, size)} would do")
+        return spec
+    if spec == "queries":
+        return Schedule(queries=size)
+    if spec == "heads":
+        return Schedule(heads=size)
+    if spec == "mesh":
+        queries = max(number for number in divisors(size) if number * number <= size)
+        return Schedule(queries=queries, keys=size // queries)
+    return Schedule(keys=size, carrier=spec)
+
+
+def check_heads(schedule: Schedule, heads: int) -> None:
+    """Raise `OptionError` unless the ranks that share heads can share so many. Local."""
+    if heads % schedule.heads:
+        most = math.gcd(heads, schedule.heads)
+        rest = schedule.heads // most * schedule.keys
+        other = Schedule(most, schedule.queries, rest, schedule.carrier)
+        raise OptionError(f"schedule {schedule}: expected the {schedule.heads} ranks that share heads to divide the "
+                          f"{heads} heads; {other} would do")
+
+
+def divisors(number: int) -> Iterator[int]:
+    """Give the divisors of a number, in order. Local."""
+    return (divisor for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _near(spec: Schedule, size: int) -> Schedule:
+    """Give a grid of another number of ranks that is like one: the same heads and queries if it may be."""
+    heads = math.gcd(spec.heads, size)
+    queries = math.gcd(spec.queries, size // heads)
+    return Schedule(heads, queries, size // heads // queries, spec.carrier)

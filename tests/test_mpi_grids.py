@@ -1,0 +1,114 @@
+"""Every grid of ranks and every carrier against a dense float64 softmax; how grids are placed. Runs under mpiexec."""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import FACTORS, covering, of_size
+from oracle import random_qkv
+from test_mpi_gradients import LEVELS, check
+
+from ringmpi import Mask, RingAttention, Schedule
+from ringmpi.layout import make
+from ringmpi.mpi.comm import private_comm
+from ringmpi.schedules.grid import Grid, share_heads
+from ringmpi.schedules.spec import CARRIERS, divisors
+
+pytestmark = pytest.mark.mpi
+
+HEADS = {(4, 4): 4, (8, 2): 8, (3, 1): 3, (12, 4): 12}
+
+
+def grids(size, heads):
+    """Every grid of so many ranks, with every carrier that it has a use for."""
+    for h, a in itertools.product(divisors(size), divisors(size)):
+        if size % (h * a) == 0 and heads % h == 0:
+            for carrier in CARRIERS[:1 if h * a == size else None]:
+                yield Schedule(h, a, size // h // a, carrier)
+
+
+CASES = covering({**LEVELS, "heads": list(HEADS), "grid": range(12)}, seed=7)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_dense_softmax(comm, number):
+    case = of_size(CASES[number], comm.size)
+    possible = list(grids(comm.size, HEADS[case["heads"]]))
+    grid = possible[case.pop("grid") * len(possible) // 12]
+    check(comm, **case, schedule=grid, seed=number)
+
+
+def test_every_grid_in_one_case(comm):
+    """With a batch, twice in the same buffers, through every grid: equal to rounding."""
+    q, k, v = (np.stack(x) for x in zip(*(random_qkv(seed, 40, 40, 12, 4, 8, 6, "float64") for seed in (0, 1)),
+                                        strict=True))
+    mine = make("zigzag", 40, comm.size).positions(comm.rank)
+    dout = np.random.default_rng(3).standard_normal((2, 40, 12, 6))[:, mine]
+    results = {}
+    for grid in grids(comm.size, 12):
+        with RingAttention(comm, mask=Mask(causal=True), layout="zigzag", schedule=grid, timeout=60,
+                           threads=1) as attention:
+            for _ in range(2):
+                out = attention(q[:, mine], k[:, mine], v[:, mine])
+                results[grid] = out, *attention.backward(dout)
+            assert attention.schedule == grid
+    want, *others = results.values()
+    assert all(np.abs(x - y).max(initial=0) < 1e-13 for got in others for x, y in zip(got, want, strict=True))
+
+
+def test_what_a_mesh_sends(comm):
+    """The formula: a block of keys goes to b - 1 ranks; queries to a - 1, and as many states home."""
+    grid = max(grids(comm.size, 1), key=lambda grid: (min(grid.queries, grid.keys), grid.keys))
+    q, k, v = random_qkv(0, 8 * comm.size, 8 * comm.size, 4, 2, 16, 8, "float32")
+    mine = make("contiguous", len(q), comm.size).positions(comm.rank)
+    with RingAttention(comm, schedule=grid, timeout=60) as attention:
+        attention(q[mine], k[mine], v[mine])
+        trace = attention.trace
+    assert trace.bytes_sent == (grid.keys - 1) * 8 * 2 * (16 + 8) * 4
+    assert trace.exchanged_bytes_sent == (grid.queries - 1) * 8 * 4 * (16 + 8 + 2) * 4
+    assert sum(exchange.bytes_received for exchange in trace.exchanges) == trace.exchanged_bytes_sent
+    assert len(trace.steps) == grid.keys
+
+
+def test_neighbours_are_on_one_node(comm):
+    """However a launcher deals ranks out to nodes, a ring crosses from node to node as often as there are nodes."""
+    for nodes in (1, 2, 4):
+        dealt = tuple(rank % nodes for rank in range(8))
+        for axes in itertools.permutations(("heads", "queries", "keys")):
+            ring = Grid(Schedule(keys=8), dealt, axes).group("keys", 3).ranks
+            assert sum(dealt[a] != dealt[b] for a, b in zip(ring, ring[1:] + ring[:1], strict=True)) == nodes % 8 * (
+                nodes > 1)
+    inner = Grid(Schedule(2, 2, 2), tuple(rank % 2 for rank in range(8)), ("keys", "heads", "queries"))
+    assert [{rank % 2 for rank in inner.group(axis, 0).ranks} for axis in ("keys", "heads", "queries")] == [
+        {0}, {0}, {0, 1}]
+
+
+def test_a_ring_follows_the_nodes(comm, monkeypatch):
+    """Blocks come from the neighbour on the same node, and results are right."""
+    private = private_comm(comm)
+    monkeypatch.setattr(private, "nodes", [rank % 2 for rank in range(comm.size)])
+    order = sorted(range(comm.size), key=lambda rank: (rank % 2, rank))
+    q, k, v = random_qkv(2, 30, 30, 2, 2, 8, 8, "float64")
+    mine = make("striped", 30, comm.size).positions(comm.rank)
+    with RingAttention(comm, layout="striped", mask=Mask(causal=True), timeout=60) as attention:
+        attention(q[mine], k[mine], v[mine])
+        sources = [step.source for step in attention.trace.steps]
+    place = order.index(comm.rank)
+    assert sources == [order[(place - hop) % comm.size] for hop in range(comm.size)]
+    check(comm, **of_size({name: levels[0] for name, levels in LEVELS.items()} | {"length": 103}, comm.size))
+
+
+def test_heads_are_dealt_out_whole(comm):
+    """Each query head to one rank, with its head of the keys beside it, whatever their numbers."""
+    for heads, kv_heads, ranks in ((8, 8, 4), (8, 2, 2), (8, 2, 8), (12, 4, 6), (12, 3, 4), (6, 3, 2), (15, 5, 3)):
+        group, dealt = heads // kv_heads, []
+        for share in share_heads(heads, kv_heads, ranks):
+            keys = [head for part in share.keys for head in range(part.start, part.stop)]
+            assert (len(keys), share.heads) == (share.kv_heads, heads // ranks)
+            each = share.heads // share.kv_heads
+            dealt += [(share.queries.start + i, keys[i // each]) for i in range(share.heads)]
+        assert dealt == [(head, head // group) for head in range(heads)]
+
+
+def test_the_covering_has_every_backend():
+    assert {case["backend"] for case in CASES} == set(FACTORS["backend"])
