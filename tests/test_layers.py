@@ -22,7 +22,7 @@ LAYERS = [
     {"checks"},
     {"call", "schedules"},
     {"engine", "plan"},
-    {"passes"},
+    {"passes", "problem"},
     {"attention"},
     {"functional", "job", "torch"},
     {"commands"},
