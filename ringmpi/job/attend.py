@@ -80,7 +80,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     # Publish and report.
     with run.comm.telling():
         publish(run, output, shard, {"out": out, "lse": lse}, record)
-        report = gather_report(run, data.sizes, attention.trace)
+        report = gather_report(run, data.sizes, attention)
         write_record(run, json_path, attention, record, report)
     return report
 
@@ -137,11 +137,12 @@ def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array 
             ) -> tuple[Array, Array]:
     """Attend, and bring the result to the host."""
     done = 0
+    sharing = attention.schedule.heads        # each of the ranks that share heads sees a pair, for some of the heads
 
     def report(pairs: int, total: int) -> None:
         nonlocal done
         done += pairs
-        run.comm.report_progress(done, total)
+        run.comm.report_progress(done // sharing, total // sharing)
 
     shown = display.attending(run.comm.progress_of_all) if display else nullcontext()
     with run.timer.phase("attend", "attending"), shown:

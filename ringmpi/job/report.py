@@ -20,7 +20,6 @@ from ..files.record import write_json
 from ..mask import Mask
 from ..mpi.clocks import clock_offset
 from ..mpi.world import library
-from ..trace import Trace
 from .inputs import Input, Sizes
 from .options import Options
 from .run import Run
@@ -84,17 +83,19 @@ def gather_start(run: Run, data: Input, options: Options, attention: RingAttenti
                  [host for host, _ in everyone], [threads for _, threads in everyone])
 
 
-def gather_report(run: Run, sizes: Sizes, trace: Trace) -> Report:
+def gather_report(run: Run, sizes: Sizes, attention: RingAttention) -> Report:
     """Sum up what all ranks did. Collective over *comm*."""
     # Counts are integers and times are not: one exchange for each.
-    counts = run.comm.allgather(np.array([trace.pairs, trace.flop, trace.bytes_sent, resident_bytes(peak=True)]),
-                                run.timeout)
+    trace = attention.trace
+    moved = trace.bytes_sent + trace.exchanged_bytes_sent
+    counts = run.comm.allgather(np.array([trace.pairs, trace.flop, moved, resident_bytes(peak=True)]), run.timeout)
     names = sorted(run.timer.phases)
     mine = np.array([trace.compute_seconds, trace.wait_seconds, *(run.timer.phases[name] for name in names)])
     seconds = run.comm.allgather(mine, run.timeout).max(axis=0).tolist()
 
     pairs, flop, bytes_moved = (sum(map(int, column)) for column in counts[:, :3].T)
     phases = dict(zip(names, seconds[2:], strict=True))
+    pairs //= attention.schedule.heads            # a pair is seen by each of the ranks that share its heads
     return Report(sizes, run.comm.size, pairs, flop, attend_seconds=phases["attend"], compute_seconds=seconds[0],
                   wait_seconds=seconds[1], bytes_moved=bytes_moved, peak_bytes=int(counts[:, 3].max()), phases=phases)
 
@@ -107,7 +108,7 @@ def make_record(ranks: int, attention: RingAttention, options: Options, command:
     """
     record = {"ringmpi": __version__, "command": command, "ranks": ranks,
               "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "backend": attention.backend.name, "options": asdict(options)}
+              "backend": attention.backend.name, "grid": str(attention.schedule), "options": asdict(options)}
     if not attention.backend.device:
         record["bfloat16_products"] = attention.backend.products
     if attention.transport is not None:
