@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ShardError,
     )
     from .functional import ring_attention, ring_attention_backward
+    from .kv.cache import KVCache
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
     from .schedules.redistribution import redistribute
@@ -39,6 +40,7 @@ _HOME = {
     "functional": ("ring_attention", "ring_attention_backward"),
     "errors": ("BackendError", "CommError", "DtypeError", "InternalError", "LaunchError", "MaskError", "OptionError",
                "OutputError", "RankLost", "ResourceError", "RingError", "RingTimeout", "ShapeError", "ShardError"),
+    "kv.cache": ("KVCache",),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
     "schedules.redistribution": ("redistribute",),
@@ -48,10 +50,10 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "InternalError", "LaunchError", "Layout",
-    "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError", "RingAttention", "RingError",
-    "RingTimeout", "Schedule", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag", "redistribute",
-    "ring_attention", "ring_attention_backward",
+    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "InternalError", "KVCache", "LaunchError",
+    "Layout", "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError", "RingAttention",
+    "RingError", "RingTimeout", "Schedule", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag",
+    "redistribute", "ring_attention", "ring_attention_backward",
 ]
 
 try:

@@ -69,7 +69,7 @@ class Problem:
         q_layout = resolve(self.layout, records.n_q, "q")
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         self.mask.check(kv_layout.length)
-        self._check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
+        self.check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
         heads = records.common("heads")
         if self.alibi is not None and len(self.alibi) != heads:
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
@@ -78,8 +78,8 @@ class Problem:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
         return q_layout, kv_layout
 
-    def _check_range(self, kind: np.finfo[Any]) -> None:
-        """Raise `OptionError` unless the accumulator's dtype holds the options, and what they are multiplied by."""
+    def check_range(self, kind: np.finfo[Any]) -> None:
+        """Raise `OptionError` unless an accumulator's dtype holds the options, and what multiplies them. Local."""
         scale, most = abs(self.scale or 0.0), float(kind.max)
         if scale > most:
             raise OptionError(f"scale: {self.scale} is not finite in the accumulator's dtype, {kind.dtype}")

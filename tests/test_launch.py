@@ -13,6 +13,7 @@ LAUNCHES = {
     "attention": (("attention", "gradients", "redistribute"), (4, 2, 1), (3, 7)),
     "links": (("link", "gradient_ring", "schedules"), (2, 4), (1, 3, 7)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
+    "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),
     "torch": (("torch",), (2,), (1, 4)),

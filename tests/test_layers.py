@@ -24,7 +24,7 @@ LAYERS = [
     {"engine", "plan"},
     {"passes", "problem"},
     {"attention"},
-    {"functional", "job", "torch"},
+    {"functional", "job", "kv", "torch"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,1 @@
+"""A cache of keys and values that is spread over ranks."""

@@ -1,0 +1,151 @@
+"""The keys and values that a rank holds of a cache: chunks that are filled one after the other, and never moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..layout import Integers
+from ..schedules.links import assign
+
+Array = Any                       # of NumPy, or of CuPy on a GPU
+Empty = Callable[[tuple[int, ...], Any], Array]
+
+
+@dataclass
+class Chunk:
+    """Some tokens of a cache, in arrays with room for more.
+
+    Attributes
+    ----------
+    k, v : arrays of shape (batch, room, kv_heads, dim) and (batch, room, kv_heads, dim_v)
+    places : int64 array of shape (room,)
+        Positions; they increase, from chunk to chunk too.
+    used : int
+    """
+
+    k: Array
+    v: Array
+    places: Integers
+    used: int = 0
+
+    @property
+    def positions(self) -> Integers:
+        """Of the tokens there are."""
+        return self.places[:self.used]
+
+
+class KVStore:
+    """Keys and values of some positions. Local.
+
+    Parameters
+    ----------
+    shapes : ((int, ...), (int, ...))
+        (batch, kv_heads, dim) and (batch, kv_heads, dim_v).
+    dtype : dtype
+    empty : callable
+        Makes an array of a shape and a dtype where it is computed with.
+    room : int
+        Tokens of the first chunk.
+    most : int, optional
+        Tokens of the largest chunk; by default each is as large as all before it.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: np.dtype[Any], empty: Empty, room: int,
+                 most: int | None = None) -> None:
+        self.chunks: list[Chunk] = []
+        self._shapes = shapes
+        self._dtype = dtype
+        self._empty = empty
+        self._room = room
+        self._most = most
+
+    @property
+    def tokens(self) -> int:
+        """Tokens there are."""
+        return sum(chunk.used for chunk in self.chunks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, with the room for more."""
+        return sum(x.nbytes for chunk in self.chunks for x in (chunk.k, chunk.v))
+
+    @property
+    def positions(self) -> Integers:
+        """Of all tokens, increasing."""
+        return np.concatenate([np.empty(0, np.int64), *(chunk.positions for chunk in self.chunks)])
+
+    def append(self, positions: Integers, k: Array, v: Array) -> None:
+        """Take tokens whose positions are beyond those there are. Local.
+
+        Parameters
+        ----------
+        positions : int64 array of shape (n,)
+        k, v : arrays of shape (batch, n, kv_heads, dim) and (batch, n, kv_heads, dim_v)
+        """
+        done = 0
+        while done < len(positions):
+            chunk = self._with_room(len(positions) - done)
+            count = min(len(positions) - done, len(chunk.places) - chunk.used)
+            there, here = slice(chunk.used, chunk.used + count), slice(done, done + count)
+            assign(chunk.k[:, there], k[:, here])
+            assign(chunk.v[:, there], v[:, here])
+            chunk.places[there] = positions[here]
+            chunk.used += count
+            done += count
+
+    def _with_room(self, wanted: int) -> Chunk:
+        """Give the last chunk if it has room, else a new one."""
+        if not self.chunks or self.chunks[-1].used == len(self.chunks[-1].places):
+            room = max(self._room, self.tokens, wanted)
+            room = max(1, room if self._most is None else min(room, self._most))
+            k, v = (self._empty((batch, room, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
+            self.chunks.append(Chunk(k, v, np.empty(room, np.int64)))
+        return self.chunks[-1]
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from a position on. Local."""
+        for chunk in self.chunks:
+            chunk.used = int(np.searchsorted(chunk.positions, length))
+        self.chunks = [chunk for chunk in self.chunks if chunk.used]
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the memory of chunks all of whose positions are within a range; the others stay whole. Local."""
+        self.chunks = [chunk for chunk in self.chunks
+                       if not (chunk.used and start <= chunk.places[0] and chunk.positions[-1] < stop)]
+
+    def reorder(self, elements: NDArray[np.int64]) -> None:
+        """Let each element of the batch have what another one had. Local."""
+        for chunk in self.chunks:
+            for x in (chunk.k, chunk.v):
+                before = [x[int(element), :chunk.used] for element in elements]
+                copies = [self._copy(part) for part in before]
+                for number, part in enumerate(copies):
+                    assign(x[number, :chunk.used], part)
+
+    def _copy(self, x: Array) -> Array:
+        made = self._empty(x.shape, x.dtype)
+        assign(made, x)
+        return made
+
+    def whole(self) -> tuple[Array, Array]:
+        """Give all keys and all values as one array each: a view if they are in one chunk, else copies. Local."""
+        if len(self.chunks) == 1:
+            chunk = self.chunks[0]
+            return chunk.k[:, :chunk.used], chunk.v[:, :chunk.used]
+        arrays = tuple(self._empty((batch, self.tokens, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
+        for rows, chunk in self.rows():
+            assign(arrays[0][:, rows], chunk.k[:, :chunk.used])
+            assign(arrays[1][:, rows], chunk.v[:, :chunk.used])
+        return arrays[0], arrays[1]
+
+    def rows(self) -> Iterator[tuple[slice, Chunk]]:
+        """Yield each chunk with its place among all tokens. Local."""
+        start = 0
+        for chunk in self.chunks:
+            yield slice(start, start + chunk.used), chunk
+            start += chunk.used
