@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from .backends import check_name
 from .backends.base import Backend
 from .backends.products import wish
-from .call import NO_RECORD, Array, Call, Inputs, Records, no_call
+from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
 from .checks import check_threads, check_timeout
 from .engine import NO_FACTS, Engine
 from .errors import InternalError, OptionError, RingError
@@ -44,7 +44,9 @@ class RingAttention:
         Which keys a query sees; all by default.
     layout, kv_layout : str or Layout
         How the shards of q (and of the result), and of k and v, are laid out: ``"contiguous"`` (in the order of
-        the ranks, any counts), ``"striped"``, ``"zigzag"`` or a `Custom`. `kv_layout` is `layout` by default.
+        the ranks, any counts), ``"striped"``, ``"zigzag"`` or a `Custom`. `kv_layout` is `layout` by default. With
+        ``layout="replicated"`` all ranks have the same queries, and get the same result: each computes with its own
+        keys, and one exchange puts the results together.
     scale : float, optional
         Factor of the scores; ``1/sqrt(dim)`` by default.
     softcap : float, optional
@@ -73,8 +75,9 @@ class RingAttention:
         is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
-    schedule : {"ring", "gather", "queries", "mesh", "heads"} or Schedule or str
-        Who computes what, and what travels. ``"ring"``: queries stay, blocks of keys go round, with two buffers however
+    schedule : {"auto", "ring", "gather", "queries", "mesh", "heads"} or Schedule or str
+        Who computes what, and what travels. ``"auto"`` is the ring, but for queries that all ranks have. ``"ring"``:
+        queries stay, blocks of keys go round, with two buffers however
         many ranks there are. ``"gather"``: all blocks come at once, with a buffer for each, which suits small blocks;
         results are those of the ring, bit for bit. ``"queries"``: keys stay, queries and their results travel, which
         suits few queries. ``"mesh"``: ranks in a square share queries along one side and keys along the other.
@@ -114,7 +117,7 @@ class RingAttention:
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
-                 schedule: str | Schedule = "ring") -> None:
+                 schedule: str | Schedule = "auto") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private_comm(comm, self.timeout)
@@ -127,7 +130,7 @@ class RingAttention:
             check_name(backend)
             check_transport(gpu_transport)
             bfloat16_products = wish(bfloat16_products)
-            self.schedule = resolve(check_schedule(schedule), self._comm.size)
+            self.schedule = resolve(check_schedule(schedule), self._comm.size, self._problem.replicated)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
                              "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products,
                              "schedule": str(self.schedule)}
@@ -359,6 +362,7 @@ class RingAttention:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
             call.number = number
+            call.print = checksum(call.q) if self._problem.replicated else 0
         call, records = self._agree(call, failures, "forward" if inputs.out is None else "backward")
         if self._plan is None or self._plan.key != records.key:
             self._plan = None             # the old plan's memory goes before the new one's comes

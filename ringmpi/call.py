@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,13 +19,15 @@ from .score import dropout_keys
 from .softmax import State
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
+SUMMED_BYTES = 2**20              # of queries that all ranks have, by which they see that these are the same
 ON_HOST = -1                      # where host arrays are, among the indices of GPUs
 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
-EQUAL = {"number": "number of the call that is differentiated", "seed": "seed", "batched": "batch axis",
+EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
+         "print": "queries, where all ranks have them (by a checksum of their first MiB)", "batched": "batch axis",
          "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim", "dim_v": "dim_v", "dtype": "dtype",
          "on_gpu": "place (0 the host, 1 a GPU)", "sinks": "sinks (0 none, 1 given)"}
-OF_THE_CALL = ("number", "seed")                  # which the plan does not go by
+OF_THE_CALL = ("number", "seed", "print")                  # which the plan does not go by
 # ... and what may differ: the number of tokens, and the index of the GPU that the arrays are on.
 RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu")])
 
@@ -60,6 +63,8 @@ class Call:
         The results; None before there are any.
     number : int
         Of the call on its communicator, from 1 on, which a backward pass names; 0 if it is not known.
+    print : int
+        A checksum of the queries, if all ranks must have the same; else 0.
     states : list of State
         One for each element of the batch, during the forward pass.
     """
@@ -75,6 +80,7 @@ class Call:
     out: Array = None
     lse: Array = None
     number: int = 0
+    print: int = 0
     states: list[State] = field(default_factory=list)
 
     @classmethod
@@ -161,7 +167,7 @@ class Call:
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         dtype = list(DTYPES.values()).index(self.q.dtype)
-        fields = (self.number, seed, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
+        fields = (self.number, seed, self.print, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
                   self.sinks is not None, n_q, n_k, self.gpu)
         return np.array([fields], RECORD).view(np.uint8)
 
@@ -234,6 +240,14 @@ class Records:
             warnings.warn(f"q, k and v: {heads} heads and {tokens} tokens in all, which looks like (heads, tokens, "
                           "dim); expected is (tokens, heads, dim): x.swapaxes(-3, -2), unless it is meant",
                           stacklevel=2)
+
+
+def checksum(x: Array) -> int:
+    """Give a checksum of the beginning of a host array; 0 for one on a GPU. Local."""
+    if not isinstance(x, np.ndarray):
+        return 0
+    first = x if x.nbytes <= SUMMED_BYTES or not x.ndim else x.reshape(-1)[:SUMMED_BYTES // x.itemsize]
+    return zlib.crc32(np.ascontiguousarray(first).reshape(-1).view(np.uint8).data)
 
 
 def no_call() -> RingError:

@@ -147,6 +147,10 @@ class Engine:
         """Run a block that may fail on some ranks; see `Comm.raise_on_all`. Collective over *comm*."""
         return self._comm.raise_on_all(self._timeout)
 
+    def share(self, mine: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """Give the bytes that each rank brings to all of them. Collective over *comm*."""
+        return self._comm.exchange("", self._timeout, mine)
+
     @property
     def _shared(self) -> Workspace:
         if self._workspace is None:

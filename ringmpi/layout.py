@@ -176,7 +176,24 @@ class Custom(Layout):
         return f"{super().describe()}, positions sha256 {digest.hexdigest()[:16]}"
 
 
+class Replicated(Layout):
+    """Every rank holds all tokens: no split, and only for queries."""
+
+    name = "replicated"
+
+    def __init__(self, length: int, size: int) -> None:
+        super().__init__([length] * size)
+        self.length = length
+
+    def positions(self, rank: int) -> Integers:
+        return np.arange(self.length, dtype=np.int64)
+
+    def count_below(self, x: ArrayLike, rank: int) -> Integers:
+        return np.clip(np.asarray(x, np.int64), 0, self.length)
+
+
 NAMES = ("contiguous", "striped", "zigzag")
+REPLICATED = Replicated.name
 
 
 def check_spec(spec: str | Layout) -> None:
@@ -209,7 +226,7 @@ def resolve(spec: str | Layout, counts: Sequence[int], what: str = "tokens") -> 
     Parameters
     ----------
     spec : str or Layout
-        One of `NAMES`, or a layout object.
+        One of `NAMES`, or a layout object; `REPLICATED` if all ranks hold all tokens.
     counts : sequence of int
         Tokens that each rank brought.
     what : str
@@ -224,6 +241,12 @@ def resolve(spec: str | Layout, counts: Sequence[int], what: str = "tokens") -> 
     """
     if isinstance(spec, str) and spec == "contiguous":
         return Contiguous(counts)
+    if isinstance(spec, str) and spec == REPLICATED:
+        for rank, got in enumerate(counts):
+            if got != counts[0]:
+                raise ShapeError(f"rank {rank}: expected the same tokens of {what} on every rank, {counts[0]} as on "
+                                 f"rank 0, got {got}")
+        return Replicated(counts[0], len(counts))
     layout = spec if isinstance(spec, Layout) and spec.size == len(counts) else make(spec, sum(counts), len(counts))
     for rank, (want, got) in enumerate(zip(layout.counts, counts, strict=True)):
         if want != got:

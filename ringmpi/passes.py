@@ -16,7 +16,7 @@ from .plan import Plan
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.links import assign
 from .softmax import Gradient, State
-from .trace import Trace
+from .trace import Exchange, Trace
 
 Progress = Callable[[int, int], object]
 Rows = TypeVar("Rows", State, Gradient)
@@ -86,8 +86,10 @@ class Pass:
             for x in (dk, dv):
                 backend.clear(x)
         with backend.current(), self._abandoned_on_error():
-            if self.movers.heads.group.size * self.movers.queries.group.size == 1:
+            if self.movers.heads.group.size * len(plan.row_counts) == 1:
                 self._differentiate(call.q, gradients, (call.k, call.v), (dk, dv))
+                if plan.replicated:
+                    self._sum_over_ranks("dq", dq)
             else:
                 self._differentiate_for_all(dout, gradients, (dq, dk, dv))
 
@@ -140,9 +142,11 @@ class Pass:
         heads, _, dim_v = plan.dims
         q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (call.k, plan.kv_tokens),
                                                   (call.v, plan.kv_tokens)], backend.empty, self.trace)
-        rows = movers.queries.ask([q], plan.row_counts, backend.empty, self.trace)
+        rows = [q]
+        if len(plan.row_counts) > 1:
+            rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
-        self._reset(states)
+        self._reset(states, None if plan.replicated else call.sinks)
         blocks = Blocks((k, v), plan.shapes)
         for work, part in self._rounds(movers.carrier.forward(blocks, plan.route, self.trace), rows):
             k, v = work.arrays
@@ -151,21 +155,46 @@ class Pass:
                                    score)
                 for i, columns, begin, end, score in plan.tasks(work.source, part, call.dropout_keys)))
         own = [_part(state, slice(plan.own_rows)) for state in states]
-        if len(plan.row_counts) > 1:
-            movers.queries.bring_home("states", [x for state in states for x in _arrays(state)], plan.row_counts,
-                                      lambda parts: self._combine(own, parts), self.trace)
+        arrays = [x for state in states for x in _arrays(state)]
+        if plan.replicated:
+            everyone = self._of_all_ranks("states", arrays)
+            self._reset(states, call.sinks)
+            for parts in everyone:
+                self._combine(own, parts)
+        elif len(plan.row_counts) > 1:
+            movers.queries.bring_home("states", arrays, plan.row_counts, lambda parts: self._combine(own, parts),
+                                      self.trace)
         return own
 
-    def _reset(self, states: Sequence[State]) -> None:
+    def _of_all_ranks(self, what: str, arrays: Sequence[Array]) -> list[list[Array]]:
+        """Give such arrays of each rank, in the order of the ranks: what is made of them is the same on all."""
+        record = Exchange(what, self.trace.now())
+        mine = np.concatenate([self.backend.to_numpy(x).reshape(-1).view(np.uint8) for x in arrays])
+        start = time.perf_counter()
+        rows = self.engine.share(mine)
+        record.wait_seconds = time.perf_counter() - start
+        record.bytes_sent = record.bytes_received = mine.size * (len(rows) - 1)
+        self.trace.exchanges.append(record)
+        edges = np.cumsum([x.nbytes for x in arrays])[:-1]
+        return [[self.backend.to_device(part.view(x.dtype).reshape(x.shape))
+                 for part, x in zip(np.split(row, edges), arrays, strict=True)] for row in rows]
+
+    def _sum_over_ranks(self, what: str, total: Array) -> None:
+        """Sum up what each rank has of an array, the same on all."""
+        everyone = self._of_all_ranks(what, [total])
+        self.backend.clear(total)
+        for (part,) in everyone:
+            self.backend.add(total, part)
+
+    def _reset(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
         """Let states forget every key; a sink counts where its queries belong."""
         plan = self.plan
-        sinks = self.call.sinks
         for state in states:
             self.backend.reset(_part(state, slice(plan.own_rows)), None if sinks is None else sinks[plan.share.queries])
             if plan.rows > plan.own_rows:
                 self.backend.reset(_part(state, slice(plan.own_rows, plan.rows)))
 
-    def _combine(self, states: Sequence[State], parts: tuple[Array, ...]) -> None:
+    def _combine(self, states: Sequence[State], parts: Sequence[Array]) -> None:
         """Fold what another rank has made of this rank's rows into their states."""
         for number, state in enumerate(states):
             acc, row_max, row_sum = parts[3 * number:3 * number + 3]
@@ -287,8 +316,10 @@ class Pass:
         work.step.compute_seconds += time.perf_counter() - start
 
     def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: list[Gradient]) -> NDArray[Any]:
-        """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries."""
+        """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries; of those that all have, on rank 0 only."""
         total = np.zeros(len(sinks))
+        if self.plan.replicated and self.movers.carrier.comm.rank:
+            return total.astype(sinks.dtype)
         for gradient in gradients:
             lse, delta = (self.backend.to_numpy(x).astype(np.float64) for x in (gradient.lse, gradient.delta))
             with np.errstate(all="ignore"):

@@ -70,6 +70,8 @@ class Plan:
         Of q, k and v.
     dims : (int, int, int)
         heads that this rank computes with, dim, dim_v.
+    replicated : bool
+        Whether all ranks have the same queries: each folds its own keys into all rows.
     route : Route
         Which rank that shares keys computes with which block; agreed on once the plans are made.
     seen : array of shape (own rows,), bool
@@ -93,6 +95,7 @@ class Plan:
     accumulator: np.dtype[Any]
     dtype: np.dtype[Any]
     dims: tuple[int, int, int]
+    replicated: bool
     route: Route = field(init=False)
     seen: Array = None
     ready: set[str] = field(default_factory=set)

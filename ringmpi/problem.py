@@ -14,10 +14,11 @@ from .call import Records
 from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap
 from .dtypes import accumulator
 from .errors import OptionError, ShapeError
-from .layout import Layout, check_spec, resolve
+from .layout import REPLICATED, Layout, Replicated, check_spec, resolve
 from .mask import Mask
 from .plan import Plan, increasing
 from .schedules.grid import Grid, share_heads
+from .schedules.group import Group
 from .schedules.head_exchange import Tokens
 from .schedules.spec import Schedule, check_heads
 from .score import MOST_POSITION, Score
@@ -40,11 +41,18 @@ class Problem:
     def check(cls, mask: Any, layout: Any, kv_layout: Any, scale: Any, softcap: Any, alibi: Any, dropout: Any,
               accumulator: Any) -> Problem:
         """Take a caller's options, or raise `OptionError`. Local."""
-        kv_layout = layout if kv_layout is None else kv_layout
-        for spec in (layout, kv_layout):
+        replicated = isinstance(layout, str) and layout == REPLICATED
+        if kv_layout is None:
+            kv_layout = "contiguous" if replicated else layout
+        for spec in (kv_layout,) if replicated else (layout, kv_layout):
             check_spec(spec)
         return cls(check_mask(mask), layout, kv_layout, check_scale(scale), check_softcap(softcap), check_slopes(alibi),
                    check_dropout(dropout), accumulator)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all ranks have the same queries."""
+        return isinstance(self.layout, str) and self.layout == REPLICATED
 
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values. Local."""
@@ -119,6 +127,9 @@ class Problem:
         share = shares[beside.index]
 
         # The rows: of this rank's place on the axis of the queries, then of those upstream.
+        replicated = isinstance(q_layout, Replicated)
+        if replicated:
+            queries = Group((rank,), rank)
         places = [queries.upstream(hop) for hop in range(queries.size)]
         row_ranks = [r for place in places for r in grid.group("heads", queries.ranks[place]).ranks]
         row_counts = [sum(q_layout.counts[r] for r in grid.group("heads", other).ranks) for other in queries.ranks]
@@ -136,4 +147,4 @@ class Problem:
         return Plan(records.key, grid, kv_layout, bounds, row_counts, parts, shapes, share,
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
-                    accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v))
+                    accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated)

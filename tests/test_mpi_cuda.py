@@ -63,17 +63,19 @@ def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0,
             out, lse = attention(*given, return_lse=True)
             there = isinstance(out, np.ndarray)
             out, lse = (x.get() if on_gpu else x for x in (out, lse))
-        used, gpus, pairs = attention.transport, attention.gpus, attention.trace.pairs
+        used, gpus, pairs = attention.transport, attention.gpus, comm.allreduce(attention.trace.pairs)
+        sharing = attention.schedule.heads
         name = attention.backend.name
     expected = comm.allgather(gpu.uuid)
-    see = oracle.visible(length, length, **make_mask(mask, length))[mine]
+    all_see = oracle.visible(length, length, **make_mask(mask, length))
+    see = all_see[mine]
     want, want_lse = oracle.attend(q[mine], k, v, see, 0.25)
     unit = comm.allreduce(np.abs(want).max(initial=0.0), max) or 1.0
     assert out.dtype == q.dtype
     assert there is not on_gpu
     assert oracle.error(out, want, unit) <= TENSOR_TOLERANCE[dtype]
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
-    assert pairs == see.sum()
+    assert pairs == all_see.sum() * sharing
     assert used.name == transport
     assert gpus == expected
     assert name == "cuda"
@@ -82,6 +84,11 @@ def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0,
 def skip_unless_mpi_takes(gpu, transport):
     if transport == "direct" and not isinstance(gpu, EmulatedDevice) and not cuda_awareness()[0]:
         pytest.skip(cuda_awareness()[1])
+
+
+def skip_unless_heads_divide(comm, schedule):
+    if schedule == "heads" and 4 % comm.size:
+        pytest.skip("the ranks do not divide the heads")
 
 
 @pytest.mark.parametrize("transport", ["direct", "staged"])
@@ -99,10 +106,13 @@ def test_layouts_and_masks(comm, gpu, layout, mask):
 
 
 @pytest.mark.parametrize("transport", ["direct", "staged"])
-@pytest.mark.parametrize(("layout", "mask"), [("empty", "causal"), ("zigzag", "window")])
-def test_the_gather(comm, gpu, layout, mask, transport):
+@pytest.mark.parametrize(("layout", "mask", "schedule"), [
+    ("empty", "causal", "gather"), ("zigzag", "window", "gather"), ("striped", "causal", "queries"),
+    ("uneven", "documents", "heads"), ("zigzag", "causal", "mesh")])
+def test_other_schedules(comm, gpu, layout, mask, transport, schedule):
     skip_unless_mpi_takes(gpu, transport)
-    check(comm, gpu, "float32", layout, mask, transport, on_gpu=True, schedule="gather")
+    skip_unless_heads_divide(comm, schedule)
+    check(comm, gpu, "float32", layout, mask, transport, on_gpu=True, schedule=schedule)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
@@ -126,10 +136,13 @@ def test_a_batch(comm, gpu):
     ("bfloat16", "empty", "documents", "direct", "softcap", False, "gather"),
     ("float16", "zigzag", "all", "staged", "dropout", True, "ring"),
     ("float32", "custom", "full", "direct", "sinks", True, "ring"),
-    ("float64", "uneven", "first", "staged", "alibi", True, "gather")])
+    ("float64", "uneven", "first", "staged", "alibi", True, "gather"),
+    ("float32", "striped", "causal", "direct", "all", True, "queries"),
+    ("bfloat16", "zigzag", "causal", "staged", "plain", True, "heads")])
 def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, schedule):
     """Twice, in the same buffers; on a batch of two."""
     skip_unless_mpi_takes(gpu, transport)
+    skip_unless_heads_divide(comm, schedule)
     n, heads = 83, 4
     spec, sees = make_layout(layout, n, comm.size), make_mask(mask, n)
     mine = spec.positions(comm.rank)

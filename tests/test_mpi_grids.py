@@ -3,16 +3,20 @@
 import itertools
 
 import numpy as np
+import oracle
 import pytest
-from cases import FACTORS, covering, of_size
-from oracle import random_qkv
-from test_mpi_gradients import LEVELS, check
+from cases import FACTORS, covering, make_layout, of_size
+from oracle import functions, random_qkv
+from test_gradients import BOUND
+from test_mpi_gradients import LEVELS, check, expect
 
-from ringmpi import Mask, RingAttention, Schedule
+from ringmpi import Mask, OptionError, RingAttention, Schedule, ring_attention
+from ringmpi.dtypes import TOLERANCE
 from ringmpi.layout import make
 from ringmpi.mpi.comm import private_comm
 from ringmpi.schedules.grid import Grid, share_heads
 from ringmpi.schedules.spec import CARRIERS, divisors
+from ringmpi.score import dropout_keys
 
 pytestmark = pytest.mark.mpi
 
@@ -54,6 +58,48 @@ def test_every_grid_in_one_case(comm):
             assert attention.schedule == grid
     want, *others = results.values()
     assert all(np.abs(x - y).max(initial=0) < 1e-13 for got in others for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", FACTORS["backend"])
+@pytest.mark.parametrize(("dtype", "n_q", "layout"), [("float64", 1, "uneven"), ("float32", 9, "striped"),
+                                                      ("bfloat16", 3, "empty"), ("float64", 0, "zigzag")])
+def test_queries_that_all_ranks_have(comm, backend, dtype, n_q, layout):
+    """Forward and backward against the dense softmax, the same bits on all ranks; with all score functions."""
+    q, k, v = random_qkv(5, n_q, 60, 4, 2, 16, 8, dtype)
+    rng = np.random.default_rng(6)
+    dout = rng.standard_normal((n_q, 4, 8)).astype(q.dtype)
+    kv_layout = make_layout(layout, 60, comm.size)
+    mine = kv_layout.positions(comm.rank)
+    score, sinks = functions("all", 4, np.arange(n_q) + 60 - n_q, np.arange(60), 3)
+    if "dropout_keys" in score:
+        score["dropout_keys"] = dropout_keys(3, 1, 4)[0]
+    with RingAttention(comm, backend=backend, layout="replicated", kv_layout=kv_layout, mask=Mask(causal=True),
+                       softcap=score.get("softcap"), alibi=score.get("slopes"), dropout=score.get("dropout", 0.0),
+                       timeout=60) as attention:
+        for _ in range(2):
+            out, lse = attention(q, k[mine], v[mine], sinks=sinks, seed=3, return_lse=True)
+            dq, dk, dv, *dsinks = attention.backward(dout)
+    want = oracle.dense(q, k, v, oracle.visible(n_q, 60, causal=True), 0.25, dout=dout, sinks=sinks, **score)
+    for got, name, rows in ((out, "out", slice(None)), (dq, "dq", slice(None)), (dk, "dk", mine), (dv, "dv", mine)):
+        unit = np.abs(want[name]).max(initial=0) or 1.0
+        assert oracle.error(got, want[name][rows], unit) <= (BOUND if name != "out" else TOLERANCE)[dtype] * 2
+    assert oracle.error(lse, want["lse"]) <= (1e-13 if dtype == "float64" else 2e-6)
+    if dsinks:
+        assert oracle.error(comm.allreduce(dsinks[0].astype(float)), want["dsinks"],
+                            np.abs(want["dsinks"]).max(initial=0) or 1.0) <= BOUND[dtype]
+    assert len(set(comm.allgather((out.tobytes(), lse.tobytes(), dq.tobytes())))) == 1
+
+
+def test_queries_that_should_be_the_same(comm):
+    x = np.ones((3, 2, 8), "f4")
+    odd = comm.rank == comm.size - 1
+    if comm.size > 1:
+        expect(comm, lambda: ring_attention(x + odd, x, x, comm=comm, layout="replicated"), OptionError,
+               "the same queries, where all ranks have them")
+        expect(comm, lambda: ring_attention(x[odd:], x, x, comm=comm, layout="replicated"), OptionError, "the same")
+    expect(comm, lambda: ring_attention(x, x, x, comm=comm, kv_layout="replicated"), OptionError, "layout: expected")
+    expect(comm, lambda: ring_attention(x, x, x, comm=comm, layout="replicated", schedule="ring"), OptionError,
+           'expected "auto" or "queries"')
 
 
 def test_what_a_mesh_sends(comm):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-import zlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from ..arrays import as_array
 from ..attention import RingAttention
 from ..backends import check_name
-from ..call import Array
+from ..call import Array, checksum
 from ..checks import check_sinks, check_threads, check_timeout
 from ..dtypes import accumulator as accumulator_of
 from ..dtypes import check_dtype
@@ -36,7 +35,6 @@ from .store import KVStore
 
 DEALT = 16                    # tokens in a row that a rank keeps of those that all ranks bring
 ROOM = 256                    # tokens on a rank that a cache without a capacity begins with
-PRINTED_BYTES = 2**20         # of an array, by which ranks see that all have the same
 
 
 class Held(Custom):
@@ -208,7 +206,7 @@ class KVCache:
             options = {**self._options, "length": self.length, "replicated": replicated,
                        "layout": layout if isinstance(layout, str) else layout.describe()}
             if replicated and arrays is not None:
-                options |= {"tokens": count, "k (checksum)": _print(arrays[0]), "v (checksum)": _print(arrays[1])}
+                options |= {"tokens": count, "k (checksum)": checksum(arrays[0]), "v (checksum)": checksum(arrays[1])}
             rows = self._comm.exchange("KVCache.append", self._timeout, np.array([count]).view(np.uint8),
                                        failures=failures, options=options)
             counts = np.concatenate(rows).view(np.int64).tolist()
@@ -301,11 +299,11 @@ class KVCache:
                 self._check_open()
                 arrays = None if k is None and v is None else self._check_tokens(k, v)
                 query = self._check_query(q, sinks)
-                agreed |= {"shape of q": query.q.shape, "q (checksum)": _print(query.q),
+                agreed |= {"shape of q": query.q.shape, "q (checksum)": checksum(query.q),
                            "sinks": None if sinks is None else query.sinks}
                 if arrays is not None:
-                    agreed |= {"tokens": arrays[0].shape[1], "k (checksum)": _print(arrays[0]),
-                               "v (checksum)": _print(arrays[1])}
+                    agreed |= {"tokens": arrays[0].shape[1], "k (checksum)": checksum(arrays[0]),
+                               "v (checksum)": checksum(arrays[1])}
                     self._check_capacity(arrays[0].shape[1])
                     self._take(*arrays, arrays[0].shape[1], None)
                 self._check_window(query.q.shape[1])
@@ -516,14 +514,6 @@ def _count(name: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
         raise OptionError(f"KVCache: {name} expects an integer >= {least}, got {value!r}")
     return int(value)
-
-
-def _print(x: Array) -> int | None:
-    """Give a checksum of the beginning of a host array; nothing of one on a GPU."""
-    if not isinstance(x, np.ndarray):
-        return None
-    flat = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    return zlib.crc32(flat[:PRINTED_BYTES].data)
 
 
 def _runs(mine: NDArray[np.bool_]) -> list[tuple[int, int]]:

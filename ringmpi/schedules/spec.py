@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import OptionError
 
 CARRIERS = ("ring", "gather")
-NAMES = ("ring", "gather", "queries", "mesh", "heads")
+NAMES = ("auto", "ring", "gather", "queries", "mesh", "heads")
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,27 @@ def check_schedule(spec: Any) -> str | Schedule:
     return Schedule(heads, queries, keys, grid[4] or CARRIERS[0])
 
 
-def resolve(spec: str | Schedule, size: int) -> Schedule:
+def resolve(spec: str | Schedule, size: int, replicated: bool = False) -> Schedule:
     """Give the grid that is meant on so many ranks. Local.
+
+    Parameters
+    ----------
+    spec : str or Schedule
+    size : int
+        Ranks.
+    replicated : bool
+        Whether all ranks have the same queries.
 
     Raises
     ------
     OptionError
-        If it is one of another number of ranks.
+        If it is one of another number of ranks, or not one for queries that all ranks have.
     """
+    if replicated:
+        if spec not in ("auto", "queries", Schedule(queries=size)):
+            raise OptionError(f"schedule {spec}: expected \"auto\" or \"queries\" with queries that all ranks have "
+                              "(layout=\"replicated\"): each computes with its own keys")
+        return Schedule(queries=size)
     if isinstance(spec, Schedule):
         if spec.ranks != size:
             raise OptionError(f"schedule {spec}: expected heads x queries x keys to be the number of ranks, {size}, "
@@ -101,7 +114,7 @@ def resolve(spec: str | Schedule, size: int) -> Schedule:
     if spec == "mesh":
         queries = max(number for number in divisors(size) if number * number <= size)
         return Schedule(queries=queries, keys=size // queries)
-    return Schedule(keys=size, carrier=spec)
+    return Schedule(keys=size, carrier="ring" if spec == "auto" else spec)
 
 
 def check_heads(schedule: Schedule, heads: int) -> None:
