@@ -1,4 +1,4 @@
-"""README.rst: what it shows can be pasted and runs."""
+"""README.rst and docs/: what they show can be pasted and runs."""
 
 import re
 import subprocess
@@ -8,11 +8,12 @@ from pathlib import Path
 import launch
 import pytest
 
-README = (Path(__file__).parent.parent / "README.rst").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.rst").read_text()
 
 
-def blocks(language):
-    found = re.findall(rf"\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", README)
+def blocks(language, text=README):
+    found = re.findall(rf"\.\. code-block:: {language}\n\n((?:    .*\n|\n)+)", text)
     return ["\n".join(line[4:] for line in block.splitlines()) for block in found]
 
 
@@ -50,6 +51,19 @@ def test_the_file_example_runs(tmp_path):
             result = launch.launch(4, ["-m", "ringmpi", *arguments], folder=tmp_path / "said")
             assert result.code == 0, result.text
     assert (tmp_path / "single.h5").exists()
+
+
+def test_the_decoding_example_runs(tmp_path):
+    """On a text of a tenth of the length."""
+    (code,) = blocks("python", (ROOT / "docs/decoding.rst").read_text())
+    (tmp_path / "decode.py").write_text(code)
+    source = tmp_path / "text.h5"
+    make = [sys.executable, "-m", "ringmpi", "make", "text", source, "--tokens", "3300"]
+    subprocess.run(make, check=True, timeout=60)
+    result = launch.launch(4, [tmp_path / "decode.py", source], folder=tmp_path / "said", timeout=120)
+    assert result.code == 0, result.text
+    (said,) = [text for text in result.ranks if "largest difference" in text]
+    assert float(said.split()[-1]) < 2e-6
 
 
 @pytest.mark.parametrize("script", ["jobs/cpu.sbatch", "jobs/gpu.sbatch", "jobs/array.sbatch", "jobs/local.sh"])
