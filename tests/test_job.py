@@ -364,6 +364,39 @@ def test_a_lost_rank(source, tmp_path, signal):
         assert re.search(rf"ringmpi: rank {rank} on [\w.-]+({where})", result.ranks[rank]), result.text
 
 
+@pytest.mark.parametrize(("schedule", "where", "what"), [
+    ("2x1x2", "HeadExchange.to_heads", "exchange of heads"),
+    ("2x1x2", "HeadExchange.to_tokens", "exchange of results"),
+    ("1x4x1", "QueryExchange.hear", "exchange of queries"),
+    ("1x4x1", "QueryExchange.bring_home", "exchange of states")])
+def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
+    """Whoever waits for it says where: in which exchange, and for how much from whom."""
+    method = where.split(".")[1]
+    die = ("import os, signal, sys\n"
+           "from ringmpi.cli import main\n"
+           "from ringmpi.schedules.head_exchange import HeadExchange\n"
+           "from ringmpi.schedules.query_exchange import QueryExchange\n"
+           f"before = {where}\n"
+           "def dying(self, *rest):\n"
+           "    if self.comm.rank == 2:\n"
+           "        os.kill(os.getpid(), signal.SIGKILL)\n"
+           "    return before(self, *rest)\n"
+           f"{where.split('.')[0]}.{method} = dying\n"
+           "sys.exit(main())\n")
+    keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
+    start = time.perf_counter()
+    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", "--schedule",
+                 schedule, folder=tmp_path, start=[*SHIELD, "-c", die], options=keep, timeout=60)
+    assert time.perf_counter() - start < 20
+    assert not (tmp_path / "out.h5").exists()
+    if launch.is_openmpi():
+        assert result.code not in (0, 124), result.text
+        return
+    assert result.code == 5, result.text
+    said = "".join(result.ranks[rank] for rank in (0, 1, 3))
+    assert re.search(rf"{what}: waited for \d+ bytes from rank 2", said), result.text
+
+
 def test_demo(tmp_path):
     result = run(4, "demo", "--contexts", "512,4096", "--queries", "512", "--keep", tmp_path / "kept", folder=tmp_path,
                  timeout=120)
