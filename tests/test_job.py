@@ -394,7 +394,7 @@ def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
         return
     assert result.code == 5, result.text
     said = "".join(result.ranks[rank] for rank in (0, 1, 3))
-    assert re.search(rf"{what}: waited for \d+ bytes from rank 2", said), result.text
+    assert re.search(rf"{what}: waited .*for \d+ bytes from rank 2", said), result.text
 
 
 def test_demo(tmp_path):
