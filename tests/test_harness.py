@@ -1,9 +1,18 @@
-"""The launcher of the MPI tests: its time limit ends every process, and it shows what each rank said."""
+"""The launcher of the MPI tests: its time limit ends every process, and it shows what each rank said.
 
+And what is skipped where something is missing: pytest-mpi, a compiler.
+"""
+
+import os
+import re
+import subprocess
+import sys
 import time
 
 import launch
 import psutil
+
+import ringmpi
 
 
 def test_time_limit_ends_every_process(tmp_path):
@@ -24,3 +33,27 @@ def test_a_failure_is_a_failure(tmp_path):
     result = launch.launch(2, ["-c", "import sys; from mpi4py import MPI; print('said'); sys.exit(3)"], folder=tmp_path)
     assert result.code == 3, result.text
     assert [text.strip() for text in result.ranks] == ["said", "said"]
+
+
+def test_ranks_import_the_package_that_is_tested(tmp_path):
+    """Be it a checkout that is not installed."""
+    result = launch.launch(1, ["-c", "import ringmpi; print(ringmpi.__file__)"], folder=tmp_path)
+    assert result.ranks == [f"{ringmpi.__file__}\n"], result.text
+
+
+def outcomes(*arguments, env=None):
+    """Run pytest in the folder of the tests; give its exit code, what it says, and how many tests did what."""
+    said = subprocess.run([sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments],
+                          capture_output=True, text=True, timeout=100, cwd=launch.HERE, check=False,
+                          env={**os.environ, **(env or {})})
+    counts = {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", said.stdout.splitlines()[-1])}
+    return said.returncode, said.stdout + said.stderr, counts
+
+
+def test_without_pytest_mpi_what_needs_ranks_is_skipped_with_the_reason():
+    code, said, counts = outcomes("-p", "no:pytest_mpi", "test_mpi_schedules.py", "test_launch.py", "test_layout.py")
+    assert code == 0, said
+    assert counts["passed"] > 3, said
+    assert counts["skipped"] > 10, said
+    assert "needs ranks, and pytest-mpi is not installed" in said
+    assert set(counts) <= {"passed", "skipped", "deselected"}, said
