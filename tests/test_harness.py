@@ -57,3 +57,33 @@ def test_without_pytest_mpi_what_needs_ranks_is_skipped_with_the_reason():
     assert counts["skipped"] > 10, said
     assert "needs ranks, and pytest-mpi is not installed" in said
     assert set(counts) <= {"passed", "skipped", "deselected"}, said
+
+
+# As if there were a GPU, which can't be opened.
+GPU = """
+from ringmpi import device
+
+def fail(index):
+    raise LookupError("this is the GPU")
+
+device.reason_missing = lambda: None
+device.open_device = fail
+"""
+ON_GPUS = ["-k", "dense or width or few",
+           "test_cuda.py", "test_cuda_gradients.py", "test_hopper.py", "test_mpi_cuda.py"]
+
+
+def test_without_a_compiler_a_gpu_is_tested_all_the_same(tmp_path):
+    """What is emulated is skipped."""
+    (tmp_path / "as_if_there_were_a_gpu.py").write_text(GPU)
+    env = {"PATH": "/nowhere", "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    code, said, counts = outcomes("-p", "as_if_there_were_a_gpu", "--with-mpi", "-m", "gpu", "--tb=no", *ON_GPUS,
+                                  env=env)
+    assert code == 1, said
+    assert "LookupError: this is the GPU" in said
+    assert counts["errors"] > 50
+    assert not set(counts) & {"passed", "failed", "skipped"}, said
+    code, said, counts = outcomes(*ON_GPUS[:-1], env=env)
+    assert code == 0, said
+    assert "g++ compiles the kernels for the CPU, and is not installed" in said
+    assert counts["skipped"] > 50, said
