@@ -7,9 +7,10 @@ import oracle
 import pytest
 import test_gradients
 from emulate import EmulatedDevice
+from one_block import BOUND, run
 from oracle import FUNCTIONS, case, dense, functions
 from test_cuda import AMPERE, HOPPER, SMALL
-from test_gradients import BOUND, check, check_float64_accumulator, run
+from test_gradients import check, check_float64_accumulator
 
 from ringmpi import BackendError, device
 from ringmpi.backends.cuda import backend as cuda
