@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,12 @@ class EmulatedDevice(FakeDevice, Device):
         if not x.flags.c_contiguous or box[-1] * 2 > 128 or max(box) > 256:
             raise ValueError("cuTensorMapEncodeTiled would refuse this")
         return made
+
+    def seconds(self, work):
+        start = time.perf_counter()
+        work()
+        self.caller_stream().synchronize()
+        return time.perf_counter() - start
 
     def launch(self, kernel, grid, threads, shared_bytes, arguments, stream):
         name, compiled = kernel
