@@ -28,17 +28,18 @@ OF_EITHER_KERNEL = ("prove", "masks", "long")
 
 
 def main(part, *arguments):
-    """Ask; the exit code says whether a GPU was found, and of a proof whether it held."""
+    """Ask; the exit code says whether that could be done, and of a proof whether it held."""
     import gpu_answers
 
     from ringmpi import device
     from ringmpi.environment import hopper_kernel
     if gpu_answers.EMULATED:
         gpu_answers.pretend()
-    work = getattr(importlib.import_module(PARTS[part]), part)
-    if part == "about":
-        return int(not work())
-    reason = device.reason_missing()
+    reason = None if part == "about" else device.reason_missing()
+    try:
+        work = getattr(importlib.import_module(PARTS[part]), part)
+    except ImportError as error:
+        reason = reason or str(error)
     if reason:
         gpu_answers.say(part=part, case=" ".join(arguments), ok=False, error=reason)
         return 1
