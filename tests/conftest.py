@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import ringmpi
 from ringmpi.device import reason_missing
 
 # Ranks outnumber cores here: libraries must neither spin nor start pools of their own.
@@ -25,17 +26,28 @@ QUIET = {
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
+# Ranks and commands find the package where this process did, be it a checkout that is not installed.
+CHECKOUT = Path(__file__).parents[1]
+if Path(ringmpi.__file__).parents[1] == CHECKOUT:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+
 # These assert seconds.
 TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[links",
-         "test_under_mpiexec[waits", "::test_a_lost_rank", "::test_a_rank_that_stops"]
+         "test_under_mpiexec[waits", "::test_a_part_that_hangs", "::test_a_lost_rank", "::test_a_rank_that_stops"]
 # These keep more than one core busy, the longest first: most of them launch ranks.
 HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_faults.py::", "test_job.py::",
-         "test_jobs.py::", "test_readme.py::"]
+         "test_jobs.py::", "test_readme.py::", "::test_the_parts_on_an_emulated_gpu", "::test_without_a_gpu_every_part"]
+
+# These launch tests that are marked mpi.
+LAUNCHES = ["::test_under_mpiexec", "::test_ranks_that_share_the_gpu"]
+NO_PYTEST_MPI = "needs ranks, and pytest-mpi is not installed: pip install pytest-mpi"
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: more of the same, or slow to compile; runs with -m exhaustive")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
+    if not config.pluginmanager.hasplugin("pytest_mpi"):
+        config.addinivalue_line("markers", "mpi: needs ranks; runs under mpiexec --with-mpi, which pytest-mpi brings")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,7 +81,11 @@ def pytest_collection_modifyitems(config, items):
             raise pytest.UsageError(f"{item.nodeid}: expected tests marked mpi in test_mpi_*.py, and not exhaustive")
     asked = config.getoption("-m")
     unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
-    unasked += [] if config.getoption("--with-mpi") else ["mpi"]
+    if not config.pluginmanager.hasplugin("pytest_mpi"):
+        for item in filter(needs_pytest_mpi, items):
+            item.add_marker(pytest.mark.skip(reason=NO_PYTEST_MPI))
+    elif not config.getoption("--with-mpi"):
+        unasked.append("mpi")
     dropped = [item for item in items if any(map(item.get_closest_marker, unasked))]
     items[:] = [item for item in items if not any(map(item.get_closest_marker, unasked))]
     config.hook.pytest_deselected(items=dropped)
@@ -78,6 +94,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=reason))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: turn(item.nodeid))
+
+
+def needs_pytest_mpi(item):
+    """Whether a test runs on ranks that pytest-mpi makes of a pytest: it is marked so, or launches what is."""
+    return item.get_closest_marker("mpi") or found(LAUNCHES, item.nodeid)
 
 
 def turn(nodeid):

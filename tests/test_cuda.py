@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import oracle
 import pytest
-from emulate import COMPILER, STRUCTS, EmulatedDevice, compile_layout
+from emulate import STRUCTS, EmulatedDevice, compile_layout
 from oracle import case
 
 from ringmpi import BackendError, device
@@ -19,7 +19,6 @@ from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.schedules.device_links import DeviceLink
 from ringmpi.score import Score
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 # Shared memory of a block, of a multiprocessor: compute capability 9.0, 8.0, 8.6.
 HOPPER, AMPERE, SMALL = (227 * 1024, 228 * 1024), (163 * 1024, 164 * 1024), (99 * 1024, 100 * 1024)
 

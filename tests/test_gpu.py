@@ -5,9 +5,9 @@ The tests of test_cuda.py and test_mpi_cuda.py run on it too.
 
 import launch
 import numpy as np
+import one_block
 import oracle
 import pytest
-import test_gradients
 from oracle import functions
 from test_cuda import run
 
@@ -70,10 +70,10 @@ def test_gradients_are_the_same_as_numpys(backends, dtype, mask, kind, heads, kv
                      for n, h in ((N_Q, heads), (N_K, kv_heads), (N_K, kv_heads), (N_Q, heads)))
     score, sinks = functions(kind, heads, np.arange(N_Q) + N_K - N_Q, np.arange(N_K))
     for begin, end in Mask(**MASKS[mask]).bounds(np.arange(N_Q), N_Q, N_K):
-        got, want = (test_gradients.run(backend, q, k, v, begin, end, dim**-0.5, score, sinks, 3, dout)
+        got, want = (one_block.run(backend, q, k, v, begin, end, dim**-0.5, score, sinks, 3, dout)
                      for backend in backends)
         for name, x in got.items():
-            bound = 2 * test_gradients.BOUND[dtype] if name[0] == "d" else 4 * TENSOR_TOLERANCE[dtype]
+            bound = 2 * one_block.BOUND[dtype] if name[0] == "d" else 4 * TENSOR_TOLERANCE[dtype]
             assert oracle.error(x, want[name]) <= bound, name
 
 
@@ -83,7 +83,7 @@ def test_runs_are_the_same_bit_for_bit(backends):
     begin, end = np.zeros(3000, int), np.arange(1, 3001)
     outs = [run(backends[0], q, k, v, begin, end, blocks=2)[0] for _ in range(20)]
     assert all((out == outs[0]).all() for out in outs)
-    gradients = [test_gradients.run(backends[0], q, k, v, begin, end, 0.09, {}, None, 2, v) for _ in range(10)]
+    gradients = [one_block.run(backends[0], q, k, v, begin, end, 0.09, {}, None, 2, v) for _ in range(10)]
     assert all((other[name] == x).all() for other in gradients for name, x in gradients[0].items())
 
 

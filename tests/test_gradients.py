@@ -1,19 +1,15 @@
 """Score functions, and the backward pass of one block: every backend against a dense float64 softmax."""
 
-import itertools
-
 import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_block import BOUND, run
 from oracle import FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
-from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
-from ringmpi.score import Score
-
-BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}       # of gradients
+from ringmpi.dtypes import DTYPES, TOLERANCE
 
 
 @pytest.fixture(scope="module", params=list(HOST_NAMES))
@@ -21,39 +17,6 @@ def backend(request):
     opened = open_backend(request.param, 2)
     yield opened
     opened.close()
-
-
-def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=None, dlse=None, kind=None):
-    """Forward and backward of k and v in several blocks; rows see begin..end of the whole. A dict as `dense` gives."""
-    kind = accumulator(q.dtype, kind)
-    state = backend.new_state(len(q), q.shape[1], v.shape[2], kind)
-    backend.reset(state, sinks)
-    q_, edges = backend.to_device(q), np.linspace(0, len(k), blocks + 1).astype(int)
-    cuts = []
-    for a, b in itertools.pairwise(edges):
-        mine = Score(scale, **(score | ({"keys": score["keys"][a:b]} if "keys" in score else {})))
-        cuts.append((a, b, backend.to_device(k[a:b]), backend.to_device(v[a:b]), np.clip(begin, a, b) - a,
-                     np.clip(end, a, b) - a, mine))
-    pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
-    assert pairs == (end - begin).sum()
-    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], kind)
-    seen = np.full(len(q), True) if sinks is not None else end > begin
-    backend.finish(state, backend.to_device(seen), out, lse)
-    got = {"out": backend.to_numpy(out), "lse": backend.to_numpy(lse)}
-    if dout is not None:
-        gradient = backend.new_gradient(backend.to_device(dout), out, lse, None if dlse is None else backend.to_device(
-            dlse.astype(kind)), backend.empty(q.shape, kind))
-        dk, dv = [], []
-        for a, b, k_, v_, low, high, mine in cuts:
-            ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)
-            for x in ours:
-                backend.clear(x)
-            pairs = sum(backend.backward(gradient, q_, k_, v_, *ours, low, high, mine))
-            assert pairs == (high - low).sum()
-            dk.append(backend.to_numpy(ours[0]))
-            dv.append(backend.to_numpy(ours[1]))
-        got |= {"dq": backend.to_numpy(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
-    return got
 
 
 def check(backend, q, k, v, begin, end, dtype, kind="plain", scale=0.3, blocks=1, seed=0, bound=None):

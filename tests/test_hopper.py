@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import oracle
 import pytest
-from emulate import COMPILER, EmulatedDevice
+from emulate import EmulatedDevice
 from oracle import case
 from test_cuda import run
 
@@ -20,7 +20,6 @@ from ringmpi.backends.cuda.sources import kernels_folder
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.score import Score
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")
 BOTH = ["bfloat16", "float16"]
 
 
@@ -39,8 +38,11 @@ class HopperBackend(CudaBackend):
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def backend(request):
-    """The backend on an emulated GPU; with `-m gpu` on a real one."""
-    return HopperBackend(1, EmulatedDevice() if request.param == "emulated" else device.open_device(0))
+    """The backend on an emulated GPU; with `-m gpu` on a real one, which must be a Hopper."""
+    gpu = EmulatedDevice() if request.param == "emulated" else device.open_device(0)
+    if gpu.capability != (9, 0):
+        pytest.skip(f"expected a GPU of compute capability 9.0, got {gpu.name} with {gpu.capability}")
+    return HopperBackend(1, gpu)
 
 
 def check(backend, q, k, v, begin, end, scale=0.2, blocks=1):

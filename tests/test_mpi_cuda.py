@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import make_layout, make_mask
-from emulate import COMPILER, EmulatedDevice
+from emulate import EmulatedDevice
 from oracle import random_qkv
 
 from ringmpi import Mask, RingAttention, device, ring_attention
@@ -20,7 +20,7 @@ from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.score import dropout_keys
 
-pytestmark = [pytest.mark.mpi, pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the CPU")]
+pytestmark = pytest.mark.mpi
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("real", marks=pytest.mark.gpu)])

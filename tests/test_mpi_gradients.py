@@ -8,8 +8,8 @@ import pytest
 from cases import FACTORS, covering, draw_mask, make_layout, of_size
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from one_block import BOUND
 from oracle import FUNCTIONS, functions, random_qkv
-from test_gradients import BOUND
 
 from ringmpi import (
     BackendError,

@@ -1,0 +1,106 @@
+"""Two ranks that share the GPU, and arrays of other libraries: parts of `gpu_first.py`."""
+
+import itertools
+
+import numpy as np
+import oracle
+from gpu_answers import EMULATED, arrays, attempt, errors_of
+from mpi4py import MPI
+
+from ringmpi import Mask, RingAttention, device, layout
+from ringmpi.dtypes import TENSOR_TOLERANCE
+from ringmpi.schedules.gpu_transport import cuda_awareness
+
+TOKENS = 60 if EMULATED else 600
+DIM = 16 if EMULATED else 64
+DTYPES = ("bfloat16",) if EMULATED else ("bfloat16", "float16", "float32", "float64")
+MOST = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}      # of gradients' errors
+SECONDS = 40.0                # to wait for the other rank
+
+
+def ranks():
+    """Result and gradients of each rank, twice in the same buffers, by each way that MPI has."""
+    comm = MPI.COMM_WORLD
+    awareness = cuda_awareness()
+    if comm.rank == 0:
+        attempt("ranks", "transport", lambda: {"ok": True, "CUDA-aware": awareness,
+                                               "library": MPI.Get_library_version().split("\n")[0].strip("\0 ")})
+    ways = ("staged", "direct") if comm.allreduce(awareness[0], MPI.MIN) else ("staged",)
+    for dtype, name, way in itertools.product(DTYPES, ("striped", "zigzag"), ways):
+        attempt("ranks", f"rank {comm.rank} of {comm.size}: {dtype} {name} {way}",
+                lambda dtype=dtype, name=name, way=way: ring_of(comm, dtype, name, way))
+
+
+def ring_of(comm, dtype, name, way):
+    """One case on this rank."""
+    gpu = device.open_device(0)
+    q, k, v, dout = arrays(4, dtype, *((TOKENS, heads, DIM) for heads in (4, 2, 2, 4)))
+    mine = layout.make(name, TOKENS, comm.size).positions(comm.rank)
+    with RingAttention(comm, mask=Mask(causal=True), layout=name, timeout=SECONDS, gpu_transport=way,
+                       allow_gpu_sharing=True) as attention:
+        for _ in range(2):
+            out = attention(*(gpu.array(x[mine]) for x in (q, k, v)))
+            grads = attention.backward(gpu.array(dout[mine]))
+        used = attention.transport.name
+    got = {name: x.get() for name, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=False)}
+    errors = errors_of(got, oracle.dense(q, k, v, np.tril(np.ones((TOKENS, TOKENS), bool)), DIM**-0.5, dout=dout), mine)
+    right = {name: error <= (2 * TENSOR_TOLERANCE[dtype] if name == "out" else MOST[dtype])
+             for name, error in errors.items()}
+    return {"ok": all(right.values()) and used == way, "errors": errors, "transport": used}
+
+
+def dlpack():
+    """Arrays of torch, on torch's streams, and of JAX."""
+    for dtype, grad, side in [("bfloat16", False, False), ("float32", False, True), ("float16", False, True),
+                              ("float64", False, False), ("bfloat16", True, False)]:
+        case = f"torch {dtype}{', requires_grad' if grad else ''}{', a stream of its own' if side else ''}"
+        attempt("dlpack", case, lambda dtype=dtype, grad=grad, side=side: torch_arrays(dtype, grad, side))
+    attempt("dlpack", "ringmpi.torch float64", torch_gradients)
+    for dtype in ("float32", "bfloat16"):
+        attempt("dlpack", f"jax {dtype}", lambda dtype=dtype: jax_arrays(dtype))
+
+
+def torch_arrays(dtype, grad, side):
+    """What torch has not computed yet when the call begins must be waited for."""
+    import torch
+    stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
+    with RingAttention(MPI.COMM_SELF, mask=Mask(causal=True)) as attention, torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        q, k, v = (torch.randn(700, 4, 64, device="cuda", dtype=getattr(torch, dtype), requires_grad=grad)
+                   for _ in range(3))
+        got = torch.from_dlpack(attention(q, k, v))
+        want = torch_attention(*(x.detach().double() for x in (q, k, v)))
+        error = float((got.double() - want).abs().max() / want.abs().max())
+    return {"ok": error <= 2 * TENSOR_TOLERANCE[dtype], "errors": {"out": error}}
+
+
+def torch_attention(q, k, v):
+    """Causal attention by torch, of arrays as ours."""
+    import torch
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)),
+                                                            is_causal=True)[0].transpose(0, 1)
+
+
+def torch_gradients():
+    """Through autograd, on the GPU."""
+    import torch
+
+    import ringmpi.torch
+    q, k, v = (torch.randn(300, 2, 64, device="cuda", dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = ringmpi.torch.ring_attention(q, k, v, comm=MPI.COMM_SELF, mask=Mask(causal=True))
+    got = torch.autograd.grad(out.square().sum(), (q, k, v))
+    want = torch.autograd.grad(torch_attention(q, k, v).square().sum(), (q, k, v))
+    errors = {name: float((a - b).abs().max() / b.abs().max())
+              for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True)}
+    return {"ok": max(errors.values()) < 1e-11, "errors": errors}
+
+
+def jax_arrays(dtype):
+    """There and back by DLPack."""
+    import jax
+    q, k, v = (jax.random.normal(jax.random.key(i), (200, 2, 32)).astype(dtype) for i in range(3))
+    with RingAttention(MPI.COMM_SELF) as attention:
+        out = np.asarray(jax.dlpack.from_dlpack(attention(q, k, v))).astype(np.float64)
+    want = oracle.dense(*(np.asarray(x) for x in (q, k, v)), np.ones((200, 200), bool), 32**-0.5)
+    error = oracle.error(out, want["out"])
+    return {"ok": error <= 2 * TENSOR_TOLERANCE[dtype], "errors": {"out": error}, "platform": jax.default_backend()}

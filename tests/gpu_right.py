@@ -1,0 +1,146 @@
+"""Are the kernels right: the parts of `gpu_first.py` that compare one block's results with float64."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import one_block
+from gpu_answers import EMULATED, arrays, attempt, backend, errors_of, exact, intervals, say, within
+
+from ringmpi.backends.cuda.backend import BACKWARD_TESTS, FORWARD_TESTS, HOPPER_TESTS
+from ringmpi.backends.cuda.self_test import SelfTest
+from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
+
+TOGETHER = max(1, len(os.sched_getaffinity(0)) - 2)      # proofs: compiling takes a core each
+CASE_SECONDS = 80.0                                      # of a proof, which compiles
+NARROW = ("bfloat16", "float16")
+LSE = {"float64": 1e-13, "float32": 4e-6, "bfloat16": 4e-6, "float16": 4e-6}
+
+
+def prove(hopper):
+    """Every kernel on the cases that it is tested by before it is used, the common ones first, side by side."""
+    waiting = proofs(hopper)
+    running = []
+    while waiting or running:
+        while waiting and len(running) < TOGETHER:
+            case = waiting.pop(0)
+            command = [sys.executable, os.path.join(os.path.dirname(__file__), "gpu_first.py"), "proof", *case]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+            running.append((" ".join(case), time.monotonic() + CASE_SECONDS, process))
+        running = [job for job in running if _goes_on(*job)]
+        time.sleep(0.05)
+
+
+def _goes_on(case, latest, process):
+    """Whether a proof still runs; say so if it ended, or had to be ended, without an answer of its own."""
+    if process.poll() is None and time.monotonic() < latest:
+        return True
+    if process.poll() is None:
+        process.kill()
+        say(part="prove", case=case, ok=False, error=f"no end after {CASE_SECONDS:.0f} s: compiling, or a hang")
+    elif process.returncode not in (0, 1):
+        say(part="prove", case=case, ok=False, error=f"ended with code {process.returncode}: see log.txt")
+    process.wait()
+    return False
+
+
+def proofs(hopper):
+    """Arguments of `proof`."""
+    if EMULATED:
+        return [("bfloat16", "16", "16", "plain", "forward")]
+    if hopper:
+        return [(dtype, *dims, "plain", "forward") for dims in itertools.product(("128", "64"), repeat=2)
+                for dtype in NARROW]
+    found = [(dtype, dim, dim, "plain", way) for dim in ("128", "64") for way in ("forward", "backward")
+             for dtype in (*NARROW, "float32", "float64")]
+    kinds = ("bfloat16", "float32", "float64")
+    found += [(dtype, "64", "64", "functions", way) for way in ("forward", "backward") for dtype in kinds]
+    return found + [(dtype, "256", "256", "plain", way) for dtype in kinds for way in ("forward", "backward")]
+
+
+def proof(dtype, dim, dim_v, scores, way):
+    """One of them, for every size that chooses a kernel of its own; whether all were right."""
+    kind, plain, backward = DTYPES[dtype], scores == "plain", way == "backward"
+    bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[kind.itemsize]
+    gpu = backend()
+    sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if gpu.hopper and plain else FORWARD_TESTS
+    found = []
+    for n_q, n_k in sizes:
+        def check(n_q=n_q, n_k=n_k):
+            test = SelfTest(n_q, n_k, int(dim), int(dim_v), kind, accumulator(kind), plain, backward)
+            with gpu.device.current():
+                error = test.error(gpu)
+            return {"ok": error <= bound, "errors": {"all": error}, "bound": bound,
+                    "files": sorted({key[0] for key in gpu.device.cache if isinstance(key, tuple)})}
+        case = f"{dtype} {dim}/{dim_v} {scores} {way} {n_q}x{n_k}"
+        found.append(attempt("prove", named(case, gpu), check))
+    return all(found)
+
+
+def named(case, gpu):
+    """Say of a case which kernel is asked for."""
+    return f"{case}, hopper" if gpu.hopper else case
+
+
+def masks(hopper):
+    """Masks, grouped heads, blocks: the result, lse and the gradients."""
+    gpu = backend()
+    sizes = [(4, 2, 16)] if EMULATED else [(8, 2, 128), (3, 3, 64)]
+    dtypes = NARROW if hopper else ("bfloat16",) if EMULATED else (*NARROW, "float32", "float64")
+    n_q, n_k = (60, 150) if EMULATED else (1000, 2300)
+    for (heads, kv_heads, dim), dtype in itertools.product(sizes, dtypes):
+        q, k, v, dout = arrays(0, dtype, *((n, h, dim) for n, h in (
+            (n_q, heads), (n_k, kv_heads), (n_k, kv_heads), (n_q, heads))))
+        for mask in ("causal", "full", "window", "documents", "random"):
+            block = q, k, v, *intervals(mask, n_q, n_k), dim**-0.5
+
+            def check(block=block, dtype=dtype, dout=None if hopper else dout):
+                got = one_block.run(gpu, *block, {}, blocks=3, dout=dout)
+                return within(errors_of(got, exact(*block, dout)), bounds(dtype, got))
+            attempt("masks", named(f"{dtype} {heads}/{kv_heads} heads dim {dim} {mask}", gpu), check)
+    if not hopper and not EMULATED:
+        few_queries(gpu)
+
+
+def bounds(dtype, names):
+    """How large errors may be, by name: results are rounded, and weights too before."""
+    return {name: LSE[dtype] if name == "lse" else 2 * TENSOR_TOLERANCE[dtype] if name == "out"
+            else 2 * one_block.BOUND[dtype] for name in names}
+
+
+def few_queries(gpu):
+    """Where keys are split into parts."""
+    n_k = 100_000
+    for dtype, queries in itertools.product(DTYPES, (1, 16)):
+        q, k, v = arrays(1, dtype, (queries, 8, 128), (n_k, 2, 128), (n_k, 2, 128))
+        begin, end = np.arange(queries) * 3, n_k - np.arange(queries) * 5
+
+        def check(block=(q, k, v, begin, end, 0.09), dtype=dtype):
+            got = one_block.run(gpu, *block, {})
+            return within(errors_of(got, exact(*block)), bounds(dtype, got))
+        attempt("masks", f"{dtype} {queries} queries, {n_k} keys", check)
+
+
+def long(hopper):
+    """Races and waits for too little show in long runs: sampled rows, and the same bits each time."""
+    gpu = backend()
+    n, heads = (300, 2) if EMULATED else (16384, 8)
+    dims = (16,) if EMULATED else (128, 64)
+    for dtype, dim, mask in itertools.product(("bfloat16",) if hopper or EMULATED else ("bfloat16", "float32"), dims,
+                                              ("causal", "full")):
+        q, k, v = arrays(2, dtype, *[(n, heads, dim)] * 3)
+        begin, end = intervals(mask, n, n)
+        rows = np.sort(np.random.default_rng(3).choice(n, 64, replace=False))
+
+        def check(q=q, k=k, v=v, begin=begin, end=end, rows=rows, scale=dim**-0.5, dtype=dtype):
+            first, *others = (one_block.run(gpu, q, k, v, begin, end, scale, {}) for _ in range(4))
+            same = all((other[name] == x).all() for other in others for name, x in first.items())
+            sampled = {name: x[rows] for name, x in first.items()}
+            answer = within(errors_of(sampled, exact(q[rows], k, v, begin[rows], end[rows], scale)),
+                            bounds(dtype, sampled))
+            return answer | {"ok": answer["ok"] and same, "the same bits": same}
+        attempt("long", named(f"{dtype} dim {dim} {mask} {n}x{n}", gpu), check)

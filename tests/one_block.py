@@ -1,0 +1,43 @@
+"""Attend to a block by a backend, forward and backward, in several blocks of keys."""
+
+import itertools
+
+import numpy as np
+
+from ringmpi.dtypes import accumulator
+from ringmpi.score import Score
+
+BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0**-9}       # of gradients
+
+
+def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=None, dlse=None, kind=None):
+    """Forward and backward of k and v in several blocks; rows see begin..end of the whole. A dict as `dense` gives."""
+    kind = accumulator(q.dtype, kind)
+    state = backend.new_state(len(q), q.shape[1], v.shape[2], kind)
+    backend.reset(state, sinks)
+    q_, edges = backend.to_device(q), np.linspace(0, len(k), blocks + 1).astype(int)
+    cuts = []
+    for a, b in itertools.pairwise(edges):
+        mine = Score(scale, **(score | ({"keys": score["keys"][a:b]} if "keys" in score else {})))
+        cuts.append((a, b, backend.to_device(k[a:b]), backend.to_device(v[a:b]), np.clip(begin, a, b) - a,
+                     np.clip(end, a, b) - a, mine))
+    pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
+    assert pairs == (end - begin).sum()
+    out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], kind)
+    seen = np.full(len(q), True) if sinks is not None else end > begin
+    backend.finish(state, backend.to_device(seen), out, lse)
+    got = {"out": backend.to_numpy(out), "lse": backend.to_numpy(lse)}
+    if dout is not None:
+        gradient = backend.new_gradient(backend.to_device(dout), out, lse, None if dlse is None else backend.to_device(
+            dlse.astype(kind)), backend.empty(q.shape, kind))
+        dk, dv = [], []
+        for a, b, k_, v_, low, high, mine in cuts:
+            ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)
+            for x in ours:
+                backend.clear(x)
+            pairs = sum(backend.backward(gradient, q_, k_, v_, *ours, low, high, mine))
+            assert pairs == (high - low).sum()
+            dk.append(backend.to_numpy(ours[0]))
+            dv.append(backend.to_numpy(ours[1]))
+        got |= {"dq": backend.to_numpy(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
+    return got
