@@ -367,7 +367,7 @@ def test_a_lost_rank(source, tmp_path, signal):
 @pytest.mark.parametrize(("schedule", "where", "what"), [
     ("2x1x2", "HeadExchange.to_heads", "exchange of heads"),
     ("2x1x2", "HeadExchange.to_tokens", "exchange of results"),
-    ("1x4x1", "QueryExchange.hear", "exchange of queries"),
+    ("1x4x1", "QueryExchange.ask", "exchange of queries"),
     ("1x4x1", "QueryExchange.bring_home", "exchange of states")])
 def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
     """Whoever waits for it says where: in which exchange, and for how much from whom."""
