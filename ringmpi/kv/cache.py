@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
@@ -29,10 +30,13 @@ from ..mpi.exchange import NOTHING
 from ..mpi.threads import check_thread
 from ..problem import Problem
 from ..schedules.cost import fewest_bytes
+from ..schedules.redistribution import redistribute
 from ..score import MOST_POSITION
 from .decoder import Decoder, Query
+from .file import read_description, read_tokens, write_cache
 from .store import KVStore
 
+SIZES = ("kv_heads", "dim", "dim_v", "dtype", "batch")
 DEALT = 16                    # tokens in a row that a rank keeps of those that all ranks bring
 ROOM = 256                    # tokens on a rank that a cache without a capacity begins with
 
@@ -388,8 +392,21 @@ class KVCache:
         OutputError
             If the file exists and not `force`, or can't be written; the same on every rank.
         """
-        from .file import save
-        save(self, path, force)
+        with self._comm.one_call():
+            rows = self._comm.exchange("KVCache.save", self._timeout, self._store.positions.view(np.uint8),
+                                       options={**self._options, "length": self.length, "path": str(path)})
+        held = [row.view(np.int64) for row in rows]
+        positions = np.sort(np.concatenate(held))
+        layout = Custom([np.searchsorted(positions, theirs) for theirs in held])
+        arrays = {}
+        for name, x in zip("kv", self._store.whole(), strict=True):
+            tokens = np.moveaxis(self._engine.backend.to_numpy(x), 1, 0)
+            arrays[name] = redistribute(tokens if self.batch is not None else tokens[:, 0], comm=self._given,
+                                        source=layout, target="contiguous", timeout=self._timeout)
+        description = {"length": self.length, "dropped": self._dropped, "dtype": self.dtype.name,
+                       **{name: getattr(self, name) for name in ("kv_heads", "dim", "dim_v", "batch")}}
+        with self._comm.one_call(), self._comm.raise_on_all(self._timeout):
+            write_cache(self._comm, self._timeout, Path(path), force, description, positions, arrays)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], comm: Any, **options: Any) -> KVCache:
@@ -410,8 +427,34 @@ class KVCache:
         OptionError
             If it is of other sizes than those given.
         """
-        from .file import read
-        return read(cls, path, comm, options)
+        timeout, _ = check_timeout(options.get("timeout", TIMEOUT))
+        private = private_comm(comm, timeout)
+        found: dict[str, Any] = {}
+        with private.one_call(), private.raise_on_all(timeout):
+            found = read_description(path)
+            for name in SIZES:
+                given = options.pop(name, found[name])
+                if (np.dtype(given).name if name == "dtype" else given) != found[name]:
+                    raise OptionError(f"{path}: expected a cache with {name} {given}, got {found[name]}")
+        cache = cls(comm, **{name: found[name] for name in SIZES}, **options)
+        try:
+            with private.one_call(), private.raise_on_all(timeout):
+                cache._read(path, found)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
+    def _read(self, path: str | os.PathLike[str], found: dict[str, Any]) -> None:
+        """Take this rank's share of a cache that was saved. Local."""
+        self._check_capacity(found["length"])
+        positions, *arrays = read_tokens(path, found, self._comm.rank, self._comm.size)
+        with self._engine.backend.current():
+            k, v = (self._engine.backend.to_device(x[None] if self.batch is None else np.moveaxis(x, 0, 1))
+                    for x in arrays)
+            self._store.append(positions, k, v)
+        self.length = found["length"]
+        self._dropped = found["dropped"]
 
     def close(self) -> None:
         """Give memory and this object's share of the buffers back. Local."""
