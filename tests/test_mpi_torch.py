@@ -270,6 +270,36 @@ def test_a_cotangent_may_require_a_gradient(comm):
     assert q.grad.isfinite().all()
 
 
+def test_signs_that_torch_has_yet_to_apply_are_applied(comm):
+    """Of an imaginary part that was conjugated: torch marks the tensor, or the gradient, and negates it later."""
+    grads = []
+    for late in (False, True):
+        q, k, v = tensors(7, 6)
+        turned = torch.complex(torch.zeros_like(k), -k).conj().imag if late else k * 1
+        out = ringmpi.torch.ring_attention(q, turned, v, comm=comm)
+        moved = ringmpi.torch.redistribute(torch.complex(out, out).conj().imag if late else -out, comm=comm)
+        (torch.complex(moved, moved).conj().imag if late else -moved).square().sum().backward()
+        grads.append([x.grad for x in (q, k, v)])
+        assert turned.is_neg() is late
+    assert all(torch.allclose(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_what_is_no_tensor_on_one_rank_is_one_error_on_all(comm):
+    q, k, v = tensors(0, 3)
+    mine = comm.rank == comm.size - 1
+    meta = torch.ones(3, 2, 6, device="meta", dtype=torch.float64)
+    for bad, text in ((np.ones((3, 2, 6)), "expected a tensor, got ndarray"), (meta, "expected an array, got")):
+        calls = [("k", lambda x: ringmpi.torch.ring_attention(q, x if mine else k, v, comm=comm, timeout=20)),
+                 ("x", lambda x: ringmpi.torch.redistribute(x if mine else k, comm=comm, timeout=20))]
+        for name, call in calls:
+            with pytest.raises(ringmpi.DtypeError, match=f"rank {comm.size - 1}: {name}: {text}"):
+                call(bad)
+    with pytest.raises(ringmpi.DtypeError, match=f"rank {comm.size - 1}: sinks: expected a tensor, got Tensor"):
+        ringmpi.torch.ring_attention(q, k, v, comm=comm, timeout=20,
+                                     sinks=torch.ones(4, device="meta") if mine else torch.ones(4))
+    ringmpi.torch.ring_attention(q, k, v, comm=comm).sum().backward()
+
+
 def test_keywords_of_torch_are_answered_with_ours(comm):
     q, k, v = tensors(0, 3)
     with pytest.raises(TypeError, match=r"ring_attention got .* 'is_causal'; here that is mask=ringmpi.Mask\(causal"):
