@@ -85,7 +85,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
-                 timeout: float = TIMEOUT) -> Tensor:
+                 timeout: float = TIMEOUT, gpu_transport: str = "auto") -> Tensor:
     """Move the tokens of a sharded tensor from one layout to another, differentiably. Collective over *comm*.
 
     Its backward pass moves the gradient back, and is collective too. ``torch.compile`` leaves the call as it is. The
@@ -93,24 +93,26 @@ def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", t
 
     Parameters
     ----------
-    x : tensor of shape (tokens, ...), any dtype, on the CPU
+    x : tensor of shape (tokens, ...), any dtype, on the CPU or on a GPU
         This rank's shard, laid out as `source` says.
     comm : MPI.Intracomm
     source, target : str or Layout
     timeout : float
         Seconds to wait for the other ranks.
+    gpu_transport : {"auto", "direct", "staged"}
+        As of `RingAttention`.
 
     Returns
     -------
     tensor of shape (tokens, ...), dtype of `x`
-        This rank's shard under `target`.
+        This rank's shard under `target`, where `x` is.
 
     Raises
     ------
     RingError
         One of its children, the same on every rank.
     """
-    result: Tensor = _Redistribute.apply(x, comm, source, target, timeout)
+    result: Tensor = _Redistribute.apply(x, comm, source, target, timeout, gpu_transport)
     return result
 
 
@@ -118,16 +120,18 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
     """Redistribution as autograd knows it: linear, its adjoint is the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float,
+                gpu_transport: str) -> Tensor:
         """Move; keep the layouts."""
-        result, old, new = redistribute_with_layouts(_plain(x, "x"), comm, source, target, timeout)
-        ctx.comm, ctx.back = comm, (new, old, timeout)
-        return _tensor(result.copy() if new == old else result)      # else it would share x's memory, untracked
+        result, old, new = redistribute_with_layouts(_plain(x, "x"), comm, source, target, timeout, gpu_transport)
+        ctx.comm, ctx.back = comm, (new, old, timeout, gpu_transport)
+        moved = _tensor(result)
+        return moved.clone() if new == old else moved      # else it would share x's memory, untracked
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Move back."""
-        return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None
+        return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None, None
 
 
 class _Source:

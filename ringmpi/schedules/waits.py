@@ -63,6 +63,11 @@ class Joined:
         return nothing_else
 
 
+def late(awaited: Sequence[Transfer]) -> Sequence[Transfer]:
+    """Give the transfers that are not done; all of them, if all have been done meanwhile. Local."""
+    return [transfer for transfer in awaited if not transfer.done()] or awaited
+
+
 def describe(where: str, late: Sequence[Transfer]) -> str:
     """Say what is waited for, to be followed by how long. Local."""
     if not late:
