@@ -246,10 +246,6 @@ class Device:
 
     # Streams and events
 
-    def synchronize(self) -> None:
-        """Wait for what is on the caller's stream."""
-        self.record(self.caller_stream()).synchronize()
-
     def caller_stream(self) -> Any:
         """Give the stream that is current in the caller's thread."""
         return self._cupy.cuda.get_current_stream()

@@ -203,9 +203,6 @@ class FakeDevice:
 
     # Streams and events
 
-    def synchronize(self):
-        self.caller_stream().synchronize()
-
     def caller_stream(self):
         return self.current_streams[-1]
 

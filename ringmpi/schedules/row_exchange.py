@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,12 @@ class HostMemory:
         """Copy rows of a contiguous array, by their numbers, into another one."""
         np.take(source, rows, axis=0, out=target, mode="clip")       # any other mode makes a copy of `target`
 
-    def synchronize(self) -> None:
-        """Do nothing: see `Device.synchronize`."""
+    def caller_stream(self) -> None:
+        """Give the stream of the host: none."""
+
+    def record(self, stream: None) -> SimpleNamespace:
+        """Mark what was done so far: all of it."""
+        return SimpleNamespace(done=True)
 
 
 def owned_mask(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
@@ -82,7 +87,9 @@ class RowExchange:
             self._move()
             with self._agreed(0), memory.current():
                 memory.take_rows(result, received, order)
-                memory.synchronize()
+                done = memory.record(memory.caller_stream())
+                self._comm.wait([], self._timeout, lambda: f"{self._where()}: waited for this rank's GPU to put rows "
+                                                           "in order", lambda: bool(done.done))
         return result
 
     def _agreed(self, nbytes: int) -> AbstractContextManager[None]:
@@ -142,6 +149,7 @@ class RowExchange:
             raise
 
     def _wait(self, transfers: list[Transfer]) -> None:
+        """Wait for what is under way."""
         comm = self._comm
 
         def ranks() -> list[int]:
@@ -149,8 +157,11 @@ class RowExchange:
             return [] if len(found) > MOST_RANKS else found
 
         joined = Joined(transfers)
-        comm.wait(joined.requests, self._timeout, lambda: describe(f"{comm.name()}, redistribute", late(transfers)),
-                  joined.advance, ranks)
+        comm.wait(joined.requests, self._timeout, lambda: describe(self._where(), late(transfers)), joined.advance,
+                  ranks)
+
+    def _where(self) -> str:
+        return f"{self._comm.name()}, redistribute"
 
 
 def _inverse(order: Integers) -> Integers:

@@ -352,7 +352,7 @@ class CudaBackend(Backend):
 
     def synchronize(self) -> None:
         """Wait for the GPU; see `Backend.synchronize`. Local."""
-        self.device.synchronize()
+        self.device.record(self.device.caller_stream()).synchronize()
 
     def release(self) -> None:
         """Give the buffers back. Local."""
