@@ -10,7 +10,7 @@ from cases import make_layout, make_mask
 from emulate import COMPILER, EmulatedDevice
 from oracle import random_qkv
 
-from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi import Contiguous, Mask, RingAttention, device, redistribute, ring_attention
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -177,6 +177,21 @@ def test_auto_follows_the_arrays(comm, gpu):
     assert names == ["numba", "cuda", "cuda", "numba"]
     for out in outs[1:]:
         assert oracle.error(out, outs[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "c16"])
+def test_redistribute(comm, gpu, dtype, transport):
+    """Uneven shards of rows of 15 items, so that chunks and words end anywhere; and back."""
+    skip_unless_mpi_takes(gpu, transport)
+    counts = [200 * rank % 501 for rank in range(comm.size)]
+    whole = np.arange(15 * sum(counts)).reshape(-1, 3, 5).astype(DTYPES.get(dtype, dtype))
+    start, old = sum(counts[:comm.rank]), Contiguous(counts)
+    there = redistribute(gpu.array(whole[start:start + counts[comm.rank]]), comm=comm, gpu_transport=transport)
+    back = redistribute(there, comm=comm, source="striped", target=old, gpu_transport=transport)
+    assert not isinstance(there, np.ndarray)
+    assert there.get().tobytes() == whole[comm.rank::comm.size].tobytes()
+    assert back.get().tobytes() == whole[start:start + counts[comm.rank]].tobytes()
 
 
 def outcome(call):

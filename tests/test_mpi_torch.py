@@ -10,10 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fake_device import FakeArray, FakeDevice  # noqa: E402
+from foreign import CUDA  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import ringmpi  # noqa: E402
 import ringmpi.torch  # noqa: E402
+from ringmpi.dtypes import BFLOAT16  # noqa: E402
 from ringmpi.layout import make  # noqa: E402
 
 pytestmark = pytest.mark.mpi
@@ -142,6 +145,47 @@ def test_redistribute_and_its_way_back(comm, dtype):
     assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
     assert (same == x).all()
     assert x.grad.dtype == moved.dtype == dtype
+
+
+@pytest.fixture
+def gpu(comm, monkeypatch):
+    """A lazy device for each rank; every tensor says that it is there."""
+    made = FakeDevice(comm.rank)
+
+    def view(x):
+        return FakeArray(made, x.view(torch.int16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy())
+
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.schedules.device_links.CHUNK_BYTES", 50)
+    monkeypatch.setattr(ringmpi.device, "reason_missing", lambda: None)
+    monkeypatch.setattr(ringmpi.device, "view", view)
+    monkeypatch.setattr(ringmpi.device, "index_of", lambda x: 0)
+    monkeypatch.setattr(ringmpi.device, "open_device", lambda index: made)
+    monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda x: (CUDA, 0))
+    monkeypatch.setattr(torch, "from_dlpack", lambda x: torch.from_numpy(x.host))
+    return made
+
+
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_redistribute_and_its_way_back_on_gpus(comm, gpu, monkeypatch, dtype, transport):
+    counts = [3 * rank % 5 for rank in range(comm.size)]
+    start, length = sum(counts[:comm.rank]), sum(counts)
+    copied = []
+    original = gpu.take_rows
+    monkeypatch.setattr(gpu, "take_rows", lambda *x: copied.append(x) or original(*x))
+    x = torch.arange(2 * length, dtype=dtype).reshape(length, 2)[start:start + counts[comm.rank]].requires_grad_()
+    moved = ringmpi.torch.redistribute(x, comm=comm, timeout=60, gpu_transport=transport)
+    tokens = make("striped", length, comm.size).positions(comm.rank)
+    there = len(copied)
+    weights = torch.from_numpy(tokens * 10.0).to(dtype)[:, None].expand(-1, 2)
+    (moved * weights).sum().backward()
+    same = ringmpi.torch.redistribute(x, comm=comm, target=ringmpi.Contiguous(counts))
+    assert (moved.detach().double().numpy() == 2 * tokens[:, None] + [0, 1]).all()
+    assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
+    assert (same == x).all()
+    assert same.data_ptr() != x.data_ptr() or not len(x)
+    assert (there, len(copied)) == (3, 6)      # packed and unpacked on the GPU, both ways
 
 
 def test_bad_arguments(comm):
