@@ -148,7 +148,7 @@ class Device:
     cache : dict
         What users of the GPU keep for the life of the process, such as compiled kernels.
     sure_bytes : int
-        That there is always memory for: not even none, as errors of what was begun before come at any time.
+        What there is always memory for: less than nothing, as errors of what was begun before come at any time.
 
     Raises
     ------
@@ -225,7 +225,8 @@ class Device:
             row_bytes = target.nbytes // len(target)
             word = math.gcd(8, row_bytes, target.data.ptr, source.data.ptr)
             words, from_words = (_bytes(x).view(f"u{word}").reshape(-1, row_bytes // word) for x in (target, source))
-            self._cupy.take(from_words, self.array(rows), axis=0, out=words)
+            with usable_cache():
+                self._cupy.take(from_words, self.array(rows), axis=0, out=words)
 
     def upload(self, target: Array, source: NDArray[Any], stream: Any) -> None:
         """Start a copy from host to device, both contiguous and of one size; it overlaps if `source` is page-locked."""

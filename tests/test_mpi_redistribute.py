@@ -188,6 +188,24 @@ def test_a_gpu_that_fails_on_one_rank_is_an_error_on_all(comm, gpu, monkeypatch,
     assert (moved.get() == np.arange(4 * comm.size)[comm.rank::comm.size] % 4).all()
 
 
+def test_a_gpu_that_fails_at_the_end_is_an_error_on_all(comm, gpu, monkeypatch):
+    class Failed:
+        @property
+        def done(self):
+            raise BackendError("the GPU failed: no more")
+
+    last = comm.size - 1
+    there = placed(gpu, np.arange(2 * comm.size))
+    if comm.rank == last:
+        records = itertools.count(1)               # one for each message, and one at the end
+        original = gpu.record
+        monkeypatch.setattr(gpu, "record", lambda stream: Failed() if next(records) == comm.size else original(stream))
+    outcomes = said(comm, lambda: redistribute(there, comm=comm, gpu_transport="direct"))
+    monkeypatch.undo()
+    assert set(outcomes) == {f"BackendError: rank {last}: the GPU failed: no more"}
+    assert len(redistribute(there, comm=comm)) == 2 * comm.size
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, gpu, monkeypatch, transport):
     """On rank 0 nothing on the caller's stream comes about any more."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BackendError
 from ..layout import Integers, Layout
 from ..mpi.comm import Comm
 from .base import MOST_RANKS
@@ -87,9 +88,7 @@ class RowExchange:
             self._move()
             with self._agreed(0), memory.current():
                 memory.take_rows(result, received, order)
-                done = memory.record(memory.caller_stream())
-                self._comm.wait([], self._timeout, lambda: f"{self._where()}: waited for this rank's GPU to put rows "
-                                                           "in order", lambda: bool(done.done))
+                self._settle()
         return result
 
     def _agreed(self, nbytes: int) -> AbstractContextManager[None]:
@@ -159,6 +158,23 @@ class RowExchange:
         joined = Joined(transfers)
         comm.wait(joined.requests, self._timeout, lambda: describe(self._where(), late(transfers)), joined.advance,
                   ranks)
+
+    def _settle(self) -> None:
+        """Wait until this rank's GPU has done all, with a deadline; raise what it failed by."""
+        done = self._memory.record(self._memory.caller_stream())
+        failures: list[BackendError] = []
+
+        def settled() -> bool:
+            try:
+                return bool(done.done)
+            except BackendError as error:         # the wait is over; all ranks are to hear why
+                failures.append(error)
+                return True
+
+        self._comm.wait([], self._timeout, lambda: f"{self._where()}: waited for this rank's GPU to put rows in order",
+                        settled)
+        for failure in failures:
+            raise failure
 
     def _where(self) -> str:
         return f"{self._comm.name()}, redistribute"
