@@ -83,7 +83,7 @@ def _view(x: Any, name: str) -> Any:
     if isinstance(x, np.ndarray):
         return x
     _check_tensor(x, name)
-    kind = _device_kind(x)
+    kind = _device_kind(x, name)
     if kind in CUDA:
         reason = device.reason_missing()
         if reason:
@@ -115,8 +115,12 @@ def _check_tensor(x: Any, name: str) -> None:
                          "that are not written out)")
 
 
-def _device_kind(x: Any) -> int:
+def _device_kind(x: Any, name: str) -> int:
     """Give the kind of device that `x` is on, as DLPack numbers them."""
-    if hasattr(x, "__dlpack_device__"):            # first: this is what every library answers, whatever it refuses
-        return int(x.__dlpack_device__()[0])
-    return CUDA[0] if hasattr(x, "__cuda_array_interface__") else HOST[0]
+    if not hasattr(x, "__dlpack_device__"):
+        return CUDA[0] if hasattr(x, "__cuda_array_interface__") else HOST[0]
+    try:
+        return int(x.__dlpack_device__()[0])       # what every library answers first, whatever it refuses then
+    except Exception as error:
+        raise DtypeError(f"{name}: expected an array on one device, got {type(x).__name__} that does not say where it "
+                         f"is (deleted, or on several?): {first_line(error)}") from error

@@ -27,7 +27,7 @@ def dead():
 
 
 @pytest.mark.parametrize(("make", "text"), [
-    (Deleted, "got Deleted: object of type 'NoneType' has no len"),
+    (Deleted, r"got Deleted that does not say where it is \(deleted, or on several\?\): object of type"),
     (Traced, r"got Traced: The numpy.ndarray conversion method __array__\(\) was called on traced array$"),
     (lambda: Raising(RuntimeError("not now")), "got Raising: not now$"),
     (lambda: Raising(KeyError("x")), "got Raising: 'x'"),
@@ -117,7 +117,7 @@ def test_tensors_that_are_no_arrays(torch, gpu):
     cases = [torch.ones(3, device="meta"), torch.ones(2, 2).to_sparse_csr(), torch.ones(3).to(torch.float8_e4m3fn),
              torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), *fakes]
     for x in cases:
-        with pytest.raises(DtypeError, match=r"^x: expected an array, got"):
+        with pytest.raises(DtypeError, match=r"^x: expected an array.*, got"):
             as_array(x, "x")
     inside = []
     torch.func.vmap(lambda x: inside.append(outcome(x)) or x)(torch.ones(2, 3))
@@ -146,9 +146,9 @@ def test_a_call_says_it_as_an_error_of_ours(torch, tensor, gpu):
     q, wanted = np.ones((3, 2, 4), "f4"), tensor(torch.ones(3, 2, 4, requires_grad=True))
     with RingAttention(MPI.COMM_SELF, backend="numpy") as attention:
         for x in (wanted, Deleted(), Traced(), Raising(RuntimeError("not now"))):
-            with pytest.raises(DtypeError, match="rank 0: k: expected an array, got"):
+            with pytest.raises(DtypeError, match=r"rank 0: k: expected an array.*, got"):
                 attention(q, x, q)
-        with pytest.raises(DtypeError, match="sinks: expected an array, got"):
+        with pytest.raises(DtypeError, match=r"sinks: expected an array.*, got"):
             attention(q, q, q, sinks=Deleted())
         attention(q, q, q)
         with pytest.raises(DtypeError, match="dout: expected an array, got"):
