@@ -111,8 +111,8 @@ def _check_tensor(x: Any, name: str) -> None:
         raise DtypeError(f"{name}: expected an array, got a tensor whose signs are not applied yet; "
                          "resolve_conj().resolve_neg() it")
     if x.numel() and not x.data_ptr():
-        raise DtypeError(f"{name}: expected an array, got a tensor without memory (fake, on device meta, or of zeros "
-                         "that are not written out)")
+        raise DtypeError(f"{name}: expected an array, got a tensor without memory of its own (fake, distributed, on "
+                         "device meta, or of zeros that are not written out)")
 
 
 def _device_kind(x: Any, name: str) -> int:
