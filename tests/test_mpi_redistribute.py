@@ -13,6 +13,8 @@ from ringmpi import BackendError, Contiguous, Custom, OptionError, RingError, Sh
 from ringmpi.dtypes import DTYPES
 from ringmpi.layout import make
 from ringmpi.mpi.exchange import Exchange
+from ringmpi.mpi.waiting import stranded
+from ringmpi.schedules.device_links import DeviceLink
 
 pytestmark = pytest.mark.mpi
 TRANSPORTS = ("direct", "staged")
@@ -216,6 +218,7 @@ def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, gpu, monkeypa
         outcomes = said(comm, lambda: redistribute(x, comm=mine, timeout=0.5, gpu_transport=transport))
     if comm.size == 1:
         assert re.match("RingTimeout: .*redistribute: waited for this rank's GPU to put rows in order", outcomes[0])
+        assert any(isinstance(kept, DeviceLink) for kept in stranded())
         return
     nbytes = 8 * len(range(1, 24, comm.size))
     obstacle = {"direct": r"\(not sent yet: this rank's GPU still writes the buffer\)",

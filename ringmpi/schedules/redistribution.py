@@ -67,6 +67,7 @@ def redistribute_with_layouts(x: ArrayLike, comm: Any, source: str | Layout, tar
 
 def _moved(x: ArrayLike, ring: Comm, source: str | Layout, target: str | Layout, timeout: float, wrong: str,
            gpu_transport: str) -> tuple[Array, Layout, Layout]:
+    # Check what this rank brings, then that all ranks mean the same.
     shard: Array = np.empty(0)
     memory: Any = HostMemory()
     options: dict[str, Any] | None = None
@@ -90,6 +91,8 @@ def _moved(x: ArrayLike, ring: Comm, source: str | Layout, target: str | Layout,
                    "gpu_transport": gpu_transport}
     rows = ring.exchange("redistribute", timeout, np.array([len(shard) if shard.ndim else 0]).view(np.uint8),
                          failures=failures, options=options)
+
+    # The layouts, by what all ranks brought; then move, if they differ.
     counts = np.concatenate(rows).view(np.int64).tolist()
     old = resolve(source, counts, "x")
     new = make(target, old.length, old.size)

@@ -81,14 +81,14 @@ class RowExchange:
         memory = self._memory
         row_bytes = math.prod(shard.shape[1:]) * shard.dtype.itemsize
         largest = max(*self._old.counts, *self._new.counts) * row_bytes
-        with memory.current():
+        with memory.current():         # within it once more where ranks agree: what is raised is to be an error of ours
             with self._agreed(largest), memory.current():
                 received, order = self._pack(shard, row_bytes)
                 result = memory.empty(received.shape, shard.dtype)
             self._move()
             with self._agreed(0), memory.current():
                 memory.take_rows(result, received, order)
-                self._settle()
+                self._settle(result, received)
         return result
 
     def _agreed(self, nbytes: int) -> AbstractContextManager[None]:
@@ -105,6 +105,7 @@ class RowExchange:
         order : int array
             Which of them is which row of the result.
         """
+        # Which rows go, come and stay.
         rank = self._comm.rank
         sent = self._numbers(self._old, self._new)
         wanted = self._numbers(self._new, self._old)
@@ -112,6 +113,8 @@ class RowExchange:
         sent[rank], wanted[rank] = NONE, NONE
         self._incoming, self._outgoing = ([len(rows) * row_bytes for rows in each] for each in (wanted, sent))
         going, order = np.concatenate(sent), _inverse(np.concatenate([*wanted, arriving]))
+
+        # What stays comes last, so that it is packed straight into its place.
         pieces = self._link.reserve_exchange(self._incoming, self._outgoing, len(staying) * row_bytes)
         received, packed = (piece.view(shard.dtype).reshape((len(rows), *shard.shape[1:]))
                             for piece, rows in zip(pieces, (order, going), strict=True))
@@ -159,7 +162,7 @@ class RowExchange:
         comm.wait(joined.requests, self._timeout, lambda: describe(self._where(), late(transfers)), joined.advance,
                   ranks)
 
-    def _settle(self) -> None:
+    def _settle(self, *used: Array) -> None:
         """Wait until this rank's GPU has done all, with a deadline; raise what it failed by."""
         done = self._memory.record(self._memory.caller_stream())
         failures: list[BackendError] = []
@@ -171,8 +174,12 @@ class RowExchange:
                 failures.append(error)
                 return True
 
-        self._comm.wait([], self._timeout, lambda: f"{self._where()}: waited for this rank's GPU to put rows in order",
-                        settled)
+        try:
+            self._comm.wait([], self._timeout, lambda: f"{self._where()}: waited for this rank's GPU to put rows in "
+                                                       "order", settled)
+        except BaseException:
+            self._comm.keep_alive([self._link, *used])         # to free them would mean to wait for the GPU
+            raise
         for failure in failures:
             raise failure
 
