@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def check_timeout(timeout: Any) -> tuple[float, str]:
     """
     if isinstance(timeout, (int, float, np.number)) and timeout > 0:
         return float(timeout), ""
-    return TIMEOUT, f"timeout: expected seconds > 0, got {timeout!r}"
+    return TIMEOUT, f"timeout: expected seconds > 0, got {shown(timeout)}"
 
 
 def check_mask(mask: Any) -> Mask:
@@ -71,7 +72,7 @@ def check_mask(mask: Any) -> Mask:
     if mask is None:
         return Mask()
     if not isinstance(mask, Mask):
-        raise OptionError(f"mask: expected a ringmpi.Mask, got {mask!r}")
+        raise OptionError(f"mask: expected a ringmpi.Mask, got {shown(mask)}")
     return mask
 
 
@@ -81,7 +82,7 @@ def check_scale(scale: Any) -> float | None:
         return None
     value = _number(scale, "scale")
     if not math.isfinite(value):
-        raise OptionError(f"scale: expected a finite number, got {scale!r}")
+        raise OptionError(f"scale: expected a finite number, got {shown(scale)}")
     return value
 
 
@@ -99,7 +100,7 @@ def check_softcap(softcap: Any) -> float | None:
         return None
     value = _number(softcap, "softcap")
     if not 0 < value < math.inf:
-        raise OptionError(f"softcap: expected a finite number > 0, or None, got {softcap!r}")
+        raise OptionError(f"softcap: expected a finite number > 0, or None, got {shown(softcap)}")
     return value
 
 
@@ -107,14 +108,14 @@ def check_slopes(slopes: Any) -> NDArray[np.float64] | None:
     """Return the slopes of ALiBi, or None for none, or raise `OptionError`. Local."""
     if slopes is None:
         return None
-    for x in (slopes, *(slopes if isinstance(slopes, (list, tuple)) else ())):
+    for x in (slopes, *(slopes if issubclass(type(slopes), (list, tuple)) else ())):     # which asks nothing of it
         _check_constant(x, "alibi")
     try:
         values = np.array(np.asarray(slopes), np.float64)
-    except (TypeError, ValueError):
+    except Exception:      # noqa: BLE001 (a library may refuse by any)
         values = np.array(math.nan)
     if values.ndim != 1 or not np.isfinite(values).all():
-        raise OptionError(f"alibi: expected a finite slope for each head, got {slopes!r}")
+        raise OptionError(f"alibi: expected a finite slope for each head, got {shown(slopes)}")
     return values
 
 
@@ -122,14 +123,14 @@ def check_dropout(dropout: Any) -> float:
     """Return the probability of dropout, or raise `OptionError`. Local."""
     value = _number(dropout, "dropout")
     if not 0 <= value < 1:
-        raise OptionError(f"dropout: expected a probability, 0 <= dropout < 1, got {dropout!r}")
+        raise OptionError(f"dropout: expected a probability, 0 <= dropout < 1, got {shown(dropout)}")
     return value
 
 
 def check_seed(seed: Any) -> int:
     """Return the seed of dropout, or raise `OptionError`. Local."""
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise OptionError(f"seed: expected an integer, 0 <= seed < 2**64, got {seed!r}")
+        raise OptionError(f"seed: expected an integer, 0 <= seed < 2**64, got {shown(seed)}")
     return int(seed)
 
 
@@ -157,7 +158,10 @@ def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | N
 
 def _check_constant(x: Any, name: str) -> None:
     """Raise `OptionError` for a tensor whose gradient somebody waits for."""
-    if getattr(x, "requires_grad", False):
+    wanted = False
+    with suppress(Exception):                # what can't even be asked is refused as no number
+        wanted = getattr(x, "requires_grad", False)
+    if wanted:
         raise OptionError(f"{name}: expected a constant, got a tensor that requires a gradient, and there is none with "
                           f"respect to {name}; detach() it, or change q, k or v by it")
 
@@ -167,8 +171,16 @@ def _number(x: Any, name: str) -> float:
     _check_constant(x, name)
     try:
         return float(x)
-    except (TypeError, ValueError):
+    except Exception:      # noqa: BLE001 (a library may refuse by any)
         return math.nan
+
+
+def shown(x: Any) -> str:
+    """Give `x` as Python shows it, or by its type alone where it can't be shown, as an array that is deleted. Local."""
+    try:
+        return repr(x)
+    except Exception:      # noqa: BLE001 (a library may refuse by any)
+        return type(x).__name__
 
 
 def check_threads(threads: Any) -> int | None:
@@ -176,7 +188,7 @@ def check_threads(threads: Any) -> int | None:
     if threads is None:
         return None
     if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
-        raise OptionError(f"threads: expected an integer >= 1, got {threads!r}")
+        raise OptionError(f"threads: expected an integer >= 1, got {shown(threads)}")
     if threads > most_threads():
         raise OptionError(f"threads: expected at most {most_threads()} CPU threads a rank on this machine, got "
                           f"{threads}; leave it out for a fair share of the cores")

@@ -147,12 +147,16 @@ class Device:
         Shared memory of a multiprocessor.
     cache : dict
         What users of the GPU keep for the life of the process, such as compiled kernels.
+    sure_bytes : int
+        What there is always memory for: less than nothing, as errors of what was begun before come at any time.
 
     Raises
     ------
     BackendError
         If there is no such GPU.
     """
+
+    sure_bytes = -1
 
     def __init__(self, index: int) -> None:
         reason = reason_missing()
@@ -210,10 +214,19 @@ class Device:
 
     def contiguous(self, x: Array) -> Array:
         """Give `x` itself if it is C-contiguous, else a copy that is."""
-        bits = x.view(f"u{x.dtype.itemsize}")        # copying needs no arithmetic, so no header for bfloat16
+        bits = x.view(f"u{x.dtype.itemsize}") if x.dtype.itemsize <= 8 else x    # no header for bfloat16 is needed then
         return x if x.flags.c_contiguous else self._cupy.ascontiguousarray(bits).view(x.dtype)
 
     # Copies
+
+    def take_rows(self, target: Array, source: Array, rows: NDArray[np.int64]) -> None:
+        """Start to copy rows, by their numbers, from one contiguous array to another, on the caller's stream."""
+        if target.nbytes:
+            row_bytes = target.nbytes // len(target)
+            word = math.gcd(8, row_bytes, target.data.ptr, source.data.ptr)
+            words, from_words = (_bytes(x).view(f"u{word}").reshape(-1, row_bytes // word) for x in (target, source))
+            with usable_cache():
+                self._cupy.take(from_words, self.array(rows), axis=0, out=words)
 
     def upload(self, target: Array, source: NDArray[Any], stream: Any) -> None:
         """Start a copy from host to device, both contiguous and of one size; it overlaps if `source` is page-locked."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from .arrays import Refused, first_line
 from .attention import RingAttention
 from .call import Inputs
 from .dtypes import BFLOAT16
-from .errors import OptionError, RingError
+from .errors import DtypeError, OptionError, RingError
 from .keywords import explained
 from .layout import Layout
 from .mpi.comm import TIMEOUT
@@ -84,7 +85,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", target: str | Layout = "striped",
-                 timeout: float = TIMEOUT) -> Tensor:
+                 timeout: float = TIMEOUT, gpu_transport: str = "auto") -> Tensor:
     """Move the tokens of a sharded tensor from one layout to another, differentiably. Collective over *comm*.
 
     Its backward pass moves the gradient back, and is collective too. ``torch.compile`` leaves the call as it is. The
@@ -92,24 +93,26 @@ def redistribute(x: Tensor, *, comm: Any, source: str | Layout = "contiguous", t
 
     Parameters
     ----------
-    x : tensor of shape (tokens, ...), any dtype, on the CPU
+    x : tensor of shape (tokens, ...), any dtype, on the CPU or on a GPU
         This rank's shard, laid out as `source` says.
     comm : MPI.Intracomm
     source, target : str or Layout
     timeout : float
         Seconds to wait for the other ranks.
+    gpu_transport : {"auto", "direct", "staged"}
+        As of `RingAttention`.
 
     Returns
     -------
     tensor of shape (tokens, ...), dtype of `x`
-        This rank's shard under `target`.
+        This rank's shard under `target`, where `x` is.
 
     Raises
     ------
     RingError
         One of its children, the same on every rank.
     """
-    result: Tensor = _Redistribute.apply(x, comm, source, target, timeout)
+    result: Tensor = _Redistribute.apply(x, comm, source, target, timeout, gpu_transport)
     return result
 
 
@@ -117,16 +120,18 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
     """Redistribution as autograd knows it: linear, its adjoint is the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float,
+                gpu_transport: str) -> Tensor:
         """Move; keep the layouts."""
-        result, old, new = redistribute_with_layouts(x.detach(), comm, source, target, timeout)
-        ctx.comm, ctx.back = comm, (new, old, timeout)
-        return _tensor(result.copy() if new == old else result)      # else it would share x's memory, untracked
+        result, old, new = redistribute_with_layouts(_plain(x, "x"), comm, source, target, timeout, gpu_transport)
+        ctx.comm, ctx.back = comm, (new, old, timeout, gpu_transport)
+        moved = _tensor(result)
+        return moved.clone() if new == old else moved      # else it would share x's memory, untracked
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Move back."""
-        return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None
+        return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None, None
 
 
 class _Source:
@@ -153,8 +158,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
                 seed: int) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            out, lse = attention(*(x.detach() for x in (q, k, v)), sinks=_on_host(sinks), seed=seed, return_lse=True,
-                                 keep=False)
+            out, lse = attention(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), sinks=_on_host(sinks), seed=seed,
+                                 return_lse=True, keep=False)
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
@@ -167,18 +172,31 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         if torch.is_grad_enabled():           # create_graph: what follows would count as constant
             raise RingError("ring_attention: there is no second derivative; leave out create_graph")
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout.detach()
         with ctx.source.open() as attention:
-            q, k, v, out, lse = (x.detach() for x in (q, k, v, out, lse))
-            inputs = Inputs(q, k, v, _on_host(sinks), ctx.seed, out, lse)
-            grads = attention._differentiate_call(ctx.number, dout, None if dlse is None else dlse.detach(), inputs)
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), ctx.seed,
+                            _plain(out, "out"), _plain(lse, "lse"))
+            dout = torch.zeros_like(out) if dout is None else _plain(dout, "dout")
+            dlse = None if dlse is None else _plain(dlse, "dlse")
+            grads = attention._differentiate_call(ctx.number, dout, dlse, inputs)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
         return dq, dk, dv, dsinks, None, None
 
 
-def _on_host(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().cpu()
+def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+    """Give a tensor without its graph, its signs applied, moved by `move`.
+
+    For what is no tensor, or does not let that be done, give what `as_array` refuses: on all ranks, and not on one
+    while the others wait.
+    """
+    try:
+        return move(x.detach().resolve_conj().resolve_neg())
+    except Exception as error:      # noqa: BLE001 (a library may refuse by any)
+        return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
+
+
+def _on_host(sinks: Tensor | None) -> Any:
+    return None if sinks is None else _plain(sinks, "sinks", lambda x: x.cpu())
 
 
 def _tensor(x: Any) -> Tensor:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import inspect
+import math
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from fake_device import FakeArray, FakeDevice
 
 from ringmpi import environment
 from ringmpi.device import Device
+from ringmpi.dtypes import BFLOAT16
 from ringmpi.schedules import gpu_transport as transport
 from ringmpi.schedules.device_links import DirectLink, StagedLink, StagedReceive, StagedSend, StagingChannel
 from ringmpi.schedules.gpu_transport import cuda_awareness
@@ -99,6 +101,41 @@ def test_device_memory_is_no_host_memory_and_begins_as_nan():
         memoryview(x)
     assert not hasattr(x, "__dlpack__")
     assert (device.pinned(3) == 0xFF).all()
+
+
+@pytest.mark.parametrize(("dtype", "columns"), [("u1", 3), ("f2", 3), ("f4", 2), ("c16", 1), (BFLOAT16, 4), ("f8", 0)])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_rows_are_copied_as_the_fake_copies_them(dtype, columns, skipped):
+    """By the real device's method over CuPy's `take`, on words that are as wide as the memory is aligned."""
+    fake, seen = FakeDevice(0), []
+
+    def take(source, rows, axis, out):
+        assert source.data.ptr % source.itemsize == out.data.ptr % source.itemsize == 0
+        seen.append(source.itemsize)
+        out.host[...] = np.take(source.host, rows, axis=axis)
+
+    real = SimpleNamespace(_cupy=SimpleNamespace(take=take), array=lambda x: x)
+    noise = np.random.default_rng(0).integers(0, 256, 6 * columns * np.dtype(dtype).itemsize, np.uint8)
+    source = FakeArray(fake, noise.view(dtype).reshape(6, columns)[skipped:])
+    rows = np.array([4, 0, 2, 4])
+    targets = [fake.empty((4, columns), dtype) for _ in range(2)]
+    Device.take_rows(real, targets[0], source, rows)
+    fake.take_rows(targets[1], source, rows)
+    assert targets[1].get().tobytes() == source.host[rows].tobytes() == targets[0].host.tobytes()
+    assert seen == ([] if not columns else [math.gcd(8, columns * np.dtype(dtype).itemsize, source.data.ptr)])
+
+
+@pytest.mark.parametrize("dtype", ["f4", "c16", BFLOAT16])
+def test_an_array_is_made_contiguous_whatever_its_dtype(dtype):
+    """CuPy is shown bfloat16 as bits, and there are no bits of 16 bytes."""
+    fake = FakeDevice(0)
+    cupy = SimpleNamespace(ascontiguousarray=lambda x: FakeArray(fake, np.ascontiguousarray(x.host)))
+    x = FakeArray(fake, np.arange(6).reshape(2, 3).astype(dtype).T)
+    got = Device.contiguous(SimpleNamespace(_cupy=cupy), x)
+    assert got.dtype == dtype
+    assert (got.host == x.host).all()
+    assert got.flags.c_contiguous
+    assert Device.contiguous(SimpleNamespace(), got) is got
 
 
 def test_kernels_run_on_their_stream():

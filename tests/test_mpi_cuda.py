@@ -8,9 +8,11 @@ import oracle
 import pytest
 from cases import make_layout, make_mask
 from emulate import EmulatedDevice
+from fake_device import FakeArray
+from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
 
-from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi import Contiguous, Mask, RingAttention, device, redistribute, ring_attention
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -190,6 +192,43 @@ def test_auto_follows_the_arrays(comm, gpu):
     assert names == ["numba", "cuda", "cuda", "numba"]
     for out in outs[1:]:
         assert oracle.error(out, outs[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "c16"])
+def test_redistribute(comm, gpu, dtype, transport):
+    """Uneven shards of rows of 15 items, so that chunks and words end anywhere; and back."""
+    skip_unless_mpi_takes(gpu, transport)
+    counts = [200 * rank % 501 for rank in range(comm.size)]
+    whole = np.arange(15 * sum(counts)).reshape(-1, 3, 5).astype(DTYPES.get(dtype, dtype))
+    start, old = sum(counts[:comm.rank]), Contiguous(counts)
+    there = redistribute(gpu.array(whole[start:start + counts[comm.rank]]), comm=comm, gpu_transport=transport)
+    back = redistribute(there, comm=comm, source="striped", target=old, gpu_transport=transport)
+    assert not isinstance(there, np.ndarray)
+    assert there.get().tobytes() == whole[comm.rank::comm.size].tobytes()
+    assert back.get().tobytes() == whole[start:start + counts[comm.rank]].tobytes()
+
+
+def test_tensors_that_require_a_gradient(comm, emulated, monkeypatch):
+    """As torch's on a GPU, which raise RuntimeError where `hasattr` looks for CUDA's interface."""
+    torch = pytest.importorskip("torch")
+    import ringmpi.torch
+    q, k, v = random_qkv(7, 20, 20, 4, 2, 16, 16, "float32")
+    host = [torch.from_numpy(x).requires_grad_() for x in (q, k, v)]
+    there = [x.detach().clone().requires_grad_() for x in host]
+    ringmpi.torch.ring_attention(*host, comm=comm, mask=Mask(causal=True), backend="numpy").square().sum().backward()
+    monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda x: (CUDA, 0))
+    monkeypatch.setattr(torch.Tensor, "__cuda_array_interface__", cuda_tensor(torch).__cuda_array_interface__)
+    monkeypatch.setattr(torch, "from_dlpack", lambda x: torch.from_numpy(x.host))
+    monkeypatch.setattr(device, "view", lambda x: FakeArray(emulated, x.numpy()))
+    with pytest.raises(RuntimeError, match="requires grad"):
+        hasattr(there[0], "__cuda_array_interface__")
+    out = ringmpi.torch.ring_attention(*there, comm=comm, mask=Mask(causal=True), gpu_transport="staged")
+    out.square().sum().backward()
+    for x, y in zip(there, host, strict=True):
+        assert oracle.error(x.grad.numpy(), y.grad.numpy()) <= 5e-6
+    said = everywhere(comm, lambda: ring_attention(*there, comm=comm))
+    assert "DtypeError: rank 0: q: expected an array, got a tensor that requires a gradient, which" in said
 
 
 def outcome(call):

@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from foreign import Deleted, Raising
 
 from ringmpi import (
     BackendError,
@@ -80,6 +81,9 @@ ONE_RANK = {
     "scale": (OptionError, "scale is 0.5 here and None on rank 0", good(), {"scale": 0.5}),
     "infinite scale": (OptionError, "scale: expected a finite number, got inf", good(), {"scale": float("inf")}),
     "shape": (ShapeError, "v: expected shape", good(v=f4(5, 2, 6)), {}),
+    "deleted": (DtypeError, "k: expected an array on one device, got Deleted", good(k=Deleted()), {}),
+    "raising": (DtypeError, "v: expected an array, got Raising: no", good(v=Raising(RuntimeError("no"))), {}),
+    "deleted scale": (OptionError, "scale: expected a finite number, got Deleted", good(), {"scale": Deleted()}),
 }
 
 

@@ -10,10 +10,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from fake_device import FakeArray, FakeDevice  # noqa: E402
+from foreign import CUDA  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import ringmpi  # noqa: E402
 import ringmpi.torch  # noqa: E402
+from ringmpi.dtypes import BFLOAT16  # noqa: E402
 from ringmpi.layout import make  # noqa: E402
 
 pytestmark = pytest.mark.mpi
@@ -144,6 +147,47 @@ def test_redistribute_and_its_way_back(comm, dtype):
     assert x.grad.dtype == moved.dtype == dtype
 
 
+@pytest.fixture
+def gpu(comm, monkeypatch):
+    """A lazy device for each rank; every tensor says that it is there."""
+    made = FakeDevice(comm.rank)
+
+    def view(x):
+        return FakeArray(made, x.view(torch.int16).numpy().view(BFLOAT16) if x.dtype == torch.bfloat16 else x.numpy())
+
+    monkeypatch.setattr("ringmpi.mpi.pace.LONGEST_PAUSE", 2e-5)
+    monkeypatch.setattr("ringmpi.schedules.device_links.CHUNK_BYTES", 50)
+    monkeypatch.setattr(ringmpi.device, "reason_missing", lambda: None)
+    monkeypatch.setattr(ringmpi.device, "view", view)
+    monkeypatch.setattr(ringmpi.device, "index_of", lambda x: 0)
+    monkeypatch.setattr(ringmpi.device, "open_device", lambda index: made)
+    monkeypatch.setattr(torch.Tensor, "__dlpack_device__", lambda x: (CUDA, 0))
+    monkeypatch.setattr(torch, "from_dlpack", lambda x: torch.from_numpy(x.host))
+    return made
+
+
+@pytest.mark.parametrize("transport", ["direct", "staged"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_redistribute_and_its_way_back_on_gpus(comm, gpu, monkeypatch, dtype, transport):
+    counts = [3 * rank % 5 for rank in range(comm.size)]
+    start, length = sum(counts[:comm.rank]), sum(counts)
+    copied = []
+    original = gpu.take_rows
+    monkeypatch.setattr(gpu, "take_rows", lambda *x: copied.append(x) or original(*x))
+    x = torch.arange(2 * length, dtype=dtype).reshape(length, 2)[start:start + counts[comm.rank]].requires_grad_()
+    moved = ringmpi.torch.redistribute(x, comm=comm, timeout=60, gpu_transport=transport)
+    tokens = make("striped", length, comm.size).positions(comm.rank)
+    there = len(copied)
+    weights = torch.from_numpy(tokens * 10.0).to(dtype)[:, None].expand(-1, 2)
+    (moved * weights).sum().backward()
+    same = ringmpi.torch.redistribute(x, comm=comm, target=ringmpi.Contiguous(counts))
+    assert (moved.detach().double().numpy() == 2 * tokens[:, None] + [0, 1]).all()
+    assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
+    assert (same == x).all()
+    assert same.data_ptr() != x.data_ptr() or not len(x)
+    assert (there, len(copied)) == (3, 6)      # packed and unpacked on the GPU, both ways
+
+
 def test_bad_arguments(comm):
     q, k, v = tensors(5, 4)
     with pytest.raises(ringmpi.OptionError, match="expected either comm"):
@@ -268,6 +312,36 @@ def test_a_cotangent_may_require_a_gradient(comm):
     out, lse = ringmpi.torch.ring_attention(q, k, v, comm=comm, return_lse=True)
     torch.autograd.backward([out, lse], [torch.ones_like(x, requires_grad=True) for x in (out, lse)])
     assert q.grad.isfinite().all()
+
+
+def test_signs_that_torch_has_yet_to_apply_are_applied(comm):
+    """Of an imaginary part that was conjugated: torch marks the tensor, or the gradient, and negates it later."""
+    grads = []
+    for late in (False, True):
+        q, k, v = tensors(7, 6)
+        turned = torch.complex(torch.zeros_like(k), -k).conj().imag if late else k * 1
+        out = ringmpi.torch.ring_attention(q, turned, v, comm=comm)
+        moved = ringmpi.torch.redistribute(torch.complex(out, out).conj().imag if late else -out, comm=comm)
+        (torch.complex(moved, moved).conj().imag if late else -moved).square().sum().backward()
+        grads.append([x.grad for x in (q, k, v)])
+        assert turned.is_neg() is late
+    assert all(torch.allclose(x, y) for x, y in zip(*grads, strict=True))
+
+
+def test_what_is_no_tensor_on_one_rank_is_one_error_on_all(comm):
+    q, k, v = tensors(0, 3)
+    mine = comm.rank == comm.size - 1
+    meta = torch.ones(3, 2, 6, device="meta", dtype=torch.float64)
+    for bad, text in ((np.ones((3, 2, 6)), "expected a tensor, got ndarray"), (meta, "expected an array, got")):
+        calls = [("k", lambda x: ringmpi.torch.ring_attention(q, x if mine else k, v, comm=comm, timeout=20)),
+                 ("x", lambda x: ringmpi.torch.redistribute(x if mine else k, comm=comm, timeout=20))]
+        for name, call in calls:
+            with pytest.raises(ringmpi.DtypeError, match=f"rank {comm.size - 1}: {name}: {text}"):
+                call(bad)
+    with pytest.raises(ringmpi.DtypeError, match=f"rank {comm.size - 1}: sinks: expected a tensor, got Tensor"):
+        ringmpi.torch.ring_attention(q, k, v, comm=comm, timeout=20,
+                                     sinks=torch.ones(4, device="meta") if mine else torch.ones(4))
+    ringmpi.torch.ring_attention(q, k, v, comm=comm).sum().backward()
 
 
 def test_keywords_of_torch_are_answered_with_ours(comm):

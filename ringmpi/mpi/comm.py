@@ -58,6 +58,8 @@ class Comm(Exchange):
         What objects on this communicator share; it is closed when the communicator goes.
     prepared : set
         What has been compiled by, or for, all ranks.
+    agreed : dict
+        What all ranks have agreed on for as long as the communicator lives.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -69,6 +71,7 @@ class Comm(Exchange):
         self.threads = 1
         self.shared: dict[Any, Any] = {}
         self.prepared: set[Any] = set()
+        self.agreed: dict[Any, Any] = {}
         self._objects = 0
         self._turn = threading.Lock()
 

@@ -120,12 +120,19 @@ class StagedLink(DeviceLink):
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Make slots, and buffers on the host, unless those there are large enough. Local."""
-        nbytes = max(sizes, default=0)
+        self._reserve_channels(max(sizes, default=0))
+        super().reserve(sizes)
+
+    def reserve_exchange(self, incoming: Sequence[int], outgoing: Sequence[int], more: int) -> tuple[Array, Array]:
+        """Make slots for one exchange, and buffers on the host; see `Link.reserve_exchange`. Local."""
+        self._reserve_channels(max(*incoming, *outgoing))
+        return super().reserve_exchange(incoming, outgoing, more)
+
+    def _reserve_channels(self, nbytes: int) -> None:
         buffers = [min(self._chunk_bytes, nbytes)] * min(CHUNKS, math.ceil(nbytes / self._chunk_bytes))
         if not self._channels or self._channels[0].nbytes < sum(buffers):
             self._channels = []            # the old ones go first
             self._channels = [StagingChannel(self._device, buffers) for _ in range(2)]
-        super().reserve(sizes)
 
     def cancel(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""

@@ -69,6 +69,18 @@ def choose(comm: Comm, request: str, timeout: float) -> Transport:
     return Transport("direct" if proven else "staged", reason)
 
 
+def choose_once(comm: Comm, request: str, timeout: float) -> Transport:
+    """Choose as `choose` does; for a request that was made on the communicator before, what was chosen then.
+
+    Collective over *comm* the first time, local after that.
+    """
+    key = "gpu_transport", request
+    if key not in comm.agreed:
+        comm.agreed[key] = choose(comm, request, timeout)
+    transport: Transport = comm.agreed[key]
+    return transport
+
+
 def choose_alone() -> Transport:
     """Say which transport this process would choose for itself. Local.
 

@@ -7,6 +7,7 @@ step when what it needed is done.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -82,6 +83,27 @@ class Link:
             self._slots[number] = None     # the old ones go first
         for number in small:
             self._slots[number] = self._new_slot(sizes[number])
+
+    def reserve_exchange(self, incoming: Sequence[int], outgoing: Sequence[int], more: int) -> tuple[Array, Array]:
+        """Make slots for one exchange with many ranks, in two pieces of memory. Local.
+
+        Parameters
+        ----------
+        incoming, outgoing : sequence of int
+            Bytes of each slot: first those of what comes in, one after the other in the one piece, and then those of
+            what goes out, in the other.
+        more : int
+            Bytes of the first piece after its slots.
+
+        Returns
+        -------
+        tuple of two arrays of bytes
+            The pieces.
+        """
+        pieces = self._new_slot(sum(incoming) + more), self._new_slot(sum(outgoing))
+        self._slots = [piece[stop - nbytes:stop] for piece, sizes in zip(pieces, (incoming, outgoing), strict=True)
+                       for nbytes, stop in zip(sizes, itertools.accumulate(sizes), strict=True)]
+        return pieces
 
     def begin(self) -> None:
         """Begin to move blocks: what the caller has put on the GPU's current stream comes first. Local."""
