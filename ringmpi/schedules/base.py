@@ -65,8 +65,8 @@ class Blocks:
 
     Attributes
     ----------
-    own : sequence of C-contiguous arrays
-        This rank's block, in the memory of the schedule's links.
+    own : sequence of arrays
+        This rank's block, in the memory of the schedule's links: C-contiguous on GPUs, on the host with any gaps.
     shapes : for each rank, the shapes of its arrays
     """
 
