@@ -23,9 +23,9 @@ def in_place(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def for_products(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Give `x` in `dtype`, in the order of its axes and without overlap, so that BLAS takes it as it takes a copy. Local.
+    """Give `x` in `dtype`, in the order of its axes and without overlap: BLAS does the same with it as with a copy.
 
-    `x` itself if it is so, with any gaps between the rows.
+    `x` itself if it is so, with any gaps between the rows. Local.
     """
     reach = x.itemsize
     ordered = x.dtype == dtype

@@ -48,7 +48,8 @@ class KernelArguments:
         self.last = int(end[seeing].max())
         stored = np.dtype(np.uint32) if pairs else None
         scale = acc_dtype.type(score.scale if score.plain else 1)
-        self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), np.array(begin, np.int64), np.array(end, np.int64), scale)
+        self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), np.array(begin, np.int64),
+                                  np.array(end, np.int64), scale)
         self._score = None if score.plain else self._shared_score(score)
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
