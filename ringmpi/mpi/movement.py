@@ -34,7 +34,7 @@ class Movement:
         number, quickest = self._lately.get(count, (0, math.inf))
         number, quickest = number + 1, min(quickest, seconds)
         idle = self._idle_seconds(count)
-        if number == LATELY * 99:
+        if number == LATELY:
             idle = max(idle, quickest) if quickest < SLOWER * idle else idle
             number, quickest = 0, math.inf
         self._lately[count] = number, quickest
