@@ -202,7 +202,10 @@ class RingAttention:
         q : array of shape ([batch,] n_q, heads, dim), float64, float32, bfloat16 or float16
             This rank's queries; n_q may differ between ranks and may be 0. q, k and v are all on the host, or all on
             one GPU: of NumPy, CuPy, torch, JAX, or anything with the buffer protocol, DLPack or
-            ``__cuda_array_interface__``.
+            ``__cuda_array_interface__``. CPUs read them where they are, whatever lies between tokens, heads and
+            elements of the batch: what is filled of a longer cache, or (heads, tokens, dim) with two axes swapped.
+            Packed are k and v that another rank needs, and copied what goes backwards, is not aligned or has gaps in
+            its last axis.
         k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`

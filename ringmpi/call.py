@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from . import device
 from .arrays import as_array
+from .backends.strided import in_place
 from .checks import check_arrays, check_like, check_seed, check_sinks
 from .dtypes import DTYPES, accumulator
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
@@ -51,6 +52,7 @@ class Call:
     Attributes
     ----------
     q, k, v : arrays of shape (batch, tokens, heads, dim)
+        Those of the caller, with any gaps between tokens, heads and elements of the batch; see `strided.in_place`.
     batched : bool
         Whether the caller's arrays have a batch axis.
     gpu : int
@@ -113,7 +115,7 @@ class Call:
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
-        arrays = {name: _batched(x, batched, gpu) for name, x in arrays.items()}
+        arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
         batch, _, heads, _ = arrays["q"].shape
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
         return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, seed, keys, sinks, arrays.get("out"),
@@ -282,7 +284,9 @@ def _place(arrays: dict[str, Array]) -> int:
     return places[0]
 
 
-def _batched(x: Array, batched: bool, gpu: int) -> Array:
-    """Give an array a batch axis, and on the host make it contiguous."""
+def _batched(x: Array, batched: bool, gpu: int, strided: bool = False) -> Array:
+    """Give an array a batch axis; on the host make it contiguous, or if `strided` only such as backends can read."""
     x = x if batched else x[None]
-    return np.ascontiguousarray(x) if gpu == ON_HOST else x
+    if gpu != ON_HOST:
+        return x
+    return in_place(x) if strided else np.ascontiguousarray(x)

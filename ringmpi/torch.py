@@ -41,6 +41,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     q, k, v : tensors
         This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and ([batch,] n_k,
         kv_heads, dim_v), of one dtype: float64, float32, bfloat16 or float16. All on the CPU or all on one GPU.
+        Torch's (heads, tokens, dim) is ``x.transpose(-3, -2)``, which CPUs read where it is; see `RingAttention`.
     comm : MPI.Intracomm
         Or `attention`.
     attention : RingAttention, optional

@@ -177,6 +177,8 @@ class Backend:
         state : State
             Of the queries; C-contiguous arrays, updated in place. Its dtype is the accumulator's.
         q : array of shape (n_q, heads, dim)
+            It, k and v may have gaps between tokens and heads on the host; see `strided.in_place`. Results have the
+            bits that they have without.
         k : array of shape (n_k, kv_heads, dim), dtype of `q`
             `heads` is a multiple of `kv_heads`; query head h uses key head ``h // (heads // kv_heads)``.
         v : array of shape (n_k, kv_heads, dim_v), dtype of `q`

@@ -21,6 +21,7 @@ from ..layout import Integers
 from ..score import Score, random_words
 from ..softmax import Gradient, State
 from .base import Backend, Shape
+from .strided import for_products
 from .team import Task, Team
 
 # A tile of scores: 4 MiB in float32, a few milliseconds of BLAS on each thread.
@@ -221,7 +222,7 @@ def _forward_tile(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any
     The scores go to the thread's scratch.
     """
     dtype = state.acc.dtype
-    q, k, v = (x.astype(dtype, copy=False) for x in (q, k, v))
+    q, k, v = (for_products(x, dtype) for x in (q, k, v))
     with np.errstate(all="ignore"):       # NaN and infinity pass through to the rows that see them
         # Scores of the tile, -inf where a row does not see the column.
         flat = scratch[thread][:q.shape[0] * q.shape[1] * len(k)].reshape(-1, len(k))
@@ -257,7 +258,7 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
     """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v)."""
     dtype = gradient.dq.dtype
     columns = len(k)
-    q, k, v, dout = (x.astype(dtype, copy=False) for x in (q, k, v, gradient.dout))
+    q, k, v, dout = (for_products(x, dtype) for x in (q, k, v, gradient.dout))
     lse, delta = gradient.lse[..., None], gradient.delta[..., None]
     scale = dtype.type(tile.score.scale)
     with np.errstate(all="ignore"):

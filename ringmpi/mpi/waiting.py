@@ -14,13 +14,12 @@ from typing import Any
 
 from ..errors import RankLost, RingTimeout
 from .library import load
+from .movement import Movement
 from .notices import Notices, State
 from .pace import Pace
 
-POLLS = 8                         # calls of MPI between two looks at the pace
-ROUNDS = 8                        # of such polls, at most, in which a rank that computes lets messages move
-IDLE = 1e-5                       # processor seconds that `POLLS` idle polls are taken to need until measured
-MOVING = 3.0                      # polls that need this many times the processor time of idle ones have moved data
+POLLS = 16                        # calls of MPI between two looks at the pace, which take as long as some of them
+ROUNDS = 4                        # such sets of polls, at most, in which a rank that computes lets messages move
 
 log = logging.getLogger("ringmpi")
 
@@ -54,7 +53,7 @@ class Waiter:
         self._mpi = load()
         self._pace: Pace | None = None                      # of the wait that is under way
         self._peers: Callable[[], Sequence[int]] = tuple    # whom it is for
-        self._idle: dict[int, float] = {}                   # by number of requests: see `_idle_seconds`
+        self._movement = Movement()
 
     def name(self) -> str:
         """Name this rank and its node."""
@@ -70,7 +69,7 @@ class Waiter:
 
         As long as messages move, which shows in the processor time of the polls, it polls without a pause, but yields
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
-        moved for a while.
+        moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share.
 
         Parameters
         ----------
@@ -109,11 +108,9 @@ class Waiter:
             done, busy = self._poll(requests, describe, advance)
             if done:
                 return time.perf_counter() - pace.start
-            # the quickest polls show what idle ones take
-            count = len(requests)
-            moving = self._is_moving(count, busy)
+            moving = self._movement.seen(len(requests), busy)
             if busy:
-                self._idle[count] = min(self._idle_seconds(count), busy)
+                self._movement.learn(len(requests), busy)
             # give up, or ask where the others are, or only wait
             seconds = pace.tick()
             if seconds > timeout:
@@ -134,7 +131,7 @@ class Waiter:
             done, busy = self._poll(requests, describe, advance)
             if done:
                 self._read_notices(describe, requests)       # whoever waits for this rank may ask where it is
-            if done or not self._is_moving(len(requests), busy):
+            if done or not self._movement.seen(len(requests), busy):
                 break
 
     def heed_notices(self) -> None:
@@ -187,14 +184,6 @@ class Waiter:
         if told:
             self._mark_lost(told, requests)
             raise RankLost(f"{describe() or self.name()}; {told}")
-
-    def _idle_seconds(self, count: int) -> float:
-        """Give the processor seconds that `POLLS` polls of so many requests need, at least, if nothing moves."""
-        return self._idle.get(count) or IDLE * (1 + count / 8)
-
-    def _is_moving(self, count: int, busy: float) -> bool:
-        """Say whether polls of so many requests that took `busy` processor seconds have moved data."""
-        return busy > MOVING * self._idle_seconds(count)
 
     def _remind(self, pace: Pace, seconds: float, describe: Callable[[], str]) -> None:
         """Ask the other ranks where they are, and log the wait, when it has lasted long enough."""

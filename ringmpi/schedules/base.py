@@ -67,8 +67,8 @@ class Blocks:
 
     Attributes
     ----------
-    own : sequence of C-contiguous arrays
-        This member's block, in the memory of the links.
+    own : sequence of arrays
+        This member's block, in the memory of the links: C-contiguous on GPUs, on the host with any gaps.
     shapes : for each member, the shapes of its arrays
         Their dtypes are the same on all.
     """

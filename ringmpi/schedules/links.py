@@ -182,7 +182,14 @@ class Link:
 
 
 class HostLink(Link):
-    """Slots in host memory, which MPI is given; this rank's own block is sent from where it is."""
+    """Slots in host memory, which MPI is given; this rank's own block is sent from where it is.
+
+    Arrays with gaps are computed with where they are, and packed the first time that another rank is sent them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packing = np.empty(0, np.uint8)
 
     def put_own_block(self, arrays: Sequence[Array]) -> tuple[Array, ...]:
         """Take this rank's own block, for `send_own`; return arrays that hold it. Local."""
@@ -199,9 +206,32 @@ class HostLink(Link):
 
     def send_own(self, peer: Peer) -> None:
         """Start to send this rank's own block. Local."""
+        self._own = self._packed(self._own)
         messages = (message for x in self._own for message in chunks(x.reshape(-1).view(np.uint8), x.nbytes,
                                                                      MESSAGE_BYTES))
         start(DirectTransfer(messages, peer), self.outgoing)
+
+    def cancel(self) -> list[Any]:
+        """Give everything up in mid-way; return what MPI may still write to. Local."""
+        self._packing = np.empty(0, np.uint8)       # the block that is on its way keeps hold of it
+        return super().cancel()
+
+    def _packed(self, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Give arrays without gaps: copies in a buffer that stays for the next pass, of those that have some."""
+        nbytes = sum(x.nbytes for x in arrays if not x.flags.c_contiguous)
+        if self._packing.nbytes < nbytes:
+            self._packing = np.empty(0, np.uint8)   # the old one goes first
+            self._packing = np.empty(nbytes, np.uint8)
+        packed, start = [], 0
+        for x in arrays:
+            if not x.flags.c_contiguous:
+                copy = self._packing[start:start + x.nbytes].view(x.dtype).reshape(x.shape)
+                bits = f"u{x.itemsize}"             # copied as such: NumPy copies bfloat16 one by one
+                copy.view(bits)[...] = x.view(bits)
+                start += x.nbytes
+                x = copy
+            packed.append(x)
+        return tuple(packed)
 
     def _new_slot(self, nbytes: int) -> Array:
         return np.empty(nbytes, np.uint8)

@@ -24,12 +24,15 @@ class Mover:
     ----------
     timeout : float
         Seconds after which a wait for another rank is an error.
+    beside : list of Mover
+        Others of the same call, whose links advance while this one waits: another rank may wait for those.
     """
 
     def __init__(self, comm: Comm, group: Group) -> None:
         self.comm = comm
         self.group = group
         self.timeout = 0.0
+        self.beside: list[Mover] = []
         self._awaited: list[Transfer | Vote] = []      # what is waited for now
 
     @property
@@ -71,7 +74,7 @@ class Mover:
     def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
         """Wait for some transfers, and let all advance; return the seconds it took."""
         self._awaited = list(transfers)
-        joined = Joined(self._awaited, self.links)
+        joined = Joined(self._awaited, [link for mover in (self, *self.beside) for link in mover.links])
         try:
             return self.comm.wait(joined.requests, self.timeout, lambda: describe(self._where(), self._late()),
                                   joined.advance, self._late_ranks)

@@ -43,6 +43,8 @@ class Movers:
         self.heads = HeadExchange(comm, grid.group("heads", comm.rank), new_link)
         self.queries = QueryExchange(comm, grid.group("queries", comm.rank), new_link)
         self.carrier = carrier_class(grid.schedule.carrier)(comm, grid.group("keys", comm.rank), new_link, clear, add)
+        self.queries.beside = [self.carrier]
+        self.carrier.beside = [self.queries]
 
     def set_timeout(self, timeout: float) -> None:
         """Set after how many seconds a wait for another rank is an error. Local."""

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ...dtypes import BFLOAT16
 from ...layout import Integers
 from ...score import Score
-from .tuples import BlockArrays, ScoreArguments
+from ..strided import in_place
+from .tuples import BlockArrays, ScoreArguments, Tokens
 from .vector import machine
 
 Array = NDArray[Any]
@@ -19,7 +20,7 @@ Array = NDArray[Any]
 class KernelArguments:
     """The arguments of a backend's loop, for kernels that accumulate in `acc_dtype`.
 
-    With `pairs`, q and k are uint32 pairs of bfloat16 along dim.
+    With `pairs`, q and k are uint32 pairs of bfloat16 along dim. The arrays are read where they are; see `tokens`.
 
     Attributes
     ----------
@@ -45,11 +46,10 @@ class KernelArguments:
         seeing = end > begin
         self.first = int(begin[seeing].min())
         self.last = int(end[seeing].max())
-        q, k, v = (kernel_array(x) for x in (q, k, v))
-        if pairs:
-            q, k = q.view(np.uint32), k.view(np.uint32)
+        stored = np.dtype(np.uint32) if pairs else None
         scale = acc_dtype.type(score.scale if score.plain else 1)
-        self.arrays = BlockArrays(q, k, v, np.array(begin, np.int64), np.array(end, np.int64), scale)
+        self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), np.array(begin, np.int64),
+                                  np.array(end, np.int64), scale)
         self._score = None if score.plain else self._shared_score(score)
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class KernelArguments:
         number = self.acc_dtype.type
         integer = np.dtype(f"i{self.acc_dtype.itemsize}")
         heads = self.arrays.q.shape[1]
-        n_q, n_k = len(self.arrays.q), len(self.arrays.k)
+        n_q, n_k = self.arrays.q.shape[0], self.arrays.k.shape[0]
         slopes = np.zeros(heads, self.acc_dtype)
         if score.slopes is not None:
             slopes[:] = score.slopes
@@ -100,16 +100,28 @@ class KernelArguments:
         return int((high - low).sum()), int(low[some].min()), int(high[some].max())
 
 
-def kernel_array(x: Array) -> Array:
-    """Give `x` as the kernels expect it: contiguous and writable, bfloat16 as uint16 bits, float16 as int16 bits."""
+def writable(x: Array) -> Array:
+    """Show an array as one that can be written, to kernels that only read it: contiguous. Local."""
     x = np.ascontiguousarray(x)
-    x = x.view({BFLOAT16: np.uint16, np.dtype(np.float16): np.int16}.get(x.dtype, x.dtype))
-    return x if x.flags.writeable else np.asarray(_Writable(x))
+    return np.asarray(_Flat(x, x.size)).reshape(x.shape)
 
 
-class _Writable:
-    """Shows a read-only array as a writable one, to kernels that only read it."""
+def tokens(x: Array, stored: np.dtype[Any] | None = None) -> Tokens:
+    """Give `x`, of shape (tokens, heads, numbers), as the kernels read it, where it is; see `in_place`.
 
-    def __init__(self, x: Array) -> None:
+    bfloat16 becomes uint16 bits, float16 int16 bits; or both become what is `stored`, pairs for example.
+    """
+    stored = stored or {BFLOAT16: np.dtype(np.uint16), np.dtype(np.float16): np.dtype(np.int16)}.get(x.dtype, x.dtype)
+    x = in_place(in_place(x).view(stored))
+    token, head = (stride // stored.itemsize for stride in x.strides[:2])
+    count = (len(x) - 1) * token + (x.shape[1] - 1) * head + x.shape[2]
+    return Tokens(np.asarray(_Flat(x, count)), x.shape, token, head)
+
+
+class _Flat:
+    """Shows `count` numbers of an array from its first on, whatever its strides, writable to kernels that only read."""
+
+    def __init__(self, x: Array, count: int) -> None:
         self.base = x
-        self.__array_interface__ = {**x.__array_interface__, "data": (x.ctypes.data, False)}
+        self.__array_interface__ = {"version": 3, "shape": (count,), "typestr": x.dtype.str,
+                                    "data": (x.ctypes.data, False)}

@@ -25,7 +25,7 @@ from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from ..products import PRODUCTS, bits
 from ..team import Team
-from .arguments import KernelArguments, kernel_array
+from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
 from .compiled import add_sums, backward_keys, compile_for, forward_keys, pack_backward, pack_forward
 from .forward import Forward
@@ -103,8 +103,8 @@ class NumbaBackend(Backend):
             acc_dtype = gradient.dq.dtype
             block = KernelArguments(acc_dtype, q, k, v, begin, end, score)
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype)
-            arrays = GradientArrays(kernel_array(gradient.dout), kernel_array(gradient.lse),
-                                    kernel_array(gradient.delta), gradient.dq, acc_dtype.type(score.scale))
+            arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
+                                    gradient.dq, acc_dtype.type(score.scale))
             return Backward(self._team, buffers, block, _limits(), arrays, dk, dv).run()
 
         yield from self._run(steps, begin, end, q.shape[1])
@@ -175,7 +175,7 @@ def _limits() -> Limits:
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:
     """Give what the work space depends on: numbers or pairs of a key, of a value, their dtype, whether pairs."""
     k, v = block.arrays.k, block.arrays.v
-    return k.shape[2], v.shape[2], block.acc_dtype, k.dtype == np.uint32
+    return k.shape[2], v.shape[2], block.acc_dtype, k.array.dtype == np.uint32
 
 
 def _prepare_forward(block: KernelArguments) -> None:

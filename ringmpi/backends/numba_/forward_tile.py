@@ -17,7 +17,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .pack import lanes, pack_keys, pack_queries, pack_values, panels, weight, widen
+from .pack import lanes, pack_keys, pack_queries, pack_values, panels, place_of, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
 from .score_rows import apply_dropout, apply_score
 from .softmax_rows import exponential, raise_maxima, weigh
@@ -109,7 +109,7 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
     step = work.s.size * work.s.itemsize // (p.size * p.itemsize)          # 1, or 2 where p holds pairs
     depth = packed.tile // step
     if packed.private:
-        ahead = address(k) + (tile.start + tile.n) * k.shape[1] * k.shape[2] * k.itemsize
+        ahead = address(k.array) + place_of(k, tile.start + tile.n, tile.head) * k.array.itemsize
     else:
         ahead = address(packed.keys) + (slot + 1) * packed.tile * k.shape[2] * packed.keys.itemsize
 
@@ -143,7 +143,7 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
     for c in range(v.shape[2]):
         total = row.dtype.type(0)
         for j in range(a, b):
-            total += weight(p, r, j) * widen(v[tile.start + j, tile.head, c])
+            total += weight(p, r, j) * widen(v.array[place_of(v, tile.start + j, tile.head) + c])
         row[c] = row[c] * shrink + total
 
 
@@ -153,12 +153,11 @@ def score_direct(count, tile, work, k):  # type: ignore[no-untyped-def]
     queries = work.queries
     s = work.s
     side = lanes(work.s)
-    depth = k.shape[2]
-    row = k.shape[1] * k.shape[2]
     for j in range(work.groups[0, 0] // side * side, work.groups[0, 1], side):
         for r in range(count):
-            dot_keys(Contiguous(queries, r * depth), Strided(k, (tile.start + j) * row + tile.head * depth, row),
-                     Contiguous(s, r * s.shape[1] + j), min(side, tile.n - j), depth)
+            dot_keys(Contiguous(queries, r * k.shape[2]),
+                     Strided(k.array, place_of(k, tile.start + j, tile.head), k.token),
+                     Contiguous(s, r * s.shape[1] + j), min(side, tile.n - j), k.shape[2])
 
 
 @numba.njit(error_model="numpy")
@@ -168,17 +167,17 @@ def multiply_direct(count, tile, work, v):  # type: ignore[no-untyped-def]
     acc = work.acc
     start = tile.start
     dim_v = v.shape[2]
-    row = v.shape[1] * dim_v
     whole = dim_v - dim_v % lanes(acc)
     for r in range(count):
         a, b = max(work.low[r] - start, 0), min(work.high[r] - start, tile.n)
         if a < b:
-            add_values(Contiguous(s, r * s.shape[1] + a), Strided(v, (start + a) * row + tile.head * dim_v, row),
+            add_values(Contiguous(s, r * s.shape[1] + a),
+                       Strided(v.array, place_of(v, start + a, tile.head), v.token),
                        Contiguous(acc, r * acc.shape[1]), b - a, whole, work.shrink[r])
             for c in range(whole, dim_v):
                 total = acc[r, c] * work.shrink[r]
                 for j in range(a, b):
-                    total += s[r, j] * widen(v[start + j, tile.head, c])
+                    total += s[r, j] * widen(v.array[place_of(v, start + j, tile.head) + c])
                 acc[r, c] = total
 
 

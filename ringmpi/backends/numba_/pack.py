@@ -65,6 +65,12 @@ def _lanes(array):  # type: ignore[no-untyped-def]
     return lambda array: count
 
 
+@numba.njit
+def place_of(x, i, head):  # type: ignore[no-untyped-def]
+    """Give the element of `Tokens` x at which head `head` of token i begins."""
+    return i * x.token + head * x.head
+
+
 @intrinsic
 def transpose_square(context, x, y):  # type: ignore[no-untyped-def]
     """Write a square of lanes × lanes of x, transposed and widened, to y; both are `Strided`."""
@@ -87,33 +93,36 @@ def transpose_square(context, x, y):  # type: ignore[no-untyped-def]
 
 @numba.njit(error_model="numpy")
 def pack_keys(k, start, n, head, out, out_at):  # type: ignore[no-untyped-def]
-    """Keys start..start+n of `head`, k (n_k, kv_heads, depth), to panels in `out`; absent keys are zeros."""
+    """Keys start..start+n of `head`, k `Tokens`, to panels in `out`; absent keys are zeros."""
     depth = k.shape[2]
-    row = k.shape[1] * k.shape[2]
     side = lanes(out)
     wide = VECTORS * side
     for j in range(0, -(-n // wide) * wide, side):
         place = out_at + j // wide * wide * depth + j % wide
         whole = depth - depth % side if j + side <= n else 0
         for d in range(0, whole, side):
-            transpose_square(Strided(k, (start + j) * row + head * depth + d, row),
+            transpose_square(Strided(k.array, place_of(k, start + j, head) + d, k.token),
                              Strided(out, place + d * wide, wide))
         for d in range(whole, depth):
             for c in range(side):
-                out[place + d * wide + c] = widen(k[start + j + c, head, d]) if j + c < n else widen(out.dtype.type(0))
+                x = widen(k.array[place_of(k, start + j + c, head) + d]) if j + c < n else widen(out.dtype.type(0))
+                out[place + d * wide + c] = x
 
 
 @numba.njit(error_model="numpy")
 def pack_queries(q, first, count, head, group, out):  # type: ignore[no-untyped-def]
-    """Rows first..first+count of key head `head` to out (rows, depth): row r is query r // group of head r % group."""
+    """Rows first..first+count of key head `head`, q `Tokens`, to out (rows, depth).
+
+    Row r is query r // group of head r % group.
+    """
     for r in range(len(out)):
-        i, h = (first + r) // group, head * group + (first + r) % group
+        at = place_of(q, (first + r) // group, head * group + (first + r) % group)
         for d in range(q.shape[2]):
-            out[r, d] = widen(q[i, h, d]) if r < count else widen(out.dtype.type(0))
+            out[r, d] = widen(q.array[at + d]) if r < count else widen(out.dtype.type(0))
 
 
 def pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
-    """Values start..start+n of `head`, v (n_k, kv_heads, dim_v), to panels of `keys` rows; say if all are finite."""
+    """Values start..start+n of `head`, v `Tokens`, to panels of `keys` rows; say if all are finite."""
     raise NotImplementedError("typed by Numba")
 
 
@@ -125,16 +134,15 @@ def _pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyp
 def _pack_value_rows(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]
     dim_v = v.shape[2]
     side = lanes(out)
-    row = v.shape[1] * dim_v
-    source = (start * v.shape[1] + head) * dim_v
+    source = place_of(v, start, head)
     place = out_at
     finite = True
     for first, width in panels(dim_v, side):
         whole = min(width, dim_v - first) // side * side
-        finite &= copy_rows(Strided(v, source + first, row), Strided(out, place, width), n, whole)
+        finite &= copy_rows(Strided(v.array, source + first, v.token), Strided(out, place, width), n, whole)
         for j in range(n if whole < width else 0):
             for c in range(whole, width):
-                x = widen(v[start + j, head, first + c]) if first + c < dim_v else out.dtype.type(0)
+                x = widen(v.array[source + j * v.token + first + c]) if first + c < dim_v else out.dtype.type(0)
                 out[place + j * width + c] = x
                 finite &= x - x == 0
         place += keys * width
@@ -186,10 +194,10 @@ def _pack_value_pairs(v, start, n, head, out, out_at, keys):  # type: ignore[no-
     for first, width in panels(dim_v, side):
         columns = min(width, dim_v - first)
         for j in range(0, n, 2):
-            row, source = out[place + j // 2 * width:place + (j // 2 + 1) * width], v[start + j:, head]
+            row, source = out[place + j // 2 * width:place + (j // 2 + 1) * width], place_of(v, start + j, head) + first
             for c in range(columns):
-                low = np.uint32(source[0, first + c])
-                high = np.uint32(source[1, first + c]) if j + 1 < n else np.uint32(0)
+                low = np.uint32(v.array[source + c])
+                high = np.uint32(v.array[source + v.token + c]) if j + 1 < n else np.uint32(0)
                 row[c] = np.uint32(low | (high << np.uint32(16)))
                 for x in (widen(np.uint16(low)), widen(np.uint16(high))):
                     infinite |= x - x != 0

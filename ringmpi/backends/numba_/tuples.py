@@ -8,12 +8,30 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
+class Tokens(NamedTuple):
+    """Numbers of each head of each token, where the caller has them.
+
+    Attributes
+    ----------
+    array : array of one axis
+        From the first number on: number d of head h of token i is element i · token + h · head + d.
+    shape : (tokens, heads, numbers)
+    token, head : int
+        Elements from a token to the next, and from a head to the next; none is negative.
+    """
+
+    array: Any
+    shape: Any
+    token: Any
+    head: Any
+
+
 class BlockArrays(NamedTuple):
     """One block of K and V and the queries that it meets.
 
     Attributes
     ----------
-    q, k, v : (n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)
+    q, k, v : Tokens of shape (n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)
         bfloat16 and float16 as bits, uint16 and int16; q and k may be uint32 pairs of bfloat16 along dim.
     begin, end : (n_q,) int64
         The columns that a query sees.
@@ -38,7 +56,7 @@ class StateArrays(NamedTuple):
 
 
 class GradientArrays(NamedTuple):
-    """The arrays of a `softmax.Gradient`, and the scale by which dQ and dK are multiplied."""
+    """The arrays of a `softmax.Gradient`, dout as `Tokens`, and the scale by which dQ and dK are multiplied."""
 
     dout: Any
     lse: Any
