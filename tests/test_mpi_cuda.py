@@ -10,7 +10,7 @@ from cases import make_layout, make_mask
 from emulate import COMPILER, EmulatedDevice
 from oracle import random_qkv
 
-from ringmpi import Mask, RingAttention, device, ring_attention
+from ringmpi import Mask, RingAttention, device, ring_attention, Schedule
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -126,7 +126,9 @@ def test_a_batch(comm, gpu):
     ("bfloat16", "empty", "documents", "direct", "softcap", False, "gather"),
     ("float16", "zigzag", "all", "staged", "dropout", True, "ring"),
     ("float32", "custom", "full", "direct", "sinks", True, "ring"),
-    ("float64", "uneven", "first", "staged", "alibi", True, "gather")])
+    ("float64", "uneven", "first", "staged", "alibi", True, "gather"),
+    ("float32", "striped", "causal", "direct", "plain", True, "broadcast"),
+    ("bfloat16", "contiguous", "causal", "staged", "sinks", False, "broadcast")])
 def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, schedule):
     """Twice, in the same buffers; on a batch of two."""
     skip_unless_mpi_takes(gpu, transport)
@@ -141,7 +143,8 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
     options = {"mask": Mask(**sees), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
                "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
                "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
-               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0), "schedule": schedule}
+               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0),
+               "schedule": Schedule(keys=comm.size, carrier=schedule)}
     there = gpu.array if on_gpu else lambda x: x
     q, k, v, dout_, dlse_ = (there(np.ascontiguousarray(x[:, mine])) for x in
                              (*(np.stack(x) for x in zip(*cases, strict=True)), dout, dlse))
