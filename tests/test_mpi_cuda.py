@@ -10,7 +10,7 @@ from cases import make_layout, make_mask
 from emulate import COMPILER, EmulatedDevice
 from oracle import random_qkv
 
-from ringmpi import Mask, RingAttention, device, ring_attention, Schedule
+from ringmpi import Mask, RingAttention, Schedule, device, ring_attention
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
