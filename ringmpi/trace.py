@@ -48,7 +48,8 @@ class Trace:
     steps : list of Step
         One for each position in the ring, idle ones included.
     exchanges : list of Exchange
-        Of queries and of heads, where the schedule has any.
+        Of queries and of heads, where the schedule has any; and a wait for the first block, if nothing is computed
+        until it comes.
     setup_seconds : float
         Seconds that the agreement before the first message took, waiting for late ranks included.
     compile_seconds : float
@@ -106,7 +107,7 @@ class Trace:
 
     @property
     def hops(self) -> int:
-        """Blocks received from the neighbour."""
+        """Steps in which blocks came in."""
         return sum(s.bytes_received > 0 for s in self.steps)
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fake_device import FakeArray
 from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
 
-from ringmpi import Contiguous, Mask, RingAttention, device, redistribute, ring_attention
+from ringmpi import Contiguous, Mask, RingAttention, Schedule, device, redistribute, ring_attention
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -140,7 +140,9 @@ def test_a_batch(comm, gpu):
     ("float32", "custom", "full", "direct", "sinks", True, "ring"),
     ("float64", "uneven", "first", "staged", "alibi", True, "gather"),
     ("float32", "striped", "causal", "direct", "all", True, "queries"),
-    ("bfloat16", "zigzag", "causal", "staged", "plain", True, "heads")])
+    ("bfloat16", "zigzag", "causal", "staged", "plain", True, "heads"),
+    ("float32", "striped", "causal", "direct", "plain", True, "broadcast"),
+    ("bfloat16", "contiguous", "causal", "staged", "sinks", False, "broadcast")])
 def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, schedule):
     """Twice, in the same buffers; on a batch of two."""
     skip_unless_mpi_takes(gpu, transport)
@@ -156,7 +158,8 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
     options = {"mask": Mask(**sees), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
                "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
                "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
-               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0), "schedule": schedule}
+               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0),
+               "schedule": Schedule(keys=comm.size, carrier=schedule)}
     there = gpu.array if on_gpu else lambda x: x
     q, k, v, dout_, dlse_ = (there(np.ascontiguousarray(x[:, mine])) for x in
                              (*(np.stack(x) for x in zip(*cases, strict=True)), dout, dlse))

@@ -89,6 +89,11 @@ class World:
         return {source: [bytes_of(x) for x in arrays] for source, arrays in got.items()}, blocks, trace
 
 
+def order(carrier, comm):
+    """The owners of the blocks that a rank computes with, step by step."""
+    return (number if carrier == "broadcast" else (comm.rank - number) % comm.size for number in range(comm.size))
+
+
 def bytes_of(x):
     return (x if isinstance(x, np.ndarray) else x.host).tobytes()
 
@@ -111,8 +116,12 @@ def test_every_block_reaches_every_rank(comm, kind, carrier, seed):
                          [step.bytes_sent for step in trace.steps], tokens))
     for right, sources, received, sent, tokens in outcomes:
         assert right
-        assert sources == [(comm.rank - number) % comm.size for number in range(comm.size)]
+        assert sources == list(order(carrier, comm))
         passing = [24 * tokens[source] for source in sources]
+        if carrier == "broadcast":
+            coming = [24 * n * (source != comm.rank) for source, n in enumerate(tokens)]
+            assert received == [sum(coming[:2]), *coming[2:], 0][:comm.size]
+            continue
         assert received == [*passing[1:], 0]
         assert sent == [*([passing[0]] * (comm.size - 1) if carrier == "gather" else passing[:-1]), 0]
 

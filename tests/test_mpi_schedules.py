@@ -14,6 +14,7 @@ from ringmpi.schedules.spec import CARRIERS
 
 pytestmark = pytest.mark.mpi
 
+AS_THE_RING = ("ring", "gather")             # carriers that promise its bits
 MASKS = {"all": {}, "causal": {"causal": True}, "window": {"causal": True, "window": (5, 0)},
          "documents": {"causal": True, "documents": [0, 3, 11, 12]}, "nothing": {"window": (0, 0), "q_offset": 1000}}
 
@@ -29,7 +30,7 @@ def movers(attention):
 
 
 def passes(comm, schedule, mask, layout, dtype, sinks):
-    """Attend and differentiate twice; give all results, and what the last call cost."""
+    """Attend and differentiate twice; give all results."""
     random = np.random.default_rng(11)
     counts = {"uneven": [(5 * rank + 3) % 7 for rank in range(comm.size)], "striped": None, "zigzag": None}[layout]
     if counts is None:
@@ -55,11 +56,19 @@ def passes(comm, schedule, mask, layout, dtype, sinks):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("layout", ["uneven", "striped", "zigzag"])
 @pytest.mark.parametrize(("dtype", "sinks"), [("f4", False), ("f8", True)])
-def test_the_same_bits_as_the_ring(comm, mask, layout, dtype, sinks):
-    want, *others = (passes(comm, schedule, mask, layout, dtype, sinks) for schedule in CARRIERS)
-    right = [[x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(got, want, strict=True)] for got in others]
-    assert all(all(comm.allgather(all(row))) for row in right)
-    assert others
+def test_the_same_as_the_ring(comm, mask, layout, dtype, sinks):
+    """Bit for bit where blocks are taken in its order; else to rounding."""
+    results = {carrier: passes(comm, Schedule(keys=comm.size, carrier=carrier), mask, layout, dtype, sinks)
+               for carrier in CARRIERS}
+    for carrier, got in results.items():
+        pairs = list(zip(got, results["ring"], strict=True))
+        assert all(x.dtype == y.dtype for x, y in pairs)
+        if carrier in AS_THE_RING:
+            assert all(np.array_equal(x, y) for x, y in pairs)
+        else:
+            bound = 64 * np.finfo(dtype).eps
+            assert all(np.allclose(x, y, bound, bound * np.abs(y[np.isfinite(y)]).max(initial=1)) for x, y in pairs)
+        assert all((x == y).all() for x, y in zip(got[:len(got) // 2], got[len(got) // 2:], strict=True)), carrier
 
 
 def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
@@ -78,10 +87,11 @@ def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
                f"schedule is 1x1x{size}:gather here and 1x1x{size}:ring on rank 0")
 
 
-@pytest.mark.parametrize("schedule", CARRIERS)
-def test_an_object_that_a_callback_closes(comm, schedule):
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_an_object_that_a_callback_closes(comm, carrier):
     """The call ends as it would have, and keeps nothing for a backward pass."""
     x = np.random.default_rng(comm.rank).standard_normal((9, 2, 8)).astype("f4")
+    schedule = Schedule(keys=comm.size, carrier=carrier)
     with RingAttention(comm, schedule=schedule, timeout=60) as attention:
         want = attention(x, x, x)
     attention = RingAttention(comm, schedule=schedule, timeout=60)

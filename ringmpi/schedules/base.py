@@ -241,15 +241,19 @@ class Carrier(Mover):
     def _forget(self) -> None:
         """Let go of what the pass was about."""
 
+    def source_of(self, number: int) -> int:
+        """Give the member whose block step `number` is about: here as a ring has it, one farther upstream. Local."""
+        return self.group.upstream(number)
+
     def _steps(self, trace: Trace, stop: Callable[[], bool] | None) -> Iterator[Step]:
-        """Yield one step after the other, with the block of a member one farther away; no more once a rank has asked.
+        """Yield one step after the other, each with the block of `source_of`; no more once a rank has asked.
 
         What `_wait` waits for at the end of a step includes the answer of all ranks.
         """
         size = self.group.size
         self.stopped = False
         for number in range(size):
-            step = self._step = Step(number, self.group.ranks[self.group.upstream(number)], trace.now())
+            step = self._step = Step(number, self.group.ranks[self.source_of(number)], trace.now())
             trace.steps.append(step)
             self.comm.place = f", {self.name} step {number} of {size}"
             self._vote = Vote(self.comm, stop()) if stop and number < size - 1 else None
@@ -264,10 +268,9 @@ class Carrier(Mover):
 
     def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
         """Make the item of work of a step."""
-        group = self.group
-        later = (group.upstream(number) for number in range(step.step + 1, group.size))
-        following = next((source for source in later if route.needed[group.index, source]), None)
-        return Work(step, group.upstream(step.step), arrays, gradients, following)
+        later = (self.source_of(number) for number in range(step.step + 1, self.group.size))
+        following = next((source for source in later if route.needed[self.group.index, source]), None)
+        return Work(step, self.source_of(step.step), arrays, gradients, following)
 
     def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
         """Wait for some transfers, and the answer of all ranks; let all advance; return the seconds it took."""

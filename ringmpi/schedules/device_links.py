@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..mpi.comm import load
-from .links import Array, DirectTransfer, Link, Peer, chunks, start
+from .links import Array, DirectTransfer, Link, Peer, Transfer, chunks, start
 
 CHUNK_BYTES = 2**23        # of a block that is staged: a copy at full speed, short beside the block
 CHUNKS = 4                 # that each direction of a staged link has under way: copied, sent, and two in reserve
@@ -50,14 +50,9 @@ class DeviceLink(Link):
         self._own = views
         return views
 
-    def receive(self, number: int, sizes: Sequence[int], peer: Peer) -> None:
-        """Start to receive a block into slot `number`; `sizes` are the bytes of its arrays. Local."""
-        start(self._receive(number, sizes, peer), self.incoming)
-
-    def send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> None:
-        """Start to send the block in slot `number`; see `Link.send`. Local."""
-        after = self._device.record(self._stream) if written else None
-        start(self._send(number, sizes, peer, after), self.outgoing)
+    def to_send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> Transfer:
+        """Make the transfer of the block in slot `number`; see `Link.to_send`. Local."""
+        return self._send(number, sizes, peer, self._device.record(self._stream) if written else None)
 
     def send_own(self, peer: Peer) -> None:
         """Start to send this rank's own block. Local."""
@@ -69,11 +64,7 @@ class DeviceLink(Link):
         if self._stream is not None:   # None on one rank alone
             self._reads_done = self._device.record(self._stream)
 
-    def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> Any:
-        """Make the transfer into a slot, which may begin once kernels no longer read the slot."""
-        raise NotImplementedError
-
-    def _send(self, number: int, sizes: Sequence[int], peer: Peer, after: Any) -> Any:
+    def _send(self, number: int, sizes: Sequence[int], peer: Peer, after: Any) -> Transfer:
         """Make the transfer out of a slot, which may begin after an event."""
         raise NotImplementedError
 
@@ -91,7 +82,8 @@ class DirectLink(DeviceLink):
     device : Device
     """
 
-    def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> DirectTransfer:
+    def to_receive(self, number: int, sizes: Sequence[int], peer: Peer) -> DirectTransfer:
+        """Make the transfer into slot `number`, which begins once kernels no longer read the slot. Local."""
         return DirectTransfer(self._messages(number, sizes), peer, self._reads_done,
                               "(not asked for yet: this rank's GPU still reads the buffer)")
 
@@ -139,7 +131,8 @@ class StagedLink(DeviceLink):
         still_used, channels, self._channels = super().cancel(), self._channels, []
         return [*still_used, *channels] if still_used else []
 
-    def _receive(self, number: int, sizes: Sequence[int], peer: Peer) -> StagedReceive:
+    def to_receive(self, number: int, sizes: Sequence[int], peer: Peer) -> StagedReceive:
+        """Make the transfer into slot `number`, which begins once kernels no longer read the slot. Local."""
         block = chunks(self._slot(number), sum(sizes), self._chunk_bytes)
         return StagedReceive(self._channels[0], block, peer, self._reads_done)
 

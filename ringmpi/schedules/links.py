@@ -123,10 +123,18 @@ class Link:
 
     def receive(self, number: int, sizes: Sequence[int], peer: Peer) -> None:
         """Start to receive a block into slot `number`; `sizes` are the bytes of its arrays. Local."""
-        raise NotImplementedError
+        start(self.to_receive(number, sizes, peer), self.incoming)
 
     def send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> None:
-        """Start to send the block in slot `number`. Local.
+        """Start to send the block in slot `number`; see `to_send`. Local."""
+        start(self.to_send(number, sizes, peer, written), self.outgoing)
+
+    def to_receive(self, number: int, sizes: Sequence[int], peer: Peer) -> Transfer:
+        """Make the transfer of a block into slot `number`, for somebody else to start; see `receive`. Local."""
+        raise NotImplementedError
+
+    def to_send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> Transfer:
+        """Make the transfer of the block in slot `number`, for somebody else to start. Local.
 
         Parameters
         ----------
@@ -196,13 +204,13 @@ class HostLink(Link):
         self._own = tuple(arrays)
         return self._own
 
-    def receive(self, number: int, sizes: Sequence[int], peer: Peer) -> None:
-        """Start to receive a block into slot `number`; `sizes` are the bytes of its arrays. Local."""
-        start(DirectTransfer(self._messages(number, sizes), peer), self.incoming)
+    def to_receive(self, number: int, sizes: Sequence[int], peer: Peer) -> DirectTransfer:
+        """Make the transfer of a block into slot `number`; see `Link.to_receive`. Local."""
+        return DirectTransfer(self._messages(number, sizes), peer)
 
-    def send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> None:
-        """Start to send the block in slot `number`; see `Link.send`. Local."""
-        start(DirectTransfer(self._messages(number, sizes), peer), self.outgoing)
+    def to_send(self, number: int, sizes: Sequence[int], peer: Peer, written: bool = False) -> DirectTransfer:
+        """Make the transfer of the block in slot `number`; see `Link.to_send`. Local."""
+        return DirectTransfer(self._messages(number, sizes), peer)
 
     def send_own(self, peer: Peer) -> None:
         """Start to send this rank's own block. Local."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-CARRIERS = ("ring", "gather")
+CARRIERS = ("ring", "gather", "broadcast")
 NAMES = ("auto", "ring", "gather", "queries", "mesh", "heads")
 
 
@@ -28,9 +28,10 @@ class Schedule:
         they belong.
     keys : int
         So many ranks share their keys: blocks of K and V go from each to the others.
-    carrier : {"ring", "gather"}
-        How they go: round a ring, with two buffers however many ranks there are; or all at once, with a buffer for
-        each, which suits small blocks.
+    carrier : {"ring", "gather", "broadcast"}
+        How they go: round a ring, with two buffers however many ranks there are; all at once, with a buffer for each,
+        which suits small blocks; or one after the other to all ranks, in the order of their owners, with two buffers
+        (three on a GPU), so that a query meets the keys in the same order on every rank.
 
     A rank computes the queries of `queries` ranks with the keys of `keys` ranks: each pair of shards once. As text it
     is ``"1x2x4:ring"``.
