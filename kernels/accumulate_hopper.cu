@@ -111,23 +111,17 @@ struct GroupRows {
         wgmma_commit();
     }
 
-    // Scores as they count: -infinity what is not seen.
-    template <bool PARTIAL>
-    __device__ void scale_scores(float scale, int start) {
+    // Make the scores of what is not seen -infinity.
+    __device__ void hide_unseen(int start) {
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[n][i] = __fmul_rn(s[n][i], scale);     // rounded, so that the largest minus itself is 0
-                if (PARTIAL && !sees[i / 2].holds(column_of(start, n, i))) s[n][i] = -infinity(float{});
-            }
+            for (int i = 0; i < 4; ++i)
+                if (!sees[i / 2].holds(column_of(start, n, i))) s[n][i] = -infinity(float{});
     }
 
     // Turn scores into weights, and move the maximum and the sum to what they are now; acc is to shrink by `shrink`.
-    __device__ void weigh(float (&shrink)[2]) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) shrink[h] = online_softmax(s, h, row_max[h], row_sum[h]);
-    }
+    __device__ void weigh(float factor, float (&shrink)[2]) { online_softmax<true>(s, factor, row_max, row_sum, shrink); }
 
     // Take the weights and the maximum of a tile over, once no product reads the ones before.
     __device__ void take(const float (&shrink)[2]) {
@@ -269,6 +263,11 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
                 numbers = *reinterpret_cast<const Chunk*>(q + rows.state_row(row) * problem.dim + c * 8);
             store_chunk(q_tile + chunk_offset(GROUP_ROWS, r, c), numbers);
         }
+        if (!(problem.scale > 0)) {
+            named_barrier_sync(1 + warpgroup, WARPGROUP);
+            take_sign(reinterpret_cast<T*>(q_tile), threadIdx.x % WARPGROUP, GROUP_ROWS * DIM, WARPGROUP,
+                      problem.scale);
+        }
         fence_async_proxy();
         named_barrier_sync(1 + warpgroup, WARPGROUP);
 
@@ -333,8 +332,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
             wgmma_wait<0>(state.s);
             release_k(i);
             if (full.holds(i)) {
-                state.template scale_scores<false>(problem.scale, start);
-                state.weigh(shrink);
+                state.weigh(problem.factor, shrink);
                 state.take(shrink);
                 for (; i + 1 < full.high; ++i) {
                     await_turn(i);
@@ -343,8 +341,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
                     pass_turn_on(i);
                     wgmma_wait<1>(state.s);
                     release_k(i + 1);
-                    state.template scale_scores<false>(problem.scale, start);
-                    state.weigh(shrink);
+                    state.weigh(problem.factor, shrink);
                     settle(state.row_sum[0] + state.row_sum[1]);
                     wgmma_wait<0>(state.acc);
                     release_v(i);
@@ -353,8 +350,8 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
                 start_values(i);
                 wgmma_wait<0>(state.acc);
             } else {
-                state.template scale_scores<true>(problem.scale, start);
-                state.weigh(shrink);
+                state.hide_unseen(start);
+                state.weigh(problem.factor, shrink);
                 state.take(shrink);
                 layout.v_full[layout.stage(i)].wait(layout.parity(i));
                 const unsigned char* const v_tile = layout.v + layout.stage(i) * layout.V;

@@ -72,7 +72,7 @@ struct ThreadRows : Lanes<ROW_LANES> {
 
     // Scores of a tile, turned into weights in `p_tile`; the state moves to the new maximum.
     template <bool PARTIAL>
-    __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float scale,
+    __device__ void weigh(const float* q_tile, const float* k_tile, float* p_tile, int start, float factor,
                           const S& score) {
         float s[HEIGHT][EACH] = {};
         ThreadRows::template multiply_transposed<DIM>(s, q_tile, k_tile, STRIDE);
@@ -84,18 +84,21 @@ struct ThreadRows : Lanes<ROW_LANES> {
             for (int j = 0; j < EACH; ++j) {
                 const int column = start + other(j);
                 seen[j] = !PARTIAL || sees[i].holds(column);
-                s[i][j] = score.apply(rounded_product(s[i][j], scale), row_score[i], score.key(column));
+                s[i][j] = rounded_product(s[i][j], factor);
+                if constexpr (S::FUNCTIONS)
+                    s[i][j] = rounded_product(score.apply(s[i][j], row_score[i], score.key(column)),
+                                              static_cast<float>(LOG2_E));
                 if (!seen[j]) s[i][j] = -infinity(0.0f);
                 high = larger(high, s[i][j]);
             }
             high = larger(row_max[i], across_row(high, larger));
             const float base = finite_maximum(high);
-            const float shrink = exponential(row_max[i] - base);
+            const float shrink = power_of_two(row_max[i] - base);
             row_max[i] = high;
             row_sum[i] *= shrink;
 #pragma unroll
             for (int j = 0; j < EACH; ++j) {
-                const float p = exponential(s[i][j] - base);
+                const float p = power_of_two(s[i][j] - base);
                 const float dropout = score.dropout_factor(row_score[i], score.key(start + other(j)));
                 p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * dropout : UNSEEN;
                 if (seen[j]) row_sum[i] += p;
@@ -177,6 +180,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     }
 
     const S score(problem);
+    const float factor = S::FUNCTIONS ? problem.scale : rounded_product(problem.scale, static_cast<float>(LOG2_E));
     State state;
     state.load(arrays, problem, rows, part, score);
 
@@ -186,8 +190,8 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
         const bool full = visible.full(start, KEYS);
         copy_wait<1>();
         __syncthreads();                           // K is here
-        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, problem.scale, score);
-        else state.template weigh<true>(q_tile, k_tile, p_tile, start, problem.scale, score);
+        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, factor, score);
+        else state.template weigh<true>(q_tile, k_tile, p_tile, start, factor, score);
         __syncthreads();                           // all have read K, and the weights are there
         if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
         copy_commit();

@@ -24,6 +24,7 @@ template <class T, int DIM_V, int HEIGHT, class S>
 struct WarpRows {
     using A = Accumulator<T>;
     using F = Fragments<T>;
+    static constexpr bool FUSED = sizeof(A) == 4 && DIM_V <= 64;       // beyond, registers are short
     A acc[HEIGHT][DIM_V / 8][4];
     A row_max[HEIGHT][2], row_sum[HEIGHT][2];
     Interval sees[HEIGHT][2];
@@ -83,22 +84,19 @@ struct WarpRows {
 
     // Turn the scores of a tile into weights, and move the state to the new maximum.
     template <int N>
-    __device__ void weigh(A (&s)[N][4], int m) {
+    __device__ void weigh(A (&s)[N][4], int m, A factor) {
+        A shrink[2];
+        online_softmax<FUSED>(s, factor, row_max[m], row_sum[m], shrink);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const A shrink = online_softmax(s, h, row_max[m][h], row_sum[m][h]);
+        for (int n = 0; n < DIM_V / 8; ++n)
 #pragma unroll
-            for (int n = 0; n < DIM_V / 8; ++n) {
-                acc[m][n][2 * h] *= shrink;
-                acc[m][n][2 * h + 1] *= shrink;
-            }
-        }
+            for (int i = 0; i < 4; ++i) acc[m][n][i] *= shrink[i / 2];
     }
 
     // Fold the tile of keys from `start`. PARTIAL: some rows don't see all of it.
     template <bool PARTIAL, int DIM, int KEYS>
-    __device__ void fold(const T* q_tile, int first, const T* k_tile, const T* v_tile, int start, A scale,
-                         const S& score) {
+    __device__ void fold(const T* q_tile, int first, const T* k_tile, const T* v_tile, int start,
+                         const Problem<A>& problem, const S& score) {
         constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V;
         A s[HEIGHT][KEYS / 8][4] = {};
         multiply_transposed<DIM>(s, q_tile, first, k_tile, STRIDE);
@@ -109,11 +107,12 @@ struct WarpRows {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = column_of(start, n, i);
-                    const A product = rounded_product(s[m][n][i], scale);
-                    s[m][n][i] = score.apply(product, row_score[m][i / 2], score.key(column));
+                    if constexpr (S::FUNCTIONS)
+                        s[m][n][i] = score.apply(rounded_product(s[m][n][i], problem.scale), row_score[m][i / 2],
+                                                 score.key(column));
                     if (PARTIAL && !sees[m][i / 2].holds(column)) s[m][n][i] = -infinity(A{});
                 }
-            weigh(s[m], m);
+            weigh(s[m], m, problem.factor);
             if constexpr (S::FUNCTIONS) {
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; ++n)
@@ -180,6 +179,13 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     WarpRows<T, DIM_V, HEIGHT, S> state;
     state.load(arrays, dim_v, rows, mine, interval, score);
 
+    if (!S::FUNCTIONS && tiles && !(problem.scale > 0)) {
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();                           // Q is here
+        take_sign(q_tile, threadIdx.x, ROWS * STRIDE, THREADS, problem.scale);
+    }
+
     // Fold tile after tile, while the next ones come.
     for (int i = 0; i < tiles; ++i) {
         if constexpr (STAGES == 1) {
@@ -199,9 +205,9 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
         const int start = range.low + i * KEYS;
         if (visible.skips(start, KEYS)) continue;
         if (visible.full(start, KEYS))
-            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem.scale, score);
+            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
         else
-            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem.scale, score);
+            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
     }
     state.store(arrays, dim_v, rows, mine);
 }

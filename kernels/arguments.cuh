@@ -11,6 +11,7 @@ struct Problem {
     const int *begin, *end;        // (n_q,): query i sees columns begin[i] <= j < end[i], within 0 .. n_k
     const void* packed_score;      // with FUNCTIONS: a PackedScore; see score.cuh
     A scale;                       // factor of the scores q . k
+    A factor;                      // |scale| / ln 2, > 0: 1 / ln 2 if it is 0, or with FUNCTIONS
     int n_q, n_k, kv_heads, group; // head h of kv_heads * group uses key head h / group
     int dim, dim_v;                // columns of q and k; columns of v that this launch works on
 };
@@ -19,7 +20,8 @@ struct Problem {
 // arrays of its own, (parts, n_q, heads, ..), for combine of state.cu.
 template <class A>
 struct StateArrays {
-    A* acc;                        // (n_q, heads, stride_v): sum of exp(score - row_max) v, read and written
+    // Scores in units of ln 2.
+    A* acc;                        // (n_q, heads, stride_v): sum of 2^(score - row_max) v, read and written
     A *row_max, *row_sum;          // (n_q, heads): running maximum and sum, read and written
     int stride_v;                  // columns of acc and v
     int width;                     // columns of a part: the grid's z has as many parts as cover n_k

@@ -129,13 +129,24 @@ __device__ inline void store(float16* at, double x) {
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
-// e^x; exactly 1 at 0, 0 at -infinity. Relative error for float: (2 + |x|) 2^-23.
-__device__ inline float exponential(float x) {
+__device__ inline float magnitude(float x) { return fabsf(x); }
+
+// a b + c, rounded once.
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+constexpr double LOG2_E = 1.4426950408889634;
+
+// 2^x; exactly 1 at 0, 0 at -infinity. Relative error for float: 2^-22.
+__device__ inline float power_of_two(float x) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
+__device__ inline double power_of_two(double x) { return exp2(x); }
+
+// e^x; exactly 1 at 0, 0 at -infinity. Relative error for float: (2 + |x|) 2^-23.
+__device__ inline float exponential(float x) { return power_of_two(x * static_cast<float>(LOG2_E)); }
 __device__ inline double exponential(double x) { return exp(x); }
 
 // Relative error for float: 2^-22.

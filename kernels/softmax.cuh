@@ -1,35 +1,89 @@
 // The running softmax of rows (Milakov & Gimelshein 2018): a step of it, and its state between global memory and the
 // accumulators of tensor cores. There lane 4 g + t has rows g and g + 8 of 16, numbers 2 h and 2 h + 1 of each
-// accumulator for h = 0 and 1; see platform.cuh. Of row_sum each lane has its own share.
+// accumulator for h = 0 and 1; see platform.cuh. Of row_sum each lane has its own share. Scores are counted in units of
+// ln 2, so that a weight is a power of two. They are made of products by a positive factor alone, so that the largest
+// of these is found first; that is why Q takes the sign of the scale.
 #pragma once
 
+#include "finite.cuh"
 #include "rows.cuh"
+
+constexpr float MOST_UNROUNDED = 65536;      // of the scores' maximum
 
 // What to subtract from scores whose maximum is `high`: -infinity - -infinity would be NaN.
 template <class A>
 __device__ inline A finite_maximum(A high) { return high == -infinity(A{}) ? A{0} : high; }
 
-// Turn the scores of a row into weights, and move its maximum and sum on; gives the factor that acc is to shrink by.
+__device__ inline double signed_number(double x, double scale) { return scale < 0 ? -x : x * 0; }
+
+template <class T>
+__device__ inline T signed_number(T x, float scale) {
+    const int bits = scale < 0 ? x.bits ^ 0x8000 : Finite<T>::one(x.bits) ? 0 : 0x7fff;
+    return {static_cast<unsigned short>(bits)};
+}
+
+// Give every `step`th number of Q the sign of a scale that is not positive; of 0 it becomes 0, or NaN if not finite.
+template <class T, class A>
+__device__ inline void take_sign(T* numbers, int first, int count, int step, A scale) {
+#pragma unroll 1
+    for (int i = first; i < count; i += step) numbers[i] = signed_number(numbers[i], scale);
+}
+
+// Move the maximum of a row on to that of its scores, which are s times `factor` > 0; gives what to subtract from them.
 template <class A, int N>
-__device__ inline A online_softmax(A (&s)[N][4], int h, A& row_max, A& row_sum) {
-    A high = row_max;
+__device__ inline A move_maximum(const A (&s)[N][4], int h, A factor, A& row_max, A& shrink) {
+    A high = -infinity(A{});
 #pragma unroll
     for (int n = 0; n < N; ++n) high = larger(high, larger(s[n][2 * h], s[n][2 * h + 1]));
     high = larger(high, __shfl_xor_sync(ALL_LANES, high, 1));
     high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
+    high = larger(row_max, rounded_product(high, factor));
     const A base = finite_maximum(high);
-    const A shrink = exponential(row_max - base);
+    shrink = power_of_two(row_max - base);
     row_max = high;
-    A more = 0;
+    return base;
+}
+
+// Turn the scores of a row into weights; gives their sum.
+template <class A, int N, class Weight>
+__device__ inline A weigh_row(A (&s)[N][4], int h, Weight weight) {
+    A sum = 0;
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
-            s[n][i] = exponential(s[n][i] - base);
-            more += s[n][i];
+            s[n][i] = weight(s[n][i]);
+            sum += s[n][i];
         }
-    row_sum = row_sum * shrink + more;
-    return shrink;
+    return sum;
+}
+
+// Turn the scores of two rows, which are s times `factor` > 0, into weights, and move their maxima and sums on; gives
+// the factors that acc is to shrink by. Scores are rounded, so that the largest minus itself is 0.
+//
+// FUSED, of float: one instruction makes an exponent, but the branch takes registers. What is not rounded is a factor
+// of all weights of the row alike, which is of no account; where scores are huge it might be infinity or 0.
+template <bool FUSED, class A, int N>
+__device__ inline void online_softmax(A (&s)[N][4], A factor, A (&row_max)[2], A (&row_sum)[2], A (&shrink)[2]) {
+    A base[2], more[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) base[h] = move_maximum(s, h, factor, row_max[h], shrink[h]);
+    auto weigh_rounded = [&] {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            more[h] = weigh_row(s, h, [&](A x) { return power_of_two(rounded_product(x, factor) - base[h]); });
+    };
+    if constexpr (!FUSED) {
+        weigh_rounded();
+    } else if (larger(magnitude(base[0]), magnitude(base[1])) > MOST_UNROUNDED) {
+        weigh_rounded();
+    } else {
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+            more[h] = weigh_row(s, h, [&](A x) { return power_of_two(fused(x, factor, -base[h])); });
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) row_sum[h] = row_sum[h] * shrink[h] + more[h];
 }
 
 // Take up the maximum and the sum of row `at`, or those of no keys unless `known`. One lane of a row is the first.

@@ -19,7 +19,7 @@ template <class A>
 __global__ void reset(const __grid_constant__ StateArrays<A> state, const A* sinks, long long rows, int heads) {
     for (long long i = thread_number(); i < rows * state.stride_v; i += thread_count()) state.acc[i] = 0;
     for (long long i = thread_number(); i < rows; i += thread_count()) {
-        state.row_max[i] = sinks ? sinks[i % heads] : -infinity(A{});
+        state.row_max[i] = sinks ? sinks[i % heads] * static_cast<A>(LOG2_E) : -infinity(A{});
         state.row_sum[i] = sinks ? 1 : 0;
     }
 }
@@ -50,7 +50,7 @@ combine(const __grid_constant__ StateArrays<A> state, const __grid_constant__ St
 #pragma unroll 4
     for (int p = warp; p < count; p += WARPS) {
         const long long at = p * rows + row;
-        const A factor = exponential(parts.row_max[at] - base);
+        const A factor = power_of_two(parts.row_max[at] - base);
         more += factor * parts.row_sum[at];
 #pragma unroll
         for (int i = 0; i < EACH; ++i)
@@ -59,7 +59,7 @@ combine(const __grid_constant__ StateArrays<A> state, const __grid_constant__ St
     if (lane == 0) sums[warp] = more;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) columns[warp][lane + 32 * i] = mine[i];
-    const A shrink = exponential(state.row_max[row] - base);
+    const A shrink = power_of_two(state.row_max[row] - base);
     __syncthreads();
 
     // The state, shrunk as well, and the sums of all warps make the new state.
@@ -76,7 +76,7 @@ combine(const __grid_constant__ StateArrays<A> state, const __grid_constant__ St
     }
 }
 
-// Normalise: out = acc / row_sum and lse = row_max + log(row_sum); 0 and -inf for queries with seen = 0. Any grid.
+// Normalise: out = acc / row_sum and lse = row_max ln 2 + log(row_sum); 0 and -inf for queries with seen = 0. Any grid.
 template <class T, class A>
 __global__ void finish(const __grid_constant__ StateArrays<A> state, const unsigned char* seen, T* out, A* lse,
                        long long rows, int heads) {
@@ -85,7 +85,8 @@ __global__ void finish(const __grid_constant__ StateArrays<A> state, const unsig
         store(out + i, seen[row / heads] ? state.acc[i] / state.row_sum[row] : A{0});
     }
     for (long long row = thread_number(); row < rows; row += thread_count())
-        lse[row] = seen[row / heads] ? state.row_max[row] + log(state.row_sum[row]) : -infinity(A{});
+        lse[row] = seen[row / heads] ? state.row_max[row] * static_cast<A>(1 / LOG2_E) + log(state.row_sum[row])
+                                     : -infinity(A{});
 }
 
 // Write `count` numbers of `source` as doubles. Any grid.

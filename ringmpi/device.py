@@ -31,6 +31,9 @@ INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of
 # _FLOAT_OOB_FILL_NONE.
 UINT16, NO_INTERLEAVE, SWIZZLE_128B, PROMOTE_256B, FILL_ZEROS = 1, 0, 3, 3, 0
 
+# What CuPy adds to the options of its own compiler: denormals are 0, and functions run on the GPU unless they say else.
+OPTIONS = "-ftz=true", "--device-as-default-execution-space"
+
 Array = Any                        # a cupy.ndarray; named so that CuPy is not needed to read this
 Read = Callable[[int, NDArray[Any]], None]      # puts rows from a number on into an array
 
@@ -363,7 +366,7 @@ class Device:
         BackendError
             If it does not compile, or the cache can't be read or written.
         """
-        options = (f"-arch={architecture}", "-ftz=true", *options)       # denormals are 0, as CuPy has it
+        options = (f"-arch={architecture}", *OPTIONS, *options)
         with usable_cache():
             binary, lowered = binary_of(self._cupy.cuda.nvrtc, path, name, options)
             return self._cupy.RawModule(path=str(binary)).get_function(lowered)

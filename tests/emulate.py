@@ -45,7 +45,7 @@ def require_compiler():
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path):
+def one_at_a_time(path):
     """Where `path` is not there, let one process make it while the others wait."""
     if path.exists():
         yield
@@ -63,7 +63,7 @@ def _folder():
     folder = Path(tempfile.gettempdir()) / f"ringmpi-emulator-{os.getuid()}-{digest}"
     if folder.exists() and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is somebody else's")
-    with _one_at_a_time(folder):
+    with one_at_a_time(folder):
         if not folder.exists():
             _gather(sources, folder)
     return folder
@@ -85,7 +85,7 @@ def function(file, name):
     """Compile kernel `name` of `file`, or load it; a function that runs it on a grid."""
     folder = _folder()
     path = folder / f"{hashlib.sha256(f'{file} {name}'.encode()).hexdigest()[:16]}.so"
-    with _one_at_a_time(path):
+    with one_at_a_time(path):
         if not path.exists():
             _compile(file, name, path)
     return ctypes.CDLL(str(path)).run

@@ -133,6 +133,50 @@ def test_negative_scale_and_all_scores_minus_infinity(backend):
     assert (lse == -np.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [-0.4, 0.0, -1e-300])
+def test_a_scale_that_is_not_positive(backend, dtype, scale):
+    q, k, v, begin, end = case(15, 70, 90, 2, 1, 16, 16, dtype)
+    begin //= 2
+    check(backend, q, k, v, begin, end, dtype, scale=scale, blocks=2)
+    check(backend, q[:2], k, v, 0 * begin[:2], end[-2:], dtype, scale=scale)
+    q[5, 0, 3], q[6, 0, 3], k[40, 0, 2], k[70, 0, 2] = np.inf, np.nan, -np.inf, np.nan
+    out, lse = run(backend, q, k, v, begin, end, scale)
+    j = np.arange(90)
+    see = (j >= begin[:, None]) & (j < end[:, None])
+    with np.errstate(invalid="ignore"):
+        want, want_lse = oracle.attend(q, k, v, see, scale if dtype == "float64" or scale == -0.4 else 0.0)
+    assert oracle.error(out, want) <= TENSOR_TOLERANCE[dtype]
+    assert oracle.error(lse, want_lse) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2e3, 6e4, 1e25])
+def test_equal_keys_with_large_scores_share_the_weight(backend, dtype, size):
+    """In one block and in two, and with the larger maximum first or last."""
+    if dtype == "float16" and size > 6e4:
+        pytest.skip("beyond float16")
+    q, k, v, _, _ = case(16, 20, 200, 1, 1, 16, 16, dtype)
+    q[...], k[...] = 0, 0
+    q[:, 0, 0] = size
+    k[3::20, 0, 0], k[11, 0, 0], k[150, 0, 0] = 1, 0.5, 0.5
+    for mirrored in (1, -1):
+        out, lse = run(backend, q, k[::mirrored], v[::mirrored], np.zeros(20, int), np.full(20, 200), 0.7, 3)
+        assert oracle.error(out, np.repeat(v[3::20].astype(float).mean(0)[None], 20, axis=0)) <= TENSOR_TOLERANCE[dtype]
+        assert oracle.error(lse, 0.7 * q[:, :, 0].astype(float) + np.log(10)) <= 2e-6
+
+
+def test_float64_has_two_warps_to_a_scheduler_where_they_fit():
+    kind = DTYPES["float64"]
+    for shared, dim, warps in ((HOPPER, 128, 8), (HOPPER, 64, 8), (HOPPER, 256, 2), (AMPERE, 128, 4), (AMPERE, 64, 8),
+                               (SMALL, 64, 4)):
+        for plain in (True, False):
+            kernel = best(forward_kernels(kind, dim, dim, 1000, 16, plain=plain), *shared)
+            assert kernel.threads == 32 * warps, (shared, dim, plain)
+    assert best(forward_kernels(kind, 128, 128, 1000, 16), *HOPPER).shared_bytes == 202240
+    assert best(forward_kernels(kind, 128, 128, 64, 16), *HOPPER).threads == 128     # no more than the rows need
+
+
 def test_the_result_does_not_depend_on_the_order_of_threads():
     outs = []
     for seed in range(3):

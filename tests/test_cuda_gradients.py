@@ -65,6 +65,13 @@ def test_wide_heads_with_score_functions(backend, dtype):
     check(backend, *case(1, 20, 40, 2, 1, 128, 72, dtype), dtype, "all", scale=0.1)
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("kind", ["plain", "sinks", "softcap", "alibi", "all"])
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(backend, dtype, kind, scale):
+    check(backend, *case(18, 50, 101, 4, 2, 16, 16, dtype), dtype, kind, scale=scale, blocks=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("intervals", [*oracle.INTERVALS, "two ends"])
 @pytest.mark.parametrize("n_k", [1, 63, 65, 129])          # around a tile of each kernel

@@ -10,13 +10,15 @@ import numpy as np
 import oracle
 import pytest
 from emulate import EmulatedDevice
+from nvrtc_versions import complaints
 from oracle import case
 from test_cuda import run
 
 from ringmpi import BackendError, device
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.backend import CudaBackend
-from ringmpi.backends.cuda.sources import kernels_folder
+from ringmpi.backends.cuda.instances import dkdv_kernels, dq_kernels, forward_kernels
+from ringmpi.backends.cuda.sources import compiler_options, kernels_folder
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.score import Score
 
@@ -154,6 +156,33 @@ def test_scores_of_minus_infinity(backend):
     assert (lse == -np.inf).all()
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_a_scale_that_is_not_positive(backend, scale):
+    q, k, v, _, _ = case(10, 140, 300, 1, 1, 72, 64, "bfloat16")
+    begin, end = intervals("causal", 140, 300)
+    begin = begin + np.arange(140) % 3 * 80
+    check(backend, q, k, v, begin, end, scale=scale, blocks=2)
+    q[5, 0, 3], q[6, 0, 3], k[40, 0, 2], k[220, 0, 71] = np.inf, np.nan, -np.inf, np.nan
+    with np.errstate(invalid="ignore"):
+        check(backend, q, k, v, begin, end, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("size", [2e3, 6e4, 1e25])
+def test_equal_keys_with_large_scores_share_the_weight(backend, dtype, size):
+    if dtype == "float16" and size > 6e4:
+        pytest.skip("beyond float16")
+    q, k, v, _, _ = case(11, 70, 600, 1, 1, 64, 64, dtype)
+    q[...], k[...] = 0, 0
+    q[:35, 0, 0], q[35:, 0, 0] = size, 1           # beside rows whose scores are small
+    k[3::20, 0, 0] = 1
+    for mirrored in (1, -1):
+        out, lse = run(backend, q, k[::mirrored], v[::mirrored], *intervals("full", 70, 600), 0.7, 2)
+        want, want_lse = oracle.attend(q, k, v, np.ones((70, 600), bool), 0.7)
+        assert oracle.error(out, want) <= TENSOR_TOLERANCE[dtype]
+        assert oracle.error(lse, want_lse) <= 2e-6
+
+
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 def test_the_result_does_not_depend_on_the_order_of_threads_and_arrivals(dims):
     q, k, v, begin, end = case(7, 140, 700, 1, 1, *dims, "bfloat16")
@@ -238,6 +267,23 @@ def test_a_binary_is_whole_and_compiled_once(tmp_path, monkeypatch):
         gpu.compile_for("sm_90a", source, "twice<int>", ())
 
 
+def test_every_source_compiles_for_an_architecture_by_name(tmp_path, monkeypatch):
+    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy brings the interface to NVRTC")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    gpu = device.Device.__new__(device.Device)
+    gpu._cupy = SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc),
+                                RawModule=lambda path: SimpleNamespace(get_function=lambda name: name))
+    made = {"state.cu": "reset<float>", hopper.FILE: hopper.instance(DTYPES["bfloat16"], 64, 64).name}
+    for dtype in ("float32", "bfloat16"):
+        kind = DTYPES[dtype]
+        for kernel in (forward_kernels(kind, 16, 16, 1, 16)[0], dq_kernels(kind, 16, 16, 1, 16)[0],
+                       dkdv_kernels(kind, 16, 16, 16)[0][0]):
+            made[kernel.file] = kernel.name
+    assert set(made) == {path.name for path in kernels_folder().glob("*.cu")}
+    for file, name in made.items():
+        assert gpu.compile_for(hopper.ARCHITECTURE, kernels_folder() / file, name, compiler_options())
+
+
 @pytest.mark.parametrize(("dtype", "dim", "dim_v"), [("bfloat16", 64, 64), ("bfloat16", 64, 128), ("bfloat16", 128, 64),
                                                      ("bfloat16", 128, 128), ("float16", 128, 128)])
 def test_nvrtc_gives_an_instance_the_registers_it_has(dtype, dim, dim_v):
@@ -246,9 +292,9 @@ def test_nvrtc_gives_an_instance_the_registers_it_has(dtype, dim, dim_v):
     made = hopper.instance(DTYPES[dtype], dim, dim_v)
     program = nvrtc.createProgram((kernels_folder() / hopper.FILE).read_text(), hopper.FILE, (), ())
     nvrtc.addNameExpression(program, made.name)
-    nvrtc.compileProgram(program, (f"-arch={hopper.ARCHITECTURE}", "--std=c++17", "--ptxas-options=-v", "-ftz=true",
+    nvrtc.compileProgram(program, (f"-arch={hopper.ARCHITECTURE}", "--std=c++17", "--ptxas-options=-v", *device.OPTIONS,
                                    f"-I{kernels_folder()}"))
     log = nvrtc.getProgramLog(program)
     assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", log), log
-    assert "arning" not in log, log
+    assert not complaints(log), log
     assert f"Used {65536 // made.threads // 8 * 8} registers" in log, log

@@ -123,6 +123,11 @@ inline void multiply_add(double, double (&c)[4], const double (&a)[4], double b0
 
 inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }
+inline float magnitude(float x) { return std::fabs(x); }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+constexpr double LOG2_E = 1.4426950408889634;
+inline float power_of_two(float x) { return std::exp2(x); }
+inline double power_of_two(double x) { return std::exp2(x); }
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 inline float hyperbolic_tangent(float x) { return std::tanh(x); }

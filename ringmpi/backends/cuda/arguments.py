@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from ...device import Struct
+from ...score import Score
 from ...softmax import State
 
 Array = Any
@@ -15,7 +17,7 @@ POINTER = np.uint64
 
 def problem_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Give the layout of ``Problem<A>``. Local."""
-    return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype,
+    return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype, "factor": acc_dtype,
                     **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32)})
 
 
@@ -35,7 +37,7 @@ def score_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     return _struct({"softcap": acc_dtype, "gain": acc_dtype, "threshold": np.uint32, "sloped": np.int32})
 
 
-def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any, scale: float,
+def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any, score: Score,
             acc_dtype: np.dtype[Any], dim_v: int | None = None) -> Struct:
     """Give the Problem of a block. Local.
 
@@ -46,16 +48,18 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
     columns : two int32 arrays of shape (n_q,), on the GPU
         Where the columns that each query sees begin and end.
     packed_score : array or 0
-    scale : float
+    score : Score
     acc_dtype : dtype
         Of the accumulator.
     dim_v : int, optional
         Columns of v that the launch works on; by default all of them.
     """
     begin, end = columns
+    scale = score.scale if abs(score.scale) >= np.finfo(acc_dtype).tiny else 0.0     # as GPUs take it for float
+    factor = (abs(scale) if score.plain and scale else 1.0) / math.log(2)
     (n_q, heads, dim), (n_k, kv_heads, _) = q.shape, v.shape
-    return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale, n_q=n_q,
-                  n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
+    return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale,
+                  factor=factor, n_q=n_q, n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
                   dim_v=v.shape[2] if dim_v is None else dim_v)
 
 

@@ -236,7 +236,7 @@ class CudaBackend(Backend):
             keys = hopper.maps(self.device, k, v) if kernel.file == hopper.FILE else (k, from_number(v, start))
             self._launch_tiles(kernel, grid, (
                 state_arrays(target, dim_v, start, width, fresh), q, *keys,
-                problem(q, v, columns, packed, score.scale, acc_dtype, min(kernel.columns, dim_v - start))))
+                problem(q, v, columns, packed, score, acc_dtype, min(kernel.columns, dim_v - start))))
         if fresh:
             self.combine(state, target)
 
@@ -264,7 +264,7 @@ class CudaBackend(Backend):
         _refuse_many(n_q * heads + 1024, n_k + 1024)               # the last tiles reach beyond
         columns, packed = self._upload(begin, end, seen, score, acc_dtype, heads)
         inputs = gradient_inputs(q, k, v, dout, gradient.lse, gradient.delta)
-        block = problem(q, v, columns, packed, score.scale, acc_dtype)
+        block = problem(q, v, columns, packed, score, acc_dtype)
 
         # dq: blocks of threads over the rows. dk and dv: over the keys, in one launch, which has all columns of both,
         # or in one for each.

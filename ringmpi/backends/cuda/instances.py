@@ -66,8 +66,9 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         return [_simt(dims, tile, align, plain) for tile in _simt_tiles(dims.v, rows) if plain or tile.others <= 32]
     if dtype == np.float64:
         dims = Dims(dims.qk, min(dims.v, SLICE_FLOAT64))
+        tall = [(8, 1, 16, 2)] if rows > 64 else []         # two warps to a scheduler, where they fit
         tiles = [(1, 1, 32, 3), (1, 1, 16, 2), (1, 1, 16, 1)] if rows <= 16 else [
-            (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
+            *tall, (4, 1, 32, 2), (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
     elif rows <= 16:
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
