@@ -220,10 +220,10 @@ class Backend:
         The result depends on the arguments and the number of threads alone.
 
         In canonical order either dq alone is asked for, with `dk` and `dv` None, or dk and dv alone, with dq None. Then
-        dq of a query has the same bits under the conditions of `accumulate`; and so have dk and dv of a key after it has
-        met the same queries in ascending order, however they are cut into blocks that begin at multiples of
-        `canonical_tile`, whatever other keys there are. A key that some queries see in the first of several intervals
-        and others in the second is to meet one tile of queries after the other, each with all intervals.
+        dq of a query has the same bits under the conditions of `accumulate`. dk and dv of a key have the same bits
+        after it has met the same queries in ascending order, however they are cut into blocks that begin at multiples
+        of `canonical_tile`, whatever other keys there are. Where some queries see a key in the first of several
+        intervals and others in the second, calls are to go tile by tile of the queries, each with all its intervals.
 
         Parameters
         ----------

@@ -101,10 +101,12 @@ class NumbaBackend(Backend):
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
-        wanted = gradient.dq is not None, dk is not None, dv is not None
+        wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
         if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
-            raise BackendError("backend numba: expected arrays for dq, dk and dv, in canonical order for dq alone or for "
-                               f"dk and dv alone, got {wanted}")
+            names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
+            raise BackendError("backend numba: expected arrays for dq, dk and dv, or in canonical order for dq alone "
+                               f"or for dk and dv alone, got {names or 'none'} with "
+                               f"canonical order {'on' if self.canonical else 'off'}")
 
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype

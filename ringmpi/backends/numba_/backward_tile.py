@@ -5,10 +5,10 @@
     for each panel of columns of K:         dQ += dS·K
     for each panel of columns of dO and Q:  dV += Pᵀ·dO, dK += dSᵀ·Q
 
-The rows of a tile are loaded once for many tiles of keys, and dQ stays with them. dK and dV are summed in rows as wide
-as whole vectors, apart by each task, since several tasks may have the same keys. K, Q and dO are packed a second time, as
-values are, for the last three products; there what is not finite becomes 0: NaN has made S or dP, and so dS, NaN where
-it is seen, and where it is not seen 0 times it must be 0.
+The rows of a tile are loaded once for many tiles of keys, and dQ stays with them. dK and dV are summed apart by each
+task, in rows as wide as whole vectors, since several tasks may have the same keys. K, Q and dO are packed a second
+time, as values are, for the last three products; there what is not finite becomes 0: NaN has made S or dP, and so dS,
+NaN where it is seen, and where it is not seen 0 times it must be 0.
 """
 
 from __future__ import annotations

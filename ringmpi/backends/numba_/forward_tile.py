@@ -93,9 +93,9 @@ def weigh_groups(tile, work, p, scale, score):  # type: ignore[no-untyped-def]
 def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-def]
     """Add P·V to acc, V of packed tile number `slot`.
 
-    Where it is not all finite, rows take the values as they came and multiply only what they see; a sum has the same
-    order and the same operations either way, but for pairs, where no row goes the fast way then. The last panel asks for
-    the keys of the next tile.
+    Where it is not all finite, rows take the values as they came and multiply only what they see. A sum is made of the
+    same operations either way; with pairs, where it can't be, all rows go the same way. The last panel asks for the
+    keys of the next tile.
     """
     k, v = block.k, block.v
     p = work.p
