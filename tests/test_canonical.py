@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
-from cases import make_layout, make_mask
+from cases import covering, make_layout, make_mask
 
 from ringmpi import BackendError, Contiguous, Mask, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend
@@ -171,13 +171,11 @@ def test_same_bits_on_any_number_of_ranks(dtype, mask):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("scored", [False, True])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1)])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_however_dealt_out(dtype, mask, heads, scored):
-    for seed, dims in enumerate([(64, 64), (17, 33)]):
-        check_sizes(Problem(dtype, mask, heads, dims, scored, seed), lambda _: LAYOUTS[:3])
+@pytest.mark.parametrize("case", covering({
+    "dtype": list(DTYPES), "mask": MASKS, "heads": [(4, 4), (8, 2), (3, 1)], "dims": [(64, 64), (17, 33)],
+    "scored": [False, True]}), ids=lambda case: "-".join(map(str, case.values())))
+def test_same_bits_however_dealt_out(case):
+    check_sizes(Problem(**case), lambda _: LAYOUTS[:3])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
