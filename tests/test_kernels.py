@@ -80,7 +80,8 @@ def test_narrower_vectors_pass_the_same_tests(width):
     if os.uname().machine != "x86_64":
         pytest.skip("names of x86 CPUs")
     environment = os.environ | {"NUMBA_CPU_NAME": NARROW[width], "NUMBA_CPU_FEATURES": ""}
-    tests = [str(HERE / "test_backends.py"), f"{HERE / 'test_kernels.py'}::test_shapes_around_tiles"]
+    tests = [str(HERE / "test_backends.py"), f"{HERE / 'test_kernels.py'}::test_shapes_around_tiles",
+             f"{HERE / 'test_canonical.py'}::test_score_functions_and_sinks"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not numpy", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, cwd=HERE.parent,
                          check=False)

@@ -47,7 +47,7 @@ def choose_gpu_early(name: str) -> None:
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
 
 
-def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> Backend:
+def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False) -> Backend:
     """Open a backend; ``"auto"`` takes the first for host arrays that can run here. Local.
 
     Parameters
@@ -56,11 +56,13 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> B
     threads : int
     gpu : Device, optional
         For a backend that computes on one; the first one by default.
+    canonical : bool
+        Whether it is to compute in canonical order; see `Backend.accumulate`.
 
     Raises
     ------
     OptionError
-        If there is no backend of that name.
+        If there is no backend of that name, or it has no canonical order.
     BackendError
         If this machine cannot run it.
     """
@@ -70,4 +72,9 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None) -> B
     reason = reason_missing(name)
     if reason:
         raise BackendError(f"backend {name}: {reason}")
-    return backend_class(name)(threads, gpu)
+    kind = backend_class(name)
+    if canonical and not kind.canonical_tile:
+        raise OptionError(f"canonical order: expected a backend whose sums have a fixed order, numba, got {name}")
+    backend = kind(threads, gpu)
+    backend.canonical = canonical
+    return backend

@@ -41,12 +41,18 @@ class Backend:
         The ways in which it can multiply bfloat16 on this machine, as `products.bits` gives them; for `settle`.
     products : str
         The way that it takes: one of `products.PRODUCTS`.
+    canonical : bool
+        Whether it computes in canonical order: see `accumulate` and `backward`.
+    canonical_tile : int
+        Keys, and queries, of a tile in canonical order; 0 if the backend has none.
     """
 
     name = "base"
     compiles = False                  # whether `prepare` may take long
     ways = bits(["widen"])
     products = "widen"
+    canonical = False
+    canonical_tile = 0
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
@@ -172,6 +178,10 @@ class Backend:
         One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
         The result depends on the arguments and the number of threads alone.
 
+        In canonical order the state of a query has the same bits after it has met the same keys in ascending order,
+        however they are cut into blocks that begin at multiples of `canonical_tile`, whatever other queries there are,
+        and on any number of threads. If a query sees several intervals, they too are to come in ascending order.
+
         Parameters
         ----------
         state : State
@@ -202,8 +212,8 @@ class Backend:
         self.clear(gradient.dq)
         return gradient
 
-    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients of `q`, `k` and `v` what one block of K and V gives. Local.
 
         As FlashAttention-2 does (Dao 2023, algorithm 2): the weights are made again from the scores and lse. With
@@ -214,6 +224,12 @@ class Backend:
         A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through; an infinity
         may not, where it makes a weight 0. A row whose delta is not finite makes NaN of dk and dv of all it sees.
         The result depends on the arguments and the number of threads alone.
+
+        In canonical order either dq alone is asked for, with `dk` and `dv` None, or dk and dv alone, with dq None. Then
+        dq of a query has the same bits under the conditions of `accumulate`. dk and dv of a key have the same bits
+        after it has met the same queries in ascending order, however they are cut into blocks that begin at multiples
+        of `canonical_tile`, whatever other keys there are. Where some queries see a key in the first of several
+        intervals and others in the second, calls are to go tile by tile of the queries, each with all its intervals.
 
         Parameters
         ----------

@@ -56,8 +56,8 @@ class NumpyBackend(Backend):
         yield from self._run([Task(area, _forward_steps(state, block, rows, head, scratch))
                               for rows, head, area in tiles if area], k.shape[1])
 
-    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         area = int((end - begin).sum())       # all rows of a key head add to the same dk: one task
         block = _Block(q, k, v, begin, end, score)

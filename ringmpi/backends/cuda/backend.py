@@ -167,8 +167,8 @@ class CudaBackend(Backend):
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         yield from self._done(lambda: self._launch_forward(state, q, k, v, begin, end, score), begin, end)
 
-    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         yield from self._done(lambda: self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
 

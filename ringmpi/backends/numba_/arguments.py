@@ -81,6 +81,10 @@ class KernelArguments:
         slope, dropout_key, position = row_score
         return ScoreArguments(**self._score, slope=slope, dropout_key=dropout_key, position=position)
 
+    def in_tiles(self, tile: int) -> tuple[int, int]:
+        """Give the columns that some query sees, in whole tiles of the block."""
+        return self.first // tile * tile, min(-(-self.last // tile) * tile, len(self.arrays.k))
+
     def areas(self, start: int, stop: int, height: int) -> NDArray[np.int64]:
         """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
         seen = np.clip(self.arrays.end, start, stop) - np.clip(self.arrays.begin, start, stop)

@@ -3,7 +3,7 @@
 The loops over a block are in `forward` and `backward`. The result never depends on which thread was faster. With many
 rows it does not depend on the number of threads either: it has the same bits on any number. With few rows the forward
 pass splits the keys, and the backward pass splits the rows, into as many parts as the threads need; the order of sums,
-and so the last bits, then depend on the number of threads.
+and so the last bits, then depend on the number of threads. In canonical order they never do; see `Backend`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
 STEP_FLOP = 6e8             # between two yields: a few milliseconds of a core, in float32 with AVX-512
 STEP_BYTES = 2**24          # the same where memory is the limit
+CANONICAL_TILE = 32 * ROWS  # a multiple of ROWS and, on every CPU, of the widest panel; of no cache's size
 
 
 class NumbaBackend(Backend):
@@ -48,6 +49,7 @@ class NumbaBackend(Backend):
     compiles = True
     library_bytes = 46 * 2**20        # measured with Numba 0.68
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
+    canonical_tile = CANONICAL_TILE
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -92,20 +94,29 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             block = self._arguments(state.acc.dtype, q, k, v, begin, end, score)
             packed = self._reserve_forward(block)
-            return Forward(self._team, packed, self._scratch, block, _limits(), state).run()
+            return Forward(self._team, packed, self._scratch, block, _limits(), state, self.canonical).run()
 
         yield from self._run(steps, begin, end, q.shape[1])
 
-    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                 dv: NDArray[Any], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+    def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
+        wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
+        if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
+            names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
+            raise BackendError("backend numba: expected arrays for dq, dk and dv, or in canonical order for dq alone "
+                               f"or for dk and dv alone, got {names or 'none'} with "
+                               f"canonical order {'on' if self.canonical else 'off'}")
+
         def steps() -> Generator[int, None, None]:
-            acc_dtype = gradient.dq.dtype
+            acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, begin, end, score)
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype)
+            none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
-                                    gradient.dq, acc_dtype.type(score.scale))
-            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv).run()
+                                    none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
+                                    *wanted[:2])
+            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical).run()
 
         yield from self._run(steps, begin, end, q.shape[1])
 
@@ -137,9 +148,14 @@ class NumbaBackend(Backend):
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
 
+    @property
+    def _tile(self) -> int:
+        """Size of tiles that does not depend on the cache; 0: it may."""
+        return self.canonical_tile if self.canonical else 0
+
     def _reserve_forward(self, block: KernelArguments) -> PackedKV:
         """Make the work space for blocks like this one, unless the last one was."""
-        key = _forward_key(block)
+        key = *_forward_key(block), self._tile
         if self._packed is None or self._forward_key != key:
             self._scratch = []       # the old memory goes before the new comes
             self._packed = None
@@ -152,7 +168,7 @@ class NumbaBackend(Backend):
         """Make the work space for blocks with this dim, dim_v and accumulator, unless the last one was."""
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
-            self._buffers = BackwardBuffers(*key, self.threads)
+            self._buffers = BackwardBuffers(*key, self.threads, self._tile)
             self._backward_key = key
         return self._buffers
 
@@ -180,7 +196,7 @@ def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]
 
 def _prepare_forward(block: KernelArguments) -> None:
     """Compile the forward pass for a block of one key and one query."""
-    key = _forward_key(block)
+    key = *_forward_key(block), 0
     scratch = ForwardScratch(*key)
     tiles = PackedKV(*key).reserve(1, 1)
     compile_for(pack_forward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
@@ -203,7 +219,7 @@ def _prepare_backward(block: KernelArguments) -> None:
     rows = RowRange(0, 1, 0, 1)
     columns = ColumnRange(0, 0, 1)
     compile_for(pack_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
-    compile_for(backward_keys, GradientArrays(q, one, one, many, scale), block.arrays,
+    compile_for(backward_keys, GradientArrays(q, one, one, many, scale, True, True), block.arrays,
                 block.score_arguments(buffers.scratch[0].row_score), rows, columns, tiles,
                 KeySums(sums.dk[0], sums.dv[0]), buffers.scratch[0].work)
-    compile_for(add_sums, many, many, sums, scale, 0, columns, np.zeros((1, 2), np.int64))
+    compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))

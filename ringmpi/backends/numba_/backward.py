@@ -3,6 +3,10 @@
 K and V are packed a piece at a time. A task is one key head × one chunk of the rows: it makes dQ of its rows, and sums
 of dK and dV of its own, which are added up, chunk after chunk, at the end of a piece. So nothing is added by two
 threads, and the result does not depend on which was faster.
+
+In canonical order there are no chunks of a sum. dQ is made in one pass, whose tasks are chunks of the rows. dK and dV
+are made in another, whose tasks are ranges of the keys: each takes up the sums of its keys and goes through all rows,
+tile after tile.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...layout import Integers
 from ..team import Task, Team
@@ -25,7 +28,6 @@ from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
 from .tuples import BackwardTiles, ColumnRange, GradientArrays, KeySums, RowRange
 from .workspace import BackwardBuffers
 
-Array = NDArray[Any]
 SUMS_BYTES = 2**23          # of sums of dK and dV, for each thread
 
 
@@ -38,8 +40,9 @@ class Backward:
     block: KernelArguments
     limits: Limits
     gradient: GradientArrays
-    dk: Array
-    dv: Array
+    dk: Any                    # arrays, or None
+    dv: Any
+    canonical: bool
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
@@ -47,12 +50,14 @@ class Backward:
         buffers = self.buffers
         tile = self.buffers.tile
         chunks = self._chunks()
-        tiles = -(-(block.last - block.first) // tile)
+        sums = 1 if self.canonical else chunks             # of a key
+        first, last = block.in_tiles(tile) if self.canonical else (block.first, block.last)
+        tiles = -(-(last - first) // tile)
         most = max(1, min(self.limits.packed_bytes // (block.heads * buffers.tile_bytes),
-                          SUMS_BYTES * self.team.size // (block.heads * chunks * buffers.sums_bytes)))
+                          SUMS_BYTES * self.team.size // (block.heads * sums * buffers.sums_bytes)))
         keys_per_piece = -(-tiles // -(-tiles // most)) * tile
-        for start in range(block.first, block.last, keys_per_piece):
-            yield from self._piece(start, min(start + keys_per_piece, block.last), chunks)
+        for start in range(first, last, keys_per_piece):
+            yield from self._piece(start, min(start + keys_per_piece, last), chunks)
 
     def _chunks(self) -> int:
         """As few chunks of rows as give each thread as much to do."""
@@ -73,27 +78,60 @@ class Backward:
         # Pack the tiles.
         count = -(-(stop - start) // tile)
         tiles = self.buffers.reserve(heads, count)
-        sums = self.buffers.reserve_sums(heads * chunks, count * tile + ROWS)
         yield from self.team.run([uncounted_task(partial(self._pack, start, stop, a, b, tiles))
                                   for a, b in equal_parts(heads * count, TASKS * self.team.size)])
 
-        # Chunks of rows that see about as much; one key head × one chunk is a task.
+        # Ranges of columns, with all rows.
+        ranges = [ColumnRange(start, start + a * tile, min(start + b * tile, stop))
+                  for a, b in equal_parts(count, -(-TASKS * self.team.size // heads))]
+        if not self.gradient.of_queries:
+            yield from self._columns(ranges, tiles, self.buffers.reserve_sums(heads, count * tile + ROWS))
+            return
+
+        # Chunks of rows that see about as much.
         inner = np.searchsorted(before, before[-1] * np.arange(1, chunks) // chunks) * ROWS
         edges = [0, *np.minimum(inner, block.rows).tolist(), block.rows]
-        chunk_rows = [range(a, b) for a, b in itertools.pairwise(edges)]
-        seen = [block.seen(rows, start, stop) for rows in chunk_rows]
+        yield from self._rows([range(a, b) for a, b in itertools.pairwise(edges)], ranges, tiles)
+
+    def _rows(self, chunks: list[range], ranges: list[ColumnRange], tiles: BackwardTiles
+              ) -> Generator[int, None, None]:
+        """Differentiate all columns, with a task for each key head × chunk of rows."""
+        block = self.block
+        heads = self.block.heads
+        start, stop = ranges[0].start, ranges[-1].stop
+        seen = [block.seen(rows, start, stop) for rows in chunks]
+        keys = self.buffers.tile * tiles.tiles + ROWS if self.gradient.of_keys else 0
+        sums = self.buffers.reserve_sums(heads * len(chunks), keys)
         yield from self.team.run([
-            Task(area, self._steps(head, rows, ColumnRange(start, first, last), area, tiles,
-                                   KeySums(*(x[head * chunks + chunk] for x in sums))))
+            Task(area, itertools.chain(
+                [(partial(_clear, first - start, last - start, mine), 0)],
+                self._steps(head, rows, ColumnRange(start, first, last), area, tiles, mine)))
             for head in range(heads)
-            for chunk, (rows, (area, first, last)) in enumerate(zip(chunk_rows, seen, strict=True)) if area])
+            for chunk, (rows, (area, first, last)) in enumerate(zip(chunks, seen, strict=True)) if area
+            for mine in [KeySums(*(x[head * len(chunks) + chunk] for x in sums))]])
+        if not self.gradient.of_keys:
+            return
 
         # Add up the chunks' sums, in their order.
         spans = np.array([columns for _, *columns in seen], np.int64)
         yield from self.team.run([
-            uncounted_task(partial(self._add, head, ColumnRange(start, start + a * tile, min(start + b * tile, stop)),
-                                   spans, KeySums(*(x[head * chunks:(head + 1) * chunks] for x in sums))))
-            for head in range(heads) for a, b in equal_parts(count, -(-TASKS * self.team.size // heads))])
+            uncounted_task(partial(self._add, head, columns, spans,
+                                   KeySums(*(x[head * len(chunks):(head + 1) * len(chunks)] for x in sums))))
+            for head in range(heads) for columns in ranges])
+
+    def _columns(self, ranges: list[ColumnRange], tiles: BackwardTiles, sums: KeySums) -> Generator[int, None, None]:
+        """Differentiate all rows, with a task for each key head × range of columns."""
+        rows = range(self.block.rows)
+        tasks = []
+        for columns in ranges:
+            area, _, _ = self.block.seen(rows, columns.start, columns.stop)
+            for head in range(self.block.heads if area else 0):
+                mine = KeySums(*(x[head] for x in sums))
+                tasks.append(Task(area, itertools.chain(
+                    [(partial(self._take_up, head, columns, mine), 0)],
+                    self._steps(head, rows, columns, area, tiles, mine),
+                    [(partial(self._put_back, head, columns, mine), 0)])))
+        yield from self.team.run(tasks)
 
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: BackwardTiles,
                sums: KeySums) -> Iterator[tuple[Callable[[int], None], int]]:
@@ -102,7 +140,6 @@ class Backward:
         tile = self.buffers.tile
         height = self.buffers.rows
         origin, first, last = columns.origin, columns.start, columns.stop
-        yield partial(_clear, first - origin, last - origin, sums), 0
 
         # A step is some tiles of rows, or one tile of rows and some of its columns.
         pairs = self.limits.step_flop * speed(block.acc_dtype) / (5 * block.numbers)
@@ -127,7 +164,19 @@ class Backward:
                       tiles, sums, mine.work)
 
     def _add(self, head: int, columns: ColumnRange, spans: Integers, sums: KeySums, thread: int) -> None:
-        add_sums(self.dk, self.dv, sums, self.gradient.scale, head, columns, spans)
+        add_sums(self.dk, self.dv, sums, head, columns, spans)
+
+    def _take_up(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
+        """Set the sums of some keys to what there is of dk and dv."""
+        for x, total in zip((self.dk, self.dv), sums, strict=True):
+            mine = total[columns.start - columns.origin:columns.stop - columns.origin]
+            mine[:, :x.shape[2]] = x[columns.start:columns.stop, head]
+            mine[:, x.shape[2]:] = 0
+
+    def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
+        for x, total in zip((self.dk, self.dv), sums, strict=True):
+            mine = total[columns.start - columns.origin:columns.stop - columns.origin]
+            x[columns.start:columns.stop, head] = mine[:, :x.shape[2]]
 
 
 def _clear(start: int, stop: int, sums: KeySums, thread: int) -> None:

@@ -20,7 +20,7 @@ from .vector import Vectors, at, dtype_of, unpack
 
 @intrinsic
 def differentiate(context, work, row, row_keys, columns, outer, scale):  # type: ignore[no-untyped-def]
-    """Make ``exp(scale·s - lse)`` of s and ``s (dp - delta)`` of dp, for rows row..row + ROWS of a `BackwardWork`.
+    """Make p = ``exp(scale·s - lse)`` of s and ``scale·p (dp - delta)`` of dp, for a group of rows of a `BackwardWork`.
 
     Both are 0 in columns outer[0]..outer[1], multiples of the lanes, that a row does not see; see `Columns`. A weight
     is never more than 1, be lse rounded.
@@ -33,7 +33,7 @@ def differentiate(context, work, row, row_keys, columns, outer, scale):  # type:
 
         def both(i: int, j: Any, s: Any, dp: Any) -> tuple[Any, Any]:
             p = rows.weight(builder.fmul(s, scale), lse[i])
-            return p, builder.fmul(p, builder.fsub(dp, delta[i]))
+            return p, builder.fmul(builder.fmul(p, builder.fsub(dp, delta[i])), scale)
 
         rows.over(both)
         return context.get_dummy_value()
@@ -42,12 +42,13 @@ def differentiate(context, work, row, row_keys, columns, outer, scale):  # type:
 
 
 @intrinsic
-def differentiate_scored(context, work, row, row_keys, columns, outer, score):  # type: ignore[no-untyped-def]
-    """Do what `differentiate` does with the score of a `ScoreArguments`: dp becomes the gradient of scale·product."""
+def differentiate_scored(context, work, row, row_keys, columns, outer, scale, score):  # type: ignore[no-untyped-def]
+    """Do what `differentiate` does with the score of a `ScoreArguments`: dp becomes the gradient of the product."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         rows, work = _rows(context, builder, signature, values)
         v = rows.v
-        score = unpack(context, builder, signature.args[5], values[5])
+        scale = v.splat(values[5])
+        score = unpack(context, builder, signature.args[6], values[6])
         emitter = ScoreEmitter(v, score, values[1], rows.start)
         lse, delta, slope, dropout_key = (
             splats(v, x, values[1]) for x in (work.lse, work.delta, score.slope, score.dropout_key))
@@ -56,12 +57,13 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, score):  
             x, derivative = emitter.apply(s, i, j, slope)
             p = rows.weight(x, lse[i])
             dropped, dp = emitter.drop([p, dp], i, j, dropout_key)
-            return dropped, builder.fmul(builder.fmul(p, builder.fsub(dp, delta[i])), derivative)
+            ds = builder.fmul(builder.fmul(p, builder.fsub(dp, delta[i])), derivative)
+            return dropped, builder.fmul(ds, scale)
 
         rows.over(both)
         return context.get_dummy_value()
 
-    return types.void(work, row, row_keys, columns, outer, score), emit
+    return types.void(work, row, row_keys, columns, outer, scale, score), emit
 
 
 def _rows(context: Any, builder: Any, signature: Any, values: Any) -> tuple[_Rows, Any]:

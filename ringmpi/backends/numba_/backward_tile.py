@@ -6,9 +6,9 @@
     for each panel of columns of dO and Q:  dV += Pᵀ·dO, dK += dSᵀ·Q
 
 The rows of a tile are loaded once for many tiles of keys, and dQ stays with them. dK and dV are summed apart by each
-task, in rows as wide as whole vectors, since several tasks have the same keys. K, Q and dO are packed a second time, as
-values are, for the last three products; there what is not finite becomes 0: NaN has made S or dP, and so dS, NaN where
-it is seen, and where it is not seen 0 times it must be 0.
+task, in rows as wide as whole vectors, since several tasks may have the same keys. K, Q and dO are packed a second
+time, as values are, for the last three products; there what is not finite becomes 0: NaN has made S or dP, and so dS,
+NaN where it is seen, and where it is not seen 0 times it must be 0.
 """
 
 from __future__ import annotations
@@ -79,17 +79,21 @@ def pack_rows_finite(x, rows, out, height):  # type: ignore[no-untyped-def]
 
 @numba.njit(error_model="numpy")
 def load_backward_rows(block, gradient, first, count, rows, head, group, work):  # type: ignore[no-untyped-def]
-    """Set the work space to rows first..first + count of a key head; the others up to `rows` see nothing."""
+    """Take up rows first..first + count of a key head into the work space; the others up to `rows` see nothing."""
     pack_queries(block.q, first, count, head, group, work.queries[:rows])
     pack_queries(gradient.dout, first, count, head, group, work.douts[:rows])
-    pack_rows_finite(work.queries, rows, work.query_panels, len(work.s))
-    pack_rows_finite(work.douts, rows, work.dout_panels, len(work.s))
+    if gradient.of_keys:
+        pack_rows_finite(work.queries, rows, work.query_panels, len(work.s))
+        pack_rows_finite(work.douts, rows, work.dout_panels, len(work.s))
     work.dq[:rows] = 0
     for r in range(rows):
         work.low[r] = work.high[r] = 0
         if r < count:
             i, h = (first + r) // group, head * group + (first + r) % group
             delta = gradient.delta[i, h]
+            if gradient.of_queries:
+                for c in range(gradient.dq.shape[2]):
+                    work.dq[r, c] = gradient.dq[i, h, c]
             work.low[r] = block.begin[i]
             work.high[r] = max(block.begin[i], block.end[i])
             work.delta[r] = delta
@@ -99,15 +103,15 @@ def load_backward_rows(block, gradient, first, count, rows, head, group, work): 
 
 @numba.njit(error_model="numpy")
 def store_backward_rows(gradient, first, count, head, group, work):  # type: ignore[no-untyped-def]
-    """Add the work space's dQ, times the scale, to the gradient's."""
-    for r in range(count):
+    """Put the work space's dQ back into the gradient."""
+    for r in range(count if gradient.of_queries else 0):
         target, source = gradient.dq[(first + r) // group, head * group + (first + r) % group], work.dq[r]
         for c in range(len(target)):
-            target[c] += source[c] * gradient.scale
+            target[c] = source[c]
 
 
 @numba.njit(error_model="numpy")
-def backward_packed(tile, slot, work, packed, sums, sums_at, scale, score):  # type: ignore[no-untyped-def]
+def backward_packed(tile, slot, work, packed, sums, sums_at, gradient, score):  # type: ignore[no-untyped-def]
     """Add what packed tile number `slot` gives to dQ and to the task's sums, whose rows from `sums_at` on are its keys.
 
     `work.groups` says what is seen.
@@ -134,13 +138,15 @@ def backward_packed(tile, slot, work, packed, sums, sums_at, scale, score):  # t
             inner_first, inner_last = groups[g, 2], groups[g, 3]
         columns = Columns(first, inner_first, inner_last, last, tile.start)
         if score is None:
-            differentiate(work, g, s.shape[1], columns, outer, scale)
+            differentiate(work, g, s.shape[1], columns, outer, gradient.scale)
         else:
-            differentiate_scored(work, g, s.shape[1], columns, outer, score)
+            differentiate_scored(work, g, s.shape[1], columns, outer, gradient.scale, score)
 
-    add_queries(tile.rows, work, Contiguous(packed.k_as_values, k_as_values_at), packed.tile)
-    add_keys(low, high, s, work.dout_panels, work.spans, sums.dv, sums_at)
-    add_keys(low, high, dp, work.query_panels, work.spans, sums.dk, sums_at)
+    if gradient.of_queries:
+        add_queries(tile.rows, work, Contiguous(packed.k_as_values, k_as_values_at), packed.tile)
+    if gradient.of_keys:
+        add_keys(low, high, s, work.dout_panels, work.spans, sums.dv, sums_at)
+        add_keys(low, high, dp, work.query_panels, work.spans, sums.dk, sums_at)
 
 
 @numba.njit(error_model="numpy")

@@ -71,7 +71,7 @@ def _forward(digest: str) -> tuple[Any, ...]:
     def forward_keys(state, block, score, rows, columns, packed, work):  # type: ignore[no-untyped-def]
         """Fold a range of columns of a block into a range of rows.
 
-        The rows stay in the work space from a `fresh` call to the `final` one, which merges them into the state.
+        The rows stay in the work space from a `fresh` call to the `final` one, which puts them back into the state.
         `score` is None for a plain score. Several heads go tile by tile, since the keys of a token lie side by side.
         """
         digest                          # noqa: B018
@@ -82,7 +82,7 @@ def _forward(digest: str) -> tuple[Any, ...]:
         whole = -(-n_rows // ROWS) * ROWS
         for h in range(rows.heads if columns.fresh else 0):
             mine = work_from(work, h * whole)
-            load_forward_rows(block, state.row_max, rows.first, n_rows, whole, rows.head + h, group, mine)
+            load_forward_rows(block, state, rows.first, n_rows, whole, rows.head + h, group, mine)
             load_row_scores(rows.first, n_rows, whole, rows.head + h, group, score_arguments_from(score, h * whole))
 
         a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
@@ -124,7 +124,7 @@ def _backward(digest: str) -> tuple[Any, ...]:
     def backward_keys(gradient, block, score, rows, columns, packed, sums, work):  # type: ignore[no-untyped-def]
         """Add what a range of columns of a block gives to dQ of a range of rows, and to `sums` of dK and dV.
 
-        The first row of the sums is that of column `origin`; their dK is not multiplied by the scale yet.
+        The first row of the sums is that of column `origin`. Tiles of rows begin with the first row.
         """
         digest                          # noqa: B018
         head = rows.head
@@ -143,10 +143,10 @@ def _backward(digest: str) -> tuple[Any, ...]:
                 find_groups(whole, work.low, work.high, at, n, lanes(gradient.dq), work.groups)
                 if any_sees(whole, work.groups):
                     slot = head * packed.tiles + (at - origin) // tile
-                    backward_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, block.scale, score)
+                    backward_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, gradient, score)
             store_backward_rows(gradient, first, count, head, group, work)
 
-    def add_sums(dk, dv, sums, scale, head, columns, spans):  # type: ignore[no-untyped-def]
+    def add_sums(dk, dv, sums, head, columns, spans):  # type: ignore[no-untyped-def]
         """Add the sums of all chunks of a key head to a range of rows of dk and dv.
 
         A chunk of rows saw columns spans[chunk] alone; its sums begin at column `origin`.
@@ -156,7 +156,7 @@ def _backward(digest: str) -> tuple[Any, ...]:
             for j in range(max(columns.start, spans[chunk, 0]), min(columns.stop, spans[chunk, 1])):
                 x, y = sums.dk[chunk, j - columns.origin], sums.dv[chunk, j - columns.origin]
                 for c in range(dk.shape[2]):
-                    dk[j, head, c] += x[c] * scale
+                    dk[j, head, c] += x[c]
                 for c in range(dv.shape[2]):
                     dv[j, head, c] += y[c]
 

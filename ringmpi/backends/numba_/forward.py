@@ -8,6 +8,9 @@ Two ways through a block, after what there is to reuse:
   came: a range of keys of one key head × all rows, into a state of its own; the states are merged at the end.
 
 A row is a query and a head: the heads of a group share the packed keys.
+
+In canonical order every block goes the way of many rows, and its tiles begin at multiples of their keys: what is done
+to a row then depends on nothing but the row and its keys, one tile after the other.
 """
 
 from __future__ import annotations
@@ -43,10 +46,12 @@ class Forward:
     block: KernelArguments
     limits: Limits
     state: State
+    canonical: bool
 
     def run(self) -> Generator[int, None, None]:
         """Fold the block into the state; yields rows × keys done since the last yield."""
-        return self._few_rows() if self.block.rows <= self.packed.rows else self._many_rows()
+        few = self.block.rows <= self.packed.rows and not self.canonical
+        return self._few_rows() if few else self._many_rows()
 
     def _many_rows(self) -> Generator[int, None, None]:
         """Pack tiles for all, then fold them into tiles of rows."""
@@ -60,9 +65,10 @@ class Forward:
         step = self._step(min(height, block.rows))
         state = StateArrays(self.state.acc, self.state.row_max, self.state.row_sum)
 
+        first, last = block.in_tiles(tile) if self.canonical else (block.first, block.last)
         keys_per_piece = max(1, self.limits.packed_bytes // (block.heads * packed.tile_bytes)) * tile
-        for start in range(block.first, block.last, keys_per_piece):
-            stop = min(start + keys_per_piece, block.last)
+        for start in range(first, last, keys_per_piece):
+            stop = min(start + keys_per_piece, last)
             tiles = packed.reserve(block.heads, -(-(stop - start) // tile))
             yield from self.team.run([uncounted_task(partial(self._pack, start, stop, a, b, tiles))
                                       for a, b in equal_parts(block.heads * tiles.tiles, least)])

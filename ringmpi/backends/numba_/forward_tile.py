@@ -20,7 +20,7 @@ import numpy as np
 from .pack import lanes, pack_keys, pack_queries, pack_values, panels, place_of, weight, widen
 from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
 from .score_rows import apply_dropout, apply_score
-from .softmax_rows import exponential, raise_maxima, weigh
+from .softmax_rows import multiply_add, raise_maxima, weigh
 from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
 from .vector import machine
 
@@ -28,14 +28,14 @@ MOST_ROWS = 32 * ROWS
 MOST_KEYS = 128
 
 
-def forward_tile_shape(depth: int, width: int, item: int, cache: int) -> tuple[int, int]:
+def forward_tile_shape(depth: int, width: int, item: int, cache: int, keys: int = 0) -> tuple[int, int]:
     """Rows and keys of a tile for keys of `depth` and values of `width` numbers of `item` bytes.
 
-    The keys are a multiple of the widest panel; their K and V fill at most a quarter of a cache of `cache` bytes, and
-    Q, S and acc of the rows what is left of its half.
+    The keys, unless they are given, are a multiple of the widest panel; their K and V fill at most a quarter of a cache
+    of `cache` bytes, and Q, S and acc of the rows what is left of its half.
     """
     wide = VECTORS * machine().vector_bytes // item
-    keys = max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
+    keys = keys or max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
     rows = (cache // 2 - keys * (depth + width) * item) // ((depth + width + keys) * item)
     return max(8 * ROWS, min(MOST_ROWS, rows // ROWS * ROWS)), keys
 
@@ -93,8 +93,9 @@ def weigh_groups(tile, work, p, scale, score):  # type: ignore[no-untyped-def]
 def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-def]
     """Add P·V to acc, V of packed tile number `slot`.
 
-    Where it is not all finite, rows take the values as they came and multiply only what they see. The last panel asks
-    for the keys of the next tile.
+    Where it is not all finite, rows take the values as they came and multiply only what they see. A sum is made of the
+    same operations either way; with pairs, where it can't be, all rows go the same way. The last panel asks for the
+    keys of the next tile.
     """
     k, v = block.k, block.v
     p = work.p
@@ -119,7 +120,7 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
         share = -(-width * ROWS // rows) * item
         for g in range(0, rows, ROWS):
             first, last = groups[g, 0], groups[g, 1]
-            if first < last and (finite or is_even(groups, g)):
+            if first < last and (finite or (step == 1 and is_even(groups, g))):
                 first //= step
                 add_product(Strided(p, g * p.shape[1] + first, p.shape[1]), Contiguous(values, place + first * width),
                             Strided(acc, g * columns + column, columns), -(-last // step) - first,
@@ -128,7 +129,7 @@ def multiply_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped
         place += depth * width
     if not finite:
         for g in range(0, rows, ROWS):
-            if groups[g, 0] < groups[g, 1] and not is_even(groups, g):
+            if groups[g, 0] < groups[g, 1] and not (step == 1 and is_even(groups, g)):
                 for r in range(g, g + ROWS):
                     add_seen(r, tile, work, v)
 
@@ -143,8 +144,9 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
     for c in range(v.shape[2]):
         total = row.dtype.type(0)
         for j in range(a, b):
-            total += weight(p, r, j) * widen(v.array[place_of(v, tile.start + j, tile.head) + c])
-        row[c] = row[c] * shrink + total
+            value = widen(v.array[place_of(v, tile.start + j, tile.head) + c])
+            total = multiply_add(weight(p, r, j), row.dtype.type(value), total)
+        row[c] = multiply_add(row[c], shrink, total)
 
 
 @numba.njit(error_model="numpy")
@@ -216,36 +218,37 @@ def is_even(groups, g):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy")
-def load_forward_rows(block, row_max, first, count, rows, head, group, work):  # type: ignore[no-untyped-def]
-    """Set the work space to rows first..first + count of a key head; the others up to `rows` see what the last does.
+def load_forward_rows(block, state, first, count, rows, head, group, work):  # type: ignore[no-untyped-def]
+    """Take up rows first..first + count of a key head into the work space; the others up to `rows` do as the last.
 
-    `row_max` is the state's.
+    What a row has summed goes on where it stood, so that the sum does not depend on where calls begin and end.
     """
+    dim_v = state.acc.shape[2]
     pack_queries(block.q, first, count, head, group, work.queries[:rows])
     for r in range(rows):
         i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
         work.low[r] = block.begin[i]
         work.high[r] = max(block.begin[i], block.end[i])
-        work.row_max[r] = row_max[i, h]
-        work.row_sum[r] = 0
-        for c in range(work.acc.shape[1]):
+        work.row_max[r] = state.row_max[i, h]
+        work.row_sum[r] = state.row_sum[i, h]
+        for c in range(dim_v):
+            work.acc[r, c] = state.acc[i, h, c]
+        for c in range(dim_v, work.acc.shape[1]):
             work.acc[r, c] = 0
 
 
 @numba.njit(error_model="numpy")
 def store_forward_rows(state, first, count, head, group, work):  # type: ignore[no-untyped-def]
-    """Merge the work space into the state; rows that saw nothing stay as they are."""
-    row_max = work.row_max
+    """Put the work space back into the state; rows that saw nothing stay as they are."""
     for r in range(count):
         if work.low[r] >= work.high[r]:
             continue
         i, h = (first + r) // group, head * group + (first + r) % group
-        shrink = exponential(state.row_max[i, h] - (row_max[r] if row_max[r] > -np.inf else row_max.dtype.type(0)))
         row, new = state.acc[i, h], work.acc[r]
         for c in range(len(row)):
-            row[c] = row[c] * shrink + new[c]
-        state.row_sum[i, h] = state.row_sum[i, h] * shrink + work.row_sum[r]
-        state.row_max[i, h] = row_max[r]
+            row[c] = new[c] + 0          # -0 becomes 0: what others of the group saw may have made 0 of it, or not
+        state.row_sum[i, h] = work.row_sum[r]
+        state.row_max[i, h] = work.row_max[r]
 
 
 @numba.njit

@@ -56,17 +56,22 @@ class StateArrays(NamedTuple):
 
 
 class GradientArrays(NamedTuple):
-    """The arrays of a `softmax.Gradient`, dout as `Tokens`, and the scale by which dQ and dK are multiplied."""
+    """The arrays of a `softmax.Gradient`, dout as `Tokens`, the scale of the products, and which gradients are wanted.
+
+    Without `of_queries` there is no dQ, and dq is not touched; without `of_keys` there are no dK and dV.
+    """
 
     dout: Any
     lse: Any
     delta: Any
     dq: Any
     scale: Any
+    of_queries: Any
+    of_keys: Any
 
 
 class KeySums(NamedTuple):
-    """Sums of dK, not multiplied by the scale yet, and of dV: (keys, width), or (chunks, keys, width)."""
+    """Sums of dK and of dV: (keys, width), or (chunks, keys, width)."""
 
     dk: Any
     dv: Any

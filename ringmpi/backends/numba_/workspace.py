@@ -47,12 +47,14 @@ class PackedKV:
     acc_dtype : dtype
     pairs : bool
         Whether bfloat16 is multiplied in pairs, which are uint32.
+    keys : int
+        Of a tile; 0: as many as fit the cache.
     """
 
-    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool) -> None:
+    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool, keys: int) -> None:
         self.words = np.dtype(np.uint32) if pairs else acc_dtype
         self.width = in_vectors(dim_v, acc_dtype)
-        self.rows, self.tile = forward_tile_shape(depth, self.width, acc_dtype.itemsize, cache_bytes(2))
+        self.rows, self.tile = forward_tile_shape(depth, self.width, acc_dtype.itemsize, cache_bytes(2), keys)
         self._sizes = self.tile * depth, self.tile * self.width // (2 if pairs else 1)
         self._arrays: tuple[Array, ...] = (np.empty(0, self.words), np.empty(0, self.words), np.empty(0, np.bool_))
 
@@ -74,8 +76,8 @@ class PackedKV:
 class ForwardScratch:
     """What a thread needs to fold tiles into a tile of rows, and one packed tile of its own."""
 
-    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool) -> None:
-        packed = PackedKV(depth, dim_v, acc_dtype, pairs)
+    def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool, keys: int) -> None:
+        packed = PackedKV(depth, dim_v, acc_dtype, pairs, keys)
         n = packed.rows
         scores = aligned((n, packed.tile), acc_dtype)
         weights = aligned((n, packed.tile // 2), np.uint32) if pairs else scores
@@ -103,12 +105,15 @@ class BackwardBuffers:
         Numbers of a key and a value.
     acc_dtype : dtype
     threads : int
+    tile : int
+        Rows and keys of a tile; 0: as many as fit the cache.
     """
 
-    def __init__(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], threads: int) -> None:
+    def __init__(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], threads: int, tile: int = 0) -> None:
         self.acc_dtype = acc_dtype
         self.widths = in_vectors(dim, acc_dtype), in_vectors(dim_v, acc_dtype)
-        self.rows, self.tile = backward_tile_shape(*self.widths, acc_dtype.itemsize, cache_bytes(2))
+        self.rows, self.tile = (tile, tile) if tile else backward_tile_shape(*self.widths, acc_dtype.itemsize,
+                                                                            cache_bytes(2))
         self.scratch = [BackwardScratch(dim, dim_v, acc_dtype, self.rows, self.tile) for _ in range(threads)]
         self._sizes = self.tile * dim, self.tile * dim_v, self.tile * self.widths[0]
         self._packed: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in self._sizes)
