@@ -395,7 +395,8 @@ class RingAttention:
         if plan is None:
             raise InternalError("a plan is missing")
         needed = np.unpackbits(np.stack(bits), axis=1, count=self.schedule.keys).astype(bool)
-        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)])
+        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)],
+                           [parts[-1].columns.stop for parts in plan.parts])
         return plan
 
     def close(self) -> None:

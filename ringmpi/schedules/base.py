@@ -8,7 +8,7 @@ the group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from .links import Array, Link, Shape, Transfer
 from .mover import Mover
 from .waits import Vote
 
-TAGS = NOTICE_TAG // 3      # that many for blocks, and for gradients that are passed on; one for those that come home
+# For each of two ways round: that many for blocks, and for gradients that are passed on; one for those that come home.
+TAGS = NOTICE_TAG // 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,12 @@ class Route:
     ----------
     needed : bool array of shape (size, size)
         ``needed[member, source]``: member computes with the block of source.
+    tokens : sequence of int
+        Of each member's block; where a carrier that cuts blocks shall reserve, or say its steps, before it has any.
     """
 
     needed: NDArray[np.bool_]
+    tokens: Sequence[int] = ()
 
     @cached_property
     def first(self) -> list[int]:
@@ -67,7 +71,7 @@ class Blocks:
 
     Attributes
     ----------
-    own : sequence of C-contiguous arrays
+    own : sequence of C-contiguous arrays of shape (batch, tokens, ...)
         This member's block, in the memory of the links.
     shapes : for each member, the shapes of its arrays
         Their dtypes are the same on all.
@@ -89,7 +93,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Work:
-    """An item of work: the queries of this member with the keys and values of a member.
+    """An item of work: the queries of this member with keys and values of a member.
 
     Attributes
     ----------
@@ -101,6 +105,8 @@ class Work:
         The block, valid until the next item is asked for.
     gradients : tuple of arrays
         In a backward pass, arrays to add this member's share to before the next item is asked for.
+    columns : slice
+        The tokens of the block that are in `arrays`, and in `gradients`.
     following : int, optional
         The `source` of this member's next item; None after the last.
     """
@@ -109,6 +115,7 @@ class Work:
     source: int
     arrays: tuple[Array, ...]
     gradients: tuple[Array, ...]
+    columns: slice
     following: int | None
 
 
@@ -145,6 +152,7 @@ class Carrier(Mover):
 
     name = ""
     path_text = ""              # how a block reaches n other ranks, for display: "in {} hops"
+    host_only = False           # whether it moves no blocks in the memory of GPUs
 
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
@@ -264,10 +272,16 @@ class Carrier(Mover):
 
     def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
         """Make the item of work of a step."""
-        group = self.group
-        later = (group.upstream(number) for number in range(step.step + 1, group.size))
-        following = next((source for source in later if route.needed[group.index, source]), None)
-        return Work(step, group.upstream(step.step), arrays, gradients, following)
+        following = self._next_needed(route, self._sources_from(step.step + 1))
+        return Work(step, self.group.upstream(step.step), arrays, gradients, slice(None), following)
+
+    def _sources_from(self, number: int) -> Iterator[int]:
+        """Give the members whose blocks come by from a step on, in the order in which this one computes with them."""
+        return (self.group.upstream(hop) for hop in range(number, self.group.size))
+
+    def _next_needed(self, route: Route, sources: Iterable[int]) -> int | None:
+        """Give the first of some members whose block this one needs."""
+        return next((source for source in sources if route.needed[self.group.index, source]), None)
 
     def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
         """Wait for some transfers, and the answer of all ranks; let all advance; return the seconds it took."""

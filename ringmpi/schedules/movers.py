@@ -13,12 +13,13 @@ from .head_exchange import HeadExchange
 from .links import Array, Link
 from .query_exchange import QueryExchange
 
-_CLASSES = {"ring": "Ring", "gather": "Gather"}      # each in the module of its name
+_CLASSES = {"ring": "Ring", "gather": "Gather", "two-way": "TwoWay"}      # each in the module of its name
 
 
 def carrier_class(name: str) -> type[Carrier]:
     """Give the class of a carrier, imported only when it is needed. Local."""
-    return cast("type[Carrier]", getattr(importlib.import_module(f".{name}", __package__), _CLASSES[name]))
+    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    return cast("type[Carrier]", getattr(module, _CLASSES[name]))
 
 
 class Movers:

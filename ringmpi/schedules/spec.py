@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-CARRIERS = ("ring", "gather")
+CARRIERS = ("ring", "gather", "two-way")
 NAMES = ("ring", "gather", "queries", "mesh", "heads")
 
 
