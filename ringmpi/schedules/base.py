@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..mpi.comm import Comm
 from ..mpi.notices import NOTICE_TAG
 from ..trace import Step, Trace
+from .grid import Grid
 from .group import Group
 from .links import Array, Link, Shape, Transfer
 from .mover import Mover
@@ -153,6 +154,7 @@ class Carrier(Mover):
     name = ""
     path_text = ""              # how a block reaches n other ranks, for display: "in {} hops"
     host_only = False           # whether it moves no blocks in the memory of GPUs
+    in_place = False            # whether blocks are read where their owners have put them, and none is sent
 
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
@@ -162,6 +164,26 @@ class Carrier(Mover):
         self._add = add
         self._step = Step(0, comm.rank)
         self._vote: Vote | None = None
+
+    @classmethod
+    def check(cls, grid: Grid, on_gpu: bool) -> None:
+        """Raise `OptionError`, the same on all ranks, unless blocks can be carried so. Local.
+
+        Parameters
+        ----------
+        grid : Grid
+        on_gpu : bool
+            Whether ranks compute on GPUs.
+        """
+
+    def connect(self) -> None:
+        """Make sure that the members can reach each other. Collective over *comm*.
+
+        Raises
+        ------
+        OptionError
+            If some can't; the same on every rank.
+        """
 
     def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:

@@ -13,7 +13,7 @@ from .head_exchange import HeadExchange
 from .links import Array, Link
 from .query_exchange import QueryExchange
 
-_CLASSES = {"ring": "Ring", "gather": "Gather", "two-way": "TwoWay"}      # each in the module of its name
+_CLASSES = {"ring": "Ring", "gather": "Gather", "two-way": "TwoWay", "window": "Window"}    # in modules of their names
 
 
 def carrier_class(name: str) -> type[Carrier]:
