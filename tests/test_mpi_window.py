@@ -131,3 +131,26 @@ def test_a_rank_that_does_not_come_is_named(comm, backward):
     pattern = rf"window step \d of \d: waited for rank 1 to have ({what})"
     assert any(re.search(pattern, text) for text in everyone), everyone
     assert all(everyone[:1] + everyone[2:]), everyone
+
+
+def test_memory_that_is_gone_in_mid_pass(comm, monkeypatch):
+    """Its owner was killed, say: word of it is waited for, as for a message."""
+    if comm.size < 2:
+        pytest.skip("takes two")
+
+    def gone(handle):
+        raise FileNotFoundError(2, "No such file")
+
+    world, said = World(comm.Dup(), "host", 1, timeout=0.5, carrier="window"), ""
+    if comm.rank == 1:
+        monkeypatch.setattr(shared_memory, "_opened", gone)
+    comm.Barrier()
+    try:
+        world.pass_round([5] * comm.size)
+    except (RingTimeout, RankLost) as error:
+        said = str(error)
+        world.carrier.abandon(error)
+    everyone = comm.allgather(said)
+    assert "window step 0 of" in everyone[1] or "window step 1 of" in everyone[1], everyone
+    assert "waited for rank 0, whose shared memory is gone, for 0.5 s" in everyone[1], everyone
+    assert everyone[0], everyone
