@@ -93,7 +93,9 @@ class Window(Carrier):
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
         """Make shared memory for what others need of this member; see `Carrier.reserve`. Local."""
         size, index = self.group.size, self.group.index
-        if size > 1 and self._users(route, index):
+        if size == 1:
+            return
+        if self._users(route, index):
             self._segment = self._segment or Segment()
             self._segment.reserve(_gradients_at(sizes[index]) + (sum(gradient_sizes[index]) if gradient_sizes else 0))
         self._there.reserve([HANDLE_BYTES] * size)
