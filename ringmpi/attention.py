@@ -82,8 +82,8 @@ class RingAttention:
         results are those of the ring, bit for bit. ``"queries"``: keys stay, queries and their results travel, which
         suits few queries. ``"mesh"``: ranks in a square share queries along one side and keys along the other.
         ``"heads"``: tokens are exchanged for heads, whose number the ranks must divide. A `Schedule`, or text like
-        ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination, and has carriers of its own:
-        ``broadcast`` brings blocks of keys to all ranks in one order. Results are equal to rounding.
+        ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination; it has carriers that have no name
+        here: `broadcast`, `two-way`, `window`. Results are equal to rounding.
     bfloat16_products : {"auto", "widen", "pairs"}
         How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
         rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
@@ -392,6 +392,9 @@ class RingAttention:
         self._engine.move_to(records.gpus)
         layouts = self._problem.resolve(records)
         grid = self._problem.grid(self.schedule, self._comm.nodes, records)
+        carrier = self._engine.movers(grid).carrier
+        carrier.check(grid, self.transport is not None)
+        carrier.connect()
         plan: Plan | None = None
         needs = np.zeros(self.schedule.keys, bool)
         with self._comm.noting() as failures:
@@ -403,7 +406,8 @@ class RingAttention:
         if plan is None:
             raise InternalError("a plan is missing")
         needed = np.unpackbits(np.stack(bits), axis=1, count=self.schedule.keys).astype(bool)
-        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)])
+        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)],
+                           [parts[-1].columns.stop for parts in plan.parts])
         return plan
 
     def close(self) -> None:

@@ -153,7 +153,7 @@ class Pass:
             self._run(work, (
                 backend.accumulate(_part(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
                                    score)
-                for i, columns, begin, end, score in plan.tasks(work.source, part, call.dropout_keys)))
+                for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys)))
         own = [_part(state, slice(plan.own_rows)) for state in states]
         arrays = [x for state in states for x in _arrays(state)]
         if plan.replicated:
@@ -240,7 +240,7 @@ class Pass:
             self._run(work, (
                 backend.backward(_part(gradients[i], part), q[i, part], k[i, columns], v[i, columns], dk[i, columns],
                                  dv[i, columns], begin, end, score)
-                for i, columns, begin, end, score in plan.tasks(work.source, part, self.call.dropout_keys)))
+                for i, columns, begin, end, score in plan.tasks(work, part, self.call.dropout_keys)))
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .layout import Integers, Layout
 from .mask import Interval
-from .schedules.base import Route
+from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
 from .schedules.head_exchange import Tokens
 from .score import Score
@@ -146,22 +146,29 @@ class Plan:
         if source is not None and self._prefetched[0] != source:
             self._prefetched = source, self._columns(source)
 
-    def tasks(self, source: int, rows: slice, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
-        """Give what a backend has to do with some rows and the block of a rank that shares keys. Local.
+    def tasks(self, work: Work, rows: slice, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
+        """Give what a backend has to do with some rows, and the block or columns of a block that came by. Local.
 
         Parameters
         ----------
-        source : int
-            The number of the rank.
+        work : Work
         rows : slice
         dropout_keys : uint32 array of shape (batch, all heads)
         """
+        source = work.source
         columns = self._prefetched[1] if self._prefetched[0] == source else self._columns(source)
+        first, last, _ = work.columns.indices(self.parts[source][-1].columns.stop)
         for part, intervals in zip(self.parts[source], columns, strict=True):
-            score = self._score_of(part, rows)
+            cut = slice(max(first, part.columns.start), min(last, part.columns.stop))
+            if cut.start >= cut.stop:
+                continue
+            inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
+            score = self._score_of(part, inside, rows)
             for begin, end in intervals:
+                if cut != part.columns:
+                    begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
                 for number in range(self.batch):
-                    yield Task(number, part.columns, begin[rows], end[rows],
+                    yield Task(number, slice(cut.start - first, cut.stop - first), begin[rows], end[rows],
                                score.of_dropout_keys(dropout_keys[number, self.share.queries]))
 
     def _columns(self, source: int) -> list[list[Interval]]:
@@ -177,12 +184,12 @@ class Plan:
             count = count + self.kv_layout.count_below(x, rank)
         return count
 
-    def _score_of(self, part: Part, rows: slice) -> Score:
-        """Give the score for some rows and a part of a block."""
+    def _score_of(self, part: Part, inside: slice, rows: slice) -> Score:
+        """Give the score for some rows and columns of a part of a block."""
         if not self.score.positional:
             return self.score
         keys = np.concatenate([self.kv_layout.positions(rank) for rank in part.ranks])
-        return replace(self.score, queries=self.score.queries[rows]).of_keys(keys)
+        return replace(self.score, queries=self.score.queries[rows]).of_keys(keys[inside])
 
 
 def increasing(layout: Layout, ranks: Sequence[int]) -> list[Part]:

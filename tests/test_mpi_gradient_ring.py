@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from fake_device import FakeDevice
-from test_mpi_link import CHUNK, LINKS, TOKENS
+from test_mpi_link import CHUNK, TOKENS, WAYS, messages_left
 
 from ringmpi import RankLost, RingTimeout
 from ringmpi.mpi.comm import private_comm
@@ -16,7 +16,6 @@ from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.group import Group
 from ringmpi.schedules.links import HostLink
 from ringmpi.schedules.movers import carrier_class
-from ringmpi.schedules.spec import CARRIERS
 from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
@@ -59,7 +58,7 @@ class World:
     def pass_round(self, tokens, needed, dtype, each=lambda step: None, stop=None):
         """Each rank adds numbers to the gradients of what it needs; give ours, what they should be, and the trace."""
         rank, size = self.comm.rank, self.comm.size
-        shapes = [[(n, 2), (n, 4)] for n in tokens]
+        shapes = [[(2, n, 1), (2, n, 2)] for n in tokens]
         shares = [[[self.random.integers(0, 99, shape).astype(dtype) for shape in shapes[source]]
                    for source in range(size)] for _ in range(size)]
         new = np.empty if self.kind == "host" else self.device.empty
@@ -69,7 +68,7 @@ class World:
         trace = Trace()
         for work in self.carrier.backward(Blocks(arrays, shapes), Blocks(mine, shapes), Route(needed), trace, stop):
             for x, share in zip(work.gradients, shares[rank][work.source], strict=True):
-                self.add(x, share)
+                self.add(x, share[:, work.columns])
             self.carrier.progress()
             each(work.step.step)
         if self.device:
@@ -83,8 +82,7 @@ def host(x):
     return x if isinstance(x, np.ndarray) else x.host
 
 
-@pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize(("kind", "carrier"), WAYS)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_sum_of_all_shares_comes_home(comm, kind, carrier, seed):
     """Several rounds on the same buffers, which grow; in some nobody needs a block, or but few do."""
@@ -95,7 +93,7 @@ def test_the_sum_of_all_shares_comes_home(comm, kind, carrier, seed):
         dtype = np.dtype(np.float64 if turn % 2 else np.float32)
         got, want, trace = world.pass_round(tokens, needed, dtype)
         sizes = [[2 * n * dtype.itemsize, 4 * n * dtype.itemsize] for n in tokens]
-        messages = world.carrier.steps(Route(needed), [[8 * n, 16 * n] for n in tokens], sizes)
+        messages = world.carrier.steps(Route(needed, tokens), [[8 * n, 16 * n] for n in tokens], sizes)
         outcomes.append(([(a == b).all() for a, b in zip(got, want, strict=True)], trace.steps, messages))
     for right, steps, messages in outcomes:
         assert all(right)
@@ -103,8 +101,7 @@ def test_the_sum_of_all_shares_comes_home(comm, kind, carrier, seed):
             assert step.gradient_bytes_sent == sum(x.nbytes for x in said if x.source == comm.rank and x.gradients)
 
 
-@pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize(("kind", "carrier"), WAYS)
 def test_a_pass_that_stops_leaves_nothing_behind(comm, kind, carrier):
     """After it gradients come home as if it had not been."""
     world, size, right = World(comm, kind, 1, carrier=carrier), comm.size, []
@@ -114,6 +111,7 @@ def test_a_pass_that_stops_leaves_nothing_behind(comm, kind, carrier):
         _, _, trace = world.pass_round(tokens, needed, np.dtype("f4"),
                                        stop=lambda asked=asked, at=at: next(asked) == at and comm.rank == 0)
         right.append(len(trace.steps) == at + 1)
+        right.append(not messages_left(comm))
         got, want, _ = world.pass_round(tokens, needed, np.dtype("f4"))
         right.append(all((a == b).all() for a, b in zip(got, want, strict=True)))
     assert all(right)
@@ -136,8 +134,7 @@ def test_sums_come_in_while_a_rank_computes(comm):
     assert all(there)
 
 
-@pytest.mark.parametrize("kind", LINKS)
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize(("kind", "carrier"), WAYS)
 def test_nothing_that_is_under_way_is_freed_after_an_error(comm, kind, carrier):
     if comm.size == 1:
         pytest.skip("takes two")

@@ -14,6 +14,7 @@ from ringmpi import Mask, RankLost, RingAttention, RingTimeout, Schedule
 from ringmpi.mpi.comm import private_comm
 from ringmpi.schedules.base import TAGS, Route
 from ringmpi.schedules.broadcast import Broadcast
+from ringmpi.schedules.movers import carrier_class
 from ringmpi.schedules.relays import Tree
 from ringmpi.schedules.spec import CARRIERS
 
@@ -45,7 +46,7 @@ def posted(comm, monkeypatch):
     return log
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("carrier", [carrier for carrier in CARRIERS if not carrier_class(carrier).in_place])
 def test_what_is_sent_is_what_steps_says(comm, carrier, posted):
     """In 200 random cases, both ways, with blocks of any size that any ranks need."""
     random, rank, size = np.random.default_rng(3), comm.rank, comm.size
@@ -63,14 +64,14 @@ def test_what_is_sent_is_what_steps_says(comm, carrier, posted):
         else:
             sums = [[16 * n, 32 * n] for n in tokens]
             _, _, trace = worlds[gradients, kind].pass_round(tokens, needed, np.dtype("f8"))
-        said = worlds[blocks, kind].carrier.steps(Route(needed), [[8 * n, 16 * n] for n in tokens], sums)
+        said = worlds[blocks, kind].carrier.steps(Route(needed, tokens), [[8 * n, 16 * n] for n in tokens], sums)
         outcomes.append((said, trace.steps, [tuple(entry) for entry in posted]))
     for said, steps, done in outcomes:
         messages = [message for step in said for message in step]
         for call, end, other in (("Isend", "source", "dest"), ("Irecv", "dest", "source")):
             mine = [x for x in messages if getattr(x, end) == rank]
-            assert Counter((peer, nbytes, tag >= TAGS) for what, peer, tag, nbytes in done if what == call) == Counter(
-                (getattr(x, other), x.nbytes, x.gradients) for x in mine)
+            assert Counter((peer, nbytes, tag % (3 * TAGS) >= TAGS) for what, peer, tag, nbytes in done
+                           if what == call) == Counter((getattr(x, other), x.nbytes, x.gradients) for x in mine)
         for step, these in zip(steps, said, strict=True):
             sent = [sum(x.nbytes for x in these if x.source == rank and x.gradients is home) for home in (False, True)]
             assert sent == [step.bytes_sent, step.gradient_bytes_sent]
@@ -99,7 +100,7 @@ def test_a_broadcast_takes_blocks_in_one_order_on_all_ranks(comm, kind):
     for turn in range(4):
         needed = world.random.random((comm.size, comm.size)) < (1.0, 0.6, 1.0, 0.3)[turn]
         got, sent, _ = world.pass_round([24] * comm.size, needed, lambda _: time.sleep(mine.random() * 0.01))
-        seen.append((blocks.same(got, sent), list(got), np.flatnonzero(needed[comm.rank]).tolist()))
+        seen.append((blocks.same(got, sent), blocks.sources_of(got), np.flatnonzero(needed[comm.rank]).tolist()))
     for right, order, wanted in seen:
         assert right
         assert order == wanted

@@ -1,4 +1,4 @@
-"""Every carrier gives what the ring gives, bit for bit; which schedules there are. Runs under mpiexec."""
+"""The gather gives what the ring gives, bit for bit; which schedules there are. Runs under mpiexec."""
 
 import time
 
@@ -90,6 +90,7 @@ def test_a_schedule_is_one_of_those_there_are_and_the_same_everywhere(comm):
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_an_object_that_a_callback_closes(comm, carrier):
     """The call ends as it would have, and keeps nothing for a backward pass."""
+    schedule = Schedule(keys=comm.size, carrier=carrier)
     x = np.random.default_rng(comm.rank).standard_normal((9, 2, 8)).astype("f4")
     schedule = Schedule(keys=comm.size, carrier=carrier)
     with RingAttention(comm, schedule=schedule, timeout=60) as attention:

@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 from test_strided import backwards, longer, torch_order
 
-from ringmpi import Mask, RingAttention
+from ringmpi import Mask, RingAttention, Schedule
 from ringmpi.dtypes import DTYPES
 from ringmpi.schedules.spec import CARRIERS
 
 pytestmark = pytest.mark.mpi
 
+WHOLE = ("ring", "gather", "broadcast")             # carriers that send a block as it is
+
 
 def passes(comm, schedule, mask, given):
     """Everything that comes out of two calls, and the bytes that this rank has packed at most."""
     results = []
+    schedule = Schedule(keys=comm.size, carrier=schedule)
     with RingAttention(comm, schedule=schedule, mask=Mask(**mask), timeout=60, threads=1) as attention:
         for _ in range(2):
             out, lse = attention(*given, return_lse=True)
@@ -36,7 +39,8 @@ def test_views_give_the_bits_of_copies(comm, schedule, dtype, mask):
     for make, copied in ((longer, False), (torch_order, False), (backwards, True)):
         got, packed = passes(comm, schedule, mask, [make(x) for x in (q, k, v)])
         assert all(np.array_equal(x, y) for x, y in zip(got, want, strict=True)), make.__name__
-        assert packed == (k.nbytes + v.nbytes if others and not copied else 0), make.__name__
+        if schedule in WHOLE:
+            assert packed == (k.nbytes + v.nbytes if others and not copied else 0), make.__name__
 
 
 @pytest.mark.parametrize("schedule", CARRIERS)
@@ -46,4 +50,4 @@ def test_one_array_of_a_block_may_have_gaps(comm, schedule):
     want, _ = passes(comm, schedule, {}, (q, k, v))
     got, packed = passes(comm, schedule, {}, (q, k, torch_order(v) if comm.rank % 2 else v))
     assert all(np.array_equal(x, y) for x, y in zip(got, want, strict=True))
-    assert packed == (v.nbytes if comm.rank % 2 else 0)
+    assert schedule not in WHOLE or packed == (v.nbytes if comm.rank % 2 else 0)

@@ -86,6 +86,8 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     schedule = resolve(check_schedule(options.schedule), ranks)
-    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * (schedule.keys - 1) / 2**20:12.1f} MiB sent by a rank at "
-          f"most, {carrier_class(schedule.carrier).path_text.format(schedule.keys - 1)}")
+    carrier = carrier_class(schedule.carrier)
+    hops = 0 if carrier.in_place else schedule.keys - 1
+    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * hops / 2**20:12.1f} MiB sent by a rank at most, "
+          f"{carrier.path_text.format(schedule.keys - 1)}")
     return 0

@@ -127,7 +127,7 @@ class _RingBench:
         _, k, v = (x[None] for x in self._arrays(counts[self.comm.rank]))
         carrier, backend = self.engine.movers(Grid(schedule, tuple(self.comm.nodes))).carrier, self.engine.backend
         shapes = [shapes[rank] for rank in carrier.group.ranks]
-        route = Route(np.ones((self.comm.size, self.comm.size), bool))
+        route = Route(np.ones((self.comm.size, self.comm.size), bool), [theirs[0][1] for theirs in shapes])
         with self.comm.raise_on_all(self.arguments.timeout), backend.current():
             carrier.reserve(route, block_sizes(shapes, [self.dtype] * 2))
 

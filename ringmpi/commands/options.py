@@ -109,8 +109,9 @@ def add_backend(parser: Any) -> None:
                         help="who computes what: ring (keys go round, with two buffers), gather (keys come at once, "
                              "with a buffer for each), queries (queries travel), mesh (queries along one side of a "
                              "square of ranks, keys along the other), heads (tokens are exchanged for heads), or a "
-                             "grid of ranks for heads x queries x keys and a carrier, 2x4x8:ring, where broadcast is a "
-                             "carrier too (keys come to all ranks in one order) (default: ring)")
+                             "grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: blocks "
+                             "come to all ranks in one order, two-way: half of each block either way round, window: "
+                             "blocks are read in shared memory), 2x4x8:ring (default: ring)")
     add_products(parser)
 
 

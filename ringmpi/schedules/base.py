@@ -8,7 +8,7 @@ the group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from ..mpi.comm import Comm
 from ..mpi.notices import NOTICE_TAG
 from ..trace import Step, Trace
+from .grid import Grid
 from .group import Group
 from .links import Array, Link, Shape, Transfer
 from .mover import Mover
 from .waits import Vote
 
-TAGS = NOTICE_TAG // 3      # that many for blocks, and for gradients that are passed on; one for those that come home
+# For each of two ways round: that many for blocks, and for gradients that are passed on; one for those that come home.
+TAGS = NOTICE_TAG // 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,12 @@ class Route:
     ----------
     needed : bool array of shape (size, size)
         ``needed[member, source]``: member computes with the block of source.
+    tokens : sequence of int
+        Of each member's block; where a carrier that cuts blocks shall reserve, or say its steps, before it has any.
     """
 
     needed: NDArray[np.bool_]
+    tokens: Sequence[int] = ()
 
     @cached_property
     def first(self) -> list[int]:
@@ -89,7 +94,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Work:
-    """An item of work: the queries of this member with the keys and values of a member.
+    """An item of work: the queries of this member with keys and values of a member.
 
     Attributes
     ----------
@@ -101,6 +106,8 @@ class Work:
         The block, valid until the next item is asked for.
     gradients : tuple of arrays
         In a backward pass, arrays to add this member's share to before the next item is asked for.
+    columns : slice
+        The tokens of the block that are in `arrays`, and in `gradients`.
     following : int, optional
         The `source` of this member's next item; None after the last.
     """
@@ -109,6 +116,7 @@ class Work:
     source: int
     arrays: tuple[Array, ...]
     gradients: tuple[Array, ...]
+    columns: slice
     following: int | None
 
 
@@ -145,6 +153,8 @@ class Carrier(Mover):
 
     name = ""
     path_text = ""              # how a block reaches n other ranks, for display: "in {} hops"
+    host_only = False           # whether it moves no blocks in the memory of GPUs
+    in_place = False            # whether blocks are read where their owners have put them, and none is sent
 
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
@@ -154,6 +164,26 @@ class Carrier(Mover):
         self._add = add
         self._step = Step(0, comm.rank)
         self._vote: Vote | None = None
+
+    @classmethod
+    def check(cls, grid: Grid, on_gpu: bool) -> None:
+        """Raise `OptionError`, the same on all ranks, unless blocks can be carried so. Local.
+
+        Parameters
+        ----------
+        grid : Grid
+        on_gpu : bool
+            Whether ranks compute on GPUs.
+        """
+
+    def connect(self) -> None:
+        """Make sure that the members can reach each other. Collective over *comm*.
+
+        Raises
+        ------
+        OptionError
+            If some can't; the same on every rank.
+        """
 
     def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
@@ -268,9 +298,16 @@ class Carrier(Mover):
 
     def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
         """Make the item of work of a step."""
-        later = (self.source_of(number) for number in range(step.step + 1, self.group.size))
-        following = next((source for source in later if route.needed[self.group.index, source]), None)
-        return Work(step, self.source_of(step.step), arrays, gradients, following)
+        following = self._next_needed(route, self._sources_from(step.step + 1))
+        return Work(step, self.source_of(step.step), arrays, gradients, slice(None), following)
+
+    def _sources_from(self, number: int) -> Iterator[int]:
+        """Give the members whose blocks come by from a step on, in the order in which this one computes with them."""
+        return (self.source_of(hop) for hop in range(number, self.group.size))
+
+    def _next_needed(self, route: Route, sources: Iterable[int]) -> int | None:
+        """Give the first of some members whose block this one needs."""
+        return next((source for source in sources if route.needed[self.group.index, source]), None)
 
     def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
         """Wait for some transfers, and the answer of all ranks; let all advance; return the seconds it took."""

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 
 from ..mpi.comm import Comm
 from ..trace import Step
-from .base import TAGS, Blocks, largest
+from .base import TAGS, largest
+from .cargo import NOTHING, Cargo
 from .group import Group
 from .links import Array, Link, Peer, Transfer
 
 
 class GradientRing:
-    """Sums that go from rank to rank behind the blocks of a `Ring`, which drives this.
+    """Sums that go from rank to rank behind the blocks of a `Lane`, which drives this.
 
     Parameters
     ----------
@@ -30,6 +31,8 @@ class GradientRing:
         Fills an array with zeros.
     add : callable
         Adds the second array to the first.
+    tag : int
+        The first of those that are its own.
 
     Attributes
     ----------
@@ -38,11 +41,12 @@ class GradientRing:
     """
 
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
-                 add: Callable[[Array, Array], None]) -> None:
+                 add: Callable[[Array, Array], None], tag: int = 0) -> None:
         self._comm = comm
         self._group = group
         self._clear = clear
         self._add = add
+        self._tag = tag
         self.passed_on = new_link()
         self.coming_home = new_link()
 
@@ -56,12 +60,12 @@ class GradientRing:
             self.passed_on.reserve([largest(sizes)] * 3)
             self.coming_home.reserve([sum(sizes[self._group.index])])
 
-    def bind(self, gradients: Blocks, first: Sequence[int], last: Sequence[int]) -> None:
+    def bind(self, gradients: Cargo, first: Sequence[int], last: Sequence[int]) -> None:
         """Take what the next pass is about. Local.
 
         Parameters
         ----------
-        gradients : Blocks
+        gradients : Cargo
             The gradient of this member's block, which its own share and then those of the others are added to.
         first, last : for each rank, where the first and the last other rank that computes with its block is
             See `Route`.
@@ -84,7 +88,7 @@ class GradientRing:
                 "Irecv", group.downstream(number), 2 * TAGS, "for its own gradients to come home"))
         if number == 0:
             return tuple(self._gradients.own)
-        share = self._views(number, source)
+        share = self._gradients.views(self.passed_on, number, source)
         for x in share:
             self._clear(x)
         if self._comes(number, source):
@@ -105,12 +109,13 @@ class GradientRing:
         group, number = self._group, step.step
         source = group.upstream(number)
         if number and self._comes(number, source):
-            for share, others in zip(self._views(number, source), self._views(number + 1, source), strict=True):
+            views = [self._gradients.views(self.passed_on, slot, source) for slot in (number, number + 1)]
+            for share, others in zip(*views, strict=True):
                 self._add(share, others)
         self.passed_on.end_step()
         home = number == self._last[source]
         if number and self._first[source] <= number and (home or (number < self._last[source] and not leaves)):
-            step.gradient_bytes_sent = sum(self._sizes[source])
+            step.gradient_bytes_sent += sum(self._sizes[source])
             taker = source if home else group.downstream(1)
             tag = 2 * TAGS if home else TAGS + number % TAGS
             what = f"for rank {group.ranks[taker]} to take the gradients of a block"
@@ -120,23 +125,20 @@ class GradientRing:
         """Add what has come home; let go of the arrays. Local."""
         self.passed_on.end_step()           # of what the last step sent
         if self.coming_home.incoming:
-            shapes = self._gradients.shapes[self._group.index]
-            theirs = self.coming_home.views(0, shapes, self._gradients.dtypes)
-            for x, y in zip(self._gradients.own, theirs, strict=True):
+            own = self._gradients.own
+            theirs = self.coming_home.views(0, [x.shape for x in own], [x.dtype for x in own])
+            for x, y in zip(own, theirs, strict=True):
                 self._add(x, y)
         self.coming_home.end_step()
         self.forget()
 
     def forget(self) -> None:
         """Let go of the arrays. Local."""
-        self._gradients = Blocks((), ())
+        self._gradients = NOTHING
 
     def _comes(self, number: int, source: int) -> bool:
         return self._first[source] < number <= self._last[source]
 
-    def _views(self, number: int, source: int) -> tuple[Array, ...]:
-        return self.passed_on.views(number, self._gradients.shapes[source], self._gradients.dtypes)
-
     def _peer(self, call: str, member: int, tag: int, what: str) -> Peer:
         rank = self._group.ranks[member]
-        return Peer(rank, self._comm.message_starter(call, rank, tag), what)
+        return Peer(rank, self._comm.message_starter(call, rank, self._tag + tag), what)

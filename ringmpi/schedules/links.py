@@ -114,12 +114,7 @@ class Link:
 
     def views(self, number: int, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> tuple[Array, ...]:
         """View slot `number` as arrays of these shapes and dtypes, one after the other. Local."""
-        views, start = [], 0
-        for shape, dtype in zip(shapes, dtypes, strict=True):
-            stop = start + math.prod(shape) * dtype.itemsize
-            views.append(self._slot(number)[start:stop].view(dtype).reshape(shape))
-            start = stop
-        return tuple(views)
+        return views(self._slot(number), shapes, dtypes)
 
     def receive(self, number: int, sizes: Sequence[int], peer: Peer) -> None:
         """Start to receive a block into slot `number`; `sizes` are the bytes of its arrays. Local."""
@@ -288,6 +283,16 @@ def assign(target: Array, source: Array) -> None:
     """Copy an array into another of its shape and dtype, of any strides, as bits: bfloat16 needs no header. Local."""
     bits = f"u{source.dtype.itemsize}"
     target.view(bits)[...] = source.view(bits)
+
+
+def views(memory: Array, shapes: Sequence[Shape], dtypes: Sequence[np.dtype[Any]]) -> tuple[Array, ...]:
+    """View bytes as arrays of these shapes and dtypes, one after the other. Local."""
+    arrays, begin = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        end = begin + math.prod(shape) * dtype.itemsize
+        arrays.append(memory[begin:end].view(dtype).reshape(shape))
+        begin = end
+    return tuple(arrays)
 
 
 def start(transfer: Transfer, under_way: list[Transfer]) -> None:

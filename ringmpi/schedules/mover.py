@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 from ..mpi.comm import Comm
@@ -24,7 +25,7 @@ class Mover:
     ----------
     timeout : float
         Seconds after which a wait for another rank is an error.
-    beside : list of Mover
+    beside : weak set of Mover
         Others of the same call, whose links advance while this one waits: another rank may wait for those.
     """
 
@@ -32,7 +33,7 @@ class Mover:
         self.comm = comm
         self.group = group
         self.timeout = 0.0
-        self.beside: list[Mover] = []
+        self.beside: weakref.WeakSet[Mover] = weakref.WeakSet()       # no circle: buffers go when their owner does
         self._awaited: list[Transfer | Vote] = []      # what is waited for now
 
     @property

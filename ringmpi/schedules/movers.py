@@ -13,12 +13,14 @@ from .head_exchange import HeadExchange
 from .links import Array, Link
 from .query_exchange import QueryExchange
 
-_CLASSES = {"ring": "Ring", "gather": "Gather", "broadcast": "Broadcast"}      # each in the module of its name
+# Each in the module of its name.
+_CLASSES = {"ring": "Ring", "gather": "Gather", "broadcast": "Broadcast", "two-way": "TwoWay", "window": "Window"}
 
 
 def carrier_class(name: str) -> type[Carrier]:
     """Give the class of a carrier, imported only when it is needed. Local."""
-    return cast("type[Carrier]", getattr(importlib.import_module(f".{name}", __package__), _CLASSES[name]))
+    module = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    return cast("type[Carrier]", getattr(module, _CLASSES[name]))
 
 
 class Movers:
@@ -43,8 +45,8 @@ class Movers:
         self.heads = HeadExchange(comm, grid.group("heads", comm.rank), new_link)
         self.queries = QueryExchange(comm, grid.group("queries", comm.rank), new_link)
         self.carrier = carrier_class(grid.schedule.carrier)(comm, grid.group("keys", comm.rank), new_link, clear, add)
-        self.queries.beside = [self.carrier]
-        self.carrier.beside = [self.queries]
+        self.queries.beside.add(self.carrier)
+        self.carrier.beside.add(self.queries)
 
     def set_timeout(self, timeout: float) -> None:
         """Set after how many seconds a wait for another rank is an error. Local."""

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..mpi.comm import Comm
 from ..trace import Step, Trace
-from .base import TAGS, Blocks, Carrier, Message, Route, Work, largest
-from .gradient_ring import GradientRing
+from .base import Blocks, Carrier, Message, Route, Work
+from .cargo import Cargo
 from .group import Group
+from .lane import Lane, lane_steps
 from .links import Array, Link
 
 
@@ -24,27 +25,21 @@ class Ring(Carrier):
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link], clear: Callable[[Array], None],
                  add: Callable[[Array, Array], None]) -> None:
         super().__init__(comm, group, new_link, clear, add)
-        self._blocks = new_link()
-        self._gradients = GradientRing(comm, group, new_link, clear, add)
+        self._lanes = [Lane(comm, group, new_link, clear, add)]
 
     def _forget(self) -> None:
-        self._gradients.forget()
+        for lane in self._lanes:
+            lane.forget()
 
     @property
     def links(self) -> list[Link]:
         """Every link that may have something under way."""
-        return [self._blocks, self._gradients.passed_on, self._gradients.coming_home]
+        return [link for lane in self._lanes for link in lane.links]
 
     def reserve(self, route: Route, sizes: Sequence[Sequence[int]],
                 gradient_sizes: Sequence[Sequence[int]] | None = None) -> None:
-        """Make the buffers of a pass; see `Carrier.reserve`. Local.
-
-        Slot n % 2 has the block of step n, while (n + 1) % 2 takes the next; the gradients have slots of their own.
-        """
-        if self.group.size > 1:
-            self._blocks.reserve([largest(sizes)] * min(2, self.group.size - 1 + self._blocks.own_slots))
-            if gradient_sizes:
-                self._gradients.reserve(gradient_sizes)
+        """Make the buffers of a pass; see `Carrier.reserve`. Local."""
+        self._lanes[0].reserve(sizes, gradient_sizes)
 
     def forward(self, blocks: Blocks, route: Route, trace: Trace,
                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
@@ -58,75 +53,52 @@ class Ring(Carrier):
 
     def _circulate(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
                    stop: Callable[[], bool] | None) -> Iterator[Work]:
-        group = self.group
-        link = self._blocks
-        sums = self._gradients
-        sizes = blocks.sizes
-
-        # Begin: buffers, what the caller has put on the GPU's stream, this member's own block.
-        self.reserve(route, sizes)
-        link.begin()
-        if gradients:
-            sums.bind(gradients, route.first, route.last)
-        own = link.put_own_block(blocks.own) if group.size > 1 else tuple(blocks.own)
-
+        lanes = self._lanes
+        self._begin(blocks, gradients, route)
         for step in self._steps(trace, stop):
-            number, source = step.step, group.upstream(step.step)
 
-            # The next block comes in and this one goes on, while this member computes.
-            self._pass_on(step, route, sizes)
-            shares = sums.begin_step(step) if gradients else ()
-            if route.needed[group.index, source]:
-                arrays = own if number == 0 else link.views(number, blocks.shapes[source], blocks.dtypes)
-                yield self._work(step, route, arrays, shares)
+            # The next blocks come in and those of this step go on, while this member computes.
+            shares = [lane.begin_step(step) for lane in lanes]
+            if step.step > 0:
+                yield from self._works(step, route, shares)
+            elif route.needed[self.group.index, self.group.index]:
+                yield self._work(step, route, tuple(blocks.own), tuple(gradients.own) if gradients else ())
 
-            # The step ends when the next block is there, this one has been taken, and so has the last step's sum.
+            # The step ends when the next are there, those of this one have been taken, and so has the last step's sum.
             step.wait_start = trace.now()
-            step.wait_seconds = self._wait([*link.transfers, *(sums.to_wait_for() if gradients else ())])
-            link.end_step()
-            if gradients:
-                sums.end_step(step, self._leaves())
+            step.wait_seconds = self._wait([transfer for lane in lanes for transfer in lane.to_wait_for()])
+            for lane in lanes:
+                lane.end_step(step, self._leaves())
 
         # At last the sums that were sent in the last step, and what comes home.
         if gradients:
             step.wait_seconds += self._wait([transfer for link in self.links for transfer in link.transfers])
-            sums.finish()
+            for lane in lanes:
+                lane.finish()
+        self._forget()
 
-    def _pass_on(self, step: Step, route: Route, sizes: Sequence[Sequence[int]]) -> None:
-        """Ask for the next block, and send this one on, as far as somebody needs them."""
-        group, number = self.group, step.step
-        source, following = group.upstream(number), group.upstream(number + 1)
-        if route.last[following] > number:
-            step.bytes_received = sum(sizes[following])
-            what = f"for {step.bytes_received} bytes from rank {{}}"
-            sender = self._peer("Irecv", group.upstream(1), number % TAGS, what)
-            self._blocks.receive(number + 1, sizes[following], sender)
-        if route.last[source] > number:
-            step.bytes_sent = sum(sizes[source])
-            what = f"for rank {{}} to take {step.bytes_sent} bytes"
-            taker = self._peer("Isend", group.downstream(1), number % TAGS, what)
-            if number == 0:
-                self._blocks.send_own(taker)
-            else:
-                self._blocks.send(number, sizes[source], taker)
+    def _begin(self, blocks: Blocks, gradients: Blocks | None, route: Route) -> None:
+        """Let the lanes take what the pass is about."""
+        self._lanes[0].begin(route, Cargo.whole(blocks), Cargo.whole(gradients) if gradients else None)
+
+    def _works(self, step: Step, route: Route, shares: Sequence[tuple[Array, ...]]) -> Iterator[Work]:
+        """Yield the work of a step after the first.
+
+        Parameters
+        ----------
+        step : Step
+        route : Route
+        shares : for each lane, arrays
+            For this member's share of gradients, in a backward pass.
+        """
+        if route.needed[self.group.index, self.group.upstream(step.step)]:
+            yield self._work(step, route, self._lanes[0].arrays(step.step), shares[0])
 
     @staticmethod
     def steps(route: Route, sizes: Sequence[Sequence[int]],
               gradient_sizes: Sequence[Sequence[int]] | None = None) -> list[list[Message]]:
         """Say what all ranks send at each step; see `Carrier.steps`. Local, and without MPI."""
-        size = len(sizes)
-        messages: list[list[Message]] = [[] for _ in range(size)]
-        for owner in range(size):
-            for number in range(route.last[owner]):
-                rank = (owner + number) % size
-                messages[number].append(Message(rank, (rank + 1) % size, owner, sum(sizes[owner])))
-            if not gradient_sizes or not route.first[owner]:
-                continue
-            for number in range(route.first[owner], route.last[owner] + 1):
-                rank = (owner + number) % size
-                dest = owner if number == route.last[owner] else (rank + 1) % size
-                messages[number].append(Message(rank, dest, owner, sum(gradient_sizes[owner]), True))
-        return messages
+        return lane_steps(route, list(map(sum, sizes)), list(map(sum, gradient_sizes)) if gradient_sizes else None)
 
     @staticmethod
     def buffer_blocks(ranks: int, on_gpu: bool) -> int:

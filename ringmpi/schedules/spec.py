@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import OptionError
 
-CARRIERS = ("ring", "gather", "broadcast")
+CARRIERS = ("ring", "gather", "broadcast", "two-way", "window")
 NAMES = ("auto", "ring", "gather", "queries", "mesh", "heads")
 
 
@@ -28,10 +28,12 @@ class Schedule:
         they belong.
     keys : int
         So many ranks share their keys: blocks of K and V go from each to the others.
-    carrier : {"ring", "gather", "broadcast"}
-        How they go: round a ring, with two buffers however many ranks there are; all at once, with a buffer for each,
-        which suits small blocks; or one after the other to all ranks, in the order of their owners, with two buffers
-        (three on a GPU), so that a query meets the keys in the same order on every rank.
+    carrier : {"ring", "gather", "broadcast", "two-way", "window"}
+        How they go. ``"ring"``: round a ring, with two buffers however many ranks there are. ``"gather"``: all at once,
+        with a buffer for each, which suits small blocks. ``"broadcast"``: one after the other to all ranks, in the
+        order of their owners, with two buffers (three on a GPU), so that a query meets the keys in the same order on
+        every rank. ``"two-way"``: half of each block either way round, which suits links that are full-duplex.
+        ``"window"``: they stay, and the ranks, of one node, read them in memory that they share.
 
     A rank computes the queries of `queries` ranks with the keys of `keys` ranks: each pair of shards once. As text it
     is ``"1x2x4:ring"``.
@@ -59,6 +61,10 @@ class Schedule:
     def ranks(self) -> int:
         """How many ranks it is for."""
         return self.heads * self.queries * self.keys
+
+    def with_carrier(self, carrier: str) -> Schedule:
+        """Give the same grid with another carrier."""
+        return replace(self, carrier=carrier)
 
     def __str__(self) -> str:
         return f"{self.heads}x{self.queries}x{self.keys}:{self.carrier}"
