@@ -18,6 +18,7 @@ from ringmpi import (
     Mask,
     OptionError,
     OutputError,
+    ResourceError,
     RingError,
     ShapeError,
     ShardError,
@@ -241,6 +242,52 @@ def test_bad_input_is_one_error_everywhere_and_changes_nothing(comm):
         expect(comm, lambda options=options: KVCache(comm, **{**SIZES, **options}), OptionError, text)
     with pytest.raises(TypeError, match="here that is mask="):
         KVCache(comm, **SIZES, causal=True)
+
+
+def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
+    """What does not fit, or fails, on one rank is one error on all of them, and the cache is as it was."""
+    q, k, v = tokens(8, 12)
+    odd = comm.rank == comm.size - 1
+    with KVCache(comm, timeout=20, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        want = cache.attend(q[-1:])
+        new = k[:2] if odd else None
+        expect(comm, lambda: cache.attend(q[-1:], new, new, sharded=True), OptionError, "append sharded tokens")
+        expect(comm, lambda: cache.append(k, v, layout=None if odd else "contiguous"), OptionError, "layout: expected")
+        sinks = np.array([0.0, 1.0, 2.0, 3.0 + 1e-6 * odd])
+        if comm.size > 1:
+            expect(comm, lambda: cache.attend(q[-1:], sinks=sinks), OptionError, "sinks is [0.0, 1.0, 2.0, 3.0")
+
+        def whole(store):
+            raise MemoryError("of one rank")
+
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr("ringmpi.kv.store.KVStore.whole", whole)
+            expect(comm, lambda: cache.attend(q, sharded=True), ResourceError, "of one rank")
+            expect(comm, lambda: cache.save("never"), ResourceError, "of one rank")
+        assert (cache.attend(q[-1:]) == want).all()
+        assert cache.length == 12
+    expect(comm, lambda: KVCache(comm, **SIZES, dtype="f99" if odd else "float32"), DtypeError, "dtype: expected")
+
+
+def test_tokens_on_all_ranks_are_no_layout_to_append(comm):
+    """`layout="replicated"` is of queries: taken for a layout of keys, each token would be there on every rank."""
+    _, k, v = tokens(9, 5)
+    with KVCache(comm, **SIZES) as cache:
+        expect(comm, lambda: cache.append(k, v, layout="replicated"), OptionError, "layout: expected one of contiguous")
+        assert cache.length == 0
+
+
+def test_a_closed_cache_is_not_saved(comm, path):
+    """Its tokens are gone: a file would be replaced by one without any."""
+    _, k, v = tokens(10, 20)
+    with KVCache(comm, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.save(path)
+    expect(comm, lambda: cache.save(path, force=True), RingError, "closed")
+    with KVCache.open(path, comm) as cache:
+        assert comm.allreduce(cache.tokens) == cache.length == 20
 
 
 def test_beside_one_call(comm):
