@@ -144,6 +144,21 @@ def test_a_ring_follows_the_nodes(comm, monkeypatch):
     check(comm, **of_size({name: levels[0] for name, levels in LEVELS.items()} | {"length": 103}, comm.size))
 
 
+@pytest.mark.parametrize("nodes", [(0, 1, 0, 0, 0, 1, 0, 0), (2, 1, 0, 2, 1, 0, 2, 1)])
+def test_ranks_that_share_keys_have_the_same_heads(comm, monkeypatch, nodes):
+    """Where those that share heads are on several nodes, in another order than that of their numbers."""
+    for schedule in (Schedule(2, 1, 4), Schedule(2, 2, 2), Schedule(4, 2, 1), Schedule(4, 1, 2)):
+        for axes in itertools.permutations(("heads", "queries", "keys")):
+            grid = Grid(schedule, nodes, axes)
+            heads = [grid.group("heads", rank).index for rank in range(8)]
+            for rank, axis in itertools.product(range(8), ("queries", "keys")):
+                assert {heads[other] for other in grid.group(axis, rank).ranks} == {heads[rank]}
+    monkeypatch.setattr(private_comm(comm), "nodes", nodes[:comm.size])
+    for grid in (grid for grid in grids(comm.size, 4) if grid.heads == 2 and grid.carrier == "ring"):
+        check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=40,
+              dim_v=8, schedule=grid)
+
+
 def test_heads_are_dealt_out_whole(comm):
     """Each query head to one rank, with its head of the keys beside it, whatever their numbers."""
     for heads, kv_heads, ranks in ((8, 8, 4), (8, 2, 2), (8, 2, 8), (12, 4, 6), (12, 3, 4), (6, 3, 2), (15, 5, 3)):
