@@ -90,6 +90,13 @@ def test_queries_that_all_ranks_have(comm, backend, dtype, n_q, layout):
     assert len(set(comm.allgather((out.tobytes(), lse.tobytes(), dq.tobytes())))) == 1
 
 
+def test_queries_of_an_empty_batch(comm):
+    q, k, v = np.zeros((0, 3, 4, 8)), np.zeros((0, 5, 2, 8)), np.zeros((0, 5, 2, 6))
+    with RingAttention(comm, layout="replicated", timeout=60) as attention:
+        assert attention(q, k, v).shape == (0, 3, 4, 6)
+        assert [x.shape for x in attention.backward(np.zeros((0, 3, 4, 6)))] == [q.shape, k.shape, v.shape]
+
+
 def test_queries_that_should_be_the_same(comm):
     x = np.ones((3, 2, 8), "f4")
     odd = comm.rank == comm.size - 1
