@@ -196,14 +196,22 @@ def test_a_damaged_file(comm, path):
         with h5py.File(path) as file:
             at = file["v"].id.get_chunk_info(0).byte_offset
         whole = Path(path).read_bytes()
-    for kind in ("flipped", "cut", "no cache", "other numbers"):
+    for kind in ("flipped", "cut", "no cache", "other numbers", "another length", "fewer positions"):
         if comm.rank == 0:
             damaged = bytearray(whole)
             if kind == "flipped":
                 damaged[at + 1000] ^= 4
             elif kind == "cut":
                 del damaged[len(damaged) // 2:]
+            elif kind == "another length":
+                damaged[damaged.index(b'"length": 400') + 10] ^= 1
             Path(path).write_bytes(damaged)
+            if kind == "fewer positions":
+                with h5py.File(path, "r+") as file:
+                    for name in ("k", "v", "positions"):
+                        part = file[name][10:]
+                        del file[name]
+                        file[name] = part
             if kind in ("no cache", "other numbers"):
                 with h5py.File(path, "r+") as file:
                     text = bytes(file["cache"][()])
