@@ -186,6 +186,22 @@ def test_saved_and_opened_on_other_ranks(comm, path, dtype, batch):
     expect(comm, lambda: KVCache.open(path, comm, capacity=50), OptionError, "expected at most 50 tokens")
 
 
+def test_keys_that_were_dropped_are_not_asked_for_by_another_mask(comm, path):
+    """A window has dropped keys; a file of what is left is of use to masks that do not show them."""
+    q, k, v = tokens(11, 2000)
+    with KVCache(comm, mask=Mask(causal=True, window=(9, 0), first=2), **SIZES) as cache:
+        for at in range(0, 2000, 100):
+            cache.append(k[at:at + 100], v[at:at + 100], replicated=True)
+        want = cache.attend(q[-1:])
+        assert comm.allreduce(cache.tokens) < 2000
+        cache.save(path)
+    with KVCache.open(path, comm, mask=Mask(causal=True, window=(9, 0), first=2)) as cache:
+        assert oracle.error(cache.attend(q[-1:]), want) <= TOLERANCE["float32"]
+    for mask in (None, Mask(causal=True, window=(None, 0)), Mask(causal=True, window=(9, 0), first=1500),
+                 Mask(causal=True, window=(9, 0), q_offset=50)):
+        expect(comm, lambda mask=mask: KVCache.open(path, comm, mask=mask), OptionError, "this mask shows them")
+
+
 def test_a_damaged_file(comm, path):
     _, k, v = tokens(5, 400)
     with KVCache(comm, **SIZES) as cache:

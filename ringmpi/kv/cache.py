@@ -423,15 +423,15 @@ class KVCache:
         path : path
         comm : MPI.Intracomm
         **options
-            As for `KVCache`. kv_heads, dim, dim_v, dtype and batch are those of the file; if they are given, they must
-            be the same.
+            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype and batch are those
+            of the file; if they are given, they must be the same.
 
         Raises
         ------
         ShardError
             If the file is missing, damaged or no cache.
         OptionError
-            If it is of other sizes than those given.
+            If it is of other sizes than those given, or the mask shows keys that a window has dropped.
         """
         timeout, _ = check_timeout(options.get("timeout", TIMEOUT))
         private = private_comm(comm, timeout)
@@ -454,7 +454,8 @@ class KVCache:
     def _read(self, path: str | os.PathLike[str], found: dict[str, Any]) -> None:
         """Take this rank's share of a cache that was saved. Local."""
         self._check_capacity(found["length"])
-        positions, *arrays = read_tokens(path, found, self._comm.rank, self._comm.size)
+        seen = found["length"] if self._window_left() is None else self._mask.first
+        positions, *arrays = read_tokens(path, found, seen, self._comm.rank, self._comm.size)
         with self._engine.backend.current():
             k, v = (self._engine.backend.to_device(x[None] if self.batch is None else np.moveaxis(x, 0, 1))
                     for x in arrays)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
-from ..errors import ShardError
+from ..errors import OptionError, ShardError
 from ..files.hdf5 import create_dataset, open_dataset, read_integers, read_rows, write_array, write_file, write_rows
 from ..files.opening import open_file, reading
 from ..layout import Contiguous
@@ -134,7 +134,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], rank: int, size: int
+def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], seen: int, rank: int, size: int
                 ) -> tuple[NDArray[np.int64], Array, Array]:
     """Read a rank's share of the tokens of a cache. Local.
 
@@ -143,6 +143,8 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
     path : path
     description : mapping
         What `read_description` gave.
+    seen : int
+        Keys before it are needed, though a window may have dropped some.
     rank, size : int
         Tokens are dealt out evenly, in their order.
 
@@ -155,6 +157,8 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
     ------
     ShardError
         If the file is damaged, or not of the sizes that it says.
+    OptionError
+        If keys that are needed were dropped.
     """
     batch = () if description["batch"] is None else (description["batch"],)
     dtype = DTYPES[description["dtype"]]
@@ -166,8 +170,11 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
             raise ShardError(f"{path}: expected positions that increase, below {description['length']}")
         kept = description["length"] - description["dropped"]
         if int((positions >= description["dropped"]).sum()) != kept:
-            raise ShardError(f"{path}: expected all positions from {description['dropped']} to {description['length']}, "
-                             f"got {len(positions)} positions in all")
+            raise ShardError(f"{path}: expected all positions from {description['dropped']} to "
+                             f"{description['length']}, got {len(positions)} positions in all")
+        if int((positions < seen).sum()) < min(seen, description["dropped"]):
+            raise OptionError(f"{path}: expected a mask with a window, and no more first keys than were kept: some "
+                              f"before {description['dropped']} were dropped, and this mask shows them")
         shares = Contiguous.even(len(positions), size)
         rows = slice(shares.starts[rank], shares.starts[rank] + shares.counts[rank])
         for name, dim in (("k", description["dim"]), ("v", description["dim_v"])):
