@@ -295,6 +295,19 @@ def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
     expect(comm, lambda: KVCache(comm, **SIZES, dtype="f99" if odd else "float32"), DtypeError, "dtype: expected")
 
 
+def test_ranks_that_reorder_differently_hear_of_it(comm):
+    """What is local, and must be the same everywhere, is seen by the next call."""
+    q, k, v = (np.stack([x, 2 * x]) for x in tokens(12, 10))
+    if comm.size == 1:
+        pytest.skip("takes two")
+    with KVCache(comm, batch=2, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.reorder([0, 0] if comm.rank else [1, 0])
+        for call in (lambda: cache.attend(q), lambda: cache.attend(q, sharded=True), lambda: cache.save("never"),
+                     lambda: cache.append(k, v)):
+            expect(comm, call, OptionError, "order of the batch")
+
+
 def test_tokens_on_all_ranks_are_no_layout_to_append(comm):
     """`layout="replicated"` is of queries: taken for a layout of keys, each token would be there on every rank."""
     _, k, v = tokens(9, 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,8 @@ class KVCache:
     batch : int, optional
         Elements of the batch, all of one length; by default arrays have no batch axis.
     capacity : int, optional
-        The most tokens in all. Memory for each rank's share is taken at once; without, it grows as it fills.
+        The most tokens in all. Memory for each rank's share is taken at once, with the first of them; without, it grows
+        as it fills.
     mask : Mask, optional
         Causal by default. Keys that no later query sees through a window are dropped.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
@@ -140,6 +142,7 @@ class KVCache:
         self._digest = digest_of(options)
         self.length = 0
         self._dropped = 0             # keys before that may be gone
+        self._reordered = 0           # a checksum of what `reorder` was told
         self._store = self._new_store()
         self._decoder = Decoder(self._comm, self._engine, self._problem, self._acc_dtype, self.dim_v)
         self._close = weakref.finalize(self, self._engine.close)
@@ -177,6 +180,11 @@ class KVCache:
         return self._store.nbytes
 
     @property
+    def _alike(self) -> dict[str, Any]:
+        """What local calls have made of the cache, and must be the same on every rank."""
+        return {"length": self.length, "order of the batch (checksum)": self._reordered}
+
+    @property
     def tokens(self) -> int:
         """Tokens that this rank holds."""
         return self._store.tokens
@@ -203,7 +211,7 @@ class KVCache:
         with self._comm.one_call():
             check_thread()
             arrays: tuple[Array, Array] | None = None
-            options: dict[str, Any] = {**self._options, "length": self.length}
+            options: dict[str, Any] = {**self._options, **self._alike}
             with self._comm.noting() as failures:
                 self._check_open()
                 check_spec(layout)
@@ -296,7 +304,7 @@ class KVCache:
         check_thread()
         query: Query | None = None
         payload = NOTHING
-        agreed: dict[str, Any] = {"length": self.length}
+        agreed = self._alike
         with _Undone(self):
             with self._comm.noting() as failures, self._engine.backend.current():
                 self._check_open()
@@ -340,7 +348,7 @@ class KVCache:
             positions = self._store.positions
             payload = np.concatenate([np.array([n_q, heads], np.int64), positions]).view(np.uint8)
             rows = self._comm.exchange("KVCache.attend (sharded)", self._timeout, payload, failures=failures,
-                                       options={**self._options, "length": self.length})
+                                       options={**self._options, **self._alike})
             numbers = [row.view(np.int64) for row in rows]
             asked = sum(int(row[0]) for row in numbers)
             self._check_window(asked)
@@ -382,6 +390,7 @@ class KVCache:
             raise OptionError(f"KVCache.reorder: expected numbers within 0 .. {self.batch - 1}, got {chosen}")
         with self._engine.backend.current():
             self._store.reorder(chosen.astype(np.int64))
+        self._reordered = zlib.crc32(chosen.astype(np.int64).tobytes(), self._reordered)
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the cache to an HDF5 file, in the order of the positions. Collective over *comm*.
@@ -399,7 +408,7 @@ class KVCache:
                 self._check_open()
             rows = self._comm.exchange("KVCache.save", self._timeout, self._store.positions.view(np.uint8),
                                        failures=failures,
-                                       options={**self._options, "length": self.length, "path": str(path)})
+                                       options={**self._options, **self._alike, "path": str(path)})
             shards = {}
             with self._comm.raise_on_all(self._timeout), self._engine.backend.current():
                 for name, x in zip("kv", self._store.whole(), strict=True):
