@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -24,6 +25,7 @@ from ringmpi import (
     ShardError,
     ring_attention,
 )
+from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
 from ringmpi.layout import make
 
@@ -325,6 +327,28 @@ def test_a_closed_cache_is_not_saved(comm, path):
     expect(comm, lambda: cache.save(path, force=True), RingError, "closed")
     with KVCache.open(path, comm) as cache:
         assert comm.allreduce(cache.tokens) == cache.length == 20
+
+
+def test_a_checksum_copies_no_more_than_it_sums_up():
+    """Of keys in another order, as torch has them, too; and it is that of their order."""
+    x = np.random.default_rng(0).standard_normal((8, 4096, 64)).astype("f4")
+    tracemalloc.start()
+    got = checksum(x.swapaxes(0, 1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert got == checksum(np.ascontiguousarray(x.swapaxes(0, 1))) != checksum(x)
+    assert peak < 3 * SUMMED_BYTES
+
+
+def test_sharded_queries_of_different_heads(comm):
+    """One error, though by their own heads the ranks would take different schedules."""
+    if comm.size == 1:
+        pytest.skip("takes two")
+    _, k, v = tokens(13, 40)
+    with KVCache(comm, timeout=20, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        q = np.ones((1, 200 if comm.rank else 2, 16), "f4")
+        expect(comm, lambda: cache.attend(q, sharded=True), ShapeError, "the same heads on every rank")
 
 
 def test_beside_one_call(comm):

@@ -351,12 +351,13 @@ class KVCache:
                                        options={**self._options, **self._alike})
             numbers = [row.view(np.int64) for row in rows]
             asked = sum(int(row[0]) for row in numbers)
+            heads = int(numbers[0][1])                # the same schedule on all ranks, even if they differ
             self._check_window(asked)
             held = Held([row[2:] for row in numbers], self.length)
             with self._comm.raise_on_all(self._timeout), self._engine.backend.current():
                 k, v = self._store.whole()
-        item = self.dtype.itemsize
-        schedule = fewest_bytes(self._comm.size, queries=asked * heads * (self.dim * item + (self.dim_v + 2) * 4),
+        item, wide = self.dtype.itemsize, self._acc_dtype.itemsize
+        schedule = fewest_bytes(self._comm.size, queries=asked * heads * (self.dim * item + (self.dim_v + 2) * wide),
                                 keys=sum(held.counts) * self.kv_heads * (self.dim + self.dim_v) * item)
         k, v = (k, v) if self.batch is not None else (k[0], v[0])
         with RingAttention(self._given, layout=layout, kv_layout=held, schedule=schedule,
