@@ -283,6 +283,8 @@ def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
         sinks = np.array([0.0, 1.0, 2.0, 3.0 + 1e-6 * odd])
         if comm.size > 1:
             expect(comm, lambda: cache.attend(q[-1:], sinks=sinks), OptionError, "sinks is [0.0, 1.0, 2.0, 3.0")
+            pair = (k[:2], v[:2]) if odd else ()
+            expect(comm, lambda: cache.attend(q[-1:], *pair), OptionError, "tokens is 2 here and not given on rank 0")
 
         def whole(store):
             raise MemoryError("of one rank")
