@@ -23,9 +23,13 @@ TENSOR_TOLERANCE = {**TOLERANCE, "float16": 2.0**-10 + 2e-6}
 
 def check_dtype(dtype: DTypeLike, what: str) -> np.dtype[Any]:
     """Return `dtype` as a NumPy dtype, or raise `DtypeError` if attention is not defined for it. Local."""
-    given = DTYPES[dtype] if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype)
+    expected = f"{what}: expected dtype {', '.join(DTYPES)}"
+    try:
+        given = DTYPES[dtype] if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype)
+    except TypeError:
+        raise DtypeError(f"{expected}, got {dtype!r}") from None
     if given not in DTYPES.values():
-        raise DtypeError(f"{what}: expected dtype {', '.join(DTYPES)}, got {given}; convert it first")
+        raise DtypeError(f"{expected}, got {given}; convert it first")
     return given
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .call import Array, Call
 from .engine import Engine
+from .mpi.exchange import NOTHING
 from .plan import Plan
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.links import assign
@@ -169,15 +170,15 @@ class Pass:
     def _of_all_ranks(self, what: str, arrays: Sequence[Array]) -> list[list[Array]]:
         """Give such arrays of each rank, in the order of the ranks: what is made of them is the same on all."""
         record = Exchange(what, self.trace.now())
-        mine = np.concatenate([self.backend.to_numpy(x).reshape(-1).view(np.uint8) for x in arrays])
+        mine = np.concatenate([NOTHING, *(self.backend.to_numpy(x).reshape(-1).view(np.uint8) for x in arrays)])
         start = time.perf_counter()
         rows = self.engine.share(mine)
         record.wait_seconds = time.perf_counter() - start
         record.bytes_sent = record.bytes_received = mine.size * (len(rows) - 1)
         self.trace.exchanges.append(record)
-        edges = np.cumsum([x.nbytes for x in arrays])[:-1]
+        edges = np.cumsum([x.nbytes for x in arrays])
         return [[self.backend.to_device(part.view(x.dtype).reshape(x.shape))
-                 for part, x in zip(np.split(row, edges), arrays, strict=True)] for row in rows]
+                 for part, x in zip(np.split(row, edges)[:-1], arrays, strict=True)] for row in rows]
 
     def _sum_over_ranks(self, what: str, total: Array) -> None:
         """Sum up what each rank has of an array, the same on all."""

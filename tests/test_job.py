@@ -17,6 +17,9 @@ from job_files import make_random, read_arrays
 from ringmpi.cli import main
 from ringmpi.files.opening import open_file
 from ringmpi.files.shards import verify
+from ringmpi.job.inputs import Sizes
+from ringmpi.job.memory import predict_memory
+from ringmpi.job.options import Options
 
 CLI = ["-m", "ringmpi"]
 IN_FOLDER = ["-c", "import os, sys; os.chdir(sys.argv.pop(1)); from ringmpi.cli import main; sys.exit(main())"]
@@ -423,6 +426,16 @@ def test_memory_is_steady_and_predicted(tmp_path):
         predicted = float(re.search(r"^total +([\d.]+) MiB", said.stdout, re.MULTILINE)[1]) * 2**20
         assert abs(predicted / peaks[-1] - 1) < 0.10, (predicted, peaks)
     assert abs(peaks[1] / peaks[0] - 1) < 0.05, peaks
+
+
+def test_heads_of_keys_that_several_ranks_have_take_memory_on_each():
+    """One head of the keys among four ranks is as much on each as four heads are."""
+    one, four = (predict_memory(Sizes(4096, 4096, 8, kv_heads, 64, 64, "float32"), 4,
+                                Options(backend="numpy", schedule="4x1x1:ring"), resident=0) for kv_heads in (1, 4))
+    assert one["exchange of heads"] == four["exchange of heads"]
+    one, two = (predict_memory(Sizes(4096, 4096, 8, kv_heads, 64, 64, "float32"), 4,
+                               Options(backend="numpy", schedule="2x1x2:gather"), resident=0) for kv_heads in (1, 2))
+    assert one["K/V buffers"] == two["K/V buffers"]
 
 
 def test_mpiexec_is_there():

@@ -90,6 +90,13 @@ def test_queries_that_all_ranks_have(comm, backend, dtype, n_q, layout):
     assert len(set(comm.allgather((out.tobytes(), lse.tobytes(), dq.tobytes())))) == 1
 
 
+def test_queries_of_an_empty_batch(comm):
+    q, k, v = np.zeros((0, 3, 4, 8)), np.zeros((0, 5, 2, 8)), np.zeros((0, 5, 2, 6))
+    with RingAttention(comm, layout="replicated", timeout=60) as attention:
+        assert attention(q, k, v).shape == (0, 3, 4, 6)
+        assert [x.shape for x in attention.backward(np.zeros((0, 3, 4, 6)))] == [q.shape, k.shape, v.shape]
+
+
 def test_queries_that_should_be_the_same(comm):
     x = np.ones((3, 2, 8), "f4")
     odd = comm.rank == comm.size - 1
@@ -142,6 +149,21 @@ def test_a_ring_follows_the_nodes(comm, monkeypatch):
     place = order.index(comm.rank)
     assert sources == [order[(place - hop) % comm.size] for hop in range(comm.size)]
     check(comm, **of_size({name: levels[0] for name, levels in LEVELS.items()} | {"length": 103}, comm.size))
+
+
+@pytest.mark.parametrize("nodes", [(0, 1, 0, 0, 0, 1, 0, 0), (2, 1, 0, 2, 1, 0, 2, 1)])
+def test_ranks_that_share_keys_have_the_same_heads(comm, monkeypatch, nodes):
+    """Where those that share heads are on several nodes, in another order than that of their numbers."""
+    for schedule in (Schedule(2, 1, 4), Schedule(2, 2, 2), Schedule(4, 2, 1), Schedule(4, 1, 2)):
+        for axes in itertools.permutations(("heads", "queries", "keys")):
+            grid = Grid(schedule, nodes, axes)
+            heads = [grid.group("heads", rank).index for rank in range(8)]
+            for rank, axis in itertools.product(range(8), ("queries", "keys")):
+                assert {heads[other] for other in grid.group(axis, rank).ranks} == {heads[rank]}
+    monkeypatch.setattr(private_comm(comm), "nodes", nodes[:comm.size])
+    for grid in (grid for grid in grids(comm.size, 4) if grid.heads == 2 and grid.carrier == "ring"):
+        check(comm, backend="numpy", dtype="float64", layout="uneven", mask={"causal": True}, heads=(4, 2), length=40,
+              dim_v=8, schedule=grid)
 
 
 def test_heads_are_dealt_out_whole(comm):

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import h5py
@@ -18,11 +19,13 @@ from ringmpi import (
     Mask,
     OptionError,
     OutputError,
+    ResourceError,
     RingError,
     ShapeError,
     ShardError,
     ring_attention,
 )
+from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
 from ringmpi.layout import make
 
@@ -185,6 +188,22 @@ def test_saved_and_opened_on_other_ranks(comm, path, dtype, batch):
     expect(comm, lambda: KVCache.open(path, comm, capacity=50), OptionError, "expected at most 50 tokens")
 
 
+def test_keys_that_were_dropped_are_not_asked_for_by_another_mask(comm, path):
+    """A window has dropped keys; a file of what is left is of use to masks that do not show them."""
+    q, k, v = tokens(11, 2000)
+    with KVCache(comm, mask=Mask(causal=True, window=(9, 0), first=2), **SIZES) as cache:
+        for at in range(0, 2000, 100):
+            cache.append(k[at:at + 100], v[at:at + 100], replicated=True)
+        want = cache.attend(q[-1:])
+        assert comm.allreduce(cache.tokens) < 2000
+        cache.save(path)
+    with KVCache.open(path, comm, mask=Mask(causal=True, window=(9, 0), first=2)) as cache:
+        assert oracle.error(cache.attend(q[-1:]), want) <= TOLERANCE["float32"]
+    for mask in (None, Mask(causal=True, window=(None, 0)), Mask(causal=True, window=(9, 0), first=1500),
+                 Mask(causal=True, window=(9, 0), q_offset=50)):
+        expect(comm, lambda mask=mask: KVCache.open(path, comm, mask=mask), OptionError, "this mask shows them")
+
+
 def test_a_damaged_file(comm, path):
     _, k, v = tokens(5, 400)
     with KVCache(comm, **SIZES) as cache:
@@ -195,14 +214,22 @@ def test_a_damaged_file(comm, path):
         with h5py.File(path) as file:
             at = file["v"].id.get_chunk_info(0).byte_offset
         whole = Path(path).read_bytes()
-    for kind in ("flipped", "cut", "no cache", "other numbers"):
+    for kind in ("flipped", "cut", "no cache", "other numbers", "another length", "fewer positions"):
         if comm.rank == 0:
             damaged = bytearray(whole)
             if kind == "flipped":
                 damaged[at + 1000] ^= 4
             elif kind == "cut":
                 del damaged[len(damaged) // 2:]
+            elif kind == "another length":
+                damaged[damaged.index(b'"length": 400') + 10] ^= 1
             Path(path).write_bytes(damaged)
+            if kind == "fewer positions":
+                with h5py.File(path, "r+") as file:
+                    for name in ("k", "v", "positions"):
+                        part = file[name][10:]
+                        del file[name]
+                        file[name] = part
             if kind in ("no cache", "other numbers"):
                 with h5py.File(path, "r+") as file:
                     text = bytes(file["cache"][()])
@@ -241,6 +268,89 @@ def test_bad_input_is_one_error_everywhere_and_changes_nothing(comm):
         expect(comm, lambda options=options: KVCache(comm, **{**SIZES, **options}), OptionError, text)
     with pytest.raises(TypeError, match="here that is mask="):
         KVCache(comm, **SIZES, causal=True)
+
+
+def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
+    """What does not fit, or fails, on one rank is one error on all of them, and the cache is as it was."""
+    q, k, v = tokens(8, 12)
+    odd = comm.rank == comm.size - 1
+    with KVCache(comm, timeout=20, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        want = cache.attend(q[-1:])
+        new = k[:2] if odd else None
+        expect(comm, lambda: cache.attend(q[-1:], new, new, sharded=True), OptionError, "append sharded tokens")
+        expect(comm, lambda: cache.append(k, v, layout=None if odd else "contiguous"), OptionError, "layout: expected")
+        sinks = np.array([0.0, 1.0, 2.0, 3.0 + 1e-6 * odd])
+        if comm.size > 1:
+            expect(comm, lambda: cache.attend(q[-1:], sinks=sinks), OptionError, "sinks is [0.0, 1.0, 2.0, 3.0")
+            pair = (k[:2], v[:2]) if odd else ()
+            expect(comm, lambda: cache.attend(q[-1:], *pair), OptionError, "tokens is 2 here and not given on rank 0")
+
+        def whole(store):
+            raise MemoryError("of one rank")
+
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr("ringmpi.kv.store.KVStore.whole", whole)
+            expect(comm, lambda: cache.attend(q, sharded=True), ResourceError, "of one rank")
+            expect(comm, lambda: cache.save("never"), ResourceError, "of one rank")
+        assert (cache.attend(q[-1:]) == want).all()
+        assert cache.length == 12
+    expect(comm, lambda: KVCache(comm, **SIZES, dtype="f99" if odd else "float32"), DtypeError, "dtype: expected")
+
+
+def test_ranks_that_reorder_differently_hear_of_it(comm):
+    """What is local, and must be the same everywhere, is seen by the next call."""
+    q, k, v = (np.stack([x, 2 * x]) for x in tokens(12, 10))
+    if comm.size == 1:
+        pytest.skip("takes two")
+    with KVCache(comm, batch=2, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.reorder([0, 0] if comm.rank else [1, 0])
+        for call in (lambda: cache.attend(q), lambda: cache.attend(q, sharded=True), lambda: cache.save("never"),
+                     lambda: cache.append(k, v)):
+            expect(comm, call, OptionError, "order of the batch")
+
+
+def test_tokens_on_all_ranks_are_no_layout_to_append(comm):
+    """`layout="replicated"` is of queries: taken for a layout of keys, each token would be there on every rank."""
+    _, k, v = tokens(9, 5)
+    with KVCache(comm, **SIZES) as cache:
+        expect(comm, lambda: cache.append(k, v, layout="replicated"), OptionError, "layout: expected one of contiguous")
+        assert cache.length == 0
+
+
+def test_a_closed_cache_is_not_saved(comm, path):
+    """Its tokens are gone: a file would be replaced by one without any."""
+    _, k, v = tokens(10, 20)
+    with KVCache(comm, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.save(path)
+    expect(comm, lambda: cache.save(path, force=True), RingError, "closed")
+    with KVCache.open(path, comm) as cache:
+        assert comm.allreduce(cache.tokens) == cache.length == 20
+
+
+def test_a_checksum_copies_no_more_than_it_sums_up():
+    """Of keys in another order, as torch has them, too; and it is that of their order."""
+    x = np.random.default_rng(0).standard_normal((8, 4096, 64)).astype("f4")
+    tracemalloc.start()
+    got = checksum(x.swapaxes(0, 1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert got == checksum(np.ascontiguousarray(x.swapaxes(0, 1))) != checksum(x)
+    assert peak < 3 * SUMMED_BYTES
+
+
+def test_sharded_queries_of_different_heads(comm):
+    """One error, though by their own heads the ranks would take different schedules."""
+    if comm.size == 1:
+        pytest.skip("takes two")
+    _, k, v = tokens(13, 40)
+    with KVCache(comm, timeout=20, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        q = np.ones((1, 200 if comm.rank else 2, 16), "f4")
+        expect(comm, lambda: cache.attend(q, sharded=True), ShapeError, "the same heads on every rank")
 
 
 def test_beside_one_call(comm):

@@ -10,6 +10,7 @@ from ..dtypes import DTYPES, accumulator
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
 from ..layout import Contiguous
 from ..mask import Mask
+from ..schedules.grid import share_heads
 from ..schedules.movers import carrier_class
 from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from .inputs import Sizes
@@ -104,6 +105,8 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int
     kv = n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item
     out, lse = n_q * sizes.heads * sizes.dim_v * item, n_q * sizes.heads * wide
     acc = n_q * sizes.heads * sizes.dim_v * wide
+    shares = share_heads(sizes.heads, sizes.kv_heads, schedule.heads)
+    inside = kv * schedule.heads * max(share.kv_heads for share in shares) // sizes.kv_heads   # some with several ranks
     arrays = {
         "q": q,
         "k": n_k * sizes.kv_heads * sizes.dim * item,
@@ -112,12 +115,12 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int
         "lse": lse,
         "acc": schedule.queries * acc,
         "max and sum": schedule.queries * 2 * lse,
-        "K/V buffers": buffers * kv,
+        "K/V buffers": buffers * inside,
     }
     if schedule.queries > 1:                     # the rows, and what is packed and received: queries, then states
         arrays["queries of others"] = 2 * schedule.queries * q + 2 * (schedule.queries - 1) * (acc + 2 * lse)
     if schedule.heads > 1:                       # by heads, and what is packed and received
-        arrays["exchange of heads"] = 3 * (q + kv) + out + lse
+        arrays["exchange of heads"] = 3 * (q + inside) + out + lse
     return arrays
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from ..dtypes import check_dtype
 from ..engine import NO_FACTS, Engine
 from ..errors import BackendError, DtypeError, InternalError, OptionError, RingError, ShapeError
 from ..keywords import explained
-from ..layout import Custom, Integers, Layout, resolve
+from ..layout import Custom, Integers, Layout, check_spec, resolve
 from ..mask import Mask
 from ..mpi.agreement import hash_of
 from ..mpi.comm import TIMEOUT, digest_of, private_comm
@@ -72,7 +73,8 @@ class KVCache:
     batch : int, optional
         Elements of the batch, all of one length; by default arrays have no batch axis.
     capacity : int, optional
-        The most tokens in all. Memory for each rank's share is taken at once; without, it grows as it fills.
+        The most tokens in all. Memory for each rank's share is taken at once, with the first of them; without, it grows
+        as it fills.
     mask : Mask, optional
         Causal by default. Keys that no later query sees through a window are dropped.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
@@ -123,7 +125,7 @@ class KVCache:
             self.dim_v = self.dim if dim_v is None else _count("dim_v", dim_v)
             self.batch = None if batch is None else _count("batch", batch)
             self.capacity = None if capacity is None else _count("capacity", capacity)
-            self.dtype = check_dtype(np.dtype(dtype), "dtype")
+            self.dtype = check_dtype(dtype, "dtype")
             self._acc_dtype = accumulator_of(self.dtype, accumulator)
             self._problem.check_range(np.finfo(self._acc_dtype))
             check_name(backend)
@@ -140,6 +142,7 @@ class KVCache:
         self._digest = digest_of(options)
         self.length = 0
         self._dropped = 0             # keys before that may be gone
+        self._reordered = 0           # a checksum of what `reorder` was told
         self._store = self._new_store()
         self._decoder = Decoder(self._comm, self._engine, self._problem, self._acc_dtype, self.dim_v)
         self._close = weakref.finalize(self, self._engine.close)
@@ -177,6 +180,11 @@ class KVCache:
         return self._store.nbytes
 
     @property
+    def _alike(self) -> dict[str, Any]:
+        """What local calls have made of the cache, and must be the same on every rank."""
+        return {"length": self.length, "order of the batch (checksum)": self._reordered}
+
+    @property
     def tokens(self) -> int:
         """Tokens that this rank holds."""
         return self._store.tokens
@@ -203,12 +211,14 @@ class KVCache:
         with self._comm.one_call():
             check_thread()
             arrays: tuple[Array, Array] | None = None
+            options: dict[str, Any] = {**self._options, **self._alike}
             with self._comm.noting() as failures:
                 self._check_open()
+                check_spec(layout)
                 arrays = self._check_tokens(k, v)
+                options |= {"replicated": bool(replicated),
+                            "layout": layout.describe() if isinstance(layout, Layout) else layout}
             count = 0 if arrays is None else arrays[0].shape[1]
-            options = {**self._options, "length": self.length, "replicated": replicated,
-                       "layout": layout if isinstance(layout, str) else layout.describe()}
             if replicated and arrays is not None:
                 options |= {"tokens": count, "k (checksum)": checksum(arrays[0]), "v (checksum)": checksum(arrays[1])}
             rows = self._comm.exchange("KVCache.append", self._timeout, np.array([count]).view(np.uint8),
@@ -287,24 +297,21 @@ class KVCache:
         if not sharded:
             with self._comm.one_call():
                 return self._attend(q, k, v, sinks, return_lse)
-        if k is not None or v is not None:
-            raise OptionError("KVCache.attend: expected k and v with queries that all ranks have; append sharded "
-                              "tokens by append() first")
-        return self._attend_sharded(q, layout, sinks, return_lse)
+        return self._attend_sharded(q, k is not None or v is not None, layout, sinks, return_lse)
 
     def _attend(self, q: Any, k: Any, v: Any, sinks: Any, return_lse: bool) -> Array | tuple[Array, Array]:
         """Attend to this rank's tokens, then put the results of all ranks together. Collective over *comm*."""
         check_thread()
         query: Query | None = None
         payload = NOTHING
-        agreed: dict[str, Any] = {"length": self.length}
+        agreed = self._alike
         with _Undone(self):
             with self._comm.noting() as failures, self._engine.backend.current():
                 self._check_open()
                 arrays = None if k is None and v is None else self._check_tokens(k, v)
                 query = self._check_query(q, sinks)
                 agreed |= {"shape of q": query.q.shape, "q (checksum)": checksum(query.q),
-                           "sinks": None if sinks is None else query.sinks}
+                           "sinks": None if query.sinks is None else query.sinks.tolist()}
                 if arrays is not None:
                     agreed |= {"tokens": arrays[0].shape[1], "k (checksum)": checksum(arrays[0]),
                                "v (checksum)": checksum(arrays[1])}
@@ -323,7 +330,7 @@ class KVCache:
         out, lse = (out, lse) if self.batch is not None else (out[0], lse[0])
         return (out, lse) if return_lse else out
 
-    def _attend_sharded(self, q: Any, layout: str | Layout, sinks: Any, return_lse: bool
+    def _attend_sharded(self, q: Any, brings_tokens: bool, layout: str | Layout, sinks: Any, return_lse: bool
                         ) -> Array | tuple[Array, Array]:
         """Attend by a `RingAttention` over the positions that the ranks hold. Collective over *comm*."""
         heads, n_q = 0, 0
@@ -331,6 +338,9 @@ class KVCache:
             check_thread()
             with self._comm.noting() as failures:
                 self._check_open()
+                if brings_tokens:
+                    raise OptionError("KVCache.attend: expected k and v with queries that all ranks have; append "
+                                      "sharded tokens by append() first")
                 shape = np.shape(as_array(q, "q"))
                 if len(shape) != 3 + (self.batch is not None):
                     raise ShapeError(f"q: expected shape ([batch,] n_q, heads, {self.dim}), got {shape}")
@@ -338,16 +348,17 @@ class KVCache:
             positions = self._store.positions
             payload = np.concatenate([np.array([n_q, heads], np.int64), positions]).view(np.uint8)
             rows = self._comm.exchange("KVCache.attend (sharded)", self._timeout, payload, failures=failures,
-                                       options={**self._options, "length": self.length})
+                                       options={**self._options, **self._alike})
             numbers = [row.view(np.int64) for row in rows]
             asked = sum(int(row[0]) for row in numbers)
+            heads = int(numbers[0][1])                # the same schedule on all ranks, even if they differ
             self._check_window(asked)
             held = Held([row[2:] for row in numbers], self.length)
-        item = self.dtype.itemsize
-        schedule = fewest_bytes(self._comm.size, queries=asked * heads * (self.dim * item + (self.dim_v + 2) * 4),
+            with self._comm.raise_on_all(self._timeout), self._engine.backend.current():
+                k, v = self._store.whole()
+        item, wide = self.dtype.itemsize, self._acc_dtype.itemsize
+        schedule = fewest_bytes(self._comm.size, queries=asked * heads * (self.dim * item + (self.dim_v + 2) * wide),
                                 keys=sum(held.counts) * self.kv_heads * (self.dim + self.dim_v) * item)
-        with self._engine.backend.current():
-            k, v = self._store.whole()
         k, v = (k, v) if self.batch is not None else (k[0], v[0])
         with RingAttention(self._given, layout=layout, kv_layout=held, schedule=schedule,
                            **self._passed_on) as attention:
@@ -380,6 +391,7 @@ class KVCache:
             raise OptionError(f"KVCache.reorder: expected numbers within 0 .. {self.batch - 1}, got {chosen}")
         with self._engine.backend.current():
             self._store.reorder(chosen.astype(np.int64))
+        self._reordered = zlib.crc32(chosen.astype(np.int64).tobytes(), self._reordered)
 
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the cache to an HDF5 file, in the order of the positions. Collective over *comm*.
@@ -393,16 +405,20 @@ class KVCache:
             If the file exists and not `force`, or can't be written; the same on every rank.
         """
         with self._comm.one_call():
+            with self._comm.noting() as failures:
+                self._check_open()
             rows = self._comm.exchange("KVCache.save", self._timeout, self._store.positions.view(np.uint8),
-                                       options={**self._options, "length": self.length, "path": str(path)})
+                                       failures=failures,
+                                       options={**self._options, **self._alike, "path": str(path)})
+            shards = {}
+            with self._comm.raise_on_all(self._timeout), self._engine.backend.current():
+                for name, x in zip("kv", self._store.whole(), strict=True):
+                    shards[name] = np.moveaxis(self._engine.backend.to_numpy(x), 1, 0)
         held = [row.view(np.int64) for row in rows]
         positions = np.sort(np.concatenate(held))
         layout = Custom([np.searchsorted(positions, theirs) for theirs in held])
-        arrays = {}
-        for name, x in zip("kv", self._store.whole(), strict=True):
-            tokens = np.moveaxis(self._engine.backend.to_numpy(x), 1, 0)
-            arrays[name] = redistribute(tokens if self.batch is not None else tokens[:, 0], comm=self._given,
-                                        source=layout, target="contiguous", timeout=self._timeout)
+        arrays = {name: redistribute(x if self.batch is not None else x[:, 0], comm=self._given, source=layout,
+                                     target="contiguous", timeout=self._timeout) for name, x in shards.items()}
         description = {"length": self.length, "dropped": self._dropped, "dtype": self.dtype.name,
                        **{name: getattr(self, name) for name in ("kv_heads", "dim", "dim_v", "batch")}}
         with self._comm.one_call(), self._comm.raise_on_all(self._timeout):
@@ -417,15 +433,15 @@ class KVCache:
         path : path
         comm : MPI.Intracomm
         **options
-            As for `KVCache`. kv_heads, dim, dim_v, dtype and batch are those of the file; if they are given, they must
-            be the same.
+            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype and batch are those
+            of the file; if they are given, they must be the same.
 
         Raises
         ------
         ShardError
             If the file is missing, damaged or no cache.
         OptionError
-            If it is of other sizes than those given.
+            If it is of other sizes than those given, or the mask shows keys that a window has dropped.
         """
         timeout, _ = check_timeout(options.get("timeout", TIMEOUT))
         private = private_comm(comm, timeout)
@@ -434,7 +450,7 @@ class KVCache:
             found = read_description(path)
             for name in SIZES:
                 given = options.pop(name, found[name])
-                if (np.dtype(given).name if name == "dtype" else given) != found[name]:
+                if (check_dtype(given, name).name if name == "dtype" else given) != found[name]:
                     raise OptionError(f"{path}: expected a cache with {name} {given}, got {found[name]}")
         cache = cls(comm, **{name: found[name] for name in SIZES}, **options)
         try:
@@ -448,7 +464,8 @@ class KVCache:
     def _read(self, path: str | os.PathLike[str], found: dict[str, Any]) -> None:
         """Take this rank's share of a cache that was saved. Local."""
         self._check_capacity(found["length"])
-        positions, *arrays = read_tokens(path, found, self._comm.rank, self._comm.size)
+        seen = found["length"] if self._window_left() is None else self._mask.first
+        positions, *arrays = read_tokens(path, found, seen, self._comm.rank, self._comm.size)
         with self._engine.backend.current():
             k, v = (self._engine.backend.to_device(x[None] if self.batch is None else np.moveaxis(x, 0, 1))
                     for x in arrays)

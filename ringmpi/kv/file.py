@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
-from ..errors import ShardError
+from ..errors import OptionError, ShardError
 from ..files.hdf5 import create_dataset, open_dataset, read_integers, read_rows, write_array, write_file, write_rows
 from ..files.opening import open_file, reading
 from ..layout import Contiguous
@@ -59,10 +60,16 @@ def write_cache(comm: Comm, timeout: float, path: Path, force: bool, description
             for name, start, piece in pieces:
                 write_rows(datasets[name], start, piece)
             write_array(file, "positions", positions)
-            write_array(file, "cache", np.bytes_(json.dumps({"format": FORMAT, **description}).encode()))
+            write_array(file, "cache", np.bytes_(_text(description)))
     finally:
         for _ in pieces:          # what the others send is taken, whatever has failed here
             pass
+
+
+def _text(description: Mapping[str, Any]) -> bytes:
+    """Write a description as text, with a checksum: that of a chunk is not to be had for a single item."""
+    plain = {"format": FORMAT, **description}
+    return json.dumps({**plain, "crc32": zlib.crc32(json.dumps(plain).encode())}).encode()
 
 
 def _pieces(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
@@ -119,14 +126,15 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
             for name, least in (("length", 0), ("dropped", 0), ("kv_heads", 1), ("dim", 1), ("dim_v", 1)))
         batch = found["batch"]
         right = right and (batch is None or (type(batch) is int and 0 < batch < LARGEST))
+        right = right and text == _text({name: x for name, x in found.items() if name not in ("format", "crc32")})
     except (KeyError, TypeError, ValueError, RecursionError):
         right = False
     if not right:
-        raise ShardError(f"{path}: what it says of its cache makes no sense, or is of another version")
+        raise ShardError(f"{path}: what it says of its cache is damaged, or of another version")
     return found
 
 
-def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], rank: int, size: int
+def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], seen: int, rank: int, size: int
                 ) -> tuple[NDArray[np.int64], Array, Array]:
     """Read a rank's share of the tokens of a cache. Local.
 
@@ -135,6 +143,8 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
     path : path
     description : mapping
         What `read_description` gave.
+    seen : int
+        Keys before it are needed, though a window may have dropped some.
     rank, size : int
         Tokens are dealt out evenly, in their order.
 
@@ -147,6 +157,8 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
     ------
     ShardError
         If the file is damaged, or not of the sizes that it says.
+    OptionError
+        If keys that are needed were dropped.
     """
     batch = () if description["batch"] is None else (description["batch"],)
     dtype = DTYPES[description["dtype"]]
@@ -156,6 +168,13 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], ra
         if len(positions) and not (positions[0] >= 0 and positions[-1] < description["length"]
                                    and (np.diff(positions) > 0).all()):
             raise ShardError(f"{path}: expected positions that increase, below {description['length']}")
+        kept = description["length"] - description["dropped"]
+        if int((positions >= description["dropped"]).sum()) != kept:
+            raise ShardError(f"{path}: expected all positions from {description['dropped']} to "
+                             f"{description['length']}, got {len(positions)} positions in all")
+        if int((positions < seen).sum()) < min(seen, description["dropped"]):
+            raise OptionError(f"{path}: expected a mask with a window, and no more first keys than were kept: some "
+                              f"before {description['dropped']} were dropped, and this mask shows them")
         shares = Contiguous.even(len(positions), size)
         rows = slice(shares.starts[rank], shares.starts[rank] + shares.counts[rank])
         for name, dim in (("k", description["dim"]), ("v", description["dim_v"])):

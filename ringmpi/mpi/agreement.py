@@ -67,10 +67,11 @@ def shorten(options: Mapping[str, Any]) -> dict[str, str]:
 def differing_options(everyone: Sequence[Mapping[str, str]]) -> RingError:
     """Give the error for options that differ, by those of each rank as `shorten` gives them. Local."""
     for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs.get(name) != value:
+        for name in {**everyone[0], **theirs}:
+            here, there = theirs.get(name, "not given"), everyone[0].get(name, "not given")
+            if here != there:
                 return OptionError(f"rank {rank}: expected the same options on every rank, and calls in the same "
-                                   f"order; {name} is {theirs.get(name)} here and {value} on rank 0")
+                                   f"order; {name} is {here} here and {there} on rank 0")
     return InternalError("the options have different digests, and the same texts")
 
 

@@ -17,7 +17,8 @@ class Grid:
     """A schedule's grid on the ranks of a communicator. Local.
 
     Ranks are placed in the order of their nodes, whatever numbers the launcher has dealt: along the first of `axes`
-    neighbours are next to each other.
+    neighbours are next to each other. Those that share heads are placed by their numbers, so that their tokens are in
+    order.
 
     Parameters
     ----------
@@ -37,19 +38,20 @@ class Grid:
         order = sorted(range(len(self.nodes)), key=lambda rank: (self.nodes[rank], rank))
         axes = tuple(reversed(self.axes))
         sizes = [range(getattr(self.schedule, axis)) for axis in axes]
-        places = (dict(zip(axes, at, strict=True)) for at in itertools.product(*sizes))
-        object.__setattr__(self, "_places", dict(zip(order, places, strict=True)))
+        shared: dict[tuple[int, int], list[int]] = {}           # ranks by their place on the other axes
+        for rank, at in zip(order, itertools.product(*sizes), strict=True):
+            place = dict(zip(axes, at, strict=True))
+            shared.setdefault((place["queries"], place["keys"]), []).append(rank)
+        object.__setattr__(self, "_places", {
+            rank: {"heads": heads, "queries": queries, "keys": keys}
+            for (queries, keys), ranks in shared.items() for heads, rank in enumerate(sorted(ranks))})
 
     def group(self, axis: str, rank: int) -> Group:
-        """Give the ranks that differ from `rank` in their place on one axis only. Local.
-
-        In the order of the places; those that share heads by their numbers, so that their tokens are in order.
-        """
+        """Give the ranks that differ from `rank` in their place on one axis only, in the order of the places. Local."""
         mine = self._places[rank]
         members = [other for other, place in self._places.items()
                    if all(place[name] == mine[name] for name in AXES if name != axis)]
-        order = None if axis == "heads" else lambda other: self._places[other][axis]
-        return Group(tuple(sorted(members, key=order)), rank)
+        return Group(tuple(sorted(members, key=lambda other: self._places[other][axis])), rank)
 
 
 @dataclass(frozen=True)
