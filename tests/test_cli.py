@@ -334,6 +334,8 @@ def test_a_dry_run_counts_what_a_grid_exchanges(tmp_path):
                                   schedule).stdout for schedule in ("mesh", "heads", "queries", "2x2x2:gather")}
     assert ["queries of others" in said[name] for name in said] == [True, False, True, True]
     assert ["exchange of heads" in said[name] for name in said] == [False, True, False, True]
+    assert ["query traffic" in said[name] for name in said] == [True, False, True, True]
+    assert ["head traffic" in said[name] for name in said] == [False, True, False, True]
     wrong = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "8", "--schedule", "3x1x3")
     assert wrong.returncode == 2
     assert "expected heads x queries x keys to be the number of ranks, 8, got 9; 1x1x8:ring would do" in wrong.stderr

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
     "attention": (("attention", "gradients", "redistribute"), (4, 2, 1), (3, 7)),
-    "links": (("link", "gradient_ring", "messages", "schedules", "strided"), (2, 4), (1, 3, 7)),
+    "links": (("link", "gradient_ring", "messages", "schedules", "strided", "window"), (2, 4), (1, 3, 7)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
     "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),

@@ -1,5 +1,7 @@
 """A cache of keys and values on this run's ranks against one dense softmax. Runs under mpiexec."""
 
+import copy
+import pickle
 import shutil
 import tempfile
 import tracemalloc
@@ -351,6 +353,13 @@ def test_sharded_queries_of_different_heads(comm):
         cache.append(k, v, replicated=True)
         q = np.ones((1, 200 if comm.rank else 2, 16), "f4")
         expect(comm, lambda: cache.attend(q, sharded=True), ShapeError, "the same heads on every rank")
+
+
+def test_a_cache_is_one_object(comm):
+    with KVCache(comm, **SIZES) as cache:
+        for take in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="a KVCache can't be"):
+                take(cache)
 
 
 def test_beside_one_call(comm):

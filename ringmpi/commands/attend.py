@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from .options import add_attention, add_backend, positive, refuse_idle_options, 
 
 if TYPE_CHECKING:
     from ..job.options import Options
+    from ..schedules.spec import Schedule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +74,6 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     from ..job.inputs import check_input
     from ..job.memory import predict_memory
     from ..job.outputs import check_paths
-    from ..schedules.movers import carrier_class
     from ..schedules.spec import check_schedule, resolve
     if launched_rank():
         return 0
@@ -85,9 +86,22 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    schedule = resolve(check_schedule(options.schedule), ranks)
-    carrier = carrier_class(schedule.carrier)
-    hops = 0 if carrier.in_place else schedule.keys - 1
-    print(f"{'K/V traffic':24}{(parts['k'] + parts['v']) * hops / 2**20:12.1f} MiB sent by a rank at most, "
-          f"{carrier.path_text.format(schedule.keys - 1)}")
+    for line in _describe_traffic(parts, resolve(check_schedule(options.schedule), ranks)):
+        print(line)
     return 0
+
+
+def _describe_traffic(parts: dict[str, int], schedule: Schedule) -> Iterator[str]:
+    """Say what a rank sends in the forward pass, by the bytes of its arrays."""
+    from ..schedules.movers import carrier_class
+    carrier = carrier_class(schedule.carrier)
+    sharing = schedule.queries
+    keys = (parts["k"] + parts["v"]) * (0 if carrier.in_place else schedule.keys - 1)
+    queries = (parts["q"] + (parts["acc"] + parts["max and sum"]) // sharing) * (sharing - 1)
+    heads = sum(parts[name] for name in ("q", "k", "v", "out", "lse")) * (schedule.heads - 1) // schedule.heads
+    yield f"{'K/V traffic':24}{keys / 2**20:12.1f} MiB sent by a rank at most, " \
+          f"{carrier.path_text.format(schedule.keys - 1)}"
+    if sharing > 1:
+        yield f"{'query traffic':24}{queries / 2**20:12.1f} MiB, queries to {sharing - 1} ranks and their states home"
+    if schedule.heads > 1:
+        yield f"{'head traffic':24}{heads / 2**20:12.1f} MiB, more where several ranks have a head of the keys"

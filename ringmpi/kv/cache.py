@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -477,6 +477,16 @@ class KVCache:
         """Give memory and this object's share of the buffers back. Local."""
         self._store.chunks = []
         self._close()
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError("a KVCache can't be copied: it holds a communicator, and memory that grows in place; save() it "
+                        "and open it twice, or give it a batch= and reorder()")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a KVCache can't be pickled: it holds a communicator and buffers of this process; save() it")
 
     def __enter__(self) -> KVCache:
         return self

@@ -83,7 +83,7 @@ class KernelArguments:
 
     def in_tiles(self, tile: int) -> tuple[int, int]:
         """Give the columns that some query sees, in whole tiles of the block."""
-        return self.first // tile * tile, min(-(-self.last // tile) * tile, len(self.arrays.k))
+        return self.first // tile * tile, min(-(-self.last // tile) * tile, self.arrays.k.shape[0])
 
     def areas(self, start: int, stop: int, height: int) -> NDArray[np.int64]:
         """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
