@@ -315,7 +315,7 @@ def test_views_of_real_cupy_arrays():
     memory = cupy.cuda.UnownedMemory(room.ctypes.data, room.nbytes, room, 0)
     blocks = DeviceLink(None)
     blocks._slots = [cupy.ndarray((512,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))] * 2
-    k, v = blocks.views(1, [(1, 4, 2, 8), (1, 4, 2, 4)], DTYPES["bfloat16"])
+    k, v = blocks.views(1, [(1, 4, 2, 8), (1, 4, 2, 4)], [DTYPES["bfloat16"]] * 2)
     assert (k.shape, v.shape, v.dtype) == ((1, 4, 2, 8), (1, 4, 2, 4), DTYPES["bfloat16"])
     assert v.data.ptr - k.data.ptr == k.nbytes == 128
     one, = v

@@ -20,6 +20,7 @@ from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
 from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
+from ringmpi.schedules.spec import NAMES
 from ringmpi.score import dropout_keys
 
 pytestmark = pytest.mark.mpi
@@ -159,7 +160,7 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
                "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
                "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
                "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0),
-               "schedule": Schedule(keys=comm.size, carrier=schedule)}
+               "schedule": schedule if schedule in NAMES else Schedule(keys=comm.size, carrier=schedule)}
     there = gpu.array if on_gpu else lambda x: x
     q, k, v, dout_, dlse_ = (there(np.ascontiguousarray(x[:, mine])) for x in
                              (*(np.stack(x) for x in zip(*cases, strict=True)), dout, dlse))
