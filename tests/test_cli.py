@@ -465,7 +465,7 @@ def test_the_log_of_a_job(capsys, monkeypatch):
     assert code("attend", "in.h5", "out.h5", "--causal", "--threads", 2) == 0
     said = capsys.readouterr().err
     assert re.fullmatch(r"ringmpi: 1 rank on \S+, 2 threads \(numba\); in.h5: 300 queries, 300 keys, heads 4/2, "
-                        r"dim 16, float32; predicted: \d+ MiB a rank, some seconds\n", said)
+                        r"dim 16, float32; predicted: [\d,]+ MiB a rank, some seconds\n", said)
     assert code("attend", "in.h5", "out.h5", "--force", "--quiet") == 0
     assert capsys.readouterr().err == ""
     assert code("attend", "in.h5", "out.h5", "--force", "--threads", 9) == 0
