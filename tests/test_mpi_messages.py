@@ -11,7 +11,7 @@ import test_mpi_link as blocks
 from test_mpi_link import LINKS, TOKENS
 
 from ringmpi import Mask, RankLost, RingAttention, RingTimeout, Schedule
-from ringmpi.mpi.comm import private_comm
+from ringmpi.mpi.comm import load, private_comm
 from ringmpi.schedules.base import TAGS, Route
 from ringmpi.schedules.broadcast import Broadcast
 from ringmpi.schedules.movers import carrier_class
@@ -192,8 +192,10 @@ def test_a_rank_that_does_not_send_sums_up_is_named(comm):
         world.carrier.abandon(error)
         said = str(error)
     everyone = comm.allgather(said)
+    assert any("no word from rank 2 on" in text for text in everyone), everyone
+    if "Open MPI" in load().Get_library_version():
+        return                        # where a large block is sent only once it is taken: the wait may come in step 0
     for rank, text in ((0, "for the gradients of rank 0's block from rank 2"),
                        (3, "for rank 2 to take the gradients of rank 0's block")):
         assert re.search(rf"broadcast step 1 of 4: waited for 1572864 bytes from rank 2 and {text}",
                          everyone[rank]), everyone
-    assert any("no word from rank 2 on" in text for text in everyone), everyone
