@@ -219,7 +219,7 @@ class Carrier(Mover):
         RingTimeout, RankLost
             If another rank does not send or take a block in time, or is gone. The communicator is lost then.
         """
-        raise NotImplementedError
+        return self._run(blocks, None, route, trace, stop)
 
     def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
                  stop: Callable[[], bool] | None = None) -> Iterator[Work]:
@@ -241,6 +241,11 @@ class Carrier(Mover):
         RingTimeout, RankLost
             See `forward`.
         """
+        return self._run(blocks, gradients, route, trace, stop)
+
+    def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+             stop: Callable[[], bool] | None) -> Iterator[Work]:
+        """Run a pass, forward without gradients; see `forward` and `backward`."""
         raise NotImplementedError
 
     @staticmethod

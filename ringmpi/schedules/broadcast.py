@@ -68,18 +68,8 @@ class Broadcast(Carrier):
                 coming_up = max(sum(gradient_sizes[source]) for source in [group.index, *others])
                 self._sums.reserve([*_in_turns(COMING_UP, gradient_sizes, others), coming_up])
 
-    def forward(self, blocks: Blocks, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work with every block that it needs; see `Carrier.forward`. Collective over *comm*."""
-        return self._broadcast(blocks, None, route, trace, stop)
-
-    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work, and bring gradients home; see `Carrier.backward`. Collective over *comm*."""
-        return self._broadcast(blocks, gradients, route, trace, stop)
-
-    def _broadcast(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-                   stop: Callable[[], bool] | None) -> Iterator[Work]:
+    def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+             stop: Callable[[], bool] | None) -> Iterator[Work]:
         index = self.group.index
         link = self._blocks
 

@@ -49,18 +49,8 @@ class Gather(Carrier):
                 self._shares.reserve([sum(gradient_sizes[source]) for source in others])
                 self._coming_home.reserve([sum(gradient_sizes[index])] * len(self._users(route)))
 
-    def forward(self, blocks: Blocks, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work with every block that it needs; see `Carrier.forward`. Collective over *comm*."""
-        return self._gather(blocks, None, route, trace, stop)
-
-    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work, and bring gradients home; see `Carrier.backward`. Collective over *comm*."""
-        return self._gather(blocks, gradients, route, trace, stop)
-
-    def _gather(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None) -> Iterator[Work]:
+    def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+             stop: Callable[[], bool] | None) -> Iterator[Work]:
         group = self.group
         link = self._blocks
         slots = {source: link.own_slots + slot for slot, source in enumerate(self._sources(route))}

@@ -41,18 +41,8 @@ class Ring(Carrier):
         """Make the buffers of a pass; see `Carrier.reserve`. Local."""
         self._lanes[0].reserve(sizes, gradient_sizes)
 
-    def forward(self, blocks: Blocks, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work with every block that it needs; see `Carrier.forward`. Collective over *comm*."""
-        return self._circulate(blocks, None, route, trace, stop)
-
-    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work, and bring gradients home; see `Carrier.backward`. Collective over *comm*."""
-        return self._circulate(blocks, gradients, route, trace, stop)
-
-    def _circulate(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-                   stop: Callable[[], bool] | None) -> Iterator[Work]:
+    def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+             stop: Callable[[], bool] | None) -> Iterator[Work]:
         lanes = self._lanes
         self._begin(blocks, gradients, route)
         for step in self._steps(trace, stop):

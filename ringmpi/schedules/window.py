@@ -102,18 +102,8 @@ class Window(Carrier):
         self._turns.reserve([1] * size)
         self._read.reserve([1] * size)
 
-    def forward(self, blocks: Blocks, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work with every block that it needs; see `Carrier.forward`. Collective over *comm*."""
-        return self._compute(blocks, None, route, trace, stop)
-
-    def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
-        """Yield this member's work, and bring gradients home; see `Carrier.backward`. Collective over *comm*."""
-        return self._compute(blocks, gradients, route, trace, stop)
-
-    def _compute(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None) -> Iterator[Work]:
+    def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
+             stop: Callable[[], bool] | None) -> Iterator[Work]:
         group = self.group
         needed = route.needed[group.index]
 
