@@ -12,7 +12,7 @@ from fake_device import FakeArray
 from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
 
-from ringmpi import Contiguous, Mask, RingAttention, Schedule, device, redistribute, ring_attention
+from ringmpi import Contiguous, KVCache, Mask, RingAttention, Schedule, device, redistribute, ring_attention
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -116,6 +116,41 @@ def test_other_schedules(comm, gpu, layout, mask, transport, schedule):
     skip_unless_mpi_takes(gpu, transport)
     skip_unless_heads_divide(comm, schedule)
     check(comm, gpu, "float32", layout, mask, transport, on_gpu=True, schedule=schedule)
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_queries_that_all_ranks_have(comm, gpu, dtype, on_gpu):
+    """By a call, forward and backward, and by a cache, in steps and sharded; with sinks, in units of the GPU's own."""
+    q, k, v = random_qkv(8, 40, 40, 4, 2, 16, 16, dtype)
+    sinks = np.array([0.5, -1, 2, 0], "f4")
+    there = (lambda x: gpu.array(np.ascontiguousarray(x))) if on_gpu else lambda x: x
+    back = (lambda x: x.get()) if on_gpu else lambda x: x
+    spec = make_layout("zigzag", 40, comm.size)
+    mine = spec.positions(comm.rank)
+    last = slice(38, 40)
+    see = oracle.visible(40, 40, causal=True)
+    sharing = not isinstance(gpu, EmulatedDevice)
+    want = oracle.dense(q[last], k, v, see[last], 0.25, sinks=sinks, dout=q[last])
+    bound = {"float32": 5e-6, "bfloat16": 2.0**-6}[dtype]
+    with RingAttention(comm, layout="replicated", kv_layout=spec, mask=Mask(causal=True), backend="cuda", timeout=100,
+                       gpu_transport="staged", allow_gpu_sharing=sharing) as attention:
+        out, lse = attention(*map(there, (q[last], k[mine], v[mine])), sinks=sinks, return_lse=True)
+        dq, dk, dv, _ = attention.backward(there(q[last]))
+    for x, name, rows in ((out, "out", slice(None)), (dq, "dq", slice(None)), (dk, "dk", mine), (dv, "dv", mine)):
+        assert oracle.error(back(x), want[name][rows], np.abs(want[name]).max()) <= bound, name
+    assert oracle.error(back(lse), want["lse"]) <= 2e-6
+    with KVCache(comm, kv_heads=2, dim=16, dtype=dtype, backend="cuda", timeout=100,
+                 allow_gpu_sharing=sharing) as cache:
+        prompt = make_layout("striped", 38, comm.size).positions(comm.rank)
+        cache.append(there(k[prompt]), there(v[prompt]), layout="striped")
+        out = cache.attend(there(q[prompt]), sharded=True, layout="striped")
+        rows, _ = oracle.attend(q[prompt], k, v, see[prompt], 0.25)
+        assert oracle.error(back(out), rows, np.abs(rows).max(initial=0) or 1.0) <= bound
+        out, lse = cache.attend(*map(there, (q[last], k[last], v[last])), sinks=sinks, return_lse=True)
+        assert isinstance(out, np.ndarray) is not on_gpu
+    assert oracle.error(back(out), want["out"], np.abs(want["out"]).max()) <= bound
+    assert oracle.error(back(lse), want["lse"]) <= 2e-6
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 40])

@@ -323,10 +323,11 @@ class KVCache:
                                        options={**self._options, **agreed}, digest=hash_of(f"{self._digest} {agreed}"))
         if query is None:
             raise InternalError("a query is missing")
-        out, lse = self._decoder.combine(query, rows)
-        if query.on_gpu:
-            with self._engine.backend.current():
-                out, lse = (self._engine.backend.to_device(x) for x in (out, lse))
+        backend = self._engine.backend
+        with backend.current():
+            out, lse = self._decoder.combine(query, rows)
+            out, lse = (x if query.on_gpu else backend.to_numpy(x) for x in (out, lse))
+            backend.synchronize()
         out, lse = (out, lse) if self.batch is not None else (out[0], lse[0])
         return (out, lse) if return_lse else out
 
@@ -355,14 +356,18 @@ class KVCache:
             self._check_window(asked)
             held = Held([row[2:] for row in numbers], self.length)
             with self._comm.raise_on_all(self._timeout), self._engine.backend.current():
-                k, v = self._store.whole()
+                given = as_array(q, "q")
+                arrays = self._check_array("q", given), *self._store.whole()
         item, wide = self.dtype.itemsize, self._acc_dtype.itemsize
         schedule = fewest_bytes(self._comm.size, queries=asked * heads * (self.dim * item + (self.dim_v + 2) * wide),
                                 keys=sum(held.counts) * self.kv_heads * (self.dim + self.dim_v) * item)
-        k, v = (k, v) if self.batch is not None else (k[0], v[0])
+        arrays = arrays if self.batch is not None else tuple(x[0] for x in arrays)
         with RingAttention(self._given, layout=layout, kv_layout=held, schedule=schedule,
                            **self._passed_on) as attention:
-            out, lse = attention(q, k, v, sinks=sinks, return_lse=True, keep=False)
+            out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False)
+        if isinstance(given, np.ndarray):
+            with self._engine.backend.current():
+                out, lse = (self._engine.backend.to_numpy(x) for x in (out, lse))
         return (out, lse) if return_lse else out
 
     def crop(self, length: int) -> None:

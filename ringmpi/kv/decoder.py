@@ -14,7 +14,7 @@ from ..engine import Engine
 from ..mpi.comm import Comm
 from ..problem import Problem
 from ..score import Score
-from ..softmax import State, combine, finish
+from ..softmax import State
 from .store import KVStore
 
 
@@ -98,7 +98,7 @@ class Decoder:
         parts = [backend.to_numpy(x) for state in states for x in (state.acc, state.row_max, state.row_sum)]
         return np.concatenate([*(x.reshape(-1).view(np.uint8) for x in parts), seen])
 
-    def combine(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def combine(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks have made of the queries, in their order: the same bits everywhere. Local.
 
         Parameters
@@ -110,21 +110,24 @@ class Decoder:
         Returns
         -------
         out : array of shape (batch, n_q, heads, dim_v), dtype of q
+            Where it is computed, as lse is.
         lse : array of shape (batch, n_q, heads), accumulator dtype
         """
+        backend = self._engine.backend
         batch, n_q, heads, _ = query.q.shape
         everyone = np.stack(rows)
         states, seen = np.split(everyone, [everyone.shape[1] - n_q], axis=1)
         numbers = states.view(self._acc_dtype)
-        has_result = np.asarray(seen.any(axis=0) | (query.sinks is not None))
-        out = np.empty((batch, n_q, heads, self._dim_v), query.q.dtype)
-        lse = np.empty((batch, n_q, heads), self._acc_dtype)
+        has_result = backend.to_device(np.asarray(seen.any(axis=0) | (query.sinks is not None)))
+        out = backend.empty((batch, n_q, heads, self._dim_v), query.q.dtype)
+        lse = backend.empty((batch, n_q, heads), self._acc_dtype)
         shapes = (n_q, heads, self._dim_v), (n_q, heads), (n_q, heads)
         edges = np.cumsum([math.prod(shape) for shape in shapes * batch])[:-1]
         parts = iter(np.split(numbers, edges, axis=1))
-        for i in range(batch):
-            state = State.empty(n_q, heads, self._dim_v, self._acc_dtype)
-            state.reset(query.sinks)
-            combine(state, State(*(next(parts).reshape(len(rows), *shape) for shape in shapes)))
-            finish(state, has_result, out[i], lse[i])
+        # By the backend: what a state holds between its calls, and in which units, is its own affair.
+        for i, state in enumerate(self._engine.states(batch, n_q, heads, self._dim_v, self._acc_dtype)):
+            backend.reset(state, query.sinks)
+            backend.combine(state, State(*(backend.to_device(next(parts).reshape(len(rows), *shape))
+                                           for shape in shapes)))
+            backend.finish(state, has_result, out[i], lse[i])
         return out, lse
