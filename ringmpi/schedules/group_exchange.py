@@ -33,7 +33,7 @@ class GroupExchange(Mover):
     def __init__(self, comm: Comm, group: Group, new_link: Callable[[], Link]) -> None:
         super().__init__(comm, group)
         self._link = new_link()
-        self._arriving: list[Transfer] = []
+        self._arriving: dict[int, Transfer] = {}         # what comes from each member that sends anything
         self._kinds: Sequence[Kinds] = ()
         self._record = Exchange("")
 
@@ -68,19 +68,22 @@ class GroupExchange(Mover):
             trace.exchanges.append(self._record)
         self.comm.place = f", exchange of {what}"
         self._kinds = incoming
-        self._arriving = []
+        self._arriving = {}
         slots = self._reserve(outgoing, incoming)
         link.begin()
         packed: set[int] = set()
         for hop in range(1, group.size):
             source, dest = group.upstream(hop), group.downstream(hop)
             nbytes = _nbytes(incoming[source])
-            link.receive(hop - 1, [nbytes], self._peer("Irecv", source, 0, f"for {nbytes} bytes from rank {{}}"))
-            self._arriving.append(link.incoming[-1])
-            self._record.bytes_received += nbytes
+            if nbytes:
+                link.receive(hop - 1, [nbytes], self._peer("Irecv", source, 0, f"for {nbytes} bytes from rank {{}}"))
+                self._arriving[source] = link.incoming[-1]
+                self._record.bytes_received += nbytes
 
             arrays = outgoing[dest]
             nbytes = sum(x.nbytes for x in arrays)
+            if not nbytes:
+                continue
             if id(arrays) not in packed:
                 packed.add(id(arrays))
                 self._pack(slots[id(arrays)], arrays)
@@ -109,7 +112,8 @@ class GroupExchange(Mover):
     def take(self, member: int) -> tuple[Array, ...]:
         """Wait for the arrays of another member; they are there until `end`. Local, but for the wait."""
         hop = (self.group.index - member) % self.group.size
-        self._record.wait_seconds += self._wait([self._arriving[hop - 1]])
+        if member in self._arriving:
+            self._record.wait_seconds += self._wait([self._arriving[member]])
         shapes = [shape for shape, _ in self._kinds[member]]
         return self._link.views(hop - 1, shapes, [dtype for _, dtype in self._kinds[member]])
 
@@ -119,12 +123,12 @@ class GroupExchange(Mover):
             return
         self._record.wait_seconds += self._wait(self._link.transfers)
         self._link.end_step()
-        self._arriving = []
+        self._arriving = {}
 
     def cancel(self) -> None:
         """Give up what is under way; see `Mover.cancel`. Local."""
         super().cancel()
-        self._arriving = []
+        self._arriving = {}
 
     def _where(self) -> str:
         return f"{self.comm.name()}, exchange of {self._record.what}"

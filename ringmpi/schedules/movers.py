@@ -1,4 +1,4 @@
-"""All that moves bytes in a call on one grid: heads, queries, and blocks of keys."""
+"""All that moves bytes in a call on one grid: heads, queries, tokens, and blocks of keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import cast
 from ..mpi.comm import Comm
 from .base import Carrier
 from .grid import Grid
+from .group import Group
 from .head_exchange import HeadExchange
 from .links import Array, Link
 from .query_exchange import QueryExchange
+from .token_exchange import TokenExchange
 
 # Each in the module of its name.
 _CLASSES = {"ring": "Ring", "gather": "Gather", "broadcast": "Broadcast", "two-way": "TwoWay", "window": "Window"}
@@ -37,6 +39,8 @@ class Movers:
     ----------
     heads : HeadExchange
     queries : QueryExchange
+    tokens : TokenExchange
+        Among all ranks.
     carrier : Carrier
     """
 
@@ -44,13 +48,14 @@ class Movers:
                  add: Callable[[Array, Array], None]) -> None:
         self.heads = HeadExchange(comm, grid.group("heads", comm.rank), new_link)
         self.queries = QueryExchange(comm, grid.group("queries", comm.rank), new_link)
+        self.tokens = TokenExchange(comm, Group.everyone(comm), new_link)
         self.carrier = carrier_class(grid.schedule.carrier)(comm, grid.group("keys", comm.rank), new_link, clear, add)
         self.queries.beside.add(self.carrier)
         self.carrier.beside.add(self.queries)
 
     def set_timeout(self, timeout: float) -> None:
         """Set after how many seconds a wait for another rank is an error. Local."""
-        for mover in (self.heads, self.queries, self.carrier):
+        for mover in (self.heads, self.queries, self.tokens, self.carrier):
             mover.timeout = timeout
 
     def progress(self) -> None:
@@ -62,5 +67,5 @@ class Movers:
     def abandon(self, error: BaseException) -> None:
         """Leave a call in mid-way because of an error on this rank; the other ranks are told. Local."""
         self.carrier.abandon(error)
-        self.heads.cancel()
-        self.queries.cancel()
+        for mover in (self.heads, self.queries, self.tokens):
+            mover.cancel()

@@ -55,6 +55,12 @@ def owned_mask(by: Layout, rank: int, positions: Integers) -> NDArray[np.bool_]:
     return by.count_below(positions + 1, rank) > by.count_below(positions, rank)
 
 
+def row_numbers(layout: Layout, other: Layout, rank: int) -> list[Integers]:
+    """Give the numbers of a rank's rows under a layout, for each rank those that it has under the other. Local."""
+    positions = layout.positions(rank)
+    return [np.flatnonzero(owned_mask(other, owner, positions)) for owner in range(layout.size)]
+
+
 class RowExchange(Mover):
     """One exchange of rows between all ranks; see `Mover`. Collective over *comm*.
 
@@ -115,8 +121,8 @@ class RowExchange(Mover):
         """
         # Which rows go, come and stay.
         rank = self.comm.rank
-        sent = self._numbers(self._old, self._new)
-        wanted = self._numbers(self._new, self._old)
+        sent = row_numbers(self._old, self._new, rank)
+        wanted = row_numbers(self._new, self._old, rank)
         staying, arriving = sent[rank], wanted[rank]
         sent[rank], wanted[rank] = NONE, NONE
         self._incoming, self._outgoing = ([len(rows) * row_bytes for rows in each] for each in (wanted, sent))
@@ -129,11 +135,6 @@ class RowExchange(Mover):
         self._memory.take_rows(packed, shard, going)
         self._memory.take_rows(received[len(order) - len(staying):], shard, staying)
         return received, order
-
-    def _numbers(self, layout: Layout, other: Layout) -> list[Integers]:
-        """Give the numbers of this rank's rows under a layout, for each rank those that it has under the other."""
-        positions = layout.positions(self.comm.rank)
-        return [np.flatnonzero(owned_mask(other, rank, positions)) for rank in range(self.comm.size)]
 
     def _move(self) -> None:
         """Send what is packed to where it belongs, and receive the rest. Collective over *comm*."""
