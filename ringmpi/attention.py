@@ -13,6 +13,7 @@ from .backends import check_name
 from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
+from .canonical import CanonicalPass
 from .checks import check_threads, check_timeout
 from .engine import NO_FACTS, Engine
 from .errors import InternalError, OptionError, RingError
@@ -24,7 +25,6 @@ from .mpi.threads import check_thread
 from .passes import Pass, Progress
 from .plan import Plan
 from .problem import Problem
-from .schedules.base import Route
 from .schedules.gpu_transport import Transport, check_transport
 from .schedules.spec import Schedule, check_schedule, resolve
 from .trace import Trace
@@ -84,6 +84,12 @@ class RingAttention:
         ``"heads"``: tokens are exchanged for heads, whose number the ranks must divide. A `Schedule`, or text like
         ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination; it has carriers that have no name
         here: `broadcast`, `two-way`, `window`. Results are equal to rounding.
+    order : {"fastest", "canonical"}
+        In which order sums are made. ``"canonical"``: in one that depends on positions alone, so that out, lse and all
+        gradients have the same bits on any number of ranks and threads, in any layout, on processors of one kind; with
+        Numba, and with the carrier `broadcast`, which ``schedule="auto"`` is then. The ranks may also share heads, if
+        their number divides the heads of the keys. The backward pass has 7 products in place of 5. See
+        docs/schedules.rst for what it costs. ``"fastest"``: results on other numbers of ranks are equal to rounding.
     bfloat16_products : {"auto", "widen", "pairs"}
         How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
         rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
@@ -118,7 +124,7 @@ class RingAttention:
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
-                 schedule: str | Schedule = "auto") -> None:
+                 schedule: str | Schedule = "auto", order: str = "fastest") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private_comm(comm, self.timeout)
@@ -127,16 +133,18 @@ class RingAttention:
         with self._comm.noting() as failures:
             if wrong:
                 raise OptionError(wrong)
-            self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator)
+            self._problem = Problem.check(mask, layout, kv_layout, scale, softcap, alibi, dropout, accumulator,
+                                          order)
             check_name(backend)
             check_transport(gpu_transport)
             bfloat16_products = wish(bfloat16_products)
-            self.schedule = resolve(check_schedule(schedule), self._comm.size, self._problem.replicated)
+            self.schedule = resolve(check_schedule(schedule), self._comm.size, self._problem.replicated,
+                                    self._problem.canonical)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
                              "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products,
                              "schedule": str(self.schedule)}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
-                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products)
+                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products, self._problem.canonical)
         self._engine = self._connect(engine, failures)
         # What each call brings along, so that none is taken for another's.
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
@@ -249,7 +257,7 @@ class RingAttention:
               progress: Progress | None) -> Array | tuple[Array, Array]:
         self._last = None                 # what the last call worked on goes before this call's memory comes
         call, plan = self._admit(inputs)
-        out, lse = Pass(call, plan, self._engine, self.trace, progress).forward()
+        out, lse = self._pass(call, plan, progress).forward()
         self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
 
@@ -276,7 +284,7 @@ class RingAttention:
             query sees, has exactly 0.
         dsinks : array of shape (heads,), accumulator dtype
             If the call had sinks: this rank's queries' share, to be summed over the ranks as the gradient of every
-            parameter that all of them have.
+            parameter that all of them have. In canonical order rank 0 has all of it, and the others 0.
 
         Raises
         ------
@@ -301,7 +309,7 @@ class RingAttention:
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
             raise InternalError("a call without a plan")
-        return Pass(call, plan, self._engine, self.trace, progress).backward(dout, dlse)
+        return self._pass(call, plan, progress).backward(dout, dlse)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
@@ -347,7 +355,11 @@ class RingAttention:
             call, plan = self._admit(inputs, number)
             with self._comm.raise_on_all(self.timeout):
                 dout, dlse = call.check_cotangents(dout, dlse)
-            return Pass(call, plan, self._engine, self.trace, progress).backward(dout, dlse)
+            return self._pass(call, plan, progress).backward(dout, dlse)
+
+    def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:
+        kind = CanonicalPass if self._problem.canonical else Pass
+        return kind(call, plan, self._engine, self.trace, progress)
 
     def _check_open(self) -> None:
         if not self._close.alive:
@@ -400,14 +412,14 @@ class RingAttention:
         with self._comm.noting() as failures:
             if self._comm.rank == 0:
                 records.warn_of_order()
-            plan = self._problem.plan(records, layouts, grid, self._comm.rank)
+            tile = self.backend.canonical_tile if self._problem.canonical else 0
+            plan = self._problem.plan(records, layouts, grid, self._comm.rank, tile)
             needs = plan.needs
         bits = self._comm.exchange("", self.timeout, np.packbits(needs), failures=failures)
         if plan is None:
             raise InternalError("a plan is missing")
-        needed = np.unpackbits(np.stack(bits), axis=1, count=self.schedule.keys).astype(bool)
-        plan.route = Route(needed[list(grid.group("keys", self._comm.rank).ranks)],
-                           [parts[-1].columns.stop for parts in plan.parts])
+        needed = np.unpackbits(np.stack(bits), axis=1, count=len(needs)).astype(bool)
+        plan.take_needs(needed[list(grid.group("keys", self._comm.rank).ranks)])
         return plan
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -181,6 +182,13 @@ def shown(x: Any) -> str:
         return repr(x)
     except Exception:      # noqa: BLE001 (a library may refuse by any)
         return type(x).__name__
+
+
+def check_order(order: Any, orders: Sequence[str]) -> str:
+    """Return the order of sums, one of `orders`, or raise `OptionError`. Local."""
+    if not isinstance(order, str) or order not in orders:
+        raise OptionError(f"order: expected one of {', '.join(orders)}, got {shown(order)}")
+    return order
 
 
 def check_threads(threads: Any) -> int | None:

@@ -107,6 +107,8 @@ class Engine:
         Let ranks of a node share a GPU.
     bfloat16_products : str
         What is wished for; see `Backend.settle`.
+    canonical : bool
+        Whether sums are made in canonical order.
 
     Attributes
     ----------
@@ -126,10 +128,11 @@ class Engine:
     backend: Backend
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool, bfloat16_products: str = "auto") -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto", canonical: bool = False) -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._products = bfloat16_products
+        self._canonical = canonical
         self._places: NDArray[np.int64] | None = np.full(comm.size, ON_HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
@@ -197,10 +200,11 @@ class Engine:
         on_gpu = self._name in GPU_NAMES or self._index is not None
         gpu = self._gpu() if on_gpu else None
         name = GPU_NAMES[0] if on_gpu else self._name
-        key = name, self._threads, gpu, self._products, on_gpu and hopper_kernel()
+        key = name, self._threads, gpu, self._products, on_gpu and hopper_kernel(), self._canonical
         workspaces = self._comm.shared
         if key not in workspaces:
-            workspaces[key] = Workspace(self._comm, open_backend(name, self._threads, gpu), len(workspaces))
+            backend = open_backend(name, self._threads, gpu, self._canonical)
+            workspaces[key] = Workspace(self._comm, backend, len(workspaces))
         self._workspace = workspaces[key]
         self._workspace.users += 1
         self.backend = self._workspace.backend

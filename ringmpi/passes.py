@@ -17,6 +17,7 @@ from .plan import Plan
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.links import assign
 from .softmax import Gradient, State
+from .tiles import KeyPlan
 from .trace import Exchange, Trace
 
 Progress = Callable[[int, int], object]
@@ -46,6 +47,7 @@ class Pass:
         self.movers = engine.movers(plan.grid)     # kept: if a callback closes the object, others must hear of an error
         self.trace = trace
         self._progress = progress
+        self._pairs = plan.pairs                   # that there are to do
 
     def forward(self) -> tuple[Array, Array]:
         """Attend; give `out` and `lse` with a batch axis, where the caller's arrays are."""
@@ -87,12 +89,7 @@ class Pass:
             for x in (dk, dv):
                 backend.clear(x)
         with backend.current(), self._abandoned_on_error():
-            if self.movers.heads.group.size * len(plan.row_counts) == 1:
-                self._differentiate(call.q, gradients, (call.k, call.v), (dk, dv))
-                if plan.replicated:
-                    self._sum_over_ranks("dq", dq)
-            else:
-                self._differentiate_for_all(dout, gradients, (dq, dk, dv))
+            self._differentiate_call(dout, gradients, (dq, dk, dv))
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
@@ -125,14 +122,23 @@ class Pass:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
                                                          plain=plan.score.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
-                gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
-                self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2), gradient_sizes)
+                self._reserve(way)
                 if way == "forward":
                     seen = plan.sees | (self.call.sinks is not None)       # a sink is seen by all
                     plan.seen = backend.to_device(seen)
                     self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
             plan.ready.add(way)
         trace.setup_seconds = trace.now() - trace.compile_seconds
+
+    def _reserve(self, way: str) -> None:
+        """Make the carrier's buffers."""
+        plan = self.plan
+        gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2), gradient_sizes)
+
+    def _keys(self) -> Sequence[Array]:
+        """Give this rank's block of keys and values, all heads."""
+        return self.call.k, self.call.v
 
     def _accumulate(self) -> list[State]:
         """Fold every block that comes by into the states of the rows; give those that this rank finishes."""
@@ -141,8 +147,9 @@ class Pass:
         backend = self.backend
         movers = self.movers
         heads, _, dim_v = plan.dims
-        q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (call.k, plan.kv_tokens),
-                                                  (call.v, plan.kv_tokens)], backend.empty, self.trace)
+        k, v = self._keys()
+        q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens)],
+                                        backend.empty, self.trace)
         rows = [q]
         if len(plan.row_counts) > 1:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
@@ -215,10 +222,21 @@ class Pass:
         lse = self.backend.empty((plan.batch, plan.own_rows, heads), plan.accumulator)
         self._finish(states, out, lse)
         self.movers.heads.to_tokens("results", [(lse, plan.q_tokens), (out, plan.q_tokens)],
-                                    [(self.call.lse, _put), (self.call.out, _put)], self.trace)
+                                    [(self.call.lse, put_heads), (self.call.out, put_heads)], self.trace)
 
-    def _differentiate(self, q: Array, gradients: Sequence[Gradient], keys: Sequence[Array], shares: Sequence[Array],
-                       rows: Sequence[Array] = ()) -> None:
+    def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
+        """Sum up dq, dk and dv of this rank's arrays."""
+        call = self.call
+        if self.movers.heads.group.size * len(self.plan.row_counts) > 1:
+            self._differentiate_for_all(dout, gradients, results)
+            return
+        dq, dk, dv = results
+        self._differentiate(call.q, gradients, (call.k, call.v), (dk, dv))
+        if self.plan.replicated:
+            self._sum_over_ranks("dq", dq)
+
+    def _differentiate(self, q: Array, gradients: Sequence[Gradient], keys: Sequence[Array],
+                       shares: Sequence[Array] | None, rows: Sequence[Array] = ()) -> None:
         """Differentiate with every block that comes by, and bring the gradients of k and v home.
 
         Parameters
@@ -227,20 +245,22 @@ class Pass:
         gradients : sequence of Gradient
             Of the rows, one for each element of the batch.
         keys, shares : (array, array)
-            k and v of this rank, and their gradients.
+            k and v of this rank, and their gradients; without these, dq alone is summed up.
         rows : sequence of arrays
             What `QueryExchange.hear` fills in.
         """
         plan = self.plan
         backend = self.backend
-        works = self.movers.carrier.backward(Blocks(keys, plan.shapes), Blocks(shares, plan.shapes), plan.route,
-                                             self.trace)
+        carrier, blocks = self.movers.carrier, Blocks(keys, plan.shapes)
+        works = carrier.forward(blocks, plan.route, self.trace) if shares is None else carrier.backward(
+            blocks, Blocks(shares, plan.shapes), plan.route, self.trace)
         for work, part in self._rounds(works, rows):
             k, v = work.arrays
-            dk, dv = work.gradients
+            dk, dv = work.gradients or (None, None)
             self._run(work, (
-                backend.backward(_part(gradients[i], part), q[i, part], k[i, columns], v[i, columns], dk[i, columns],
-                                 dv[i, columns], begin, end, score)
+                backend.backward(_part(gradients[i], part), q[i, part], k[i, columns], v[i, columns],
+                                 None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
+                                 begin, end, score)
                 for i, columns, begin, end, score in plan.tasks(work, part, self.call.dropout_keys)))
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
@@ -250,9 +270,7 @@ class Pass:
         backend = self.backend
         heads, queries = self.movers.heads, self.movers.queries
         acc_dtype = plan.accumulator
-        delta = backend.empty(call.lse.shape, acc_dtype)
-        for target, gradient in zip(delta, gradients, strict=True):
-            assign(target, gradient.delta)
+        delta = self._delta(gradients)
 
         # What travels, the wider dtype first.
         given = [(x, plan.q_tokens) for x in (call.lse, delta, call.q, dout)]
@@ -267,9 +285,16 @@ class Pass:
                             (dk, dv), rows)
         own = slice(plan.own_rows)
         queries.bring_home("dq", list(dq), plan.row_counts, lambda parts: self._add(dq[:, own], parts), self.trace)
-        place = self._add_heads if plan.kv_tokens.repeats else _put
+        place = self._add_heads if plan.kv_tokens.repeats else put_heads
         heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), (dk, plan.kv_tokens), (dv, plan.kv_tokens)],
-                        list(zip(results, (_put, place, place), strict=True)), self.trace)
+                        list(zip(results, (put_heads, place, place), strict=True)), self.trace)
+
+    def _delta(self, gradients: Sequence[Gradient]) -> Array:
+        """Give delta of all elements of the batch in one array."""
+        delta = self.backend.empty(self.call.lse.shape, self.plan.accumulator)
+        for target, gradient in zip(delta, gradients, strict=True):
+            assign(target, gradient.delta)
+        return delta
 
     def _add(self, targets: Iterable[Array], parts: Iterable[Array]) -> None:
         for target, part in zip(targets, parts, strict=True):
@@ -302,9 +327,9 @@ class Pass:
         if not heard:
             self.movers.queries.hear(rows, plan.row_counts)
 
-    def _run(self, work: Work, loops: Iterable[Iterator[int]]) -> None:
+    def _run(self, work: Work, loops: Iterable[Iterator[int]], plan: Plan | KeyPlan | None = None) -> None:
         """Run the loops of a backend over an item of work, and let messages move between their tiles."""
-        plan = self.plan
+        plan = plan or self.plan
         move_messages = self.movers.progress
         start = time.perf_counter()
         for loop in loops:
@@ -313,10 +338,10 @@ class Pass:
                 move_messages()
                 work.step.pairs += pairs
                 if self._progress and pairs:
-                    self._progress(pairs, plan.pairs)
+                    self._progress(pairs, self._pairs)
         work.step.compute_seconds += time.perf_counter() - start
 
-    def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: list[Gradient]) -> NDArray[Any]:
+    def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: Sequence[Gradient]) -> NDArray[Any]:
         """Give ``-sum(exp(sink - lse) delta)`` over this rank's queries; of those that all have, on rank 0 only."""
         total = np.zeros(len(sinks))
         if self.plan.replicated and self.movers.carrier.comm.rank:
@@ -341,6 +366,6 @@ def _part(whole: Rows, rows: slice) -> Rows:
     return type(whole)(*(x[rows] for x in vars(whole).values()))
 
 
-def _put(target: Array, part: slice, piece: Array) -> None:
+def put_heads(target: Array, part: slice, piece: Array) -> None:
     """Put a piece into some heads of an array."""
     assign(target[:, :, part], piece)

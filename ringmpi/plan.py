@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,21 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .layout import Integers, Layout
+from .layout import Integers
 from .mask import Interval
+from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
 from .schedules.head_exchange import Tokens
 from .score import Score
+from .tiles import KeyPlan
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
-
-
-class Part(NamedTuple):
-    """Columns of a block whose positions increase: the tokens of some ranks."""
-
-    columns: slice
-    ranks: list[int]
 
 
 class Task(NamedTuple):
@@ -50,7 +44,6 @@ class Plan:
     key : bytes
         Of the shapes of all ranks that it is for.
     grid : Grid
-    kv_layout : Layout
     bounds : list of (lo, hi)
         Intervals of key positions that the rows see; see `Mask.bounds`.
     row_counts : list of int
@@ -72,6 +65,8 @@ class Plan:
         heads that this rank computes with, dim, dim_v.
     replicated : bool
         Whether all ranks have the same queries: each folds its own keys into all rows.
+    of_keys : KeyPlan, optional
+        In canonical order, what goes for the gradients of keys and values, and how tokens get into blocks.
     route : Route
         Which rank that shares keys computes with which block; agreed on once the plans are made.
     seen : array of shape (own rows,), bool
@@ -83,7 +78,6 @@ class Plan:
 
     key: bytes
     grid: Grid
-    kv_layout: Layout
     bounds: list[Interval]
     row_counts: list[int]
     parts: list[list[Part]]
@@ -96,6 +90,7 @@ class Plan:
     dtype: np.dtype[Any]
     dims: tuple[int, int, int]
     replicated: bool
+    of_keys: KeyPlan | None = None
     route: Route = field(init=False)
     seen: Array = None
     ready: set[str] = field(default_factory=set)
@@ -123,9 +118,15 @@ class Plan:
 
     @property
     def needs(self) -> NDArray[np.bool_]:
-        """Which of the blocks that come by the rows see any key of."""
-        needs: NDArray[np.bool_] = self._pairs > 0
-        return needs
+        """Which of the blocks that come by this rank needs: of keys, then of queries if any come by."""
+        return np.concatenate([self._pairs > 0, *([self.of_keys.needs] if self.of_keys else [])])
+
+    def take_needs(self, needs: NDArray[np.bool_]) -> None:
+        """Take what each rank that shares keys needs, in the order of the group: the routes of blocks. Local."""
+        size = len(self.parts)
+        self.route = Route(needs[:, :size], [parts[-1].columns.stop for parts in self.parts])
+        if self.of_keys:
+            self.of_keys.route = Route(needs[:, size:], [part.columns.stop for part in self.of_keys.sources])
 
     @cached_property
     def _pairs(self) -> Integers:
@@ -173,38 +174,11 @@ class Plan:
 
     def _columns(self, source: int) -> list[list[Interval]]:
         """Turn each interval of positions into columns of each part of a block."""
-        return [[(self._count_below(low, part), self._count_below(high, part)) for low, high in self.bounds]
+        return [[(part.count_below(low), part.count_below(high)) for low, high in self.bounds]
                 for part in self.parts[source]]
-
-    def _count_below(self, x: Integers, part: Part) -> Integers:
-        """Count the columns of a part that stand before positions."""
-        first, *others = part.ranks
-        count = self.kv_layout.count_below(x, first)
-        for rank in others:
-            count = count + self.kv_layout.count_below(x, rank)
-        return count
 
     def _score_of(self, part: Part, inside: slice, rows: slice) -> Score:
         """Give the score for some rows and columns of a part of a block."""
         if not self.score.positional:
             return self.score
-        keys = np.concatenate([self.kv_layout.positions(rank) for rank in part.ranks])
-        return replace(self.score, queries=self.score.queries[rows]).of_keys(keys[inside])
-
-
-def increasing(layout: Layout, ranks: Sequence[int]) -> list[Part]:
-    """Cut the tokens of some ranks, one after the other, into as few parts as have increasing positions. Local."""
-    parts: list[Part] = []
-    starts = [0, *itertools.accumulate(layout.counts[rank] for rank in ranks)]
-    last = -1
-    for number, rank in enumerate(ranks):
-        if len(ranks) == 1:
-            return [Part(slice(0, starts[1]), [rank])]
-        positions = layout.positions(rank)
-        columns = slice(starts[number], starts[number + 1])
-        if parts and not (len(positions) and positions[0] < last):
-            parts[-1] = Part(slice(parts[-1].columns.start, columns.stop), [*parts[-1].ranks, rank])
-        else:
-            parts.append(Part(columns, [rank]))
-        last = int(positions[-1]) if len(positions) else last
-    return parts
+        return replace(self.score, queries=self.score.queries[rows]).of_keys(part.positions()[inside])

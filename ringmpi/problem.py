@@ -11,17 +11,20 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .call import Records
-from .checks import check_dropout, check_mask, check_scale, check_slopes, check_softcap
+from .checks import check_dropout, check_mask, check_order, check_scale, check_slopes, check_softcap
 from .dtypes import accumulator
 from .errors import OptionError, ShapeError
 from .layout import REPLICATED, Layout, Replicated, check_spec, resolve
 from .mask import Mask
-from .plan import Plan, increasing
-from .schedules.grid import Grid, share_heads
+from .parts import Part, increasing
+from .plan import Plan
+from .schedules.grid import Grid, HeadShare, share_heads
 from .schedules.group import Group
 from .schedules.head_exchange import Tokens
-from .schedules.spec import Schedule, check_heads
+from .schedules.spec import ORDERS, Schedule, check_heads
+from .schedules.token_exchange import Move
 from .score import MOST_POSITION, Score
+from .tiles import KeyPlan, Tiled
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,11 @@ class Problem:
     alibi: NDArray[np.float64] | None
     dropout: float
     accumulator: DTypeLike | None
+    order: str = ORDERS[0]
 
     @classmethod
     def check(cls, mask: Any, layout: Any, kv_layout: Any, scale: Any, softcap: Any, alibi: Any, dropout: Any,
-              accumulator: Any) -> Problem:
+              accumulator: Any, order: Any = ORDERS[0]) -> Problem:
         """Take a caller's options, or raise `OptionError`. Local."""
         replicated = isinstance(layout, str) and layout == REPLICATED
         if kv_layout is None:
@@ -47,19 +51,24 @@ class Problem:
         for spec in (kv_layout,) if replicated else (layout, kv_layout):
             check_spec(spec)
         return cls(check_mask(mask), layout, kv_layout, check_scale(scale), check_softcap(softcap), check_slopes(alibi),
-                   check_dropout(dropout), accumulator)
+                   check_dropout(dropout), accumulator, check_order(order, ORDERS))
 
     @property
     def replicated(self) -> bool:
         """Whether all ranks have the same queries."""
         return isinstance(self.layout, str) and self.layout == REPLICATED
 
+    @property
+    def canonical(self) -> bool:
+        """Whether sums are made in canonical order."""
+        return self.order == "canonical"
+
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values. Local."""
         layouts = {"layout": self.layout, "kv_layout": self.kv_layout}
         return {**self.mask.describe(), "scale": self.scale, "accumulator": self.accumulator, "softcap": self.softcap,
                 "alibi": None if self.alibi is None else self.alibi.tolist(), "dropout": self.dropout,
-                **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
+                "order": self.order, **{name: x if isinstance(x, str) else x.describe() for name, x in layouts.items()}}
 
     def resolve(self, records: Records) -> tuple[Layout, Layout]:
         """Give the layouts of the shards that were brought, and check what depends on them. Local.
@@ -110,6 +119,8 @@ class Problem:
         """
         heads, kv_heads, dim, dim_v = map(records.common, ("heads", "kv_heads", "dim", "dim_v"))
         check_heads(schedule, heads)
+        if self.canonical:
+            check_heads(schedule, heads, kv_heads)
         item = records.dtype.itemsize
         wide = accumulator(records.dtype, self.accumulator).itemsize
         queries = sum(records.n_q) * heads * (dim * item + (dim_v + 2) * wide) * (schedule.queries - 1)
@@ -117,10 +128,19 @@ class Problem:
         axes = ("heads", "queries", "keys") if queries > keys else ("heads", "keys", "queries")
         return Grid(schedule, tuple(nodes), axes)
 
-    def plan(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int) -> Plan:
-        """Make the plan of `rank`, but for the route, which is agreed on. Local."""
+    def plan(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int, tile: int = 0) -> Plan:
+        """Make the plan of `rank`, but for the route, which is agreed on. Local.
+
+        Parameters
+        ----------
+        records, layouts, grid, rank
+        tile : int
+            In canonical order, the tokens of a tile: keys come in blocks of whole tiles, whatever their layout.
+        """
         batch, heads, kv_heads, dim, dim_v = map(records.common, ("batch", "heads", "kv_heads", "dim", "dim_v"))
         q_layout, kv_layout = layouts
+        if tile:
+            kv_layout = Tiled.on(grid, rank, kv_layout.length, tile)
         beside = grid.group("heads", rank)
         queries, keys = grid.group("queries", rank), grid.group("keys", rank)
         shares = share_heads(heads, kv_heads, beside.size)
@@ -135,8 +155,7 @@ class Problem:
         row_counts = [sum(q_layout.counts[r] for r in grid.group("heads", other).ranks) for other in queries.ranks]
         positions = np.concatenate([q_layout.positions(r) for r in row_ranks])
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
-        score = Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0,
-                      None if self.alibi is None else self.alibi[share.queries], self.dropout)
+        score = self._score(dim, share)
         if score.positional:
             score = replace(score, queries=positions + self.mask.offset(q_layout.length, kv_layout.length))
 
@@ -144,7 +163,39 @@ class Problem:
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
         shapes: list[list[tuple[int, ...]]] = [
             [(batch, part[-1].columns.stop, share.kv_heads, width) for width in (dim, dim_v)] for part in parts]
-        return Plan(records.key, grid, kv_layout, bounds, row_counts, parts, shapes, share,
+        return Plan(records.key, grid, bounds, row_counts, parts, shapes, share,
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
-                    accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated)
+                    accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
+                    self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None)
+
+    def _score(self, dim: int, share: HeadShare) -> Score:
+        """Give the score of some heads, without positions."""
+        return Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0,
+                     None if self.alibi is None else self.alibi[share.queries], self.dropout)
+
+    def _plan_of_keys(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int, blocks: Layout,
+                      tile: int) -> KeyPlan:
+        """Plan, in canonical order, what the keys where they are meet: the queries in blocks of whole tiles."""
+        batch, heads, kv_heads, dim, dim_v = map(records.common, ("batch", "heads", "kv_heads", "dim", "dim_v"))
+        q_layout, kv_layout = layouts
+        beside, keys = grid.group("heads", rank), grid.group("keys", rank)
+        shares = share_heads(heads, kv_heads, beside.size)
+        share = shares[beside.index]
+        tiled = Tiled.on(grid, rank, q_layout.length, tile)
+        lengths = q_layout.length, kv_layout.length
+        sources = [_whole(tiled, grid.group("heads", other).ranks) for other in keys.ranks]
+        shapes: list[list[tuple[int, ...]]] = []
+        for source in sources:
+            rows = batch, source.columns.stop, share.heads
+            shapes.append([rows, rows, (*rows, dim), (*rows, dim_v)])
+        return KeyPlan(self.mask, lengths, tile, sources, increasing(kv_layout, beside.ranks), shapes,
+                       Tokens.of_queries([tiled.counts[r] for r in beside.ranks], shares),
+                       Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), share.queries,
+                       self._score(dim, share), Move.between(kv_layout, blocks, rank),
+                       Move.between(q_layout, tiled, rank))
+
+
+def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:
+    """Give the tokens of ranks whose blocks follow each other as one part."""
+    return Part(slice(0, sum(layout.counts[rank] for rank in ranks)), list(ranks), layout)

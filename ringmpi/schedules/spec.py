@@ -12,6 +12,7 @@ from ..errors import OptionError
 
 CARRIERS = ("ring", "gather", "broadcast", "two-way", "window")
 NAMES = ("auto", "ring", "gather", "queries", "mesh", "heads")
+ORDERS = ("fastest", "canonical")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def check_schedule(spec: Any) -> str | Schedule:
     return Schedule(heads, queries, keys, grid[4] or CARRIERS[0])
 
 
-def resolve(spec: str | Schedule, size: int, replicated: bool = False) -> Schedule:
+def resolve(spec: str | Schedule, size: int, replicated: bool = False, canonical: bool = False) -> Schedule:
     """Give the grid that is meant on so many ranks. Local.
 
     Parameters
@@ -98,12 +99,16 @@ def resolve(spec: str | Schedule, size: int, replicated: bool = False) -> Schedu
         Ranks.
     replicated : bool
         Whether all ranks have the same queries.
+    canonical : bool
+        Whether the order of sums is canonical.
 
     Raises
     ------
     OptionError
-        If it is one of another number of ranks, or not one for queries that all ranks have.
+        If it is one of another number of ranks, or not one for queries that all ranks have, or for canonical order.
     """
+    if canonical:
+        return _resolve_canonical(spec, size, replicated)
     if replicated:
         if spec not in ("auto", "queries", Schedule(queries=size)):
             raise OptionError(f"schedule {spec}: expected \"auto\" or \"queries\" with queries that all ranks have "
@@ -124,14 +129,37 @@ def resolve(spec: str | Schedule, size: int, replicated: bool = False) -> Schedu
     return Schedule(keys=size, carrier="ring" if spec == "auto" else spec)
 
 
-def check_heads(schedule: Schedule, heads: int) -> None:
-    """Raise `OptionError` unless the ranks that share heads can share so many. Local."""
-    if heads % schedule.heads:
-        most = math.gcd(heads, schedule.heads)
+def _resolve_canonical(spec: str | Schedule, size: int, replicated: bool) -> Schedule:
+    """Give the grid that is meant where keys are to come in ascending order, whatever the number of ranks."""
+    if replicated:
+        raise OptionError('order "canonical": expected queries that the ranks have dealt out, got layout="replicated"; '
+                          'take another layout, or order="fastest", which gives all ranks the same bits')
+    schedule = Schedule(keys=size, carrier="broadcast") if spec == "auto" else resolve(spec, size)
+    if schedule.queries > 1 or (schedule.keys > 1 and schedule.carrier != "broadcast"):
+        other = Schedule(schedule.heads, 1, size // schedule.heads, "broadcast")
+        raise OptionError(f'order "canonical": expected a schedule that shares no queries, with the carrier broadcast, '
+                          f'got {schedule}; {other} would do, or "auto"')
+    return schedule.with_carrier("broadcast")
+
+
+def check_heads(schedule: Schedule, heads: int, kv_heads: int = 0) -> None:
+    """Raise `OptionError` unless the ranks that share heads can share so many. Local.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    heads : int
+    kv_heads : int
+        Heads of the keys, where each is to be with one rank: in canonical order. Else 0.
+    """
+    count, whose = (kv_heads, "heads of the keys, each of which one rank sums up in canonical order") if kv_heads else (
+        heads, "heads")
+    if count % schedule.heads:
+        most = math.gcd(count, schedule.heads)
         rest = schedule.heads // most * schedule.keys
         other = Schedule(most, schedule.queries, rest, schedule.carrier)
         raise OptionError(f"schedule {schedule}: expected the {schedule.heads} ranks that share heads to divide the "
-                          f"{heads} heads; {other} would do")
+                          f"{count} {whose}; {other} would do")
 
 
 def divisors(number: int) -> Iterator[int]:

@@ -1,0 +1,134 @@
+"""A call in canonical order: tokens come in blocks of whole tiles, ascending, whatever layouts the caller has.
+
+Forward, and for dq, blocks of keys come by this rank's queries, which stay where they are. For dk and dv, blocks of
+queries come by this rank's keys. So each sum is made by one rank, in the order of positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .call import Array
+from .errors import InternalError
+from .passes import Pass, put_heads
+from .schedules.base import Blocks, Work, block_sizes
+from .softmax import Gradient
+from .tiles import KeyPlan
+
+
+class CanonicalPass(Pass):
+    """One pass of a call in canonical order; see `Pass`."""
+
+    _dsinks: NDArray[Any] | None = None
+
+    @property
+    def _of_keys(self) -> KeyPlan:
+        if self.plan.of_keys is None:
+            raise InternalError("a plan without blocks of tiles")
+        return self.plan.of_keys
+
+    def _reserve(self, way: str) -> None:
+        """Make the carrier's buffers: for keys, and backward for queries too."""
+        plan, of_keys = self.plan, self._of_keys
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2))
+        if way == "backward":
+            kinds = [plan.accumulator] * 2 + [plan.dtype] * 2
+            self.movers.carrier.reserve(of_keys.route, block_sizes(of_keys.shapes, kinds))
+
+    def _keys(self) -> Sequence[Array]:
+        """Give this rank's block of keys and values, all heads: whole tiles."""
+        return self.movers.tokens.move("keys", (self.call.k, self.call.v), self._of_keys.keys, self.backend.empty,
+                                       self.trace)
+
+    def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
+        """Sum up dq where the queries are, and then dk and dv where the keys are."""
+        dq, dk, dv = results
+        self._pairs += self._of_keys.pairs
+        self.trace.flop_per_pair //= 2               # a pair is visited twice
+        delta = self._delta(gradients)
+        self._of_queries(dout, delta, dq)
+        self._of_all_keys(dout, delta, (dk, dv))
+
+    def _of_queries(self, dout: Array, delta: Array, dq: Array) -> None:
+        """Sum up dq: blocks of keys come by."""
+        call, plan = self.call, self.plan
+        given = [(x, plan.q_tokens) for x in (call.lse, delta, call.q, dout)]
+        given += [(x, plan.kv_tokens) for x in self._keys()]
+        lse, delta, q, dout, *keys = self._inside(given)
+        (sums,) = self._sums([(dq, q)])
+        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], sums[i]) for i in range(plan.batch)], keys, None)
+        self._outside([(sums, plan.q_tokens)], [dq])
+
+    def _of_all_keys(self, dout: Array, delta: Array, results: Sequence[Array]) -> None:
+        """Sum up dk and dv: blocks of queries come by."""
+        call, of_keys = self.call, self._of_keys
+        backend = self.backend
+        rows = self.movers.tokens.move("queries", (call.lse, delta, call.q, dout), of_keys.queries, backend.empty,
+                                       self.trace)
+        if call.sinks is not None:
+            self._dsinks = self._sum_of_sinks(call.sinks, *rows[:2])
+        *block, k, v = self._inside([*((x, of_keys.q_tokens) for x in rows), (call.k, of_keys.kv_tokens),
+                                     (call.v, of_keys.kv_tokens)])
+        dk, dv = self._sums(list(zip(results, (k, v), strict=True)))
+        blocks = Blocks(block, of_keys.shapes)
+        for work in self.movers.carrier.forward(blocks, of_keys.route, self.trace):
+            self._run(work, self._loops(work, k, v, dk, dv), of_keys)
+        self._outside([(x, of_keys.kv_tokens) for x in (dk, dv)], results)
+
+    def _loops(self, work: Work, k: Array, v: Array, dk: Array, dv: Array) -> Iterator[Iterator[int]]:
+        """Give the loops of the backend over a block of queries."""
+        lse, delta, q, dout = work.arrays
+        for i, rows, columns, begin, end, score in self._of_keys.tasks(work, self.call.dropout_keys):
+            gradient = Gradient(dout[i, rows], lse[i, rows], delta[i, rows], None)
+            yield self.backend.backward(gradient, q[i, rows], k[i, columns], v[i, columns], dk[i, columns],
+                                        dv[i, columns], begin, end, score)
+
+    def _inside(self, given: Sequence[tuple[Array, Any]]) -> list[Array]:
+        """Exchange tokens for heads, among ranks that share these."""
+        return self.movers.heads.to_heads("heads", given, self.backend.empty, self.trace)
+
+    def _sums(self, pairs: Sequence[tuple[Array, Array]]) -> list[Array]:
+        """Give cleared arrays for the gradients of arrays inside: the results themselves, if no heads are shared."""
+        sums = []
+        for result, x in pairs:
+            target = result
+            if self.movers.heads.group.size > 1:
+                target = self.backend.empty(x.shape, result.dtype)
+                self.backend.clear(target)
+            sums.append(target)
+        return sums
+
+    def _outside(self, sums: Sequence[tuple[Array, Any]], results: Sequence[Array]) -> None:
+        """Exchange heads for tokens; nothing to do if no heads are shared."""
+        if self.movers.heads.group.size > 1:
+            self.movers.heads.to_tokens("gradients", sums, [(x, put_heads) for x in results], self.trace)
+
+    def _sum_of_sinks(self, sinks: NDArray[Any], lse: Array, delta: Array) -> NDArray[Any]:
+        """Give ``-sum(exp(sink - lse) delta)`` over all queries: of each tile, and of these in a fixed tree."""
+        of_keys = self._of_keys
+        tiles = []
+        for start in range(0, lse.shape[1], of_keys.tile):
+            rows = slice(start, start + of_keys.tile)
+            x, y = (self.backend.to_numpy(part[:, rows]).astype(np.float64) for part in (lse, delta))
+            with np.errstate(all="ignore"):
+                tiles.append(-(np.exp(sinks - x) * y).sum(axis=1))
+        shape = -1, of_keys.batch, len(sinks)
+        mine = np.array(tiles, np.float64).reshape(shape)
+        shares = self.engine.share(mine.reshape(-1).view(np.uint8))
+        order = [rank for source in of_keys.sources for rank in source.ranks]
+        sums = np.concatenate([shares[rank].view(np.float64).reshape(shape) for rank in order])
+        while len(sums) > 1:
+            pairs = len(sums) // 2 * 2
+            sums = np.concatenate([sums[:pairs:2] + sums[1:pairs:2], sums[pairs:]])
+        total: NDArray[Any] = sums.sum(axis=(0, 1))
+        return total
+
+    def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: Sequence[Gradient]) -> NDArray[Any]:
+        """Give the gradient of the sinks: all of it on rank 0, and 0 elsewhere."""
+        if self.movers.carrier.comm.rank or self._dsinks is None:
+            return np.zeros_like(sinks)
+        return self._dsinks.astype(sinks.dtype)
