@@ -13,6 +13,8 @@ LAUNCHES = {
     "attention": (("attention", "gradients", "redistribute"), (4, 2, 1), (3, 7)),
     "links": (("link", "gradient_ring", "messages", "schedules", "strided", "window"), (2, 4), (1, 3, 7)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
+    "canonical": (("canonical",), (3,), (1, 2, 4, 5, 7, 8, 16)),
+    "canonical_cases": (("canonical_cases",), (), (2, 3, 5)),
     "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),

@@ -34,7 +34,7 @@ CASES = covering(LEVELS, seed=1)
 
 
 def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function="plain", n_q=None, seed=0, bound=None,
-          accumulator=None, schedule="ring"):
+          accumulator=None, schedule="ring", order="fastest"):
     """One forward and backward pass; gives the errors of the gradients."""
     n_q = length if n_q is None else n_q
     q, k, v = random_qkv(seed, n_q, length, *heads, 16, dim_v, dtype)
@@ -49,7 +49,8 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
         score["dropout_keys"] = dropout_keys(seed, 1, heads[0])[0]
     options = {"mask": Mask(**mask), "layout": layout if named else q_layout, "softcap": score.get("softcap"),
                "kv_layout": layout if named else kv_layout, "alibi": score.get("slopes"),
-               "dropout": score.get("dropout", 0.0), "accumulator": accumulator, "schedule": schedule}
+               "dropout": score.get("dropout", 0.0), "accumulator": accumulator, "schedule": schedule,
+               "order": order}
     with RingAttention(comm, backend=backend, timeout=60, **options) as attention:
         out, lse = attention(q[mine], k[theirs], v[theirs], sinks=sinks, seed=seed, return_lse=True)
         got = dict(zip(NAMES, attention.backward(dout[mine], dlse[mine].astype(lse.dtype)), strict=False))
@@ -70,8 +71,9 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     assert (got["dq"][~see[mine].any(axis=1)] == 0).all()
     assert (got["dk"][~see[:, theirs].any(axis=0)] == 0).all()
     assert (got["dv"][~see[:, theirs].any(axis=0)] == 0).all()
-    assert pairs == see[mine].sum() or grid.queries > 1 or grid.heads > 1
-    assert comm.allreduce(pairs) == see.sum() * grid.heads
+    visits = 1 + (order == "canonical")            # of a pair: for its query's sake, and for its key's
+    assert pairs == see[mine].sum() + (visits - 1) * see[:, theirs].sum() or grid.queries > 1 or grid.heads > 1
+    assert comm.allreduce(pairs) == see.sum() * grid.heads * visits
     return errors
 
 

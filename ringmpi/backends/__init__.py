@@ -47,6 +47,13 @@ def choose_gpu_early(name: str) -> None:
         device.choose_early()     # UCX takes the network card next to the GPU that is current when MPI starts
 
 
+def check_canonical(name: str) -> None:
+    """Raise `OptionError` unless backend `name`, which can run here, has a canonical order. Local."""
+    if not backend_class(name).canonical_tile:
+        raise OptionError(f"canonical order: expected a backend whose sums have a fixed order, numba, got {name}; take "
+                          "numba, for arrays on the host")
+
+
 def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False) -> Backend:
     """Open a backend; ``"auto"`` takes the first for host arrays that can run here. Local.
 
@@ -72,9 +79,8 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None, cano
     reason = reason_missing(name)
     if reason:
         raise BackendError(f"backend {name}: {reason}")
-    kind = backend_class(name)
-    if canonical and not kind.canonical_tile:
-        raise OptionError(f"canonical order: expected a backend whose sums have a fixed order, numba, got {name}")
-    backend = kind(threads, gpu)
+    if canonical:
+        check_canonical(name)
+    backend = backend_class(name)(threads, gpu)
     backend.canonical = canonical
     return backend

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..environment import command_line, launched_rank, launched_sizes, stderr_is_terminal
-from .options import add_attention, add_backend, positive, refuse_idle_options, seconds
+from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
     from ..job.options import Options
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="which tokens each rank has while computing; striped and zigzag balance --causal "
                           "(default: contiguous)")
     add_backend(run)
+    add_order(run)
     run.add_argument("--accumulator", choices=("float32", "float64"), help="dtype of sums (default: by the input's)")
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     run.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
@@ -74,7 +75,6 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     from ..job.inputs import check_input
     from ..job.memory import predict_memory
     from ..job.outputs import check_paths
-    from ..schedules.spec import check_schedule, resolve
     if launched_rank():
         return 0
     check_threads(arguments.threads)
@@ -86,7 +86,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    for line in _describe_traffic(parts, resolve(check_schedule(options.schedule), ranks)):
+    for line in _describe_traffic(parts, options.grid(ranks)):
         print(line)
     return 0
 

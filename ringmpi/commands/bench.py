@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import DTYPES, MASKS, add_backend, add_products, positive, seconds
+from .options import DTYPES, MASKS, ORDERS, add_backend, add_products, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 PASSES = ("forward", "backward")
@@ -94,6 +94,8 @@ def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
     add_backend(ring)
+    ring.add_argument("--order", choices=ORDERS, default=ORDERS[0],
+                      help="canonical: one more row, striped in canonical order (default: none)")
     ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
 
 

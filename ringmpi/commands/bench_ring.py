@@ -28,6 +28,7 @@ from ..schedules.spec import Schedule
 from ..trace import Trace
 
 ALONE = "one rank"
+CANONICAL = "striped, canonical order"
 TRANSFER = "transfer"
 
 
@@ -66,14 +67,17 @@ class _RingBench:
                              arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
         self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
         self.layouts = {name: self._attention(world, name, self.threads, arguments.schedule) for name in layout.NAMES}
+        if arguments.order == "canonical":
+            self.layouts[CANONICAL] = self._attention(world, "striped", self.threads, "auto", arguments.order)
         self.alone = world.Split(comm.rank)
         self.single = self._attention(self.alone, "contiguous", self.all_threads)
 
-    def _attention(self, comm: Any, name: str, threads: int, schedule: str = "ring") -> RingAttention:
+    def _attention(self, comm: Any, name: str, threads: int, schedule: str = "ring", order: str = "fastest"
+                   ) -> RingAttention:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal), layout=name, threads=threads,
                              backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
-                             allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule,
+                             allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule, order=order,
                              bfloat16_products=self.arguments.bfloat16_products)
 
     def _arrays(self, n: int) -> list[Any]:
@@ -88,7 +92,7 @@ class _RingBench:
         tokens, ranks, rank = self.arguments.tokens, self.comm.size, self.comm.rank
         runs: dict[str, Callable[[], Trace]] = {}
         for name, attention in self.layouts.items():
-            arrays = self._arrays(layout.make(name, tokens, ranks).counts[rank])
+            arrays = self._arrays(layout.make(attention.layout, tokens, ranks).counts[rank])
             runs[name] = self._pass(attention, arrays)
         schedule = self.layouts["contiguous"].schedule
         if 1 < ranks == schedule.keys and self.arguments.which == "forward":

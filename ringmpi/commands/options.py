@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import OptionError
-from ..schedules.spec import check_schedule
+from ..schedules.spec import ORDERS, check_schedule
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
@@ -105,14 +105,22 @@ def add_backend(parser: Any) -> None:
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
     parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share GPUs if there are too few")
-    parser.add_argument("--schedule", type=schedule, default="ring", metavar="S",
+    parser.add_argument("--schedule", type=schedule, default="auto", metavar="S",
                         help="who computes what: ring (keys go round, with two buffers), gather (keys come at once, "
                              "with a buffer for each), queries (queries travel), mesh (queries along one side of a "
                              "square of ranks, keys along the other), heads (tokens are exchanged for heads), or a "
                              "grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: blocks "
                              "come to all ranks in one order, two-way: half of each block either way round, window: "
-                             "blocks are read in shared memory), 2x4x8:ring (default: ring)")
+                             "blocks are read in shared memory), 2x4x8:ring (default: auto: ring, or broadcast in "
+                             "canonical order)")
     add_products(parser)
+
+
+def add_order(parser: Any) -> None:
+    """Add the option that says in which order sums are made."""
+    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0],
+                        help="in which order sums are made: fastest, or canonical, in which results have the same bits "
+                             "on any number of ranks and threads, in any layout (CPUs with numba; default: fastest)")
 
 
 def add_products(parser: Any) -> None:

@@ -113,7 +113,7 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          softcap=options.softcap, alibi=data.alibi, backend=options.backend, threads=threads,
                          timeout=run.timeout, accumulator=options.accumulator, gpu_transport=options.gpu_transport,
                          allow_gpu_sharing=options.allow_gpu_sharing, bfloat16_products=options.bfloat16_products,
-                         schedule=options.schedule)
+                         schedule=options.schedule, order=options.order)
 
 
 def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None

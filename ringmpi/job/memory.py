@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..backends import GPU_NAMES, backend_class, open_backend
+from ..backends import GPU_NAMES, backend_class, check_canonical, open_backend
 from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
 from ..environment import cycles_per_second, resident_bytes, vector_bytes
@@ -12,7 +12,7 @@ from ..layout import Contiguous
 from ..mask import Mask
 from ..schedules.grid import share_heads
 from ..schedules.movers import carrier_class
-from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
+from ..schedules.spec import Schedule, check_heads
 from .inputs import Sizes
 from .options import Options
 
@@ -44,9 +44,10 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)
     wide = acc_dtype.itemsize
     shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
-    backend = _class_of(options.backend)
-    schedule = resolve(check_schedule(options.schedule), ranks)
-    check_heads(schedule, sizes.heads)
+    canonical = options.order == "canonical"
+    backend = _class_of(options.backend, canonical)
+    schedule = options.grid(ranks)
+    check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
     buffers = carrier_class(schedule.carrier).buffer_blocks(schedule.keys, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
@@ -58,6 +59,8 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
         "columns": 8 * 8 * n_q * schedule.heads * schedule.queries,
         **scratch,
     }
+    if canonical and ranks > 1:       # what is packed, received and put in order
+        parts["K/V in tiles"] = 3 * (parts["k"] + parts["v"])
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
@@ -124,10 +127,12 @@ def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int
     return arrays
 
 
-def _class_of(name: str) -> type[Backend]:
+def _class_of(name: str, canonical: bool) -> type[Backend]:
     """Give the class of a backend; one for CPUs is opened, so that its modules count in the memory of this process."""
     if name in GPU_NAMES:
+        if canonical:
+            check_canonical(name)
         return backend_class(name)
-    opened = open_backend(name, 1)
+    opened = open_backend(name, 1, canonical=canonical)
     opened.close()
     return type(opened)
