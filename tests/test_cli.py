@@ -336,7 +336,18 @@ def test_a_dry_run_counts_what_a_grid_exchanges(tmp_path):
     assert ["exchange of heads" in said[name] for name in said] == [False, True, False, True]
     assert ["query traffic" in said[name] for name in said] == [True, False, True, True]
     assert ["head traffic" in said[name] for name in said] == [False, True, False, True]
-    wrong = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "8", "--schedule", "3x1x3")
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "8"
+    tiled = without_mpi(*dry, "--order", "canonical").stdout
+    assert "K/V in tiles" in tiled
+    assert "down a tree to 7 ranks" in tiled
+    for options, said in ((("--schedule", "mesh"), "1x1x8:broadcast would do"),
+                          (("--schedule", "4x1x2:broadcast"), "to divide the 2 heads of the keys"),
+                          (("--backend", "numpy"), "a backend whose sums have a fixed order, numba, got numpy"),
+                          (("--backend", "cuda"), "numba, got cuda; take numba")):
+        wrong = without_mpi(*dry, "--order", "canonical", *options)
+        assert wrong.returncode == 2
+        assert said in wrong.stderr
+    wrong = without_mpi(*dry, "--schedule", "3x1x3")
     assert wrong.returncode == 2
     assert "expected heads x queries x keys to be the number of ranks, 8, got 9; 1x1x8:ring would do" in wrong.stderr
 
@@ -502,10 +513,12 @@ def test_compiling_is_no_part_of_attending():
 def test_bench(capsys):
     assert code("bench", "kernel", "--shape", "64x64", "--repeat", 1, "--json", "b.json") == 0
     assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal") == 0
-    assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal", "--pass", "backward") == 0
+    assert code("bench", "ring", "--tokens", 64, "--repeat", 1, "--causal", "--pass", "backward", "--order",
+                "canonical") == 0
     said = capsys.readouterr().out
     assert "GFLOP/s" in said
     assert "zigzag" in said
+    assert said.count("striped, canonical order") == 1
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert {row["kernel"] for row in rows} >= {"numpy", "numba"}
     assert {row["pass"] for row in rows} == {"forward"}

@@ -367,6 +367,21 @@ def test_a_lost_rank(source, tmp_path, signal):
         assert re.search(rf"ringmpi: rank {rank} on [\w.-]+({where})", result.ranks[rank]), result.text
 
 
+def test_canonical_order_writes_the_same_bits(source, tmp_path):
+    """On any number of ranks, whatever the layout and the schedule."""
+    written = []
+    for ranks, *options in ((1,), (3, "--layout", "zigzag"), (4, "--schedule", "2x1x2:broadcast"), (2,)):
+        target = tmp_path / f"{ranks}.h5"
+        order = "fastest" if ranks == 2 else "canonical"
+        result = run(ranks, "attend", source, target, "--causal", "--order", order, *options, folder=tmp_path)
+        assert result.code == 0, result.text
+        assert verify(target).record["options"]["order"] == order
+        written.append(read_arrays(target, ("out", "lse")))
+    one, *others, fastest = written
+    assert all((a == b).all() for other in others for a, b in zip(one, other, strict=True))
+    assert not all((a == b).all() for a, b in zip(one, fastest, strict=True))        # so that this test can see
+
+
 @pytest.mark.parametrize(("schedule", "where", "what"), [
     ("2x1x2", "HeadExchange.to_heads", "exchange of heads"),
     ("2x1x2", "HeadExchange.to_tokens", "exchange of results"),

@@ -52,6 +52,18 @@ def test_gradcheck(backend):
             *x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True), (q, k, v, sinks))
 
 
+def test_canonical_order(comm):
+    """Gradients of one rank, bit by bit."""
+    from mpi4py import MPI
+    whole = tensors(2, 400, dtype=torch.float32)
+    mine = torch.from_numpy(make("striped", 400, comm.size).positions(comm.rank))
+    parts = [x.detach()[mine].requires_grad_() for x in whole]
+    options = {"mask": ringmpi.Mask(causal=True), "layout": "striped", "order": "canonical"}
+    for where, arrays in ((MPI.COMM_SELF, whole), (comm, parts)):
+        ringmpi.torch.ring_attention(*arrays, comm=where, **options).square().sum().backward()
+    assert all(torch.equal(x.grad[mine], y.grad) for x, y in zip(whole, parts, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_gradients_are_those_of_a_dense_softmax(comm, dtype, backend):

@@ -15,7 +15,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .options import DTYPES, MASKS, ORDERS, add_backend, add_products, positive, seconds
+from ..schedules.spec import ORDERS
+from .options import DTYPES, MASKS, add_backend, add_products, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 PASSES = ("forward", "backward")
