@@ -154,7 +154,7 @@ class Mask:
         list of (lo, hi)
             Pairs of int64 arrays of shape (n,), within ``0 .. n_k``: a query sees ``lo <= j < hi`` of each. There may
             be any number of pairs, each with an interval for every query. The intervals of a query are disjoint, for
-            a key in two of them would count twice; one that is empty has ``hi == lo``.
+            a key in two of them would count twice, and ascend; one that is empty has ``hi == lo``.
         """
         i = np.asarray(queries, np.int64) + self.offset(n_q, n_k)
         low, high = self._document(i, n_k)

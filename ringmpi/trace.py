@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Step:
-    """One block of K and V on one rank. Times in seconds, sizes in bytes, of K and V but where it says gradient.
+    """One block on one rank. Times in seconds, sizes in bytes, of the block but where it says gradient.
 
     What begins, the work on a block and the wait for the next, begins so many seconds after the call did.
     """
@@ -46,9 +46,10 @@ class Trace:
     started : float
         When the call began, by this rank's clock (`time.perf_counter`).
     steps : list of Step
-        One for each position in the ring, idle ones included.
+        One for each position in the ring, idle ones included. In canonical order a backward pass has as many again, in
+        which blocks of queries come by.
     exchanges : list of Exchange
-        Of queries and of heads, where the schedule has any; and a wait for the first block, if nothing is computed
+        Of queries, heads and tokens, where the schedule has any; and a wait for the first block, if nothing is computed
         until it comes.
     setup_seconds : float
         Seconds that the agreement before the first message took, waiting for late ranks included.
@@ -72,7 +73,7 @@ class Trace:
 
     @property
     def pairs(self) -> int:
-        """Visible query-key pairs."""
+        """Visible query-key pairs; in canonical order, backward, those of the queries and those of the keys."""
         return sum(s.pairs for s in self.steps)
 
     @property
