@@ -93,7 +93,7 @@ def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--causal", action="store_true", help="no key after the query")
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
-    add_backend(ring)
+    add_backend(ring, "ring")
     ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
 
 

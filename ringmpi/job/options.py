@@ -28,7 +28,8 @@ class Options:
     gpu_transport: str = "auto"
     allow_gpu_sharing: bool = False
     bfloat16_products: str = "auto"
-    schedule: str = "ring"
+    schedule: str = "auto"
+    memory_limit: int | None = None
     q: str = "q"
     k: str = "k"
     v: str = "v"

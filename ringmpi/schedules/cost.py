@@ -1,11 +1,13 @@
 """What a schedule costs: seconds, bytes that travel, and memory; and the one that costs least.
 
-time = exchange of heads + gather of queries + sum over steps of max(compute, communication) + combine
+time = call + exchange of heads + gather of queries + sum over steps of max(compute, communication) + combine
 
-Bytes are exact (tests hold them against `Carrier.steps` and against traces), seconds a model:
+Bytes are exact (`traffic`), seconds a model:
 
-- a message takes ``latency + bytes / bandwidth`` (Hockney 1994); all ranks send at once, and a node's ranks share its
-  link between nodes and, on CPUs, its cores, which copy what is sent inside the node;
+- a message takes ``latency + bytes / bandwidth`` (Hockney 1994). All ranks send at once. The ranks of a node share its
+  links to others. On CPUs messages inside a node are copies by the cores that compute, so nothing hides them;
+- an item of work takes what it has to read and write, and its flops (Williams et al. 2009, *Roofline*, but the sum: at
+  the sizes where one does not dominate they do not overlap);
 - keys or queries: Yang et al. 2024, *Context Parallelism for Scalable Million-Token Inference*, arXiv 2411.01783;
 - a x b ranks: *Mesh-Attention*, arXiv 2512.20968: a rank is sent a - 1 shards of queries and b - 1 of keys, and
   returns a - 1 shards of states: O(N / sqrt(P)) bytes in place of O(N);
@@ -14,83 +16,18 @@ Bytes are exact (tests hold them against `Carrier.steps` and against traces), se
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from .rates import CPU, Rates
-from .spec import Schedule
+from ..errors import OptionError
+from .machine import Machine, carry_seconds, exchange_seconds
+from .memory import arrays
+from .spec import Schedule, divisors
+from .traffic import Shape, kv_heads_inside, tokens_of_a_rank, traffic
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What is to be computed, as far as its cost goes by it.
-
-    Attributes
-    ----------
-    n_q, n_k : int
-        Tokens of queries, and of keys, of all ranks.
-    heads, kv_heads, dim, dim_v, batch : int
-    item, wide : int
-        Bytes of a number of q, k and v, and of the accumulator.
-    seen : float
-        Share of the query-key pairs that are visible: 1 without a mask, 0.5 for causal.
-    uneven : float
-        Visible pairs of the rank that has most over the average: 1 if striped, near 2 if causal and contiguous.
-    most_q, most_k : int
-        Tokens of the rank that has most; even shares by default.
-    replicated : bool
-        Whether all ranks have the same queries; `n_q` is their number then.
-    """
-
-    n_q: int
-    n_k: int
-    heads: int
-    kv_heads: int
-    dim: int
-    dim_v: int
-    item: int = 4
-    wide: int = 4
-    batch: int = 1
-    seen: float = 1.0
-    uneven: float = 1.0
-    most_q: int = 0
-    most_k: int = 0
-    replicated: bool = False
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What computes.
-
-    Attributes
-    ----------
-    ranks : int
-    ranks_per_node : int
-    threads : int
-        CPU threads of a rank.
-    cores : int
-        Of a node; where its ranks have more threads than that, these share them.
-    on_gpu : bool
-        Whether each rank computes on a GPU of its own.
-    rates : Rates
-    """
-
-    ranks: int
-    ranks_per_node: int
-    threads: int = 1
-    cores: int = 1
-    on_gpu: bool = False
-    rates: Rates = CPU
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes."""
-        return -(-self.ranks // self.ranks_per_node)
-
-    @property
-    def crowd(self) -> float:
-        """How many threads share a core; 1 at least."""
-        return 1.0 if self.on_gpu else max(1.0, min(self.ranks, self.ranks_per_node) * self.threads / self.cores)
+STEPS = {"ring": 1.0, "gather": 1.0, "broadcast": 1.0, "two-way": 1.0, "window": 1.0}    # of a ring's step
+MARGIN = 0.02               # that another schedule must gain on the ring
+TILE = 64                   # columns that a kernel computes at once: the edge of what is visible costs half of them
 
 
 @dataclass(frozen=True)
@@ -107,9 +44,9 @@ class Estimate:
     exchange_seconds : float
         For what nothing hides: heads, queries and states that nobody computes beside, and the call's own.
     exposed : float
-        Seconds in which a rank waits for blocks that come too late to be hidden by computing.
+        Seconds in which a rank waits for blocks, or moves them, and does not compute.
     carried : float
-        Seconds that the blocks are on their way, hidden or not.
+        Seconds that blocks are on their way, hidden or not.
     bytes_sent : int
         Of a rank, on average.
     memory : int
@@ -132,38 +69,28 @@ class Estimate:
 
 
 def candidates(machine: Machine, heads: int, replicated: bool = False) -> list[Schedule]:
-    """Give the schedules that are worth a thought on such a machine: grids and carriers. Local."""
-    raise NotImplementedError
+    """Give the schedules that there are on such a machine: grids that the heads allow, and carriers. Local."""
+    if replicated:
+        return [Schedule(queries=machine.ranks)]
+    return [Schedule(h, a, keys, carrier) for h in divisors(machine.ranks) if heads % h == 0
+            for a, keys in ((a, machine.ranks // h // a) for a in divisors(machine.ranks // h))
+            for carrier in _carriers(keys, machine)]
 
 
-def kernel_seconds(shape: Shape, machine: Machine, rows: float, columns: float, seen: float, *, share: float = 1.0,
-                   backward: bool = False) -> float:
-    """Say how long a rank computes on one item of work: rows x columns tokens, one element of the batch. Local.
-
-    Parameters
-    ----------
-    shape : Shape
-    machine : Machine
-    rows, columns : float
-        Queries and keys.
-    seen : float
-        Share of their pairs that is visible.
-    share : float
-        Of the heads.
-    backward : bool
-        Whether it is the backward pass.
-    """
-    raise NotImplementedError
-
-
-def estimate(shape: Shape, schedule: Schedule, machine: Machine, *, backward: bool = False) -> Estimate:
-    """Say what a call costs by a schedule: a forward pass, or a backward pass. Local."""
-    raise NotImplementedError
+def _carriers(keys: int, machine: Machine) -> Iterator[str]:
+    """Give the carriers that differ where so many ranks share keys."""
+    yield "ring"
+    if keys > 1:
+        yield from ("gather", "broadcast")
+        if not machine.on_gpu and keys <= machine.ranks_per_node:
+            yield "window"
+    if keys > 2:
+        yield "two-way"
 
 
 def choose(shape: Shape, machine: Machine, memory_limit: int | None = None, *, backward: bool = False,
            among: Iterable[Schedule] | None = None) -> Schedule:
-    """Give the schedule of which a call takes least, by `estimate`; the ring where the gain is within the error. Local.
+    """Give the schedule of which a call takes least, by `estimate`; the ring unless another gains `MARGIN`. Local.
 
     Parameters
     ----------
@@ -181,14 +108,112 @@ def choose(shape: Shape, machine: Machine, memory_limit: int | None = None, *, b
     OptionError
         If none is within the limit; it says what the smallest needs.
     """
-    raise NotImplementedError
+    schedules = list(candidates(machine, shape.heads, shape.replicated) if among is None else among)
+    seconds: dict[Schedule, float] = {}
+    needs: dict[int, Schedule] = {}
+    for schedule in schedules:
+        each = [estimate(shape, schedule, machine, backward=way) for way in ((False, True) if backward else (False,))]
+        needs.setdefault(each[0].memory, schedule)
+        if memory_limit is None or each[0].memory <= memory_limit:
+            seconds[schedule] = sum(way.seconds for way in each)
+    if not seconds:
+        least = min(needs)
+        raise OptionError(f"memory limit: expected {least} bytes a rank at least ({least / 2**20:.1f} MiB, schedule "
+                          f"{needs[least]}), got {memory_limit}; more ranks need less each")
+    best = min(seconds, key=lambda schedule: seconds[schedule])
+    ring = Schedule(keys=machine.ranks)
+    return ring if seconds.get(ring, float("inf")) <= seconds[best] * (1 + MARGIN) else best
+
+
+def kernel_seconds(shape: Shape, machine: Machine, rows: float, columns: float, seen: float, *, share: float = 1.0,
+                   backward: bool = False) -> float:
+    """Say how long a rank computes on one item of work, all elements of the batch. Local.
+
+    Parameters
+    ----------
+    shape : Shape
+    machine : Machine
+    rows, columns : float
+        Queries and keys.
+    seen : float
+        Share of their pairs that is visible.
+    share : float
+        Of the heads.
+    backward : bool
+        Whether it is the backward pass.
+    """
+    rate = machine.rates.backward if backward else machine.rates.forward
+    heads, kv_heads = shape.heads * share, kv_heads_inside(shape, round(1 / share)).most
+    computed = seen if seen >= 1 else min(1.0, seen + TILE / (2 * max(columns, 1.0)))
+    flop = 2 * heads * rows * columns * computed * (3 * shape.dim + 2 * shape.dim_v if backward else shape.width)
+    slower = shape.item / 2 if machine.on_gpu else shape.wide / 4
+    parallel = (rate.head * kv_heads + rate.row * rows * heads * shape.width
+                + rate.key * columns * kv_heads * shape.width + slower * flop / rate.flops)
+    return machine.crowd * shape.batch * (rate.item + parallel / max(1, machine.threads))
+
+
+def estimate(shape: Shape, schedule: Schedule, machine: Machine, *, backward: bool = False) -> Estimate:
+    """Say what a call costs by a schedule: a forward pass, or a backward pass. Local."""
+    moved = traffic(shape, schedule, backward)
+    rates, crowd = machine.rates, machine.crowd
+    steps = 1 if shape.replicated else schedule.keys
+    work = [_work(shape, schedule, machine, step, backward) for step in range(min(steps, 2))]
+    compute = work[0] + work[-1] * (steps - 1)
+
+    # What nothing hides: the call, its steps, the arrays that it makes, heads, queries and what comes home.
+    meetings, exchanges = exchange_seconds(shape, schedule, machine, moved)
+    fresh = crowd * _fresh_bytes(shape, schedule, backward) / rates.fresh
+    overhead = crowd * (rates.call + rates.step * steps * STEPS[schedule.carrier]) + fresh
+    if crowd > 1:
+        overhead += rates.wake * (1 + steps + meetings)
+
+    # A block comes while a step computes, and is waited for as long as it takes longer; what cores move, always.
+    moving, copying = carry_seconds(shape, schedule, machine, moved)
+    waits = max(0.0, moving - min(work)) * (steps - 1)
+    exposed, carried = waits + copying * (steps - 1), (moving + copying) * (steps - 1)
+    return Estimate(schedule, overhead + exchanges + compute + exposed, compute, exchanges + overhead, exposed, carried,
+                    round(moved.total), sum(arrays(shape, schedule, machine.on_gpu).values()))
+
+
+def _work(shape: Shape, schedule: Schedule, machine: Machine, step: int, backward: bool) -> float:
+    """Say how long the rank that has most to do computes in a step."""
+    own_q, own_k = tokens_of_a_rank(shape, schedule.ranks)
+    share = 1 / schedule.heads
+    uneven = 1 + (shape.uneven - 1) * _of_groups(schedule)
+    seen = min(1.0, shape.seen * uneven)
+    if shape.replicated:
+        return kernel_seconds(shape, machine, own_q, own_k, seen, backward=backward)
+    parts = schedule.heads if shape.scattered else 1
+    rows, columns = schedule.heads * own_q, schedule.heads * own_k / parts
+    if schedule.carrier == "two-way" and step:
+        parts, columns = 2 * parts, columns / 2
+    cuts = [rows * schedule.queries]
+    if schedule.queries > 1 and step == 0:           # its own while those of others come
+        cuts = [rows, rows * (schedule.queries - 1)]
+    return parts * sum(kernel_seconds(shape, machine, n, columns, seen, share=share, backward=backward) for n in cuts)
+
+
+def _of_groups(schedule: Schedule) -> float:
+    """Say how much of the unevenness of ranks is left where some share heads, and with them their tokens."""
+    groups = schedule.queries * schedule.keys
+    return (1 - 1 / groups) / (1 - 1 / schedule.ranks) if schedule.ranks > 1 else 0.0
+
+
+def _fresh_bytes(shape: Shape, schedule: Schedule, backward: bool) -> float:
+    """Count the bytes of the arrays that a rank makes in a call: results, and what it takes from others."""
+    own_q, own_k = tokens_of_a_rank(shape, schedule.ranks)
+    row, key = shape.batch * own_q * shape.heads, shape.batch * own_k * shape.kv_heads
+    results = row * shape.dim_v * shape.item
+    if backward:
+        results = (row * shape.dim + key * shape.width) * (shape.item + shape.wide)
+    return results
 
 
 def fewest_bytes(size: int, queries: int, keys: int) -> Schedule:
     """Give the schedule in which fewer bytes travel: pass-KV or pass-Q. Local.
 
-    The rule of Yang et al. 2024, *Context Parallelism for Scalable Million-Token Inference*, where nothing hides what
-    travels: keys go round if they are fewer bytes than queries and their states.
+    The rule of Yang et al. 2024, where nothing hides what travels: keys go round if they are fewer bytes than queries
+    and their states.
 
     Parameters
     ----------

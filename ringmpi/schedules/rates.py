@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
+
+from ..errors import OptionError
+
+FORMAT = 1
 
 
 class LinkRate(NamedTuple):
@@ -15,7 +22,7 @@ class LinkRate(NamedTuple):
     latency : float
         Seconds.
     bandwidth : float
-        Bytes a second, one way, of one rank's messages while no other rank's are on their way.
+        Bytes a second, one way. Between nodes: of one of the links that the ranks of a node share.
     """
 
     latency: float
@@ -26,6 +33,30 @@ class LinkRate(NamedTuple):
         return self.latency * messages + nbytes / self.bandwidth
 
 
+class KernelRate(NamedTuple):
+    """What an item of work takes one CPU thread, or a GPU, in a pass.
+
+    Attributes
+    ----------
+    item : float
+        Seconds that it takes whatever its size.
+    head : float
+        Seconds for each head of the keys.
+    row : float
+        Seconds for each number of the rows: queries x heads x (dim + dim_v).
+    key : float
+        Seconds for each number of K and V: they are read, and packed; all that counts where queries are few.
+    flops : float
+        Floating-point operations a second: on CPUs in float32, on GPUs in 16 bits.
+    """
+
+    item: float
+    head: float
+    row: float
+    key: float
+    flops: float
+
+
 @dataclass(frozen=True)
 class Rates:
     """How fast a machine is.
@@ -34,36 +65,49 @@ class Rates:
     ----------
     inside, between : LinkRate
         Messages between two ranks of a node, and between nodes.
-    forward, backward : float
-        Floating-point operations a second in the kernel's passes, of one CPU thread or one GPU, in float32.
-    read : float
-        Bytes of K and V a second that one thread, or GPU, reads where queries are few.
-    copy : float
-        Bytes a second that one thread copies in memory, or a GPU in its own.
+    forward, backward : KernelRate
+    exchange : LinkRate
+        What an exchange of heads, queries or results takes a rank, and the bytes that it sends, to be packed, unpacked
+        and put together; what the messages take comes on top.
+    fresh : float
+        Bytes a second of arrays that a call makes and fills.
     call : float
         Seconds of a call that has nothing to compute and nobody to wait for: checks, agreement, plan.
-    item : float
-        Seconds of an item of work that has next to nothing to compute.
     step : float
         Seconds of a step of a carrier without work and bytes.
+    wake : float
+        Seconds that a rank loses in a step, or an exchange, where threads share cores: who is waited for has none.
     where : str
         What was measured, for display.
     """
 
     inside: LinkRate
     between: LinkRate
-    forward: float
-    backward: float
-    read: float
-    copy: float
+    forward: KernelRate
+    backward: KernelRate
+    exchange: LinkRate
+    fresh: float
     call: float
-    item: float
     step: float
+    wake: float
     where: str = "defaults"
 
     def save(self, path: Path) -> None:
-        """Write them to a file (JSON), or replace it. Local."""
-        raise NotImplementedError
+        """Write them to a file (JSON), or replace it. Local.
+
+        Raises
+        ------
+        OSError
+            If it can't be written.
+        """
+        record = {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in vars(self).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            new.write_text(json.dumps({"ringmpi rates": FORMAT, **record}, indent=2) + "\n")
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Rates:
@@ -71,12 +115,71 @@ class Rates:
 
         Raises
         ------
-        RatesError
+        OptionError
             If it is none, or damaged.
+        OSError
+            If it can't be read.
         """
-        raise NotImplementedError
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OptionError(f"{path}: expected the rates of a machine, as `ringmpi bench network` writes them, got "
+                              f"{error}; measure again, or remove the file") from error
+
+    def as_text(self) -> str:
+        """Give them as text, which `from_text` reads. Local."""
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Rates:
+        """Read what `as_text` gave, or what is in a file. Local.
+
+        Raises
+        ------
+        ValueError
+            If it is something else.
+        """
+        record = json.loads(text)
+        if not isinstance(record, dict):
+            raise ValueError("no object")
+        if record.pop("ringmpi rates", FORMAT) != FORMAT:
+            raise ValueError("another format")
+        hints = get_type_hints(cls)
+        if set(record) != set(hints):
+            raise ValueError(f"other names: {', '.join(sorted(set(record) ^ set(hints)))}")
+        return cls(**{name: _read(name, kind, record[name]) for name, kind in hints.items()})
 
 
-# A core of a server of 2023 with AVX-512, shared memory, and links of 100 Gbit/s; GPUs as an H100 with NVLink.
-CPU = Rates(LinkRate(2e-6, 6e9), LinkRate(3e-6, 10e9), 50e9, 35e9, 10e9, 6e9, 300e-6, 20e-6, 30e-6)
-GPU = Rates(LinkRate(10e-6, 200e9), LinkRate(15e-6, 40e9), 30e12, 20e12, 2.5e12, 1.2e12, 400e-6, 30e-6, 40e-6)
+def _read(name: str, kind: Any, value: Any) -> Any:
+    """Read a field: text, a time, or several numbers."""
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} = {value!r}")
+        return value
+    if kind is float:
+        return _number(name, value)
+    names = kind._fields
+    if isinstance(value, dict) and set(value) == set(names):
+        value = [value[part] for part in names]
+    if not isinstance(value, list) or len(value) != len(names):
+        raise ValueError(f"{name} = {value!r}")
+    return kind(*(_number(f"{name}.{part}", x) for part, x in zip(names, value, strict=True)))
+
+
+def _number(name: str, value: Any) -> float:
+    """Read a number: a time may be 0, a speed may not."""
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not ok or (value == 0 and name.endswith(("bandwidth", "flops", "fresh"))):
+        raise ValueError(f"{name} = {value!r}")
+    return float(value)
+
+
+# A core of a server of 2023 with AVX-512, its memory, and links of 100 Gbit/s; GPUs as an H100 with NVLink.
+CPU = Rates(inside=LinkRate(2e-6, 4e9), between=LinkRate(3e-6, 10e9),
+            forward=KernelRate(60e-6, 8e-6, 1e-9, 1e-9, 140e9),
+            backward=KernelRate(80e-6, 60e-6, 2e-9, 2e-9, 150e9),
+            exchange=LinkRate(100e-6, 1.5e9), fresh=2e9, call=400e-6, step=60e-6, wake=300e-6)
+GPU = Rates(inside=LinkRate(10e-6, 200e9), between=LinkRate(15e-6, 40e9),
+            forward=KernelRate(30e-6, 0.0, 1e-12, 1e-12, 400e12),
+            backward=KernelRate(60e-6, 0.0, 3e-12, 3e-12, 250e12),
+            exchange=LinkRate(100e-6, 500e9), fresh=1e12, call=400e-6, step=60e-6, wake=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -122,6 +123,25 @@ def resolve(spec: str | Schedule, size: int, replicated: bool = False) -> Schedu
         queries = max(number for number in divisors(size) if number * number <= size)
         return Schedule(queries=queries, keys=size // queries)
     return Schedule(keys=size, carrier="ring" if spec == "auto" else spec)
+
+
+def check_memory_limit(limit: Any) -> int | None:
+    """Take a limit in bytes, or as text like ``"2GiB"``; None is no limit. Local.
+
+    Raises
+    ------
+    OptionError
+        If it is neither.
+    """
+    text = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", limit.strip()) if isinstance(limit, str) else None
+    if text:
+        prefixes = " KMGT".index((text[2] or " ")[0]) if text[2] not in (None, "B") else 0
+        limit = int(float(text[1]) * (1024 if "i" in (text[2] or "") else 1000) ** prefixes)
+    if limit is None:
+        return None
+    if isinstance(limit, numbers.Integral) and not isinstance(limit, bool) and int(limit) > 0:
+        return int(limit)
+    raise OptionError(f"memory_limit: expected bytes, or text like 2GiB or 500MB, got {limit!r}")
 
 
 def check_heads(schedule: Schedule, heads: int) -> None:
