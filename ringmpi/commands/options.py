@@ -117,12 +117,11 @@ def add_backend(parser: Any, schedules: str = "auto") -> None:
     parser.add_argument("--schedule", type=schedule, default=schedules, metavar="S",
                         help="who computes what: auto (what costs least, by the rates that `ringmpi bench network` has "
                              "measured, else by usual ones), ring (keys go round, with two buffers), gather (keys come "
-                             "at once, with a buffer for each), queries (queries travel), mesh (queries along one "
-                             "side of a square of ranks, keys along the other), heads (tokens are exchanged for heads), or a "
-                             "grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: blocks "
-                             "come to all ranks in one order, two-way: half of each block either way round, window: "
-                             "blocks are read in shared memory), 2x4x8:ring "
-                             f"(default: {schedules})")
+                             "at once, with a buffer for each), queries (queries travel), mesh (queries along one side "
+                             "of a square of ranks, keys along the other), heads (tokens are exchanged for heads), or "
+                             "a grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: "
+                             "blocks come to all ranks in one order, two-way: half of each block either way round, "
+                             f"window: blocks are read in shared memory), 2x4x8:ring (default: {schedules})")
     parser.add_argument("--memory-limit", type=memory_limit, metavar="BYTES",
                         help="of the arrays and buffers of a rank at most, 2GiB for example: auto keeps within it, and "
                              "another schedule that does not is refused")

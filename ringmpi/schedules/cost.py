@@ -25,8 +25,9 @@ from .memory import arrays
 from .spec import Schedule, divisors
 from .traffic import Shape, kv_heads_inside, tokens_of_a_rank, traffic
 
-STEPS = {"ring": 1.0, "gather": 1.0, "broadcast": 1.0, "two-way": 1.0, "window": 1.0}    # of a ring's step
-MARGIN = 0.02               # that another schedule must gain on the ring
+STEPS = {"ring": 1.0, "gather": 0.85, "broadcast": 1.0, "two-way": 2.0, "window": 0.7}    # of a ring's step, measured
+MARGIN = 0.01               # that another schedule must gain on the ring
+FEW_ROWS = 128              # for each head of the keys, from which on a rank begins with its own rows (see `passes`)
 TILE = 64                   # columns that a kernel computes at once: the edge of what is visible costs half of them
 
 
@@ -160,12 +161,9 @@ def estimate(shape: Shape, schedule: Schedule, machine: Machine, *, backward: bo
     work = [_work(shape, schedule, machine, step, backward) for step in range(min(steps, 2))]
     compute = work[0] + work[-1] * (steps - 1)
 
-    # What nothing hides: the call, its steps, the arrays that it makes, heads, queries and what comes home.
-    meetings, exchanges = exchange_seconds(shape, schedule, machine, moved)
-    fresh = crowd * _fresh_bytes(shape, schedule, backward) / rates.fresh
-    overhead = crowd * (rates.call + rates.step * steps * STEPS[schedule.carrier]) + fresh
-    if crowd > 1:
-        overhead += rates.wake * (1 + steps + meetings)
+    # What nothing hides: the call, its steps, heads, queries and what comes home.
+    exchanges = exchange_seconds(shape, schedule, machine, moved)
+    overhead = crowd * (rates.call + rates.step * steps * STEPS[schedule.carrier])
 
     # A block comes while a step computes, and is waited for as long as it takes longer; what cores move, always.
     moving, copying = carry_seconds(shape, schedule, machine, moved)
@@ -188,7 +186,8 @@ def _work(shape: Shape, schedule: Schedule, machine: Machine, step: int, backwar
     if schedule.carrier == "two-way" and step:
         parts, columns = 2 * parts, columns / 2
     cuts = [rows * schedule.queries]
-    if schedule.queries > 1 and step == 0:           # its own while those of others come
+    many = rows * shape.heads >= FEW_ROWS * shape.kv_heads
+    if schedule.queries > 1 and step == 0 and many:           # its own while those of others come
         cuts = [rows, rows * (schedule.queries - 1)]
     return parts * sum(kernel_seconds(shape, machine, n, columns, seen, share=share, backward=backward) for n in cuts)
 
@@ -197,16 +196,6 @@ def _of_groups(schedule: Schedule) -> float:
     """Say how much of the unevenness of ranks is left where some share heads, and with them their tokens."""
     groups = schedule.queries * schedule.keys
     return (1 - 1 / groups) / (1 - 1 / schedule.ranks) if schedule.ranks > 1 else 0.0
-
-
-def _fresh_bytes(shape: Shape, schedule: Schedule, backward: bool) -> float:
-    """Count the bytes of the arrays that a rank makes in a call: results, and what it takes from others."""
-    own_q, own_k = tokens_of_a_rank(shape, schedule.ranks)
-    row, key = shape.batch * own_q * shape.heads, shape.batch * own_k * shape.kv_heads
-    results = row * shape.dim_v * shape.item
-    if backward:
-        results = (row * shape.dim + key * shape.width) * (shape.item + shape.wide)
-    return results
 
 
 def fewest_bytes(size: int, queries: int, keys: int) -> Schedule:

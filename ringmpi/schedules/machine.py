@@ -9,6 +9,8 @@ from .rates import CPU, Rates
 from .spec import Schedule
 from .traffic import Shape, Traffic, axes
 
+SUMS = 0.5          # times that gradients of a block are cleared and added, as an exchange packs and unpacks; measured
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -53,23 +55,22 @@ class Machine:
         return self.on_gpu
 
 
-def exchange_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Traffic) -> tuple[int, float]:
-    """Say how many exchanges there are before and after the steps, and how long they take. Local."""
-    seconds, number = 0.0, 0
+def exchange_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Traffic) -> float:
+    """Say how long the exchanges before and after the steps take. Local."""
+    seconds = 0.0
     for axis, sizes in (("heads", (moved.heads, moved.tokens)), ("queries", (moved.queries, moved.states))):
         members = getattr(schedule, axis)
         if members == 1:
             continue
         inside = _members_inside(shape, schedule, machine, axis)
         for nbytes in sizes:
-            number += 1
             near = nbytes * (inside - 1) / (members - 1)
             seconds += machine.crowd * (machine.rates.exchange.seconds(nbytes)
                                         + machine.rates.inside.seconds(near, inside - 1))
             if inside < members:
                 sharing = min(machine.ranks, machine.ranks_per_node) / machine.links
                 seconds += machine.rates.between.seconds((nbytes - near) * sharing, members - inside)
-    return number, seconds
+    return seconds
 
 
 def carry_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Traffic) -> tuple[float, float]:
@@ -89,7 +90,8 @@ def carry_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Tra
     nbytes = moved.carried / (members - 1)
     inside = _members_inside(shape, schedule, machine, "keys")
     near, far = _shares(schedule, machine, inside)
-    copying = machine.crowd * rates.inside.seconds(near * nbytes, messages) if inside > 1 else 0.0
+    copying = machine.crowd * (SUMS * moved.gradients / rates.exchange.bandwidth
+                               + (rates.inside.seconds(near * nbytes, messages) if inside > 1 else 0.0))
     moving = rates.between.seconds(far * nbytes, messages) if inside < members else 0.0
     return (max(moving, copying), 0.0) if machine.hides_inside else (moving, copying)
 

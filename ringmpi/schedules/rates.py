@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -69,14 +70,10 @@ class Rates:
     exchange : LinkRate
         What an exchange of heads, queries or results takes a rank, and the bytes that it sends, to be packed, unpacked
         and put together; what the messages take comes on top.
-    fresh : float
-        Bytes a second of arrays that a call makes and fills.
     call : float
         Seconds of a call that has nothing to compute and nobody to wait for: checks, agreement, plan.
     step : float
         Seconds of a step of a carrier without work and bytes.
-    wake : float
-        Seconds that a rank loses in a step, or an exchange, where threads share cores: who is waited for has none.
     where : str
         What was measured, for display.
     """
@@ -86,10 +83,8 @@ class Rates:
     forward: KernelRate
     backward: KernelRate
     exchange: LinkRate
-    fresh: float
     call: float
     step: float
-    wake: float
     where: str = "defaults"
 
     def save(self, path: Path) -> None:
@@ -125,6 +120,18 @@ class Rates:
         except ValueError as error:
             raise OptionError(f"{path}: expected the rates of a machine, as `ringmpi bench network` writes them, got "
                               f"{error}; measure again, or remove the file") from error
+
+    def describe(self) -> Iterator[str]:
+        """Say them in lines for display. Local."""
+        yield f"rates of this machine ({self.where})"
+        for name in ("inside", "between", "exchange"):
+            link = getattr(self, name)
+            yield f"  {name:10}{link.latency * 1e6:9.1f} us {link.bandwidth / 1e9:9.2f} GB/s"
+        for name in ("forward", "backward"):
+            kernel = getattr(self, name)
+            yield f"  {name:10}{kernel.item * 1e6:9.1f} us {kernel.flops / 1e9:9.1f} GFLOP/s, " \
+                  f"a row {kernel.row * 1e9:.2f} ns a number, a key {kernel.key * 1e9:.2f} ns a number"
+        yield f"  call      {self.call * 1e6:9.1f} us, step {self.step * 1e6:.1f} us"
 
     def as_text(self) -> str:
         """Give them as text, which `from_text` reads. Local."""
@@ -169,17 +176,17 @@ def _read(name: str, kind: Any, value: Any) -> Any:
 def _number(name: str, value: Any) -> float:
     """Read a number: a time may be 0, a speed may not."""
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    if not ok or (value == 0 and name.endswith(("bandwidth", "flops", "fresh"))):
+    if not ok or (value == 0 and name.endswith(("bandwidth", "flops"))):
         raise ValueError(f"{name} = {value!r}")
     return float(value)
 
 
 # A core of a server of 2023 with AVX-512, its memory, and links of 100 Gbit/s; GPUs as an H100 with NVLink.
-CPU = Rates(inside=LinkRate(2e-6, 4e9), between=LinkRate(3e-6, 10e9),
-            forward=KernelRate(60e-6, 8e-6, 1e-9, 1e-9, 140e9),
-            backward=KernelRate(80e-6, 60e-6, 2e-9, 2e-9, 150e9),
-            exchange=LinkRate(100e-6, 1.5e9), fresh=2e9, call=400e-6, step=60e-6, wake=300e-6)
+CPU = Rates(inside=LinkRate(80e-6, 3e9), between=LinkRate(5e-6, 10e9),
+            forward=KernelRate(200e-6, 0.0, 2.5e-9, 1e-9, 140e9),
+            backward=KernelRate(500e-6, 30e-6, 1.5e-9, 8e-9, 155e9),
+            exchange=LinkRate(150e-6, 1.1e9), call=100e-6, step=220e-6)
 GPU = Rates(inside=LinkRate(10e-6, 200e9), between=LinkRate(15e-6, 40e9),
             forward=KernelRate(30e-6, 0.0, 1e-12, 1e-12, 400e12),
             backward=KernelRate(60e-6, 0.0, 3e-12, 3e-12, 250e12),
-            exchange=LinkRate(100e-6, 500e9), fresh=1e12, call=400e-6, step=60e-6, wake=0.0)
+            exchange=LinkRate(100e-6, 500e9), call=400e-6, step=100e-6)

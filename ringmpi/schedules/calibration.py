@@ -1,0 +1,92 @@
+"""The rates of a machine from what calls have taken: those by which `cost.estimate` is nearest to all of them.
+
+On one node the estimate is a sum of times, each so many bytes, numbers, steps or flops over a rate. So least squares of
+relative errors, no time below 0, gives them all at once, as they are in a call: beside each other, with warm caches or
+not, and with all ranks busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .cost import estimate
+from .machine import Machine
+from .rates import KernelRate, LinkRate, Rates
+from .spec import Schedule
+from .traffic import Shape
+
+ROUNDS = 5000
+
+
+class Measured(NamedTuple):
+    """What a pass has taken."""
+
+    shape: Shape
+    schedule: Schedule
+    backward: bool
+    seconds: float
+
+
+def fit(measured: Sequence[Measured], machine: Machine, between: LinkRate, where: str) -> Rates:
+    """Give the rates by which the estimates are nearest to what was measured. Local.
+
+    Parameters
+    ----------
+    measured : sequence of Measured
+        Of calls of several sizes, by several schedules.
+    machine : Machine
+        That they ran on.
+    between : LinkRate
+        Of the links between nodes, which is not fitted.
+    where : str
+        What was measured, for display.
+    """
+    count = len(_rates(np.zeros(0), between, where)[1])
+    units = [replace(machine, rates=_rates(row, between, where)[0]) for row in np.eye(count)]
+    fixed = replace(machine, rates=_rates(np.zeros(count), between, where)[0])
+    table = np.array([[_seconds(x, unit) for unit in units] for x in measured])
+    base = np.array([_seconds(x, fixed) for x in measured])
+    seconds = np.array([x.seconds for x in measured])
+    times = _least_squares((table - base[:, None]) / seconds[:, None], 1 - base / seconds)
+    return _rates(times, between, where)[0]
+
+
+def _seconds(x: Measured, machine: Machine) -> float:
+    return estimate(x.shape, x.schedule, machine, backward=x.backward).seconds
+
+
+def _rates(times: NDArray[np.float64], between: LinkRate, where: str) -> tuple[Rates, list[float]]:
+    """Make rates of times: seconds each, or seconds a byte or a flop; give the times too, zeros if there are none."""
+    numbers = times.tolist() or [0.0] * 16
+    inside, exchange = (LinkRate(latency, _over(per_byte)) for latency, per_byte in (numbers[0:2], numbers[2:4]))
+    forward, backward = (KernelRate(part[0], part[1], part[2], part[3], _over(part[4]))
+                         for part in (numbers[4:9], numbers[9:14]))
+    return Rates(inside, between, forward, backward, exchange, numbers[14], numbers[15], where), numbers
+
+
+def _over(seconds: float) -> float:
+    """Give the rate of a time; what takes none is fast, but a number that a file can hold."""
+    return 1 / seconds if seconds > 1e-18 else 1e18
+
+
+def _least_squares(table: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Solve ``table @ x = wanted`` as nearly as numbers >= 0 can, one after the other until they stand."""
+    lengths = np.sqrt((table**2).sum(axis=0))
+    lengths[lengths == 0] = 1.0
+    products = (table / lengths).T @ (table / lengths)
+    target = (table / lengths).T @ wanted
+    x = np.zeros(len(lengths))
+    for _ in range(ROUNDS):
+        before = x.copy()
+        for j in range(len(x)):
+            if products[j, j]:
+                x[j] = max(0.0, x[j] + (target[j] - products[j] @ x) / products[j, j])
+        if np.abs(x - before).max() < 1e-9 * (x.max() or 1.0):
+            break
+    solution: NDArray[np.float64] = x / lengths
+    return solution
