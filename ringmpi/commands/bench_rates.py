@@ -27,14 +27,16 @@ TURNS = 20                   # messages there and back
 def measure_rates(arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> Rates:
     """Measure links, and calls of several sizes by several schedules; solve these for rates. Collective over *comm*."""
     bench = CallBench(arguments, world, comm)
-    between = _link(comm, _partner(comm, same_node=False), arguments.timeout) or bench.machine.rates.between
+    known = bench.machine.rates
+    inside = _link(comm, _partner(comm, same_node=True), arguments.timeout) or known.inside
+    between = _link(comm, _partner(comm, same_node=False), arguments.timeout) or known.between
     measured: list[Measured] = []
     for case in _cases(comm.size):
         shape = case.shape(comm.size)
         for schedule, ways in bench.measure(case, _schedules(bench.machine, case.heads)).items():
             measured += [Measured(shape, schedule, backward, ways[backward]) for backward in (False, True)]
     where = f"{comm.size} ranks x {bench.options['threads']} threads, {bench.machine.cores} cores a node"
-    return fit(measured, bench.machine, between, where)
+    return fit(measured, bench.machine, inside, between, where)
 
 
 def _cases(ranks: int) -> Iterator[CallCase]:

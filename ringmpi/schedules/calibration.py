@@ -20,7 +20,8 @@ from .rates import KernelRate, LinkRate, Rates
 from .spec import Schedule
 from .traffic import Shape
 
-ROUNDS = 5000
+UNKNOWN = 15                # rates that are fitted
+ROUNDS = 5000               # of the solution, at most
 
 
 class Measured(NamedTuple):
@@ -32,7 +33,7 @@ class Measured(NamedTuple):
     seconds: float
 
 
-def fit(measured: Sequence[Measured], machine: Machine, between: LinkRate, where: str) -> Rates:
+def fit(measured: Sequence[Measured], machine: Machine, inside: LinkRate, between: LinkRate, where: str) -> Rates:
     """Give the rates by which the estimates are nearest to what was measured. Local.
 
     Parameters
@@ -41,32 +42,31 @@ def fit(measured: Sequence[Measured], machine: Machine, between: LinkRate, where
         Of calls of several sizes, by several schedules.
     machine : Machine
         That they ran on.
-    between : LinkRate
-        Of the links between nodes, which is not fitted.
+    inside, between : LinkRate
+        What MPI takes for messages, which is not fitted.
     where : str
         What was measured, for display.
     """
-    count = len(_rates(np.zeros(0), between, where)[1])
-    units = [replace(machine, rates=_rates(row, between, where)[0]) for row in np.eye(count)]
-    fixed = replace(machine, rates=_rates(np.zeros(count), between, where)[0])
-    table = np.array([[_seconds(x, unit) for unit in units] for x in measured])
-    base = np.array([_seconds(x, fixed) for x in measured])
+    def machine_of(times: NDArray[np.float64]) -> Machine:
+        return replace(machine, rates=_rates(times, inside, between, where))
+
+    table = np.array([[_seconds(x, unit) for unit in map(machine_of, np.eye(UNKNOWN))] for x in measured])
+    base = np.array([_seconds(x, machine_of(np.zeros(UNKNOWN))) for x in measured])
     seconds = np.array([x.seconds for x in measured])
     times = _least_squares((table - base[:, None]) / seconds[:, None], 1 - base / seconds)
-    return _rates(times, between, where)[0]
+    return _rates(times, inside, between, where)
 
 
 def _seconds(x: Measured, machine: Machine) -> float:
     return estimate(x.shape, x.schedule, machine, backward=x.backward).seconds
 
 
-def _rates(times: NDArray[np.float64], between: LinkRate, where: str) -> tuple[Rates, list[float]]:
-    """Make rates of times: seconds each, or seconds a byte or a flop; give the times too, zeros if there are none."""
-    numbers = times.tolist() or [0.0] * 16
-    inside, exchange = (LinkRate(latency, _over(per_byte)) for latency, per_byte in (numbers[0:2], numbers[2:4]))
-    forward, backward = (KernelRate(part[0], part[1], part[2], part[3], _over(part[4]))
-                         for part in (numbers[4:9], numbers[9:14]))
-    return Rates(inside, between, forward, backward, exchange, numbers[14], numbers[15], where), numbers
+def _rates(times: NDArray[np.float64], inside: LinkRate, between: LinkRate, where: str) -> Rates:
+    """Make rates of what is not known: seconds each, or seconds a byte or a flop."""
+    latency, per_byte, message, call, step, *kernels = times.tolist()
+    forward, backward = (KernelRate(item, head, row, key, _over(flop))
+                         for item, head, row, key, flop in (kernels[:5], kernels[5:]))
+    return Rates(inside, between, forward, backward, LinkRate(latency, _over(per_byte)), message, call, step, where)
 
 
 def _over(seconds: float) -> float:

@@ -57,7 +57,7 @@ class Machine:
 
 def exchange_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Traffic) -> float:
     """Say how long the exchanges before and after the steps take. Local."""
-    seconds = 0.0
+    seconds, rates = 0.0, machine.rates
     for axis, sizes in (("heads", (moved.heads, moved.tokens)), ("queries", (moved.queries, moved.states))):
         members = getattr(schedule, axis)
         if members == 1:
@@ -65,11 +65,11 @@ def exchange_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: 
         inside = _members_inside(shape, schedule, machine, axis)
         for nbytes in sizes:
             near = nbytes * (inside - 1) / (members - 1)
-            seconds += machine.crowd * (machine.rates.exchange.seconds(nbytes)
-                                        + machine.rates.inside.seconds(near, inside - 1))
+            seconds += machine.crowd * (rates.exchange.seconds(nbytes) + rates.message * (members - 1)
+                                        + rates.inside.seconds(near, inside - 1))
             if inside < members:
                 sharing = min(machine.ranks, machine.ranks_per_node) / machine.links
-                seconds += machine.rates.between.seconds((nbytes - near) * sharing, members - inside)
+                seconds += rates.between.seconds((nbytes - near) * sharing, members - inside)
     return seconds
 
 
@@ -84,13 +84,13 @@ def carry_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Tra
     rates = machine.rates
     if schedule.carrier == "window":                     # its own once there, and its gradients there and back
         copied = (moved.block + 2 * moved.gradients) / (members - 1)
-        return 0.0, machine.crowd * rates.inside.seconds(copied, 2)
+        return 0.0, machine.crowd * (rates.inside.seconds(copied, 2) + rates.message * 2)
     messages = 2 if schedule.carrier == "two-way" else 1
     messages *= 2 if moved.gradients else 1
     nbytes = moved.carried / (members - 1)
     inside = _members_inside(shape, schedule, machine, "keys")
     near, far = _shares(schedule, machine, inside)
-    copying = machine.crowd * (SUMS * moved.gradients / rates.exchange.bandwidth
+    copying = machine.crowd * (SUMS * moved.gradients / rates.exchange.bandwidth + rates.message * messages
                                + (rates.inside.seconds(near * nbytes, messages) if inside > 1 else 0.0))
     moving = rates.between.seconds(far * nbytes, messages) if inside < members else 0.0
     return (max(moving, copying), 0.0) if machine.hides_inside else (moving, copying)

@@ -70,6 +70,8 @@ class Rates:
     exchange : LinkRate
         What an exchange of heads, queries or results takes a rank, and the bytes that it sends, to be packed, unpacked
         and put together; what the messages take comes on top.
+    message : float
+        Seconds of a rank for a message that it sends, and one that it receives, but for what MPI takes.
     call : float
         Seconds of a call that has nothing to compute and nobody to wait for: checks, agreement, plan.
     step : float
@@ -83,6 +85,7 @@ class Rates:
     forward: KernelRate
     backward: KernelRate
     exchange: LinkRate
+    message: float
     call: float
     step: float
     where: str = "defaults"
@@ -131,7 +134,8 @@ class Rates:
             kernel = getattr(self, name)
             yield f"  {name:10}{kernel.item * 1e6:9.1f} us {kernel.flops / 1e9:9.1f} GFLOP/s, " \
                   f"a row {kernel.row * 1e9:.2f} ns a number, a key {kernel.key * 1e9:.2f} ns a number"
-        yield f"  call      {self.call * 1e6:9.1f} us, step {self.step * 1e6:.1f} us"
+        yield (f"  call      {self.call * 1e6:9.1f} us, a step {self.step * 1e6:.1f} us, "
+               f"a message {self.message * 1e6:.1f} us")
 
     def as_text(self) -> str:
         """Give them as text, which `from_text` reads. Local."""
@@ -182,11 +186,11 @@ def _number(name: str, value: Any) -> float:
 
 
 # A core of a server of 2023 with AVX-512, its memory, and links of 100 Gbit/s; GPUs as an H100 with NVLink.
-CPU = Rates(inside=LinkRate(80e-6, 3e9), between=LinkRate(5e-6, 10e9),
+CPU = Rates(inside=LinkRate(1e-6, 8e9), between=LinkRate(5e-6, 10e9),
             forward=KernelRate(200e-6, 0.0, 2.5e-9, 1e-9, 140e9),
             backward=KernelRate(500e-6, 30e-6, 1.5e-9, 8e-9, 155e9),
-            exchange=LinkRate(150e-6, 1.1e9), call=100e-6, step=220e-6)
+            exchange=LinkRate(150e-6, 1e9), message=70e-6, call=100e-6, step=220e-6)
 GPU = Rates(inside=LinkRate(10e-6, 200e9), between=LinkRate(15e-6, 40e9),
             forward=KernelRate(30e-6, 0.0, 1e-12, 1e-12, 400e12),
             backward=KernelRate(60e-6, 0.0, 3e-12, 3e-12, 250e12),
-            exchange=LinkRate(100e-6, 500e9), call=400e-6, step=100e-6)
+            exchange=LinkRate(100e-6, 500e9), message=20e-6, call=400e-6, step=100e-6)
