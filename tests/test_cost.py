@@ -1,4 +1,4 @@
-"""What schedules cost: bytes against the carriers' own steps, what is chosen where, memory limits, and rates in files."""
+"""What schedules cost: bytes against the carriers' own steps, what is chosen where, memory limits, rates in files."""
 
 import json
 from dataclasses import replace
@@ -153,7 +153,8 @@ def test_without_a_file_there_are_no_rates(tmp_path, monkeypatch):
 DAMAGE = {
     "cut": lambda text: text[:len(text) // 2], "empty": lambda _: "", "other": lambda _: "[1, 2]",
     "bytes": lambda _: "\udcff\udcfe", "format": lambda text: text.replace('rates": 1', 'rates": 2'),
-    "names": lambda text: text.replace('"call"', '"cell"'), "negative": lambda text: text.replace('"call": ', '"call": -'),
+    "names": lambda text: text.replace('"call"', '"cell"'),
+    "negative": lambda text: text.replace('"call": ', '"call": -'),
     "nan": lambda text: text.replace('"step": ', '"step": NaN, "x": '),
     "stopped": lambda text: json.dumps(json.loads(text) | {"inside": {"latency": 1.0, "bandwidth": 0.0}}),
     "short": lambda text: json.dumps(json.loads(text) | {"inside": [1.0]}),

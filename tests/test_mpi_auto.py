@@ -97,7 +97,7 @@ def test_a_memory_limit(comm):
         assert needs[attention.schedule] == least
     for schedule in ("auto", "ring", "queries"):
         with RingAttention(comm, schedule=schedule, memory_limit="2KiB", timeout=60) as attention:
-            text = told(comm, lambda: attention(*x))                                         # noqa: B023
+            text = told(comm, lambda: attention(*x))
         if schedule == "auto":
             assert f"expected {least} bytes a rank at least" in text
         assert "got 2048; more ranks need less each" in text
@@ -146,7 +146,7 @@ def test_bytes_are_those_that_are_estimated(comm):
 
 
 def test_a_mesh_of_16_ranks(comm):
-    """Bytes counted, beside the ring's and beside the formulas: 3 blocks, and 3 shards of queries and states, for 15."""
+    """Bytes counted, beside the ring's and the formulas: 3 blocks and 3 shards of queries and states for 15 blocks."""
     if comm.size != 16:
         pytest.skip("needs 16 ranks")
     tokens, heads, dim = 2, 4, 8
