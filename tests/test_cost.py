@@ -93,6 +93,15 @@ def test_costs_grow_with_what_there_is_to_do():
     assert crowded[0] * 3.9 < crowded[1] * 2 < crowded[2] * 1.01
 
 
+def test_blocks_that_nobody_needs_cost_nothing():
+    """A window on contiguous shards: two blocks of sixteen are computed with, and one travels."""
+    machine, ring = Machine(16, 1, 1, 1, rates=SLOW), Schedule(keys=16)
+    near, far = (estimate(replace(SHAPE, seen=1 / 16, reach=reach), ring, machine) for reach in (1 / 15, 1.0))
+    assert near.compute_seconds < 0.5 * far.compute_seconds
+    assert near.carried == pytest.approx(far.carried / 15)
+    assert near.bytes_sent == pytest.approx(far.bytes_sent / 15, abs=1)
+
+
 def test_a_hundred_thousand_ranks_are_chosen_for_at_once():
     machine = Machine(100_000, 8, on_gpu=True, links=8, rates=GPU)
     best = choose(shape_of(100_000 * 8, heads=32, kv_heads=8, item=2), machine, backward=True)

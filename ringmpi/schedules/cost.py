@@ -158,8 +158,11 @@ def estimate(shape: Shape, schedule: Schedule, machine: Machine, *, backward: bo
     moved = traffic(shape, schedule, backward)
     rates, crowd = machine.rates, machine.crowd
     steps = 1 if shape.replicated else schedule.keys
-    work = [_work(shape, schedule, machine, step, backward) for step in range(min(steps, 2))]
-    compute = work[0] + work[-1] * (steps - 1)
+    uneven = 1 + (shape.uneven - 1) * _of_groups(schedule)
+    more = (steps - 1) * min(1.0, shape.reach * uneven)       # steps after the first in which the busiest rank computes
+    seen = min(1.0, shape.seen * uneven * steps / (1 + more))
+    work = [_work(shape, schedule, machine, step, seen, backward) for step in range(min(steps, 2))]
+    compute = work[0] + work[-1] * more
 
     # What nothing hides: the call, its steps, heads, queries and what comes home.
     exchanges = exchange_seconds(shape, schedule, machine, moved)
@@ -167,18 +170,15 @@ def estimate(shape: Shape, schedule: Schedule, machine: Machine, *, backward: bo
 
     # A block comes while a step computes, and is waited for as long as it takes longer; what cores move, always.
     moving, copying = carry_seconds(shape, schedule, machine, moved)
-    waits = max(0.0, moving - min(work)) * (steps - 1)
-    exposed, carried = waits + copying * (steps - 1), (moving + copying) * (steps - 1)
+    exposed, carried = (max(0.0, moving - min(work)) + copying) * more, (moving + copying) * more
     return Estimate(schedule, overhead + exchanges + compute + exposed, compute, exchanges + overhead, exposed, carried,
                     round(moved.total), sum(arrays(shape, schedule, machine.on_gpu).values()))
 
 
-def _work(shape: Shape, schedule: Schedule, machine: Machine, step: int, backward: bool) -> float:
-    """Say how long the rank that has most to do computes in a step."""
+def _work(shape: Shape, schedule: Schedule, machine: Machine, step: int, seen: float, backward: bool) -> float:
+    """Say how long the rank that has most to do computes in a step, of the pairs of which it sees a share."""
     own_q, own_k = tokens_of_a_rank(shape, schedule.ranks)
     share = 1 / schedule.heads
-    uneven = 1 + (shape.uneven - 1) * _of_groups(schedule)
-    seen = min(1.0, shape.seen * uneven)
     if shape.replicated:
         return kernel_seconds(shape, machine, own_q, own_k, seen, backward=backward)
     parts = schedule.heads if shape.scattered else 1

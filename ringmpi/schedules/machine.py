@@ -87,7 +87,7 @@ def carry_seconds(shape: Shape, schedule: Schedule, machine: Machine, moved: Tra
         return 0.0, machine.crowd * (rates.inside.seconds(copied, 2) + rates.message * 2)
     messages = 2 if schedule.carrier == "two-way" else 1
     messages *= 2 if moved.gradients else 1
-    nbytes = moved.carried / (members - 1)
+    nbytes = moved.block + moved.gradients
     inside = _members_inside(shape, schedule, machine, "keys")
     near, far = _shares(schedule, machine, inside)
     copying = machine.crowd * (SUMS * moved.gradients / rates.exchange.bandwidth + rates.message * messages
