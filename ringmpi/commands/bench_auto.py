@@ -41,7 +41,8 @@ def _rows(bench: CallBench, case: CallCase, arguments: argparse.Namespace) -> li
     rows = []
     for way in arguments.passes:
         backward = way == "both"
-        seconds = {schedule: sum(ways) if backward else ways[0] for schedule, ways in measured.items()}
+        seconds = {schedule: statistics.median(map(sum, zip(*ways, strict=True)) if backward else ways[0])
+                   for schedule, ways in measured.items()}
         predicted = {schedule: sum(estimate(case.shape(machine.ranks), schedule, machine, backward=each).seconds
                                    for each in ((False, True) if backward else (False,))) for schedule in schedules}
         rows.append(_row(case, way, bench.choice(case, backward), seconds, predicted, machine.crowd))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,8 +66,8 @@ class CallBench:
         engine.close()
 
     def measure(self, case: CallCase, schedules: Sequence[Schedule], backward: bool = True
-                ) -> dict[Schedule, tuple[float, float]]:
-        """Give the seconds of a forward pass and of a backward pass by each schedule: medians, of the slowest rank."""
+                ) -> dict[Schedule, tuple[list[float], list[float]]]:
+        """Give the seconds of forward passes and of backward passes by each schedule, of the slowest rank."""
         rng = np.random.default_rng(self._comm.rank)
         items = check_dtype(case.dtype, "--dtype")
         q, k, v = (rng.standard_normal((case.tokens, heads, case.dim), np.float32).astype(items)
@@ -84,8 +83,7 @@ class CallBench:
                     times[schedule].append(seconds)
         for attention in objects.values():
             attention.close()
-        return {schedule: (statistics.median(x for x, _ in runs), statistics.median(y for _, y in runs))
-                for schedule, runs in times.items()}
+        return {schedule: ([x for x, _ in runs], [y for _, y in runs]) for schedule, runs in times.items()}
 
     def attention(self, case: CallCase, schedule: Schedule | str) -> RingAttention:
         """Make what computes a case. Collective over *comm*."""
@@ -108,3 +106,8 @@ class CallBench:
         call()
         taken = time.perf_counter() - start
         return float(self._comm.allgather([taken], self._arguments.timeout).max())
+
+
+def undisturbed(seconds: Sequence[float]) -> float:
+    """Give the lower quartile of some runs: what else a machine does makes them slower, never faster. Local."""
+    return sorted(seconds)[len(seconds) // 4]

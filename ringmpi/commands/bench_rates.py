@@ -16,9 +16,9 @@ from ..schedules.cost import candidates
 from ..schedules.machine import Machine
 from ..schedules.rates import LinkRate, Rates
 from ..schedules.spec import Schedule
-from .bench_calls import CallBench, CallCase
+from .bench_calls import CallBench, CallCase, undisturbed
 
-TOKENS = 32, 128, 384        # of a rank, where there are four at most; else fewer
+TOKENS = 32, 128, 512        # of a rank, where there are four at most; else fewer
 HEADS = (8, 8), (8, 2)
 MESSAGE = 2**22              # bytes, to measure bandwidth with
 TURNS = 20                   # messages there and back
@@ -34,7 +34,7 @@ def measure_rates(arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> 
     for case in _cases(comm.size):
         shape = case.shape(comm.size)
         for schedule, ways in bench.measure(case, _schedules(bench.machine, case.heads)).items():
-            measured += [Measured(shape, schedule, backward, ways[backward]) for backward in (False, True)]
+            measured += [Measured(shape, schedule, backward, undisturbed(ways[backward])) for backward in (False, True)]
     where = f"{comm.size} ranks x {bench.options['threads']} threads, {bench.machine.cores} cores a node"
     return fit(measured, bench.machine, inside, between, where)
 

@@ -146,7 +146,7 @@ def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array 
 
     shown = display.attending(run.comm.progress_of_all) if display else nullcontext()
     with run.timer.phase("attend", "attending"), shown:
-        out, lse = attention(*arrays, sinks=sinks, return_lse=True, progress=report)
+        out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=report)
         with run.raise_on_all(), attention.backend.current():
             out, lse = attention.backend.to_numpy(out), attention.backend.to_numpy(lse)
     run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")

@@ -2,7 +2,7 @@
 
 On one node the estimate is a sum of times, each so many bytes, numbers, steps or flops over a rate. So least squares of
 relative errors, no time below 0, gives them all at once, as they are in a call: beside each other, with warm caches or
-not, and with all ranks busy.
+not, and with all ranks busy. What the calls do not tell apart is taken in the proportions of usual rates.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from .cost import estimate
 from .machine import Machine
-from .rates import KernelRate, LinkRate, Rates
+from .rates import CPU, KernelRate, LinkRate, Rates
 from .spec import Schedule
 from .traffic import Shape
 
 UNKNOWN = 15                # rates that are fitted
 ROUNDS = 5000               # of the solution, at most
+TRUST = 0.3                 # in usual rates: one twice as slow weighs as a call that is missed by this share
 
 
 class Measured(NamedTuple):
@@ -53,7 +54,12 @@ def fit(measured: Sequence[Measured], machine: Machine, inside: LinkRate, betwee
     table = np.array([[_seconds(x, unit) for unit in map(machine_of, np.eye(UNKNOWN))] for x in measured])
     base = np.array([_seconds(x, machine_of(np.zeros(UNKNOWN))) for x in measured])
     seconds = np.array([x.seconds for x in measured])
-    times = _least_squares((table - base[:, None]) / seconds[:, None], 1 - base / seconds)
+    table, wanted = (table - base[:, None]) / seconds[:, None], 1 - base / seconds
+    usual = _times(CPU)
+    alike = table @ usual
+    usual *= (alike @ wanted) / (alike @ alike)               # as fast as this machine is
+    times = _least_squares(np.concatenate([table, np.diag(TRUST / usual)]),
+                           np.concatenate([wanted, np.full(UNKNOWN, TRUST)]))
     return _rates(times, inside, between, where)
 
 
@@ -67,6 +73,13 @@ def _rates(times: NDArray[np.float64], inside: LinkRate, between: LinkRate, wher
     forward, backward = (KernelRate(item, head, row, key, _over(flop))
                          for item, head, row, key, flop in (kernels[:5], kernels[5:]))
     return Rates(inside, between, forward, backward, LinkRate(latency, _over(per_byte)), message, call, step, where)
+
+
+def _times(rates: Rates) -> NDArray[np.float64]:
+    """Give what is fitted of some rates, as `_rates` takes it."""
+    kernels = [x for kernel in (rates.forward, rates.backward) for x in (*kernel[:4], 1 / kernel.flops)]
+    return np.array([rates.exchange.latency, 1 / rates.exchange.bandwidth, rates.message, rates.call, rates.step,
+                     *kernels])
 
 
 def _over(seconds: float) -> float:

@@ -187,9 +187,9 @@ def _number(name: str, value: Any) -> float:
 
 # A core of a server of 2023 with AVX-512, its memory, and links of 100 Gbit/s; GPUs as an H100 with NVLink.
 CPU = Rates(inside=LinkRate(1e-6, 8e9), between=LinkRate(5e-6, 10e9),
-            forward=KernelRate(200e-6, 0.0, 2.5e-9, 1e-9, 140e9),
-            backward=KernelRate(500e-6, 30e-6, 1.5e-9, 8e-9, 155e9),
-            exchange=LinkRate(150e-6, 1e9), message=70e-6, call=100e-6, step=220e-6)
+            forward=KernelRate(200e-6, 2e-6, 2.5e-9, 1.5e-9, 140e9),
+            backward=KernelRate(450e-6, 60e-6, 1.5e-9, 8e-9, 155e9),
+            exchange=LinkRate(150e-6, 1e9), message=50e-6, call=300e-6, step=220e-6)
 GPU = Rates(inside=LinkRate(10e-6, 200e9), between=LinkRate(15e-6, 40e9),
             forward=KernelRate(30e-6, 0.0, 1e-12, 1e-12, 400e12),
             backward=KernelRate(60e-6, 0.0, 3e-12, 3e-12, 250e12),
