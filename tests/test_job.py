@@ -114,7 +114,7 @@ def test_without_a_gpu(source, tmp_path, options):
 def test_file_to_file(source, tmp_path, ranks, layout):
     target = tmp_path / "out.h5"
     result = run(ranks, "attend", source, target, "--causal", "--layout", layout, "--json", tmp_path / "run.json",
-                 folder=tmp_path)
+                 "--schedule", "ring", folder=tmp_path)
     assert result.code == 0, result.text
     assert f"1,003 tokens on {ranks} rank" in result.ranks[0]
     assert not any(text.strip() for text in result.ranks[1:]), result.text
@@ -353,8 +353,8 @@ def test_a_lost_rank(source, tmp_path, signal):
     """
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
-    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", folder=tmp_path,
-                 start=[*SHIELD, "-c", LOST.replace("SIGNAL", signal)], options=keep, timeout=60)
+    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", "--schedule", "ring",
+                 folder=tmp_path, start=[*SHIELD, "-c", LOST.replace("SIGNAL", signal)], options=keep, timeout=60)
     assert time.perf_counter() - start < 20
     assert not (tmp_path / "out.h5").exists()
     if launch.is_openmpi() and signal == "SIGKILL":          # its launcher ends the job at once
