@@ -23,7 +23,7 @@ from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
 from .passes import Pass, Progress
 from .plan import Plan
-from .problem import Problem
+from .problem import Problem, masked
 from .schedules.base import Route
 from .schedules.cost import candidates, choose
 from .schedules.gpu_transport import Transport, check_transport
@@ -434,7 +434,7 @@ class RingAttention:
     def _choose(self, records: Records, layouts: tuple[Layout, Layout]) -> Grid:
         """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*."""
         machine = self._engine.machine()
-        shape = self._problem.masked_shape(records, layouts)
+        shape = masked(self._problem.shape(records), self._problem.mask, *layouts)
         among = candidates(machine, shape.heads)
         while True:
             schedule = choose(shape, machine, self._memory_limit, backward=records.trains, among=among)

@@ -109,28 +109,6 @@ class Problem:
                      records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
                      most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated)
 
-    def masked_shape(self, records: Records, layouts: tuple[Layout, Layout]) -> Shape:
-        """Say what is computed as far as its cost goes by it, by samples of ranks and queries. Local."""
-        q_layout, kv_layout = layouts
-        size = len(records.n_q)
-        ranks = np.unique(np.linspace(0, size - 1, min(size, SAMPLED_RANKS)).astype(int)).tolist()
-        pairs, needed, length = [], [], max(1, kv_layout.length)
-        for rank in ranks:
-            positions = q_layout.positions(rank)
-            step = max(1, len(positions) // SAMPLED_QUERIES)
-            positions = np.unique(np.concatenate([positions[::step], positions[-1:]]))
-            bounds = self.mask.bounds(positions, q_layout.length, length)
-            seen = sum((high - low for low, high in bounds), np.zeros(len(positions)))
-            pairs.append(float(seen.mean()) * records.n_q[rank] if len(positions) else 0.0)
-            needed += [len(positions) > 0 and any(
-                (kv_layout.count_below(high, other) > kv_layout.count_below(low, other)).any() for low, high in bounds)
-                for other in ranks if other != rank]
-        mean = sum(pairs) / len(pairs)
-        seen_share = mean / max(1.0, float(np.mean([records.n_q[rank] for rank in ranks]))) / length
-        return replace(self.shape(records), seen=min(1.0, seen_share), uneven=max(pairs) / mean if mean else 1.0,
-                       reach=float(np.mean(needed)) if needed else 1.0,
-                       scattered=size > 1 and len(increasing(kv_layout, (0, 1))) > 1)
-
     def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
         """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.
 
@@ -173,3 +151,25 @@ class Problem:
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated)
+
+
+def masked(shape: Shape, mask: Mask, q_layout: Layout, kv_layout: Layout) -> Shape:
+    """Say what a mask lets be seen on some layouts, by samples of ranks and queries. Local."""
+    size = len(q_layout.counts)
+    ranks = np.unique(np.linspace(0, size - 1, min(size, SAMPLED_RANKS)).astype(int)).tolist()
+    pairs, needed, length = [], [], max(1, kv_layout.length)
+    for rank in ranks:
+        positions = q_layout.positions(rank)
+        step = max(1, len(positions) // SAMPLED_QUERIES)
+        positions = np.unique(np.concatenate([positions[::step], positions[-1:]]))
+        bounds = mask.bounds(positions, q_layout.length, kv_layout.length)
+        seen = sum((high - low for low, high in bounds), np.zeros(len(positions)))
+        pairs.append(float(seen.mean()) * q_layout.counts[rank] if len(positions) else 0.0)
+        needed += [len(positions) > 0 and any(
+            (kv_layout.count_below(high, other) > kv_layout.count_below(low, other)).any() for low, high in bounds)
+            for other in ranks if other != rank]
+    mean = sum(pairs) / len(pairs)
+    seen_share = mean / max(1.0, float(np.mean([q_layout.counts[rank] for rank in ranks]))) / length
+    return replace(shape, seen=min(1.0, seen_share), uneven=max(pairs) / mean if mean else 1.0,
+                   reach=float(np.mean(needed)) if needed else 1.0,
+                   scattered=size > 1 and len(increasing(kv_layout, (0, 1))) > 1)

@@ -164,7 +164,7 @@ def test_a_mesh_of_16_ranks(comm):
 def test_what_is_seen_is_estimated_by_samples(comm):
     """Shares of pairs and blocks that a mask lets be seen, on any layout."""
     from ringmpi.call import Call, Inputs, Records
-    from ringmpi.problem import Problem
+    from ringmpi.problem import Problem, masked
     n = 24
     rows = comm.allgather(Call.check(Inputs(*arrays(comm, n)), 0.0, None).record())
     seen = {}
@@ -172,7 +172,7 @@ def test_what_is_seen_is_estimated_by_samples(comm):
                                ("striped", Mask(causal=True), "striped"), ("window", Mask(window=4), "contiguous")):
         problem = Problem.check(mask, layout, None, None, None, None, 0.0, None)
         records = Records(rows)
-        seen[name] = problem.masked_shape(records, problem.resolve(records))
+        seen[name] = masked(problem.shape(records), problem.mask, *problem.resolve(records))
         assert make(layout, n * comm.size, comm.size).length == seen[name].n_k
     p, full = comm.size, n * comm.size
     assert (seen["full"].seen, seen["full"].uneven, seen["full"].reach, seen["full"].scattered) == (1, 1, 1, False)

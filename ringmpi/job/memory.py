@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
 from ..backends import GPU_NAMES, backend_class, open_backend
@@ -9,8 +11,9 @@ from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
 from ..engine import rates_of_this_machine
 from ..environment import affinity, cycles_per_second, resident_bytes, vector_bytes
-from ..layout import Contiguous
+from ..layout import Contiguous, make
 from ..mask import Mask
+from ..problem import masked
 from ..schedules.cost import choose
 from ..schedules.machine import Machine
 from ..schedules.memory import arrays
@@ -68,6 +71,8 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     """Give the schedule of a job; ``"auto"`` as it would choose if all ranks were on this node. Local.
 
+    Documents are not looked at.
+
     Raises
     ------
     OptionError
@@ -82,17 +87,19 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     among = None if asked == "auto" else [resolve(asked, ranks)]
     for schedule in among or ():
         check_heads(schedule, sizes.heads)
-    return choose(_shape(sizes, options), machine, options.memory_limit, among=among)
+    shape = _shape(sizes, options)
+    if among is None:
+        given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": None}
+        shape = masked(shape, Mask(**given), make(options.layout, sizes.n_q, ranks),
+                       make(options.layout, sizes.n_k, ranks))
+    return choose(shape, machine, options.memory_limit, among=among)
 
 
 def _shape(sizes: Sizes, options: Options) -> Shape:
-    """Say what is computed as far as its cost goes by it; of the mask no more than that it may be causal."""
+    """Say what is computed as far as its cost goes by it, but for what the mask lets be seen."""
     dtype = DTYPES[sizes.dtype]
-    contiguous = options.layout == "contiguous"
     return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
-                 accumulator(dtype, options.accumulator).itemsize, seen=0.5 if options.causal else 1.0,
-                 uneven=2.0 if options.causal and contiguous else 1.0,
-                 reach=0.5 if options.causal and contiguous else 1.0, scattered=not contiguous)
+                 accumulator(dtype, options.accumulator).itemsize)
 
 
 def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:
