@@ -26,7 +26,7 @@ from .spec import Schedule, divisors
 from .traffic import Shape, kv_heads_inside, tokens_of_a_rank, traffic
 
 STEPS = {"ring": 1.0, "gather": 0.85, "broadcast": 1.0, "two-way": 2.0, "window": 0.7}    # of a ring's step, measured
-MARGIN = 0.01               # that another schedule must gain on the ring
+MARGIN = 0.01               # that is not worth another schedule than the ring, or more memory
 FEW_ROWS = 128              # for each head of the keys, from which on a rank begins with its own rows (see `passes`)
 TILE = 64                   # columns that a kernel computes at once: the edge of what is visible costs half of them
 
@@ -91,7 +91,9 @@ def _carriers(keys: int, machine: Machine) -> Iterator[str]:
 
 def choose(shape: Shape, machine: Machine, memory_limit: int | None = None, *, backward: bool = False,
            among: Iterable[Schedule] | None = None) -> Schedule:
-    """Give the schedule of which a call takes least, by `estimate`; the ring unless another gains `MARGIN`. Local.
+    """Give the schedule of which a call takes least, by `estimate`. Local.
+
+    Of those within `MARGIN` of it the ring, else the one that needs least memory.
 
     Parameters
     ----------
@@ -111,19 +113,21 @@ def choose(shape: Shape, machine: Machine, memory_limit: int | None = None, *, b
     """
     schedules = list(candidates(machine, shape.heads, shape.replicated) if among is None else among)
     seconds: dict[Schedule, float] = {}
-    needs: dict[int, Schedule] = {}
+    memory: dict[Schedule, int] = {}
     for schedule in schedules:
         each = [estimate(shape, schedule, machine, backward=way) for way in ((False, True) if backward else (False,))]
-        needs.setdefault(each[0].memory, schedule)
+        memory[schedule] = each[0].memory
         if memory_limit is None or each[0].memory <= memory_limit:
             seconds[schedule] = sum(way.seconds for way in each)
     if not seconds:
-        least = min(needs)
-        raise OptionError(f"memory limit: expected {least} bytes a rank at least ({least / 2**20:.1f} MiB, schedule "
-                          f"{needs[least]}), got {memory_limit}; more ranks need less each")
-    best = min(seconds, key=lambda schedule: seconds[schedule])
+        least = min(memory, key=lambda schedule: memory[schedule])
+        raise OptionError(f"memory limit: expected {memory[least]} bytes a rank at least "
+                          f"({memory[least] / 2**20:.1f} MiB, schedule {least}), got {memory_limit}; more ranks need "
+                          "less each")
+    enough = min(seconds.values()) * (1 + MARGIN)
+    near = [schedule for schedule in seconds if seconds[schedule] <= enough]
     ring = Schedule(keys=machine.ranks)
-    return ring if seconds.get(ring, float("inf")) <= seconds[best] * (1 + MARGIN) else best
+    return ring if ring in near else min(near, key=lambda schedule: (memory[schedule], seconds[schedule]))
 
 
 def kernel_seconds(shape: Shape, machine: Machine, rows: float, columns: float, seen: float, *, share: float = 1.0,
