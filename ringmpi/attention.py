@@ -24,9 +24,11 @@ from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
 from .passes import Pass, Progress
 from .plan import Plan
-from .problem import Problem
+from .problem import Problem, masked
+from .schedules.cost import candidates, choose
 from .schedules.gpu_transport import Transport, check_transport
-from .schedules.spec import Schedule, check_schedule, resolve
+from .schedules.grid import Grid
+from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolve
 from .trace import Trace
 
 
@@ -76,14 +78,19 @@ class RingAttention:
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
     schedule : {"auto", "ring", "gather", "queries", "mesh", "heads"} or Schedule or str
-        Who computes what, and what travels. ``"auto"`` is the ring, but for queries that all ranks have. ``"ring"``:
-        queries stay, blocks of keys go round, with two buffers however
-        many ranks there are. ``"gather"``: all blocks come at once, with a buffer for each, which suits small blocks;
-        results are those of the ring, bit for bit. ``"queries"``: keys stay, queries and their results travel, which
-        suits few queries. ``"mesh"``: ranks in a square share queries along one side and keys along the other.
-        ``"heads"``: tokens are exchanged for heads, whose number the ranks must divide. A `Schedule`, or text like
-        ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination; it has carriers that have no name
-        here: `broadcast`, `two-way`, `window`. Results are equal to rounding.
+        Who computes what, and what travels. ``"auto"`` takes what costs least, by the rates of this machine that
+        ``ringmpi bench network`` has measured, else by usual ones. It chooses for each shape of the shards, the same on
+        all ranks, and for a backward pass too unless the call says ``keep=False``. ``"ring"``: queries stay, blocks of
+        keys go round, with two buffers however many ranks there are. ``"gather"``: all blocks come at once, with a
+        buffer for each, which suits small blocks; results are those of the ring, bit for bit. ``"queries"``: keys stay,
+        queries and their results travel, which suits few queries. ``"mesh"``: ranks in a square share queries along one
+        side and keys along the other. ``"heads"``: tokens are exchanged for heads, whose number the ranks must divide.
+        A `Schedule`, or text like ``"2x4x8:ring"`` (heads x queries x keys : carrier), says any combination; it has
+        carriers that have no name here: `broadcast`, `two-way`, `window`. Results are equal to rounding.
+    memory_limit : int or str, optional
+        Bytes, or text like ``"2GiB"``, that the arrays and buffers of a rank may take in a forward pass, at most; the
+        kernels' own work space comes on top. ``"auto"`` chooses among the schedules that keep within it; if none does,
+        or the one asked for does not, that is an `OptionError` that says what the smallest needs.
     order : {"fastest", "canonical"}
         In which order sums are made. ``"canonical"``: in one that depends on positions alone, so that out, lse and all
         gradients have the same bits on any number of ranks and threads, in any layout, on processors of one kind; with
@@ -98,7 +105,7 @@ class RingAttention:
     Attributes
     ----------
     schedule : Schedule
-        What `schedule` means on these ranks.
+        What `schedule` means on these ranks; with ``"auto"`` what was chosen for the last shapes, the ring before any.
     trace : Trace
         What the last call cost on this rank.
 
@@ -124,7 +131,8 @@ class RingAttention:
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
-                 schedule: str | Schedule = "auto", order: str = "fastest") -> None:
+                 schedule: str | Schedule = "auto", memory_limit: int | str | None = None,
+                 order: str = "fastest") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private_comm(comm, self.timeout)
@@ -138,11 +146,15 @@ class RingAttention:
             check_name(backend)
             check_transport(gpu_transport)
             bfloat16_products = wish(bfloat16_products)
+            self._memory_limit = check_memory_limit(memory_limit)
             self.schedule = resolve(check_schedule(schedule), self._comm.size, self._problem.replicated,
                                     self._problem.canonical)
+            self._chooses = schedule == "auto" and self._comm.size > 1 and not (
+                self._problem.replicated or self._problem.canonical)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
                              "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products,
-                             "schedule": str(self.schedule)}
+                             "schedule": "auto" if self._chooses else str(self.schedule),
+                             "memory_limit": self._memory_limit}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
                             gpu_transport, bool(allow_gpu_sharing), bfloat16_products, self._problem.canonical)
         self._engine = self._connect(engine, failures)
@@ -250,13 +262,26 @@ class RingAttention:
             If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
             calls on it raise `CommError`.
         """
-        with self._comm.one_call():
-            return self._call(Inputs(q, k, v, sinks, seed), return_lse, keep, progress)
+        return self._call(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, keep)
 
-    def _call(self, inputs: Inputs, return_lse: bool, keep: bool,
-              progress: Progress | None) -> Array | tuple[Array, Array]:
+    def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
+              ) -> Array | tuple[Array, Array]:
+        """Attend; see `__call__`. Collective over *comm*.
+
+        Parameters
+        ----------
+        inputs, return_lse, keep, progress
+            See `__call__`.
+        trains : bool
+            Whether a schedule is to be chosen for a backward pass too.
+        """
+        with self._comm.one_call():
+            return self._forward(inputs, return_lse, keep, progress, trains)
+
+    def _forward(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
+                 ) -> Array | tuple[Array, Array]:
         self._last = None                 # what the last call worked on goes before this call's memory comes
-        call, plan = self._admit(inputs)
+        call, plan = self._admit(inputs, trains=trains)
         out, lse = self._pass(call, plan, progress).forward()
         self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
@@ -370,7 +395,7 @@ class RingAttention:
         check_thread()
         self.trace = Trace()
 
-    def _admit(self, inputs: Inputs, number: int = 0) -> tuple[Call, Plan]:
+    def _admit(self, inputs: Inputs, number: int = 0, trains: bool = True) -> tuple[Call, Plan]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
         self._start()
         call: Call | None = None
@@ -378,6 +403,7 @@ class RingAttention:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
             call.number = number
+            call.trains = self._chooses and trains
             call.print = checksum(call.q) if self._problem.replicated else 0
         call, records = self._agree(call, failures, "forward" if inputs.out is None else "backward")
         if self._plan is None or self._plan.key != records.key:
@@ -403,10 +429,7 @@ class RingAttention:
         """Plan for these shards. Collective over *comm*."""
         self._engine.move_to(records.gpus)
         layouts = self._problem.resolve(records)
-        grid = self._problem.grid(self.schedule, self._comm.nodes, records)
-        carrier = self._engine.movers(grid).carrier
-        carrier.check(grid, self.transport is not None)
-        carrier.connect()
+        grid = self._choose(records, layouts) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None
         needs = np.zeros(self.schedule.keys, bool)
         with self._comm.noting() as failures:
@@ -421,6 +444,35 @@ class RingAttention:
         needed = np.unpackbits(np.stack(bits), axis=1, count=len(needs)).astype(bool)
         plan.take_needs(needed[list(grid.group("keys", self._comm.rank).ranks)])
         return plan
+
+    def _choose(self, records: Records, layouts: tuple[Layout, Layout]) -> Grid:
+        """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*."""
+        machine = self._engine.machine()
+        shape = masked(self._problem.shape(records), self._problem.mask, *layouts)
+        among = candidates(machine, shape.heads)
+        while True:
+            schedule = choose(shape, machine, self._memory_limit, backward=records.trains, among=among)
+            said = self._comm.allgather_text(str(schedule), self.timeout)      # one for all, however they round
+            schedule = resolve(check_schedule(said[0]), self._comm.size)
+            try:
+                grid = self._place(schedule, records)
+            except OptionError:
+                among = [other for other in among if other.carrier != schedule.carrier]
+                if schedule.carrier != "window":          # which nodes, or the system, may not allow
+                    raise
+            else:
+                self.schedule = schedule
+                return grid
+
+    def _place(self, schedule: Schedule, records: Records) -> Grid:
+        """Place a schedule on the ranks, and make sure that they can reach each other. Collective over *comm*."""
+        if self._memory_limit is not None and not self._chooses:
+            choose(self._problem.shape(records), self._engine.machine(), self._memory_limit, among=[schedule])
+        grid = self._problem.grid(schedule, self._comm.nodes, records)
+        carrier = self._engine.movers(grid).carrier
+        carrier.check(grid, self.transport is not None)
+        carrier.connect()
+        return grid
 
     def close(self) -> None:
         """Give this object's share of the buffers back; the last one's go. Local.

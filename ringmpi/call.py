@@ -29,8 +29,9 @@ EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim", "dim_v": "dim_v", "dtype": "dtype",
          "on_gpu": "place (0 the host, 1 a GPU)", "sinks": "sinks (0 none, 1 given)"}
 OF_THE_CALL = ("number", "seed", "print")                  # which the plan does not go by
-# ... and what may differ: the number of tokens, and the index of the GPU that the arrays are on.
-RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu")])
+# ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, and whether a schedule
+# that is chosen by its cost is to suit a backward pass too.
+RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains")])
 
 
 class Inputs(NamedTuple):
@@ -67,6 +68,8 @@ class Call:
         Of the call on its communicator, from 1 on, which a backward pass names; 0 if it is not known.
     print : int
         A checksum of the queries, if all ranks must have the same; else 0.
+    trains : bool
+        Whether a schedule that is chosen by its cost is to suit a backward pass too.
     states : list of State
         One for each element of the batch, during the forward pass.
     """
@@ -83,6 +86,7 @@ class Call:
     lse: Array = None
     number: int = 0
     print: int = 0
+    trains: bool = False
     states: list[State] = field(default_factory=list)
 
     @classmethod
@@ -170,7 +174,7 @@ class Call:
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         dtype = list(DTYPES.values()).index(self.q.dtype)
         fields = (self.number, seed, self.print, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
-                  self.sinks is not None, n_q, n_k, self.gpu)
+                  self.sinks is not None, n_q, n_k, self.gpu, self.trains)
         return np.array([fields], RECORD).view(np.uint8)
 
 
@@ -217,6 +221,11 @@ class Records:
         """Index of the GPU that the arrays of each rank are on; ON_HOST for host arrays."""
         gpus: NDArray[np.int64] = self._table["gpu"]
         return gpus
+
+    @property
+    def trains(self) -> bool:
+        """Whether a schedule is to suit a backward pass too, on any rank."""
+        return bool(self._table["trains"].any())
 
     @property
     def dtype(self) -> np.dtype[Any]:

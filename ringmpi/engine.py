@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -21,19 +22,34 @@ from . import device
 from .backends import GPU_NAMES, HOST_NAMES, open_backend
 from .backends.base import Backend
 from .call import ON_HOST
-from .environment import hopper_kernel, launched_local_rank
-from .errors import BackendError
+from .environment import hopper_kernel, launched_local_rank, rates_file
+from .errors import BackendError, OptionError
 from .mpi.comm import Comm
 from .phases import phase
 from .schedules.device_links import DirectLink, StagedLink
 from .schedules.gpu_transport import Transport, choose
 from .schedules.grid import Grid
 from .schedules.links import HostLink, Link
+from .schedules.machine import Machine
 from .schedules.movers import Movers
+from .schedules.rates import CPU, GPU, Rates
 from .softmax import State
 
+RATES = "rates"                   # that all ranks have agreed on
 COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being late
-NO_FACTS = np.zeros(4, np.int64).view(np.uint8)      # of a rank that has failed
+NO_FACTS = np.zeros(5, np.int64).view(np.uint8)      # of a rank that has failed
+
+
+def rates_of_this_machine() -> str | None:
+    """Read the rates that `bench network` has kept, as text; None, with a warning unless there are none. Local."""
+    path = rates_file()
+    try:
+        return Rates.load(path).as_text()
+    except FileNotFoundError:
+        return None
+    except (OptionError, OSError) as error:
+        warnings.warn(f"{error}; schedules are chosen by default rates", stacklevel=2)
+        return None
 
 
 class Workspace:
@@ -215,7 +231,7 @@ class Engine:
             return NO_FACTS
         gpu = self.backend.device
         return np.array([ON_HOST if gpu is None else gpu.index, self.backend.compiles, self._workspace.number,
-                         self.backend.ways], np.int64).view(np.uint8)
+                         self.backend.ways, self.backend.threads], np.int64).view(np.uint8)
 
     def connect(self, rows: list[NDArray[np.uint8]]) -> None:
         """Take the facts of all ranks, and on GPUs agree on how blocks travel. Collective over *comm* there.
@@ -235,6 +251,19 @@ class Engine:
         if gpu is not None:
             self.gpus = self._distinct(gpu.uuid)
             self.transport = choose(self._comm, self._gpu_transport, self._timeout)
+
+    def machine(self) -> Machine:
+        """Describe what computes, as all ranks know it: with the rates that rank 0 has. Collective over *comm*."""
+        comm = self._comm
+        if RATES not in comm.agreed:
+            mine = (rates_of_this_machine() or "") if comm.rank == 0 else ""
+            comm.agreed[RATES] = comm.allgather_text(mine, self._timeout)[0]
+        text = comm.agreed[RATES]
+        on_gpu = self.transport is not None
+        here = max(Counter(comm.nodes).values())
+        threads = self._facts.view(np.int64).reshape(comm.size, -1)[:, 4].tolist()
+        return Machine(comm.size, here, max(threads), comm.cores, on_gpu, here if on_gpu else 1,
+                       Rates.from_text(text) if text else GPU if on_gpu else CPU)
 
     def _gpu(self) -> device.Device:
         """Take the GPU of the arrays; for host arrays that of this rank's place on its node."""

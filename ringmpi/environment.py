@@ -20,6 +20,7 @@ LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
 HOPPER = "RINGMPI_HOPPER"
 BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
+RATES = "RINGMPI_RATES"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -55,6 +56,12 @@ def hopper_kernel() -> bool:
 def bfloat16_products() -> str:
     """Give RINGMPI_BFLOAT16_PRODUCTS, how CPUs multiply bfloat16; empty if not set. Local."""
     return os.environ.get(BFLOAT16_PRODUCTS, "").strip()
+
+
+def rates_file() -> Path:
+    """Give RINGMPI_RATES, the file of the rates of this machine; by default one in the user's cache folder. Local."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(RATES, "").strip() or folder / "ringmpi" / "rates.json")
 
 
 def kernel_cache() -> Path:

@@ -23,8 +23,12 @@ from .schedules.group import Group
 from .schedules.head_exchange import Tokens
 from .schedules.spec import ORDERS, Schedule, check_heads
 from .schedules.token_exchange import Move
+from .schedules.traffic import Shape, axes
 from .score import MOST_POSITION, Score
 from .tiles import KeyPlan, Tiled
+
+SAMPLED_RANKS = 16             # whose queries, and whose keys, tell what is seen, where there are more ...
+SAMPLED_QUERIES = 64           # ... and so many queries of each
 
 
 @dataclass(frozen=True)
@@ -106,27 +110,25 @@ class Problem:
         if self.alibi is not None and np.abs(self.alibi).max(initial=0.0) > most / MOST_POSITION:
             raise OptionError(f"alibi: {self.alibi.tolist()} is too large for the accumulator's dtype, {kind.dtype}")
 
-    def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
-        """Place a schedule on the ranks. Local.
+    def shape(self, records: Records) -> Shape:
+        """Say what is computed as far as its cost goes by it, but for what the mask lets be seen. Local."""
+        heads, kv_heads, dim, dim_v, batch = map(records.common, ("heads", "kv_heads", "dim", "dim_v", "batch"))
+        replicated = self.replicated
+        return Shape(records.n_q[0] if replicated else sum(records.n_q), sum(records.n_k), heads, kv_heads, dim, dim_v,
+                     records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
+                     most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated,
+                     canonical=self.canonical)
 
-        The axis along which a rank sends most bytes has its ranks next to each other: heads, which nothing hides, then
-        queries and their results or keys.
+    def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
+        """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.
 
         Raises
         ------
         OptionError
             If the ranks that share heads can't share those there are; the same on all ranks.
         """
-        heads, kv_heads, dim, dim_v = map(records.common, ("heads", "kv_heads", "dim", "dim_v"))
-        check_heads(schedule, heads)
-        if self.canonical:
-            check_heads(schedule, heads, kv_heads)
-        item = records.dtype.itemsize
-        wide = accumulator(records.dtype, self.accumulator).itemsize
-        queries = sum(records.n_q) * heads * (dim * item + (dim_v + 2) * wide) * (schedule.queries - 1)
-        keys = sum(records.n_k) * kv_heads * (dim + dim_v) * item * (schedule.keys - 1)
-        axes = ("heads", "queries", "keys") if queries > keys else ("heads", "keys", "queries")
-        return Grid(schedule, tuple(nodes), axes)
+        check_heads(schedule, records.common("heads"), records.common("kv_heads") if self.canonical else 0)
+        return Grid(schedule, tuple(nodes), axes(self.shape(records), schedule))
 
     def plan(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int, tile: int = 0) -> Plan:
         """Make the plan of `rank`, but for the route, which is agreed on. Local.
@@ -199,3 +201,25 @@ class Problem:
 def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:
     """Give the tokens of ranks whose blocks follow each other as one part."""
     return Part(slice(0, sum(layout.counts[rank] for rank in ranks)), list(ranks), layout)
+
+
+def masked(shape: Shape, mask: Mask, q_layout: Layout, kv_layout: Layout) -> Shape:
+    """Say what a mask lets be seen on some layouts, by samples of ranks and queries. Local."""
+    size = len(q_layout.counts)
+    ranks = np.unique(np.linspace(0, size - 1, min(size, SAMPLED_RANKS)).astype(int)).tolist()
+    pairs, needed, length = [], [], max(1, kv_layout.length)
+    for rank in ranks:
+        positions = q_layout.positions(rank)
+        step = max(1, len(positions) // SAMPLED_QUERIES)
+        positions = np.unique(np.concatenate([positions[::step], positions[-1:]]))
+        bounds = mask.bounds(positions, q_layout.length, kv_layout.length)
+        seen = sum((high - low for low, high in bounds), np.zeros(len(positions)))
+        pairs.append(float(seen.mean()) * q_layout.counts[rank] if len(positions) else 0.0)
+        needed += [len(positions) > 0 and any(
+            (kv_layout.count_below(high, other) > kv_layout.count_below(low, other)).any() for low, high in bounds)
+            for other in ranks if other != rank]
+    mean = sum(pairs) / len(pairs)
+    seen_share = mean / max(1.0, float(np.mean([q_layout.counts[rank] for rank in ranks]))) / length
+    return replace(shape, seen=min(1.0, seen_share), uneven=max(pairs) / mean if mean else 1.0,
+                   reach=float(np.mean(needed)) if needed else 1.0,
+                   scattered=size > 1 and len(increasing(kv_layout, (0, 1))) > 1)

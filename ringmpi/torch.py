@@ -159,8 +159,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
                 seed: int) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            out, lse = attention(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), sinks=_on_host(sinks), seed=seed,
-                                 return_lse=True, keep=False)
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), seed)
+            out, lse = attention._call(inputs, True, False, None, trains=any(ctx.needs_input_grad))
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)

@@ -352,6 +352,22 @@ def test_a_dry_run_counts_what_a_grid_exchanges(tmp_path):
     assert "expected heads x queries x keys to be the number of ranks, 8, got 9; 1x1x8:ring would do" in wrong.stderr
 
 
+def test_a_dry_run_says_what_auto_would_choose_within_a_limit(tmp_path):
+    """And a run refuses a limit that nothing meets, with the smallest need."""
+    code("make", "random", "in.h5", "--tokens", 2**12, "--heads", 8, "--kv-heads", 2)
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "8"
+    said = without_mpi(*dry).stdout
+    assert re.search(r"schedule +\d+x\d+x\d+:[\w-]+ chosen as if all ranks were on this node", said)
+    wrong = without_mpi(*dry, "--memory-limit", "10KiB")
+    assert wrong.returncode == 2
+    least = int(re.search(r"memory limit: expected (\d+) bytes a rank at least", wrong.stderr).group(1))
+    assert f"{least / 2**20:.1f} MiB" in wrong.stderr
+    assert without_mpi(*dry, "--memory-limit", str(least)).returncode == 0
+    assert without_mpi(*dry, "--memory-limit", "much").returncode == 2
+    assert code("attend", "in.h5", "out.h5", "--memory-limit", "10KiB", "--quiet") == 2
+    assert not Path("out.h5").exists()
+
+
 def test_dry_run_needs_no_mpi_and_writes_nothing(tmp_path):
     code("make", "random", "in.h5", "--tokens", 4096, "--heads", 8, "--kv-heads", 2)
     said = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "4", "--layout", "striped")
@@ -522,6 +538,12 @@ def test_bench(capsys):
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert {row["kernel"] for row in rows} >= {"numpy", "numba"}
     assert {row["pass"] for row in rows} == {"forward"}
+
+
+def test_rates_that_cannot_be_kept(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert code("bench", "network", "--mib", 1, "--repeat", 1, "--save", tmp_path / "file" / "rates.json") == 6
+    assert "take another with --save FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])

@@ -20,6 +20,7 @@ from ringmpi.files.shards import verify
 from ringmpi.job.inputs import Sizes
 from ringmpi.job.memory import predict_memory
 from ringmpi.job.options import Options
+from ringmpi.schedules.rates import Rates
 
 CLI = ["-m", "ringmpi"]
 IN_FOLDER = ["-c", "import os, sys; os.chdir(sys.argv.pop(1)); from ringmpi.cli import main; sys.exit(main())"]
@@ -113,7 +114,7 @@ def test_without_a_gpu(source, tmp_path, options):
 def test_file_to_file(source, tmp_path, ranks, layout):
     target = tmp_path / "out.h5"
     result = run(ranks, "attend", source, target, "--causal", "--layout", layout, "--json", tmp_path / "run.json",
-                 folder=tmp_path)
+                 "--schedule", "ring", folder=tmp_path)
     assert result.code == 0, result.text
     assert f"1,003 tokens on {ranks} rank" in result.ranks[0]
     assert not any(text.strip() for text in result.ranks[1:]), result.text
@@ -352,8 +353,8 @@ def test_a_lost_rank(source, tmp_path, signal):
     """
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
-    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", folder=tmp_path,
-                 start=[*SHIELD, "-c", LOST.replace("SIGNAL", signal)], options=keep, timeout=60)
+    result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", "--schedule", "ring",
+                 folder=tmp_path, start=[*SHIELD, "-c", LOST.replace("SIGNAL", signal)], options=keep, timeout=60)
     assert time.perf_counter() - start < 20
     assert not (tmp_path / "out.h5").exists()
     if launch.is_openmpi() and signal == "SIGKILL":          # its launcher ends the job at once
@@ -468,3 +469,23 @@ def test_progress_bar_on_a_terminal_only(source, tmp_path):
                               stdin=launch.subprocess.DEVNULL, stdout=launch.subprocess.DEVNULL)
         said = (tmp_path / "typescript").read_text()
         assert ("pair/s]" in said) == bar, said
+
+
+def test_bench_keeps_rates_that_auto_goes_by(tmp_path):
+    """On two ranks: the file is there, and what was estimated is beside what was measured."""
+    path = tmp_path / "new" / "rates.json"
+    env = {"RINGMPI_RATES": str(path)}
+    run = launch.launch(2, ["-m", "ringmpi", "bench", "network", "--mib", "1", "--repeat", "1"], folder=tmp_path,
+                        timeout=120, env=env)
+    assert run.code == 0, run.text
+    assert f"kept in {path}" in run.text
+    assert "2 ranks" in Rates.load(path).where
+    run = launch.launch(2, ["-m", "ringmpi", "bench", "auto", "--tokens", "16", "--heads", "4/2", "--dim", "16",
+                            "--repeat", "1", "--json", str(tmp_path / "auto.json")], folder=tmp_path, timeout=120,
+                        env=env)
+    assert run.code == 0, run.text
+    assert "choice over best: 4 cases" in run.text
+    record = json.loads((tmp_path / "auto.json").read_text())
+    assert [row["pass"] for row in record["rows"]] == ["forward", "both"] * 2
+    assert all(row["over best"] >= 1 and row["auto"] in row["all"] for row in record["rows"])
+    assert record["rates"] == Rates.load(path).where

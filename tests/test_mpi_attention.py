@@ -26,7 +26,7 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, n_q=None,
     named = layout in ("striped", "zigzag")
     options = {"mask": Mask(**mask), "layout": layout if named else q_layout,
                "kv_layout": layout if named else kv_layout}
-    with RingAttention(comm, backend=backend, timeout=60, scale=scale, **options) as attention:
+    with RingAttention(comm, backend=backend, timeout=60, scale=scale, schedule="ring", **options) as attention:
         out, lse = attention(q[mine], k[theirs], v[theirs], return_lse=True)
         trace = attention.trace
     assert out.dtype == q.dtype

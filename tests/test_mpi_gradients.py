@@ -156,7 +156,8 @@ def test_the_functional_form_is_the_same(comm):
 def test_causal_contiguous_sends_each_gradient_only_as_far_as_it_must(comm):
     q, k, v = random_qkv(8, 4 * comm.size, 4 * comm.size, 1, 1, 4, 4, "float32")
     mine = slice(4 * comm.rank, 4 * comm.rank + 4)
-    with RingAttention(comm) as full, RingAttention(comm, mask=Mask(causal=True)) as causal:
+    with (RingAttention(comm, schedule="ring") as full,
+          RingAttention(comm, mask=Mask(causal=True), schedule="ring") as causal):
         for attention in (full, causal):
             attention(q[mine], k[mine], v[mine])
             attention.backward(q[mine])
@@ -170,7 +171,7 @@ def test_causal_contiguous_sends_each_gradient_only_as_far_as_it_must(comm):
 def test_gradients_of_narrow_inputs_travel_wide(comm):
     q, k, v = random_qkv(8, 2 * comm.size, 2 * comm.size, 1, 1, 4, 4, "bfloat16")
     mine = slice(2 * comm.rank, 2 * comm.rank + 2)
-    with RingAttention(comm) as attention:
+    with RingAttention(comm, schedule="ring") as attention:
         attention(q[mine], k[mine], v[mine])
         attention.backward(q[mine])
         assert attention.trace.gradient_bytes_sent == (comm.size - 1) * 2 * 8 * 4

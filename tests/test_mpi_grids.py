@@ -143,7 +143,7 @@ def test_a_ring_follows_the_nodes(comm, monkeypatch):
     order = sorted(range(comm.size), key=lambda rank: (rank % 2, rank))
     q, k, v = random_qkv(2, 30, 30, 2, 2, 8, 8, "float64")
     mine = make("striped", 30, comm.size).positions(comm.rank)
-    with RingAttention(comm, layout="striped", mask=Mask(causal=True), timeout=60) as attention:
+    with RingAttention(comm, layout="striped", mask=Mask(causal=True), schedule="ring", timeout=60) as attention:
         attention(q[mine], k[mine], v[mine])
         sources = [step.source for step in attention.trace.steps]
     place = order.index(comm.rank)

@@ -73,7 +73,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     """Check input and paths, and print what a run would need: on one rank, without MPI."""
     from ..checks import check_threads
     from ..job.inputs import check_input
-    from ..job.memory import predict_memory
+    from ..job.memory import predict_memory, schedule_of
     from ..job.outputs import check_paths
     if launched_rank():
         return 0
@@ -86,7 +86,10 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    for line in _describe_traffic(parts, options.grid(ranks)):
+    schedule = schedule_of(sizes, ranks, options)
+    print(f"{'schedule':24}{schedule!s:>12}"
+          f"{' chosen as if all ranks were on this node' if options.schedule == 'auto' and options.order != 'canonical' else ''}")
+    for line in _describe_traffic(parts, schedule):
         print(line)
     return 0
 

@@ -3,6 +3,7 @@
     ringmpi bench kernel --dim 64 128 --mask full causal --shape 8192x8192 --pass forward backward
     mpiexec -n 4 ringmpi bench ring --tokens 16384 --causal
     mpiexec -n 2 ringmpi bench network
+    mpiexec -n 2 ringmpi bench auto --tokens 64 512 --heads 8/8 8/2
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -40,26 +41,34 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
                                                "calls that move the same; run it under mpiexec")
+    auto = kinds.add_parser("auto", help="every schedule in turns, beside what schedule auto takes and what it "
+                                         "expected; run it under mpiexec")
     _add_kernel(kernel)
     _add_ring(ring)
+    _add_auto(auto)
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
-    network.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
+    network.add_argument("--save", type=Path, metavar="FILE",
+                         help="where the rates go by which schedule auto chooses (default: RINGMPI_RATES, else "
+                              "~/.cache/ringmpi/rates.json)")
+    network.add_argument("--no-save", action="store_true", help="measure no rates, and leave the file as it is")
+    for sub in (network, auto):
+        sub.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
                          help="where to compute (default: auto)")
 
     # Options that two or three of them have.
-    for sub in (kernel, ring):
+    for sub in (kernel, ring, network, auto):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network):
+    for sub in (ring, network, auto):
         sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                          help="seconds to wait for another rank (default: 1800)")
         sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network):
+    for sub in (kernel, ring, network, auto):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N",
                          help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
@@ -94,15 +103,38 @@ def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--causal", action="store_true", help="no key after the query")
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
-    add_backend(ring)
+    add_backend(ring, "ring")
     ring.add_argument("--order", choices=ORDERS, default=ORDERS[0],
                       help="canonical: one more row, striped in canonical order (default: none)")
     ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
 
 
+def _heads(text: str) -> tuple[int, int]:
+    """Read QUERY/KEY heads."""
+    heads, _, kv_heads = text.partition("/")
+    numbers = positive(heads), positive(kv_heads or heads)
+    if numbers[0] % numbers[1]:
+        raise argparse.ArgumentTypeError(f"expected a multiple of the key heads, got {text!r}")
+    return numbers
+
+
+def _add_auto(auto: argparse.ArgumentParser) -> None:
+    auto.add_argument("--tokens", nargs="+", type=positive, default=[64, 256, 1024], metavar="N",
+                      help="of each rank (default: 64 256 1024)")
+    auto.add_argument("--heads", nargs="+", type=_heads, default=[(8, 8), (8, 2)], metavar="Q/K",
+                      help="of queries and of keys (default: 8/8 8/2)")
+    auto.add_argument("--dim", nargs="+", type=positive, default=[64], metavar="D",
+                      help="numbers of a head (default: 64)")
+    auto.add_argument("--mask", nargs="+", choices=("full", "causal"), default=["full", "causal"],
+                      help="causal is striped (default: full causal)")
+    auto.add_argument("--pass", nargs="+", choices=("forward", "both"), default=["forward", "both"], dest="passes",
+                      help="both: forward and backward (default: forward both)")
+    auto.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
-    table = {"kernel": _kernel, "ring": _ring, "network": _network}[arguments.kind](arguments)
+    table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto}[arguments.kind](arguments)
     if table.rows:
         _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
@@ -136,6 +168,15 @@ def _ring(arguments: argparse.Namespace) -> Table:
 def _network(arguments: argparse.Namespace) -> Table:
     from .bench_network import measure_network
     return Table(measure_network(arguments), (), {})
+
+
+def _auto(arguments: argparse.Namespace) -> Table:
+    from .bench_auto import measure_auto
+    rows, more = measure_auto(arguments)
+    for name, figures in more.get("summary", {}).items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.1%}" if isinstance(value, float) else f"{value} {key}"
+                                      for key, value in figures.items()))
+    return Table(rows, {"all", "threads a core"}, more)
 
 
 def _check_kernels(arguments: argparse.Namespace) -> None:

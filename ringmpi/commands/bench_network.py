@@ -1,4 +1,7 @@
-"""`bench network`: moving data beside bare MPI calls of the same bytes, and calls with nothing to compute."""
+"""`bench network`: moving data beside bare MPI calls of the same bytes, and calls with nothing to compute.
+
+Then the rates of this machine, by which schedules are chosen: they are kept in a file.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import numpy as np
 
 from ..attention import RingAttention
 from ..engine import Engine
+from ..environment import rates_file
+from ..errors import OutputError
 from ..functional import ring_attention
 from ..layout import Contiguous
 from ..mask import Mask
@@ -22,6 +27,7 @@ from ..schedules.base import Blocks, Route
 from ..schedules.grid import Grid
 from ..schedules.redistribution import redistribute
 from ..trace import Trace
+from .bench_rates import measure_rates
 
 Call = Callable[[], Any]      # gives the seconds of it that do not count, or None
 
@@ -50,7 +56,30 @@ def measure_network(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({"what": "waiting for a stopped rank", "seconds": None, "beside": "one core", "its seconds": None,
                      "ratio": share, "spread": None})
     bench.close()
+    if not arguments.no_save:
+        _keep_rates(arguments, world, comm)
     return rows if comm.rank == 0 else []
+
+
+def _keep_rates(arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> None:
+    """Measure the rates of this machine; rank 0 prints them and writes their file. Collective over *comm*.
+
+    Raises
+    ------
+    OutputError
+        If it can't be written; the same on all ranks.
+    """
+    rates = measure_rates(arguments, world, comm)
+    with comm.raise_on_all(arguments.timeout):
+        if comm.rank == 0:
+            path = arguments.save or rates_file()
+            for line in rates.describe():
+                print(line)
+            try:
+                rates.save(path)
+            except OSError as error:
+                raise OutputError(f"{path}: can't be written: {error}; take another with --save FILE") from error
+            print(f"kept in {path}\n")
 
 
 def _in_turns(comm: mpi.Comm, calls: list[Call], repeat: int, timeout: float) -> list[list[float]]:

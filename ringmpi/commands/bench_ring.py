@@ -78,6 +78,7 @@ class _RingBench:
                              backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
                              allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule, order=order,
+                             memory_limit=self.arguments.memory_limit,
                              bfloat16_products=self.arguments.bfloat16_products)
 
     def _arrays(self, n: int) -> list[Any]:

@@ -85,7 +85,8 @@ def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: in
             write_text(source, text, arguments.queries, BFLOAT16, force=True)
     options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend,
                       gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing,
-                      bfloat16_products=arguments.bfloat16_products, schedule=arguments.schedule)
+                      bfloat16_products=arguments.bfloat16_products, schedule=arguments.schedule,
+                      memory_limit=arguments.memory_limit)
     report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
     with comm.raise_on_all(arguments.timeout):
         if text is not None:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import OptionError
-from ..schedules.spec import ORDERS, check_schedule
+from ..schedules.spec import ORDERS, check_memory_limit, check_schedule
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
@@ -29,6 +29,15 @@ def schedule(text: str) -> str:
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def memory_limit(text: str) -> int:
+    """Read a number of bytes: 2GiB. Local."""
+    try:
+        limit = check_memory_limit(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return limit or 0
 
 
 def natural(text: str) -> int:
@@ -96,8 +105,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="take plain 16-bit items of q, k, v (uint16, int16, opaque) for the bits of this dtype")
 
 
-def add_backend(parser: Any) -> None:
-    """Add the options that say where to compute."""
+def add_backend(parser: Any, schedules: str = "auto") -> None:
+    """Add the options that say where to compute; with `schedules` the one by default."""
     parser.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto",
                         help="where to compute (default: auto: on the GPU that the arrays are on, else on CPUs by "
                              "numba, else by numpy)")
@@ -105,14 +114,17 @@ def add_backend(parser: Any) -> None:
                         help="K and V from GPU to GPU: by an MPI that takes GPU memory, or through host memory "
                              "(default: RINGMPI_GPU_TRANSPORT, else direct if MPI proves that it can)")
     parser.add_argument("--allow-gpu-sharing", action="store_true", help="let ranks share GPUs if there are too few")
-    parser.add_argument("--schedule", type=schedule, default="auto", metavar="S",
-                        help="who computes what: ring (keys go round, with two buffers), gather (keys come at once, "
-                             "with a buffer for each), queries (queries travel), mesh (queries along one side of a "
-                             "square of ranks, keys along the other), heads (tokens are exchanged for heads), or a "
-                             "grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: blocks "
-                             "come to all ranks in one order, two-way: half of each block either way round, window: "
-                             "blocks are read in shared memory), 2x4x8:ring (default: auto: ring, or broadcast in "
-                             "canonical order)")
+    parser.add_argument("--schedule", type=schedule, default=schedules, metavar="S",
+                        help="who computes what: auto (what costs least, by the rates that `ringmpi bench network` has "
+                             "measured, else by usual ones), ring (keys go round, with two buffers), gather (keys come "
+                             "at once, with a buffer for each), queries (queries travel), mesh (queries along one side "
+                             "of a square of ranks, keys along the other), heads (tokens are exchanged for heads), or "
+                             "a grid of ranks for heads x queries x keys and a carrier (ring, gather, broadcast: "
+                             "blocks come to all ranks in one order, two-way: half of each block either way round, "
+                             f"window: blocks are read in shared memory), 2x4x8:ring (default: {schedules})")
+    parser.add_argument("--memory-limit", type=memory_limit, metavar="BYTES",
+                        help="of the arrays and buffers of a rank at most, 2GiB for example: auto keeps within it, and "
+                             "another schedule that does not is refused")
     add_products(parser)
 
 

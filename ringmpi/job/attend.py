@@ -113,7 +113,7 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          softcap=options.softcap, alibi=data.alibi, backend=options.backend, threads=threads,
                          timeout=run.timeout, accumulator=options.accumulator, gpu_transport=options.gpu_transport,
                          allow_gpu_sharing=options.allow_gpu_sharing, bfloat16_products=options.bfloat16_products,
-                         schedule=options.schedule, order=options.order)
+                         schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
 
 
 def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None
@@ -137,16 +137,16 @@ def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array 
             ) -> tuple[Array, Array]:
     """Attend, and bring the result to the host."""
     done = 0
-    sharing = attention.schedule.heads        # each of the ranks that share heads sees a pair, for some of the heads
 
     def report(pairs: int, total: int) -> None:
         nonlocal done
         done += pairs
+        sharing = attention.schedule.heads    # each of the ranks that share heads sees a pair, for some of the heads
         run.comm.report_progress(done // sharing, total // sharing)
 
     shown = display.attending(run.comm.progress_of_all) if display else nullcontext()
     with run.timer.phase("attend", "attending"), shown:
-        out, lse = attention(*arrays, sinks=sinks, return_lse=True, progress=report)
+        out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=report)
         with run.raise_on_all(), attention.backend.current():
             out, lse = attention.backend.to_numpy(out), attention.backend.to_numpy(lse)
     run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")

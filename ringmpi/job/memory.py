@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
 from ..backends import GPU_NAMES, backend_class, check_canonical, open_backend
 from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
-from ..environment import cycles_per_second, resident_bytes, vector_bytes
-from ..layout import Contiguous
+from ..engine import rates_of_this_machine
+from ..environment import affinity, cycles_per_second, resident_bytes, vector_bytes
+from ..layout import Contiguous, make
 from ..mask import Mask
-from ..schedules.grid import share_heads
-from ..schedules.movers import carrier_class
-from ..schedules.spec import Schedule, check_heads
+from ..problem import masked
+from ..schedules.cost import choose
+from ..schedules.machine import Machine
+from ..schedules.memory import arrays
+from ..schedules.rates import CPU, GPU, Rates
+from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
+from ..schedules.traffic import Shape
 from .inputs import Sizes
 from .options import Options
 
@@ -40,32 +47,61 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
         memory comes on top.
     """
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
-    item = DTYPES[sizes.dtype].itemsize
     acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)
-    wide = acc_dtype.itemsize
     shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
     canonical = options.order == "canonical"
     backend = _class_of(options.backend, canonical)
-    schedule = options.grid(ranks)
-    check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
-    buffers = carrier_class(schedule.carrier).buffer_blocks(schedule.keys, options.backend in GPU_NAMES)
+    schedule = schedule_of(sizes, ranks, options)
+    held = arrays(_shape(sizes, options), schedule, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
-        arrays = {**_arrays(sizes, n_q, n_k, item, wide, buffers, schedule), **scratch}
-        return {**arrays, "total": sum(arrays.values())}
+        return {**held, **scratch, "total": sum(held.values()) + sum(scratch.values())}
     base = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
     parts = {
-        **_arrays(sizes, n_q, n_k, item, wide, buffers, schedule),
+        **held,
         "columns": 8 * 8 * n_q * schedule.heads * schedule.queries,
         **scratch,
     }
-    if canonical and ranks > 1:       # what is packed, received and put in order
-        parts["K/V in tiles"] = 3 * (parts["k"] + parts["v"])
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
     return {**parts, "process and libraries": base, "total": max(phases) + base}
+
+
+def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
+    """Give the schedule of a job; ``"auto"`` as it would choose if all ranks were on this node. Local.
+
+    Documents are not looked at.
+
+    Raises
+    ------
+    OptionError
+        If the heads do not allow it, or it takes more than the options' limit.
+    """
+    on_gpu = options.backend in GPU_NAMES
+    text = rates_of_this_machine()
+    cores = len(affinity())
+    machine = Machine(ranks, ranks, max(1, cores // ranks), cores, on_gpu,
+                      rates=Rates.from_text(text) if text else GPU if on_gpu else CPU)
+    asked = check_schedule(options.schedule)
+    canonical = options.order == "canonical"
+    among = None if asked == "auto" and not canonical else [resolve(asked, ranks, canonical=canonical)]
+    for schedule in among or ():
+        check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
+    shape = _shape(sizes, options)
+    if among is None:
+        given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": None}
+        shape = masked(shape, Mask(**given), make(options.layout, sizes.n_q, ranks),
+                       make(options.layout, sizes.n_k, ranks))
+    return choose(shape, machine, options.memory_limit, among=among)
+
+
+def _shape(sizes: Sizes, options: Options) -> Shape:
+    """Say what is computed as far as its cost goes by it, but for what the mask lets be seen."""
+    dtype = DTYPES[sizes.dtype]
+    return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
+                 accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical")
 
 
 def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:
@@ -99,32 +135,6 @@ def count_pairs(mask: Mask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
         sums = np.concatenate([[0], np.cumsum(seen)])
         return [int(pairs) for pairs in np.diff(sums[[*starts, len(seen)]])]
     return [int(seen.sum()) // ranks + 1] * ranks
-
-
-def _arrays(sizes: Sizes, n_q: int, n_k: int, item: int, wide: int, buffers: int, schedule: Schedule
-            ) -> dict[str, int]:
-    """Give the bytes of what every backend has, where it computes."""
-    q = n_q * sizes.heads * sizes.dim * item
-    kv = n_k * sizes.kv_heads * (sizes.dim + sizes.dim_v) * item
-    out, lse = n_q * sizes.heads * sizes.dim_v * item, n_q * sizes.heads * wide
-    acc = n_q * sizes.heads * sizes.dim_v * wide
-    shares = share_heads(sizes.heads, sizes.kv_heads, schedule.heads)
-    inside = kv * schedule.heads * max(share.kv_heads for share in shares) // sizes.kv_heads   # some with several ranks
-    arrays = {
-        "q": q,
-        "k": n_k * sizes.kv_heads * sizes.dim * item,
-        "v": n_k * sizes.kv_heads * sizes.dim_v * item,
-        "out": out,
-        "lse": lse,
-        "acc": schedule.queries * acc,
-        "max and sum": schedule.queries * 2 * lse,
-        "K/V buffers": buffers * inside,
-    }
-    if schedule.queries > 1:                     # the rows, and what is packed and received: queries, then states
-        arrays["queries of others"] = 2 * schedule.queries * q + 2 * (schedule.queries - 1) * (acc + 2 * lse)
-    if schedule.heads > 1:                       # by heads, and what is packed and received
-        arrays["exchange of heads"] = 3 * (q + inside) + out + lse
-    return arrays
 
 
 def _class_of(name: str, canonical: bool) -> type[Backend]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from ..errors import ShardError
-from ..schedules.spec import ORDERS, Schedule, check_schedule, resolve
+from ..schedules.spec import ORDERS
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,12 @@ class Options:
     allow_gpu_sharing: bool = False
     bfloat16_products: str = "auto"
     schedule: str = "auto"
+    memory_limit: int | None = None
     order: str = ORDERS[0]
     q: str = "q"
     k: str = "k"
     v: str = "v"
     raw_dtype: str | None = None
-
-    def grid(self, ranks: int) -> Schedule:
-        """Give the schedule on so many ranks. Local.
-
-        Raises
-        ------
-        OptionError
-            If it is none, or of another number of ranks.
-        """
-        return resolve(check_schedule(self.schedule), ranks, canonical=self.order == "canonical")
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Options:

@@ -54,6 +54,8 @@ class Comm(Exchange):
         This rank's place among the ranks of the communicator on its node, in their order, and their number.
     threads : int
         The cores this rank may run on, shared fairly with the ranks of the communicator on its node.
+    cores : int
+        The cores that the ranks of a node may run on, on the node that has fewest; the same on all ranks.
     shared : dict
         What objects on this communicator share; it is closed when the communicator goes.
     prepared : set
@@ -69,6 +71,7 @@ class Comm(Exchange):
         self.local_rank = 0
         self.local_size = 1
         self.threads = 1
+        self.cores = 1
         self.shared: dict[Any, Any] = {}
         self.prepared: set[Any] = set()
         self.agreed: dict[Any, Any] = {}
@@ -99,6 +102,10 @@ class Comm(Exchange):
         here = [rank for rank, node in enumerate(self.nodes) if node == self.leader]
         self.local_rank = here.index(self.rank)
         self.local_size = len(here)
+        cores: dict[int, set[int]] = {}
+        for node, (_, _, theirs) in zip(self.nodes, nodes, strict=True):
+            cores.setdefault(node, set()).update(theirs)
+        self.cores = min(map(len, cores.values()))
         # a core that k ranks of this node may run on counts 1/k for each of them
         users = Counter(core for rank in here for core in nodes[rank][2])
         self.threads = max(1, int(sum(1 / users[core] for core in mine[2]) + 1e-9))

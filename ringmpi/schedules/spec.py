@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -140,6 +141,25 @@ def _resolve_canonical(spec: str | Schedule, size: int, replicated: bool) -> Sch
         raise OptionError(f'order "canonical": expected a schedule that shares no queries, with the carrier broadcast, '
                           f'got {schedule}; {other} would do, or "auto"')
     return schedule.with_carrier("broadcast")
+
+
+def check_memory_limit(limit: Any) -> int | None:
+    """Take a limit in bytes, or as text like ``"2GiB"``; None is no limit. Local.
+
+    Raises
+    ------
+    OptionError
+        If it is neither.
+    """
+    text = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", limit.strip()) if isinstance(limit, str) else None
+    if text:
+        prefixes = " KMGT".index((text[2] or " ")[0]) if text[2] not in (None, "B") else 0
+        limit = int(float(text[1]) * (1024 if "i" in (text[2] or "") else 1000) ** prefixes)
+    if limit is None:
+        return None
+    if isinstance(limit, numbers.Integral) and not isinstance(limit, bool) and int(limit) > 0:
+        return int(limit)
+    raise OptionError(f"memory_limit: expected bytes, or text like 2GiB or 500MB, got {limit!r}")
 
 
 def check_heads(schedule: Schedule, heads: int, kv_heads: int = 0) -> None:
