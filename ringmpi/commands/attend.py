@@ -87,8 +87,8 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     schedule = schedule_of(sizes, ranks, options)
-    print(f"{'schedule':24}{schedule!s:>12}"
-          f"{' chosen as if all ranks were on this node' if options.schedule == 'auto' and options.order != 'canonical' else ''}")
+    chosen = options.schedule == "auto" and options.order != "canonical"
+    print(f"{'schedule':24}{schedule!s:>12}{' chosen as if all ranks were on this node' if chosen else ''}")
     for line in _describe_traffic(parts, schedule):
         print(line)
     return 0
