@@ -1,0 +1,230 @@
+"""What is simulated: which rank computes how long with which block, and how many bytes each block has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..layout import Layout, make
+from ..mask import Mask
+from ..schedules.cargo import halves
+from ..schedules.cost import Machine, Shape, kernel_seconds
+from ..schedules.grid import Grid, share_heads
+from ..schedules.spec import Schedule, check_heads, resolve
+from .trouble import Trouble
+from .wires import Integers, Numbers, Wires
+
+EXACT_RANKS = 1024           # up to so many, pairs and tokens are counted for each rank ...
+UNEVEN_RANKS = 4096          # ... and up to so many where a mask gives ranks unequal work; beyond, all have the average
+SAMPLES = 2**24              # queries that are looked at to count pairs, for each block of keys
+FEW_ROWS = 128               # see `ringmpi.passes`: with fewer, queries of others are waited for first
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A pass of a call, as far as its time goes by it. Local.
+
+    Groups of ranks that share keys are numbered by their places in the grid's other two axes, heads first; a rank is
+    ``[group, place]``.
+
+    Attributes
+    ----------
+    shape : Shape
+    schedule : Schedule
+    machine : Machine
+    trouble : Trouble
+    ranks : integer array of shape (groups, keys)
+    tokens : array of shape (groups, keys)
+        Of each rank's block.
+    block_bytes : array of shape (groups, keys)
+    seconds : array of shape (queries, keys, keys), optional
+        ``[., place, source]``: of a rank alone on its cores, for its work with a block; by its place among those that
+        share queries. None: they all take `even` seconds.
+    even : float
+    """
+
+    shape: Shape
+    schedule: Schedule
+    machine: Machine
+    trouble: Trouble
+    ranks: Integers
+    tokens: Numbers
+    block_bytes: Numbers
+    seconds: Numbers | None
+    even: float
+
+    @cached_property
+    def wires(self) -> Wires:
+        """How long messages take."""
+        return Wires(self.machine, self.trouble)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all ranks have the same work at each step, and all blocks are of one size."""
+        return self.seconds is None
+
+    def work(self, sources: Integers) -> Numbers:
+        """Give the seconds of each rank's work with a block, whose owner's place is given for each place. Local."""
+        groups, keys = self.ranks.shape
+        if self.seconds is None:
+            return np.full((groups, keys), self.even)
+        mine = self.seconds[:, np.arange(keys), sources]
+        return np.tile(mine, (groups // len(mine), 1))
+
+    def seconds_alone(self, step: int) -> Numbers:
+        """Say how long ranks are at their work in a step, alone on their cores. Local."""
+        factors: Numbers = self.trouble.factors(step, self.machine.ranks)[self.ranks]
+        return self._work_of(step) * factors + self.machine.rates.step
+
+    def seconds_of(self, step: int) -> Numbers:
+        """Say how long ranks are at their work in a step, where all share the cores all the time. Local."""
+        return self.seconds_alone(step) * self.machine.crowd
+
+    def _work_of(self, step: int) -> Numbers:
+        """Give the work of a step, which depends on the order in which blocks come by."""
+        keys = self.schedule.keys
+        places = np.arange(keys)
+        if self.schedule.carrier == "broadcast":
+            return self.work(np.full(keys, step))
+        if self.schedule.carrier != "two-way" or step == 0:
+            return self.work((places - step) % keys)
+        seconds = np.zeros(self.ranks.shape)
+        for sources, share in ((places - step) % keys, self.first_half), ((places + step) % keys, 1 - self.first_half):
+            seconds += self.work(sources) * share[:, sources]
+        return seconds
+
+    @cached_property
+    def first_half(self) -> Numbers:
+        """Share of each block that goes the first way, if halves go both ways."""
+        firsts = [[part.stop for part in halves(row)[0]] for row in self.tokens.tolist()]
+        return np.array(firsts) / np.maximum(self.tokens, 1)
+
+    def copying(self, seconds: Numbers) -> Numbers:
+        """Say how long ranks are kept from their work by copies that take a core so long. Local."""
+        return seconds * self.machine.crowd / self.machine.threads
+
+    @property
+    def call_seconds(self) -> float:
+        """What a call takes that has nothing to do."""
+        return self.machine.rates.call * self.machine.crowd
+
+    def needed(self, group: int) -> NDArray[np.bool_]:
+        """Say for a group which place computes with which block; see `Route`. Local."""
+        keys = self.ranks.shape[1]
+        if self.seconds is None:
+            return np.ones((keys, keys), bool)
+        needed: NDArray[np.bool_] = self.seconds[group % len(self.seconds)] > 0
+        return needed
+
+    @property
+    def own_share(self) -> float:
+        """Share of the work of the first step that is this rank's own queries, done while others' are on their way."""
+        schedule, shape = self.schedule, self.shape
+        rows = shape.n_q / schedule.queries / schedule.keys * shape.heads / schedule.heads
+        return 0.0 if rows < FEW_ROWS * max(1, shape.kv_heads // schedule.heads) else 1 / schedule.queries
+
+
+def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | None = None, layout: str = "contiguous",
+            trouble: Trouble | None = None) -> Case:
+    """Say what a forward pass has to do. Local.
+
+    Parameters
+    ----------
+    shape : Shape
+    schedule : Schedule
+    machine : Machine
+    mask : Mask, optional
+        Everything is seen by default.
+    layout : str
+        Of queries and keys.
+    trouble : Trouble, optional
+
+    Raises
+    ------
+    OptionError
+        If the schedule is one of another number of ranks, or its ranks can't share the heads.
+    """
+    resolve(schedule, machine.ranks)
+    check_heads(schedule, shape.heads)
+    nodes = tuple(rank // machine.ranks_per_node for rank in range(machine.ranks))
+    grid = Grid(schedule, nodes, _axes(shape, schedule))
+    places = grid.ranks()
+    heads, queries, keys = places.shape
+    share = share_heads(shape.heads, shape.kv_heads, heads)
+    item = max(one.kv_heads for one in share) * (shape.dim + shape.dim_v) * shape.item * shape.batch
+    trouble = trouble or Trouble()
+    mask = mask or Mask()
+
+    # With many ranks, or where all have the same, the average is as good as the truth.
+    uneven = layout == "contiguous" and mask != Mask()
+    if machine.ranks > (UNEVEN_RANKS if uneven else EXACT_RANKS):
+        tokens = np.full((heads * queries, keys), shape.n_k / keys / queries)
+        rows = shape.n_q / keys
+        even = _seconds(shape, machine, rows, tokens[0, 0], np.array(shape.seen), heads)
+        return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item, None,
+                    float(even))
+    q_layout, k_layout = (make(layout, n, machine.ranks) for n in (shape.n_q, shape.n_k))
+    counts = np.array(k_layout.counts)[places].sum(axis=0)                    # of blocks: [queries, keys]
+    tokens = np.tile(counts, (heads, 1)).astype(np.float64)
+    pairs = _pairs(mask, q_layout, k_layout)
+    by_place = pairs[places.reshape(-1, keys)].sum(axis=0)                    # [place, rank that has keys]
+    seen = by_place[:, places].sum(axis=1).transpose(1, 0, 2)                 # [queries, place, source]
+    rows = np.array(q_layout.counts)[places].sum(axis=(0, 1))
+    seconds = np.zeros(seen.shape)
+    area = np.maximum(1, rows[None, :, None] * counts[:, None, :])
+    for number in range(queries):
+        seconds[number] = _seconds(shape, machine, rows[:, None], counts[number], seen[number] / area[number], heads)
+    even = float(seconds.flat[0])
+    equal = bool((seconds == even).all() and even > 0 and (counts == counts.flat[0]).all())
+    return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item,
+                None if equal else seconds, even)
+
+
+def _axes(shape: Shape, schedule: Schedule) -> tuple[str, str, str]:
+    """Give the axis along which a rank sends most bytes first; as `ringmpi.problem` does."""
+    queries = shape.n_q * shape.heads * (shape.dim * shape.item + (shape.dim_v + 2) * shape.wide)
+    keys = shape.n_k * shape.kv_heads * (shape.dim + shape.dim_v) * shape.item
+    more_queries = queries * (schedule.queries - 1) > keys * (schedule.keys - 1)
+    return ("heads", "queries", "keys") if more_queries else ("heads", "keys", "queries")
+
+
+def _pairs(mask: Mask, q_layout: Layout, k_layout: Layout) -> Numbers:
+    """Count visible pairs, ``[rank that has queries, rank that has keys]``; by a sample where there are many."""
+    ranks, n_q, n_k = q_layout.size, q_layout.length, k_layout.length
+    if mask == Mask():
+        return np.outer(q_layout.counts, k_layout.counts).astype(np.float64)
+    most = max(2, SAMPLES // ranks**2)
+    queries, owners, weights = [], [], []
+    for rank in range(ranks):
+        held = q_layout.positions(rank)
+        some = held if len(held) <= most else held[np.linspace(0, len(held) - 1, most).astype(int)]
+        queries.append(some)
+        owners.append(np.full(len(some), rank))
+        weights.append(np.full(len(some), len(held) / max(1, len(some))))
+    owner, weight = np.concatenate(owners), np.concatenate(weights)
+    intervals = mask.bounds(np.concatenate(queries), n_q, n_k)
+    pairs = np.zeros((ranks, ranks))
+    for source in range(ranks):
+        seen = sum(k_layout.count_below(high, source) - k_layout.count_below(low, source) for low, high in intervals)
+        pairs[:, source] = np.bincount(owner, weight * seen, ranks)
+    return pairs
+
+
+def _seconds(shape: Shape, machine: Machine, rows: Numbers | float, columns: Numbers | float, seen: Numbers,
+             heads: int) -> Numbers:
+    """Give the seconds of items of work on cores that nobody else uses; 0 where nothing is seen."""
+    alone = replace(machine, cores=max(machine.cores, machine.ranks_per_node * machine.threads))
+    items = np.stack(np.broadcast_arrays(rows, columns, seen), axis=-1).astype(np.float64)
+    different, index = np.unique(items.reshape(-1, 3), axis=0, return_inverse=True)
+    seconds = [kernel_seconds(shape, alone, row, column, share, share=1 / heads) if share else 0.0
+               for row, column, share in _numbers(different)]
+    return shape.batch * np.array(seconds)[index.ravel()].reshape(items.shape[:-1])
+
+
+def _numbers(items: Numbers) -> Sequence[Sequence[float]]:
+    numbers: Sequence[Sequence[float]] = items.tolist()
+    return numbers

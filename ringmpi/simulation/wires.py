@@ -1,0 +1,86 @@
+"""How long messages take that are on their way at the same time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedules.cost import Machine
+from .trouble import Trouble
+
+Numbers = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class Wave(NamedTuple):
+    """Messages that are on their way at the same time, in arrays of one shape.
+
+    Attributes
+    ----------
+    moves : bool array
+        Which of them there are.
+    nbytes : array
+    seconds : array of float
+        That each takes.
+    latency : array of float
+        Of them, those that bytes have no part in.
+    copying : array of float
+        Seconds of a core that the rank which receives it copies, where messages go through the memory of a node.
+    """
+
+    moves: NDArray[np.bool_]
+    nbytes: Numbers
+    seconds: Numbers
+    latency: Numbers
+    copying: Numbers
+
+
+class Wires:
+    """The links of a machine. Ranks are numbered node by node. Local.
+
+    A message takes ``latency + bytes / bandwidth``. What leaves a node, or comes to it, in one wave shares its link to
+    the others. Inside a node of CPUs, messages are copied by cores, which several threads may have to share.
+
+    Parameters
+    ----------
+    machine : Machine
+    trouble : Trouble
+    """
+
+    def __init__(self, machine: Machine, trouble: Trouble) -> None:
+        self.machine = machine
+        self._slow = dict(trouble.slow_links)
+
+    def wave(self, sources: Integers, dests: Integers, nbytes: Numbers, moves: NDArray[np.bool_] | None = None) -> Wave:
+        """Say how long messages take that are on their way at the same time. Local.
+
+        Parameters
+        ----------
+        sources, dests : integer arrays
+            Ranks.
+        nbytes : array
+            Of each message.
+        moves : bool array, optional
+            Which of them there are; all by default.
+        """
+        machine = self.machine
+        inside, between = machine.rates.inside, machine.rates.between
+        moves = np.ones(sources.shape, bool) if moves is None else moves
+        nbytes = np.broadcast_to(nbytes, sources.shape) * moves
+        here, there = sources // machine.ranks_per_node, dests // machine.ranks_per_node
+        crosses = here != there
+
+        # What crosses shares the links of both nodes.
+        across = (nbytes * crosses).ravel()
+        out, into = (np.bincount(node.ravel(), across, machine.nodes) for node in (here, there))
+        shared = np.maximum(out[here], into[there])
+        latency = np.where(crosses, between.latency, inside.latency) * moves
+        seconds = np.where(crosses, shared / between.bandwidth, nbytes / inside.bandwidth * machine.crowd) * moves
+        copying = np.where(crosses | machine.on_gpu, 0.0, nbytes / inside.bandwidth)
+        for (one, other), factor in self._slow.items():
+            slow = ((sources == one) & (dests == other)) | ((sources == other) & (dests == one))
+            latency = np.where(slow, latency * factor, latency)
+            seconds = np.where(slow, seconds * factor, seconds)
+        return Wave(moves, nbytes, latency + seconds, latency, copying)
