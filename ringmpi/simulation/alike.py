@@ -22,8 +22,10 @@ class Alike:
         if features is None:
             return
         rows = features.transpose(1, 0, 2)
-        _, self._groups, self._inverse = np.unique(rows.reshape(len(rows), -1), axis=0, return_index=True,
-                                                   return_inverse=True)
+        self._groups, self._inverse = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        if len(rows) > 1:
+            _, self._groups, self._inverse = np.unique(rows.reshape(len(rows), -1), axis=0, return_index=True,
+                                                       return_inverse=True)
         some, keys = rows[self._groups], rows.shape[2]
         self._width = next(width for width in divisors(keys)
                            if (some.reshape(*some.shape[:2], -1, width) == some[:, :, None, :width]).all())

@@ -24,6 +24,11 @@ class Steps:
         self.keys = case.schedule.keys
         self.places = np.arange(self.keys)
 
+    @property
+    def constant(self) -> bool:
+        """Whether all steps after the first and before the last are the same."""
+        return False
+
     def alike(self, start: Numbers, heard: Numbers) -> Alike:
         """Say which ranks do the same, if they begin then, and hear the queries of others then. Local."""
         return Alike()
@@ -33,6 +38,10 @@ class Steps:
 
     def step(self, number: int, clock: Clock) -> None:
         """Take a step. Local."""
+        clock.now = clock.now + self.case.step_seconds
+        self._step(number, clock)
+
+    def _step(self, number: int, clock: Clock) -> None:
         raise NotImplementedError
 
     def _compute(self, number: int, clock: Clock, seconds: Numbers) -> None:
@@ -41,7 +50,7 @@ class Steps:
         if number == 0:
             own = self.case.own_share
             clock.compute_for(seconds * own)
-            clock.wait_until(clock.heard)
+            clock.now = np.maximum(clock.now, clock.heard)
             seconds = seconds * (1 - own)
         clock.compute_for(seconds)
 
@@ -63,30 +72,44 @@ class RingSteps(Steps):
             needed = case.needed(group)
             for way, last in zip(self._ways, self._last, strict=True):
                 last[group] = Route(needed[::way, ::way]).last[::way]
-        self._fixed: tuple[Numbers, Wave] | None = None
+        self._fixed: tuple[Numbers, Numbers, Wave] | None = None
+        self._upstreams = self._neighbours(self.keys)
+
+    def _neighbours(self, places: int) -> dict[int, Integers]:
+        """Give for each of some places the one before it, either way round."""
+        return {way: (np.arange(places) - way) % places for way in (1, -1)}
+
+    @property
+    def constant(self) -> bool:
+        return self._fixed is not None
 
     def alike(self, start: Numbers, heard: Numbers) -> Alike:
         if not self.case.is_even or self.case.trouble.jitter:
             return Alike()
-        seconds, wave = self.case.seconds_of(0), self._wave(0)
-        alike = Alike(np.stack([start, heard, seconds, *wave.seconds, *wave.copying, *wave.nbytes]))
-        self._fixed = alike.fold(seconds), Wave(*(alike.fold(x) for x in wave))
+        first, later, wave = self.case.seconds_of(0), self.case.seconds_of(1), self._wave(0)
+        alike = Alike(np.stack([start, heard, first, later, *wave.seconds, *wave.copying, *wave.nbytes]))
+        self._fixed = alike.fold(first), alike.fold(later), Wave(*(alike.fold(x) for x in wave))
+        self._upstreams = self._neighbours(self._fixed[0].shape[1])
         return alike
 
-    def step(self, number: int, clock: Clock) -> None:
-        seconds, wave = self._fixed or (self.case.seconds_of(number), self._wave(number))
+    def _step(self, number: int, clock: Clock) -> None:
+        if self._fixed:
+            first, later, wave = self._fixed
+            seconds = later if number else first
+        else:
+            seconds, wave = self.case.seconds_of(number), self._wave(number)
         begun = clock.now
         self._compute(number, clock, seconds)
         if number == self.keys - 1:
             return
-        clock.compute_for(self.case.copying(wave.copying.sum(axis=0)))
+        clock.copy_for(self.case.copying(wave.copying.sum(axis=0)))
         until = []
         for way, moves, nbytes, taken in zip(self._ways, wave.moves, wave.nbytes, wave.seconds, strict=True):
-            both = np.maximum(begun, np.roll(begun, way, 1))
+            both = np.maximum(begun, begun[:, self._upstreams[way]])
             arrived = np.where(moves, both + taken, 0.0)
-            until += [arrived, np.roll(arrived, -way, 1)]
+            until += [arrived, arrived[:, self._upstreams[-way]]]
             clock.carried += taken
-            clock.sent += np.roll(nbytes, -way, 1)
+            clock.sent += nbytes[:, self._upstreams[-way]]
         clock.wait_until(*until)
 
     def _wave(self, number: int) -> Wave:
@@ -110,17 +133,17 @@ class GatherSteps(Steps):
         self._taken = clock.now                       # when the last block that a rank has sent was taken
         self._before = np.zeros(clock.now.shape)      # what comes to a rank before, one message after the other
 
-    def step(self, number: int, clock: Clock) -> None:
+    def _step(self, number: int, clock: Clock) -> None:
         case, hop = self.case, number + 1
         self._compute(number, clock, case.seconds_of(number))
         if hop == self.keys:
             clock.wait_until(self._taken)
             return
         wave = arriving(case, hop)
-        clock.compute_for(case.copying(wave.copying))
+        clock.copy_for(case.copying(wave.copying))
         both = np.maximum(self._begun, np.roll(self._begun, hop, 1))
         arrived = np.where(wave.moves, both + self._before + wave.seconds, 0.0)
-        self._before = self._before + wave.seconds - wave.latency
+        self._before = self._before + wave.seconds
         self._taken = np.maximum(self._taken, np.roll(arrived, -hop, 1))
         clock.carried += wave.seconds
         clock.sent += np.roll(wave.nbytes, -hop, 1)
@@ -138,12 +161,11 @@ class WindowSteps(Steps):
     """Blocks that are read where their owners have put them."""
 
     def begin(self, clock: Clock) -> None:
-        rates = self.case.machine.rates
-        put = np.array(self.case.block_bytes / rates.copy)
-        clock.compute_for(self.case.copying(put))
-        self._there = clock.now + rates.inside.latency
+        case = self.case
+        clock.copy_for(case.copying(case.put_seconds))
+        self._there = clock.now + case.machine.rates.inside.latency
 
-    def step(self, number: int, clock: Clock) -> None:
+    def _step(self, number: int, clock: Clock) -> None:
         case = self.case
         self._compute(number, clock, case.seconds_of(number))
         if number < self.keys - 1:
@@ -158,14 +180,14 @@ class BroadcastSteps(Steps):
         self._coming, self._passed_on = self._send(0, clock)
         clock.wait_until(self._coming)
 
-    def step(self, number: int, clock: Clock) -> None:
+    def _step(self, number: int, clock: Clock) -> None:
         case = self.case
         going = self._passed_on
         coming, self._copying = clock.now, np.zeros(clock.now.shape)
         if number < self.keys - 1:
             coming, self._passed_on = self._send(number + 1, clock)
         self._compute(number, clock, case.seconds_of(number))
-        clock.compute_for(self._copying)
+        clock.copy_for(self._copying)
         clock.wait_until(coming, going)
         if number == self.keys - 1:
             clock.wait_until(self._passed_on)

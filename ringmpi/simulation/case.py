@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,16 +11,18 @@ from numpy.typing import NDArray
 from ..layout import Layout, make
 from ..mask import Mask
 from ..schedules.cargo import halves
-from ..schedules.cost import Machine, Shape, kernel_seconds
+from ..schedules.cost import kernel_seconds
 from ..schedules.grid import Grid, share_heads
+from ..schedules.machine import Machine
+from ..schedules.memory import arrays
 from ..schedules.spec import Schedule, check_heads, resolve
+from ..schedules.traffic import Shape, axes
 from .trouble import Trouble
 from .wires import Integers, Numbers, Wires
 
-EXACT_RANKS = 1024           # up to so many, pairs and tokens are counted for each rank ...
-UNEVEN_RANKS = 4096          # ... and up to so many where a mask gives ranks unequal work; beyond, all have the average
+EXACT_RANKS = 256            # up to so many, pairs and tokens are counted for each rank ...
+UNEVEN_RANKS = 2048          # ... and up to so many pairs where a mask gives ranks unequal work; beyond, all are average
 SAMPLES = 2**24              # queries that are looked at to count pairs, for each block of keys
-FEW_ROWS = 128               # see `ringmpi.passes`: with fewer, queries of others are waited for first
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +79,23 @@ class Case:
     def seconds_alone(self, step: int) -> Numbers:
         """Say how long ranks are at their work in a step, alone on their cores. Local."""
         factors: Numbers = self.trouble.factors(step, self.machine.ranks)[self.ranks]
-        return self._work_of(step) * factors + self.machine.rates.step
+        rates = self.machine.rates
+        halves_apart = step > 0 and self.schedule.carrier == "two-way"
+        return (self._work_of(step) + rates.forward.item * halves_apart) * factors
 
     def seconds_of(self, step: int) -> Numbers:
         """Say how long ranks are at their work in a step, where all share the cores all the time. Local."""
         return self.seconds_alone(step) * self.machine.crowd
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step takes besides, before anything is sent."""
+        return self.machine.rates.step * self.machine.crowd + self.wake
+
+    @property
+    def wake(self) -> float:
+        """What a rank loses in each step, and each exchange, where threads share cores."""
+        return self.machine.rates.wake if self.machine.crowd > 1 else 0.0
 
     def _work_of(self, step: int) -> Numbers:
         """Give the work of a step, which depends on the order in which blocks come by."""
@@ -108,9 +121,17 @@ class Case:
         return seconds * self.machine.crowd / self.machine.threads
 
     @property
+    def put_seconds(self) -> Numbers:
+        """What a core takes to put a block where others can read it."""
+        inside = self.machine.rates.inside
+        return np.asarray(inside.latency + self.block_bytes / inside.bandwidth)
+
+    @property
     def call_seconds(self) -> float:
-        """What a call takes that has nothing to do."""
-        return self.machine.rates.call * self.machine.crowd
+        """What a call takes that has nothing to do but to make its results."""
+        rates = self.machine.rates
+        made = arrays(self.shape, self.schedule, self.machine.on_gpu)["out"] / rates.fresh
+        return (rates.call + made) * self.machine.crowd + self.wake
 
     def needed(self, group: int) -> NDArray[np.bool_]:
         """Say for a group which place computes with which block; see `Route`. Local."""
@@ -123,9 +144,7 @@ class Case:
     @property
     def own_share(self) -> float:
         """Share of the work of the first step that is this rank's own queries, done while others' are on their way."""
-        schedule, shape = self.schedule, self.shape
-        rows = shape.n_q / schedule.queries / schedule.keys * shape.heads / schedule.heads
-        return 0.0 if rows < FEW_ROWS * max(1, shape.kv_heads // schedule.heads) else 1 / schedule.queries
+        return 1 / self.schedule.queries
 
 
 def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | None = None, layout: str = "contiguous",
@@ -151,11 +170,11 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     resolve(schedule, machine.ranks)
     check_heads(schedule, shape.heads)
     nodes = tuple(rank // machine.ranks_per_node for rank in range(machine.ranks))
-    grid = Grid(schedule, nodes, _axes(shape, schedule))
+    grid = Grid(schedule, nodes, axes(shape, schedule))
     places = grid.ranks()
     heads, queries, keys = places.shape
-    share = share_heads(shape.heads, shape.kv_heads, heads)
-    item = max(one.kv_heads for one in share) * (shape.dim + shape.dim_v) * shape.item * shape.batch
+    kv_heads = np.array([share.kv_heads for share in share_heads(shape.heads, shape.kv_heads, heads)])
+    item = np.repeat(kv_heads, queries)[:, None] * shape.width * shape.item * shape.batch
     trouble = trouble or Trouble()
     mask = mask or Mask()
 
@@ -174,6 +193,8 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     by_place = pairs[places.reshape(-1, keys)].sum(axis=0)                    # [place, rank that has keys]
     seen = by_place[:, places].sum(axis=1).transpose(1, 0, 2)                 # [queries, place, source]
     rows = np.array(q_layout.counts)[places].sum(axis=(0, 1))
+    if machine.ranks > EXACT_RANKS:                       # else there are as many different items as pairs of ranks
+        rows, counts = (np.full(x.shape, x.mean()) for x in (rows, counts))
     seconds = np.zeros(seen.shape)
     area = np.maximum(1, rows[None, :, None] * counts[:, None, :])
     for number in range(queries):
@@ -182,14 +203,6 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     equal = bool((seconds == even).all() and even > 0 and (counts == counts.flat[0]).all())
     return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item,
                 None if equal else seconds, even)
-
-
-def _axes(shape: Shape, schedule: Schedule) -> tuple[str, str, str]:
-    """Give the axis along which a rank sends most bytes first; as `ringmpi.problem` does."""
-    queries = shape.n_q * shape.heads * (shape.dim * shape.item + (shape.dim_v + 2) * shape.wide)
-    keys = shape.n_k * shape.kv_heads * (shape.dim + shape.dim_v) * shape.item
-    more_queries = queries * (schedule.queries - 1) > keys * (schedule.keys - 1)
-    return ("heads", "queries", "keys") if more_queries else ("heads", "keys", "queries")
 
 
 def _pairs(mask: Mask, q_layout: Layout, k_layout: Layout) -> Numbers:
@@ -217,14 +230,14 @@ def _pairs(mask: Mask, q_layout: Layout, k_layout: Layout) -> Numbers:
 def _seconds(shape: Shape, machine: Machine, rows: Numbers | float, columns: Numbers | float, seen: Numbers,
              heads: int) -> Numbers:
     """Give the seconds of items of work on cores that nobody else uses; 0 where nothing is seen."""
+    parts = heads if shape.scattered else 1             # of a block, whose tokens interleave
     alone = replace(machine, cores=max(machine.cores, machine.ranks_per_node * machine.threads))
-    items = np.stack(np.broadcast_arrays(rows, columns, seen), axis=-1).astype(np.float64)
-    different, index = np.unique(items.reshape(-1, 3), axis=0, return_inverse=True)
-    seconds = [kernel_seconds(shape, alone, row, column, share, share=1 / heads) if share else 0.0
-               for row, column, share in _numbers(different)]
-    return shape.batch * np.array(seconds)[index.ravel()].reshape(items.shape[:-1])
-
-
-def _numbers(items: Numbers) -> Sequence[Sequence[float]]:
-    numbers: Sequence[Sequence[float]] = items.tolist()
-    return numbers
+    kinds = np.array(np.broadcast_arrays(rows, columns, seen), np.float64).reshape(3, -1)
+    index = np.zeros(kinds.shape[1], np.int64)                # of items that differ
+    for kind in kinds:
+        _, number = np.unique(kind, return_inverse=True)
+        _, index = np.unique(index * (number.max(initial=0) + 1) + number.ravel(), return_inverse=True)
+    _, firsts = np.unique(index, return_index=True)
+    seconds = [parts * kernel_seconds(shape, alone, row, column / parts, share, share=1 / heads) if share else 0.0
+               for row, column, share in kinds[:, firsts].T.tolist()]
+    return np.array(seconds)[index.ravel()].reshape(np.broadcast(rows, columns, seen).shape)

@@ -19,14 +19,15 @@ class Clock:
         When the step begins.
     heard : array
         When the queries of other ranks are there.
-    compute, wait, carried, sent : arrays
-        Seconds computing, copies that cores make included; seconds waiting for others; seconds that blocks were on
-        their way here; bytes sent.
+    compute, copied, wait, carried, sent : arrays
+        Seconds computing; seconds that its cores copy what comes; seconds waiting for blocks, and for others to take
+        them; seconds that blocks were on their way here; bytes sent.
     """
 
     now: Numbers
     heard: Numbers
     compute: Numbers
+    copied: Numbers
     wait: Numbers
     carried: Numbers
     sent: Numbers
@@ -34,7 +35,7 @@ class Clock:
     @classmethod
     def begin(cls, now: Numbers, heard: Numbers) -> Clock:
         """Begin then. Local."""
-        return cls(now.copy(), heard, *(np.zeros(now.shape) for _ in range(4)))
+        return cls(now.copy(), heard, *(np.zeros(now.shape) for _ in range(5)))
 
     def copy(self) -> Clock:
         """Give a copy that does not go on."""
@@ -43,6 +44,11 @@ class Clock:
     def compute_for(self, seconds: Numbers) -> None:
         """Compute for so long. Local."""
         self.compute += seconds
+        self.now = self.now + seconds
+
+    def copy_for(self, seconds: Numbers) -> None:
+        """Copy for so long, and not compute. Local."""
+        self.copied += seconds
         self.now = self.now + seconds
 
     def wait_until(self, *moments: Numbers) -> None:
@@ -63,6 +69,6 @@ class Clock:
         more : int
         """
         self.now = self.now + (self.now.max() - half.now.max()) / steps * more
-        for name in ("compute", "wait", "carried", "sent"):
+        for name in ("compute", "copied", "wait", "carried", "sent"):
             now = getattr(self, name)
             setattr(self, name, now + (now - getattr(half, name)) / steps * more)

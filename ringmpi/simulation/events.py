@@ -6,10 +6,12 @@ the others of its node. For some tens of ranks; `ringmpi.simulation.rounds` does
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +22,23 @@ from .parcels import Parcel, parcels_of
 
 MOST_RANKS = 64              # for which it takes seconds
 
-Task = float | Callable[[], float]       # seconds to work, alone on the cores; or says until when to wait, as far as known
+
+class Task(NamedTuple):
+    """What a rank is at.
+
+    Attributes
+    ----------
+    account : str
+        What its time counts as: "compute", "copied", "wait", or none of these.
+    seconds : float
+        To work, alone on the cores.
+    until : callable, optional
+        It waits, and this says until when, as far as that is known.
+    """
+
+    account: str
+    seconds: float = 0.0
+    until: Callable[[], float] | None = None
 
 
 @dataclass(eq=False)
@@ -29,15 +47,14 @@ class _Rank:
 
     life: Iterator[Task]
     node: int
-    task: Task | None = 0.0
-    compute: float = 0.0
-    wait: float = 0.0
+    task: Task | None = Task("")
+    spent: Counter[str] = field(default_factory=Counter)
     ended: float = 0.0
 
     @property
-    def left(self) -> float:
-        """Seconds that it still has to work; 0 if it waits."""
-        return self.task if isinstance(self.task, float) else 0.0
+    def works(self) -> bool:
+        """Whether it needs its cores."""
+        return self.task is not None and self.task.until is None
 
 
 def simulate_events(case: Case) -> Outcome:
@@ -45,8 +62,9 @@ def simulate_events(case: Case) -> Outcome:
     events = _Events(case)
     events.run()
     ranks = [events.ranks[rank] for rank in case.ranks.ravel().tolist()]
-    ended, compute, wait = (np.array([getattr(rank, name) for rank in ranks]).reshape(case.ranks.shape)
-                            for name in ("ended", "compute", "wait"))
+    ended = np.array([rank.ended for rank in ranks]).reshape(case.ranks.shape)
+    compute, copied, wait = (np.array([rank.spent[name] for rank in ranks]).reshape(case.ranks.shape)
+                             for name in ("compute", "copied", "wait"))
     sizes = exchanged_bytes(case)
     carried, sent = np.zeros(ended.shape), np.full(ended.shape, all_bytes(case))
     place = {rank: at for at, rank in enumerate(case.ranks.ravel().tolist())}
@@ -54,7 +72,7 @@ def simulate_events(case: Case) -> Outcome:
         carried.flat[place[parcel.dest]] += parcel.taken
         sent.flat[place[parcel.source]] += parcel.nbytes
     home = exchange(case, "queries", sizes["states"], ended)
-    return Outcome(case, exchange(case, "heads", sizes["results"], home), compute, wait, carried, sent,
+    return Outcome(case, exchange(case, "heads", sizes["results"], home), compute, copied, wait, carried, sent,
                    case.schedule.keys)
 
 
@@ -91,11 +109,10 @@ class _Events:
             step = max(0.0, min(moments) - self.now)
             self.now += step
             for rank, moment in zip(alive, moments, strict=True):
-                if rank.left:
-                    rank.compute += step
-                    rank.task = max(0.0, rank.left - step * speeds[rank.node])
-                else:
-                    rank.wait += step
+                task = rank.task or Task("")
+                rank.spent[task.account] += step
+                if rank.works:
+                    rank.task = task._replace(seconds=max(0.0, task.seconds - step * speeds[rank.node]))
                 if moment <= self.now:
                     rank.task = next(rank.life, None)
                     rank.ended = self.now
@@ -104,37 +121,43 @@ class _Events:
     def _speeds(self, alive: list[_Rank]) -> dict[int, float]:
         """Say by node how fast its ranks work, whose threads share the cores."""
         machine = self.case.machine
-        working = Counter(rank.node for rank in alive if rank.left)
+        working = Counter(rank.node for rank in alive if rank.works)
         return {rank.node: 1.0 if machine.on_gpu else min(1.0, machine.cores / max(1, working[rank.node])
                                                           / machine.threads) for rank in alive}
 
     def _moment(self, rank: _Rank, speed: float) -> float:
         """Say when a rank goes on to its next task; infinite if that is not known."""
-        if callable(rank.task):
-            return max(self.now, rank.task())
-        return self.now + rank.left / speed
+        task = rank.task or Task("")
+        return max(self.now, task.until()) if task.until else self.now + task.seconds / speed
 
     def _live(self, group: int, place: int) -> Iterator[Task]:
         """Give the tasks of a rank, one after the other."""
         case = self.case
         rank = int(case.ranks[group, place])
         keys = case.schedule.keys
-        yield lambda: float(self._start[group, place])
-        self.ranks[rank].wait = 0.0
+        yield Task("", until=lambda: float(self._start[group, place]))
         if case.schedule.carrier == "window":
-            yield float(case.block_bytes[group, place]) / case.machine.rates.copy / case.machine.threads
-        for step in range(-1 if case.schedule.carrier == "broadcast" else 0, keys):
+            yield Task("copied", float(case.put_seconds[group, place]) / case.machine.threads)
+        for step in range(-1, keys):
+            if step >= 0:
+                yield Task("", case.machine.rates.step)
+                yield self._sleep(case.wake)
             self._post(rank, step)
             if step >= 0:
                 seconds = float(case.seconds_alone(step)[group, place])
                 if step == 0:
                     own = case.own_share
-                    yield seconds * own
-                    yield lambda: float(self._heard[group, place])
+                    yield Task("compute", seconds * own)
+                    yield Task("", until=lambda: float(self._heard[group, place]))
                     seconds *= 1 - own
-                yield seconds + self._copying[rank, step]
-            due = self._due[rank, step]
-            yield lambda due=due: max((parcel.done for parcel in due), default=0.0)  # type: ignore[misc]
+                yield Task("compute", seconds)
+                yield Task("copied", self._copying[rank, step])
+            yield Task("wait", until=functools.partial(_last, self._due[rank, step]))
+
+    def _sleep(self, seconds: float) -> Task:
+        """Give a task that does nothing for so long."""
+        moment = self.now + seconds
+        return Task("", until=lambda: moment)
 
     def _post(self, rank: int, step: int) -> None:
         """Let a rank ask for what it is sent or sends from a step on; what becomes of it is known once both have."""
@@ -147,3 +170,8 @@ class _Events:
             if math.isfinite(begun) and math.isinf(parcel.done):
                 parcel.done = begun + parcel.delay + parcel.taken
                 ready += parcel.before
+
+
+def _last(parcels: list[Parcel]) -> float:
+    """Say when the last of some messages is there."""
+    return max((parcel.done for parcel in parcels), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..schedules.traffic import traffic
 from .case import Case
 from .wires import Numbers
 
@@ -12,17 +13,16 @@ MOST_HOPS = 2**26            # ranks times hops that are looked at one by one; o
 
 def exchanged_bytes(case: Case) -> dict[str, float]:
     """Say how many bytes a rank sends to each of those that it shares heads or queries with. Local."""
-    shape, schedule = case.shape, case.schedule
-    tokens_q, tokens_k = shape.n_q / schedule.ranks, shape.n_k / schedule.ranks
-    query, result = shape.heads * shape.dim, shape.heads * shape.dim_v
-    kv = float(case.block_bytes.mean() / case.tokens.mean()) * tokens_k           # for the heads of one of them
-    rows = tokens_q * shape.batch
-    return {
-        "heads": rows * query * shape.item / schedule.heads + kv,
-        "queries": rows * query * shape.item,
-        "states": rows * (result + 2 * shape.heads) * shape.wide,
-        "results": rows * (result * shape.item + shape.heads * shape.wide) / schedule.heads,
-    }
+    moved, schedule = traffic(case.shape, case.schedule), case.schedule
+    heads, queries = max(1, schedule.heads - 1), max(1, schedule.queries - 1)
+    return {"heads": moved.heads / heads, "queries": moved.queries / queries, "states": moved.states / queries,
+            "results": moved.tokens / heads}
+
+
+def all_bytes(case: Case) -> float:
+    """Say how many bytes a rank sends that are no blocks of keys. Local."""
+    moved = traffic(case.shape, case.schedule)
+    return moved.heads + moved.tokens + moved.queries + moved.states
 
 
 def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
@@ -48,14 +48,7 @@ def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
     before = np.zeros(begun.shape)                # what comes to a rank before, one message after the other
     for hop in hops:
         wave = case.wires.wave(np.roll(ranks, hop, along), ranks, np.array(nbytes))
-        done = np.maximum(done, np.maximum(begun, np.roll(begun, hop, along)) + before + wave.seconds)
-        before += (wave.seconds - wave.latency) * (size - 1) / len(hops)
-    copied = 2 * nbytes * size / case.machine.rates.copy * case.machine.crowd        # packed, and taken from where it is
-    return (done + copied).reshape(start.shape)
-
-
-def all_bytes(case: Case) -> float:
-    """Say how many bytes a rank sends that are no blocks of keys. Local."""
-    sizes, schedule = exchanged_bytes(case), case.schedule
-    return (schedule.queries - 1) * (sizes["queries"] + sizes["states"]) \
-        + (schedule.heads - 1) * (sizes["heads"] + sizes["results"])
+        before += wave.seconds * (size - 1) / len(hops)
+        done = np.maximum(done, np.maximum(begun, np.roll(begun, hop, along)) + before)
+    packed = case.machine.rates.exchange.seconds(nbytes * (size - 1)) * case.machine.crowd
+    return (done + packed + case.wake).reshape(start.shape)

@@ -17,8 +17,9 @@ class Outcome:
     case : Case
     ended : array
         When each rank is done.
-    compute, wait, carried : array
-        Seconds that each computes, waits for others in the steps, and that blocks are on their way to it.
+    compute, copied, wait, carried : array
+        Seconds that each computes, copies what comes, waits for others in the steps, and that blocks are on their way
+        to it.
     sent : array
         Bytes that each sends: of blocks, and of all else.
     steps : int
@@ -28,6 +29,7 @@ class Outcome:
     case: Case
     ended: Numbers
     compute: Numbers
+    copied: Numbers
     wait: Numbers
     carried: Numbers
     sent: Numbers
@@ -40,9 +42,9 @@ class Outcome:
 
     @property
     def hidden(self) -> float:
-        """Share of the time that blocks are on their way in which ranks do not wait; 1 if none travels."""
+        """Share of the time that blocks are on their way in which ranks compute; 1 if none travels."""
         carried = float(self.carried.sum())
-        return max(0.0, 1.0 - float(self.wait.sum()) / carried) if carried else 1.0
+        return max(0.0, 1.0 - float((self.wait + self.copied).sum()) / carried) if carried else 1.0
 
     @property
     def busiest(self) -> int:

@@ -88,13 +88,12 @@ def _stepwise(case: Case) -> Iterator[Parcel]:
         if not messages:
             continue
         wave = _wave(case, messages)
-        for (group, x), seconds, latency, copying in zip(messages, wave.seconds, wave.latency, wave.copying,
-                                                         strict=True):
+        for (group, x), seconds, copying in zip(messages, wave.seconds, wave.copying, strict=True):
             source, dest = (int(case.ranks[group, place]) for place in (x.source, x.dest))
             delay = before[dest] if straight else 0.0
-            yield Parcel(source, dest, x.nbytes, 0 if straight else number, (last if straight else number, number),
+            yield Parcel(source, dest, x.nbytes, -1 if straight else number, (last if straight else number, number),
                          float(seconds), delay, float(copying))
-            before[dest] += float(seconds - latency)
+            before[dest] += float(seconds)
 
 
 def _down_trees(case: Case, group: int) -> Iterator[Parcel]:
@@ -131,5 +130,5 @@ def _notices(case: Case) -> Iterator[Parcel]:
             for place in range(keys):
                 owner = (place - hop) % keys
                 if needed[place, owner]:
-                    yield Parcel(int(case.ranks[group, owner]), int(case.ranks[group, place]), 0.0, 0, (keys, hop - 1),
+                    yield Parcel(int(case.ranks[group, owner]), int(case.ranks[group, place]), 0.0, -1, (keys, hop - 1),
                                  0.0, latency, 0.0)

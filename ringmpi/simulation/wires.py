@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules.cost import Machine
+from ..schedules.machine import Machine
 from .trouble import Trouble
 
 Numbers = NDArray[np.float64]
@@ -24,8 +24,6 @@ class Wave(NamedTuple):
     nbytes : array
     seconds : array of float
         That each takes.
-    latency : array of float
-        Of them, those that bytes have no part in.
     copying : array of float
         Seconds of a core that the rank which receives it copies, where messages go through the memory of a node.
     """
@@ -33,14 +31,13 @@ class Wave(NamedTuple):
     moves: NDArray[np.bool_]
     nbytes: Numbers
     seconds: Numbers
-    latency: Numbers
     copying: Numbers
 
 
 class Wires:
     """The links of a machine. Ranks are numbered node by node. Local.
 
-    A message takes ``latency + bytes / bandwidth``. What leaves a node, or comes to it, in one wave shares its link to
+    A message takes ``latency + bytes / bandwidth``. What leaves a node, or comes to it, in one wave shares its links to
     the others. Inside a node of CPUs, messages are copied by cores, which several threads may have to share.
 
     Parameters
@@ -72,15 +69,15 @@ class Wires:
         here, there = sources // machine.ranks_per_node, dests // machine.ranks_per_node
         crosses = here != there
 
-        # What crosses shares the links of both nodes.
+        # What crosses shares the links of both nodes; what does not is copied.
         across = (nbytes * crosses).ravel()
         out, into = (np.bincount(node.ravel(), across, machine.nodes) for node in (here, there))
-        shared = np.maximum(out[here], into[there])
+        shared = np.maximum(nbytes, np.maximum(out[here], into[there]) / machine.links)
         latency = np.where(crosses, between.latency, inside.latency) * moves
         seconds = np.where(crosses, shared / between.bandwidth, nbytes / inside.bandwidth * machine.crowd) * moves
-        copying = np.where(crosses | machine.on_gpu, 0.0, nbytes / inside.bandwidth)
+        copying = np.where(crosses | machine.hides_inside, 0.0, latency + nbytes / inside.bandwidth)
         for (one, other), factor in self._slow.items():
             slow = ((sources == one) & (dests == other)) | ((sources == other) & (dests == one))
             latency = np.where(slow, latency * factor, latency)
             seconds = np.where(slow, seconds * factor, seconds)
-        return Wave(moves, nbytes, latency + seconds, latency, copying)
+        return Wave(moves, nbytes, latency + seconds, copying)
