@@ -21,7 +21,7 @@ LAYERS = [
     {"arrays", "backends"},
     {"checks"},
     {"call", "schedules"},
-    {"engine", "plan"},
+    {"engine", "plan", "simulation"},
     {"passes", "problem"},
     {"attention"},
     {"functional", "job", "kv", "torch"},

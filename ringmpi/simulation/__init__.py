@@ -1,1 +1,1 @@
-"""What a call would do on machines that are not there: its steps, with speeds, jitter, and ranks and links that are slow."""
+"""What a call would do on a machine that need not be there, step by step, and what jitter or a slow rank does to it."""

@@ -45,8 +45,7 @@ class Steps:
         raise NotImplementedError
 
     def _compute(self, number: int, clock: Clock, seconds: Numbers) -> None:
-        """Compute: in the first step with a rank's own queries, then with those of the ranks that it shares them with.
-        """
+        """Compute: in the first step with a rank's own queries, and then with those that have come meanwhile."""
         if number == 0:
             own = self.case.own_share
             clock.compute_for(seconds * own)
@@ -81,14 +80,16 @@ class RingSteps(Steps):
 
     @property
     def constant(self) -> bool:
+        """See `Steps.constant`."""
         return self._fixed is not None
 
     def alike(self, start: Numbers, heard: Numbers) -> Alike:
+        """See `Steps.alike`. Local."""
         if not self.case.is_even or self.case.trouble.jitter:
             return Alike()
         first, later, wave = self.case.seconds_of(0), self.case.seconds_of(1), self._wave(0)
         alike = Alike(np.stack([start, heard, first, later, *wave.seconds, *wave.copying, *wave.nbytes]))
-        self._fixed = alike.fold(first), alike.fold(later), Wave(*(alike.fold(x) for x in wave))
+        self._fixed = alike.fold(first), alike.fold(later), wave.map(alike.fold)
         self._upstreams = self._neighbours(self._fixed[0].shape[1])
         return alike
 
@@ -129,6 +130,7 @@ class GatherSteps(Steps):
     """All blocks at once; a rank takes one after the other, in the order of a ring."""
 
     def begin(self, clock: Clock) -> None:
+        """See `Steps.begin`. Local."""
         self._begun = clock.now
         self._taken = clock.now                       # when the last block that a rank has sent was taken
         self._before = np.zeros(clock.now.shape)      # what comes to a rank before, one message after the other
@@ -161,6 +163,7 @@ class WindowSteps(Steps):
     """Blocks that are read where their owners have put them."""
 
     def begin(self, clock: Clock) -> None:
+        """See `Steps.begin`. Local."""
         case = self.case
         clock.copy_for(case.copying(case.put_seconds))
         self._there = clock.now + case.machine.rates.inside.latency
@@ -177,6 +180,7 @@ class BroadcastSteps(Steps):
     """Blocks down trees, in the order of their owners."""
 
     def begin(self, clock: Clock) -> None:
+        """See `Steps.begin`. Local."""
         self._coming, self._passed_on = self._send(0, clock)
         clock.wait_until(self._coming)
 

@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 from ..layout import Layout, make
 from ..mask import Mask
 from ..schedules.cargo import halves
-from ..schedules.cost import kernel_seconds
+from ..schedules.cost import FEW_ROWS, STEPS, kernel_seconds
 from ..schedules.grid import Grid, share_heads
 from ..schedules.machine import Machine
-from ..schedules.memory import arrays
 from ..schedules.spec import Schedule, check_heads, resolve
 from ..schedules.traffic import Shape, axes
 from .trouble import Trouble
 from .wires import Integers, Numbers, Wires
 
 EXACT_RANKS = 256            # up to so many, pairs and tokens are counted for each rank ...
-UNEVEN_RANKS = 2048          # ... and up to so many pairs where a mask gives ranks unequal work; beyond, all are average
+UNEVEN_RANKS = 2048          # ... and up to so many pairs, where a mask gives ranks unequal work; beyond, the average
 SAMPLES = 2**24              # queries that are looked at to count pairs, for each block of keys
 
 
@@ -90,12 +89,12 @@ class Case:
     @property
     def step_seconds(self) -> float:
         """What a step takes besides, before anything is sent."""
-        return self.machine.rates.step * self.machine.crowd + self.wake
+        return self.step_alone * self.machine.crowd
 
     @property
-    def wake(self) -> float:
-        """What a rank loses in each step, and each exchange, where threads share cores."""
-        return self.machine.rates.wake if self.machine.crowd > 1 else 0.0
+    def step_alone(self) -> float:
+        """The same on cores that nobody else uses."""
+        return self.machine.rates.step * STEPS[self.schedule.carrier]
 
     def _work_of(self, step: int) -> Numbers:
         """Give the work of a step, which depends on the order in which blocks come by."""
@@ -128,10 +127,8 @@ class Case:
 
     @property
     def call_seconds(self) -> float:
-        """What a call takes that has nothing to do but to make its results."""
-        rates = self.machine.rates
-        made = arrays(self.shape, self.schedule, self.machine.on_gpu)["out"] / rates.fresh
-        return (rates.call + made) * self.machine.crowd + self.wake
+        """What a call takes that has nothing to do."""
+        return self.machine.rates.call * self.machine.crowd
 
     def needed(self, group: int) -> NDArray[np.bool_]:
         """Say for a group which place computes with which block; see `Route`. Local."""
@@ -144,7 +141,8 @@ class Case:
     @property
     def own_share(self) -> float:
         """Share of the work of the first step that is this rank's own queries, done while others' are on their way."""
-        return 1 / self.schedule.queries
+        rows = self.shape.n_q / self.schedule.queries / self.schedule.keys
+        return 1 / self.schedule.queries if rows * self.shape.heads >= FEW_ROWS * self.shape.kv_heads else 0.0
 
 
 def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | None = None, layout: str = "contiguous",
@@ -183,9 +181,9 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     if machine.ranks > (UNEVEN_RANKS if uneven else EXACT_RANKS):
         tokens = np.full((heads * queries, keys), shape.n_k / keys / queries)
         rows = shape.n_q / keys
-        even = _seconds(shape, machine, rows, tokens[0, 0], np.array(shape.seen), heads)
+        average = _seconds(shape, machine, rows, tokens[0, 0], np.array(shape.seen), heads)
         return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item, None,
-                    float(even))
+                    float(average))
     q_layout, k_layout = (make(layout, n, machine.ranks) for n in (shape.n_q, shape.n_k))
     counts = np.array(k_layout.counts)[places].sum(axis=0)                    # of blocks: [queries, keys]
     tokens = np.tile(counts, (heads, 1)).astype(np.float64)

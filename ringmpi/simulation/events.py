@@ -47,8 +47,8 @@ class _Rank:
 
     life: Iterator[Task]
     node: int
-    task: Task | None = Task("")
-    spent: Counter[str] = field(default_factory=Counter)
+    task: Task | None
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ended: float = 0.0
 
     @property
@@ -97,8 +97,10 @@ class _Events:
                 self._posts[rank, parcel.posted].append(parcel)
                 self._due[rank, step].append(parcel)
             self._copying[parcel.dest, parcel.due[1]] += parcel.copying / case.machine.threads
-        self.ranks = {int(case.ranks[at]): _Rank(self._live(*at), int(case.ranks[at]) // case.machine.ranks_per_node)
-                      for at in np.ndindex(case.ranks.shape)}
+        self.ranks: dict[int, _Rank] = {}
+        for at in np.ndindex(case.ranks.shape):
+            rank = int(case.ranks[at])
+            self.ranks[rank] = _Rank(self._live(*at), rank // case.machine.ranks_per_node, Task(""))
 
     def run(self) -> None:
         """Let all ranks live to their ends."""
@@ -140,8 +142,7 @@ class _Events:
             yield Task("copied", float(case.put_seconds[group, place]) / case.machine.threads)
         for step in range(-1, keys):
             if step >= 0:
-                yield Task("", case.machine.rates.step)
-                yield self._sleep(case.wake)
+                yield Task("", case.step_alone)
             self._post(rank, step)
             if step >= 0:
                 seconds = float(case.seconds_alone(step)[group, place])
@@ -153,11 +154,6 @@ class _Events:
                 yield Task("compute", seconds)
                 yield Task("copied", self._copying[rank, step])
             yield Task("wait", until=functools.partial(_last, self._due[rank, step]))
-
-    def _sleep(self, seconds: float) -> Task:
-        """Give a task that does nothing for so long."""
-        moment = self.now + seconds
-        return Task("", until=lambda: moment)
 
     def _post(self, rank: int, step: int) -> None:
         """Let a rank ask for what it is sent or sends from a step on; what becomes of it is known once both have."""

@@ -1,4 +1,4 @@
-"""What goes before the steps and after them: heads, queries and their results, from each rank of a group to the others."""
+"""What goes before the steps and after them: heads, queries and results, from each rank of a group to the others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
     size = (heads, queries)[along]
     if size == 1:
         return start
-    ranks, begun = (x.reshape(heads, queries, keys) for x in (case.ranks, start))
+    ranks, begun = case.ranks.reshape(heads, queries, keys), start.reshape(heads, queries, keys)
     hops = np.unique(np.linspace(1, size - 1, max(2, min(size - 1, MOST_HOPS // ranks.size))).astype(int))
     done = begun.copy()
     before = np.zeros(begun.shape)                # what comes to a rank before, one message after the other
@@ -51,4 +51,4 @@ def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
         before += wave.seconds * (size - 1) / len(hops)
         done = np.maximum(done, np.maximum(begun, np.roll(begun, hop, along)) + before)
     packed = case.machine.rates.exchange.seconds(nbytes * (size - 1)) * case.machine.crowd
-    return (done + packed + case.wake).reshape(start.shape)
+    return np.asarray(done + packed).reshape(start.shape)

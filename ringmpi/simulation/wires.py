@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,10 @@ class Wave(NamedTuple):
     nbytes: Numbers
     seconds: Numbers
     copying: Numbers
+
+    def map(self, change: Callable[[Any], Any]) -> Wave:
+        """Give the same with each array changed in some way. Local."""
+        return Wave(*(change(x) for x in self))
 
 
 class Wires:
