@@ -123,7 +123,7 @@ class RingSteps(Steps):
             nbytes.append((case.block_bytes * share)[:, owners])
             moves.append(last[:, owners] > number)
         dests = np.broadcast_to(case.ranks, (len(sources), *case.ranks.shape))
-        return case.wires.wave(np.stack(sources), dests, np.stack(nbytes), np.stack(moves))
+        return case.wires.wave(np.stack(sources), dests, np.stack(nbytes), np.stack(moves), case.least)
 
 
 class GatherSteps(Steps):
@@ -156,7 +156,7 @@ def arriving(case: Case, hop: int) -> Wave:
     """Give what comes to each place straight from the one that many hops upstream, if it is needed. Local."""
     sources = (np.arange(case.schedule.keys) - hop) % case.schedule.keys
     moves = np.broadcast_to(case.work(sources) > 0, case.ranks.shape)
-    return case.wires.wave(case.ranks[:, sources], case.ranks, case.block_bytes[:, sources], moves)
+    return case.wires.wave(case.ranks[:, sources], case.ranks, case.block_bytes[:, sources], moves, case.least)
 
 
 class WindowSteps(Steps):
@@ -172,6 +172,7 @@ class WindowSteps(Steps):
         case = self.case
         self._compute(number, clock, case.seconds_of(number))
         if number < self.keys - 1:
+            clock.copy_for(np.full(clock.now.shape, case.copying(case.notice_seconds)))
             sources = self._upstream(number + 1)
             clock.wait_until(np.where(case.work(sources) > 0, self._there[:, sources], 0.0))
 
@@ -207,7 +208,7 @@ class BroadcastSteps(Steps):
             members = np.concatenate([[owner], members[members != owner]])
             for parents, children in tree_levels(members):
                 wave = case.wires.wave(case.ranks[group, parents], case.ranks[group, children],
-                                       case.block_bytes[group, [owner] * len(parents)])
+                                       case.block_bytes[group, [owner] * len(parents)], None, case.least)
                 first = np.maximum(clock.now[group, parents], arrived[group, parents])
                 begun = np.maximum(np.maximum(first, passed_on[group, parents]), clock.now[group, children])
                 done = begun + wave.seconds

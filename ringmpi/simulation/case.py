@@ -115,15 +115,25 @@ class Case:
         firsts = [[part.stop for part in halves(row)[0]] for row in self.tokens.tolist()]
         return np.array(firsts) / np.maximum(self.tokens, 1)
 
-    def copying(self, seconds: Numbers) -> Numbers:
+    def copying(self, seconds: Numbers | float) -> Numbers:
         """Say how long ranks are kept from their work by copies that take a core so long. Local."""
-        return seconds * self.machine.crowd / self.machine.threads
+        return np.asarray(seconds * self.machine.crowd / max(1, self.machine.threads))
+
+    @property
+    def least(self) -> float:
+        """Seconds that a block takes at least; a GPU computes while its host posts messages."""
+        return self.machine.rates.message if self.machine.hides_inside else 0.0
 
     @property
     def put_seconds(self) -> Numbers:
         """What a core takes to put a block where others can read it."""
-        inside = self.machine.rates.inside
-        return np.asarray(inside.latency + self.block_bytes / inside.bandwidth)
+        return np.asarray(self.block_bytes / self.machine.rates.inside.bandwidth)
+
+    @property
+    def notice_seconds(self) -> float:
+        """What a core takes in a step to hear of a block that is read in place, and to say so of another."""
+        rates = self.machine.rates
+        return 2 * (rates.inside.latency + rates.message)
 
     @property
     def call_seconds(self) -> float:

@@ -153,6 +153,8 @@ class _Events:
                     seconds *= 1 - own
                 yield Task("compute", seconds)
                 yield Task("copied", self._copying[rank, step])
+                if case.schedule.carrier == "window" and step < keys - 1:
+                    yield Task("copied", case.notice_seconds / case.machine.threads)
             yield Task("wait", until=functools.partial(_last, self._due[rank, step]))
 
     def _post(self, rank: int, step: int) -> None:

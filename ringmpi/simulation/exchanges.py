@@ -50,5 +50,6 @@ def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
         wave = case.wires.wave(np.roll(ranks, hop, along), ranks, np.array(nbytes))
         before += wave.seconds * (size - 1) / len(hops)
         done = np.maximum(done, np.maximum(begun, np.roll(begun, hop, along)) + before)
-    packed = case.machine.rates.exchange.seconds(nbytes * (size - 1)) * case.machine.crowd
+    rates = case.machine.rates
+    packed = case.machine.crowd * (rates.exchange.seconds(nbytes * (size - 1)) + rates.message * (size - 1))
     return np.asarray(done + packed).reshape(start.shape)

@@ -74,7 +74,7 @@ def _wave(case: Case, messages: Sequence[tuple[int, Message]]) -> Wave:
     """Say how long some messages take, each with its group."""
     sources, dests = (np.array([case.ranks[group, getattr(x, end)] for group, x in messages])
                       for end in ("source", "dest"))
-    return case.wires.wave(sources, dests, np.array([x.nbytes for _, x in messages], float))
+    return case.wires.wave(sources, dests, np.array([x.nbytes for _, x in messages], float), None, case.least)
 
 
 def _stepwise(case: Case) -> Iterator[Parcel]:

@@ -26,7 +26,8 @@ class Wave(NamedTuple):
     seconds : array of float
         That each takes.
     copying : array of float
-        Seconds of a core that the rank which receives it copies, where messages go through the memory of a node.
+        Seconds of a core that the rank which receives it is busy with it: where messages go through the memory of a
+        node, it copies.
     """
 
     moves: NDArray[np.bool_]
@@ -55,7 +56,8 @@ class Wires:
         self.machine = machine
         self._slow = dict(trouble.slow_links)
 
-    def wave(self, sources: Integers, dests: Integers, nbytes: Numbers, moves: NDArray[np.bool_] | None = None) -> Wave:
+    def wave(self, sources: Integers, dests: Integers, nbytes: Numbers, moves: NDArray[np.bool_] | None = None,
+             least: float = 0.0) -> Wave:
         """Say how long messages take that are on their way at the same time. Local.
 
         Parameters
@@ -66,6 +68,8 @@ class Wires:
             Of each message.
         moves : bool array, optional
             Which of them there are; all by default.
+        least : float
+            Seconds that each takes at least.
         """
         machine = self.machine
         inside, between = machine.rates.inside, machine.rates.between
@@ -78,11 +82,11 @@ class Wires:
         across = (nbytes * crosses).ravel()
         out, into = (np.bincount(node.ravel(), across, machine.nodes) for node in (here, there))
         shared = np.maximum(nbytes, np.maximum(out[here], into[there]) / machine.links)
-        latency = np.where(crosses, between.latency, inside.latency) * moves
-        seconds = np.where(crosses, shared / between.bandwidth, nbytes / inside.bandwidth * machine.crowd) * moves
-        copying = np.where(crosses | machine.hides_inside, 0.0, latency + nbytes / inside.bandwidth)
+        copies = inside.latency + nbytes / inside.bandwidth
+        seconds = np.where(crosses, between.latency + shared / between.bandwidth, copies * machine.crowd)
+        seconds = np.maximum(seconds, least) * moves
+        copying = (machine.rates.message + np.where(crosses, 0.0, copies)) * moves * (not machine.hides_inside)
         for (one, other), factor in self._slow.items():
             slow = ((sources == one) & (dests == other)) | ((sources == other) & (dests == one))
-            latency = np.where(slow, latency * factor, latency)
             seconds = np.where(slow, seconds * factor, seconds)
-        return Wave(moves, nbytes, latency + seconds, copying)
+        return Wave(moves, nbytes, seconds, copying)
