@@ -121,7 +121,7 @@ class Case:
 
     @property
     def least(self) -> float:
-        """Seconds that a block takes at least; a GPU computes while its host posts messages."""
+        """Seconds that the host of a GPU, which computes meanwhile, is busy with a block."""
         return self.machine.rates.message if self.machine.hides_inside else 0.0
 
     @property

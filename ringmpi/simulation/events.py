@@ -71,8 +71,9 @@ def simulate_events(case: Case) -> Outcome:
     for parcel in events.parcels:
         carried.flat[place[parcel.dest]] += parcel.taken
         sent.flat[place[parcel.source]] += parcel.nbytes
-    home = exchange(case, "queries", sizes["states"], ended)
-    return Outcome(case, exchange(case, "heads", sizes["results"], home), compute, copied, wait, carried, sent,
+    home, _ = exchange(case, "queries", sizes["states"], ended)
+    ended, _ = exchange(case, "heads", sizes["results"], home)
+    return Outcome(case, ended, compute, copied, wait, carried, sent,
                    case.schedule.keys)
 
 
@@ -83,8 +84,8 @@ class _Events:
         self.case = case
         self.now = 0.0
         sizes = exchanged_bytes(case)
-        self._start = exchange(case, "heads", sizes["heads"], np.full(case.ranks.shape, case.call_seconds))
-        self._heard = exchange(case, "queries", sizes["queries"], self._start)
+        begun, _ = exchange(case, "heads", sizes["heads"], np.full(case.ranks.shape, case.call_seconds))
+        self._heard, self._start = exchange(case, "queries", sizes["queries"], begun)
 
         # What each rank posts at the beginning of a step, awaits at its end, and copies meanwhile.
         self.parcels = list(parcels_of(case))

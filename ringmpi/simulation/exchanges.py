@@ -25,7 +25,7 @@ def all_bytes(case: Case) -> float:
     return moved.heads + moved.tokens + moved.queries + moved.states
 
 
-def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
+def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> tuple[Numbers, Numbers]:
     """Say when each rank has what all others of its group have sent it, each so many bytes. Local.
 
     Parameters
@@ -36,20 +36,29 @@ def exchange(case: Case, axis: str, nbytes: float, start: Numbers) -> Numbers:
     nbytes : float
     start : array of shape (groups, keys)
         When each rank begins.
+
+    Returns
+    -------
+    (array, array) of shape (groups, keys)
+        When it is there; and when the cores of each rank are free to compute, which pack it, and copy what comes from
+        ranks of the same node.
     """
     heads, queries, keys = case.schedule.heads, case.schedule.queries, case.schedule.keys
     along = 0 if axis == "heads" else 1
     size = (heads, queries)[along]
     if size == 1:
-        return start
+        return start, start
+    rates = case.machine.rates
     ranks, begun = case.ranks.reshape(heads, queries, keys), start.reshape(heads, queries, keys)
     hops = np.unique(np.linspace(1, size - 1, max(2, min(size - 1, MOST_HOPS // ranks.size))).astype(int))
     done = begun.copy()
+    copied = np.zeros(begun.shape)
     before = np.zeros(begun.shape)                # what comes to a rank before, one message after the other
     for hop in hops:
         wave = case.wires.wave(np.roll(ranks, hop, along), ranks, np.array(nbytes))
         before += wave.seconds * (size - 1) / len(hops)
+        copied += case.copying(wave.copying - rates.message * wave.moves) * (size - 1) / len(hops)
         done = np.maximum(done, np.maximum(begun, np.roll(begun, hop, along)) + before)
-    rates = case.machine.rates
     packed = case.machine.crowd * (rates.exchange.seconds(nbytes * (size - 1)) + rates.message * (size - 1))
-    return np.asarray(done + packed).reshape(start.shape)
+    there = np.asarray(done + packed).reshape(start.shape)
+    return there, start + packed + copied.reshape(start.shape)

@@ -32,8 +32,8 @@ def simulate(case: Case, budget: int = BUDGET) -> Outcome:
         Ranks times steps that may be simulated one by one.
     """
     sizes = exchanged_bytes(case)
-    start = exchange(case, "heads", sizes["heads"], np.full(case.ranks.shape, case.call_seconds))
-    heard = exchange(case, "queries", sizes["queries"], start)
+    begun, _ = exchange(case, "heads", sizes["heads"], np.full(case.ranks.shape, case.call_seconds))
+    heard, start = exchange(case, "queries", sizes["queries"], begun)
 
     # The steps, of ranks that differ; the later ones, if there are too many, as those before.
     steps = _STEPS[case.schedule.carrier](case)
@@ -46,8 +46,8 @@ def simulate(case: Case, budget: int = BUDGET) -> Outcome:
     # Each rank has what the one has that stands for it; then what comes after the steps.
     now, compute, copied, wait, carried, sent = (
         alike.unfold(getattr(clock, name)) for name in ("now", "compute", "copied", "wait", "carried", "sent"))
-    home = exchange(case, "queries", sizes["states"], now)
-    ended = exchange(case, "heads", sizes["results"], home)
+    home, _ = exchange(case, "queries", sizes["states"], now)
+    ended, _ = exchange(case, "heads", sizes["results"], home)
     return Outcome(case, ended, compute, copied, wait, carried, sent + all_bytes(case), simulated)
 
 

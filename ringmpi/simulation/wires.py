@@ -69,7 +69,7 @@ class Wires:
         moves : bool array, optional
             Which of them there are; all by default.
         least : float
-            Seconds that each takes at least.
+            Seconds that a host is busy with each, if it does not compute.
         """
         machine = self.machine
         inside, between = machine.rates.inside, machine.rates.between
@@ -79,14 +79,15 @@ class Wires:
         crosses = here != there
 
         # What crosses shares the links of both nodes; what does not is copied.
-        across = (nbytes * crosses).ravel()
-        out, into = (np.bincount(node.ravel(), across, machine.nodes) for node in (here, there))
+        leaving = (nbytes * crosses).ravel()
+        out, into = (np.bincount(node.ravel(), leaving, machine.nodes) for node in (here, there))
         shared = np.maximum(nbytes, np.maximum(out[here], into[there]) / machine.links)
         copies = inside.latency + nbytes / inside.bandwidth
-        seconds = np.where(crosses, between.latency + shared / between.bandwidth, copies * machine.crowd)
-        seconds = np.maximum(seconds, least) * moves
+        across = np.maximum(least, between.latency + shared / between.bandwidth)
+        seconds = np.where(crosses, across, least + copies * machine.crowd) * moves
         copying = (machine.rates.message + np.where(crosses, 0.0, copies)) * moves * (not machine.hides_inside)
         for (one, other), factor in self._slow.items():
             slow = ((sources == one) & (dests == other)) | ((sources == other) & (dests == one))
-            seconds = np.where(slow, seconds * factor, seconds)
+            alone = np.where(crosses, between.latency + nbytes / between.bandwidth, copies * machine.crowd)
+            seconds = np.where(slow & moves, np.maximum(seconds, factor * alone), seconds)
         return Wave(moves, nbytes, seconds, copying)
