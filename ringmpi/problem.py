@@ -109,10 +109,6 @@ class Problem:
                      records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
                      most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated)
 
-    def masked_shape(self, records: Records, layouts: tuple[Layout, Layout]) -> Shape:
-        """Say what is computed as far as its cost goes by it, by samples of ranks and queries. Local."""
-        return masked(self.shape(records), self.mask, *layouts)
-
     def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
         """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.
 
@@ -158,15 +154,15 @@ class Problem:
 
 
 def masked(shape: Shape, mask: Mask, q_layout: Layout, kv_layout: Layout) -> Shape:
-    """Add to a shape what a mask lets be seen, by samples of ranks and queries. Local."""
-    size = q_layout.size
+    """Say what a mask lets be seen on some layouts, by samples of ranks and queries. Local."""
+    size = len(q_layout.counts)
     ranks = np.unique(np.linspace(0, size - 1, min(size, SAMPLED_RANKS)).astype(int)).tolist()
     pairs, needed, length = [], [], max(1, kv_layout.length)
     for rank in ranks:
         positions = q_layout.positions(rank)
         step = max(1, len(positions) // SAMPLED_QUERIES)
         positions = np.unique(np.concatenate([positions[::step], positions[-1:]]))
-        bounds = mask.bounds(positions, q_layout.length, length)
+        bounds = mask.bounds(positions, q_layout.length, kv_layout.length)
         seen = sum((high - low for low, high in bounds), np.zeros(len(positions)))
         pairs.append(float(seen.mean()) * q_layout.counts[rank] if len(positions) else 0.0)
         needed += [len(positions) > 0 and any(
