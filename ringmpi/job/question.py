@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..dtypes import DTYPES, accumulator
 from ..layout import make
 from ..mask import Mask
 from ..problem import masked
@@ -15,6 +14,7 @@ from ..schedules.traffic import Shape
 from ..simulation.case import Case, prepare
 from ..simulation.trouble import Trouble
 from .inputs import Sizes
+from .memory import shape_of
 from .options import Options
 
 
@@ -29,10 +29,9 @@ class Question:
 
     def shape(self, ranks: int) -> Shape:
         """Say what is computed as far as its cost goes by it, on so many ranks. Local."""
-        sizes, dtype = self.sizes, DTYPES[self.sizes.dtype]
-        shape = Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
-                      accumulator(dtype, self.options.accumulator).itemsize)
-        return masked(shape, self.mask, *(make(self.options.layout, n, ranks) for n in (sizes.n_q, sizes.n_k)))
+        sizes, layout = self.sizes, self.options.layout
+        layouts = make(layout, sizes.n_q, ranks), make(layout, sizes.n_k, ranks)
+        return masked(shape_of(sizes, self.options), self.mask, *layouts)
 
     def schedule(self, asked: str) -> Schedule:
         """Give the schedule that is meant; ``"auto"`` as it would choose. Local.
