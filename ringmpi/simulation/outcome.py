@@ -42,9 +42,12 @@ class Outcome:
 
     @property
     def hidden(self) -> float:
-        """Share of the time that blocks are on their way in which ranks compute; 1 if none travels."""
-        carried = float(self.carried.sum())
-        return max(0.0, 1.0 - float((self.wait + self.copied).sum()) / carried) if carried else 1.0
+        """Share of the time that blocks are on their way to the rank with the slowest link in which ranks compute.
+
+        1 if none travels. A rank with a fast link waits for the others.
+        """
+        carried = float(self.carried.max())
+        return max(0.0, 1.0 - float((self.wait + self.copied).mean()) / carried) if carried else 1.0
 
     @property
     def busiest(self) -> int:

@@ -88,6 +88,6 @@ class Wires:
         copying = (machine.rates.message + np.where(crosses, 0.0, copies)) * moves * (not machine.hides_inside)
         for (one, other), factor in self._slow.items():
             slow = ((sources == one) & (dests == other)) | ((sources == other) & (dests == one))
-            alone = np.where(crosses, between.latency + nbytes / between.bandwidth, copies * machine.crowd)
+            alone = np.where(crosses, between.latency + nbytes / between.bandwidth, copies)
             seconds = np.where(slow & moves, np.maximum(seconds, factor * alone), seconds)
         return Wave(moves, nbytes, seconds, copying)
