@@ -167,6 +167,7 @@ def test_jitter_is_the_same_for_the_same_seed():
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-link", "1-1:2"), "expected RANK-RANK:TIMES"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-link", "1-2:0"), "expected RANK-RANK:TIMES with TIMES > 0"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--jitter", "-1"), "expected a number > 0"),
+    (("--tokens", 64, "--ranks", 2**30), "--ranks: expected 1,048,576 at most, got 1,073,741,824"),
     (("--tokens", 64, "--ranks", 4, "--prefix", 3), "--prefix widens only --causal")])
 def test_usage_errors_say_what_would_do(arguments, says, capsys):
     assert plan(*arguments) == 2

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..schedules.rates import Rates
 
 NODE = 8                    # ranks, where nothing is said
+MOST_RANKS = 2**20          # more are a mistake, or take minutes
 SIZES = ("tokens", "queries", "heads", "kv_heads", "dim", "dim_v", "dtype")
 
 
@@ -157,6 +158,8 @@ def _refuse(arguments: argparse.Namespace) -> None:
             error(f"--{name.replace('_', '-')}: says what to simulate, and --simulate is not given")
     if arguments.simulate and arguments.backward:
         error("--backward: --simulate simulates the forward pass; leave one of them out")
+    if arguments.ranks > MOST_RANKS:
+        error(f"--ranks: expected {MOST_RANKS:,} at most, got {arguments.ranks:,}")
     last = arguments.ranks - 1
     slow = [rank for rank, _ in arguments.slow_rank] + [rank for link, _ in arguments.slow_link for rank in link]
     for rank in slow:

@@ -178,39 +178,46 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     resolve(schedule, machine.ranks)
     check_heads(schedule, shape.heads)
     nodes = tuple(rank // machine.ranks_per_node for rank in range(machine.ranks))
-    grid = Grid(schedule, nodes, axes(shape, schedule))
-    places = grid.ranks()
-    heads, queries, keys = places.shape
-    kv_heads = np.array([share.kv_heads for share in share_heads(shape.heads, shape.kv_heads, heads)])
-    item = np.repeat(kv_heads, queries)[:, None] * shape.width * shape.item * shape.batch
-    trouble = trouble or Trouble()
+    places = Grid(schedule, nodes, axes(shape, schedule)).ranks()
     mask = mask or Mask()
 
     # With many ranks, or where all have the same, the average is as good as the truth.
     uneven = layout == "contiguous" and mask != Mask()
     if machine.ranks > (UNEVEN_RANKS if uneven else EXACT_RANKS):
-        tokens = np.full((heads * queries, keys), shape.n_k / keys / queries)
-        rows = shape.n_q / keys
-        average = _seconds(shape, machine, rows, tokens[0, 0], np.array(shape.seen), heads)
-        return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item, None,
-                    float(average))
-    q_layout, k_layout = (make(layout, n, machine.ranks) for n in (shape.n_q, shape.n_k))
-    counts = np.array(k_layout.counts)[places].sum(axis=0)                    # of blocks: [queries, keys]
-    tokens = np.tile(counts, (heads, 1)).astype(np.float64)
-    pairs = _pairs(mask, q_layout, k_layout)
-    by_place = pairs[places.reshape(-1, keys)].sum(axis=0)                    # [place, rank that has keys]
-    seen = by_place[:, places].sum(axis=1).transpose(1, 0, 2)                 # [queries, place, source]
-    rows = np.array(q_layout.counts)[places].sum(axis=(0, 1))
+        blocks = np.full(places.shape[1:], shape.n_k / schedule.keys / schedule.queries)
+        average = _seconds(shape, machine, shape.n_q / schedule.keys, blocks[0, 0], np.array(shape.seen),
+                           schedule.heads)
+        seconds, even = None, float(average)
+    else:
+        layouts = make(layout, shape.n_q, machine.ranks), make(layout, shape.n_k, machine.ranks)
+        blocks = np.array(layouts[1].counts, np.float64)[places].sum(axis=0)
+        seconds, even = _unequal(shape, machine, places, layouts, mask)
+    tokens = np.tile(blocks, (schedule.heads, 1))
+    kv_heads = [share.kv_heads for share in share_heads(shape.heads, shape.kv_heads, schedule.heads)]
+    a_token = np.repeat(kv_heads, schedule.queries)[:, None] * shape.width * shape.item * shape.batch
+    return Case(shape, schedule, machine, trouble or Trouble(), places.reshape(-1, schedule.keys), tokens,
+                tokens * a_token, seconds, even)
+
+
+def _unequal(shape: Shape, machine: Machine, places: Integers, layouts: tuple[Layout, Layout], mask: Mask
+             ) -> tuple[Numbers | None, float]:
+    """Give `Case.seconds` and `Case.even`."""
+    heads, _, keys = places.shape
+    q_layout, k_layout = layouts
+    rows = np.array(q_layout.counts, np.float64)[places].sum(axis=(0, 1))
+    columns = np.array(k_layout.counts, np.float64)[places].sum(axis=0)       # of blocks: [queries, keys]
+    even_blocks = bool((columns == columns.flat[0]).all())
     if machine.ranks > EXACT_RANKS:                       # else there are as many different items as pairs of ranks
-        rows, counts = (np.full(x.shape, x.mean()) for x in (rows, counts))
-    seconds = np.zeros(seen.shape)
-    area = np.maximum(1, rows[None, :, None] * counts[:, None, :])
-    for number in range(queries):
-        seconds[number] = _seconds(shape, machine, rows[:, None], counts[number], seen[number] / area[number], heads)
+        rows, columns = (np.full(x.shape, x.mean()) for x in (rows, columns))
+
+    # Pairs by the rank that has queries and the one that has keys; then by places, of all that share heads or queries.
+    pairs = _pairs(mask, q_layout, k_layout)[places.reshape(-1, keys)].sum(axis=0)
+    pairs = pairs[:, places].sum(axis=1).transpose(1, 0, 2)                   # [queries, place, source]
+    areas = rows[None, :, None] * columns[:, None, :]
+    seconds = np.stack([_seconds(shape, machine, rows[:, None], some, seen, heads)
+                        for some, seen in zip(columns, pairs / np.maximum(1, areas), strict=True)])
     even = float(seconds.flat[0])
-    equal = bool((seconds == even).all() and even > 0 and (counts == counts.flat[0]).all())
-    return Case(shape, schedule, machine, trouble, places.reshape(-1, keys), tokens, tokens * item,
-                None if equal else seconds, even)
+    return (None if even_blocks and even > 0 and (seconds == even).all() else seconds), even
 
 
 def _pairs(mask: Mask, q_layout: Layout, k_layout: Layout) -> Numbers:
