@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,20 @@ def test_it_needs_no_mpi_and_answers_for_thousands_of_ranks():
     assert re.fullmatch(r"The ring takes \d+ times as long as \S+: each hop has [\d.]+ us to compute and [\d.]+ us to "
                         r"send, and a step takes [\d.]+ us besides\.", verdict)
     assert re.search(r"^1x1x4096:ring +\S+ ms", said.stdout, re.MULTILINE)
+
+
+def test_the_examples_of_the_docs_say_what_is_said(capsys):
+    """But for the numbers, and what they lead to."""
+    text = (Path(__file__).parent.parent / "docs/planning.rst").read_text()
+    examples = re.findall(r"^    \$ ringmpi plan ((?:.*\\\n)*.*)\n((?:    .*\n|\n(?=    ))+)", text, re.MULTILINE)
+    assert len(examples) == 2
+    for command, printed in examples:
+        assert plan(*command.replace("\\\n", " ").split()) == 0
+        said = capsys.readouterr().out.strip().splitlines()
+        first, *_, last = printed.strip().splitlines()
+        assert said[0] == first
+        assert re.sub(r"\d.*? (?=ranks|times|have|has)", "", said[-1])[:28] == re.sub(
+            r"\d.*? (?=ranks|times|have|has)", "", last.strip())[:28]
 
 
 def test_candidates_are_sorted_and_auto_is_marked(capsys):

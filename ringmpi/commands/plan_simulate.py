@@ -56,10 +56,11 @@ def _describe(outcome: Outcome) -> list[str]:
     """Say what was simulated, how exactly, and what came out."""
     case = outcome.case
     keys, ranks = case.schedule.keys, case.machine.ranks
-    compute, copied, wait = (float(x.mean()) for x in (outcome.compute, outcome.copied, outcome.wait))
-    hidden = f", {outcome.hidden:.0%} of the time that blocks are on their way is hidden" if keys > 1 else ""
-    lines = [f"{case.schedule}: {time_text(outcome.seconds)}; on average a rank computes {time_text(compute)}, copies "
-             f"{time_text(copied)} and waits {time_text(wait)}{hidden}"]
+    spent = [f"{verb} {time_text(float(x.mean()))}" for verb, x in
+             (("computes", outcome.compute), ("copies", outcome.copied), ("waits", outcome.wait)) if x.any()]
+    hidden = f"; {outcome.hidden:.0%} of the time that blocks are on their way is hidden" if keys > 1 else ""
+    lines = [f"{case.schedule}: {time_text(outcome.seconds)}{hidden}",
+             f"on average a rank {', '.join(spent)}"]
     if outcome.steps < keys:
         lines.append(f"(the first {outcome.steps:,} of {keys:,} steps were simulated; the others are taken to go on as "
                      "the second half of those did)")
