@@ -22,7 +22,7 @@ LAYERS = [
     {"checks"},
     {"call", "schedules"},
     {"tiles"},
-    {"engine", "plan"},
+    {"engine", "plan", "simulation"},
     {"passes", "problem"},
     {"canonical"},
     {"attention"},

@@ -99,7 +99,18 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
 
 def _read_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
     """Make the mask that the options and the file's `documents` describe."""
-    documents = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else None
+    return make_mask(options, read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else
+                     None, n_k)
+
+
+def make_mask(options: Options, documents: NDArray[np.int64] | None, n_k: int) -> Mask:
+    """Make the mask that the options and offsets of documents describe. Local.
+
+    Raises
+    ------
+    MaskError, OptionError
+        If they make none for so many keys.
+    """
     given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": documents}
     mask = Mask(**given)
     mask.check(n_k)

@@ -52,7 +52,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     canonical = options.order == "canonical"
     backend = _class_of(options.backend, canonical)
     schedule = schedule_of(sizes, ranks, options)
-    held = arrays(_shape(sizes, options), schedule, options.backend in GPU_NAMES)
+    held = arrays(shape_of(sizes, options), schedule, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
         return {**held, **scratch, "total": sum(held.values()) + sum(scratch.values())}
@@ -89,7 +89,7 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     among = None if asked == "auto" and not canonical else [resolve(asked, ranks, canonical=canonical)]
     for schedule in among or ():
         check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
-    shape = _shape(sizes, options)
+    shape = shape_of(sizes, options)
     if among is None:
         given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": None}
         shape = masked(shape, Mask(**given), make(options.layout, sizes.n_q, ranks),
@@ -97,8 +97,8 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     return choose(shape, machine, options.memory_limit, among=among)
 
 
-def _shape(sizes: Sizes, options: Options) -> Shape:
-    """Say what is computed as far as its cost goes by it, but for what the mask lets be seen."""
+def shape_of(sizes: Sizes, options: Options) -> Shape:
+    """Say what is computed as far as its cost goes by it, but for what the mask lets be seen. Local."""
     dtype = DTYPES[sizes.dtype]
     return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
                  accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical")

@@ -6,6 +6,9 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .group import Group
 from .spec import Schedule
 
@@ -45,6 +48,13 @@ class Grid:
         object.__setattr__(self, "_places", {
             rank: {"heads": heads, "queries": queries, "keys": keys}
             for (queries, keys), ranks in shared.items() for heads, rank in enumerate(sorted(ranks))})
+
+    def ranks(self) -> NDArray[np.int64]:
+        """Give all ranks by their places, ``[heads, queries, keys]``. Local."""
+        ranks = np.empty([getattr(self.schedule, axis) for axis in AXES], np.int64)
+        for rank, place in self._places.items():
+            ranks[place["heads"], place["queries"], place["keys"]] = rank
+        return ranks
 
     def group(self, axis: str, rank: int) -> Group:
         """Give the ranks that differ from `rank` in their place on one axis only, in the order of the places. Local."""
