@@ -25,10 +25,12 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
-         "print": "queries, where all ranks have them (by a checksum of their first MiB)", "batched": "batch axis",
-         "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim", "dim_v": "dim_v", "dtype": "dtype",
-         "on_gpu": "place (0 the host, 1 a GPU)", "sinks": "sinks (0 none, 1 given)"}
-OF_THE_CALL = ("number", "seed", "print")                  # which the plan does not go by
+         "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
+         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB)",
+         "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
+         "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
+         "sinks": "sinks (0 none, 1 given)"}
+OF_THE_CALL = ("number", "seed", "print", "cotangents")                  # which the plan does not go by
 # ... and what may differ: the number of tokens, and the index of the GPU that the arrays are on.
 RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu")])
 
@@ -65,8 +67,9 @@ class Call:
         The results; None before there are any.
     number : int
         Of the call on its communicator, from 1 on, which a backward pass names; 0 if it is not known.
-    print : int
-        A checksum of the queries, if all ranks must have the same; else 0.
+    print, cotangents : int
+        Checksums of the queries and sinks, and of what a backward pass starts from, if all ranks must have the same;
+        else 0.
     states : list of State
         One for each element of the batch, during the forward pass.
     """
@@ -83,6 +86,7 @@ class Call:
     lse: Array = None
     number: int = 0
     print: int = 0
+    cotangents: int = 0
     states: list[State] = field(default_factory=list)
 
     @classmethod
@@ -169,8 +173,8 @@ class Call:
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         dtype = list(DTYPES.values()).index(self.q.dtype)
-        fields = (self.number, seed, self.print, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
-                  self.sinks is not None, n_q, n_k, self.gpu)
+        fields = (self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim, dim_v,
+                  dtype, self.on_gpu, self.sinks is not None, n_q, n_k, self.gpu)
         return np.array([fields], RECORD).view(np.uint8)
 
 
@@ -244,12 +248,14 @@ class Records:
                           stacklevel=2)
 
 
-def checksum(x: Array) -> int:
-    """Give a checksum of the beginning of a host array; 0 for one on a GPU. Local."""
-    if not isinstance(x, np.ndarray):
-        return 0
-    first = x if x.nbytes <= SUMMED_BYTES else x.flat[:SUMMED_BYTES // x.itemsize]      # never a copy of it all
-    return zlib.crc32(np.ascontiguousarray(first).reshape(-1).view(np.uint8).data)
+def checksum(*arrays: Array | None) -> int:
+    """Give a checksum of the beginnings of host arrays; what is on a GPU, or None, does not count. Local."""
+    total = 0
+    for x in arrays:
+        if isinstance(x, np.ndarray):
+            first = x if x.nbytes <= SUMMED_BYTES else x.flat[:SUMMED_BYTES // x.itemsize]   # never a copy of it all
+            total = zlib.crc32(np.ascontiguousarray(first).reshape(-1).view(np.uint8).data, total)
+    return total
 
 
 def no_call() -> RingError:

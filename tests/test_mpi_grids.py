@@ -10,7 +10,14 @@ from oracle import functions, random_qkv
 from test_gradients import BOUND
 from test_mpi_gradients import LEVELS, check, expect
 
-from ringmpi import Mask, OptionError, RingAttention, Schedule, ring_attention
+from ringmpi import (
+    Mask,
+    OptionError,
+    RingAttention,
+    Schedule,
+    ring_attention,
+    ring_attention_backward,
+)
 from ringmpi.dtypes import TOLERANCE
 from ringmpi.layout import make
 from ringmpi.mpi.comm import private_comm
@@ -102,11 +109,36 @@ def test_queries_that_should_be_the_same(comm):
     odd = comm.rank == comm.size - 1
     if comm.size > 1:
         expect(comm, lambda: ring_attention(x + odd, x, x, comm=comm, layout="replicated"), OptionError,
-               "the same queries, where all ranks have them")
+               "the same queries and sinks, where all ranks have them")
+        expect(comm, lambda: ring_attention(x, x, x, comm=comm, layout="replicated", sinks=x[0, :, 0] + odd),
+               OptionError, "the same queries and sinks, where all ranks have them")
         expect(comm, lambda: ring_attention(x[odd:], x, x, comm=comm, layout="replicated"), OptionError, "the same")
     expect(comm, lambda: ring_attention(x, x, x, comm=comm, kv_layout="replicated"), OptionError, "layout: expected")
     expect(comm, lambda: ring_attention(x, x, x, comm=comm, layout="replicated", schedule="ring"), OptionError,
            'expected "auto" or "queries"')
+
+
+def test_gradients_that_should_be_the_same(comm):
+    """Of queries that all ranks have: no rank gets gradients of its own, and the next call is right."""
+    if comm.size == 1:
+        pytest.skip("takes two")
+    x, lse = np.ones((3, 2, 8), "f4"), np.zeros((3, 2), "f4")
+    odd = comm.rank == comm.size - 1
+    with RingAttention(comm, layout="replicated", timeout=60) as attention:
+        out, log = attention(x, x, x, return_lse=True)
+        want = attention.backward(x, lse)
+        for dout, dlse in ((x + odd, lse), (x, lse + odd), (x, lse if odd else None)):
+            expect(comm, lambda dout=dout, dlse=dlse: attention.backward(dout, dlse), OptionError,
+                   f"rank {comm.size - 1}: expected the same dout, dlse, out and lse, where all ranks have the queries")
+            expect(comm, lambda dout=dout, dlse=dlse: attention.backward_of(dout, x, x, x, out, log, dlse=dlse),
+                   OptionError, "the same dout, dlse, out and lse")
+            attention(x, x, x)
+        got = attention.backward(x, lse)
+    expect(comm, lambda: ring_attention_backward(x + odd, x, x, x, out, log, comm=comm, layout="replicated"),
+           OptionError, "the same dout, dlse, out and lse")
+    expect(comm, lambda: ring_attention_backward(x, x, x, x, out + odd, log, comm=comm, layout="replicated"),
+           OptionError, "the same dout, dlse, out and lse")
+    assert all((mine == theirs).all() for mine, theirs in zip(got, want, strict=True))
 
 
 def test_what_a_mesh_sends(comm):

@@ -41,6 +41,19 @@ def dense(q, k, v, see, sinks=None):
     return torch.einsum("hij,jhd->ihd", weights, v), torch.logsumexp(scores, dim=2).T
 
 
+def test_queries_that_all_ranks_have(comm):
+    """Their gradients are the same everywhere, or an error everywhere: a loss that differs between ranks is heard."""
+    q, k, v = tensors(9, 5, dtype=torch.float32)
+    odd = comm.rank == comm.size - 1
+    out = ringmpi.torch.ring_attention(q, k, v, comm=comm, layout="replicated")
+    out.square().sum().backward()
+    assert len(set(comm.allgather(q.grad.numpy().tobytes()))) == 1
+    if comm.size > 1:
+        out = ringmpi.torch.ring_attention(q, k, v, comm=comm, layout="replicated")
+        with pytest.raises(ringmpi.OptionError, match="the same dout, dlse, out and lse, where all ranks have the que"):
+            (out.sum() * (2 if odd else 1)).backward()
+
+
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_gradcheck(backend):
     from mpi4py import MPI
