@@ -148,13 +148,12 @@ class Pass:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
         self._reset(states, None if plan.replicated else call.sinks)
-        blocks = Blocks((k, v), plan.shapes)
-        for work, part in self._rounds(movers.carrier.forward(blocks, plan.route, self.trace), rows):
+        for work, part in self._rounds(self._works((k, v)), rows):
             k, v = work.arrays
             self._run(work, (
                 backend.accumulate(_part(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
                                    score)
-                for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys)))
+                for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
         own = [_part(state, slice(plan.own_rows)) for state in states]
         arrays = [x for state in states for x in _arrays(state)]
         if plan.replicated:
@@ -166,6 +165,11 @@ class Pass:
             movers.queries.bring_home("states", arrays, plan.row_counts, lambda parts: self._combine(own, parts),
                                       self.trace)
         return own
+
+    def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
+        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
+        plan = self.plan
+        return self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace)
 
     def _of_all_ranks(self, what: str, arrays: Sequence[Array]) -> list[list[Array]]:
         """Give such arrays of each rank, in the order of the ranks: what is made of them is the same on all."""
