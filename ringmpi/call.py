@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -203,7 +204,7 @@ class Records:
     def __init__(self, rows: list[NDArray[np.uint8]]) -> None:
         self._table = np.concatenate(rows).view(RECORD)
         _check_equal(self._table)
-        numbers = self._table.view(np.int64).reshape(len(rows), -1)
+        numbers = self._table.view(np.int64).reshape(len(self._table), -1)
         self.key = numbers[:, len(OF_THE_CALL):].tobytes()
 
     @property
@@ -230,6 +231,12 @@ class Records:
     def common(self, name: str) -> int:
         """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v. Local."""
         return int(self._table[name][0])
+
+    def of_keys(self, n_k: Sequence[int]) -> Records:
+        """Give the records of such a call with so many tokens of k and v on each rank. Local."""
+        table = self._table.copy()
+        table["n_k"] = n_k
+        return Records([table.view(np.uint8)])
 
     def _column(self, name: str) -> list[int]:
         numbers: list[int] = self._table[name].tolist()
