@@ -21,6 +21,7 @@ from .trace import Exchange, Trace
 
 Progress = Callable[[int, int], object]
 Rows = TypeVar("Rows", State, Gradient)
+SHARED_BYTES = 2**26    # of what all ranks have made of the same rows, on a rank at a time
 FEW_ROWS = 128          # for one head of the keys; computing with fewer takes as long as reading keys and values
 
 
@@ -157,10 +158,7 @@ class Pass:
         own = [_part(state, slice(plan.own_rows)) for state in states]
         arrays = [x for state in states for x in _arrays(state)]
         if plan.replicated:
-            everyone = self._of_all_ranks("states", arrays)
-            self._reset(states, call.sinks)
-            for parts in everyone:
-                self._combine(own, parts)
+            self._combine_over_ranks(own, call.sinks)
         elif len(plan.row_counts) > 1:
             movers.queries.bring_home("states", arrays, plan.row_counts, lambda parts: self._combine(own, parts),
                                       self.trace)
@@ -184,12 +182,30 @@ class Pass:
         return [[self.backend.to_device(part.view(x.dtype).reshape(x.shape))
                  for part, x in zip(np.split(row, edges)[:-1], arrays, strict=True)] for row in rows]
 
+    def _combine_over_ranks(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
+        """Put together what each rank has made of rows that all have; `states` take it."""
+        for rows in self._some_rows([x for state in states for x in _arrays(state)]):
+            some = [_part(state, rows) for state in states]
+            everyone = self._of_all_ranks("states", [x for state in some for x in _arrays(state)])
+            for state in some:
+                self.backend.reset(state, sinks)
+            for parts in everyone:
+                self._combine(some, parts)
+
     def _sum_over_ranks(self, what: str, total: Array) -> None:
-        """Sum up what each rank has of an array, the same on all."""
-        everyone = self._of_all_ranks(what, [total])
-        self.backend.clear(total)
-        for (part,) in everyone:
-            self.backend.add(total, part)
+        """Sum up what each rank has of an array of shape (batch, rows, ...), the same on all."""
+        for element in total:
+            for rows in self._some_rows([element]):
+                everyone = self._of_all_ranks(what, [element[rows]])
+                self.backend.clear(element[rows])
+                for (part,) in everyone:
+                    self.backend.add(element[rows], part)
+
+    def _some_rows(self, arrays: Sequence[Array]) -> Iterator[slice]:
+        """Cut the rows of arrays, so that those of all ranks take little memory."""
+        row_bytes = sum(x.nbytes for x in arrays) // max(1, self.plan.rows) * self.movers.carrier.comm.size
+        step = max(1, SHARED_BYTES // max(1, row_bytes))
+        return (slice(start, start + step) for start in range(0, self.plan.rows, step))
 
     def _reset(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
         """Let states forget every key; a sink counts where its queries belong."""

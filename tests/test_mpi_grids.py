@@ -19,6 +19,7 @@ from ringmpi import (
     ring_attention_backward,
 )
 from ringmpi.dtypes import TOLERANCE
+from ringmpi.engine import Engine
 from ringmpi.layout import make
 from ringmpi.mpi.comm import private_comm
 from ringmpi.schedules.grid import Grid, share_heads
@@ -95,6 +96,27 @@ def test_queries_that_all_ranks_have(comm, backend, dtype, n_q, layout):
         assert oracle.error(comm.allreduce(dsinks[0].astype(float)), want["dsinks"],
                             np.abs(want["dsinks"]).max(initial=0) or 1.0) <= BOUND[dtype]
     assert len(set(comm.allgather((out.tobytes(), lse.tobytes(), dq.tobytes())))) == 1
+
+
+def test_what_all_ranks_made_is_had_in_parts(comm, monkeypatch):
+    """Many queries that all ranks have take no more memory on more ranks; the bits are those of one part."""
+    q, k, v = (np.stack([x, 2 * x]) for x in random_qkv(5, 64, 40 * comm.size, 4, 2, 16, 8, "float32"))
+    mine = make("striped", 40 * comm.size, comm.size).positions(comm.rank)
+    most, results = [], []
+    share = Engine.share
+
+    def noted(engine, x):
+        most.append(x.nbytes)
+        return share(engine, x)
+    monkeypatch.setattr(Engine, "share", noted)
+    for nbytes in (2**26, 2**13):
+        monkeypatch.setattr("ringmpi.passes.SHARED_BYTES", nbytes)
+        with RingAttention(comm, backend="numpy", layout="replicated", kv_layout="striped", timeout=60) as attention:
+            out, lse = attention(q, k[:, mine], v[:, mine], sinks=np.arange(4.0), return_lse=True)
+            results.append([x.tobytes() for x in (out, lse, *attention.backward(out)[:1])])
+        assert max(most) * comm.size <= max(nbytes, 2 * 4 * 40 * comm.size)
+        most.clear()
+    assert results[0] == results[1]
 
 
 def test_queries_of_an_empty_batch(comm):
