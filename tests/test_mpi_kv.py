@@ -30,6 +30,7 @@ from ringmpi import (
 )
 from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
+from ringmpi.kv.decoder import Decoder
 from ringmpi.layout import make
 
 pytestmark = pytest.mark.mpi
@@ -266,6 +267,38 @@ def test_a_file_whose_parts_do_not_belong_together(comm, path, monkeypatch):
         Path(path).write_bytes(whole)
     comm.Barrier()
     KVCache.open(path, comm).close()
+
+
+@pytest.mark.parametrize("mask", [{"causal": True}, {"causal": True, "window": (40, 0), "first": 2, "q_offset": 3}, {"q_offset": 3}])
+def test_many_queries_that_all_ranks_have(comm, monkeypatch, mask):
+    """In parts, so that what all ranks made of them takes little memory; the last failure undoes the tokens too."""
+    q, k, v = tokens(17, 90)
+    sinks = np.array([0.5, -1, 2, 0], "f4")
+    rows = np.arange(90 - 70, 90)
+    results = []
+    for nbytes in (2**26, 2**14):
+        monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", nbytes)
+        with KVCache(comm, backend="numpy", mask=Mask(**mask), **SIZES) as cache:
+            for at in range(0, 80, 10):
+                cache.append(k[at:at + 10], v[at:at + 10], replicated=True)
+            accumulate, calls = Decoder.accumulate, []
+
+            def late(decoder, query, store, length, accumulate=accumulate, calls=calls):
+                calls.append(query.q.nbytes)
+                if query.first and comm.rank == comm.size - 1:
+                    raise MemoryError("of one rank")
+                return accumulate(decoder, query, store, length)
+            with monkeypatch.context() as patch:
+                patch.setattr(Decoder, "accumulate", late)
+                if nbytes < 2**26:
+                    expect(comm, lambda: cache.attend(q[rows], k[80:], v[80:]), ResourceError, "of one rank")
+                    assert max(calls) <= 2**14
+            out, lse = cache.attend(q[rows], k[80:], v[80:], sinks=sinks, return_lse=True)
+            assert cache.length == 90
+        results.append((out, lse))
+    for x, y in zip(*results, strict=True):
+        assert oracle.error(x, y) <= TOLERANCE["float32"]
+    expect_same(comm, results[1][0])
 
 
 def test_names_that_are_none(comm):

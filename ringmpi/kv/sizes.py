@@ -95,7 +95,7 @@ class Sizes:
         if slopes is not None and (len(slopes) != heads or length + n_q >= MOST_POSITION):
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, and positions below 2^31, got "
                              f"{len(slopes)} slopes and {length} tokens")
-        return Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype))
+        return Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype), 0, n_q)
 
     def check_array(self, name: str, x: Any, backend: Backend) -> Array:
         """Take an array where it is computed with, with a batch axis; or raise what is wrong. Local."""
