@@ -296,11 +296,8 @@ class Pass:
             self.backend.add(target, part)
 
     def _add_heads(self, target: Array, part: slice, piece: Array) -> None:
-        """Add a piece to some heads of a contiguous array."""
-        wide = self.backend.empty(target.shape, target.dtype)
-        self.backend.clear(wide)
-        assign(wide[:, :, part], piece)
-        self.backend.add(target, wide)
+        """Add a piece to some heads of an array."""
+        self.backend.add(target[:, :, part], piece)
 
     def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Yield each item of work with the rows to compute; this rank's own first, while those of others come."""
