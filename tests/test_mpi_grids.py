@@ -1,6 +1,8 @@
 """Every grid of ranks and every carrier against a dense float64 softmax; how grids are placed. Runs under mpiexec."""
 
 import itertools
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -18,13 +20,19 @@ from ringmpi import (
     ring_attention,
     ring_attention_backward,
 )
+from ringmpi.backends import open_backend
 from ringmpi.dtypes import TOLERANCE
 from ringmpi.engine import Engine
 from ringmpi.layout import make
 from ringmpi.mpi.comm import private_comm
+from ringmpi.passes import Pass
 from ringmpi.schedules.grid import Grid, share_heads
+from ringmpi.schedules.group import Group
+from ringmpi.schedules.group_exchange import GroupExchange
+from ringmpi.schedules.links import HostLink
 from ringmpi.schedules.spec import CARRIERS, divisors
 from ringmpi.score import dropout_keys
+from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
 
@@ -161,6 +169,51 @@ def test_gradients_that_should_be_the_same(comm):
     expect(comm, lambda: ring_attention_backward(x, x, x, x, out + odd, log, comm=comm, layout="replicated"),
            OptionError, "the same dout, dlse, out and lse")
     assert all((mine == theirs).all() for mine, theirs in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_heads_of_several_ranks_are_added_without_a_whole_copy(backend):
+    """As where ranks share heads, and have the same heads of the keys."""
+    opened = open_backend(backend, 1)
+    whole, piece = np.ones((2, 1000, 8, 32), "f4"), np.ones((2, 1000, 3, 32), "f4")
+    tracemalloc.start()
+    Pass._add_heads(SimpleNamespace(backend=opened), whole, slice(2, 4), piece[:, :, 1:])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    opened.close()
+    assert (whole.sum(axis=(0, 1, 3)) == np.where(np.isin(np.arange(8), (2, 3)), 2, 1) * 2 * 1000 * 32).all()
+    assert peak < piece.nbytes // 4
+
+
+class Fresh:
+    """Arrays for each member, made anew whenever they are asked for: an address may come back with others."""
+
+    def __init__(self, rank, size):
+        self._rank, self._size = rank, size
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, member):
+        if member >= self._size:
+            raise IndexError
+        return [np.full(3 + member, 10 * self._rank + member)]
+
+
+def test_what_goes_to_one_member_is_not_taken_for_what_goes_to_another(comm):
+    private = private_comm(comm)
+    group = Group(range(comm.size), comm.rank)
+    exchange = GroupExchange(private, group, HostLink)
+    exchange.timeout = 60
+    kinds = [[((3 + comm.rank,), np.dtype(int))]] * comm.size
+    exchange.start("numbers", Fresh(comm.rank, comm.size), kinds, Trace())
+    for member in exchange.others:
+        (got,) = exchange.take(member)
+        assert (got == 10 * member + comm.rank).all()
+    exchange.end()
+    exchange.start("alike", [[np.full(4, comm.rank)]], [[((4,), np.dtype(int))]] * comm.size, Trace())
+    assert all((exchange.take(member)[0] == member).all() for member in exchange.others)
+    exchange.end()
 
 
 def test_what_a_mesh_sends(comm):

@@ -269,7 +269,8 @@ def test_a_file_whose_parts_do_not_belong_together(comm, path, monkeypatch):
     KVCache.open(path, comm).close()
 
 
-@pytest.mark.parametrize("mask", [{"causal": True}, {"causal": True, "window": (40, 0), "first": 2, "q_offset": 3}, {"q_offset": 3}])
+@pytest.mark.parametrize("mask", [{"causal": True}, {"causal": True, "window": (40, 0), "first": 2, "q_offset": 3},
+                                  {"q_offset": 3}])
 def test_many_queries_that_all_ranks_have(comm, monkeypatch, mask):
     """In parts, so that what all ranks made of them takes little memory; the last failure undoes the tokens too."""
     q, k, v = tokens(17, 90)
