@@ -256,13 +256,23 @@ class Records:
 
 
 def checksum(*arrays: Array | None) -> int:
-    """Give a checksum of the beginnings of host arrays; what is on a GPU, or None, does not count. Local."""
+    """Give a checksum of the beginnings of arrays, wherever they are; None does not count. Local."""
     total = 0
     for x in arrays:
-        if isinstance(x, np.ndarray):
-            first = x if x.nbytes <= SUMMED_BYTES else x.flat[:SUMMED_BYTES // x.itemsize]   # never a copy of it all
-            total = zlib.crc32(np.ascontiguousarray(first).reshape(-1).view(np.uint8).data, total)
+        if x is not None:
+            total = zlib.crc32(_beginning(x).reshape(-1).view(np.uint8).data, total)
     return total
+
+
+def _beginning(x: Array) -> NDArray[Any]:
+    """Give the first rows of an array on the host, and never copy more than those."""
+    while x.nbytes > SUMMED_BYTES:
+        x = x[:SUMMED_BYTES // x[0].nbytes] if x[0].nbytes <= SUMMED_BYTES else x[0]
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x)
+    place = device.open_device(device.index_of(x))
+    with place.current():
+        return place.host(place.contiguous(x))
 
 
 def no_call() -> RingError:

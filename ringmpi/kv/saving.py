@@ -48,7 +48,8 @@ def save(core: Core, check_open: Callable[[], None], path: Any, force: bool) -> 
 
     def read(first: int, last: int) -> tuple[Array, ...]:
         with backend.current():
-            parts = [[backend.to_numpy(x) for x in both] for both in contents.store.views(first, last)]
+            parts = [[backend.to_numpy(backend.to_device(x) if backend.device else x) for x in both]
+                     for both in contents.store.views(first, last)]
         bits = f"u{sizes.dtype.itemsize}"            # copied as such: NumPy copies bfloat16 one by one
         return tuple(np.concatenate([(np.moveaxis(x, 1, 0) if sizes.batch is not None else x[0]).view(bits)
                                      for x in theirs]).view(sizes.dtype) for theirs in zip(*parts, strict=True))
