@@ -267,6 +267,8 @@ def test_a_file_whose_parts_do_not_belong_together(comm, path, monkeypatch):
         Path(path).write_bytes(whole)
     comm.Barrier()
     KVCache.open(path, comm).close()
+    if comm.size > 1:
+        expect(comm, lambda: KVCache.open(other if comm.rank else path, comm), OptionError, "what the file says is")
 
 
 @pytest.mark.parametrize("mask", [{"causal": True}, {"causal": True, "window": (40, 0), "first": 2, "q_offset": 3},

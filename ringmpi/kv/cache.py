@@ -275,14 +275,18 @@ class KVCache:
         ShardError
             If the file is missing, damaged or no cache.
         OptionError
-            If it is of other sizes than those given, or the mask shows keys that a window has dropped.
+            If it is of other sizes than those given, the mask shows keys that a window has dropped, or ranks open
+            different files.
         """
         timeout, _ = check_timeout(options.get("timeout", TIMEOUT))
         private = private_comm(comm, timeout)
         found: dict[str, Any] = {}
-        with private.one_call(), private.raise_on_all(timeout):
-            found = read_description(as_path(path))
-            sizes = check_sizes(path, found, options)
+        sizes: dict[str, Any] = {}
+        with private.one_call():
+            with private.noting() as failures:
+                found = read_description(as_path(path))
+                sizes = check_sizes(path, found, options)
+            private.exchange("KVCache.open", timeout, failures=failures, options={"what the file says": found})
         cache = cls(comm, **{**options, **sizes})
         try:
             with private.one_call(), private.raise_on_all(timeout):
