@@ -111,6 +111,14 @@ __global__ void add(A* target, const A* source, long long count) {
     for (long long i = thread_number(); i < count; i += thread_count()) target[i] += source[i];
 }
 
+// The same for numbers in rows: of so many without a gap, and the rows so far apart. Any grid.
+template <class A>
+__global__ void add_rows(A* target, long long width, long long apart, const A* source, long long source_width,
+                         long long source_apart, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count())
+        target[i / width * apart + i % width] += source[i / source_width * source_apart + i % source_width];
+}
+
 // delta = sum(dout out) - dlse, for each row; `dlse` null for 0. Any grid of whole warps, one to a row at a time.
 template <class T, class A>
 __global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {

@@ -281,7 +281,7 @@ class RingAttention:
     def _forward(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
                  ) -> Array | tuple[Array, Array]:
         self._last = None                 # what the last call worked on goes before this call's memory comes
-        call, plan = self._admit(inputs, trains=trains)
+        call, plan, _ = self._admit(inputs, trains=trains)
         out, lse = self._pass(call, plan, progress).forward()
         self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
@@ -330,7 +330,7 @@ class RingAttention:
             self._check_open()
             if call is None:
                 raise no_call()
-            dout, dlse = call.check_cotangents(dout, dlse)
+            dout, dlse = self._check_cotangents(call, dout, dlse)
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
             raise InternalError("a call without a plan")
@@ -377,10 +377,8 @@ class RingAttention:
         """
         with self._comm.one_call():
             self._last = None
-            call, plan = self._admit(inputs, number)
-            with self._comm.raise_on_all(self.timeout):
-                dout, dlse = call.check_cotangents(dout, dlse)
-            return self._pass(call, plan, progress).backward(dout, dlse)
+            call, plan, cotangents = self._admit(inputs, number, (dout, dlse))
+            return self._pass(call, plan, progress).backward(*cotangents)
 
     def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:
         kind = CanonicalPass if self._problem.canonical else Pass
@@ -395,8 +393,30 @@ class RingAttention:
         check_thread()
         self.trace = Trace()
 
-    def _admit(self, inputs: Inputs, number: int = 0, trains: bool = True) -> tuple[Call, Plan]:
-        """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*."""
+    def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
+        """Take what a backward pass starts from; note what all ranks must have alike. Local."""
+        dout, dlse = call.check_cotangents(dout, dlse)
+        call.cotangents = checksum(dout, dlse, call.out, call.lse) if self._problem.replicated else 0
+        return dout, dlse
+
+    def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True
+               ) -> tuple[Call, Plan, tuple[Array, Array | None]]:
+        """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*.
+
+        Parameters
+        ----------
+        inputs : Inputs
+        number
+            See `_differentiate_call`.
+        cotangents : (dout, dlse)
+            If `inputs` have results, which are to be differentiated.
+        trains
+            See `_call`.
+
+        Returns
+        -------
+        Call, Plan, (dout, dlse)
+        """
         self._start()
         call: Call | None = None
         with self._comm.noting() as failures:
@@ -404,7 +424,9 @@ class RingAttention:
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
             call.number = number
             call.trains = self._chooses and trains
-            call.print = checksum(call.q) if self._problem.replicated else 0
+            call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
+            if inputs.out is not None:
+                cotangents = self._check_cotangents(call, *cotangents)
         call, records = self._agree(call, failures, "forward" if inputs.out is None else "backward")
         if self._plan is None or self._plan.key != records.key:
             self._plan = None             # the old plan's memory goes before the new one's comes
@@ -412,7 +434,7 @@ class RingAttention:
         if self.backend.device:           # its memory runs out sooner than the host's: all ranks fail if one does
             with self._comm.raise_on_all(self.timeout), self.backend.current():
                 call.to_device(self.backend, self._plan.accumulator)
-        return call, self._plan
+        return call, self._plan, cotangents
 
     def _agree(self, call: Call | None, failures: list[Exception], way: str) -> tuple[Call, Records]:
         """Raise on all ranks what failed on any, or if their calls do not go together; give the records of all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,10 +26,12 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
-         "print": "queries, where all ranks have them (by a checksum of their first MiB)", "batched": "batch axis",
-         "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim", "dim_v": "dim_v", "dtype": "dtype",
-         "on_gpu": "place (0 the host, 1 a GPU)", "sinks": "sinks (0 none, 1 given)"}
-OF_THE_CALL = ("number", "seed", "print")                  # which the plan does not go by
+         "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
+         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB)",
+         "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
+         "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
+         "sinks": "sinks (0 none, 1 given)"}
+OF_THE_CALL = ("number", "seed", "print", "cotangents")                  # which the plan does not go by
 # ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, and whether a schedule
 # that is chosen by its cost is to suit a backward pass too.
 RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains")])
@@ -66,8 +69,9 @@ class Call:
         The results; None before there are any.
     number : int
         Of the call on its communicator, from 1 on, which a backward pass names; 0 if it is not known.
-    print : int
-        A checksum of the queries, if all ranks must have the same; else 0.
+    print, cotangents : int
+        Checksums of the queries and sinks, and of what a backward pass starts from, if all ranks must have the same;
+        else 0.
     trains : bool
         Whether a schedule that is chosen by its cost is to suit a backward pass too.
     states : list of State
@@ -86,6 +90,7 @@ class Call:
     lse: Array = None
     number: int = 0
     print: int = 0
+    cotangents: int = 0
     trains: bool = False
     states: list[State] = field(default_factory=list)
 
@@ -173,8 +178,8 @@ class Call:
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         dtype = list(DTYPES.values()).index(self.q.dtype)
-        fields = (self.number, seed, self.print, self.batched, batch, heads, kv_heads, dim, dim_v, dtype, self.on_gpu,
-                  self.sinks is not None, n_q, n_k, self.gpu, self.trains)
+        fields = (self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim, dim_v,
+                  dtype, self.on_gpu, self.sinks is not None, n_q, n_k, self.gpu, self.trains)
         return np.array([fields], RECORD).view(np.uint8)
 
 
@@ -203,7 +208,7 @@ class Records:
     def __init__(self, rows: list[NDArray[np.uint8]]) -> None:
         self._table = np.concatenate(rows).view(RECORD)
         _check_equal(self._table)
-        numbers = self._table.view(np.int64).reshape(len(rows), -1)
+        numbers = self._table.view(np.int64).reshape(len(self._table), -1)
         self.key = numbers[:, len(OF_THE_CALL):].tobytes()
 
     @property
@@ -236,6 +241,12 @@ class Records:
         """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v. Local."""
         return int(self._table[name][0])
 
+    def of_keys(self, n_k: Sequence[int]) -> Records:
+        """Give the records of such a call with so many tokens of k and v on each rank. Local."""
+        table = self._table.copy()
+        table["n_k"] = n_k
+        return Records([table.view(np.uint8)])
+
     def _column(self, name: str) -> list[int]:
         numbers: list[int] = self._table[name].tolist()
         return numbers
@@ -253,12 +264,24 @@ class Records:
                           stacklevel=2)
 
 
-def checksum(x: Array) -> int:
-    """Give a checksum of the beginning of a host array; 0 for one on a GPU. Local."""
-    if not isinstance(x, np.ndarray):
-        return 0
-    first = x if x.nbytes <= SUMMED_BYTES else x.flat[:SUMMED_BYTES // x.itemsize]      # never a copy of it all
-    return zlib.crc32(np.ascontiguousarray(first).reshape(-1).view(np.uint8).data)
+def checksum(*arrays: Array | None) -> int:
+    """Give a checksum of the beginnings of arrays, wherever they are; None does not count. Local."""
+    total = 0
+    for x in arrays:
+        if x is not None:
+            total = zlib.crc32(_beginning(x).reshape(-1).view(np.uint8).data, total)
+    return total
+
+
+def _beginning(x: Array) -> NDArray[Any]:
+    """Give the first rows of an array on the host, and never copy more than those."""
+    while x.nbytes > SUMMED_BYTES:
+        x = x[:SUMMED_BYTES // x[0].nbytes] if x[0].nbytes <= SUMMED_BYTES else x[0]
+    if isinstance(x, np.ndarray):
+        return np.ascontiguousarray(x)
+    place = device.open_device(device.index_of(x))
+    with place.current():
+        return place.host(place.contiguous(x))
 
 
 def no_call() -> RingError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -128,11 +129,30 @@ def check_dropout(dropout: Any) -> float:
     return value
 
 
+def check_integer(name: str, value: Any, least: int, below: int | None = None) -> int:
+    """Return what Python takes for an index as an int, or raise `OptionError`. Local.
+
+    Parameters
+    ----------
+    name : str
+        What to call it in an error.
+    value : int, or an integer of NumPy or any other library
+    least, below : int
+        The range: ``least <= value < below``.
+    """
+    try:
+        number = operator.index(value)
+    except Exception:      # noqa: BLE001 (a library may refuse by any)
+        number = least - 1
+    if isinstance(value, bool) or number < least or (below is not None and number >= below):
+        most = "" if below is None else f" and < {f'2**{below.bit_length() - 1}' if below > 2**31 else below}"
+        raise OptionError(f"{name}: expected an integer >= {least}{most}, got {shown(value)}")
+    return number
+
+
 def check_seed(seed: Any) -> int:
     """Return the seed of dropout, or raise `OptionError`. Local."""
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not 0 <= seed < 2**64:
-        raise OptionError(f"seed: expected an integer, 0 <= seed < 2**64, got {shown(seed)}")
-    return int(seed)
+    return check_integer("seed", seed, 0, 2**64)
 
 
 def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | None:
@@ -195,9 +215,8 @@ def check_threads(threads: Any) -> int | None:
     """Return a number of threads, or None for the default, or raise `OptionError`. Local."""
     if threads is None:
         return None
-    if not isinstance(threads, (int, np.integer)) or isinstance(threads, bool) or threads < 1:
-        raise OptionError(f"threads: expected an integer >= 1, got {shown(threads)}")
-    if threads > most_threads():
+    number = check_integer("threads", threads, 1)
+    if number > most_threads():
         raise OptionError(f"threads: expected at most {most_threads()} CPU threads a rank on this machine, got "
-                          f"{threads}; leave it out for a fair share of the cores")
-    return int(threads)
+                          f"{number}; leave it out for a fair share of the cores")
+    return number

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -34,9 +35,13 @@ class Layout:
     """
 
     name = "layout"
+    grows = False             # whether more tokens will follow
 
     def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = tuple(int(n) for n in counts)
+        try:
+            self.counts = tuple(operator.index(n) for n in counts)
+        except TypeError:
+            raise OptionError(f"{self.name} layout: expected an integer for each rank, got {counts!r}") from None
         if not self.counts or min(self.counts) < 0:
             raise OptionError(f"{self.name} layout: expected one count >= 0 for each rank, got {self.counts}")
         self.size = len(self.counts)

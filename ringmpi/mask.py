@@ -27,7 +27,9 @@ def _whole(name: str, value: Any) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise OptionError(f"mask: {name} expects an integer, got {value!r}") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise OptionError(f"mask: {name} expects an integer, got {value!r}")
     if number < -FAR or (number > FAR and name == "q_offset"):
         raise OptionError(f"mask: {name} expects an integer within ±2^61, got {number}")
     return int(number)
@@ -176,7 +178,8 @@ class Mask:
         number = np.searchsorted(offsets, i, side="right")            # of offsets up to i: empty documents are passed
         inside = (number > 0) & (number < len(offsets))
         edges = np.concatenate([[0], offsets, [0]])
-        return np.where(inside, edges[number], 0), np.where(inside, edges[number + 1], 0)
+        low, high = (np.where(inside, edges[n], 0) for n in (number, number + 1))
+        return np.minimum(low, n_k), np.minimum(high, n_k)
 
 
 Mask.__init__ = explained()(Mask.__init__)  # type: ignore[method-assign]      # the one that dataclass makes

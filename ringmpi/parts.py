@@ -41,14 +41,14 @@ class Part(NamedTuple):
 
 def increasing(layout: Layout, ranks: Sequence[int]) -> list[Part]:
     """Cut the tokens of some ranks, one after the other, into as few parts as have increasing positions. Local."""
+    if len(ranks) == 1:                   # whose positions need not be made
+        return [Part(slice(0, layout.counts[ranks[0]]), list(ranks), layout)]
     parts: list[Part] = []
-    starts = [0, *itertools.accumulate(layout.counts[rank] for rank in ranks)]
     last = -1
-    for number, rank in enumerate(ranks):
-        if len(ranks) == 1:
-            return [Part(slice(0, starts[1]), [rank], layout)]
+    stops = itertools.accumulate(layout.counts[rank] for rank in ranks)
+    for rank, stop in zip(ranks, stops, strict=True):
         positions = layout.positions(rank)
-        columns = slice(starts[number], starts[number + 1])
+        columns = slice(stop - layout.counts[rank], stop)
         if parts and not (len(positions) and positions[0] < last):
             parts[-1] = Part(slice(parts[-1].columns.start, columns.stop), [*parts[-1].ranks, rank], layout)
         else:

@@ -22,6 +22,7 @@ from .trace import Exchange, Trace
 
 Progress = Callable[[int, int], object]
 Rows = TypeVar("Rows", State, Gradient)
+SHARED_BYTES = 2**26    # of what all ranks have made of the same rows, on a rank at a time
 FEW_ROWS = 128          # for one head of the keys; computing with fewer takes as long as reading keys and values
 
 
@@ -155,24 +156,25 @@ class Pass:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
         self._reset(states, None if plan.replicated else call.sinks)
-        blocks = Blocks((k, v), plan.shapes)
-        for work, part in self._rounds(movers.carrier.forward(blocks, plan.route, self.trace), rows):
+        for work, part in self._rounds(self._works((k, v)), rows):
             k, v = work.arrays
             self._run(work, (
                 backend.accumulate(_part(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
                                    score)
-                for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys)))
+                for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
         own = [_part(state, slice(plan.own_rows)) for state in states]
         arrays = [x for state in states for x in _arrays(state)]
         if plan.replicated:
-            everyone = self._of_all_ranks("states", arrays)
-            self._reset(states, call.sinks)
-            for parts in everyone:
-                self._combine(own, parts)
+            self._combine_over_ranks(own, call.sinks)
         elif len(plan.row_counts) > 1:
             movers.queries.bring_home("states", arrays, plan.row_counts, lambda parts: self._combine(own, parts),
                                       self.trace)
         return own
+
+    def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
+        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
+        plan = self.plan
+        return self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace)
 
     def _of_all_ranks(self, what: str, arrays: Sequence[Array]) -> list[list[Array]]:
         """Give such arrays of each rank, in the order of the ranks: what is made of them is the same on all."""
@@ -187,12 +189,30 @@ class Pass:
         return [[self.backend.to_device(part.view(x.dtype).reshape(x.shape))
                  for part, x in zip(np.split(row, edges)[:-1], arrays, strict=True)] for row in rows]
 
+    def _combine_over_ranks(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
+        """Put together what each rank has made of rows that all have; `states` take it."""
+        for rows in self._some_rows([x for state in states for x in _arrays(state)]):
+            some = [_part(state, rows) for state in states]
+            everyone = self._of_all_ranks("states", [x for state in some for x in _arrays(state)])
+            for state in some:
+                self.backend.reset(state, sinks)
+            for parts in everyone:
+                self._combine(some, parts)
+
     def _sum_over_ranks(self, what: str, total: Array) -> None:
-        """Sum up what each rank has of an array, the same on all."""
-        everyone = self._of_all_ranks(what, [total])
-        self.backend.clear(total)
-        for (part,) in everyone:
-            self.backend.add(total, part)
+        """Sum up what each rank has of an array of shape (batch, rows, ...), the same on all."""
+        for element in total:
+            for rows in self._some_rows([element]):
+                everyone = self._of_all_ranks(what, [element[rows]])
+                self.backend.clear(element[rows])
+                for (part,) in everyone:
+                    self.backend.add(element[rows], part)
+
+    def _some_rows(self, arrays: Sequence[Array]) -> Iterator[slice]:
+        """Cut the rows of arrays, so that those of all ranks take little memory."""
+        row_bytes = sum(x.nbytes for x in arrays) // max(1, self.plan.rows) * self.movers.carrier.comm.size
+        step = max(1, SHARED_BYTES // max(1, row_bytes))
+        return (slice(start, start + step) for start in range(0, self.plan.rows, step))
 
     def _reset(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
         """Let states forget every key; a sink counts where its queries belong."""
@@ -301,11 +321,8 @@ class Pass:
             self.backend.add(target, part)
 
     def _add_heads(self, target: Array, part: slice, piece: Array) -> None:
-        """Add a piece to some heads of a contiguous array."""
-        wide = self.backend.empty(target.shape, target.dtype)
-        self.backend.clear(wide)
-        assign(wide[:, :, part], piece)
-        self.backend.add(target, wide)
+        """Add a piece to some heads of an array."""
+        self.backend.add(target[:, :, part], piece)
 
     def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Yield each item of work with the rows to compute; this rank's own first, while those of others come."""

@@ -17,6 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 class State:
     """Running softmax of a query shard.
 
+    Scores and their maximum are in natural units here, and in a state of the CUDA backend in units of ln 2, with 2^x
+    for exp: a state is read by the backend that made it, no other.
+
     Attributes
     ----------
     acc : array of shape (n_q, heads, dim_v), accumulator dtype

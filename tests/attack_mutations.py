@@ -3,10 +3,12 @@
 The same number is the same damage to the same kind of file. What HDF5 itself dies of is named with its number.
 """
 
+import contextlib
 import random
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from attack_cases import OTHER, REFUSED, RIGHT, Case, arrays, command_line, in_child, new_folder, verdict
@@ -154,3 +156,41 @@ def outputs(folder, seeds=SEEDS):
         what = f"{outcome} (HDF5 {alone}, seed {seed})" if alone != outcome else outcome
         yield Case(f"seed {seed}", f"{'shard' if path != out else 'OUT.h5'}: {what}",
                    "" if outcome in (REFUSED, RIGHT) else outcome)
+
+
+def _cache(path):
+    """Write the file of a cache, always the same bytes, in several blocks; return what is read of it."""
+    import numpy as np
+
+    from ringmpi.kv import saving
+    random_numbers = np.random.default_rng(0)
+    k, v = (random_numbers.random((64, 2, dim), np.float32) for dim in (8, 4))
+    alone = SimpleNamespace(rank=0, size=1, raise_on_all=lambda timeout: contextlib.nullcontext())
+    with mock.patch("ringmpi.kv.saving.BLOCK_BYTES", 2**11):
+        made = saving.Saving(alone, 1.0, [np.arange(64)], [(2, 8), (2, 4)], k.dtype)
+    made.write(path, True, {"length": 64, "dropped": 0, "kv_heads": 2, "dim": 8, "dim_v": 4, "dtype": "float32",
+                            "batch": None}, lambda first, last: (k[first:last], v[first:last]))
+    return _read_cache(path)
+
+
+def _read_cache(path):
+    """Everything that `KVCache.open` reads of a file; or REFUSED."""
+    from ringmpi.errors import RingError
+    from ringmpi.kv.file import read_blocks, read_description
+    try:
+        found = read_description(path)
+        return [str(found), *(x.tobytes() for block in read_blocks(path, found, 64, 0, 1) for x in block)]
+    except RingError:
+        return REFUSED
+
+
+def caches(folder, seeds=SEEDS):
+    """The file of a cache is damaged: what is read is right, or refused."""
+    path = Path(folder) / "cache.h5"
+    right = _cache(path)
+    assert len(right) > 4
+    whole = path.read_bytes()
+    for seed in seeds:
+        path.write_bytes(mutated(whole, seed))
+        outcome = in_child(lambda: _outcome(lambda: _read_cache(path), right))
+        yield Case(f"seed {seed}", outcome, "" if outcome in (REFUSED, RIGHT) else outcome)

@@ -18,3 +18,7 @@ def test_damaged_inputs(tmp_path):
 def test_damaged_outputs(tmp_path):
     seeds = range(1000, 1080)         # none for which HDF5 takes for ever
     assert {f"OUT.h5: {REFUSED}", f"shard: {REFUSED}"} <= outcomes(attack_mutations.outputs(tmp_path, seeds), 80)
+
+
+def test_damaged_caches(tmp_path):
+    assert REFUSED in outcomes(attack_mutations.caches(tmp_path, range(200)), 200)

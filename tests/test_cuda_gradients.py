@@ -12,9 +12,10 @@ from oracle import FUNCTIONS, case, dense, functions
 from test_cuda import AMPERE, HOPPER, SMALL
 from test_gradients import check, check_float64_accumulator
 
-from ringmpi import BackendError, device
+from ringmpi import BackendError, InternalError, device
 from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda import hopper
+from ringmpi.backends.cuda.arguments import rows_of
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
@@ -167,6 +168,23 @@ def test_the_little_kernels(backend):
         assert backend.astype(x_, np.dtype(kind)) is x_
         backend.clear(x_)
         assert (backend.to_numpy(x_) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["f4", "f8"])
+def test_some_heads_are_added_where_they_are(backend, kind):
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 7, 5, 3)).astype(kind), rng.standard_normal((2, 7, 4, 3)).astype(kind)
+    x_ = backend.to_device(x)
+    for to, of in ((slice(1, 3), slice(2, 4)), (slice(4, 5), slice(0, 1)), (slice(0, 4), slice(None)),
+                   (slice(2, 2), slice(1, 1))):
+        x[:, :, to] += y[:, :, of]
+        backend.add(x_[:, :, to], backend.to_device(y)[:, :, of])
+        assert (backend.to_numpy(x_) == x).all()
+    whole = backend.to_device(y)
+    backend.add(x_[:, :, :4], whole)
+    assert (backend.to_numpy(x_)[:, :, :4] == x[:, :, :4] + y).all()
+    with pytest.raises(InternalError, match="rows at equal distances"):
+        rows_of(y[:, ::2, ::2])
 
 
 @pytest.mark.parametrize("dtype", KINDS)

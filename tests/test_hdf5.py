@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from job_files import write_arrays
 
-from ringmpi import DtypeError, OutputError, ShardError
+from ringmpi import DtypeError, OptionError, OutputError, ShardError
 from ringmpi.dtypes import BFLOAT16, DTYPES
 from ringmpi.files.hdf5 import (
     open_dataset,
@@ -433,3 +433,11 @@ def test_disk_full(monkeypatch, path):
     with pytest.raises(OutputError, match="No space left"):
         save(path, np.ones(3))
     assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", [None, 3, b"in.h5", 2.5, ["in.h5"]])
+def test_names_that_are_none(name):
+    """An integer is not taken for an open file."""
+    for use in (open_file, write_file):
+        with pytest.raises(OptionError, match="path: expected the name of a file"), use(name):
+            pass

@@ -102,3 +102,10 @@ def test_equality():
     assert Mask(documents=[0, 3]) == Mask(documents=np.array([0, 3]))
     assert Mask(documents=[0, 3]) != Mask(documents=[0, 4])
     assert len({Mask(), Mask(), Mask(causal=True)}) == 2
+
+
+def test_documents_that_end_beyond_the_keys():
+    """As in a cache that grows: intervals stay within the keys there are."""
+    ((low, high),) = Mask(documents=[0, 10, 70, 90], q_offset=8).bounds(np.arange(70), 70, 20)
+    assert (low == np.repeat([0, 10, 20], [2, 60, 8])).all()
+    assert (high == np.repeat([10, 20, 20], [2, 60, 8])).all()

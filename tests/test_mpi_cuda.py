@@ -153,6 +153,53 @@ def test_queries_that_all_ranks_have(comm, gpu, dtype, on_gpu):
     assert oracle.error(back(lse), want["lse"]) <= 2e-6
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_queries_that_should_be_the_same(comm, gpu, on_gpu):
+    """On GPUs too: by calls, their gradients, and caches."""
+    if comm.size == 1:
+        pytest.skip("takes two")
+    odd = comm.rank == comm.size - 1
+    there = gpu.array if on_gpu else lambda x: x
+    x = np.ones((2, 2, 16), "f4")
+    q, k, wrong = there(x), there(x), there(x + odd)
+    sharing = not isinstance(gpu, EmulatedDevice)
+    with RingAttention(comm, layout="replicated", backend="cuda", timeout=100, gpu_transport="staged",
+                       allow_gpu_sharing=sharing) as attention:
+        assert "the same queries and sinks" in everywhere(comm, lambda: attention(wrong, k, k))
+        attention(q, k, k)
+        assert "the same dout, dlse, out and lse" in everywhere(comm, lambda: attention.backward(wrong))
+    with KVCache(comm, kv_heads=2, dim=16, backend="cuda", timeout=100, allow_gpu_sharing=sharing) as cache:
+        assert "k (checksum)" in everywhere(comm, lambda: cache.append(wrong, k, replicated=True))
+        cache.append(k, k, replicated=True)
+        assert "q (checksum)" in everywhere(comm, lambda: cache.attend(wrong))
+
+
+def test_a_cache_of_a_batch(comm, gpu, monkeypatch, tmp_path):
+    """In several chunks and pieces, and more queries than at a time: what a cache on the host gives."""
+    path = comm.bcast(str(tmp_path / "cache.h5"))
+    monkeypatch.setattr("ringmpi.kv.prompt.PIECE_BYTES", 2**13)
+    monkeypatch.setattr("ringmpi.kv.store.PIECE_BYTES", 2**12)
+    monkeypatch.setattr("ringmpi.kv.saving.BLOCK_BYTES", 2**13)
+    monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", 2**14)
+    monkeypatch.setattr("ringmpi.kv.contents.ROOM", 20)
+    q, k, v = (np.stack([x, 2 * x]) for x in random_qkv(12, 120, 120, 4, 2, 16, 16, "float32"))
+    last = make_layout("striped", 30, comm.size).positions(comm.rank) + 90
+    results = {}
+    for backend, there, back in (("numpy", lambda x: x, lambda x: x), ("cuda", gpu.array, lambda x: x.get())):
+        options = {"backend": backend, "timeout": 100, "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
+        with KVCache(comm, kv_heads=2, dim=16, batch=2, **options) as cache:
+            for at in range(0, 120, 40):
+                cache.append(*(there(np.ascontiguousarray(x[:, at:at + 40])) for x in (k, v)), replicated=True)
+            cache.reorder([1, 0])
+            cache.save(path, force=True)
+        with KVCache.open(path, comm, **options) as cache:
+            results[backend] = [back(cache.attend(there(np.ascontiguousarray(q[:, 90:])))),
+                                back(cache.attend(there(np.ascontiguousarray(q[:, last])), sharded=True,
+                                                  layout="striped"))]
+    for want, got in zip(*results.values(), strict=True):
+        assert oracle.error(got, want, np.abs(want).max(initial=0) or 1.0) <= TENSOR_TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 40])
 def test_few_tokens(comm, gpu, length):
     check(comm, gpu, "float32", "contiguous", "causal", "staged", on_gpu=False, length=length)

@@ -1,6 +1,8 @@
 """Every grid of ranks and every carrier against a dense float64 softmax; how grids are placed. Runs under mpiexec."""
 
 import itertools
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -10,13 +12,27 @@ from oracle import functions, random_qkv
 from test_gradients import BOUND
 from test_mpi_gradients import LEVELS, check, expect
 
-from ringmpi import Mask, OptionError, RingAttention, Schedule, ring_attention
+from ringmpi import (
+    Mask,
+    OptionError,
+    RingAttention,
+    Schedule,
+    ring_attention,
+    ring_attention_backward,
+)
+from ringmpi.backends import open_backend
 from ringmpi.dtypes import TOLERANCE
+from ringmpi.engine import Engine
 from ringmpi.layout import make
 from ringmpi.mpi.comm import private_comm
+from ringmpi.passes import Pass
 from ringmpi.schedules.grid import Grid, share_heads
+from ringmpi.schedules.group import Group
+from ringmpi.schedules.group_exchange import GroupExchange
+from ringmpi.schedules.links import HostLink
 from ringmpi.schedules.spec import CARRIERS, divisors
 from ringmpi.score import dropout_keys
+from ringmpi.trace import Trace
 
 pytestmark = pytest.mark.mpi
 
@@ -90,6 +106,27 @@ def test_queries_that_all_ranks_have(comm, backend, dtype, n_q, layout):
     assert len(set(comm.allgather((out.tobytes(), lse.tobytes(), dq.tobytes())))) == 1
 
 
+def test_what_all_ranks_made_is_had_in_parts(comm, monkeypatch):
+    """Many queries that all ranks have take no more memory on more ranks; the bits are those of one part."""
+    q, k, v = (np.stack([x, 2 * x]) for x in random_qkv(5, 64, 40 * comm.size, 4, 2, 16, 8, "float32"))
+    mine = make("striped", 40 * comm.size, comm.size).positions(comm.rank)
+    most, results = [], []
+    share = Engine.share
+
+    def noted(engine, x):
+        most.append(x.nbytes)
+        return share(engine, x)
+    monkeypatch.setattr(Engine, "share", noted)
+    for nbytes in (2**26, 2**13):
+        monkeypatch.setattr("ringmpi.passes.SHARED_BYTES", nbytes)
+        with RingAttention(comm, backend="numpy", layout="replicated", kv_layout="striped", timeout=60) as attention:
+            out, lse = attention(q, k[:, mine], v[:, mine], sinks=np.arange(4.0), return_lse=True)
+            results.append([x.tobytes() for x in (out, lse, *attention.backward(out)[:1])])
+        assert max(most) * comm.size <= max(nbytes, 2 * 4 * 40 * comm.size)
+        most.clear()
+    assert results[0] == results[1]
+
+
 def test_queries_of_an_empty_batch(comm):
     q, k, v = np.zeros((0, 3, 4, 8)), np.zeros((0, 5, 2, 8)), np.zeros((0, 5, 2, 6))
     with RingAttention(comm, layout="replicated", timeout=60) as attention:
@@ -102,11 +139,81 @@ def test_queries_that_should_be_the_same(comm):
     odd = comm.rank == comm.size - 1
     if comm.size > 1:
         expect(comm, lambda: ring_attention(x + odd, x, x, comm=comm, layout="replicated"), OptionError,
-               "the same queries, where all ranks have them")
+               "the same queries and sinks, where all ranks have them")
+        expect(comm, lambda: ring_attention(x, x, x, comm=comm, layout="replicated", sinks=x[0, :, 0] + odd),
+               OptionError, "the same queries and sinks, where all ranks have them")
         expect(comm, lambda: ring_attention(x[odd:], x, x, comm=comm, layout="replicated"), OptionError, "the same")
     expect(comm, lambda: ring_attention(x, x, x, comm=comm, kv_layout="replicated"), OptionError, "layout: expected")
     expect(comm, lambda: ring_attention(x, x, x, comm=comm, layout="replicated", schedule="ring"), OptionError,
            'expected "auto" or "queries"')
+
+
+def test_gradients_that_should_be_the_same(comm):
+    """Of queries that all ranks have: no rank gets gradients of its own, and the next call is right."""
+    if comm.size == 1:
+        pytest.skip("takes two")
+    x, lse = np.ones((3, 2, 8), "f4"), np.zeros((3, 2), "f4")
+    odd = comm.rank == comm.size - 1
+    with RingAttention(comm, layout="replicated", timeout=60) as attention:
+        out, log = attention(x, x, x, return_lse=True)
+        want = attention.backward(x, lse)
+        for dout, dlse in ((x + odd, lse), (x, lse + odd), (x, lse if odd else None)):
+            expect(comm, lambda dout=dout, dlse=dlse: attention.backward(dout, dlse), OptionError,
+                   f"rank {comm.size - 1}: expected the same dout, dlse, out and lse, where all ranks have the queries")
+            expect(comm, lambda dout=dout, dlse=dlse: attention.backward_of(dout, x, x, x, out, log, dlse=dlse),
+                   OptionError, "the same dout, dlse, out and lse")
+            attention(x, x, x)
+        got = attention.backward(x, lse)
+    expect(comm, lambda: ring_attention_backward(x + odd, x, x, x, out, log, comm=comm, layout="replicated"),
+           OptionError, "the same dout, dlse, out and lse")
+    expect(comm, lambda: ring_attention_backward(x, x, x, x, out + odd, log, comm=comm, layout="replicated"),
+           OptionError, "the same dout, dlse, out and lse")
+    assert all((mine == theirs).all() for mine, theirs in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_heads_of_several_ranks_are_added_without_a_whole_copy(backend):
+    """As where ranks share heads, and have the same heads of the keys."""
+    opened = open_backend(backend, 1)
+    whole, piece = np.ones((2, 1000, 8, 32), "f4"), np.ones((2, 1000, 3, 32), "f4")
+    tracemalloc.start()
+    Pass._add_heads(SimpleNamespace(backend=opened), whole, slice(2, 4), piece[:, :, 1:])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    opened.close()
+    assert (whole.sum(axis=(0, 1, 3)) == np.where(np.isin(np.arange(8), (2, 3)), 2, 1) * 2 * 1000 * 32).all()
+    assert peak < piece.nbytes // 4
+
+
+class Fresh:
+    """Arrays for each member, made anew whenever they are asked for: an address may come back with others."""
+
+    def __init__(self, rank, size):
+        self._rank, self._size = rank, size
+
+    def __len__(self):
+        return self._size
+
+    def __getitem__(self, member):
+        if member >= self._size:
+            raise IndexError
+        return [np.full(3 + member, 10 * self._rank + member)]
+
+
+def test_what_goes_to_one_member_is_not_taken_for_what_goes_to_another(comm):
+    private = private_comm(comm)
+    group = Group(range(comm.size), comm.rank)
+    exchange = GroupExchange(private, group, HostLink)
+    exchange.timeout = 60
+    kinds = [[((3 + comm.rank,), np.dtype(int))]] * comm.size
+    exchange.start("numbers", Fresh(comm.rank, comm.size), kinds, Trace())
+    for member in exchange.others:
+        (got,) = exchange.take(member)
+        assert (got == 10 * member + comm.rank).all()
+    exchange.end()
+    exchange.start("alike", [[np.full(4, comm.rank)]], [[((4,), np.dtype(int))]] * comm.size, Trace())
+    assert all((exchange.take(member)[0] == member).all() for member in exchange.others)
+    exchange.end()
 
 
 def test_what_a_mesh_sends(comm):

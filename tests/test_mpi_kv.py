@@ -23,12 +23,14 @@ from ringmpi import (
     OutputError,
     ResourceError,
     RingError,
+    Schedule,
     ShapeError,
     ShardError,
     ring_attention,
 )
 from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
+from ringmpi.kv.decoder import Decoder
 from ringmpi.layout import make
 
 pytestmark = pytest.mark.mpi
@@ -117,7 +119,7 @@ def test_chunks_batch_crop_and_reorder(comm):
             cache.append(k[:, at:at + n], v[:, at:at + n], replicated=True)
         at += n
     assert cache.length == at == 608
-    assert len(cache._store.chunks) > 1 or comm.size > 2
+    assert len(cache._core.contents.store.chunks) > 1 or comm.size > 2
     out = cache.attend(q[:, 600:608])
     want = [dense(q[i, 600:608], k[i, :608], v[i, :608], causal=True)[0] for i in range(3)]
     assert max(oracle.error(x, y) for x, y in zip(out, want, strict=True)) < 1e-13
@@ -206,40 +208,219 @@ def test_keys_that_were_dropped_are_not_asked_for_by_another_mask(comm, path):
         expect(comm, lambda mask=mask: KVCache.open(path, comm, mask=mask), OptionError, "this mask shows them")
 
 
-def test_a_damaged_file(comm, path):
-    _, k, v = tokens(5, 400)
+def damage(path, whole, other, kind):
+    """Make one of many kinds of damaged files of a whole one, or of two."""
+    Path(path).write_bytes(whole)
+    name, _, what = kind.partition(" ")
+    if name == "cut":
+        Path(path).write_bytes(whole[:len(whole) // 2])
+        return
+    with h5py.File(path, "r+") as file:
+        x = file[name][()]
+        if what == "flipped":
+            bits = np.atleast_1d(x).view(np.uint8).reshape(-1) if name != "cache" else np.frombuffer(x, np.uint8).copy()
+            bits[len(bits) // 2] ^= 4
+            x = np.bytes_(bits.tobytes()) if name == "cache" else x
+        elif what == "of another":
+            with h5py.File(other) as source:
+                x = source[name][()]
+        elif what == "shorter":
+            x = x[:-1]
+        elif what == "of other heads":
+            x = np.concatenate([x, x], axis=-2)
+        elif what == "of other items":
+            x = x.astype("f8") if x.dtype.kind == "f" else x.astype("f4")
+        elif what == "in other order":
+            x = x[::-1]
+        if what == "without seal":
+            del file.attrs["cache_sha256"]
+        else:
+            del file[name]
+        if what == "elsewhere":
+            file[name] = h5py.ExternalLink(other, name)
+        elif what not in ("missing", "without seal"):
+            file[name] = x
+
+
+def test_a_file_whose_parts_do_not_belong_together(comm, path, monkeypatch):
+    """Each of its parts damaged, missing, of another size or of another save is one error on all ranks."""
+    monkeypatch.setattr("ringmpi.kv.saving.BLOCK_BYTES", 2**13)
+    other = f"{path}.other"
+    for name, seed in ((other, 14), (path, 5)):
+        _, k, v = tokens(seed, 400)
+        with KVCache(comm, **SIZES) as cache:
+            cache.append(k, v, replicated=True)
+            cache.save(name)
+    whole = Path(path).read_bytes()
+    kinds = ["cut", "cache without seal", "cache flipped", "cache of another", "cache missing", "cache elsewhere"]
+    kinds += [f"{name} {what}" for name in ("k", "v", "positions", "digests") for what in
+              ("flipped", "of another", "shorter", "of other items", "in other order", "missing", "elsewhere")
+              if (name, what) != ("positions", "of another")]          # which are the same
+    kinds += ["k of other heads", "v of other heads"]
+    for kind in kinds:
+        if comm.rank == 0:
+            damage(path, whole, other, kind)
+        comm.Barrier()
+        expect(comm, lambda: KVCache.open(path, comm), ShardError, path)
+    comm.Barrier()
+    if comm.rank == 0:
+        Path(path).write_bytes(whole)
+    comm.Barrier()
+    KVCache.open(path, comm).close()
+    if comm.size > 1:
+        expect(comm, lambda: KVCache.open(other if comm.rank else path, comm), OptionError, "what the file says is")
+
+
+@pytest.mark.parametrize("mask", [{"causal": True}, {"causal": True, "window": (40, 0), "first": 2, "q_offset": 3},
+                                  {"q_offset": 3}])
+def test_many_queries_that_all_ranks_have(comm, monkeypatch, mask):
+    """In parts, so that what all ranks made of them takes little memory; the last failure undoes the tokens too."""
+    q, k, v = tokens(17, 90)
+    sinks = np.array([0.5, -1, 2, 0], "f4")
+    rows = np.arange(90 - 70, 90)
+    results = []
+    for nbytes in (2**26, 2**14):
+        monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", nbytes)
+        with KVCache(comm, backend="numpy", mask=Mask(**mask), **SIZES) as cache:
+            for at in range(0, 80, 10):
+                cache.append(k[at:at + 10], v[at:at + 10], replicated=True)
+            accumulate, calls = Decoder.accumulate, []
+
+            def late(decoder, query, store, length, accumulate=accumulate, calls=calls):
+                calls.append(query.q.nbytes)
+                if query.first and comm.rank == comm.size - 1:
+                    raise MemoryError("of one rank")
+                return accumulate(decoder, query, store, length)
+            with monkeypatch.context() as patch:
+                patch.setattr(Decoder, "accumulate", late)
+                if nbytes < 2**26:
+                    expect(comm, lambda: cache.attend(q[rows], k[80:], v[80:]), ResourceError, "of one rank")
+                    assert max(calls) <= 2**14
+            out, lse = cache.attend(q[rows], k[80:], v[80:], sinks=sinks, return_lse=True)
+            assert cache.length == 90
+        results.append((out, lse))
+    for x, y in zip(*results, strict=True):
+        assert oracle.error(x, y) <= TOLERANCE["float32"]
+    expect_same(comm, results[1][0])
+
+
+def test_names_that_are_none(comm):
+    _, k, v = tokens(5, 4)
+    odd = comm.rank == comm.size - 1
     with KVCache(comm, **SIZES) as cache:
         cache.append(k, v, replicated=True)
+        for name in (None, 3, b"x", "", "a\0b", 2.5):
+            wrong = name if odd else "never"
+            expect(comm, lambda wrong=wrong: cache.save(wrong), OptionError, "path: expected the name of a file")
+            expect(comm, lambda wrong=wrong: KVCache.open(wrong if odd else __file__, comm),
+                   (OptionError if comm.size == 1 else ShardError), "")
+            expect(comm, lambda name=name: KVCache.open(name, comm), OptionError, "path: expected the name of a file")
+        expect(comm, lambda: cache.save("/nowhere/cache.h5"), OutputError, "no such folder")
+    assert not Path("never").exists()
+
+
+def test_an_empty_cache_is_saved(comm, path):
+    with KVCache(comm, **SIZES) as cache:
         cache.save(path)
-    whole = None
-    if comm.rank == 0:
-        with h5py.File(path) as file:
-            at = file["v"].id.get_chunk_info(0).byte_offset
-        whole = Path(path).read_bytes()
-    for kind in ("flipped", "cut", "no cache", "other numbers", "another length", "fewer positions"):
-        if comm.rank == 0:
-            damaged = bytearray(whole)
-            if kind == "flipped":
-                damaged[at + 1000] ^= 4
-            elif kind == "cut":
-                del damaged[len(damaged) // 2:]
-            elif kind == "another length":
-                damaged[damaged.index(b'"length": 400') + 10] ^= 1
-            Path(path).write_bytes(damaged)
-            if kind == "fewer positions":
-                with h5py.File(path, "r+") as file:
-                    for name in ("k", "v", "positions"):
-                        part = file[name][10:]
-                        del file[name]
-                        file[name] = part
-            if kind in ("no cache", "other numbers"):
-                with h5py.File(path, "r+") as file:
-                    text = bytes(file["cache"][()])
-                    del file["cache"]
-                    if kind == "other numbers":
-                        file["cache"] = np.bytes_(text.replace(b'"dim": 16', b'"dim": 24'))
-        comm.Barrier()
-        expect(comm, lambda: KVCache.open(path, comm), ShardError, "")
+    with KVCache.open(path, comm) as cache:
+        assert (cache.length, cache.tokens) == (0, 0)
+
+
+def test_integers_of_numpy(comm):
+    """As sizes often are; what is no integer is refused, with the same words everywhere."""
+    q, k, v = tokens(5, 6)
+    sizes = {name: np.int64(size) for name, size in SIZES.items()}
+    with KVCache(comm, capacity=np.uint32(6), threads=np.int8(1), **sizes) as cache:
+        cache.append(k, v, replicated=True)
+        cache.crop(np.int16(5))
+        assert cache.attend(q[-1:]).shape == (1, 4, 8)
+        for wrong in (2.0, "2", True, None, np.bool_(True), -1):
+            expect(comm, lambda wrong=wrong: cache.crop(wrong), OptionError, "crop: length: expected an integer")
+    assert Schedule(heads=np.int64(2), keys=np.array(3)) == Schedule(heads=2, keys=3)
+    assert Mask(window=np.int64(3), first=np.uint8(2)) == Mask(window=3, first=2)
+    expect(comm, lambda: Contiguous([3, 2.0]), OptionError, "contiguous layout: expected an integer for each rank")
+    for wrong in (2.0, True, "2"):
+        for make_it in (lambda wrong=wrong: Schedule(queries=wrong), lambda wrong=wrong: Mask(window=wrong),
+                        lambda wrong=wrong: KVCache(comm, kv_heads=wrong, dim=4),
+                        lambda wrong=wrong: ring_attention(q, k, v, comm=comm, dropout=0.5, seed=wrong),
+                        lambda wrong=wrong: ring_attention(q, k, v, comm=comm, threads=wrong)):
+            expect(comm, make_it, OptionError, "integer")
+
+
+def test_documents_longer_than_the_cache(comm):
+    """The last one may go on: steps and sharded queries see it so far, as a pass over the whole sequence does."""
+    q, k, v = tokens(15, 60, "float64")
+    see = oracle.visible(60, 60, causal=True, documents=[0, 10, 30, 30, 55, 70][:5])
+    mask = Mask(causal=True, documents=[0, 10, 30, 30, 55, 70])
+    see[55:, 55:] = np.tri(5, dtype=bool)
+    want, _ = oracle.attend(q, k, v, see, 0.25)
+    with KVCache(comm, dtype="float64", mask=mask, **SIZES) as cache:
+        cache.append(k[:22], v[:22], replicated=True)
+        mine = make("striped", 22, comm.size).positions(comm.rank)
+        out = cache.attend(q[mine], sharded=True, layout="striped")
+        assert oracle.error(out, want[mine]) < 1e-13
+        for at in range(22, 60):
+            out = cache.attend(q[at:at + 1], k[at:at + 1], v[at:at + 1])
+            assert oracle.error(out, want[at:at + 1]) < 1e-13
+        mine = make("contiguous", 60, comm.size).positions(comm.rank)
+        assert oracle.error(cache.attend(q[mine], sharded=True), want[mine]) < 1e-13
+        ahead = Mask(documents=[0, 10, 70], q_offset=58)          # positions that are still to come
+    with KVCache(comm, dtype="float64", mask=ahead, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        alike = cache.attend(q[:4])
+        mine = make("contiguous", 4, comm.size).positions(comm.rank)
+        assert oracle.error(cache.attend(q[mine], sharded=True), alike[mine]) < 1e-13
+
+
+@pytest.mark.parametrize(("batch", "few"), [(None, True), (2, False)])
+def test_memory_is_that_of_a_piece(comm, path, monkeypatch, batch, few):
+    """What is made besides the cache does not grow with it: sharded queries, save, open and reorder."""
+    monkeypatch.setattr("ringmpi.kv.prompt.PIECE_BYTES", 2**18)
+    monkeypatch.setattr("ringmpi.kv.store.PIECE_BYTES", 2**16)
+    monkeypatch.setattr("ringmpi.kv.saving.BLOCK_BYTES", 2**16)
+    monkeypatch.setattr("ringmpi.backends.numpy_.ROWS", 16)
+    monkeypatch.setattr("ringmpi.backends.numpy_.COLUMNS", 256)
+    length, n_q = 4800 * comm.size, 6 if few else 40
+    rng = np.random.default_rng(16)
+    q, k, v = (rng.standard_normal(([batch] if batch else []) + [n, 2, 64], "f4") for n in (n_q, length, length))
+    mine = make("contiguous", n_q, comm.size).positions(comm.rank)
+    peaks = {}
+    monkeypatch.setattr("ringmpi.kv.prompt.fewest_bytes",
+                        lambda size, queries, keys: Schedule(queries=size) if few else Schedule(keys=size))
+
+    def measured(name, work):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        result = work()
+        peaks[name] = tracemalloc.get_traced_memory()[1] - before
+        return result
+
+    with KVCache(comm, kv_heads=2, dim=64, batch=batch, backend="numpy") as cache:
+        cache.append(k[..., :32, :, :], v[..., :32, :, :], replicated=True)
+        cache.attend(q[..., mine, :, :][..., :0, :, :], sharded=True)          # imports
+        cache.crop(0)
+        for at in range(0, length, 480):
+            here = slice(at, at + 480)
+            cache.append(k[..., here, :, :], v[..., here, :, :], replicated=True)
+        assert len(cache._core.contents.store.chunks) > 3
+        size = cache.nbytes // 2
+        asked = q[..., mine, :, :]
+        want = cache.attend(q)[..., mine, :, :]
+        tracemalloc.start()
+        got = measured("attend", lambda: cache.attend(asked, sharded=True))
+        if batch:
+            measured("reorder", lambda: cache.reorder([1, 0]))
+            measured("reorder", lambda: cache.reorder([1, 0]))
+        measured("save", lambda: cache.save(path))
+        tracemalloc.stop()
+    assert oracle.error(got, want, np.abs(want).max(initial=0) or 1.0) <= TOLERANCE["float32"]
+    positions = 8 * length * (2 + 4)
+    bound = {"attend": positions + 2**20, "save": positions + 2**19, "reorder": 2**17 + 2**16}
+    assert all(peak < bound[name] < size for name, peak in peaks.items()), (peaks, bound, size)
+    with KVCache.open(path, comm, backend="numpy") as cache:
+        assert oracle.error(cache.attend(q), np.asarray(comm.bcast(cache.attend(q)))) == 0
+        again = cache.attend(asked, sharded=True)
+    assert oracle.error(again, want, np.abs(want).max(initial=0) or 1.0) <= TOLERANCE["float32"]
 
 
 def test_bad_input_is_one_error_everywhere_and_changes_nothing(comm):
@@ -265,16 +446,17 @@ def test_bad_input_is_one_error_everywhere_and_changes_nothing(comm):
             expect(comm, lambda: cache.attend(q[odd:odd + 2 - odd]), OptionError, "shape of q")
         assert (cache.attend(q[one]) == want).all()
         assert cache.length == 29
-    for options, text in (({"kv_heads": 0}, "kv_heads expects"), ({"batch": 0}, "batch expects"),
-                          ({"capacity": -1}, "capacity expects"), ({"dim": 2.5}, "dim expects")):
+    for options, text in (({"kv_heads": 0}, "kv_heads: expected"), ({"batch": 0}, "batch: expected"),
+                          ({"capacity": -1}, "capacity: expected"), ({"dim": 2.5}, "dim: expected")):
         expect(comm, lambda options=options: KVCache(comm, **{**SIZES, **options}), OptionError, text)
     with pytest.raises(TypeError, match="here that is mask="):
         KVCache(comm, **SIZES, causal=True)
 
 
-def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
+def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch, path):
     """What does not fit, or fails, on one rank is one error on all of them, and the cache is as it was."""
-    q, k, v = tokens(8, 12)
+    length = 16 * comm.size
+    q, k, v = tokens(8, length)
     odd = comm.rank == comm.size - 1
     with KVCache(comm, timeout=20, **SIZES) as cache:
         cache.append(k, v, replicated=True)
@@ -288,16 +470,19 @@ def test_an_error_on_one_rank_is_heard_by_all(comm, monkeypatch):
             pair = (k[:2], v[:2]) if odd else ()
             expect(comm, lambda: cache.attend(q[-1:], *pair), OptionError, "tokens is 2 here and not given on rank 0")
 
-        def whole(store):
+        def fail(store, *_):
             raise MemoryError("of one rank")
 
         with monkeypatch.context() as patch:
             if odd:
-                patch.setattr("ringmpi.kv.store.KVStore.whole", whole)
+                patch.setattr("ringmpi.kv.store.KVStore.pieces", fail)
+                patch.setattr("ringmpi.kv.store.KVStore.views", fail)
             expect(comm, lambda: cache.attend(q, sharded=True), ResourceError, "of one rank")
-            expect(comm, lambda: cache.save("never"), ResourceError, "of one rank")
+            expect(comm, lambda: cache.save(path), ResourceError, "of one rank")
+        assert not list(Path(path).parent.iterdir())
+        cache.save(path)
         assert (cache.attend(q[-1:]) == want).all()
-        assert cache.length == 12
+        assert cache.length == length
     expect(comm, lambda: KVCache(comm, **SIZES, dtype="f99" if odd else "float32"), DtypeError, "dtype: expected")
 
 

@@ -41,6 +41,19 @@ def dense(q, k, v, see, sinks=None):
     return torch.einsum("hij,jhd->ihd", weights, v), torch.logsumexp(scores, dim=2).T
 
 
+def test_queries_that_all_ranks_have(comm):
+    """Their gradients are the same everywhere, or an error everywhere: a loss that differs between ranks is heard."""
+    q, k, v = tensors(9, 5, dtype=torch.float32)
+    odd = comm.rank == comm.size - 1
+    out = ringmpi.torch.ring_attention(q, k, v, comm=comm, layout="replicated")
+    out.square().sum().backward()
+    assert len(set(comm.allgather(q.grad.numpy().tobytes()))) == 1
+    if comm.size > 1:
+        out = ringmpi.torch.ring_attention(q, k, v, comm=comm, layout="replicated")
+        with pytest.raises(ringmpi.OptionError, match="the same dout, dlse, out and lse, where all ranks have the que"):
+            (out.sum() * (2 if odd else 1)).backward()
+
+
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_gradcheck(backend):
     from mpi4py import MPI
@@ -142,13 +155,13 @@ def test_activation_checkpointing(comm):
     assert all((a == b).all() for a, b in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_redistribute_and_its_way_back(comm, dtype):
-    """Of uneven contiguous shards: the gradient comes back to where each token came from."""
+def there_and_back(comm, dtype, between=lambda: None, **options):
+    """Redistribute uneven contiguous shards: the gradient comes back to where each token came from."""
     counts = [3 * rank % 5 for rank in range(comm.size)]
     start, length = sum(counts[:comm.rank]), sum(counts)
     x = torch.arange(2 * length, dtype=dtype).reshape(length, 2)[start:start + counts[comm.rank]].requires_grad_()
-    moved = ringmpi.torch.redistribute(x, comm=comm, target="striped")
+    moved = ringmpi.torch.redistribute(x, comm=comm, **options)
+    between()
     tokens = make("striped", length, comm.size).positions(comm.rank)
     weights = torch.from_numpy(tokens * 10.0).to(dtype)[:, None].expand(-1, 2)
     (moved * weights).sum().backward()
@@ -156,7 +169,13 @@ def test_redistribute_and_its_way_back(comm, dtype):
     assert (moved.detach().double().numpy() == 2 * tokens[:, None] + [0, 1]).all()
     assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
     assert (same == x).all()
+    assert same.data_ptr() != x.data_ptr() or not len(x)
     assert x.grad.dtype == moved.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_redistribute_and_its_way_back(comm, dtype):
+    there_and_back(comm, dtype, target="striped")
 
 
 @pytest.fixture
@@ -181,23 +200,11 @@ def gpu(comm, monkeypatch):
 @pytest.mark.parametrize("transport", ["direct", "staged"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_redistribute_and_its_way_back_on_gpus(comm, gpu, monkeypatch, dtype, transport):
-    counts = [3 * rank % 5 for rank in range(comm.size)]
-    start, length = sum(counts[:comm.rank]), sum(counts)
-    copied = []
+    copied, there = [], []
     original = gpu.take_rows
     monkeypatch.setattr(gpu, "take_rows", lambda *x: copied.append(x) or original(*x))
-    x = torch.arange(2 * length, dtype=dtype).reshape(length, 2)[start:start + counts[comm.rank]].requires_grad_()
-    moved = ringmpi.torch.redistribute(x, comm=comm, timeout=60, gpu_transport=transport)
-    tokens = make("striped", length, comm.size).positions(comm.rank)
-    there = len(copied)
-    weights = torch.from_numpy(tokens * 10.0).to(dtype)[:, None].expand(-1, 2)
-    (moved * weights).sum().backward()
-    same = ringmpi.torch.redistribute(x, comm=comm, target=ringmpi.Contiguous(counts))
-    assert (moved.detach().double().numpy() == 2 * tokens[:, None] + [0, 1]).all()
-    assert (x.grad.double().numpy() == 10.0 * np.arange(start, start + counts[comm.rank])[:, None]).all()
-    assert (same == x).all()
-    assert same.data_ptr() != x.data_ptr() or not len(x)
-    assert (there, len(copied)) == (3, 6)      # packed and unpacked on the GPU, both ways
+    there_and_back(comm, dtype, lambda: there.append(len(copied)), timeout=60, gpu_transport=transport)
+    assert (*there, len(copied)) == (3, 6)      # packed and unpacked on the GPU, both ways
 
 
 def test_bad_arguments(comm):

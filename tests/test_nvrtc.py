@@ -24,7 +24,7 @@ ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 *
 MOST_SPILLED = {"installed": dict.fromkeys(ARCHITECTURES, 192),
                 OLDER: {"sm_80": 160, "sm_90a": 224, "sm_100": 600}}
 STATE = ["visible_columns",
-         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add") for kind in ("float", "double")),
+         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),

@@ -254,7 +254,7 @@ class Backend:
         x.fill(0)
 
     def add(self, x: Any, y: Any) -> None:
-        """Add `y` to `x`, of the same shape and dtype, in place. Local."""
+        """Add `y` to `x`, of the same shape and dtype, in place; each may be some heads of an array. Local."""
         x += y
 
     def astype(self, x: Any, dtype: np.dtype[Any]) -> Any:

@@ -22,6 +22,7 @@ from .item_types import file_type, memory_type, stored_dtype
 from .links import resolve_path
 from .new_file import NewFile, new_file, not_what_was_written
 from .opening import H5PY_ERRORS, explain, open_file, reading
+from .paths import as_path
 from .rows import row_ranges, select_rows, whole_rows
 from .storage import check_storage
 from .virtual import check_sources, source_path
@@ -241,9 +242,12 @@ def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | 
 
     Raises
     ------
+    OptionError
+        If `path` is no path.
     OutputError
-        If `path` exists and not `force`, is no regular file, or can't be written.
+        If it exists and not `force`, is no regular file, or can't be written.
     """
+    path = as_path(path)
     with new_file(path, force) as disk:
         try:
             with OutputFile(disk) as file:

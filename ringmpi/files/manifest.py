@@ -6,7 +6,6 @@ before it is used, and the virtual datasets `out` and `lse` must be views of its
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -26,6 +25,7 @@ from .item_types import file_type
 from .links import resolve_path
 from .opening import open_file, reading
 from .rows import whole_rows
+from .sealed import read_sealed
 from .storage import check_storage
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
@@ -112,14 +112,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         If the file is missing, damaged, unfinished or no output of ours, or names shards outside its folder.
     """
     real = Path(os.path.realpath(path))
-    with open_file(real) as file, reading(real):
-        if not isinstance(file.get("manifest", getlink=True), h5py.HardLink) or "manifest_sha256" not in file.attrs:
-            raise ShardError(f"{path}: has no manifest: expected the output of `ringmpi attend`")
-        text = _read_bytes(file, f"{path}: its manifest")
-        expected = _attribute(file, "manifest_sha256", 128)
-        complete = _attribute(file, "complete", 1) if "complete" in file.attrs else False
-    if complete != True or hashlib.sha256(text).hexdigest() != expected:       # noqa: E712 (may be anything)
-        raise ShardError(f"{path}: its manifest is damaged")
+    text = read_sealed(real, "manifest", MANIFEST_BYTES, "the output of `ringmpi attend`")
     try:
         content = json.loads(text)
         manifest = Manifest(real, tuple(Shard(**shard) for shard in content["shards"]),
@@ -129,29 +122,6 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path}: its manifest makes no sense: {error}") from None
     return manifest
-
-
-def _read_bytes(file: h5py.File, where: str) -> bytes:
-    """Read the dataset `manifest`: one string of bytes that is in this file."""
-    dataset = file["manifest"]
-    if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.shape != () or dataset.dtype.kind != "S":
-        raise ShardError(f"{where}: expected a plain string of bytes")
-    size = dataset.dtype.itemsize
-    if size > MANIFEST_BYTES:
-        raise ShardError(f"{where}: expected at most {MANIFEST_BYTES:,} bytes, got {size:,}")
-    check_storage(dataset, where)
-    return bytes(dataset[()])
-
-
-def _attribute(file: h5py.File, name: str, most: int) -> Any:
-    """Read a single value; None if it has another type, or more than `most` bytes."""
-    attribute = h5py.h5a.open(file.id, name.encode())
-    if attribute.shape != () or attribute.get_storage_size() > most:
-        return None
-    value = file.attrs[name]
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    return value if isinstance(value, str) else bool(value) if isinstance(value, np.bool_) else None
 
 
 def _check_manifest(manifest: Manifest) -> None:

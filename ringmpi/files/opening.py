@@ -13,7 +13,7 @@ import h5py
 
 from ..errors import RingError, ShardError
 from ..phases import phase
-from .paths import file_kind
+from .paths import as_path, file_kind
 
 H5PY_ERRORS = (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError)      # its ways to say: damaged
 LOCKED = {errno.EAGAIN, errno.EWOULDBLOCK}
@@ -43,6 +43,8 @@ def reading(path: Any) -> Iterator[None]:
 
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise `ShardError` unless there is a regular file at `path`, or a link to one. Local."""
+    if not isinstance(path, (str, os.PathLike)):          # an integer would be taken for an open file
+        path = as_path(path)
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

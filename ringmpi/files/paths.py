@@ -8,8 +8,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import OutputError, RingError
+from ..errors import OptionError, OutputError, RingError
 
 NAME_BYTES = 230               # of a file's name: file systems take 255 at most, and temporary names are longer
 NO_FOLDER_FLUSH = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EISDIR, errno.EROFS}
@@ -24,6 +25,15 @@ def writing(target: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(f"{target}: can't be written: {error}") from error
+
+
+def as_path(path: Any) -> Path:
+    """Take what a caller says is the name of a file, or raise `OptionError`. Local."""
+    if isinstance(path, (str, os.PathLike)):
+        name = os.fspath(path)
+        if isinstance(name, str) and name and "\0" not in name:
+            return Path(name)
+    raise OptionError(f"path: expected the name of a file, a str or a pathlib.Path, got {path!r}")
 
 
 def check_writable(path: Path, force: bool) -> None:

@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
-from .hdf5 import create_dataset, write_array, write_file, write_rows
+from .hdf5 import create_dataset, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
 from .opening import check_regular, open_file, reading
 from .paths import check_writable, flush_to_disk, writing
 from .rows import row_ranges
+from .sealed import write_sealed
 
 Array = NDArray[Any]
 
@@ -139,8 +140,7 @@ class Output:
         with write_file(self.path, self.force, check=_check_written) as file:
             for name, (shape, dtype) in shapes.items():
                 _create_view(file, name, shape, dtype, shards)
-            write_array(file, "manifest", np.bytes_(manifest))
-            file.attrs["manifest_sha256"] = np.bytes_(hashlib.sha256(manifest).hexdigest())
+            write_sealed(file, "manifest", manifest)
             _set_attributes(file, record)
 
     def _check_shards(self, shards: list[Shard]) -> None:

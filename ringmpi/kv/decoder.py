@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,20 @@ class Query(NamedTuple):
     on_gpu : bool
         Whether the caller's array is on a GPU.
     sinks : array of shape (heads,), accumulator dtype, optional
+    first, total : int
+        Which of all queries are in q, for the mask: from the first on, of so many.
     """
 
     q: Array
     on_gpu: bool
     sinks: NDArray[Any] | None
+    first: int
+    total: int
+
+    def parts(self, rows: int) -> Iterator[Query]:
+        """Cut it into parts of so many queries at most; at least one. Local."""
+        for start in range(0, max(1, self.total), rows):
+            yield self._replace(q=self.q[:, start:start + rows], first=start)
 
 
 class Decoder:
@@ -76,10 +85,10 @@ class Decoder:
         problem = self._problem
         backend = self._engine.backend
         batch, n_q, heads, dim = query.q.shape
-        numbers = np.arange(n_q, dtype=np.int64)
-        bounds = problem.mask.bounds(numbers, n_q, length)
+        numbers = np.arange(query.first, query.first + n_q, dtype=np.int64)
+        bounds = problem.mask.bounds(numbers, query.total, length)
         score = Score(1 / math.sqrt(dim) if problem.scale is None else problem.scale, problem.softcap or 0.0,
-                      problem.alibi, queries=numbers + problem.mask.offset(n_q, length))
+                      problem.alibi, queries=numbers + problem.mask.offset(query.total, length))
         states = self._engine.states(batch, n_q, heads, self._dim_v, self._acc_dtype)
         for state in states:
             backend.reset(state)

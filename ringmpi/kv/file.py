@@ -1,11 +1,17 @@
-"""A cache of keys and values as an HDF5 file: written by rank 0 in the order of the positions, read by all."""
+"""A cache of keys and values as an HDF5 file: what it says of itself, and its tokens, read by all ranks.
+
+Datasets `k`, `v` and `positions` have the tokens in the order of their positions. They are cut into blocks of some
+rows; `digests` has the SHA-256 digest of each block, over its positions, keys and values in this order. So what does
+not belong together is found, by whichever ranks read it. The description, `cache`, has the digest of `digests`, and is
+sealed itself.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,130 +19,71 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import DTYPES
-from ..errors import OptionError, ShardError
-from ..files.hdf5 import create_dataset, open_dataset, read_integers, read_rows, write_array, write_file, write_rows
+from ..dtypes import DTYPES, check_dtype
+from ..errors import DtypeError, OptionError, ShapeError, ShardError
+from ..files.hdf5 import open_dataset, read_integers, read_rows
+from ..files.links import resolve_path
 from ..files.opening import open_file, reading
+from ..files.sealed import read_sealed
+from ..files.storage import check_storage
 from ..layout import Contiguous
-from ..mpi.comm import Comm
 
 Array = NDArray[Any]
-FORMAT = 1
-PIECE_BYTES = 2**25            # of what a rank sends at a time to the one that writes
+FORMAT = 2
+DESCRIPTION_BYTES = 2**12
 LARGEST = 2**40                # tokens
+DIGEST_BYTES = hashlib.sha256().digest_size
+COUNTS = {"length": 0, "dropped": 0, "tokens": 0, "rows": 1, "kv_heads": 1, "dim": 1, "dim_v": 1}      # at least
 
 
-def write_cache(comm: Comm, timeout: float, path: Path, force: bool, description: Mapping[str, Any],
-                positions: NDArray[np.int64], arrays: Mapping[str, Array]) -> None:
-    """Write a cache. Collective over *comm*; what fails on rank 0 is raised there.
-
-    Parameters
-    ----------
-    comm : Comm
-    timeout : float
-    path : path
-    force : bool
-        Replace a file of that name.
-    description : mapping
-        What `read_description` gives; plain values.
-    positions : int64 array of shape (tokens,)
-        Of all tokens, increasing.
-    arrays : mapping of str to array of shape (n, ...)
-        `k` and `v` of this rank's tokens, laid out evenly.
-
-    Raises
-    ------
-    OutputError
-        If the file exists and not `force`, or can't be written.
-    """
-    if comm.rank:
-        _send(comm, timeout, arrays)
-        return
-    pieces = _incoming(comm, timeout, Contiguous.even(len(positions), comm.size), arrays)
-    try:
-        with write_file(path, force) as file:
-            datasets = {name: create_dataset(file, name, (len(positions), *x.shape[1:]), x.dtype)
-                        for name, x in arrays.items()}
-            for name, start, piece in pieces:
-                write_rows(datasets[name], start, piece)
-            write_array(file, "positions", positions)
-            write_array(file, "cache", np.bytes_(_text(description)))
-    finally:
-        for _ in pieces:          # what the others send is taken, whatever has failed here
-            pass
+def block_digest(positions: NDArray[np.int64], arrays: Iterable[Array]) -> bytes:
+    """Give the digest of a block of tokens: of their positions, keys and values. Local."""
+    sha256 = hashlib.sha256(np.ascontiguousarray(positions).data)
+    for x in arrays:
+        sha256.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    return sha256.digest()
 
 
-def _text(description: Mapping[str, Any]) -> bytes:
-    """Write a description as text, with a checksum: that of a chunk is not to be had for a single item."""
-    plain = {"format": FORMAT, **description}
-    return json.dumps({**plain, "crc32": zlib.crc32(json.dumps(plain).encode())}).encode()
-
-
-def _pieces(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[slice]:
-    """Cut rows into pieces of a limited size."""
-    row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-    step = max(1, PIECE_BYTES // max(1, row_bytes))
-    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
-def _send(comm: Comm, timeout: float, arrays: Mapping[str, Array]) -> None:
-    for x in arrays.values():
-        send = comm.message_starter("Isend", 0, 0)
-        for piece in _pieces(x.shape, x.dtype):
-            comm.wait([send(x[piece].reshape(-1).view(np.uint8))], timeout,
-                      lambda: f"{comm.name()} waited for rank 0 to write a cache", peers=lambda: [0])
-
-
-def _incoming(comm: Comm, timeout: float, layout: Contiguous, arrays: Mapping[str, Array]
-              ) -> Iterator[tuple[str, int, Array]]:
-    """Yield rank 0's own rows, and those of each other rank as they come: name, first row, rows."""
-    for name, x in arrays.items():
-        yield name, 0, x
-        for rank in range(1, comm.size):
-            for piece in _pieces((layout.counts[rank], *x.shape[1:]), x.dtype):
-                rows = np.empty((piece.stop - piece.start, *x.shape[1:]), x.dtype)
-                _receive(comm, timeout, rank, rows)
-                yield name, layout.starts[rank] + piece.start, rows
-
-
-def _receive(comm: Comm, timeout: float, rank: int, rows: Array) -> None:
-    request = comm.message_starter("Irecv", rank, 0)(rows.reshape(-1).view(np.uint8))
-    comm.wait([request], timeout, lambda: f"{comm.name()} waited for the cache of rank {rank}", peers=lambda: [rank])
+def encode_description(description: Mapping[str, Any]) -> bytes:
+    """Write a description as text. Local."""
+    return json.dumps({"format": FORMAT, **description}).encode()
 
 
 def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what a file says of its cache: length, dropped, kv_heads, dim, dim_v, dtype, batch. Local.
+    """Read what a file says of its cache: length, dropped, kv_heads, dim, dim_v, dtype, batch and more. Local.
 
     Raises
     ------
     ShardError
         If the file is missing, damaged or no cache.
     """
-    with open_file(path) as file, reading(path):
-        data = file.get("cache")
-        if not isinstance(data, h5py.Dataset) or data.is_virtual or data.shape != () or data.dtype.kind != "S":
-            raise ShardError(f"{path}: is no cache: expected what KVCache.save writes")
-        if data.dtype.itemsize > 2**12 or file.attrs.get("complete") != True:         # noqa: E712 (may be anything)
-            raise ShardError(f"{path}: is damaged or was never finished")
-        text = bytes(data[()])
+    text = read_sealed(Path(path), "cache", DESCRIPTION_BYTES, "what KVCache.save writes")
     try:
         found: dict[str, Any] = json.loads(text)
-        right = found["format"] == FORMAT and found["dtype"] in DTYPES and all(
-            type(found[name]) is int and least <= found[name] < LARGEST
-            for name, least in (("length", 0), ("dropped", 0), ("kv_heads", 1), ("dim", 1), ("dim_v", 1)))
         batch = found["batch"]
-        right = right and (batch is None or (type(batch) is int and 0 < batch < LARGEST))
-        right = right and text == _text({name: x for name, x in found.items() if name not in ("format", "crc32")})
+        right = (found["format"] == FORMAT and found["dtype"] in DTYPES and isinstance(found["digests"], str)
+                 and all(type(found[name]) is int and least <= found[name] < LARGEST for name, least in COUNTS.items())
+                 and (batch is None or (type(batch) is int and 0 < batch < LARGEST)))
     except (KeyError, TypeError, ValueError, RecursionError):
         right = False
     if not right:
-        raise ShardError(f"{path}: what it says of its cache is damaged, or of another version")
+        raise ShardError(f"{path}: what it says of its cache is of another version; save it by this one")
     return found
 
 
-def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], seen: int, rank: int, size: int
-                ) -> tuple[NDArray[np.int64], Array, Array]:
-    """Read a rank's share of the tokens of a cache. Local.
+def check_sizes(path: Any, found: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the sizes of a cache by its description, or raise `OptionError` if others are asked for. Local."""
+    sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch")}
+    for name, size in sizes.items():
+        given = options.get(name, size)
+        if (check_dtype(given, name).name if name == "dtype" else given) != size:
+            raise OptionError(f"{path}: expected a cache with {name} {given}, got {size}")
+    return sizes
+
+
+def read_blocks(path: str | os.PathLike[str], description: Mapping[str, Any], seen: int, rank: int, size: int
+                ) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
+    """Read a rank's share of the tokens of a cache, block by block. Local.
 
     Parameters
     ----------
@@ -148,41 +95,82 @@ def read_tokens(path: str | os.PathLike[str], description: Mapping[str, Any], se
     rank, size : int
         Tokens are dealt out evenly, in their order.
 
-    Returns
-    -------
+    Yields
+    ------
     positions : int64 array of shape (n,)
     k, v : arrays of shape (n, [batch,] kv_heads, dim) and (n, [batch,] kv_heads, dim_v)
 
     Raises
     ------
     ShardError
-        If the file is damaged, or not of the sizes that it says.
+        If the file is damaged, not of the sizes that it says, or made up of parts of several.
     OptionError
         If keys that are needed were dropped.
     """
-    batch = () if description["batch"] is None else (description["batch"],)
-    dtype = DTYPES[description["dtype"]]
-    arrays = []
     with open_file(path) as file:
-        positions = read_integers(file, "positions", LARGEST)
-        if len(positions) and not (positions[0] >= 0 and positions[-1] < description["length"]
-                                   and (np.diff(positions) > 0).all()):
-            raise ShardError(f"{path}: expected positions that increase, below {description['length']}")
-        kept = description["length"] - description["dropped"]
-        if int((positions >= description["dropped"]).sum()) != kept:
-            raise ShardError(f"{path}: expected all positions from {description['dropped']} to "
-                             f"{description['length']}, got {len(positions)} positions in all")
+        try:
+            digests = _read_digests(file, path, description)
+            positions = _read_positions(file, path, description)
+            datasets = _open_datasets(file, path, description)
+        except (DtypeError, ShapeError) as error:
+            raise ShardError(f"{path}: is not the cache that it says: {error}") from error
         if int((positions < seen).sum()) < min(seen, description["dropped"]):
             raise OptionError(f"{path}: expected a mask with a window, and no more first keys than were kept: some "
                               f"before {description['dropped']} were dropped, and this mask shows them")
         shares = Contiguous.even(len(positions), size)
-        rows = slice(shares.starts[rank], shares.starts[rank] + shares.counts[rank])
-        for name, dim in (("k", description["dim"]), ("v", description["dim_v"])):
-            dataset = open_dataset(file, name)
-            shape = (len(positions), *batch, description["kv_heads"], dim)
-            if dataset.shape != shape or dataset.is_virtual:
-                raise ShardError(f"{path}: dataset {name!r}: expected shape {shape}, got {dataset.shape}")
-            arrays.append(read_rows(dataset, rows.start, rows.stop))
-            if arrays[-1].dtype != dtype:
-                raise ShardError(f"{path}: dataset {name!r}: expected {dtype}, got {arrays[-1].dtype}")
-    return positions[rows], arrays[0], arrays[1]
+        first, last = shares.starts[rank], shares.starts[rank] + shares.counts[rank]
+        rows = description["rows"]
+        for start in range(first - first % rows, last, rows):
+            stop = min(start + rows, len(positions))
+            k, v = (read_rows(dataset, start, stop) for dataset in datasets)
+            if block_digest(positions[start:stop], (k, v)) != digests[start // rows]:
+                raise ShardError(f"{path}: rows {start}..{stop} of positions, k and v do not belong together, or are "
+                                 "damaged: they are not what was written")
+            mine = slice(max(first, start) - start, min(last, stop) - start)
+            yield positions[start:stop][mine], k[mine], v[mine]
+
+
+def _read_digests(file: h5py.File, path: Any, description: Mapping[str, Any]) -> list[bytes]:
+    """Read the digest of each block."""
+    blocks = -(-description["tokens"] // description["rows"])
+    where = f"{path}: dataset 'digests'"
+    with reading(where):
+        dataset = resolve_path(file, "digests")
+        if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual or dataset.dtype != np.uint8 or (
+                dataset.shape != (blocks, DIGEST_BYTES)):
+            raise ShardError(f"{where}: expected a plain dataset of {blocks} digests")
+        check_storage(dataset, where)
+        table: NDArray[np.uint8] = np.asarray(dataset[...])
+    if hashlib.sha256(table.tobytes()).hexdigest() != description["digests"]:
+        raise ShardError(f"{where}: is damaged, or of another cache")
+    return [row.tobytes() for row in table]
+
+
+def _read_positions(file: h5py.File, path: Any, description: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Read the positions of all tokens."""
+    positions = read_integers(file, "positions", LARGEST)
+    length, dropped = description["length"], description["dropped"]
+    if len(positions) != description["tokens"]:
+        raise ShardError(f"{path}: expected {description['tokens']} positions, got {len(positions)}")
+    if len(positions) and not (positions[0] >= 0 and positions[-1] < length and (np.diff(positions) > 0).all()):
+        raise ShardError(f"{path}: expected positions that increase, below {length}")
+    if int((positions >= dropped).sum()) != length - dropped:
+        raise ShardError(f"{path}: expected all positions from {dropped} to {length}, got {len(positions)} positions "
+                         "in all")
+    return positions
+
+
+def _open_datasets(file: h5py.File, path: Any, description: Mapping[str, Any]) -> list[h5py.Dataset]:
+    """Find keys and values, of the shapes and the dtype that the description says."""
+    batch = () if description["batch"] is None else (description["batch"],)
+    datasets = []
+    for name, dim in (("k", description["dim"]), ("v", description["dim_v"])):
+        dataset = open_dataset(file, name)
+        shape = (description["tokens"], *batch, description["kv_heads"], dim)
+        if dataset.shape != shape or dataset.is_virtual:
+            raise ShardError(f"{path}: dataset {name!r}: expected shape {shape}, got {dataset.shape}")
+        dtype = read_rows(dataset, 0, 0).dtype
+        if dtype != DTYPES[description["dtype"]]:
+            raise ShardError(f"{path}: dataset {name!r}: expected {description['dtype']}, got {dtype}")
+        datasets.append(dataset)
+    return datasets

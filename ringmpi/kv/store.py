@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..schedules.links import assign
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 Empty = Callable[[tuple[int, ...], Any], Array]
+PIECE_BYTES = 2**22               # of keys and values that are put in another order at a time
 
 
 @dataclass
@@ -63,6 +65,7 @@ class KVStore:
         self._empty = empty
         self._room = room
         self._most = most
+        self._token_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
 
     @property
     def tokens(self) -> int:
@@ -98,6 +101,11 @@ class KVStore:
             chunk.used += count
             done += count
 
+    def make_room(self, tokens: int) -> None:
+        """Make sure that so many tokens more find room, in one chunk if it may be so large. Local."""
+        if tokens:
+            self._with_room(tokens)
+
     def _with_room(self, wanted: int) -> Chunk:
         """Give the last chunk if it has room, else a new one."""
         if not self.chunks or self.chunks[-1].used == len(self.chunks[-1].places):
@@ -119,33 +127,31 @@ class KVStore:
                        if not (chunk.used and start <= chunk.places[0] and chunk.positions[-1] < stop)]
 
     def reorder(self, elements: NDArray[np.int64]) -> None:
-        """Let each element of the batch have what another one had. Local."""
+        """Let each element of the batch have what another one had, in place. Local."""
+        changed = [(int(target), int(source)) for target, source in enumerate(elements) if target != source]
+        if not changed:
+            return
+        for k, v in self.pieces(PIECE_BYTES):
+            for x in (k, v):
+                before = self._empty((len(changed), *x.shape[1:]), x.dtype)
+                for copy, (_, source) in zip(before, changed, strict=True):
+                    assign(copy, x[source])
+                for copy, (target, _) in zip(before, changed, strict=True):
+                    assign(x[target], copy)
+
+    def pieces(self, nbytes: int) -> Iterator[tuple[Array, Array]]:
+        """Yield all tokens, in place: keys and values of so many bytes at most, or of one token. Local."""
         for chunk in self.chunks:
-            for x in (chunk.k, chunk.v):
-                before = [x[int(element), :chunk.used] for element in elements]
-                copies = [self._copy(part) for part in before]
-                for number, part in enumerate(copies):
-                    assign(x[number, :chunk.used], part)
+            step = max(1, nbytes // max(1, self._token_bytes))
+            for start in range(0, chunk.used, step):
+                tokens = slice(start, min(start + step, chunk.used))
+                yield chunk.k[:, tokens], chunk.v[:, tokens]
 
-    def _copy(self, x: Array) -> Array:
-        made = self._empty(x.shape, x.dtype)
-        assign(made, x)
-        return made
-
-    def whole(self) -> tuple[Array, Array]:
-        """Give all keys and all values as one array each: a view if they are in one chunk, else copies. Local."""
-        if len(self.chunks) == 1:
-            chunk = self.chunks[0]
-            return chunk.k[:, :chunk.used], chunk.v[:, :chunk.used]
-        arrays = tuple(self._empty((batch, self.tokens, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
-        for rows, chunk in self.rows():
-            assign(arrays[0][:, rows], chunk.k[:, :chunk.used])
-            assign(arrays[1][:, rows], chunk.v[:, :chunk.used])
-        return arrays[0], arrays[1]
-
-    def rows(self) -> Iterator[tuple[slice, Chunk]]:
-        """Yield each chunk with its place among all tokens. Local."""
+    def views(self, first: int, last: int) -> Iterator[tuple[Array, Array]]:
+        """Yield the tokens from one to another, as they are numbered on this rank, in place. Local."""
         start = 0
         for chunk in self.chunks:
-            yield slice(start, start + chunk.used), chunk
+            tokens = slice(max(0, first - start), min(chunk.used, last - start))
+            if tokens.start < tokens.stop:
+                yield chunk.k[:, tokens], chunk.v[:, tokens]
             start += chunk.used

@@ -55,8 +55,8 @@ class GroupExchange(Mover):
         what : str
             Is exchanged: "queries".
         outgoing : for each member, arrays of any strides
-            May change as soon as this returns, or on a GPU once what is on its stream is done. The same object for
-            several members is packed once.
+            Or the arrays for all of them alike, as the only entry, which are packed once. They may change as soon as
+            this returns, or on a GPU once what is on its stream is done.
         incoming : for each member, the shapes and dtypes of its arrays
         trace : Trace
             An `Exchange` is added.
@@ -69,9 +69,9 @@ class GroupExchange(Mover):
         self.comm.place = f", exchange of {what}"
         self._kinds = incoming
         self._arriving = {}
-        slots = self._reserve(outgoing, incoming)
+        alike = len(outgoing) == 1
+        self._reserve(outgoing, incoming)
         link.begin()
-        packed: set[int] = set()
         for hop in range(1, group.size):
             source, dest = group.upstream(hop), group.downstream(hop)
             nbytes = _nbytes(incoming[source])
@@ -80,28 +80,23 @@ class GroupExchange(Mover):
                 self._arriving[source] = link.incoming[-1]
                 self._record.bytes_received += nbytes
 
-            arrays = outgoing[dest]
+            arrays = outgoing[0 if alike else dest]
+            slot = group.size - 1 + (0 if alike else hop - 1)
             nbytes = sum(x.nbytes for x in arrays)
             if not nbytes:
                 continue
-            if id(arrays) not in packed:
-                packed.add(id(arrays))
-                self._pack(slots[id(arrays)], arrays)
+            if hop == 1 or not alike:
+                self._pack(slot, arrays)
             taker = self._peer("Isend", dest, 0, f"for rank {{}} to take {nbytes} bytes")
-            link.send(slots[id(arrays)], [nbytes], taker, written=True)
+            link.send(slot, [nbytes], taker, written=True)
             self._record.bytes_sent += nbytes
 
-    def _reserve(self, outgoing: Sequence[Sequence[Array]], incoming: Sequence[Kinds]) -> dict[int, int]:
-        """Make a slot for what comes from each member, and for what goes out; give the numbers of the latter."""
-        sizes = [_nbytes(incoming[member]) for member in self.others]
-        slots: dict[int, int] = {}
-        for hop in range(1, self.group.size):
-            arrays = outgoing[self.group.downstream(hop)]
-            if id(arrays) not in slots:
-                slots[id(arrays)] = len(sizes)
-                sizes.append(sum(x.nbytes for x in arrays))
-        self._link.reserve(sizes)
-        return slots
+    def _reserve(self, outgoing: Sequence[Sequence[Array]], incoming: Sequence[Kinds]) -> None:
+        """Make a slot for what comes from each member, as it is heard, and then for what goes to each, or to all."""
+        group = self.group
+        dests = [0] if len(outgoing) == 1 else [group.downstream(hop) for hop in range(1, group.size)]
+        self._link.reserve([*(_nbytes(incoming[member]) for member in self.others),
+                            *(sum(x.nbytes for x in outgoing[dest]) for dest in dests)])
 
     def _pack(self, slot: int, arrays: Sequence[Array]) -> None:
         """Write arrays into a slot, one after the other."""

@@ -49,7 +49,7 @@ class QueryExchange(GroupExchange):
             return list(arrays)
         gathered = [empty((len(x), sum(counts), *x.shape[2:]), x.dtype) for x in arrays]
         kinds = [[((len(x), n, *x.shape[2:]), x.dtype) for x in arrays] for n in counts]
-        self.start("queries", [arrays] * self.group.size, kinds, trace)
+        self.start("queries", [arrays], kinds, trace)
         for target, x in zip(gathered, arrays, strict=True):
             assign(target[:, :x.shape[1]], x)
         return gathered

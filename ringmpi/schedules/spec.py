@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checks import check_integer
 from ..errors import OptionError
 
 CARRIERS = ("ring", "gather", "broadcast", "two-way", "window")
@@ -53,9 +54,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("heads", "queries", "keys"):
-            number = getattr(self, name)
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise OptionError(f"schedule: {name} expects an integer >= 1, got {number!r}")
+            object.__setattr__(self, name, check_integer(f"schedule: {name}", getattr(self, name), 1))
         if self.carrier not in CARRIERS:
             raise OptionError(f"schedule: carrier expects one of {', '.join(CARRIERS)}, got {self.carrier!r}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...device import Struct
+from ...errors import InternalError
 from ...score import Score
 from ...softmax import State
 
@@ -95,3 +96,24 @@ def from_number(x: Array, start: int) -> Array:
 def _struct(fields: dict[str, Any]) -> np.dtype[Any]:
     """Lay fields out as C++ does: each aligned to its size, the struct to the largest."""
     return np.dtype(list(fields.items()), align=True)
+
+
+def rows_of(x: Any) -> tuple[np.int64, np.int64]:
+    """Say how many numbers of an array lie in a row without a gap, and how far apart such rows begin. Local.
+
+    Raises
+    ------
+    InternalError
+        If it has gaps of several sizes.
+    """
+    axes = [(size, stride // x.itemsize) for size, stride in zip(x.shape, x.strides, strict=True) if size != 1]
+    width = 1
+    while axes and axes[-1][1] == width:
+        width *= axes.pop()[0]
+    apart = axes[-1][1] if axes else width
+    expected = apart
+    for size, stride in reversed(axes):
+        if stride != expected:
+            raise InternalError(f"expected rows at equal distances, got shape {x.shape} with strides {x.strides}")
+        expected *= size
+    return np.int64(width), np.int64(apart)

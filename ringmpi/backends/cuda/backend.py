@@ -27,7 +27,7 @@ from ...score import Score
 from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from . import hopper
-from .arguments import from_number, gradient_inputs, problem, score_type, state_arrays
+from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
 from .instances import TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
 from .self_test import SelfTest
 from .sources import Kernel, compiler_options, kernels_folder
@@ -201,7 +201,11 @@ class CudaBackend(Backend):
 
     def add(self, x: Any, y: Any) -> None:
         """Add `y` to `x`; see `Backend.add`. Local."""
-        self._launch_over(self._kernel("state.cu", f"add<{TYPES[x.dtype]}>"), x.size, (x, y, np.int64(x.size)))
+        if x.flags.c_contiguous and y.flags.c_contiguous:
+            self._launch_over(self._kernel("state.cu", f"add<{TYPES[x.dtype]}>"), x.size, (x, y, np.int64(x.size)))
+            return
+        kernel = self._kernel("state.cu", f"add_rows<{TYPES[x.dtype]}>")
+        self._launch_over(kernel, x.size, (x, *rows_of(x), y, *rows_of(y), np.int64(x.size)))
 
     def astype(self, x: Any, dtype: np.dtype[Any]) -> Any:
         """Give `x` in `dtype`; see `Backend.astype`. Local."""

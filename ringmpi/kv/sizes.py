@@ -1,0 +1,112 @@
+"""The sizes of a cache, and whether arrays go with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..arrays import as_array
+from ..backends.base import Backend
+from ..call import Array
+from ..checks import check_integer, check_sinks
+from ..dtypes import check_dtype
+from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..score import MOST_POSITION
+from .decoder import Query
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a cache is made for; the same on all ranks. Local.
+
+    Attributes
+    ----------
+    kv_heads, dim, dim_v : int
+    dtype : dtype
+    batch : int or None
+        Elements of the batch; None if arrays have no such axis.
+    capacity : int or None
+        The most tokens in all.
+    """
+
+    kv_heads: int
+    dim: int
+    dim_v: int
+    dtype: np.dtype[Any]
+    batch: int | None
+    capacity: int | None
+
+    @classmethod
+    def check(cls, kv_heads: Any, dim: Any, dim_v: Any, dtype: Any, batch: Any, capacity: Any) -> Sizes:
+        """Take a caller's options, or raise `OptionError` or `DtypeError`. Local."""
+        def count(name: str, value: Any) -> int:
+            return check_integer(f"KVCache: {name}", value, 1)
+
+        dim = count("dim", dim)
+        return cls(count("kv_heads", kv_heads), dim, dim if dim_v is None else count("dim_v", dim_v),
+                   check_dtype(dtype, "dtype"), None if batch is None else count("batch", batch),
+                   None if capacity is None else count("capacity", capacity))
+
+    def describe(self) -> dict[str, Any]:
+        """Give the options as plain values. Local."""
+        return asdict(self)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(batch, kv_heads, dim) and (batch, kv_heads, dim_v), with a batch axis in any case."""
+        batch = self.batch or 1
+        return (batch, self.kv_heads, self.dim), (batch, self.kv_heads, self.dim_v)
+
+    @property
+    def shapes_in_file(self) -> list[tuple[int, ...]]:
+        """Of a token's key and value: ([batch,] kv_heads, dim) and ([batch,] kv_heads, dim_v)."""
+        return [shape if self.batch is not None else shape[1:] for shape in self.shapes]
+
+    def given(self, x: Array) -> Array:
+        """View an array as the caller's are: with the batch axis, or without. Local."""
+        return x if self.batch is not None else x[0]
+
+    def check_tokens(self, k: Any, v: Any, backend: Backend) -> tuple[Array, Array]:
+        """Take keys and values, where they are computed with, with a batch axis; or raise what is wrong. Local."""
+        if k is None or v is None:
+            raise OptionError("KVCache: expected k and v, got only one of them")
+        taken = []
+        for name, x, dim in (("k", k, self.dim), ("v", v, self.dim_v)):
+            array = self.check_array(name, x, backend)
+            if array.shape[2:] != (self.kv_heads, dim):
+                raise ShapeError(f"{name}: expected shape ([batch,] n, {self.kv_heads}, {dim}), got {np.shape(x)}")
+            taken.append(array)
+        if taken[0].shape[1] != taken[1].shape[1]:
+            raise ShapeError(f"v: expected as many tokens as k has, {taken[0].shape[1]}, got {taken[1].shape[1]}")
+        return taken[0], taken[1]
+
+    def check_query(self, q: Any, sinks: Any, backend: Backend, slopes: NDArray[Any] | None, length: int,
+                    acc_dtype: np.dtype[Any]) -> Query:
+        """Take queries, where they are computed with, with a batch axis; or raise what is wrong. Local."""
+        given = as_array(q, "q")
+        array = self.check_array("q", given, backend)
+        _, n_q, heads, dim = array.shape
+        if dim != self.dim or heads == 0 or heads % self.kv_heads:
+            raise ShapeError(f"q: expected shape ([batch,] n_q, heads, {self.dim}), heads a multiple of "
+                             f"{self.kv_heads}, got {given.shape}")
+        if slopes is not None and (len(slopes) != heads or length + n_q >= MOST_POSITION):
+            raise ShapeError(f"alibi: expected a slope for each of {heads} heads, and positions below 2^31, got "
+                             f"{len(slopes)} slopes and {length} tokens")
+        return Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype), 0, n_q)
+
+    def check_array(self, name: str, x: Any, backend: Backend) -> Array:
+        """Take an array where it is computed with, with a batch axis; or raise what is wrong. Local."""
+        array = as_array(x, name)
+        on_gpu = not isinstance(array, np.ndarray)
+        if on_gpu and not backend.device:
+            raise BackendError(f"{name}: expected an array on the host, got one on a GPU; take backend='cuda'")
+        if array.dtype != self.dtype:
+            check_dtype(array.dtype, name)
+            raise DtypeError(f"{name}: expected the cache's dtype, {self.dtype}, got {array.dtype}; convert it first")
+        if array.ndim != 3 + (self.batch is not None) or (self.batch is not None and len(array) != self.batch):
+            batch = f"{self.batch}, " if self.batch is not None else ""
+            raise ShapeError(f"{name}: expected shape ({batch}tokens, heads, dim), got {array.shape}")
+        return backend.to_device(array if self.batch is not None else array[None])
