@@ -25,7 +25,7 @@ from ..errors import BackendError, DtypeError, InternalError, OptionError, RingE
 from ..keywords import explained
 from ..layout import Custom, Integers, Layout, check_spec, resolve
 from ..mask import Mask
-from ..mpi.agreement import hash_of
+from ..mpi.agreement import digest_of_numbers
 from ..mpi.comm import TIMEOUT, digest_of, private_comm
 from ..mpi.exchange import NOTHING
 from ..mpi.threads import check_thread
@@ -38,6 +38,8 @@ from .file import read_description, read_tokens, write_cache
 from .store import KVStore
 
 SIZES = ("kv_heads", "dim", "dim_v", "dtype", "batch")
+ORDER = "order of the batch (checksum)"
+ASKED = ("q (checksum)", "sinks (0 none, 1 given)", "sinks (checksum)", "tokens", "k (checksum)", "v (checksum)")
 DEALT = 16                    # tokens in a row that a rank keeps of those that all ranks bring
 ROOM = 256                    # tokens on a rank that a cache without a capacity begins with
 
@@ -182,7 +184,7 @@ class KVCache:
     @property
     def _alike(self) -> dict[str, Any]:
         """What local calls have made of the cache, and must be the same on every rank."""
-        return {"length": self.length, "order of the batch (checksum)": self._reordered}
+        return {"length": self.length, ORDER: self._reordered}
 
     @property
     def tokens(self) -> int:
@@ -304,23 +306,25 @@ class KVCache:
         check_thread()
         query: Query | None = None
         payload = NOTHING
-        agreed = self._alike
+        numbers: tuple[int, ...] = ()                # what must be the same on every rank: as numbers, sooner hashed
+        length, reordered = self.length, self._reordered
         with _Undone(self):
             with self._comm.noting() as failures, self._engine.backend.current():
                 self._check_open()
                 arrays = None if k is None and v is None else self._check_tokens(k, v)
                 query = self._check_query(q, sinks)
-                agreed |= {"shape of q": query.q.shape, "q (checksum)": checksum(query.q),
-                           "sinks": None if query.sinks is None else query.sinks.tolist()}
+                numbers = (*query.q.shape, checksum(query.q), query.sinks is not None, checksum(query.sinks))
                 if arrays is not None:
-                    agreed |= {"tokens": arrays[0].shape[1], "k (checksum)": checksum(arrays[0]),
-                               "v (checksum)": checksum(arrays[1])}
+                    numbers += (arrays[0].shape[1], checksum(arrays[0]), checksum(arrays[1]))
                     self._check_capacity(arrays[0].shape[1])
                     self._take(*arrays, arrays[0].shape[1], None)
                 self._check_window(query.q.shape[1])
                 payload = self._decoder.accumulate(query, self._store, self.length)
-            rows = self._comm.exchange("KVCache.attend", self._timeout, payload, failures=failures,
-                                       options={**self._options, **agreed}, digest=hash_of(f"{self._digest} {agreed}"))
+            rows = self._comm.exchange(
+                "KVCache.attend", self._timeout, payload, failures=failures,
+                options=lambda: {**self._options, "length": length, ORDER: reordered, "shape of q": numbers[:4],
+                                 **dict(zip(ASKED, numbers[4:], strict=False))},
+                digest=digest_of_numbers(self._digest, length, reordered, *numbers))
         if query is None:
             raise InternalError("a query is missing")
         backend = self._engine.backend
