@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,37 @@ from ..softmax import Gradient, State, combine, finish, row_delta
 from .products import bits, choose
 
 Shape = tuple[int, int, int]
+
+
+class Bound:
+    """What `Backend.bind` gives: a block of keys that stays where it is, and queries that come to it. Local."""
+
+    def see(self, begin: Integers, end: Integers) -> None:
+        """Take which columns the queries see, ``begin <= j < end``, from now on; some query sees some."""
+        raise NotImplementedError
+
+    def fold(self, q: Any) -> Iterable[int]:
+        """Fold what they see into the state; the iterable is as that of `Backend.accumulate`, and is to be ended."""
+        raise NotImplementedError
+
+
+class BoundLoop(Bound):
+    """The loop of `Backend.accumulate`, begun anew in each step."""
+
+    def __init__(self, accumulate: Callable[..., Iterator[int]], k: Any, v: Any, score: Score) -> None:
+        self._accumulate = accumulate
+        self._block = k, v, score
+        self._seen: tuple[Any, ...] = ()
+
+    def see(self, begin: Integers, end: Integers) -> None:
+        """Take what the queries see."""
+        k, v, score = self._block
+        last = int(end.max())
+        self._seen = k[:last], v[:last], begin, end, score.of_keys(score.keys[:last])
+
+    def fold(self, q: Any) -> Iterable[int]:
+        """Give the loop."""
+        return self._accumulate(q, *self._seen)
 
 
 class Backend:
@@ -204,6 +237,44 @@ class Backend:
             few milliseconds, so that the caller can keep messages moving.
         """
         raise NotImplementedError
+
+    def bind(self, state: State, k: Any, v: Any, n_q: int, heads: int, score: Score) -> Bound:
+        """Give what `accumulate` does with arrays that stay where they are, for many steps of as many queries. Local.
+
+        Parameters
+        ----------
+        state, k, v, score
+            As for `accumulate`.
+        n_q, heads : int
+            Of the queries.
+        """
+        return BoundLoop(partial(self.accumulate, state), k, v, score)
+
+    def merge(self, states: NDArray[Any], sinks: NDArray[Any] | None, seen: NDArray[np.uint8], out: Any, lse: Any
+              ) -> None:
+        """Combine states of the same queries that saw other keys, in their order, and finish them. Local.
+
+        Parameters
+        ----------
+        states : array of shape (parts, numbers), accumulator dtype
+            NumPy, whatever the backend, as sinks and seen are. A row has acc, row_max and row_sum of each element of
+            the batch, and may have more numbers after them.
+        sinks : array of shape (heads,), accumulator dtype, optional
+        seen : uint8 array of shape (parts, n_q)
+            1 where a part has seen a key of the query.
+        out : array of shape (batch, n_q, heads, dim_v), any dtype
+            Written, as lse is, where the backend computes.
+        lse : array of shape (batch, n_q, heads), accumulator dtype
+        """
+        batch, n_q, heads, dim_v = out.shape
+        has_result = self.to_device(seen.any(axis=0) | (sinks is not None))
+        state = self.new_state(n_q, heads, dim_v, states.dtype)
+        shapes = (n_q, heads, dim_v), (n_q, heads), (n_q, heads)
+        parts = iter(np.split(states, np.cumsum([math.prod(shape) for shape in shapes * batch]), axis=1))
+        for i in range(batch):
+            self.reset(state, sinks)
+            self.combine(state, State(*(self.to_device(next(parts).reshape(len(states), *shape)) for shape in shapes)))
+            self.finish(state, has_result, out[i], lse[i])
 
     def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
         """Begin the backward pass of queries: reckon delta, with `dlse` None for 0, and clear `dq`. Local."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import Backend, Bound
 from ..call import Array
 from ..engine import Engine
+from ..errors import InternalError
+from ..layout import Integers
 from ..mpi.comm import Comm
 from ..problem import Problem
 from ..score import Score
 from ..softmax import State
-from .store import KVStore
+from .store import Chunk, KVStore
+
+KEPT_BYTES = 2**20           # of buffers that are kept for the next step
 
 
 class Query(NamedTuple):
@@ -65,6 +70,7 @@ class Decoder:
         self._problem = problem
         self._acc_dtype = acc_dtype
         self._dim_v = dim_v
+        self._step: _Step | None = None
 
     def accumulate(self, query: Query, store: KVStore, length: int) -> NDArray[np.uint8]:
         """Fold this rank's tokens into the states of the queries. Local.
@@ -82,30 +88,16 @@ class Decoder:
         uint8 array
             The states, and then which queries see any key: what `combine` takes.
         """
-        problem = self._problem
-        backend = self._engine.backend
-        batch, n_q, heads, dim = query.q.shape
-        numbers = np.arange(query.first, query.first + n_q, dtype=np.int64)
-        bounds = problem.mask.bounds(numbers, query.total, length)
-        score = Score(1 / math.sqrt(dim) if problem.scale is None else problem.scale, problem.softcap or 0.0,
-                      problem.alibi, queries=numbers + problem.mask.offset(query.total, length))
-        states = self._engine.states(batch, n_q, heads, self._dim_v, self._acc_dtype)
-        for state in states:
-            backend.reset(state)
-        seen = np.zeros(n_q, np.uint8)
-        for chunk in store.chunks:
-            keyed = score.of_keys(chunk.positions)
-            for low, high in bounds:
-                begin, end = (np.searchsorted(chunk.positions, x) for x in (low, high))
-                if not (end > begin).any():
-                    continue
-                seen |= end > begin
-                for i, state in enumerate(states):
-                    for _ in backend.accumulate(state, query.q[i], chunk.k[i, :chunk.used], chunk.v[i, :chunk.used],
-                                                begin, end, keyed):
-                        self._comm.progress([], self._comm.name, lambda: True)
-        parts = [backend.to_numpy(x) for state in states for x in (state.acc, state.row_max, state.row_sum)]
-        return np.concatenate([*(x.reshape(-1).view(np.uint8) for x in parts), seen])
+        if self._step is None or self._step.shape != query.q.shape:
+            self._step = None                       # the old memory goes before the new comes
+            self._step = _Step(self._engine.backend, self._problem, query.q.shape, self._dim_v, self._acc_dtype,
+                               self._comm.size)
+        step = self._step
+        step.look_at(store, length, query.first, query.total)
+        for fold in step.folds(query.q):
+            for _ in fold:
+                self._comm.progress([], self._comm.name, lambda: True)
+        return step.payload()
 
     def combine(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks have made of the queries, in their order: the same bits everywhere. Local.
@@ -122,21 +114,127 @@ class Decoder:
             Where it is computed, as lse is.
         lse : array of shape (batch, n_q, heads), accumulator dtype
         """
-        backend = self._engine.backend
-        batch, n_q, heads, _ = query.q.shape
-        everyone = np.stack(rows)
-        states, seen = np.split(everyone, [everyone.shape[1] - n_q], axis=1)
-        numbers = states.view(self._acc_dtype)
-        has_result = backend.to_device(np.asarray(seen.any(axis=0) | (query.sinks is not None)))
-        out = backend.empty((batch, n_q, heads, self._dim_v), query.q.dtype)
-        lse = backend.empty((batch, n_q, heads), self._acc_dtype)
-        shapes = (n_q, heads, self._dim_v), (n_q, heads), (n_q, heads)
-        edges = np.cumsum([math.prod(shape) for shape in shapes * batch])[:-1]
-        parts = iter(np.split(numbers, edges, axis=1))
-        # By the backend: what a state holds between its calls, and in which units, is its own affair.
-        for i, state in enumerate(self._engine.states(batch, n_q, heads, self._dim_v, self._acc_dtype)):
-            backend.reset(state, query.sinks)
-            backend.combine(state, State(*(backend.to_device(next(parts).reshape(len(rows), *shape))
-                                           for shape in shapes)))
-            backend.finish(state, has_result, out[i], lse[i])
+        step = self._step
+        if step is None:
+            raise InternalError("combine before accumulate")
+        if step.nbytes > KEPT_BYTES:
+            self._step = None
+        return step.merge(query, rows)
+
+
+class _Step:
+    """What does not change from one step to the next, with queries of one shape. Local.
+
+    Parameters
+    ----------
+    backend : Backend
+    problem : Problem
+    shape : (batch, n_q, heads, dim)
+    dim_v : int
+    acc_dtype : dtype
+    ranks : int
+    """
+
+    def __init__(self, backend: Backend, problem: Problem, shape: tuple[int, int, int, int], dim_v: int,
+                 acc_dtype: np.dtype[Any], ranks: int) -> None:
+        batch, n_q, heads, _ = shape
+        rows, numbers = n_q * heads, n_q * heads * (dim_v + 2)
+        self._backend = backend
+        self._problem = problem
+        self.shape = shape
+        self._shapes = (batch, n_q, heads, dim_v), (batch, n_q, heads)
+
+        # What is sent: states, as `Backend.merge` takes them, and then which queries see any key.
+        nbytes = batch * numbers * acc_dtype.itemsize
+        self._tail = slice(nbytes, nbytes + n_q)
+        self._sent = np.zeros(-(-(nbytes + n_q) // 8) * 8, np.uint8)
+        self._host_states = [State(x[:rows * dim_v].reshape(n_q, heads, dim_v),
+                                   *x[rows * dim_v:].reshape(2, n_q, heads))
+                             for x in self._sent[:nbytes].view(acc_dtype).reshape(batch, numbers)]
+        for state in self._host_states:
+            state.reset()
+        self._blank = self._sent.copy()
+        self._states = (self._host_states if backend.device is None else
+                        [backend.new_state(n_q, heads, dim_v, acc_dtype) for _ in range(batch)])
+
+        # What is received.
+        self._received = np.zeros((ranks, self._sent.size), np.uint8)
+        self._numbers = self._received.view(acc_dtype)
+        self._seen = np.zeros((ranks, n_q), np.uint8)
+
+        self._looked_at: Any = None
+        self._chunks: list[Chunk] = []
+        self._bound: list[list[list[Bound]]] = []          # of each chunk and interval, for each element of the batch
+        self._folds: list[tuple[int, Bound]] = []          # of those of which something is seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers, about."""
+        return self._received.nbytes
+
+    def look_at(self, store: KVStore, length: int, first: int, total: int) -> None:
+        """Find what the queries see of a store, unless it is as it was: those from the first on, of so many in all."""
+        now = store.changes, length, first, total
+        if now == self._looked_at:
+            return
+        self._looked_at = None
+        n_q = self.shape[1]
+        numbers = np.arange(first, first + n_q, dtype=np.int64)
+        bounds = self._problem.mask.bounds(numbers, total, length)
+        score = self._score(numbers + self._problem.mask.offset(total, length))
+        if score.positional or [id(x) for x in self._chunks] != [id(x) for x in store.chunks]:
+            self._bind(store.chunks, len(bounds), score)
+
+        seen = np.zeros(n_q, np.bool_)
+        self._folds = []
+        for chunk, intervals in zip(self._chunks, self._bound, strict=True):
+            for (low, high), elements in zip(bounds, intervals, strict=True):
+                begin, end = (chunk.positions.searchsorted(x) for x in (low, high))
+                sees = end > begin
+                if not sees.any():
+                    continue
+                seen |= sees
+                for i, bound in enumerate(elements):
+                    bound.see(begin, end)
+                    self._folds.append((i, bound))
+        self._blank[self._tail] = seen
+        self._looked_at = now
+
+    def _score(self, positions: Integers) -> Score:
+        """Give the score of queries at these positions."""
+        problem = self._problem
+        scale = 1 / math.sqrt(self.shape[3]) if problem.scale is None else problem.scale
+        return Score(scale, problem.softcap or 0.0, problem.alibi, queries=positions)
+
+    def _bind(self, chunks: Sequence[Chunk], intervals: int, score: Score) -> None:
+        """Prepare to meet chunks, each as often as there are intervals."""
+        _, n_q, heads, _ = self.shape
+        self._chunks = list(chunks)
+        self._bound = [[[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, score.of_keys(chunk.places))
+                         for i, state in enumerate(self._states)] for _ in range(intervals)] for chunk in chunks]
+
+    def folds(self, q: Array) -> Iterator[Iterable[int]]:
+        """Let the states forget every key, and give what folds those that are seen, to be ended one by one."""
+        self._sent[:] = self._blank
+        if self._backend.device is not None:
+            for state in self._states:
+                self._backend.reset(state)
+        for i, bound in self._folds:
+            yield bound.fold(q[i])
+
+    def payload(self) -> NDArray[np.uint8]:
+        """Give what the other ranks are to know."""
+        if self._backend.device is not None:
+            for there, here in zip(self._states, self._host_states, strict=True):
+                for x, target in zip(vars(there).values(), vars(here).values(), strict=True):
+                    target[...] = self._backend.to_numpy(x)
+        return self._sent
+
+    def merge(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
+        """Put together what all ranks sent; see `Decoder.combine`."""
+        self._received[:] = rows
+        self._seen[:] = self._received[:, self._tail]
+        out = self._backend.empty(self._shapes[0], query.q.dtype)
+        lse = self._backend.empty(self._shapes[1], self._numbers.dtype)
+        self._backend.merge(self._numbers, query.sinks, self._seen, out, lse)
         return out, lse

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from ..call import Array, checksum
 from ..errors import InternalError
-from ..mpi.agreement import hash_of
+from ..mpi.agreement import digest_of_numbers
 from ..mpi.exchange import NOTHING
 from ..schedules.links import assign
 from .contents import Undone
 from .core import Core
 from .decoder import Query
 
+ASKED = ("q (checksum)", "sinks (0 none, 1 given)", "sinks (checksum)", "tokens", "k (checksum)", "v (checksum)")
 STATE_BYTES = 2**26            # of the states of all ranks that a rank has at a time
 
 
@@ -39,24 +40,26 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     comm, sizes, backend, contents = core.comm, core.sizes, core.backend, core.contents
     parts: list[Query] = []
     payload = NOTHING
-    agreed = contents.alike
+    numbers: tuple[int, ...] = ()                # what must be the same on every rank: as numbers, sooner hashed
+    before = contents.alike
     with Undone(contents):
         with comm.noting() as failures, backend.current():
             check_open()
             arrays = None if k is None and v is None else sizes.check_tokens(k, v, backend)
             query = sizes.check_query(q, sinks, backend, core.problem.alibi, contents.length, core.accumulator)
-            agreed |= {"shape of q": query.q.shape, "q (checksum)": checksum(query.q),
-                       "sinks": None if query.sinks is None else query.sinks.tolist()}
+            numbers = (*query.q.shape, checksum(query.q), query.sinks is not None, checksum(query.sinks))
             if arrays is not None:
                 new = arrays[0].shape[1]
-                agreed |= {"tokens": new, "k (checksum)": checksum(arrays[0]), "v (checksum)": checksum(arrays[1])}
+                numbers += (new, checksum(arrays[0]), checksum(arrays[1]))
                 contents.check_capacity(new)
                 contents.take(*arrays, new, None)
             contents.check_window(query.total)
             parts = list(query.parts(_rows(core, query)))
             payload = core.decoder.accumulate(parts[0], contents.store, contents.length)
         rows = comm.exchange("KVCache.attend", core.timeout, payload, failures=failures,
-                             options={**core.agreed, **agreed}, digest=hash_of(f"{core.digest} {agreed}"))
+                             options=lambda: {**core.agreed, **before, "shape of q": numbers[:4],
+                                              **dict(zip(ASKED, numbers[4:], strict=False))},
+                             digest=digest_of_numbers(core.digest, *before.values(), *numbers))
         if not parts:
             raise InternalError("a query is missing")
         results = [_combined(core, parts[0], rows)]

@@ -60,6 +60,7 @@ class KVStore:
     def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: np.dtype[Any], empty: Empty, room: int,
                  most: int | None = None) -> None:
         self.chunks: list[Chunk] = []
+        self.changes = 0                  # how often there came to be other positions
         self._shapes = shapes
         self._dtype = dtype
         self._empty = empty
@@ -91,6 +92,7 @@ class KVStore:
         k, v : arrays of shape (batch, n, kv_heads, dim) and (batch, n, kv_heads, dim_v)
         """
         done = 0
+        self.changes += 1
         while done < len(positions):
             chunk = self._with_room(len(positions) - done)
             count = min(len(positions) - done, len(chunk.places) - chunk.used)
@@ -117,12 +119,14 @@ class KVStore:
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from a position on. Local."""
+        self.changes += 1
         for chunk in self.chunks:
             chunk.used = int(np.searchsorted(chunk.positions, length))
         self.chunks = [chunk for chunk in self.chunks if chunk.used]
 
     def drop(self, start: int, stop: int) -> None:
         """Give back the memory of chunks all of whose positions are within a range; the others stay whole. Local."""
+        self.changes += 1
         self.chunks = [chunk for chunk in self.chunks
                        if not (chunk.used and start <= chunk.places[0] and chunk.positions[-1] < stop)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import struct
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,12 @@ def digest_of(options: Mapping[str, Any]) -> int:
 def hash_of(text: str) -> int:
     """Give 64 bits of a hash that is the same on every rank, unlike Python's own. Local."""
     data = hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest()
+    return int.from_bytes(data, "little", signed=True)
+
+
+def digest_of_numbers(*numbers: int) -> int:
+    """Give a number that tells rows of int64 numbers apart, sooner than `digest_of` does. Local."""
+    data = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(data, "little", signed=True)
 
 

@@ -10,8 +10,9 @@ import json
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,10 @@ import numpy as np
 from ..environment import affinity, boot_id
 from ..errors import CommError, RingError
 from .agreement import digest_of
-from .exchange import Exchange
+from .exchange import Exchange, Telling
 from .library import check_intracomm, load
 from .notices import Notices
-from .waiting import stranded
+from .waiting import Waiter, stranded
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -168,23 +169,9 @@ class Comm(Exchange):
         """Name this rank and its node. Local."""
         return self._waiter.name()
 
-    @contextmanager
-    def one_call(self) -> Iterator[None]:
-        """Run a block that is a call, the only one on this communicator; an error ends it as in `telling`. Local.
-
-        Raises
-        ------
-        CommError
-            If another call is under way, in another thread or around this one.
-        """
-        if not self._turn.acquire(blocking=False):
-            raise CommError("another call on this communicator is under way, in another thread or around this one (in "
-                            "a progress callback, say); give each a communicator of its own, comm.Dup()")
-        try:
-            with self.telling():
-                yield
-        finally:
-            self._turn.release()
+    def one_call(self) -> OneCall:
+        """Run a block that is a call, the only one on this communicator; see `OneCall`. Local."""
+        return OneCall(self._waiter, self._turn)
 
     def next_object(self) -> int:
         """Give the number of an object that all ranks make now: 1, 2, ... Local."""
@@ -233,6 +220,34 @@ class Comm(Exchange):
         """Give, on rank 0, the sums over all ranks of what they last reported: (done, total). Local."""
         notices = self._waiter.notices
         return notices.progress() if notices is not None else (0, 0)
+
+
+class OneCall(Telling):
+    """A block that is a call, the only one on a communicator; an error ends it as in `Telling`. Local.
+
+    Raises
+    ------
+    CommError
+        If another call is under way, in another thread or around this one.
+    """
+
+    __slots__ = ("_turn",)
+
+    def __init__(self, waiter: Waiter, turn: threading.Lock) -> None:
+        super().__init__(waiter)
+        self._turn = turn
+
+    def __enter__(self) -> None:
+        if not self._turn.acquire(blocking=False):
+            raise CommError("another call on this communicator is under way, in another thread or around this one (in "
+                            "a progress callback, say); give each a communicator of its own, comm.Dup()")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        try:
+            super().__exit__(kind, error, traceback)
+        finally:
+            self._turn.release()
 
 
 def private_comm(comm: Any, timeout: float = TIMEOUT, exclusive: bool = False) -> Comm:

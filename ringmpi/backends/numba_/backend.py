@@ -22,16 +22,17 @@ from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
 from ...softmax import Gradient, State
-from ..base import Backend, Shape
+from ..base import Backend, Bound, Shape
 from ..products import PRODUCTS, bits
 from ..team import Team
 from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
-from .compiled import add_sums, backward_keys, compile_for, forward_keys, pack_backward, pack_forward
+from .bound import BoundBlock
+from .compiled import add_sums, backward_keys, compile_for, forward_keys, merge_states, pack_backward, pack_forward
 from .forward import Forward
 from .product import ROWS
 from .steps import Limits
-from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays
+from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, forward_numbers
 from .vector import machine
 from .workspace import BackwardBuffers, ForwardScratch, PackedKV
 
@@ -98,6 +99,25 @@ class NumbaBackend(Backend):
 
         yield from self._run(steps, begin, end, q.shape[1])
 
+    def bind(self, state: State, k: NDArray[Any], v: NDArray[Any], n_q: int, heads: int, score: Score) -> Bound:
+        """Give what `accumulate` does with arrays that stay where they are; see `Backend.bind`. Local."""
+        if self.canonical or not score.plain or score.scale < 0 or n_q == 0:
+            return super().bind(state, k, v, n_q, heads, score)
+        q = np.zeros((n_q, heads, k.shape[2]), k.dtype)
+        block = self._arguments(state.acc.dtype, q, k, v, np.zeros(n_q, np.int64), np.ones(n_q, np.int64), score)
+        packed = self._reserve_forward(block)
+        return BoundBlock(block, q, state, packed, self._scratch[0], self.threads, _limits(),
+                          super().bind(state, k, v, n_q, heads, score), self._check_free)
+
+    def merge(self, states: NDArray[Any], sinks: NDArray[Any] | None, seen: NDArray[np.uint8], out: Any, lse: Any
+              ) -> None:
+        """Combine states and finish them; see `Backend.merge`. Local."""
+        wide = out if out.dtype == states.dtype else np.empty(out.shape, states.dtype)
+        merge_states(states, states[0, :0] if sinks is None else sinks, sinks is not None, seen, wide, lse)
+        if wide is not out:
+            with np.errstate(over="ignore"):
+                out[...] = wide
+
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
@@ -125,9 +145,7 @@ class NumbaBackend(Backend):
         """Do the steps of a loop, one loop at a time; from rows × keys of all heads to pairs."""
         if not (end > begin).any():
             return
-        if self._busy:
-            raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
-        self._team.check()
+        self._check_free()
         self._busy = True
         try:
             area = counted = 0
@@ -138,6 +156,11 @@ class NumbaBackend(Backend):
                     counted = area // heads
         finally:
             self._busy = False
+
+    def _check_free(self) -> None:
+        if self._busy:
+            raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
+        self._team.check()
 
     def _arguments(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, begin: Integers, end: Integers,
                    score: Score) -> KernelArguments:
@@ -201,9 +224,12 @@ def _prepare_forward(block: KernelArguments) -> None:
     tiles = PackedKV(*key).reserve(1, 1)
     compile_for(pack_forward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     state = State.empty(1, 1, block.arrays.v.shape[2], block.acc_dtype)
-    compile_for(forward_keys, StateArrays(state.acc, state.row_max, state.row_sum), block.arrays,
-                block.score_arguments(scratch.row_score), RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1), tiles,
-                scratch.work)
+    numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), block.arrays, tiles, scratch.work)
+    compile_for(forward_keys, numbers, block.score_arguments(scratch.row_score), RowRange(0, 1, 0, 1),
+                ColumnRange(0, 0, 1))
+    states = np.zeros((1, block.arrays.v.shape[2] + 2), block.acc_dtype)
+    compile_for(merge_states, states, states[0, :0], False, np.ones((1, 1), np.uint8), state.acc[None],
+                state.row_max[None])
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 
 from ...environment import launched_rank
 from . import (
@@ -30,20 +31,17 @@ from .cache import KernelCache, warn_once
 from .forward_tile import (
     any_sees,
     find_groups,
+    fold_direct,
+    fold_packed,
     load_forward_rows,
-    multiply_direct,
-    multiply_packed,
-    score_direct,
-    score_packed,
     store_forward_rows,
     visible,
-    weigh_groups,
     work_from,
 )
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
-from .tuples import Tile
+from .tuples import BlockArrays, ForwardTiles, ForwardWork, StateArrays, Tile, Tokens
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, pack, forward_tile, backward_tile)
 
@@ -68,47 +66,81 @@ def _forward(digest: str) -> tuple[Any, ...]:
             pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
             packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
 
-    def forward_keys(state, block, score, rows, columns, packed, work):  # type: ignore[no-untyped-def]
-        """Fold a range of columns of a block into a range of rows.
+    def forward_keys(numbers, score, rows, columns):  # type: ignore[no-untyped-def]
+        """Fold a range of columns of a block into a range of rows; see `tuples.forward_numbers`.
 
         The rows stay in the work space from a `fresh` call to the `final` one, which puts them back into the state.
         `score` is None for a plain score. Several heads go tile by tile, since the keys of a token lie side by side.
         """
         digest                          # noqa: B018
+        state = StateArrays(*numbers[:3])
+        block = BlockArrays(Tokens(*numbers[3:7]), Tokens(*numbers[7:11]), Tokens(*numbers[11:15]), numbers[15],
+                            numbers[16], numbers[17])
+        packed = ForwardTiles(*numbers[18:24])
+        work = ForwardWork(*numbers[24:])
         n_rows = rows.n_rows
         tile = packed.tile
         origin = columns.origin
         group = state.acc.shape[1] // block.v.shape[1]
-        whole = -(-n_rows // ROWS) * ROWS
+        direct = packed.private and n_rows <= ROWS
+        height = n_rows if direct else -(-n_rows // ROWS) * ROWS
+        whole = -(-height * rows.heads // ROWS) * ROWS
         for h in range(rows.heads if columns.fresh else 0):
-            mine = work_from(work, h * whole)
-            load_forward_rows(block, state, rows.first, n_rows, whole, rows.head + h, group, mine)
-            load_row_scores(rows.first, n_rows, whole, rows.head + h, group, score_arguments_from(score, h * whole))
+            mine = work_from(work, h * height)
+            filled = height if h + 1 < rows.heads else whole - h * height
+            load_forward_rows(block, state, rows.first, n_rows, filled, rows.head + h, group, mine)
+            load_row_scores(rows.first, n_rows, filled, rows.head + h, group, score_arguments_from(score, h * height))
 
-        a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+        a, b = visible(work.low, work.high, height, columns.start, columns.stop)
         for at in range(a - (a - origin) % tile, b, tile):
             n = min(tile, columns.stop - at)
+            find_groups(whole, work.low, work.high, at, n, lanes(state.acc), work.groups)
+            if not any_sees(whole, work.groups):
+                continue
+            if direct:
+                fold_direct(Tile(whole, rows.head, at, n), rows, work, block, score)
+                continue
             for h in range(rows.heads):
-                mine = work_from(work, h * whole)
-                mine_score = score_arguments_from(score, h * whole)
-                find_groups(whole, mine.low, mine.high, at, n, lanes(state.acc), mine.groups)
-                if not any_sees(whole, mine.groups):
-                    continue
-                here = Tile(whole, rows.head + h, at, n)
-                if packed.private and n_rows <= ROWS:
-                    score_direct(n_rows, here, mine, block.k)
-                    weigh_groups(here, mine, mine.s, block.scale, mine_score)
-                    multiply_direct(n_rows, here, mine, block.v)
-                else:
-                    slot = 0 if packed.private else here.head * packed.tiles + (at - origin) // tile
-                    score_packed(here, slot, mine, block, packed)
-                    weigh_groups(here, mine, mine.p, block.scale, mine_score)
-                    multiply_packed(here, slot, mine, block, packed)
+                slot = 0 if packed.private else (rows.head + h) * packed.tiles + (at - origin) // tile
+                fold_packed(Tile(height, rows.head + h, at, n), slot, work_from(work, h * height), block, packed,
+                            score_arguments_from(score, h * height))
 
         for h in range(rows.heads if columns.final else 0):
-            store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * whole))
+            store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
 
-    return pack_forward, forward_keys
+    def merge_states(states, sinks, has_sinks, seen, out, lse):  # type: ignore[no-untyped-def]
+        """Combine the states of all parts, and finish them; see `Backend.merge`. `out` is in their dtype."""
+        digest                          # noqa: B018
+        batch, n_q, heads, dim_v = out.shape
+        rows = n_q * heads
+        zero = states.dtype.type(0)
+        hidden = states.dtype.type(-np.inf)
+        for i in range(batch):
+            acc_at = i * rows * (dim_v + 2)
+            max_at = acc_at + rows * dim_v
+            for r in range(rows):
+                query, h = r // heads, r % heads
+                most = sinks[h] if has_sinks else hidden
+                visible = has_sinks
+                for p in range(len(states)):
+                    visible |= seen[p, query] != 0
+                    x = states[p, max_at + r]
+                    most = x if x > most or x != x else most
+                shift = zero if most == hidden else most             # -inf - -inf would be NaN
+                total = np.exp(sinks[h] - shift) if has_sinks else zero
+                row = out[i, query, h]
+                row[:] = zero
+                for p in range(len(states)):
+                    factor = np.exp(states[p, max_at + r] - shift)
+                    total += factor * states[p, max_at + rows + r]
+                    part = states[p, acc_at + r * dim_v:acc_at + (r + 1) * dim_v]
+                    for c in range(dim_v):
+                        row[c] += factor * part[c]
+                for c in range(dim_v):
+                    row[c] = row[c] / total if visible else zero
+                lse[i, query, h] = most + np.log(total) if visible else hidden
+
+    return pack_forward, forward_keys, merge_states
 
 
 def _backward(digest: str) -> tuple[Any, ...]:
@@ -190,5 +222,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
         yield compiled
 
 
-pack_forward, forward_keys, pack_backward, backward_keys, add_sums = _compiled(
+pack_forward, forward_keys, merge_states, pack_backward, backward_keys, add_sums = _compiled(
     _forward(_digest()) + _backward(_digest()))

@@ -30,10 +30,21 @@ from .arguments import KernelArguments
 from .compiled import forward_keys, pack_forward
 from .product import ROWS
 from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
-from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays
+from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers
 from .workspace import ForwardScratch, PackedKV
 
 Array = NDArray[Any]
+
+
+def heads_together(block: KernelArguments, packed: PackedKV) -> int:
+    """Give how many key heads of a block of few rows one task has. Local."""
+    heads: int = block.heads
+    return min(heads, int(packed.rows) // (-(-block.rows // ROWS) * ROWS))
+
+
+def most_columns(packed: PackedKV, heads: int, limits: Limits) -> int:
+    """Give the columns, in whole tiles, whose bytes a step may read. Local."""
+    return max(1, limits.step_bytes // (packed.tile_bytes * heads)) * packed.tile
 
 
 @dataclass
@@ -83,13 +94,14 @@ class Forward:
         block = self.block
         packed = self.packed
         tile = self.packed.tile
-        # Ranges of keys, whole tiles: enough for all threads, but some tiles in each.
+        # Ranges of keys, whole tiles: enough for all threads, but some tiles in each; a thread alone needs but one.
         tiles = -(-(block.last - block.first) // tile)
-        together = min(block.heads, packed.rows // (-(-block.rows // ROWS) * ROWS))       # heads of a task
-        count = min(-(-TASKS * self.team.size * together // block.heads), -(-tiles // TASKS))
+        together = heads_together(block, packed)
+        count = 1
+        if self.team.size > 1:
+            count = min(-(-TASKS * self.team.size * together // block.heads), -(-tiles // TASKS))
         edges = [block.first + i * tiles // count * tile for i in range(count)] + [block.last]
-        step = min(self._step(block.rows * together),
-                   max(1, self.limits.step_bytes // (packed.tile_bytes * together)) * tile)
+        step = min(self._step(block.rows * together), most_columns(packed, together, self.limits))
 
         # A state for each range, unless there is one alone.
         whole = self.state.acc, self.state.row_max, self.state.row_sum
@@ -128,5 +140,5 @@ class Forward:
     def _fold(self, state: StateArrays, rows: RowRange, columns: ColumnRange, tiles: ForwardTiles | None,
               thread: int) -> None:
         mine = self.scratch[thread]
-        forward_keys(state, self.block.arrays, self.block.score_arguments(mine.row_score), rows, columns,
-                     tiles or mine.private, mine.work)
+        forward_keys(forward_numbers(state, self.block.arrays, tiles or mine.private, mine.work),
+                     self.block.score_arguments(mine.row_score), rows, columns)

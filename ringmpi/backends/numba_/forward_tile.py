@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 from .pack import lanes, pack_keys, pack_queries, pack_values, panels, place_of, weight, widen
-from .product import ROWS, VECTORS, add_product, add_values, dot_keys, scores
+from .product import ROWS, STRIP, VECTORS, add_product, add_values, dot_keys, scores
 from .score_rows import apply_dropout, apply_score
 from .softmax_rows import multiply_add, raise_maxima, weigh
 from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
@@ -38,6 +38,14 @@ def forward_tile_shape(depth: int, width: int, item: int, cache: int, keys: int 
     keys = keys or max(wide, min(MOST_KEYS, cache // 4 // ((depth + width) * item)) // wide * wide)
     rows = (cache // 2 - keys * (depth + width) * item) // ((depth + width + keys) * item)
     return max(8 * ROWS, min(MOST_ROWS, rows // ROWS * ROWS)), keys
+
+
+@numba.njit(error_model="numpy")
+def fold_packed(tile, slot, work, block, packed, score):  # type: ignore[no-untyped-def]
+    """Fold packed tile number `slot` into rows of its head."""
+    score_packed(tile, slot, work, block, packed)
+    weigh_groups(tile, work, work.p, block.scale, score)
+    multiply_packed(tile, slot, work, block, packed)
 
 
 @numba.njit(error_model="numpy")
@@ -150,37 +158,74 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy")
-def score_direct(count, tile, work, k):  # type: ignore[no-untyped-def]
-    """S of a tile of keys, as they came, for the first `count` rows, at most ROWS."""
-    queries = work.queries
-    s = work.s
-    side = lanes(work.s)
-    for j in range(work.groups[0, 0] // side * side, work.groups[0, 1], side):
-        for r in range(count):
-            dot_keys(Contiguous(queries, r * k.shape[2]),
-                     Strided(k.array, place_of(k, tile.start + j, tile.head), k.token),
-                     Contiguous(s, r * s.shape[1] + j), min(side, tile.n - j), k.shape[2])
+def fold_direct(tile, rows, work, block, score):  # type: ignore[no-untyped-def]
+    """Fold a tile of keys and values, as they came, into few rows of several heads, one head after the other."""
+    score_direct(rows, tile, work, block.k)
+    weigh_groups(tile, work, work.s, block.scale, score)
+    multiply_direct(rows, tile, work, block.v)
 
 
 @numba.njit(error_model="numpy")
-def multiply_direct(count, tile, work, v):  # type: ignore[no-untyped-def]
-    """Add P, which is in S, times values as they came to the first `count` rows of acc."""
+def score_direct(rows, tile, work, k):  # type: ignore[no-untyped-def]
+    """S of a tile, `STRIP` keys at a time, in the order in which they lie in memory."""
+    queries = work.queries
+    s = work.s
+    first, last = seen_by_any(tile, work.groups)
+    strips = -(-(last - first) // STRIP)
+    for number in range(strips * rows.heads):
+        strip, head = nearest_first(number, strips, rows.heads, k)
+        j = first + strip * STRIP
+        for jj in range(j, min(j + STRIP, last), lanes(s)):
+            keys = Strided(k.array, place_of(k, tile.start + jj, tile.head + head), k.token)
+            for r in range(head * rows.n_rows, (head + 1) * rows.n_rows):
+                dot_keys(Contiguous(queries, r * k.shape[2]), keys, Contiguous(s, r * s.shape[1] + jj),
+                     min(lanes(s), tile.n - jj), k.shape[2])
+
+
+@numba.njit(error_model="numpy")
+def multiply_direct(rows, tile, work, v):  # type: ignore[no-untyped-def]
+    """Add P, which is in S, times values to acc, `STRIP` values at a time, in the order in which they lie in memory."""
     s = work.s
     acc = work.acc
-    start = tile.start
     dim_v = v.shape[2]
     whole = dim_v - dim_v % lanes(acc)
-    for r in range(count):
-        a, b = max(work.low[r] - start, 0), min(work.high[r] - start, tile.n)
-        if a < b:
-            add_values(Contiguous(s, r * s.shape[1] + a),
-                       Strided(v.array, place_of(v, start + a, tile.head), v.token),
-                       Contiguous(acc, r * acc.shape[1]), b - a, whole, work.shrink[r])
+    first, last = seen_by_any(tile, work.groups)
+    strips = -(-(last - first) // STRIP)
+    for number in range(strips * rows.heads):
+        strip, head = nearest_first(number, strips, rows.heads, v)
+        start = first + strip * STRIP
+        for r in range(head * rows.n_rows, (head + 1) * rows.n_rows):
+            low, high = max(work.low[r] - tile.start, 0), min(work.high[r] - tile.start, tile.n)
+            a, b = max(low, start), min(high, start + STRIP)
+            if a >= b:
+                continue
+            shrink = work.shrink[r] if a == low else work.shrink.dtype.type(1)
+            values = Strided(v.array, place_of(v, tile.start + a, tile.head + head), v.token)
+            add_values(Contiguous(s, r * s.shape[1] + a), values, Contiguous(acc, r * acc.shape[1]), b - a, whole,
+                       shrink)
             for c in range(whole, dim_v):
-                total = acc[r, c] * work.shrink[r]
+                total = acc[r, c] * shrink
                 for j in range(a, b):
-                    total += s[r, j] * widen(v.array[place_of(v, start + j, tile.head) + c])
+                    total += s[r, j] * widen(v.array[values.at + (j - a) * v.token + c])
                 acc[r, c] = total
+
+
+@numba.njit
+def seen_by_any(tile, groups):  # type: ignore[no-untyped-def]
+    """Give the first column, of a whole strip, and the last that any group sees of a tile."""
+    first, last = tile.n, 0
+    for g in range(0, tile.rows, ROWS):
+        if groups[g, 0] < groups[g, 1]:
+            first, last = min(first, groups[g, 0]), max(last, groups[g, 1])
+    return first // STRIP * STRIP, last
+
+
+@numba.njit
+def nearest_first(number, strips, heads, x):  # type: ignore[no-untyped-def]
+    """Give strip and head of a number: heads of a token that lie side by side go before the next tokens."""
+    if x.token >= x.head:
+        return number // heads, number % heads
+    return number % strips, number // strips
 
 
 @numba.njit

@@ -28,6 +28,7 @@ from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefe
 
 ROWS = 6
 AHEAD = 16              # rows of V that `add_values` asks for ahead
+STRIP = 16              # keys of a head that few rows meet before those of the next head: the tokens lie in a page each
 VECTORS = 4 if machine().registers >= 32 else 2     # widest panel
 
 

@@ -55,6 +55,12 @@ class StateArrays(NamedTuple):
     row_sum: Any
 
 
+def forward_numbers(state: StateArrays, block: BlockArrays, packed: ForwardTiles, work: ForwardWork
+                    ) -> tuple[Any, ...]:
+    """Give what `forward_keys` takes as one plain tuple, which is handed over in a quarter of the time. Local."""
+    return *state, *block.q, *block.k, *block.v, *block[3:], *packed, *work
+
+
 class GradientArrays(NamedTuple):
     """The arrays of a `softmax.Gradient`, dout as `Tokens`, the scale of the products, and which gradients are wanted.
 
