@@ -387,7 +387,8 @@ def test_canonical_order_writes_the_same_bits(source, tmp_path):
     ("2x1x2", "HeadExchange.to_heads", "exchange of heads"),
     ("2x1x2", "HeadExchange.to_tokens", "exchange of results"),
     ("1x4x1", "QueryExchange.ask", "exchange of queries"),
-    ("1x4x1", "QueryExchange.bring_home", "exchange of states")])
+    ("1x4x1", "QueryExchange.bring_home", "exchange of states"),
+    ("1x1x4:broadcast --order canonical --layout striped --backend numba", "TokenExchange.move", "exchange of keys")])
 def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
     """Whoever waits for it says where: in which exchange, and for how much from whom."""
     method = where.split(".")[1]
@@ -395,6 +396,7 @@ def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
            "from ringmpi.cli import main\n"
            "from ringmpi.schedules.head_exchange import HeadExchange\n"
            "from ringmpi.schedules.query_exchange import QueryExchange\n"
+           "from ringmpi.schedules.token_exchange import TokenExchange\n"
            f"before = {where}\n"
            "def dying(self, *rest):\n"
            "    if self.comm.rank == 2:\n"
@@ -405,7 +407,7 @@ def test_a_rank_lost_in_an_exchange(source, tmp_path, schedule, where, what):
     keep = [] if launch.is_openmpi() else ["-disable-auto-cleanup"]
     start = time.perf_counter()
     result = run(4, "attend", source, tmp_path / "out.h5", "--timeout", "4", "--backend", "numpy", "--schedule",
-                 schedule, folder=tmp_path, start=[*SHIELD, "-c", die], options=keep, timeout=60)
+                 *schedule.split(), folder=tmp_path, start=[*SHIELD, "-c", die], options=keep, timeout=60)
     assert time.perf_counter() - start < 20
     assert not (tmp_path / "out.h5").exists()
     if launch.is_openmpi():
