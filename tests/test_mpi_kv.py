@@ -279,7 +279,7 @@ def test_many_queries_that_all_ranks_have(comm, monkeypatch, mask):
     sinks = np.array([0.5, -1, 2, 0], "f4")
     rows = np.arange(90 - 70, 90)
     results = []
-    for nbytes in (2**26, 2**14):
+    for nbytes in (2**26, 2**13):
         monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", nbytes)
         with KVCache(comm, backend="numpy", mask=Mask(**mask), **SIZES) as cache:
             for at in range(0, 80, 10):
