@@ -169,6 +169,58 @@ def test_no_array_of_all_scores(backend):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(("dtype", "heads", "n_k", "score"), [
+    ("float32", 8, 700, Score(0.3)), ("bfloat16", 2, 700, Score(0.3)), ("float64", 4, 5000, Score(-0.3)),
+    ("float32", 4, 90, Score(0.3, softcap=2.0)), ("float16", 32, 40, Score(0.3))])
+def test_a_bound_block_is_met_again_and_again(backend, dtype, heads, n_k, score):
+    """The bits of `accumulate`, whatever queries come, and however many keys they see by then."""
+    rng = np.random.default_rng(1)
+    k, v = (rng.standard_normal((n_k, 2, dim)).astype(DTYPES[dtype]) for dim in (24, 20))
+    states = [State.empty(3, heads, 20, accumulator(k.dtype)) for _ in range(2)]
+    block = backend.bind(states[0], k, v, 3, heads, score)
+    for begin, end in [([0, 5, 9], [1, 5, 33]), ([7, 0, 0], [n_k // 2, n_k // 2 + 1, 40]), ([0] * 3, [n_k] * 3)]:
+        block.see(np.array(begin), np.array(end))
+        for _ in range(2):
+            q = rng.standard_normal((3, heads, 24)).astype(k.dtype)
+            for state in states:
+                state.reset()
+            for _ in block.fold(q):
+                pass
+            for _ in backend.accumulate(states[1], q, k, v, np.array(begin), np.array(end), score):
+                pass
+            for name, x in vars(states[0]).items():
+                np.testing.assert_array_equal(x, vars(states[1])[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_merged_states_are_those_of_all_keys(backend, dtype, sinks):
+    """Parts that saw nothing, rows that no part saw, NaN in one row: what combine and finish of the contract give."""
+    rng = np.random.default_rng(2)
+    kind = accumulator(DTYPES[dtype])
+    batch, n_q, heads, dim_v, parts = 2, 3, 4, 20, 3
+    acc = rng.standard_normal((parts, batch, n_q, heads, dim_v)).astype(kind)
+    row_max, row_sum = (rng.uniform(1, 30, (parts, batch, n_q, heads)).astype(kind) for _ in range(2))
+    seen = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0]], np.uint8)
+    for x, blank in ((acc, 0), (row_sum, 0), (row_max, -np.inf)):
+        x[np.broadcast_to(seen[:, None] == 0, (parts, batch, n_q))] = blank
+    acc[0, 1, 0, 2, 3] = np.nan
+    scores = rng.standard_normal(heads).astype(kind) if sinks else None
+    flat = np.concatenate([np.concatenate([x[:, i].reshape(parts, -1) for x in (acc, row_max, row_sum)], axis=1)
+                           for i in range(batch)], axis=1)
+    padded = np.ascontiguousarray(np.pad(flat, ((0, 0), (0, 2))))
+    found = np.empty((batch, n_q, heads, dim_v), DTYPES[dtype]), np.empty((batch, n_q, heads), kind)
+    wanted = [x.copy() for x in found]
+    backend.merge(padded, scores, seen, *found)
+    Backend(1).merge(padded, scores, seen, *wanted)
+    for x, y in zip(found, wanted, strict=True):
+        tolerance = {"rtol": 4 * TOLERANCE[dtype], "atol": 4 * TOLERANCE[dtype]}
+        np.testing.assert_allclose(x.astype("f8"), y.astype("f8"), **tolerance)
+    assert np.isnan(found[0].astype("f8")).sum() == 1
+    assert (found[0][:, 2] == 0).all()
+    assert sinks or (found[1][:, 2] == -np.inf).all()
+
+
 def test_an_abandoned_loop_writes_no_more(backend):
     n = 4000
     q, k, v, _, _ = case(6, n, n, 2, 2, 16, 16, "float32")

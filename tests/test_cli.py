@@ -546,6 +546,17 @@ def test_rates_that_cannot_be_kept(tmp_path, capsys):
     assert "take another with --save FILE" in capsys.readouterr().err
 
 
+def test_bench_of_a_step(capsys):
+    assert code("bench", "decode", "--keys", 3, 70, "--heads", 4, "--kv-heads", 2, "--dim", 8, "--repeat", 1,
+                "--json", "d.json") == 0
+    rows = json.loads(Path("d.json").read_text())["rows"]
+    assert [(row["keys a rank"], row["read us"]) for row in rows] == [(3, None), (70, None)]
+    assert all(row["x Allgathers"] == row["step us"] / row["2 Allgathers us"] for row in rows)
+    assert "x Allgathers" in capsys.readouterr().out
+    assert code("bench", "decode", "--heads", 3, "--kv-heads", 2) == 2
+    assert "multiple of --kv-heads 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
 def test_bench_of_the_backward_pass(capsys, mask):
     assert code("bench", "kernel", "--shape", "600x600", "--dim", 8, "--mask", mask, "--repeat", 1,

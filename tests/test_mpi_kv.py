@@ -133,6 +133,20 @@ def test_chunks_batch_crop_and_reorder(comm):
     expect(comm, lambda: cache.attend(q[:, :1]), RingError, "closed")
 
 
+def test_other_tokens_in_the_place_of_those_that_were_cropped(comm):
+    """As many tokens on each rank as before, at other positions: a step sees what there is."""
+    length = 4 * comm.size
+    q, k, v = tokens(5, length)
+    with KVCache(comm, **SIZES, threads=1, mask=Mask(causal=True, q_offset=length // 2)) as cache:
+        for layout in ("contiguous", "striped"):
+            cache.crop(0)
+            mine = make(layout, length, comm.size).positions(comm.rank)
+            cache.append(k[mine], v[mine], layout=layout)
+            out = cache.attend(q[:1])
+            wanted, _ = dense(q[:1], k, v, positions=[length // 2], causal=True)
+            np.testing.assert_allclose(out, wanted, atol=1e-5)
+
+
 def test_a_window_gives_memory_back(comm):
     """However long a sequence gets, a rank holds what the window shows and little more; results stay right."""
     q, k, v = tokens(3, 6000)

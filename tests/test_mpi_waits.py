@@ -22,7 +22,7 @@ from ringmpi import (
 from ringmpi.errors import InternalError, ResourceError
 from ringmpi.mpi import clocks, pace
 from ringmpi.mpi.comm import private_comm
-from ringmpi.mpi.exchange import Exchange
+from ringmpi.mpi.exchange import HEADER_BYTES, RECORD_BYTES, SMALL, Exchange
 from ringmpi.passes import Pass
 
 pytestmark = pytest.mark.mpi
@@ -353,3 +353,20 @@ def test_a_rank_that_computes_says_so(comm, monkeypatch):
         text = texts[0]
     texts = comm.allgather(text)
     assert all(f"rank {comm.size - 1} on" in said and "computing" in said for said in texts[:-1]), texts
+
+
+def test_records_grow_and_shrink_alike(comm):
+    """Payloads come through whatever their sizes, and the size of the next record is the same on every rank."""
+    ring = private_comm(comm)
+    sizes = np.random.default_rng(0).integers(0, 2, (40, comm.size)) * 900 + 3          # some fit, some don't
+    for number, wanted in enumerate([*sizes, *[[5000] * comm.size] * 2, *[[40000] * comm.size] * 2]):
+        rows = ring.exchange("", 60, np.full(wanted[ring.rank], number + ring.rank, np.uint8))
+        assert [(len(row), set(row.tolist())) for row in rows] == [
+            (size, {(number + rank) % 256}) for rank, size in enumerate(wanted)]
+    sent = comm.allgather(ring._mine.size)
+    assert set(sent) == {HEADER_BYTES + 5000 if comm.size > 1 else RECORD_BYTES}
+    for _ in range(SMALL):
+        ring.exchange("", 60)
+    assert set(comm.allgather(ring._mine.size)) == {RECORD_BYTES}
+    assert "differs" in said(comm, lambda: ring.exchange("x", 60, options={"x": "differs" if comm.rank else 0}))[0] or (
+        comm.size == 1)

@@ -4,6 +4,7 @@
     mpiexec -n 4 ringmpi bench ring --tokens 16384 --causal
     mpiexec -n 2 ringmpi bench network
     mpiexec -n 2 ringmpi bench auto --tokens 64 512 --heads 8/8 8/2
+    mpiexec -n 2 ringmpi bench decode --keys 16 65536 --threads 1
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -41,16 +42,19 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
                                                "calls that move the same; run it under mpiexec")
     auto = kinds.add_parser("auto", help="every schedule in turns, beside what schedule auto takes and what it "
                                          "expected; run it under mpiexec")
+    decode = kinds.add_parser("decode", help="a step of a cache of keys and values, beside reading them once and bare "
+                                             "MPI calls; run it under mpiexec")
     _add_kernel(kernel)
     _add_ring(ring)
     _add_auto(auto)
+    _add_decode(decode)
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
     network.add_argument("--save", type=Path, metavar="FILE",
@@ -62,13 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="where to compute (default: auto)")
 
     # Options that two or three of them have.
-    for sub in (kernel, ring, network, auto):
+    for sub in (kernel, ring, network, auto, decode):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network, auto):
+    for sub in (ring, network, auto, decode):
         sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                          help="seconds to wait for another rank (default: 1800)")
         sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network, auto):
+    for sub in (kernel, ring, network, auto, decode):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N",
                          help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
@@ -132,9 +136,20 @@ def _add_auto(auto: argparse.ArgumentParser) -> None:
     auto.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
 
 
+def _add_decode(decode: argparse.ArgumentParser) -> None:
+    decode.add_argument("--keys", nargs="+", type=positive, default=[16, 65536], metavar="N",
+                        help="keys that each rank has (default: 16 65536)")
+    decode.add_argument("--heads", type=positive, default=8, metavar="H", help="query heads (default: 8)")
+    decode.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
+    decode.add_argument("--dim", type=positive, default=128, metavar="D", help="numbers of a head (default: 128)")
+    decode.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"],
+                        help="of queries, keys and values (default: float32)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
-    table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto}[arguments.kind](arguments)
+    table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto,
+             "decode": _decode}[arguments.kind](arguments)
     if table.rows:
         _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
@@ -179,6 +194,18 @@ def _auto(arguments: argparse.Namespace) -> Table:
     return Table(rows, {"all", "threads a core"}, more)
 
 
+def _decode(arguments: argparse.Namespace) -> Table:
+    from .bench_decode import measure_decode
+    _check_heads(arguments)
+    return Table(measure_decode(arguments), {"ranks", "threads"}, {})
+
+
+def _check_heads(arguments: argparse.Namespace) -> None:
+    from ..errors import OptionError
+    if arguments.heads % (arguments.kv_heads or arguments.heads):
+        raise OptionError(f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}")
+
+
 def _check_kernels(arguments: argparse.Namespace) -> None:
     """Fill in what is measured by default, and refuse options that would have no effect."""
     from ..errors import OptionError
@@ -194,8 +221,7 @@ def _check_kernels(arguments: argparse.Namespace) -> None:
             raise OptionError("--threads: counts CPU threads, which --backend cuda does not use")
         if arguments.bfloat16_products != "auto":
             raise OptionError("--bfloat16-products: says how CPUs multiply, and --backend cuda does not use them")
-    if arguments.heads % (arguments.kv_heads or arguments.heads):
-        raise OptionError(f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}")
+    _check_heads(arguments)
 
 
 def _print(rows: list[dict[str, Any]], names: list[str]) -> None:

@@ -19,6 +19,7 @@ from .notices import Notices, State
 from .pace import Pace
 
 POLLS = 16                        # calls of MPI between two looks at the pace, which take as long as some of them
+QUICK_POLLS = 64                  # at the beginning of a wait, some ten microseconds, with no look at anything else
 ROUNDS = 4                        # such sets of polls, at most, in which a rank that computes lets messages move
 
 log = logging.getLogger("ringmpi")
@@ -94,6 +95,8 @@ class Waiter:
         pace = self._pace = Pace(timeout)
         self._peers = peers
         try:
+            if advance is None and self._done_soon(requests, describe):
+                return time.perf_counter() - pace.start
             return self._poll_until_done(pace, requests, timeout, describe, advance)
         except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
             self.give_up(error, requests)
@@ -101,6 +104,18 @@ class Waiter:
         finally:
             self._pace = None
             self._peers = tuple               # lets go of whatever `peers` refers to
+
+    def _done_soon(self, requests: list[Any], describe: Callable[[], str]) -> bool:
+        """Poll for some microseconds, and nothing else: a small message among ranks that keep step takes no more."""
+        test = self._mpi.Request.Testall
+        statuses: list[Any] = []
+        try:
+            for _ in range(QUICK_POLLS):
+                if test(requests, statuses):
+                    return True
+        except self._mpi.Exception as error:
+            raise self._lost(error, statuses, describe, requests) from error
+        return False
 
     def _poll_until_done(self, pace: Pace, requests: list[Any], timeout: float, describe: Callable[[], str],
                          advance: Callable[[], bool] | None) -> float:
@@ -161,25 +176,25 @@ class Waiter:
         statuses: list[Any] = []
         try:
             nothing_else = advance is None or advance()
-            if test(requests, statuses) and nothing_else:
-                return True, 0.0
             start = time.thread_time()
             done = any(test(requests, statuses) for _ in range(POLLS))
             if done and nothing_else:
                 return True, 0.0
             busy = 0.0 if done else time.thread_time() - start       # fewer polls can't be compared
         except self._mpi.Exception as error:
-            lost = RankLost(f"{describe()}; MPI reports: {self._reason(error, statuses)}")
-            self.give_up(lost, requests)
-            raise lost from error
+            raise self._lost(error, statuses, describe, requests) from error
         self._read_notices(describe, requests)
         return False, busy
 
-    def _reason(self, error: Exception, statuses: list[Any]) -> str:
-        """Give MPI's words for what failed: those of the single messages, if it has any."""
+    def _lost(self, error: Exception, statuses: list[Any], describe: Callable[[], str],
+              requests: Sequence[Any]) -> RankLost:
+        """Give the communicator up after an error of MPI's, with MPI's words: those of the single messages, if any."""
         mpi = self._mpi
         codes = {status.Get_error() for status in statuses} - {mpi.SUCCESS, mpi.ERR_PENDING, mpi.ERR_IN_STATUS}
-        return ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
+        reason = ", ".join(mpi.Get_error_string(code).splitlines()[-1] for code in codes) or str(error)
+        lost = RankLost(f"{describe()}; MPI reports: {reason}")
+        self.give_up(lost, requests)
+        return lost
 
     def _read_notices(self, describe: Callable[[], str], requests: Sequence[Any]) -> None:
         told = self.notices.read(self._state) if self.notices else ""

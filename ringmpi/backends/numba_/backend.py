@@ -99,7 +99,7 @@ class NumbaBackend(Backend):
 
         yield from self._run(steps, begin, end, q.shape[1])
 
-    def bind(self, state: State, k: NDArray[Any], v: NDArray[Any], n_q: int, heads: int, score: Score) -> Bound:
+    def bind(self, state: State, k: Any, v: Any, n_q: int, heads: int, score: Score) -> Bound:
         """Give what `accumulate` does with arrays that stay where they are; see `Backend.bind`. Local."""
         if self.canonical or not score.plain or score.scale < 0 or n_q == 0:
             return super().bind(state, k, v, n_q, heads, score)

@@ -38,8 +38,9 @@ Array = NDArray[Any]
 
 def heads_together(block: KernelArguments, packed: PackedKV) -> int:
     """Give how many key heads of a block of few rows one task has. Local."""
+    most: int = packed.rows // (-(-block.rows // ROWS) * ROWS)
     heads: int = block.heads
-    return min(heads, int(packed.rows) // (-(-block.rows // ROWS) * ROWS))
+    return min(heads, most)
 
 
 def most_columns(packed: PackedKV, heads: int, limits: Limits) -> int:

@@ -271,15 +271,14 @@ def load_forward_rows(block, state, first, count, rows, head, group, work):  # t
     dim_v = state.acc.shape[2]
     pack_queries(block.q, first, count, head, group, work.queries[:rows])
     for r in range(rows):
-        i, h = (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group
-        work.low[r] = block.begin[i]
-        work.high[r] = max(block.begin[i], block.end[i])
-        work.row_max[r] = state.row_max[i, h]
-        work.row_sum[r] = state.row_sum[i, h]
-        for c in range(dim_v):
-            work.acc[r, c] = state.acc[i, h, c]
-        for c in range(dim_v, work.acc.shape[1]):
-            work.acc[r, c] = 0
+        query, member = divmod(first + min(r, count - 1), group)
+        h = head * group + member
+        work.low[r] = block.begin[query]
+        work.high[r] = max(block.begin[query], block.end[query])
+        work.row_max[r] = state.row_max[query, h]
+        work.row_sum[r] = state.row_sum[query, h]
+        work.acc[r, :dim_v] = state.acc[query, h]
+        work.acc[r, dim_v:] = 0
 
 
 @numba.njit(error_model="numpy")

@@ -115,10 +115,16 @@ def pack_queries(q, first, count, head, group, out):  # type: ignore[no-untyped-
 
     Row r is query r // group of head r % group.
     """
+    dim = q.shape[2]
     for r in range(len(out)):
+        row = out[r]
+        if r >= count:
+            row[:] = 0
+            continue
         at = place_of(q, (first + r) // group, head * group + (first + r) % group)
-        for d in range(q.shape[2]):
-            out[r, d] = widen(q.array[at + d]) if r < count else widen(out.dtype.type(0))
+        given = q.array[at:at + dim]
+        for d in range(dim):
+            row[d] = widen(given[d])
 
 
 def pack_values(v, start, n, head, out, out_at, keys):  # type: ignore[no-untyped-def]

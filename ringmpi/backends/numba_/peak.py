@@ -102,12 +102,15 @@ def multiply_add_peak(kind: str, threads: int, seconds: float = 0.05) -> float:
 
 def read_bandwidth(threads: int, x: NDArray[np.float32]) -> float:
     """Measure reading memory on `threads` cores at once, in bytes/s; `x` is far larger than the caches. Local."""
-    edges = np.linspace(0, len(x) // 4096, threads + 1).astype(np.int64) * 4096
     _read(x, 0, 4096)
-    times = []
+    return x.nbytes / min(read_once(threads, x) for _ in range(3))
+
+
+def read_once(threads: int, x: NDArray[np.float32]) -> float:
+    """Read an array on `threads` cores at once; give the seconds. Local."""
+    edges = np.linspace(0, len(x) // 4096, threads + 1).astype(np.int64) * 4096
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(3):
-            start = time.perf_counter()
-            list(pool.map(_read, [x] * threads, edges[:-1], edges[1:]))
-            times.append(time.perf_counter() - start)
-    return x.nbytes / min(times)
+        list(pool.map(_read, [x[:0]] * threads, [0] * threads, [0] * threads))        # the threads are there
+        start = time.perf_counter()
+        list(pool.map(_read, [x] * threads, edges[:-1], edges[1:]))
+        return time.perf_counter() - start
