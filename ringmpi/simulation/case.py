@@ -174,7 +174,7 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     Raises
     ------
     OptionError
-        If the schedule is one of another number of ranks, its ranks can't share the heads, or blocks can't go like that.
+        If the schedule is one of another number of ranks, its ranks can't share heads, or blocks can't go like that.
     """
     resolve(schedule, machine.ranks)
     check_heads(schedule, shape.heads)
