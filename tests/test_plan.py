@@ -160,6 +160,14 @@ def test_a_simulation_says_what_was_not_simulated(capsys):
     assert "beyond 2,048 ranks, all are taken to have the average work" in said
 
 
+def test_ranks_share_cores_only_if_it_is_said(capsys):
+    assert plan("--tokens", 65536, "--ranks", 8, "--threads", 1) == 0
+    many = record("--tokens", 65536, "--ranks", 8, "--threads", 1)
+    few = record("--tokens", 65536, "--ranks", 8, "--threads", 1, "--cores", 2)
+    ring = [next(x["seconds"] for x in got["candidates"] if x["schedule"] == "1x1x8:ring") for got in (many, few)]
+    assert ring[1] == pytest.approx(4 * ring[0], rel=0.01)
+
+
 def test_jitter_is_the_same_for_the_same_seed():
     asked = "--tokens", 65536, "--ranks", 8, "--threads", 1, "--simulate", "--jitter", 0.2, "--schedule", "mesh"
     one, again, other = (record(*asked, "--seed", seed)["seconds"] for seed in (1, 1, 2))
@@ -200,4 +208,5 @@ def test_units():
     assert [bandwidth(x) for x in ("25GB/s", "1.5 GiB/s", "200Gbit/s", "3B/s")] == [25e9, 1.5 * 2**30, 25e9, 3]
     assert [duration(x) for x in ("2us", "2µs", "0.5 ms", "1s", "3ns")] == pytest.approx([2e-6, 2e-6, 5e-4, 1, 3e-9])
     assert [time_text(x) for x in (1.5, 0.00213, 2e-6, 1e-9, 0)] == ["1.5 s", "2.13 ms", "2 us", "1 ns", "0 ns"]
+    assert [time_text(x) for x in (12345.6, 0.9999)] == ["12,346 s", "1,000 ms"]
     assert [size_text(x) for x in (3 * 2**30, 1.5 * 2**20, 2**40, 100)] == ["3 GiB", "1.5 MiB", "1 TiB", "0.0977 KiB"]

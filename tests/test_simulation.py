@@ -77,6 +77,8 @@ def test_a_gather_hides_all_but_what_comes_late():
 @pytest.mark.parametrize("rates", [CPU, GPU, SLOW])
 @pytest.mark.parametrize("spec", ["1x1x16:ring", "1x4x4:ring", "4x1x4:ring", "1x16x1:ring", "1x1x16:window"])
 def test_without_trouble_it_takes_what_the_estimate_says(rates, spec):
+    if rates is GPU and spec.endswith("window"):
+        pytest.skip("GPUs do not share memory so")
     machine = Machine(16, 16, 1, 16, rates is GPU, 1, rates)
     shape = shape_of(16384)
     outcome = simulate(prepare(shape, check_schedule(spec), machine))
@@ -135,14 +137,13 @@ def test_the_hops_of_a_broadcast_are_those_of_its_tree():
 
 
 def test_a_rank_that_waits_leaves_its_core_to_the_others():
-    """Half of the ranks have nothing to do for half of the time: two cores are enough for what four would do."""
-    shape, machine = shape_of(4096), Machine(4, 4, 1, 4, rates=FREE)
-    mask, schedule = Mask(causal=True), Schedule(keys=4, carrier="gather")
-    alone = run(prepare(shape, schedule, machine, mask))
-    crowded = run(prepare(shape, schedule, replace(machine, cores=2), mask))
-    work = alone.compute.sum()
-    assert work / 2 < crowded.seconds < 0.8 * 2 * alone.seconds
-    assert simulate(prepare(shape, schedule, replace(machine, cores=2), mask)).seconds > 0.95 * 2 * alone.seconds
+    """Four ranks on two cores: in twice its own time each has done its work, and a quarter of it the slow one."""
+    shape, machine = shape_of(4096), Machine(4, 4, 1, 2, rates=replace(FREE, inside=LinkRate(0.0, 1e15)))
+    work = kernel_seconds(shape, replace(machine, cores=4), 1024, 1024, 1.0)
+    case = prepare(shape, Schedule(keys=4), machine, trouble=Trouble(slow_ranks={1: 4.0}))
+    assert run(case).seconds == pytest.approx(4 * (2 + 3) * work, rel=0.05)       # some are a step ahead
+    assert simulate(case).seconds == pytest.approx(4 * 2 * 4 * work, rel=1e-6)        # which does not know of that
+    assert run(prepare(shape, Schedule(keys=4), machine)).seconds == pytest.approx(4 * 2 * work, rel=1e-6)
 
 
 @pytest.mark.parametrize("spec", ["1x1x12:ring", "1x1x12:two-way", "1x3x4:ring", "1x12x1:ring"])
@@ -247,5 +248,7 @@ def make_seconds(make, ranks):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(OptionError, match="expected heads x queries x keys to be the number of ranks, 6, got 4"):
         prepare(shape_of(64), Schedule(keys=4), Machine(6, 6))
+    with pytest.raises(OptionError, match="window"):
+        prepare(shape_of(64), Schedule(keys=6, carrier="window"), Machine(6, 3))
     with pytest.raises(OptionError, match="divide the 8 heads"):
         prepare(shape_of(64), Schedule(heads=3), Machine(3, 3))

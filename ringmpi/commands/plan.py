@@ -64,7 +64,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
                          help=f"(default: {NODE}, or all of fewer ranks)")
     machine.add_argument("--threads", type=positive, metavar="N",
                          help="CPU threads of a rank (default: the cores of a node over its ranks)")
-    machine.add_argument("--cores", type=positive, metavar="N", help="of a node (default: as here)")
+    machine.add_argument("--cores", type=positive, metavar="N",
+                         help="of a node (default: as here, or one for each thread of its ranks)")
     machine.add_argument("--backend", choices=("auto", "numba", "numpy", "cuda"), default="auto",
                          help="cuda: each rank computes on a GPU of its own (default: auto: on CPUs)")
     machine.add_argument("--link", type=bandwidth, metavar="B/s",
@@ -197,8 +198,8 @@ def _machine(arguments: argparse.Namespace) -> Machine:
         **{name: value for name, value in (("bandwidth", arguments.link), ("latency", arguments.latency))
            if value is not None})
     here = min(arguments.ranks, arguments.ranks_per_node or NODE)
-    cores = arguments.cores or len(affinity())
-    threads = arguments.threads or max(1, cores // here)
+    threads = arguments.threads or max(1, (arguments.cores or len(affinity())) // here)
+    cores = arguments.cores or max(len(affinity()), here * threads)
     links = arguments.links or (here if on_gpu else 1)
     return Machine(arguments.ranks, here, threads, cores, on_gpu, links, replace(rates, between=between))
 
@@ -221,7 +222,8 @@ def _describe(question: Question) -> list[str]:
     rates = machine.rates
     computes = "a GPU each" if machine.on_gpu else f"{machine.threads} thread{'s'[:machine.threads > 1]} each"
     lines = [f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
-             f"{sizes.dtype}, {question.options.layout}; {machine.ranks:,} ranks, {machine.ranks_per_node} a node, "
+             f"{sizes.dtype}, {question.options.layout}; {machine.ranks:,} rank{'s'[:machine.ranks > 1]}, "
+             f"{machine.ranks_per_node} a node, "
              f"{computes}"]
     lines.append(f"rates: {rates.where}; between nodes {rates.between.bandwidth / 1e9:.3g} GB/s and "
                  f"{time_text(rates.between.latency)}, inside {rates.inside.bandwidth / 1e9:.3g} GB/s and "

@@ -35,10 +35,11 @@ def simulate(arguments: argparse.Namespace, question: Question) -> tuple[list[st
                     SCALING_BUDGET) if schedule.ranks > 1 else []
 
     lines = [*_describe(outcome), _who(straggler, outcome), *_scaling(sizes, schedule, trouble != usual)]
-    record = {"sizes": vars(question.sizes), "schedule": str(schedule), "seconds": outcome.seconds,
-              "hidden": outcome.hidden, "steps_simulated": outcome.steps, "steps": schedule.keys,
-              "bytes_sent": float(outcome.sent.mean()), "straggler": straggler and straggler._asdict(),
-              "scaling": [vars(size) for size in sizes], "stops_scaling_at": stops_scaling(sizes), "says": lines}
+    record = {"sizes": vars(question.sizes), "options": vars(question.options), "schedule": str(schedule),
+              "seconds": outcome.seconds, "hidden": outcome.hidden, "bytes_sent": float(outcome.sent.mean()),
+              "steps": schedule.keys, "steps_simulated": outcome.steps,
+              "straggler": straggler and straggler._asdict(), "scaling": [vars(size) for size in sizes],
+              "stops_scaling_at": stops_scaling(sizes), "says": lines}
     return lines, record
 
 

@@ -39,10 +39,11 @@ def tabulate(arguments: argparse.Namespace, question: Question) -> tuple[list[st
     if len(shown) < len(costs):
         lines[-1] = f"(and {len(costs) - len(shown)} more: --all)"
     lines.append(_verdict(ring, best, machine, arguments.memory_limit))
-    record = {"sizes": vars(question.sizes), "machine": {**vars(machine), "rates": vars(machine.rates)},
-              "chosen": str(chosen), "says": lines[-1], "candidates": [
-                  {"schedule": str(cost[0].schedule), "seconds": _seconds(cost), "memory": cost[0].memory,
-                   "bytes_sent": sum(way.bytes_sent for way in cost), "hidden": _hidden(cost)} for cost in costs]}
+    record = {"sizes": vars(question.sizes), "options": vars(question.options),
+              "machine": {**vars(machine), "rates": vars(machine.rates)}, "chosen": str(chosen), "says": lines[-1],
+              "candidates": [{"schedule": str(cost[0].schedule), "seconds": _seconds(cost), "memory": cost[0].memory,
+                              "bytes_sent": sum(way.bytes_sent for way in cost), "hidden": _hidden(cost)}
+                             for cost in costs]}
     return lines, record
 
 

@@ -31,13 +31,18 @@ def time_text(seconds: float) -> str:
     """Write a time with three digits: 2.13 ms."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+            return f"{_three(seconds / size)} {unit}"
+    return f"{_three(seconds / 1e-9)} ns"
 
 
 def size_text(nbytes: float) -> str:
     """Write a number of bytes with three digits: 1.25 GiB."""
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
         if nbytes >= size:
-            return f"{nbytes / size:.3g} {unit}"
-    return f"{nbytes / 2**10:.3g} KiB"
+            return f"{_three(nbytes / size)} {unit}"
+    return f"{_three(nbytes / 2**10)} KiB"
+
+
+def _three(number: float) -> str:
+    """Write a number with three digits, or all that it has before the point."""
+    return f"{number:.3g}" if number < 999.5 else f"{number:,.0f}"

@@ -14,6 +14,7 @@ from ..schedules.cargo import halves
 from ..schedules.cost import FEW_ROWS, STEPS, kernel_seconds
 from ..schedules.grid import Grid, share_heads
 from ..schedules.machine import Machine
+from ..schedules.movers import carrier_class
 from ..schedules.spec import Schedule, check_heads, resolve
 from ..schedules.traffic import Shape, axes
 from .trouble import Trouble
@@ -173,12 +174,14 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     Raises
     ------
     OptionError
-        If the schedule is one of another number of ranks, or its ranks can't share the heads.
+        If the schedule is one of another number of ranks, its ranks can't share heads, or blocks can't go like that.
     """
     resolve(schedule, machine.ranks)
     check_heads(schedule, shape.heads)
     nodes = tuple(rank // machine.ranks_per_node for rank in range(machine.ranks))
-    places = Grid(schedule, nodes, axes(shape, schedule)).ranks()
+    grid = Grid(schedule, nodes, axes(shape, schedule))
+    carrier_class(schedule.carrier).check(grid, machine.on_gpu)
+    places = grid.ranks()
     mask = mask or Mask()
 
     # With many ranks, or where all have the same, the average is as good as the truth.
