@@ -435,7 +435,7 @@ def test_memory_is_steady_and_predicted(tmp_path):
     for ranks in (3, 5):
         source = make_random(tmp_path / f"in{ranks}.h5", 8192 * ranks, heads=8, dim=128)
         options = [source, tmp_path / f"out{ranks}.h5", "--layout", "striped", "--causal", "--window", "64",
-                   "--expect-ranks", str(ranks)]
+                   "--schedule", "ring", "--expect-ranks", str(ranks)]
         result = run(ranks, "attend", *options, "--json", tmp_path / "run.json", folder=tmp_path)
         assert result.code == 0, result.text
         peaks.append(json.loads((tmp_path / "run.json").read_text())["peak_bytes"])
