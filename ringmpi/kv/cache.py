@@ -39,7 +39,7 @@ from .store import KVStore
 
 SIZES = ("kv_heads", "dim", "dim_v", "dtype", "batch")
 ORDER = "order of the batch (checksum)"
-ASKED = ("q (checksum)", "sinks (0 none, 1 given)", "sinks (checksum)", "tokens", "k (checksum)", "v (checksum)")
+ASKED = ("q (checksum)", "tokens", "k (checksum)", "v (checksum)")
 DEALT = 16                    # tokens in a row that a rank keeps of those that all ranks bring
 ROOM = 256                    # tokens on a rank that a cache without a capacity begins with
 
@@ -313,7 +313,7 @@ class KVCache:
                 self._check_open()
                 arrays = None if k is None and v is None else self._check_tokens(k, v)
                 query = self._check_query(q, sinks)
-                numbers = (*query.q.shape, checksum(query.q), query.sinks is not None, checksum(query.sinks))
+                numbers = (*query.q.shape, query.sinks is not None, checksum(query.sinks), checksum(query.q))
                 if arrays is not None:
                     numbers += (arrays[0].shape[1], checksum(arrays[0]), checksum(arrays[1]))
                     self._check_capacity(arrays[0].shape[1])
@@ -323,7 +323,8 @@ class KVCache:
             rows = self._comm.exchange(
                 "KVCache.attend", self._timeout, payload, failures=failures,
                 options=lambda: {**self._options, "length": length, ORDER: reordered, "shape of q": numbers[:4],
-                                 **dict(zip(ASKED, numbers[4:], strict=False))},
+                                 "sinks": None if query is None or query.sinks is None else query.sinks.tolist(),
+                                 **dict(zip(ASKED, numbers[6:], strict=False))},
                 digest=digest_of_numbers(self._digest, length, reordered, *numbers))
         if query is None:
             raise InternalError("a query is missing")
