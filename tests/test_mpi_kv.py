@@ -136,9 +136,9 @@ def test_chunks_batch_crop_and_reorder(comm):
 def test_other_tokens_in_the_place_of_those_that_were_cropped(comm):
     """As many tokens on each rank as before, at other positions: a step sees what there is."""
     length = 4 * comm.size
-    q, k, v = tokens(5, length)
     with KVCache(comm, **SIZES, threads=1, mask=Mask(causal=True, q_offset=length // 2)) as cache:
-        for layout in ("contiguous", "striped"):
+        for seed, layout in enumerate(["contiguous", "striped"]):
+            q, k, v = tokens(seed, length)
             cache.crop(0)
             mine = make(layout, length, comm.size).positions(comm.rank)
             cache.append(k[mine], v[mine], layout=layout)

@@ -17,7 +17,7 @@ from .contents import Undone
 from .core import Core
 from .decoder import Query
 
-ASKED = ("q (checksum)", "sinks (0 none, 1 given)", "sinks (checksum)", "tokens", "k (checksum)", "v (checksum)")
+ASKED = ("q (checksum)", "tokens", "k (checksum)", "v (checksum)")
 STATE_BYTES = 2**26            # of the states of all ranks that a rank has at a time
 
 
@@ -38,6 +38,7 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
         With a batch axis, where `q` is.
     """
     comm, sizes, backend, contents = core.comm, core.sizes, core.backend, core.contents
+    query: Query | None = None
     parts: list[Query] = []
     payload = NOTHING
     numbers: tuple[int, ...] = ()                # what must be the same on every rank: as numbers, sooner hashed
@@ -47,7 +48,7 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
             check_open()
             arrays = None if k is None and v is None else sizes.check_tokens(k, v, backend)
             query = sizes.check_query(q, sinks, backend, core.problem.alibi, contents.length, core.accumulator)
-            numbers = (*query.q.shape, checksum(query.q), query.sinks is not None, checksum(query.sinks))
+            numbers = (*query.q.shape, query.sinks is not None, checksum(query.sinks), checksum(query.q))
             if arrays is not None:
                 new = arrays[0].shape[1]
                 numbers += (new, checksum(arrays[0]), checksum(arrays[1]))
@@ -58,7 +59,9 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
             payload = core.decoder.accumulate(parts[0], contents.store, contents.length)
         rows = comm.exchange("KVCache.attend", core.timeout, payload, failures=failures,
                              options=lambda: {**core.agreed, **before, "shape of q": numbers[:4],
-                                              **dict(zip(ASKED, numbers[4:], strict=False))},
+                                              "sinks": None if query is None or query.sinks is None
+                                              else query.sinks.tolist(),
+                                              **dict(zip(ASKED, numbers[6:], strict=False))},
                              digest=digest_of_numbers(core.digest, *before.values(), *numbers))
         if not parts:
             raise InternalError("a query is missing")
