@@ -15,7 +15,7 @@ LAUNCHES = {
     "auto": (("auto",), (4,), (1, 2, 3, 6, 16)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
     "canonical": (("canonical",), (3,), (1, 2, 4, 5, 7, 8, 16)),
-    "canonical_cases": (("canonical_cases",), (), (2, 3, 5)),
+    "canonical_cases": (("canonical_cases",), (), (3,)),
     "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),
