@@ -110,6 +110,8 @@ class CanonicalPass(Pass):
     def _sum_of_sinks(self, sinks: NDArray[Any], lse: Array, delta: Array) -> NDArray[Any]:
         """Give ``-sum(exp(sink - lse) delta)`` over all queries: of each tile, and of these in a fixed tree."""
         of_keys = self._of_keys
+        if not of_keys.batch:
+            return np.zeros(len(sinks))
         tiles = []
         for start in range(0, lse.shape[1], of_keys.tile):
             rows = slice(start, start + of_keys.tile)

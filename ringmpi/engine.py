@@ -40,11 +40,14 @@ COMPILE_TIMEOUT = 180.0           # seconds at least: compiling is not being lat
 NO_FACTS = np.zeros(5, np.int64).view(np.uint8)      # of a rank that has failed
 
 
-def rates_of_this_machine() -> str | None:
-    """Read the rates that `bench network` has kept, as text; None, with a warning unless there are none. Local."""
-    path = rates_file()
+def rates_of_this_machine(on_gpu: bool) -> str | None:
+    """Read the rates that `bench network` has kept, as text; None, with a warning unless there are none. Local.
+
+    They are of CPUs: there are none of GPUs.
+    """
+    path = None if on_gpu else rates_file()
     try:
-        return Rates.load(path).as_text()
+        return None if path is None else Rates.load(path).as_text()
     except FileNotFoundError:
         return None
     except (OptionError, OSError) as error:
@@ -255,11 +258,14 @@ class Engine:
     def machine(self) -> Machine:
         """Describe what computes, as all ranks know it: with the rates that rank 0 has. Collective over *comm*."""
         comm = self._comm
-        if RATES not in comm.agreed:
-            mine = (rates_of_this_machine() or "") if comm.rank == 0 else ""
-            comm.agreed[RATES] = comm.allgather_text(mine, self._timeout)[0]
-        text = comm.agreed[RATES]
         on_gpu = self.transport is not None
+        if RATES not in comm.agreed:
+            mine = ""
+            with comm.raise_on_all(self._timeout):       # a warning may be an error
+                if comm.rank == 0:
+                    mine = rates_of_this_machine(False) or ""
+            comm.agreed[RATES] = comm.allgather_text(mine, self._timeout)[0]
+        text = "" if on_gpu else comm.agreed[RATES]
         here = max(Counter(comm.nodes).values())
         threads = self._facts.view(np.int64).reshape(comm.size, -1)[:, 4].tolist()
         return Machine(comm.size, here, max(threads), comm.cores, on_gpu, here if on_gpu else 1,

@@ -58,15 +58,21 @@ def bfloat16_products() -> str:
     return os.environ.get(BFLOAT16_PRODUCTS, "").strip()
 
 
-def rates_file() -> Path:
-    """Give RINGMPI_RATES, the file of the rates of this machine; by default one in the user's cache folder. Local."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get(RATES, "").strip() or folder / "ringmpi" / "rates.json")
+def rates_file() -> Path | None:
+    """Give RINGMPI_RATES, the file of the rates of this machine; by default one in the user's cache folder. Local.
+
+    None if it is not set and the user has no home folder, as in some containers.
+    """
+    asked = os.environ.get(RATES, "").strip()
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if asked or os.path.isabs(folder):
+        return Path(asked or os.path.join(folder, "ringmpi", "rates.json"))
+    return None
 
 
 def kernel_cache() -> Path:
     """Give the folder where CuPy caches kernels, and this package those that it compiles without CuPy. Local."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))     # as CuPy finds it
 
 
 def mpi_gpu_switches() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .backends.base import ended
 from .call import Array, Call
 from .engine import Engine
 from .mpi.exchange import NOTHING
@@ -350,12 +351,13 @@ class Pass:
         move_messages = self.movers.progress
         start = time.perf_counter()
         for loop in loops:
-            for pairs in loop:
-                plan.prefetch_columns(work.following)
-                move_messages()
-                work.step.pairs += pairs
-                if self._progress and pairs:
-                    self._progress(pairs, self._pairs)
+            with ended(loop):
+                for pairs in loop:
+                    plan.prefetch_columns(work.following)
+                    move_messages()
+                    work.step.pairs += pairs
+                    if self._progress and pairs:
+                        self._progress(pairs, self._pairs)
         work.step.compute_seconds += time.perf_counter() - start
 
     def _gradient_of_sinks(self, sinks: NDArray[Any], gradients: Sequence[Gradient]) -> NDArray[Any]:

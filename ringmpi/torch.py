@@ -80,7 +80,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """
     if (comm is None) == (attention is None) or (options and attention is not None):
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
-    out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed)
+    out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed, torch.is_grad_enabled())
     return (out, lse) if return_lse else out
 
 
@@ -156,11 +156,11 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, source: _Source,
-                seed: int) -> tuple[Tensor, Tensor]:
+                seed: int, records: bool) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
             inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), seed)
-            out, lse = attention._call(inputs, True, False, None, trains=any(ctx.needs_input_grad))
+            out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
@@ -181,7 +181,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
             grads = attention._differentiate_call(ctx.number, dout, dlse, inputs)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
         dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
-        return dq, dk, dv, dsinks, None, None
+        return dq, dk, dv, dsinks, None, None, None
 
 
 def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ringmpi.engine import rates_of_this_machine
+from ringmpi.environment import rates_file
 from ringmpi.errors import OptionError
 from ringmpi.job.inputs import Sizes
 from ringmpi.job.memory import predict_memory, schedule_of
@@ -150,13 +152,13 @@ def test_rates_go_through_a_file(tmp_path, monkeypatch):
     assert Rates.load(path) == rates
     assert [x.name for x in path.parent.iterdir()] == ["rates.json"]
     monkeypatch.setenv("RINGMPI_RATES", str(path))
-    assert Rates.from_text(rates_of_this_machine()) == rates
+    assert Rates.from_text(rates_of_this_machine(False)) == rates
     assert all(line for line in rates.describe())
 
 
 def test_without_a_file_there_are_no_rates(tmp_path, monkeypatch):
     monkeypatch.setenv("RINGMPI_RATES", str(tmp_path / "none"))
-    assert rates_of_this_machine() is None
+    assert rates_of_this_machine(False) is None
 
 
 DAMAGE = {
@@ -168,6 +170,9 @@ DAMAGE = {
     "stopped": lambda text: json.dumps(json.loads(text) | {"inside": {"latency": 1.0, "bandwidth": 0.0}}),
     "short": lambda text: json.dumps(json.loads(text) | {"inside": [1.0]}),
     "text": lambda text: json.dumps(json.loads(text) | {"step": "fast"}),
+    "huge": lambda text: text.replace('"step": ', '"step": 1' + "0" * 400 + ', "x": '),
+    "deep": lambda _: "[" * 60000,
+    "terminal": lambda text: json.dumps(json.loads(text) | {"where": "\x1b[2J"}),
 }
 
 
@@ -181,13 +186,32 @@ def test_a_damaged_file_is_warned_of(damage, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match=r"rates.json: expected the rates of a machine.*measure again"):
         Rates.load(path)
     with pytest.warns(UserWarning, match=r"rates.json.*chosen by default rates"):
-        assert rates_of_this_machine() is None
+        assert rates_of_this_machine(False) is None
+
+
+def test_no_home_folder(monkeypatch):
+    """As in a container whose user has no name: there are no rates then, and a variable is read without one."""
+    monkeypatch.delenv("RINGMPI_RATES", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert rates_file() is None
+    assert rates_of_this_machine(False) is None
+    monkeypatch.setenv("RINGMPI_RATES", "/some/rates.json")
+    assert rates_file() == Path("/some/rates.json")
+
+
+def test_gpus_do_not_go_by_the_rates_of_cpus(tmp_path, monkeypatch):
+    CPU.save(tmp_path / "rates.json")
+    monkeypatch.setenv("RINGMPI_RATES", str(tmp_path / "rates.json"))
+    assert rates_of_this_machine(False) == CPU.as_text()
+    assert rates_of_this_machine(True) is None
 
 
 def test_a_folder_is_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("RINGMPI_RATES", str(tmp_path))
     with pytest.warns(UserWarning, match="chosen by default rates"):
-        assert rates_of_this_machine() is None
+        assert rates_of_this_machine(False) is None
 
 
 def test_rates_are_found_again_in_what_calls_take():

@@ -1,11 +1,15 @@
 """The schedule that a call chooses by itself: the same on all ranks, right, within its limit. Runs under mpiexec."""
 
+import tempfile
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cases import FACTORS, covering, of_size
 from test_mpi_gradients import LEVELS, check
 
-from ringmpi import Mask, OptionError, RingAttention, Schedule
+from ringmpi import Mask, OptionError, RingAttention, RingError, Schedule
 from ringmpi.layout import make
 from ringmpi.schedules.cost import candidates, estimate
 from ringmpi.schedules.machine import Machine
@@ -59,7 +63,7 @@ def test_one_rank_that_keeps_nothing(comm):
         assert len(set(comm.allgather(str(attention.schedule)))) == 1
 
 
-def test_rank_0_has_the_rates(comm, monkeypatch, tmp_path):
+def test_rank_0_has_the_rates(comm, monkeypatch, damaged):
     """Other ranks have others in their files, by which they would choose otherwise."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
@@ -73,16 +77,40 @@ def test_rank_0_has_the_rates(comm, monkeypatch, tmp_path):
     mine.Free()
 
 
-def test_a_damaged_file_on_rank_0(comm, monkeypatch, tmp_path, recwarn):
+@pytest.fixture
+def damaged():
+    """A file of rates that is none, on each rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rates.json"
+        path.write_text("{")
+        yield str(path)
+
+
+def test_a_damaged_file_on_rank_0(comm, monkeypatch, damaged, recwarn):
     if comm.size == 1:
         pytest.skip("a rank alone has nothing to choose")
     mine = comm.Dup()
-    (tmp_path / "rates.json").write_text("{")
-    monkeypatch.setenv("RINGMPI_RATES", str(tmp_path / "rates.json"))
+    monkeypatch.setenv("RINGMPI_RATES", damaged)
     with RingAttention(mine, timeout=60) as attention:
         attention(*arrays(mine, 8))
     warned = [str(x.message) for x in recwarn if "default rates" in str(x.message)]
     assert len(warned) == (comm.rank == 0)
+    mine.Free()
+
+
+def test_a_warning_that_is_an_error(comm, monkeypatch, damaged):
+    """All ranks have it, and the communicator is as good as before."""
+    if comm.size == 1:
+        pytest.skip("a rank alone has nothing to choose")
+    mine = comm.Dup()
+    monkeypatch.setenv("RINGMPI_RATES", damaged)
+    with RingAttention(mine, timeout=60) as attention:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises((UserWarning, RingError), match="chosen by default rates"):
+                attention(*arrays(mine, 8))
+        monkeypatch.delenv("RINGMPI_RATES")
+        attention(*arrays(mine, 8))
     mine.Free()
 
 

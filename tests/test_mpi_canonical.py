@@ -192,6 +192,14 @@ def test_functions_and_the_other_order_on_one_communicator(comm):
     assert all(np.array_equal(x, y) for x, y in zip((out, lse, *gradients), want.values(), strict=True))
 
 
+def test_a_batch_of_none(comm):
+    x = np.zeros((0, 5, 4, 8), np.float32)
+    with RingAttention(comm, order="canonical", timeout=60) as attention:
+        out = attention(x, x, x, sinks=np.zeros(4))
+        *_, dsinks = attention.backward(out)
+    assert not dsinks.any()
+
+
 def test_what_has_no_canonical_order(comm):
     """The same error on all ranks, which says what would do."""
     x, size = np.ones((3, 3, 8), "f4"), comm.size

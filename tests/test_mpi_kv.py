@@ -5,6 +5,7 @@ import pickle
 import shutil
 import tempfile
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import h5py
@@ -53,6 +54,47 @@ def dense(q, k, v, positions=None, **mask):
 def expect_same(comm, x):
     """All ranks have the same bits."""
     assert len(set(comm.allgather(x.tobytes()))) == 1
+
+
+def test_a_step_that_cannot_be_prepared(comm, monkeypatch):
+    """Fails on all ranks, and leaves nothing of the tokens before."""
+    q, k, v = tokens(3, 20)
+    old = tokens(4, 20)
+    with KVCache(comm, backend="numba", **SIZES) as cache:
+        cache.append(*old[1:], replicated=True)
+        cache.attend(old[0][-1:])
+        cache.crop(0)
+        cache.append(k, v, replicated=True)
+        backend = type(cache._core.backend)
+        bind = backend.bind
+
+        def fail(*_):
+            raise MemoryError("made up")
+
+        monkeypatch.setattr(backend, "bind", fail)
+        with pytest.raises((MemoryError, RingError)):
+            cache.attend(q[-1:])
+        monkeypatch.setattr(backend, "bind", bind)
+        want, _ = dense(q[-1:], k, v, causal=True)
+        assert oracle.error(cache.attend(q[-1:]), want, np.abs(want).max()) <= TOLERANCE["float32"]
+
+
+def test_memory_goes_with_its_tokens(comm):
+    """What a step has prepared does not keep chunks that were cropped, or the cache once it is closed."""
+    q, k, v = tokens(3, 40 * comm.size)
+    cache = KVCache(comm, **SIZES)
+    for _ in range(2):
+        cache.append(k, v, replicated=True)
+        cache.attend(q[-1:])
+        held = [weakref.ref(x) for chunk in cache._core.contents.store.chunks for x in (chunk.k, chunk.v)]
+        cache.crop(0)
+        assert not any(x() is not None for x in held)
+    cache.append(k, v, replicated=True)
+    cache.attend(q[-1:])
+    held = [weakref.ref(x) for chunk in cache._core.contents.store.chunks for x in (chunk.k, chunk.v)]
+    cache.close()
+    assert not any(x() is not None for x in held)
+    expect(comm, lambda: cache.crop(0), RingError, "closed")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +209,10 @@ def test_a_window_gives_memory_back(comm):
         assert oracle.error(out, want[mine], np.abs(want).max()) <= TOLERANCE["float32"]
         expect(comm, lambda: cache.attend(q[-51:]), OptionError, "expected at most 50 queries, got 51: the first would")
         expect(comm, lambda: cache.crop(20), OptionError, "a window has dropped the keys before")
+        cache.crop(0)                                    # and anew
+        cache.append(k[:7], v[:7], replicated=True)
+        want, _ = dense(q[:7], k[:7], v[:7], causal=True, window=(100, 0), first=4)
+        assert oracle.error(cache.attend(q[:7]), want, np.abs(want).max()) <= TOLERANCE["float32"]
 
 
 @pytest.fixture

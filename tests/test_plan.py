@@ -190,6 +190,11 @@ def test_jitter_is_the_same_for_the_same_seed():
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-link", "1-1:2"), "expected RANK-RANK:TIMES"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-link", "1-2:0"), "expected RANK-RANK:TIMES with TIMES > 0"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--jitter", "-1"), "expected a number > 0"),
+    (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-rank", "\N{SUPERSCRIPT TWO}:2"), "expected RANK:TIMES"),
+    (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-link", "1-01:2"), "expected RANK-RANK:TIMES"),
+    (("--tokens", 64, "--ranks", 4, "--simulate", "--all"), "--all: says what to list"),
+    (("--tokens", 10**20, "--ranks", 4), "--tokens: expected 67,108,864 a rank at most"),
+    (("--tokens", 64, "--ranks", 4, "--heads", 10**20), "--heads: expected 65,536 at most"),
     (("--tokens", 64, "--ranks", 2**30), "--ranks: expected 1,048,576 at most, got 1,073,741,824"),
     (("--tokens", 64, "--ranks", 4, "--prefix", 3), "--prefix widens only --causal")])
 def test_usage_errors_say_what_would_do(arguments, says, capsys):
@@ -197,9 +202,18 @@ def test_usage_errors_say_what_would_do(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", [("--heads", 6, "--ranks", 6, "--schedule", "heads"),
+                                   ("--ranks", 12, "--ranks-per-node", 6, "--schedule", "1x2x6:window")])
+def test_the_table_of_a_simulation_leaves_out_what_is_not_possible(asked, capsys):
+    assert plan("--tokens", 4096, *asked, "--simulate") == 0
+    assert "efficiency" in capsys.readouterr().out
+
+
 def test_what_can_not_be_planned_is_refused(capsys):
     assert plan("--tokens", 64, "--ranks", 6, "--simulate", "--schedule", "1x1x4") == 2
     assert "expected heads x queries x keys to be the number of ranks, 6" in capsys.readouterr().err
+    assert plan("--tokens", 64, "--ranks", 6, "--rates", "missing.json") == 2
+    assert "--rates: expected a file that" in capsys.readouterr().err
     assert plan("missing.h5", "--ranks", 6) == 3
     assert "missing.h5" in capsys.readouterr().err
 

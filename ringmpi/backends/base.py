@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,16 @@ class Bound:
     def fold(self, q: Any) -> Iterable[int]:
         """Fold what they see into the state; the iterable is as that of `Backend.accumulate`, and is to be ended."""
         raise NotImplementedError
+
+
+@contextmanager
+def ended(loop: Iterable[int]) -> Iterator[None]:
+    """End a loop of a backend with a block, however that ends: else an error would keep it, and the backend, busy."""
+    try:
+        yield
+    finally:
+        if isinstance(loop, Generator):
+            loop.close()
 
 
 class BoundLoop(Bound):

@@ -75,6 +75,8 @@ def _keep_rates(arguments: argparse.Namespace, world: Any, comm: mpi.Comm) -> No
             path = arguments.save or rates_file()
             for line in rates.describe():
                 print(line)
+            if path is None:
+                raise OutputError("no home folder to keep the rates in; say where with --save FILE or RINGMPI_RATES")
             try:
                 rates.save(path)
             except OSError as error:

@@ -18,6 +18,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import OptionError
 from .options import DTYPES, above_zero, add_attention, memory_limit, natural, positive, refuse_idle_options, schedule
 from .units import bandwidth, duration, time_text
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 NODE = 8                    # ranks, where nothing is said
 MOST_RANKS = 2**20          # more are a mistake, or take minutes
+MOST_TOKENS = 2**26         # of a rank, whose positions are looked at
+MOST_SIZE = 2**16           # heads, and numbers of a head
 SIZES = ("tokens", "queries", "heads", "kv_heads", "dim", "dim_v", "dtype")
 
 
@@ -106,7 +109,7 @@ def _share(text: str) -> float:
 def _slow_rank(text: str) -> tuple[int, float]:
     """Read RANK:X."""
     rank, colon, factor = text.partition(":")
-    if not (colon and rank.isdigit()):
+    if not (colon and rank.isdecimal()):
         raise argparse.ArgumentTypeError(f"expected RANK:TIMES, as 3:2.0 for rank 3 at half its speed, got {text!r}")
     return int(rank), above_zero(factor, "RANK:TIMES with TIMES")
 
@@ -115,7 +118,7 @@ def _slow_link(text: str) -> tuple[tuple[int, int], float]:
     """Read RANK-RANK:X."""
     ends, colon, factor = text.partition(":")
     one, _, other = ends.partition("-")
-    if not (colon and one.isdigit() and other.isdigit() and one != other):
+    if not (colon and one.isdecimal() and other.isdecimal() and int(one) != int(other)):
         raise argparse.ArgumentTypeError("expected RANK-RANK:TIMES, as 3-4:10 for a link at a tenth of its speed, got "
                                          f"{text!r}")
     return (int(one), int(other)), above_zero(factor, "RANK-RANK:TIMES with TIMES")
@@ -148,6 +151,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect, or do not go together."""
     error = arguments.error
     said = [name for name in SIZES if getattr(arguments, name) is not None]
+    auto = arguments.schedule == "auto"
     if arguments.input is None and arguments.tokens is None:
         error("expected IN.h5, or --tokens and what else differs from the defaults")
     if arguments.input is not None and said:
@@ -157,10 +161,20 @@ def _refuse(arguments: argparse.Namespace) -> None:
     for name in ("jitter", "slow_rank", "slow_link", "schedule"):
         if getattr(arguments, name) and not arguments.simulate:
             error(f"--{name.replace('_', '-')}: says what to simulate, and --simulate is not given")
+    for name in ("all", "memory_limit"):
+        if getattr(arguments, name) and arguments.simulate and not (name == "memory_limit" and auto):
+            error(f"--{name.replace('_', '-')}: says what to list, and --simulate follows one schedule")
     if arguments.simulate and arguments.backward:
         error("--backward: --simulate simulates the forward pass; leave one of them out")
     if arguments.ranks > MOST_RANKS:
         error(f"--ranks: expected {MOST_RANKS:,} at most, got {arguments.ranks:,}")
+    for name in ("tokens", "queries"):
+        if (getattr(arguments, name) or 0) > MOST_TOKENS * arguments.ranks:
+            error(f"--{name}: expected {MOST_TOKENS:,} a rank at most, got {getattr(arguments, name):,} on "
+                  f"{arguments.ranks:,} ranks; say how many with --ranks")
+    for name in ("heads", "kv_heads", "dim", "dim_v"):
+        if (getattr(arguments, name) or 0) > MOST_SIZE:
+            error(f"--{name.replace('_', '-')}: expected {MOST_SIZE:,} at most, got {getattr(arguments, name):,}")
     last = arguments.ranks - 1
     slow = [rank for rank, _ in arguments.slow_rank] + [rank for link, _ in arguments.slow_link for rank in link]
     for rank in slow:
@@ -209,11 +223,14 @@ def _rates(arguments: argparse.Namespace) -> Rates:
     from ..engine import rates_of_this_machine
     from ..schedules.rates import CPU, GPU, Rates
     if arguments.rates is not None:
-        return Rates.load(arguments.rates)
-    if arguments.backend == "cuda":                 # those of this machine may be of its CPUs
-        return GPU
-    text = rates_of_this_machine()
-    return Rates.from_text(text) if text else CPU
+        try:
+            return Rates.load(arguments.rates)
+        except OSError as error:
+            raise OptionError(f"--rates: expected a file that `ringmpi bench network --save` has written, got "
+                              f"{arguments.rates}: {error.strerror}") from error
+    on_gpu = arguments.backend == "cuda"
+    text = rates_of_this_machine(on_gpu)
+    return Rates.from_text(text) if text else GPU if on_gpu else CPU
 
 
 def _describe(question: Question) -> list[str]:

@@ -80,7 +80,7 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
         If the heads do not allow it, or it takes more than the options' limit.
     """
     on_gpu = options.backend in GPU_NAMES
-    text = rates_of_this_machine()
+    text = rates_of_this_machine(on_gpu)
     cores = len(affinity())
     machine = Machine(ranks, ranks, max(1, cores // ranks), cores, on_gpu,
                       rates=Rates.from_text(text) if text else GPU if on_gpu else CPU)

@@ -47,8 +47,8 @@ class KVCache:
     batch : int, optional
         Elements of the batch, all of one length; by default arrays have no batch axis.
     capacity : int, optional
-        The most tokens in all. Memory for each rank's share is taken at once, with the first of them; without, it grows
-        as it fills.
+        The most tokens in all, those that a window has dropped too. Memory for each rank's share is taken at once, with
+        the first of them, unless the mask has a window; without, it grows as it fills.
     mask : Mask, optional
         Causal by default. Keys that no later query sees through a window are dropped.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
@@ -213,7 +213,12 @@ class KVCache:
         return (out, lse) if return_lse else out
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on. Local; the same on every rank."""
+        """Forget the tokens from `length` on. Local; the same on every rank.
+
+        With a mask that has a window, keys beyond it are gone: what is cropped comes back only as far as no later query
+        sees them. ``crop(0)`` begins anew.
+        """
+        self._check_open()
         self._core.contents.crop(check_integer("KVCache.crop: length", length, 0))
 
     def reorder(self, elements: ArrayLike) -> None:
@@ -224,9 +229,12 @@ class KVCache:
         elements : integer array of shape (batch,)
             For each element the one whose tokens it takes.
         """
+        self._check_open()
         chosen = np.asarray(elements)
         batch = self.batch
-        if batch is None or chosen.shape != (batch,) or chosen.dtype.kind not in "iu":
+        if batch is None:
+            raise ShapeError("KVCache.reorder: expected a cache with a batch, got one without; make it with batch=")
+        if chosen.shape != (batch,) or chosen.dtype.kind not in "iu":
             raise ShapeError(f"KVCache.reorder: expected integers of shape ({batch},), one for each element of the "
                              f"batch, got {chosen.dtype} of shape {chosen.shape}")
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < batch:
@@ -299,6 +307,7 @@ class KVCache:
     def close(self) -> None:
         """Give memory and this object's share of the buffers back. Local."""
         self._core.contents.store.chunks = []
+        self._core.decoder.close()
         self._close()
 
     def __copy__(self) -> NoReturn:

@@ -72,9 +72,10 @@ class Contents:
     def check_window(self, n_q: int) -> None:
         """Raise `OptionError` if queries would see keys that were dropped. Local."""
         if self._left is not None and self.dropped and self.length - n_q - self._left < self.dropped:
-            raise OptionError(f"KVCache.attend: expected at most {self.length - self._left - self.dropped} queries, "
+            most = self.length - self._left - self.dropped
+            raise OptionError(f"KVCache.attend: expected {f'at most {most} queries' if most > 0 else 'no queries'}, "
                               f"got {n_q}: the first would see keys before {self.dropped}, which the window has "
-                              "dropped")
+                              "dropped; append the tokens that were cropped, or crop(0)")
 
     def take(self, k: Array, v: Array, total: int, layout: Layout | None) -> None:
         """Keep this rank's share of `total` new tokens, by their layout, or of those that all ranks have. Local."""
@@ -95,11 +96,12 @@ class Contents:
         """Forget the tokens from `length` on. Local."""
         if length > self.length:
             raise OptionError(f"KVCache.crop: expected a length up to {self.length}, got {length}")
-        if length < self.dropped:
+        if 0 < length < self.dropped:
             raise OptionError(f"KVCache.crop: expected a length from {self.dropped} on, got {length}: a window has "
                               "dropped the keys before")
         self.store.truncate(length)
         self.length = length
+        self.dropped = min(self.dropped, length)
 
     def reorder(self, elements: NDArray[np.int64]) -> None:
         """Let each element of the batch have what another one had. Local."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend, Bound
+from ..backends.base import Backend, ended
 from ..call import Array
 from ..engine import Engine
 from ..errors import InternalError
@@ -94,10 +94,15 @@ class Decoder:
                                self._comm.size)
         step = self._step
         step.look_at(store, length, query.first, query.total)
-        for fold in step.folds(query.q):
-            for _ in fold:
-                self._comm.progress([], self._comm.name, lambda: True)
-        return step.payload()
+        for fold in step.folds(query.q, store):
+            with ended(fold):
+                for _ in fold:
+                    self._comm.progress([], self._comm.name, lambda: True)
+        return step.payload(query.q.dtype)
+
+    def close(self) -> None:
+        """Let go of what is kept for the next step. Local."""
+        self._step = None
 
     def combine(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks have made of the queries, in their order: the same bits everywhere. Local.
@@ -163,9 +168,8 @@ class _Step:
         self._seen = np.zeros((ranks, n_q), np.uint8)
 
         self._looked_at: Any = None
-        self._chunks: list[Chunk] = []
-        self._bound: list[list[list[Bound]]] = []          # of each chunk and interval, for each element of the batch
-        self._folds: list[tuple[int, Bound]] = []          # of those of which something is seen
+        self._out: Array = None                     # the results to come, out and lse
+        self._lse: Array = None
 
     @property
     def nbytes(self) -> int:
@@ -182,21 +186,18 @@ class _Step:
         numbers = np.arange(first, first + n_q, dtype=np.int64)
         bounds = self._problem.mask.bounds(numbers, total, length)
         score = self._score(numbers + self._problem.mask.offset(total, length))
-        if score.positional or [id(x) for x in self._chunks] != [id(x) for x in store.chunks]:
-            self._bind(store.chunks, len(bounds), score)
-
         seen = np.zeros(n_q, np.bool_)
-        self._folds = []
-        for chunk, intervals in zip(self._chunks, self._bound, strict=True):
-            for (low, high), elements in zip(bounds, intervals, strict=True):
+        for chunk in store.chunks:
+            if score.positional or chunk.bound_by is not self:
+                self._bind(chunk, len(bounds), score)
+            for number, (low, high) in enumerate(bounds):
                 begin, end = (chunk.positions.searchsorted(x) for x in (low, high))
                 sees = end > begin
-                if not sees.any():
-                    continue
-                seen |= sees
-                for i, bound in enumerate(elements):
-                    bound.see(begin, end)
-                    self._folds.append((i, bound))
+                chunk.seen[number] = bool(sees.any())
+                if chunk.seen[number]:
+                    seen |= sees
+                    for bound in chunk.bound[number]:
+                        bound.see(begin, end)
         self._blank[self._tail] = seen
         self._looked_at = now
 
@@ -206,24 +207,30 @@ class _Step:
         scale = 1 / math.sqrt(self.shape[3]) if problem.scale is None else problem.scale
         return Score(scale, problem.softcap or 0.0, problem.alibi, queries=positions)
 
-    def _bind(self, chunks: Sequence[Chunk], intervals: int, score: Score) -> None:
-        """Prepare to meet chunks, each as often as there are intervals."""
+    def _bind(self, chunk: Chunk, intervals: int, score: Score) -> None:
+        """Prepare to meet a chunk as often as there are intervals; what that takes goes with the chunk."""
         _, n_q, heads, _ = self.shape
-        self._chunks = list(chunks)
-        self._bound = [[[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, score.of_keys(chunk.places))
-                         for i, state in enumerate(self._states)] for _ in range(intervals)] for chunk in chunks]
+        chunk.bound_by = None                       # until all is there
+        chunk.bound = [[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, score.of_keys(chunk.places))
+                        for i, state in enumerate(self._states)] for _ in range(intervals)]
+        chunk.seen = [False] * intervals
+        chunk.bound_by = self
 
-    def folds(self, q: Array) -> Iterator[Iterable[int]]:
+    def folds(self, q: Array, store: KVStore) -> Iterator[Iterable[int]]:
         """Let the states forget every key, and give what folds those that are seen, to be ended one by one."""
         self._sent[:] = self._blank
         if self._backend.device is not None:
             for state in self._states:
                 self._backend.reset(state)
-        for i, bound in self._folds:
-            yield bound.fold(q[i])
+        for chunk in store.chunks:
+            for elements, sees in zip(chunk.bound, chunk.seen, strict=True):
+                for i, bound in enumerate(elements if sees else ()):
+                    yield bound.fold(q[i])
 
-    def payload(self) -> NDArray[np.uint8]:
-        """Give what the other ranks are to know."""
+    def payload(self, dtype: np.dtype[Any]) -> NDArray[np.uint8]:
+        """Give what the other ranks are to know; make room for results, while errors are agreed on."""
+        self._out = self._backend.empty(self._shapes[0], dtype)
+        self._lse = self._backend.empty(self._shapes[1], self._numbers.dtype)
         if self._backend.device is not None:
             for there, here in zip(self._states, self._host_states, strict=True):
                 for x, target in zip(vars(there).values(), vars(here).values(), strict=True):
@@ -234,7 +241,7 @@ class _Step:
         """Put together what all ranks sent; see `Decoder.combine`."""
         self._received[:] = rows
         self._seen[:] = self._received[:, self._tail]
-        out = self._backend.empty(self._shapes[0], query.q.dtype)
-        lse = self._backend.empty(self._shapes[1], self._numbers.dtype)
+        out, lse = self._out, self._lse
+        self._out = self._lse = None                # they are the caller's
         self._backend.merge(self._numbers, query.sinks, self._seen, out, lse)
         return out, lse

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import Bound
 from ..layout import Integers
 from ..schedules.links import assign
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 Empty = Callable[[tuple[int, ...], Any], Array]
+PARTS = 64                        # of what is taken at once, of which a chunk is one at most, if chunks are small
 PIECE_BYTES = 2**22               # of keys and values that are put in another order at a time
 
 
-@dataclass
+@dataclass(eq=False)
 class Chunk:
     """Some tokens of a cache, in arrays with room for more.
 
@@ -28,12 +30,18 @@ class Chunk:
     places : int64 array of shape (room,)
         Positions; they increase, from chunk to chunk too.
     used : int
+    bound, seen, bound_by
+        What a decoder has prepared to meet it with, for each interval of the mask, whether something is seen of it, and
+        whose that is; they go with the chunk.
     """
 
     k: Array
     v: Array
     places: Integers
     used: int = 0
+    bound: list[list[Bound]] = field(default_factory=list)
+    seen: list[bool] = field(default_factory=list)
+    bound_by: Any = None
 
     @property
     def positions(self) -> Integers:
@@ -54,7 +62,7 @@ class KVStore:
     room : int
         Tokens of the first chunk.
     most : int, optional
-        Tokens of the largest chunk; by default each is as large as all before it.
+        Tokens of the largest chunk, unless many come at once; by default each is as large as all before it.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: np.dtype[Any], empty: Empty, room: int,
@@ -111,8 +119,8 @@ class KVStore:
     def _with_room(self, wanted: int) -> Chunk:
         """Give the last chunk if it has room, else a new one."""
         if not self.chunks or self.chunks[-1].used == len(self.chunks[-1].places):
-            room = max(self._room, self.tokens, wanted)
-            room = max(1, room if self._most is None else min(room, self._most))
+            room = max(self._room, self.tokens if self._most is None else 0, wanted)
+            room = max(1, room if self._most is None else min(room, max(self._most, wanted // PARTS)))
             k, v = (self._empty((batch, room, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
             self.chunks.append(Chunk(k, v, np.empty(room, np.int64)))
         return self.chunks[-1]
@@ -135,13 +143,16 @@ class KVStore:
         changed = [(int(target), int(source)) for target, source in enumerate(elements) if target != source]
         if not changed:
             return
-        for k, v in self.pieces(PIECE_BYTES):
-            for x in (k, v):
-                before = self._empty((len(changed), *x.shape[1:]), x.dtype)
-                for copy, (_, source) in zip(before, changed, strict=True):
-                    assign(copy, x[source])
-                for copy, (target, _) in zip(before, changed, strict=True):
-                    assign(x[target], copy)
+        # Before anything is moved there is room for the largest piece: nothing may fail half way.
+        pieces = [x for piece in self.pieces(PIECE_BYTES) for x in piece]
+        most = max((math.prod(x.shape[1:]) for x in pieces), default=0)
+        room = [self._empty((most,), self._dtype) for _ in changed]
+        for x in pieces:
+            before = [flat[:math.prod(x.shape[1:])].reshape(x.shape[1:]) for flat in room]
+            for copy, (_, source) in zip(before, changed, strict=True):
+                assign(copy, x[source])
+            for copy, (target, _) in zip(before, changed, strict=True):
+                assign(x[target], copy)
 
     def pieces(self, nbytes: int) -> Iterator[tuple[Array, Array]]:
         """Yield all tokens, in place: keys and values of so many bytes at most, or of one token. Local."""

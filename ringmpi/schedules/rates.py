@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, get_type_hints
 from ..errors import OptionError
 
 FORMAT = 1
+MOST_BYTES = 2**16          # of a file; a longer one is cut, and so is no JSON
+MOST_WHERE = 200            # characters
 
 
 class LinkRate(NamedTuple):
@@ -118,9 +120,12 @@ class Rates:
         OSError
             If it can't be read.
         """
+        if path.exists() and not path.is_file():
+            raise OptionError(f"{path}: expected a file of the rates of a machine, got a folder, a pipe or a device")
         try:
-            return cls.from_text(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            with path.open(encoding="utf-8") as file:
+                return cls.from_text(file.read(MOST_BYTES))
+        except (ValueError, OverflowError, RecursionError) as error:
             raise OptionError(f"{path}: expected the rates of a machine, as `ringmpi bench network` writes them, got "
                               f"{error}; measure again, or remove the file") from error
 
@@ -164,7 +169,7 @@ class Rates:
 def _read(name: str, kind: Any, value: Any) -> Any:
     """Read a field: text, a time, or several numbers."""
     if kind is str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.isprintable() or len(value) > MOST_WHERE:
             raise ValueError(f"{name} = {value!r}")
         return value
     if kind is float:

@@ -7,6 +7,7 @@ import numbers
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from ..checks import check_integer
@@ -153,7 +154,7 @@ def check_memory_limit(limit: Any) -> int | None:
     text = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?", limit.strip()) if isinstance(limit, str) else None
     if text:
         prefixes = " KMGT".index((text[2] or " ")[0]) if text[2] not in (None, "B") else 0
-        limit = int(float(text[1]) * (1024 if "i" in (text[2] or "") else 1000) ** prefixes)
+        limit = int(Fraction(text[1]) * (1024 if "i" in (text[2] or "") else 1000) ** prefixes)
     if limit is None:
         return None
     if isinstance(limit, numbers.Integral) and not isinstance(limit, bool) and int(limit) > 0:

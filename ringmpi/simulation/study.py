@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ..errors import OptionError
 from .case import Case
 from .events import MOST_RANKS, simulate_events
 from .outcome import Outcome
@@ -82,7 +84,7 @@ def find_straggler(outcome: Outcome, budget: int = BUDGET) -> Straggler | None:
 
 
 def scaling(make: Callable[[int], Case], ranks: int, budget: int) -> list[Size]:
-    """Simulate more and more ranks: 1, 2, 4, and so on up to `ranks`. Local.
+    """Simulate more and more ranks: 1, 2, 4, and so on up to `ranks`; not those on which it can't be done. Local.
 
     Parameters
     ----------
@@ -97,9 +99,11 @@ def scaling(make: Callable[[int], Case], ranks: int, budget: int) -> list[Size]:
     list of Size
         Efficient is what takes a rank's share of the time of one.
     """
-    numbers = [*(2**power for power in range((ranks - 1).bit_length())), ranks]
-    seconds = [run(make(number), budget).seconds for number in numbers]
-    return [Size(number, taken, seconds[0] / taken / number) for number, taken in zip(numbers, seconds, strict=True)]
+    seconds: dict[int, float] = {}
+    for number in [*(2**power for power in range((ranks - 1).bit_length())), ranks]:
+        with suppress(OptionError):              # heads that so many can't share, a window that is on several nodes
+            seconds[number] = run(make(number), budget).seconds
+    return [Size(number, taken, seconds[1] / taken / number) for number, taken in seconds.items()]
 
 
 def stops_scaling(sizes: list[Size]) -> int | None:
