@@ -63,14 +63,14 @@ def test_one_rank_that_keeps_nothing(comm):
         assert len(set(comm.allgather(str(attention.schedule)))) == 1
 
 
-def test_rank_0_has_the_rates(comm, monkeypatch, damaged):
+def test_rank_0_has_the_rates(comm, monkeypatch, rates_file):
     """Other ranks have others in their files, by which they would choose otherwise."""
     if comm.size == 1:
         pytest.skip("needs two ranks")
     mine = comm.Dup()
     slow_exchange = CPU if comm.rank else CPU.__class__(**{**vars(CPU), "exchange": LinkRate(10.0, 1e3)})
-    slow_exchange.save(tmp_path / "rates.json")
-    monkeypatch.setenv("RINGMPI_RATES", str(tmp_path / "rates.json"))
+    slow_exchange.save(Path(rates_file))
+    monkeypatch.setenv("RINGMPI_RATES", rates_file)
     with RingAttention(mine, timeout=60) as attention:
         attention(*arrays(mine, 8))
         assert attention.schedule.keys == comm.size           # nobody wants an exchange
@@ -78,7 +78,7 @@ def test_rank_0_has_the_rates(comm, monkeypatch, damaged):
 
 
 @pytest.fixture
-def damaged():
+def rates_file():
     """A file of rates that is none, on each rank."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rates.json"
@@ -86,11 +86,11 @@ def damaged():
         yield str(path)
 
 
-def test_a_damaged_file_on_rank_0(comm, monkeypatch, damaged, recwarn):
+def test_a_damaged_file_on_rank_0(comm, monkeypatch, rates_file, recwarn):
     if comm.size == 1:
         pytest.skip("a rank alone has nothing to choose")
     mine = comm.Dup()
-    monkeypatch.setenv("RINGMPI_RATES", damaged)
+    monkeypatch.setenv("RINGMPI_RATES", rates_file)
     with RingAttention(mine, timeout=60) as attention:
         attention(*arrays(mine, 8))
     warned = [str(x.message) for x in recwarn if "default rates" in str(x.message)]
@@ -98,12 +98,12 @@ def test_a_damaged_file_on_rank_0(comm, monkeypatch, damaged, recwarn):
     mine.Free()
 
 
-def test_a_warning_that_is_an_error(comm, monkeypatch, damaged):
+def test_a_warning_that_is_an_error(comm, monkeypatch, rates_file):
     """All ranks have it, and the communicator is as good as before."""
     if comm.size == 1:
         pytest.skip("a rank alone has nothing to choose")
     mine = comm.Dup()
-    monkeypatch.setenv("RINGMPI_RATES", damaged)
+    monkeypatch.setenv("RINGMPI_RATES", rates_file)
     with RingAttention(mine, timeout=60) as attention:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--ranks", type=positive, required=True, metavar="P")
+    machine.add_argument("--ranks", type=positive, required=True, metavar="P", help="MPI ranks")
     machine.add_argument("--ranks-per-node", type=positive, metavar="N",
                          help=f"(default: {NODE}, or all of fewer ranks)")
     machine.add_argument("--threads", type=positive, metavar="N",
@@ -92,10 +92,11 @@ def _add_simulation(parser: argparse.ArgumentParser) -> None:
                                  "(default: 0)")
     simulation.add_argument("--seed", type=natural, default=0, metavar="S", help="of the jitter (default: 0)")
     simulation.add_argument("--slow-rank", type=_slow_rank, action="append", default=[], metavar="RANK:X",
-                            help="this rank takes X times as long to compute; may be given several times")
+                            help="this rank takes X times as long to compute; may be given several times (default: "
+                                 "none)")
     simulation.add_argument("--slow-link", type=_slow_link, action="append", default=[], metavar="RANK-RANK:X",
-                            help="messages between these ranks take X times as long, either way; may be given several "
-                                 "times")
+                            help="messages between these ranks take X times as long, either way; may be given several times "
+                                 "(default: none)")
 
 
 def _share(text: str) -> float:

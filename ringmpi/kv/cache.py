@@ -124,7 +124,7 @@ class KVCache:
         layout : str or Layout
             Where the tokens of the ranks lie among the new ones; see `RingAttention`.
         replicated : bool
-            The same tokens on all ranks: each keeps its share.
+            The same tokens on all ranks: each keeps its share. Of tokens that differ, the first MiB is compared.
 
         Raises
         ------
@@ -198,8 +198,8 @@ class KVCache:
         Raises
         ------
         ShapeError, DtypeError, OptionError, BackendError
-            The same on every rank, and nothing is appended: arrays that do not fit or differ, queries that would see
-            keys that were dropped.
+            The same on every rank, and nothing is appended: arrays that do not fit, or differ in their first MiB,
+            queries that would see keys that were dropped.
         RingTimeout, RankLost
             If another rank does not keep up within the timeout, or is gone.
         """
