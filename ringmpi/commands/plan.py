@@ -95,8 +95,8 @@ def _add_simulation(parser: argparse.ArgumentParser) -> None:
                             help="this rank takes X times as long to compute; may be given several times (default: "
                                  "none)")
     simulation.add_argument("--slow-link", type=_slow_link, action="append", default=[], metavar="RANK-RANK:X",
-                            help="messages between these ranks take X times as long, either way; may be given several times "
-                                 "(default: none)")
+                            help="messages between these ranks take X times as long, either way; may be given several "
+                                 "times (default: none)")
 
 
 def _share(text: str) -> float:
