@@ -85,7 +85,7 @@ def test_the_work_of_all_ranks_counts(tmp_path):
     """Rank 0 finishes its quarter of a causal job long before rank 1 does the rest."""
     assert main(["make", "random", str(tmp_path / "in.h5"), "--tokens", "2000", "--heads", "2", "--dim", "16"]) == 0
     result = launch.launch(2, ["-c", SLOW, "attend", tmp_path / "in.h5", tmp_path / "out.h5", "--causal", "--backend",
-                               "numpy"], folder=tmp_path / "said", timeout=60)
+                               "numpy", "--schedule", "ring"], folder=tmp_path / "said", timeout=60)
     assert result.code == 0, result.text
     shares = [int(share) for share in re.findall(r"attending: (\d+)%", result.ranks[0])]
     assert shares, result.text
