@@ -15,7 +15,7 @@ from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
 from .checks import check_threads, check_timeout
-from .engine import NO_FACTS, Engine
+from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError
 from .keywords import explained
 from .layout import Layout
@@ -35,8 +35,9 @@ from .trace import Trace
 class RingAttention:
     """Exact softmax attention on a ring of MPI ranks: plan once, run many times. Collective over *comm*.
 
-    Every rank keeps its queries; the K/V blocks travel, round a ring by default, while every rank computes on the block
-    it has (Liu, Zaharia & Abbeel 2023, *Ring Attention with Blockwise Transformers*).
+    Every rank keeps its queries; the K/V blocks travel, round a ring say, while every rank computes on the block it has
+    (Liu, Zaharia & Abbeel 2023, *Ring Attention with Blockwise Transformers*). Other schedules are on offer, and by
+    default the one is taken that costs least.
 
     Parameters
     ----------
@@ -157,7 +158,7 @@ class RingAttention:
                              "memory_limit": self._memory_limit}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
                             gpu_transport, bool(allow_gpu_sharing), bfloat16_products, self._problem.canonical)
-        self._engine = self._connect(engine, failures)
+        self._engine = agreed(engine, self._comm, "RingAttention", self.timeout, failures, self._options)
         # What each call brings along, so that none is taken for another's.
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
         self._digest = digest_of(self._options)
@@ -167,21 +168,6 @@ class RingAttention:
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
         self._close.atexit = False
         self.trace = Trace()
-
-    def _connect(self, engine: Engine | None, failures: list[Exception]) -> Engine:
-        """Agree on the options, and what computes. Collective over *comm*."""
-        facts = NO_FACTS if engine is None else engine.facts()
-        try:
-            rows = self._comm.exchange("RingAttention", self.timeout, facts, failures=failures,
-                                       options=self._options)
-            if engine is None:
-                raise InternalError("a RingAttention without an engine")
-            engine.connect(rows)
-        except BaseException:
-            if engine is not None:
-                engine.close()
-            raise
-        return engine
 
     @property
     def layout(self) -> str | Layout:

@@ -10,7 +10,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from .backends import GPU_NAMES, HOST_NAMES, open_backend
 from .backends.base import Backend
 from .call import ON_HOST
 from .environment import hopper_kernel, launched_local_rank, rates_file
-from .errors import BackendError, OptionError
+from .errors import BackendError, InternalError, OptionError
 from .mpi.comm import Comm
 from .phases import phase
 from .schedules.device_links import DirectLink, StagedLink
@@ -324,3 +324,34 @@ class Engine:
         if self._workspace is not None:
             workspace, self._workspace = self._workspace, None
             workspace.leave()
+
+
+def agreed(engine: Engine | None, comm: Comm, what: str, timeout: float, failures: list[Exception],
+           options: Mapping[str, Any]) -> Engine:
+    """Agree on the options of an object, and on what computes. Collective over *comm*.
+
+    Parameters
+    ----------
+    engine : Engine, optional
+        None if it could not be made on this rank: then `failures` say why, and all ranks raise it.
+    comm : Comm
+    what : str
+        Is made: "RingAttention".
+    timeout : float
+        Seconds.
+    failures : list of Exception
+        Of this rank, by `Comm.noting`.
+    options : mapping
+        That must be the same on all ranks.
+    """
+    try:
+        rows = comm.exchange(what, timeout, NO_FACTS if engine is None else engine.facts(), failures=failures,
+                             options=options)
+        if engine is None:
+            raise InternalError(f"a {what} without an engine")
+        engine.connect(rows)
+    except BaseException:
+        if engine is not None:
+            engine.close()
+        raise
+    return engine

@@ -12,8 +12,8 @@ from ..backends import check_name
 from ..backends.base import Backend
 from ..checks import check_threads, check_timeout
 from ..dtypes import accumulator as accumulator_of
-from ..engine import NO_FACTS, Engine
-from ..errors import InternalError, OptionError
+from ..engine import Engine, agreed
+from ..errors import OptionError
 from ..mask import Mask
 from ..mpi.comm import digest_of, private_comm
 from ..mpi.threads import check_thread
@@ -84,28 +84,22 @@ class Core:
             engine = Engine(self.comm, self.timeout, options["backend"],
                             check_threads(options["threads"]) or self.comm.threads, "auto",
                             bool(options["allow_gpu_sharing"]))
-        self.engine = self._connect(engine, failures)
+        self.engine = agreed(engine, self.comm, "KVCache", self.timeout, failures, self.agreed)
+        self._prepare()
         self.agreed["KVCache (by the order in which they were made)"] = self.comm.next_object()
         self.digest = digest_of(self.agreed)
         self.contents = Contents(self.sizes, self.problem.mask, self.comm.rank, self.comm.size, self.backend.empty)
         self.decoder = Decoder(self.comm, self.engine, self.problem, self.accumulator, self.sizes.dim_v)
 
-    def _connect(self, engine: Engine | None, failures: list[Exception]) -> Engine:
-        """Agree on the options and what computes, and compile. Collective over *comm*."""
+    def _prepare(self) -> None:
+        """Compile what computes. Collective over *comm*."""
+        plain = self.problem.softcap is None and self.problem.alibi is None
         try:
-            rows = self.comm.exchange("KVCache", self.timeout, NO_FACTS if engine is None else engine.facts(),
-                                      failures=failures, options=self.agreed)
-            if engine is None:
-                raise InternalError("a KVCache without an engine")
-            engine.connect(rows)
-            plain = self.problem.softcap is None and self.problem.alibi is None
-            engine.prepare(self.sizes.dtype, self.accumulator, self.sizes.dim, self.sizes.dim_v, plain=plain,
-                           backward=False)
+            self.engine.prepare(self.sizes.dtype, self.accumulator, self.sizes.dim, self.sizes.dim_v, plain=plain,
+                                backward=False)
         except BaseException:
-            if engine is not None:
-                engine.close()
+            self.engine.close()
             raise
-        return engine
 
     @property
     def backend(self) -> Backend:
