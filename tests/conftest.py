@@ -6,6 +6,7 @@ on all cores: first what asserts seconds, one test at a time on one worker, whil
 
 import fcntl
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("mpi") and (item.get_closest_marker("exhaustive") or
                                                not item.path.name.startswith("test_mpi_")):
             raise pytest.UsageError(f"{item.nodeid}: expected tests marked mpi in test_mpi_*.py, and not exhaustive")
+        if item.get_closest_marker("mpi") and "tmp_path_factory" in item.fixturenames:
+            raise pytest.UsageError(f"{item.nodeid}: expected the fixture `folder`, got `tmp_path`, which pytest does "
+                                    "not make for several processes at a time")
     asked = config.getoption("-m")
     unasked = [name for name in ("gpu", "exhaustive") if name not in asked]
     if not config.pluginmanager.hasplugin("pytest_mpi"):
@@ -131,6 +135,16 @@ def _room(request):
 def comm():
     from mpi4py import MPI
     return MPI.COMM_WORLD
+
+
+@pytest.fixture
+def folder(comm):
+    """One for all ranks."""
+    made = tempfile.mkdtemp() if comm.rank == 0 else None
+    yield Path(comm.bcast(made))
+    comm.Barrier()
+    if made:
+        shutil.rmtree(made)
 
 
 @pytest.hookimpl(wrapper=True)

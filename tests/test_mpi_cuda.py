@@ -1,7 +1,6 @@
 """The CUDA backend on this run's ranks, over lazy devices that run the real kernels on the CPU. Runs under mpiexec."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -174,9 +173,9 @@ def test_queries_that_should_be_the_same(comm, gpu, on_gpu):
         assert "q (checksum)" in everywhere(comm, lambda: cache.attend(wrong))
 
 
-def test_a_cache_of_a_batch(comm, gpu, monkeypatch, tmp_path):
+def test_a_cache_of_a_batch(comm, gpu, monkeypatch, folder):
     """In several chunks and pieces, and more queries than at a time: what a cache on the host gives."""
-    path = comm.bcast(str(tmp_path / "cache.h5"))
+    path = str(folder / "cache.h5")
     monkeypatch.setattr("ringmpi.kv.prompt.PIECE_BYTES", 2**13)
     monkeypatch.setattr("ringmpi.kv.store.PIECE_BYTES", 2**12)
     monkeypatch.setattr("ringmpi.kv.saving.BLOCK_BYTES", 2**13)
@@ -409,11 +408,10 @@ def test_without_a_gpu_the_error_says_why(comm, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
-def test_from_file_to_file(comm, gpu, monkeypatch, tmp_path, layout):
+def test_from_file_to_file(comm, gpu, monkeypatch, folder, layout):
     early = []
     monkeypatch.setattr(device, "choose_early", lambda: early.append(True))
     monkeypatch.setattr(device, "PIECE_BYTES", 3000)
-    folder = Path(comm.bcast(str(tmp_path)))
     if comm.rank == 0:
         with write_file(folder / "in.h5") as file:
             for name, x in zip("qkv", random_qkv(9, 90, 90, 4, 2, 16, 24, "bfloat16"), strict=True):

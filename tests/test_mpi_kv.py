@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import shutil
-import tempfile
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -216,13 +214,8 @@ def test_a_window_gives_memory_back(comm):
 
 
 @pytest.fixture
-def path(comm):
-    """One for all ranks: pytest's own folders are not made for several processes that share them."""
-    folder = tempfile.mkdtemp() if comm.rank == 0 else None
-    yield str(Path(comm.bcast(folder)) / "cache.h5")
-    comm.Barrier()
-    if folder:
-        shutil.rmtree(folder)
+def path(folder):
+    return str(folder / "cache.h5")
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [("bfloat16", None), ("float32", 2)])
