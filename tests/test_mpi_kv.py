@@ -187,11 +187,12 @@ def test_other_tokens_in_the_place_of_those_that_were_cropped(comm):
             np.testing.assert_allclose(out, wanted, atol=1e-5)
 
 
-def test_a_window_gives_memory_back(comm):
+@pytest.mark.parametrize("rollback", [0, 64])
+def test_a_window_gives_memory_back(comm, rollback):
     """However long a sequence gets, a rank holds what the window shows and little more; results stay right."""
     q, k, v = tokens(3, 6000)
     most = 0
-    with KVCache(comm, mask=Mask(causal=True, window=(100, 0), first=4), **SIZES) as cache:
+    with KVCache(comm, mask=Mask(causal=True, window=(100, 0), first=4), rollback=rollback, **SIZES) as cache:
         for at in range(0, 6000, 50):
             here = slice(at, at + 50)
             cache.append(k[here], v[here], replicated=True)
@@ -200,17 +201,49 @@ def test_a_window_gives_memory_back(comm):
                 out = cache.attend(q[here])
                 want, _ = dense(q[here], k[:at + 50], v[:at + 50], causal=True, window=(100, 0), first=4)
                 assert oracle.error(out, want, np.abs(want).max()) <= TOLERANCE["float32"]
-        assert most < 2 * (100 + 50 + 4) * 2 * (16 + 8) * 4 + 6 * 64 * 2 * (16 + 8) * 4
+        assert most < 2 * (100 + 50 + 4 + rollback) * 2 * (16 + 8) * 4 + 6 * 64 * 2 * (16 + 8) * 4
         mine = make("contiguous", 40, comm.size).positions(comm.rank)
         out = cache.attend(q[5960 + mine], sharded=True)
         want, _ = dense(q[5960:], k, v, causal=True, window=(100, 0), first=4)
         assert oracle.error(out, want[mine], np.abs(want).max()) <= TOLERANCE["float32"]
-        expect(comm, lambda: cache.attend(q[-51:]), OptionError, "expected at most 50 queries, got 51: the first would")
+        expect(comm, lambda: cache.attend(q[-51 - rollback:]), OptionError,
+               f"expected at most {50 + rollback} queries, got {51 + rollback}: the first would")
         expect(comm, lambda: cache.crop(20), OptionError, "a window has dropped the keys before")
         cache.crop(0)                                    # and anew
         cache.append(k[:7], v[:7], replicated=True)
         want, _ = dense(q[:7], k[:7], v[:7], causal=True, window=(100, 0), first=4)
         assert oracle.error(cache.attend(q[:7]), want, np.abs(want).max()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_draft_is_taken_back(comm, first):
+    """As speculative decoding does: tokens one by one, some cropped, others in their place; no key is missed."""
+    mask = {"causal": True, "window": (20, 0), "first": first}
+    q, k, v = tokens(18, 500, "float64")
+    drafts = tokens(19, 500, "float64")
+    rng = np.random.default_rng(20)
+    with KVCache(comm, dtype="float64", mask=Mask(**mask), rollback=8, **SIZES) as cache:
+        cache.append(k[:100], v[:100], replicated=True)
+        at, held = 100, 0
+        while at < 480:
+            wrong = int(rng.integers(0, 9))
+            for here in range(at, at + wrong):
+                cache.attend(*(x[here:here + 1] for x in drafts))
+            cache.crop(at)
+            taken = int(rng.integers(1, 5))
+            here = slice(at, at + taken)
+            at += taken
+            out = cache.attend(q[here], k[here], v[here])
+            assert oracle.error(out, dense(q[here], k[:at], v[:at], **mask)[0]) < 1e-13
+            held = max(held, comm.allreduce(cache.tokens))
+        assert held < 20 + 8 + first + 4 + 3 * 64 * comm.size
+        cache.crop(at - 20)
+        here = slice(at - 20, at - 19)
+        expect(comm, lambda: cache.attend(q[here], k[here], v[here]), OptionError, "a larger rollback=")
+    for wrong in (-1, 2.0, None, True):
+        expect(comm, lambda wrong=wrong: KVCache(comm, rollback=wrong, **SIZES), OptionError, "rollback: expected")
+    if comm.size > 1:
+        expect(comm, lambda: KVCache(comm, rollback=comm.rank, **SIZES), OptionError, "rollback is 1 here and 0")
 
 
 @pytest.fixture

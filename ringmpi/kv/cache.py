@@ -51,12 +51,15 @@ class KVCache:
         the first of them, unless the mask has a window; without, it grows as it fills.
     mask : Mask, optional
         Causal by default. Keys that no later query sees through a window are dropped.
+    rollback : int
+        With a mask that has a window: how many tokens `crop` may take back, so that steps go on as if they had never
+        been there, as speculative decoding does with a draft. So many keys more are kept, in all.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
         See `RingAttention`. ``"auto"`` computes on CPUs; with ``"cuda"`` the cache is in the memory of GPUs.
 
     Attributes
     ----------
-    kv_heads, dim, dim_v, dtype, batch, capacity
+    kv_heads, dim, dim_v, dtype, batch, capacity, rollback
         As they were given.
 
     Raises
@@ -79,12 +82,12 @@ class KVCache:
 
     @explained()
     def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = "float32",
-                 batch: int | None = None, capacity: int | None = None, mask: Mask | None = None,
+                 batch: int | None = None, capacity: int | None = None, mask: Mask | None = None, rollback: int = 64,
                  scale: float | None = None, softcap: float | None = None, alibi: ArrayLike | None = None,
                  accumulator: DTypeLike | None = None, backend: str = "auto", threads: int | None = None,
                  timeout: float = TIMEOUT, allow_gpu_sharing: bool = False) -> None:
         self._core = Core(comm, {"kv_heads": kv_heads, "dim": dim, "dim_v": dim_v, "dtype": dtype, "batch": batch,
-                                 "capacity": capacity},
+                                 "capacity": capacity, "rollback": rollback},
                           {"mask": mask, "scale": scale, "softcap": softcap, "alibi": alibi, "accumulator": accumulator,
                            "backend": backend, "threads": threads, "timeout": timeout,
                            "allow_gpu_sharing": allow_gpu_sharing})
@@ -95,6 +98,7 @@ class KVCache:
         self.dtype = sizes.dtype
         self.batch = sizes.batch
         self.capacity = sizes.capacity
+        self.rollback = sizes.rollback
         self._close = weakref.finalize(self, self._core.engine.close)
         self._close.atexit = False
 
@@ -215,8 +219,8 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on. Local; the same on every rank.
 
-        With a mask that has a window, keys beyond it are gone: what is cropped comes back only as far as no later query
-        sees them. ``crop(0)`` begins anew.
+        With a mask that has a window, the keys before it are gone, but for `rollback` of them: so many tokens may be
+        cropped. Farther, a query that would see what is gone is refused. ``crop(0)`` begins anew.
         """
         self._check_open()
         self._core.contents.crop(check_integer("KVCache.crop: length", length, 0))

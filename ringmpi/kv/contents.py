@@ -27,7 +27,8 @@ class Contents:
     ----------
     sizes : Sizes
     mask : Mask
-        Keys that no later query sees through its window are dropped.
+        Keys that no later query sees through its window are dropped, but for those that the sizes let `crop` go back
+        by.
     rank, size : int
         Tokens that all ranks have are dealt out by them.
     empty : callable
@@ -48,9 +49,11 @@ class Contents:
         self._reordered = 0           # a checksum of what `reorder` was told
         self._capacity = sizes.capacity
         self._first = mask.first
-        self._left = None if mask.window is None or mask.q_offset is not None else mask.window[0]
+        left = None if mask.window is None or mask.q_offset is not None else mask.window[0]
+        self._left = left
+        self._kept = None if left is None else left + sizes.rollback        # tokens before the last that were appended
         self._rank, self._size = rank, size
-        most = None if self._left is None else max(4 * DEALT, -(-self._left // (4 * size)))
+        most = None if self._kept is None else max(4 * DEALT, -(-self._kept // (4 * size)))
         room = ROOM if sizes.capacity is None else -(-sizes.capacity // (size * DEALT)) * DEALT
         self.store = KVStore(sizes.shapes, sizes.dtype, empty, room, most)
 
@@ -75,7 +78,8 @@ class Contents:
             most = self.length - self._left - self.dropped
             raise OptionError(f"KVCache.attend: expected {f'at most {most} queries' if most > 0 else 'no queries'}, "
                               f"got {n_q}: the first would see keys before {self.dropped}, which the window has "
-                              "dropped; append the tokens that were cropped, or crop(0)")
+                              "dropped; append the tokens that were cropped, or crop(0), or make the cache with a "
+                              "larger rollback=")
 
     def take(self, k: Array, v: Array, total: int, layout: Layout | None) -> None:
         """Keep this rank's share of `total` new tokens, by their layout, or of those that all ranks have. Local."""
@@ -88,8 +92,8 @@ class Contents:
         else:
             self.store.append(start + layout.positions(self._rank), k, v)
         self.length = start + total
-        if self._left is not None and start - self._left > self.dropped:
-            self.dropped = start - self._left
+        if self._kept is not None and start - self._kept > self.dropped:
+            self.dropped = start - self._kept
             self.store.drop(self._first, self.dropped)
 
     def crop(self, length: int) -> None:
@@ -98,7 +102,7 @@ class Contents:
             raise OptionError(f"KVCache.crop: expected a length up to {self.length}, got {length}")
         if 0 < length < self.dropped:
             raise OptionError(f"KVCache.crop: expected a length from {self.dropped} on, got {length}: a window has "
-                              "dropped the keys before")
+                              "dropped the keys before; make the cache with a larger rollback=")
         self.store.truncate(length)
         self.length = length
         self.dropped = min(self.dropped, length)

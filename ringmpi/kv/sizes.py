@@ -30,6 +30,8 @@ class Sizes:
         Elements of the batch; None if arrays have no such axis.
     capacity : int or None
         The most tokens in all.
+    rollback : int
+        Tokens that may be cropped though a window drops keys.
     """
 
     kv_heads: int
@@ -38,17 +40,19 @@ class Sizes:
     dtype: np.dtype[Any]
     batch: int | None
     capacity: int | None
+    rollback: int
 
     @classmethod
-    def check(cls, kv_heads: Any, dim: Any, dim_v: Any, dtype: Any, batch: Any, capacity: Any) -> Sizes:
+    def check(cls, kv_heads: Any, dim: Any, dim_v: Any, dtype: Any, batch: Any, capacity: Any,
+              rollback: Any) -> Sizes:
         """Take a caller's options, or raise `OptionError` or `DtypeError`. Local."""
-        def count(name: str, value: Any) -> int:
-            return check_integer(f"KVCache: {name}", value, 1)
+        def count(name: str, value: Any, least: int = 1) -> int:
+            return check_integer(f"KVCache: {name}", value, least)
 
         dim = count("dim", dim)
         return cls(count("kv_heads", kv_heads), dim, dim if dim_v is None else count("dim_v", dim_v),
                    check_dtype(dtype, "dtype"), None if batch is None else count("batch", batch),
-                   None if capacity is None else count("capacity", capacity))
+                   None if capacity is None else count("capacity", capacity), count("rollback", rollback, 0))
 
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values. Local."""
