@@ -246,6 +246,20 @@ def test_a_draft_is_taken_back(comm, first):
         expect(comm, lambda: KVCache(comm, rollback=comm.rank, **SIZES), OptionError, "rollback is 1 here and 0")
 
 
+def test_nothing_appended_drops_nothing(comm):
+    """The last token sees after it what it saw before."""
+    q, k, v = tokens(21, 200, "float64")
+    mask = {"causal": True, "window": (20, 0)}
+    last = slice(199, 200)
+    want, _ = dense(q[last], k, v, **mask)
+    with KVCache(comm, dtype="float64", mask=Mask(**mask), rollback=0, **SIZES) as cache:
+        for at in range(200):
+            cache.append(k[at:at + 1], v[at:at + 1], replicated=True)
+        cache.append(k[:0], v[:0], replicated=True)
+        assert oracle.error(cache.attend(q[last]), want) < 1e-13
+        assert oracle.error(cache.attend(q[last], k[:0], v[:0]), want) < 1e-13
+
+
 @pytest.fixture
 def path(folder):
     return str(folder / "cache.h5")

@@ -92,7 +92,7 @@ class Contents:
         else:
             self.store.append(start + layout.positions(self._rank), k, v)
         self.length = start + total
-        if self._kept is not None and start - self._kept > self.dropped:
+        if self._kept is not None and total and start - self._kept > self.dropped:
             self.dropped = start - self._kept
             self.store.drop(self._first, self.dropped)
 
