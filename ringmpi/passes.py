@@ -23,7 +23,7 @@ from .trace import Exchange, Trace
 
 Progress = Callable[[int, int], object]
 Rows = TypeVar("Rows", State, Gradient)
-SHARED_BYTES = 2**26    # of what all ranks have made of the same rows, on a rank at a time
+SHARED_BYTES = 2**26    # that a rank takes at a time to put together what all ranks have made of the same rows
 FEW_ROWS = 128          # for one head of the keys; computing with fewer takes as long as reading keys and values
 
 
@@ -193,25 +193,32 @@ class Pass:
     def _combine_over_ranks(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
         """Put together what each rank has made of rows that all have; `states` take it."""
         for rows in self._some_rows([x for state in states for x in _arrays(state)]):
-            some = [_part(state, rows) for state in states]
-            everyone = self._of_all_ranks("states", [x for state in some for x in _arrays(state)])
-            for state in some:
-                self.backend.reset(state, sinks)
-            for parts in everyone:
-                self._combine(some, parts)
+            self._combine_states([_part(state, rows) for state in states], sinks)
+
+    def _combine_states(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
+        """Put together what each rank has made of some rows."""
+        everyone = self._of_all_ranks("states", [x for state in states for x in _arrays(state)])
+        for state in states:
+            self.backend.reset(state, sinks)
+        for parts in everyone:
+            self._combine(states, parts)
 
     def _sum_over_ranks(self, what: str, total: Array) -> None:
         """Sum up what each rank has of an array of shape (batch, rows, ...), the same on all."""
         for element in total:
             for rows in self._some_rows([element]):
-                everyone = self._of_all_ranks(what, [element[rows]])
-                self.backend.clear(element[rows])
-                for (part,) in everyone:
-                    self.backend.add(element[rows], part)
+                self._sum_rows(what, element[rows])
+
+    def _sum_rows(self, what: str, total: Array) -> None:
+        """Sum up what each rank has of some rows."""
+        everyone = self._of_all_ranks(what, [total])
+        self.backend.clear(total)
+        for (part,) in everyone:
+            self.backend.add(total, part)
 
     def _some_rows(self, arrays: Sequence[Array]) -> Iterator[slice]:
-        """Cut the rows of arrays, so that those of all ranks take little memory."""
-        row_bytes = sum(x.nbytes for x in arrays) // max(1, self.plan.rows) * self.movers.carrier.comm.size
+        """Cut the rows of arrays, so that those of all ranks, and two of one while they are summed up, take little."""
+        row_bytes = sum(x.nbytes for x in arrays) // max(1, self.plan.rows) * (self.movers.carrier.comm.size + 2)
         step = max(1, SHARED_BYTES // max(1, row_bytes))
         return (slice(start, start + step) for start in range(0, self.plan.rows, step))
 

@@ -127,6 +127,24 @@ def test_what_all_ranks_made_is_had_in_parts(comm, monkeypatch):
     assert results[0] == results[1]
 
 
+def test_what_all_ranks_made_takes_the_memory_that_it_may(comm, monkeypatch):
+    """Copies of it, what is sent and what is summed up too: what a pass takes does not grow by more."""
+    n = 2048
+    q, k, v = (np.ones((n if x == "q" else 4 * comm.size, 2, 64), "f4") for x in "qkv")
+    mine = make("contiguous", 4 * comm.size, comm.size).positions(comm.rank)
+    peaks = []
+    for nbytes in (2**13, 2**20):
+        monkeypatch.setattr("ringmpi.passes.SHARED_BYTES", nbytes)
+        with RingAttention(comm, backend="numpy", layout="replicated", kv_layout="contiguous", timeout=60) as attention:
+            attention.backward(attention(q, k[mine], v[mine]))
+            for work in (lambda: attention(q, k[mine], v[mine]), lambda: attention.backward(q)):
+                tracemalloc.start()
+                work()
+                peaks.append(tracemalloc.get_traced_memory()[1])
+                tracemalloc.stop()
+    assert max(peaks[2] - peaks[0], peaks[3] - peaks[1]) < 2**20 + 2**17
+
+
 def test_queries_of_an_empty_batch(comm):
     q, k, v = np.zeros((0, 3, 4, 8)), np.zeros((0, 5, 2, 8)), np.zeros((0, 5, 2, 6))
     with RingAttention(comm, layout="replicated", timeout=60) as attention:

@@ -152,13 +152,19 @@ class Exchange:
         sizes = heads[:, NBYTES].tolist()
         largest = max(sizes)
         everyone = self._all[:, HEADER_BYTES:]
-        # all payloads, padded to the size of the largest
+        # all payloads, padded to the size of the largest, and so that each begins where numbers may; or copies of those
+        # in the records, which are used again
         if largest > room:
-            padded = np.zeros(largest, np.uint8)
-            padded[:nbytes] = payload
-            everyone = np.empty((self.size, largest), np.uint8)
+            wide = -(-largest // 8) * 8
+            padded = payload
+            if nbytes < wide:
+                padded = np.zeros(wide, np.uint8)
+                padded[:nbytes] = payload
+            everyone = np.empty((self.size, wide), np.uint8)
             self._allgather(([padded, self._byte], [everyone, self._byte]), timeout)
-        rows = [row[:nbytes].copy() for row, nbytes in zip(everyone, sizes, strict=True)]
+        else:
+            everyone = everyone.copy()
+        rows = [row[:nbytes] for row, nbytes in zip(everyone, sizes, strict=True)]
         self._fit_records(largest)
         return None if (heads == heads[0]).all() else heads, rows
 
