@@ -404,6 +404,53 @@ def test_many_queries_that_all_ranks_have(comm, monkeypatch, mask):
     expect_same(comm, results[1][0])
 
 
+def test_states_take_the_memory_that_they_may(comm, monkeypatch):
+    """Copies of them too, and nothing of it is kept for the next step."""
+    q, k, v = (np.ones((n, 2, 64), "f4") for n in (3000, 12 * comm.size, 12 * comm.size))
+    peaks = []
+    monkeypatch.setattr("ringmpi.kv.decoder.KEPT_BYTES", 2**14)
+    with KVCache(comm, kv_heads=2, dim=64, mask=Mask(), backend="numba") as cache:
+        cache.append(k, v, replicated=True)
+        for nbytes in (2**16, 2**22):
+            monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", nbytes)
+            cache.attend(q)
+            tracemalloc.start()
+            out = cache.attend(q)
+            kept, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            peaks.append(peak)
+            assert kept < out.nbytes * 65 // 64 + 2**17
+    assert peaks[1] - peaks[0] < 2**22
+
+
+@pytest.mark.parametrize("part", [0, -1])
+def test_no_memory_for_results_is_one_error_everywhere(comm, monkeypatch, part):
+    """Of the first part of many queries, or of the last, on one rank; the tokens that came with them are undone."""
+    monkeypatch.setattr("ringmpi.kv.steps.STATE_BYTES", 2**16)
+    monkeypatch.setattr("ringmpi.kv.steps.SMALL_BYTES", 2**12)
+    q, k, v = tokens(22, 200)
+    combine, firsts = Decoder.combine, []
+
+    def fail(decoder, query, rows):
+        firsts.append(query.first)
+        if len(firsts) == wrong and comm.rank == comm.size - 1:
+            raise MemoryError("of one rank")
+        return combine(decoder, query, rows)
+
+    with KVCache(comm, timeout=20, **SIZES) as cache:
+        cache.append(k[:100], v[:100], replicated=True)
+        monkeypatch.setattr(Decoder, "combine", fail)
+        wrong = -1
+        want = cache.attend(q[100:], k[100:], v[100:])
+        assert len(firsts) > 2
+        cache.crop(100)
+        wrong = [1, len(firsts)][part]
+        firsts.clear()
+        expect(comm, lambda: cache.attend(q[100:], k[100:], v[100:]), ResourceError, "of one rank")
+        assert cache.length == 100
+        assert (cache.attend(q[100:], k[100:], v[100:]) == want).all()
+
+
 def test_names_that_are_none(comm):
     _, k, v = tokens(5, 4)
     odd = comm.rank == comm.size - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class Decoder:
             The states, and then which queries see any key: what `combine` takes.
         """
         if self._step is None or self._step.shape != query.q.shape:
-            self._step = None                       # the old memory goes before the new comes
+            self.close()                            # the old memory goes before the new comes
             self._step = _Step(self._engine.backend, self._problem, query.q.shape, self._dim_v, self._acc_dtype,
                                self._comm.size)
         step = self._step
@@ -102,7 +103,9 @@ class Decoder:
 
     def close(self) -> None:
         """Let go of what is kept for the next step. Local."""
-        self._step = None
+        if self._step is not None:
+            self._step.let_go()
+            self._step = None
 
     def combine(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks have made of the queries, in their order: the same bits everywhere. Local.
@@ -123,7 +126,7 @@ class Decoder:
         if step is None:
             raise InternalError("combine before accumulate")
         if step.nbytes > KEPT_BYTES:
-            self._step = None
+            self.close()
         return step.merge(query, rows)
 
 
@@ -167,6 +170,7 @@ class _Step:
         self._numbers = self._received.view(acc_dtype)
         self._seen = np.zeros((ranks, n_q), np.uint8)
 
+        self._bound: weakref.WeakSet[Chunk] = weakref.WeakSet()
         self._looked_at: Any = None
         self._out: Array = None                     # the results to come, out and lse
         self._lse: Array = None
@@ -210,11 +214,18 @@ class _Step:
     def _bind(self, chunk: Chunk, intervals: int, score: Score) -> None:
         """Prepare to meet a chunk as often as there are intervals; what that takes goes with the chunk."""
         _, n_q, heads, _ = self.shape
-        chunk.bound_by = None                       # until all is there
+        chunk.unbind()                              # until all is there
         chunk.bound = [[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, score.of_keys(chunk.places))
                         for i, state in enumerate(self._states)] for _ in range(intervals)]
         chunk.seen = [False] * intervals
         chunk.bound_by = self
+        self._bound.add(chunk)
+
+    def let_go(self) -> None:
+        """Take from the chunks what was prepared to meet them with: it keeps this step's memory."""
+        for chunk in self._bound:
+            if chunk.bound_by is self:
+                chunk.unbind()
 
     def folds(self, q: Array, store: KVStore) -> Iterator[Iterable[int]]:
         """Let the states forget every key, and give what folds those that are seen, to be ended one by one."""
@@ -239,7 +250,8 @@ class _Step:
 
     def merge(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks sent; see `Decoder.combine`."""
-        self._received[:] = rows
+        for target, row in zip(self._received, rows, strict=True):
+            target[:] = row
         self._seen[:] = self._received[:, self._tail]
         out, lse = self._out, self._lse
         self._out = self._lse = None                # they are the caller's

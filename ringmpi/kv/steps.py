@@ -18,7 +18,8 @@ from .core import Core
 from .decoder import Query
 
 ASKED = ("q (checksum)", "tokens", "k (checksum)", "v (checksum)")
-STATE_BYTES = 2**26            # of the states of all ranks that a rank has at a time
+STATE_BYTES = 2**26            # that a rank takes at a time, besides results, to put together the states of all ranks
+SMALL_BYTES = 2**20            # of states that are put together without another message to agree that it went well
 
 
 def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: Any, sinks: Any) -> tuple[Array, Array]:
@@ -40,6 +41,7 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     comm, sizes, backend, contents = core.comm, core.sizes, core.backend, core.contents
     query: Query | None = None
     parts: list[Query] = []
+    whole: tuple[Array, Array] | None = None     # the results, if they come in parts
     payload = NOTHING
     numbers: tuple[int, ...] = ()                # what must be the same on every rank: as numbers, sooner hashed
     before = contents.alike
@@ -55,7 +57,9 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
                 contents.check_capacity(new)
                 contents.take(*arrays, new, None)
             contents.check_window(query.total)
-            parts = list(query.parts(_rows(core, query)))
+            parts = list(query.parts(max(1, STATE_BYTES // _bytes_of_a_query(core, query))))
+            if len(parts) > 1 or query.total * _bytes_of_a_query(core, query) > SMALL_BYTES:
+                whole = _room(core, query)
             payload = core.decoder.accumulate(parts[0], contents.store, contents.length)
         rows = comm.exchange("KVCache.attend", core.timeout, payload, failures=failures,
                              options=lambda: {**core.agreed, **before, "shape of q": numbers[:4],
@@ -65,19 +69,51 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
                              digest=digest_of_numbers(core.digest, *before.values(), *numbers))
         if not parts:
             raise InternalError("a query is missing")
-        results = [_combined(core, parts[0], rows)]
-        for part in parts[1:]:
-            with comm.noting() as failures, backend.current():
-                payload = core.decoder.accumulate(part, contents.store, contents.length)
-            results.append(_combined(core, part, comm.exchange("", core.timeout, payload, failures=failures)))
-    return _joined(core, parts[0], results)
+        return _combined(core, parts[0], rows) if whole is None else _in_parts(core, parts, rows, whole)
 
 
-def _rows(core: Core, query: Query) -> int:
-    """Say with how many queries to compute at a time, so that the states of all ranks take little memory. Local."""
+def _bytes_of_a_query(core: Core, query: Query) -> int:
+    """Say how much memory a query takes: its states of all ranks, as they come and as they are merged, and some more.
+
+    That is what is sent, of this part and the one before, a blank of it, and results where they are made and where they
+    are given. Local.
+    """
     batch, _, heads, _ = query.q.shape
-    states = core.comm.size * batch * heads * (core.sizes.dim_v + 2) * core.accumulator.itemsize
-    return max(1, STATE_BYTES // max(1, int(states)))
+    return int((2 * core.comm.size + 5) * batch * heads * (core.sizes.dim_v + 2) * core.accumulator.itemsize)
+
+
+def _room(core: Core, query: Query) -> tuple[Array, Array]:
+    """Make out and lse where the caller's arrays are. Local."""
+    empty = core.backend.empty if query.on_gpu else np.empty
+    rows = query.q.shape[:3]
+    return empty((*rows, core.sizes.dim_v), query.q.dtype), empty(rows, core.accumulator)
+
+
+def _in_parts(core: Core, parts: Sequence[Query], rows: list[NDArray[np.uint8]], whole: tuple[Array, Array]
+              ) -> tuple[Array, Array]:
+    """Attend with some queries at a time; all ranks fail if one does. Collective over *comm*.
+
+    Parameters
+    ----------
+    core : Core
+    parts : sequence of Query
+    rows : list of uint8 array
+        What all ranks made of the first part; emptied, for the next takes as much memory.
+    whole : (out, lse)
+        Takes the results.
+    """
+    contents, backend = core.contents, core.backend
+    for number, part in enumerate(parts, 1):
+        payload = NOTHING
+        with core.comm.noting() as failures, backend.current():
+            for target, x in zip(whole, _combined(core, part, rows), strict=True):
+                assign(target[:, part.first:part.first + x.shape[1]], x)
+            backend.synchronize()
+            rows.clear()
+            if number < len(parts):
+                payload = core.decoder.accumulate(parts[number], contents.store, contents.length)
+        rows = core.comm.exchange("", core.timeout, payload, failures=failures)
+    return whole
 
 
 def _combined(core: Core, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
@@ -87,21 +123,3 @@ def _combined(core: Core, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tu
         out, lse = (x if query.on_gpu else backend.to_numpy(x) for x in core.decoder.combine(query, rows))
         backend.synchronize()
     return out, lse
-
-
-def _joined(core: Core, query: Query, results: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    """Put the results of the parts one after the other. Local."""
-    if len(results) == 1:
-        return results[0]
-    joined = []
-    for theirs in zip(*results, strict=True):
-        shape, dtype = (len(theirs[0]), query.total, *theirs[0].shape[2:]), theirs[0].dtype
-        with core.backend.current():
-            whole = core.backend.empty(shape, dtype) if query.on_gpu else np.empty(shape, dtype)
-            start = 0
-            for x in theirs:
-                assign(whole[:, start:start + x.shape[1]], x)
-                start += x.shape[1]
-            core.backend.synchronize()
-        joined.append(whole)
-    return joined[0], joined[1]

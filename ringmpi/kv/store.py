@@ -48,6 +48,12 @@ class Chunk:
         """Of the tokens there are."""
         return self.places[:self.used]
 
+    def unbind(self) -> None:
+        """Let go of what a decoder has prepared. Local."""
+        self.bound = []
+        self.seen = []
+        self.bound_by = None
+
 
 class KVStore:
     """Keys and values of some positions. Local.
