@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from .softmax import State
 
 Array = Any                       # of NumPy, or of CuPy on a GPU
 SUMMED_BYTES = 2**20              # of queries that all ranks have, by which they see that these are the same
+NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES.values())}       # as a record has them
 ON_HOST = -1                      # where host arrays are, among the indices of GPUs
 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
@@ -177,10 +179,17 @@ class Call:
         batch, n_q, heads, dim = self.q.shape
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
-        dtype = list(DTYPES.values()).index(self.q.dtype)
-        fields = (self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim, dim_v,
-                  dtype, self.on_gpu, self.sinks is not None, n_q, n_k, self.gpu, self.trains)
-        return np.array([fields], RECORD).view(np.uint8)
+        return _record(self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim,
+                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, n_q, n_k, self.gpu,
+                       self.trains)
+
+
+@functools.lru_cache(maxsize=64)
+def _record(*fields: int) -> NDArray[np.uint8]:
+    """Encode the fields of a record, for reading only."""
+    record = np.array([fields], RECORD).view(np.uint8)
+    record.flags.writeable = False
+    return record
 
 
 NO_RECORD = np.zeros(1, RECORD).view(np.uint8)      # of a rank that has failed
@@ -206,10 +215,15 @@ class Records:
     """
 
     def __init__(self, rows: list[NDArray[np.uint8]]) -> None:
-        self._table = np.concatenate(rows).view(RECORD)
+        self._rows = b"".join(row.data for row in rows)
+        self._table = np.frombuffer(self._rows, RECORD)
         _check_equal(self._table)
         numbers = self._table.view(np.int64).reshape(len(self._table), -1)
         self.key = numbers[:, len(OF_THE_CALL):].tobytes()
+
+    def say(self, rows: list[NDArray[np.uint8]]) -> bool:
+        """Say whether the ranks' records of another call are the same. Local."""
+        return b"".join(row.data for row in rows) == self._rows
 
     @property
     def n_q(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -28,12 +29,18 @@ def check_arrays(q: Array, k: Array, v: Array) -> bool:
     ShapeError, DtypeError
         If they do not; the text says what was expected and what was got.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_dtype(x.dtype, name)
-        if x.dtype != q.dtype:
-            raise DtypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}; convert it first")
-    check_shapes(q.shape, k.shape, v.shape)
+    _check_kinds(q.dtype, k.dtype, v.dtype, q.shape, k.shape, v.shape)
     return q.ndim == 4
+
+
+@functools.lru_cache(maxsize=64)              # of those that do go together: an error is never kept
+def _check_kinds(q: np.dtype[Any], k: np.dtype[Any], v: np.dtype[Any], *shapes: tuple[int, ...]) -> None:
+    """Check that arrays of these dtypes and shapes go together."""
+    for name, dtype in (("q", q), ("k", k), ("v", v)):
+        check_dtype(dtype, name)
+        if dtype != q:
+            raise DtypeError(f"{name}: expected the dtype of q, {q}, got {dtype}; convert it first")
+    check_shapes(*shapes)
 
 
 def check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:

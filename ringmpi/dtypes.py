@@ -11,8 +11,10 @@ from numpy.typing import DTypeLike
 from .errors import DtypeError
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-DTYPES: dict[str, np.dtype[Any]] = {"float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
-                                    "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+FLOAT64: np.dtype[Any] = np.dtype(np.float64)
+FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+DTYPES: dict[str, np.dtype[Any]] = {"float64": FLOAT64, "float32": FLOAT32, "bfloat16": BFLOAT16,
+                                    "float16": np.dtype(np.float16)}
 
 # Bounds of max |out - exact| / max |exact|. They hold the accumulator's error and, for 16-bit results, one rounding
 # (the unit roundoff is 2^-8 for bfloat16 and 2^-11 for float16). bfloat16 is allowed two roundings, since its products
@@ -43,14 +45,14 @@ def accumulator(dtype: np.dtype[Any], request: DTypeLike | None = None) -> np.dt
     DtypeError
         If `request` is narrower than the rule gives, or no accumulator at all.
     """
-    rule = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    rule = FLOAT64 if dtype == FLOAT64 else FLOAT32
     if request is None:
         return rule
     try:
         wanted = np.dtype(request)
     except TypeError:
         wanted = np.dtype(object)
-    if wanted not in (np.dtype(np.float64), rule):
+    if wanted not in (FLOAT64, rule):
         raise DtypeError(f"accumulator: expected {' or '.join(sorted({'float64', str(rule)}))} for {dtype} input, "
                          f"got {request!r}")
     return wanted

@@ -19,6 +19,7 @@ from .schedules.head_exchange import Tokens
 from .score import Score
 from .tiles import KeyPlan
 
+KEPT_BYTES = 2**20                # of the columns of all blocks, which are kept for the next call
 Array = Any                       # of NumPy, or of CuPy on a GPU
 
 
@@ -95,6 +96,7 @@ class Plan:
     seen: Array = None
     ready: set[str] = field(default_factory=set)
     _prefetched: tuple[int, list[list[Interval]]] = (-1, [])
+    _kept: dict[int, list[list[Interval]]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -173,9 +175,19 @@ class Plan:
                                score.of_dropout_keys(dropout_keys[number, self.share.queries]))
 
     def _columns(self, source: int) -> list[list[Interval]]:
-        """Turn each interval of positions into columns of each part of a block."""
-        return [[(part.count_below(low), part.count_below(high)) for low, high in self.bounds]
-                for part in self.parts[source]]
+        """Turn each interval of positions into columns of each part of a block; those of small shards are kept."""
+        if source in self._kept:
+            return self._kept[source]
+        columns = [[(part.count_below(low), part.count_below(high)) for low, high in self.bounds]
+                   for part in self.parts[source]]
+        if self._keeps:
+            self._kept[source] = columns
+        return columns
+
+    @cached_property
+    def _keeps(self) -> bool:
+        """Whether the columns of all blocks take little memory."""
+        return 16 * self.rows * len(self.bounds) * sum(map(len, self.parts)) <= KEPT_BYTES
 
     def _score_of(self, part: Part, inside: slice, rows: slice) -> Score:
         """Give the score for some rows and columns of a part of a block."""

@@ -15,6 +15,8 @@ def in_place(x: NDArray[Any]) -> NDArray[Any]:
     broadcast along a batch, tokens or heads. A copy is made of what is not aligned, whose last axis has gaps, or that
     goes backwards.
     """
+    if x.flags.c_contiguous and x.flags.aligned:
+        return np.asarray(x)
     strides = [stride for stride, length in zip(x.strides, x.shape, strict=True) if length != 1]
     side_by_side = not x.size or x.shape[-1] == 1 or x.strides[-1] == x.itemsize
     if side_by_side and x.flags.aligned and all(stride >= 0 and stride % x.itemsize == 0 for stride in strides):

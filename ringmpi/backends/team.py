@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
 
@@ -44,14 +44,15 @@ class Team:
         The caller must go on to the end or close the iterator: after either no thread works on the tasks any more.
         """
         self.check()
-        queue = deque(sorted(tasks, key=lambda task: -task.cost))
+        if self._pool is None or len(tasks) < 2:
+            yield from self._alone(tasks)
+            return
+        queue = deque(sorted(tasks, key=_by_cost))
         stop = Event()
         self._live.add(stop)
         done: deque[int] = deque()
-        helpers: list[Future[None]] = []
-        if self._pool:
-            others = range(1, min(self.size, len(tasks)))
-            helpers = [self._pool.submit(_drain, queue, number, done, stop) for number in others]
+        others = range(1, min(self.size, len(tasks)))
+        helpers = [self._pool.submit(_drain, queue, number, done, stop) for number in others]
         try:
             while (task := _next(queue)) is not None:
                 for call, cost in task.steps:
@@ -70,6 +71,14 @@ class Team:
             wait(helpers)
             self._live.discard(stop)
 
+    def _alone(self, tasks: list[Task]) -> Generator[int, None, None]:
+        """Do tasks in which no other thread helps."""
+        for task in sorted(tasks, key=_by_cost):
+            for call, cost in task.steps:
+                call(0)
+                yield cost
+                self.check()
+
     def check(self) -> None:
         """Raise `BackendError` if the team is closed. Local."""
         if self._closed:
@@ -82,6 +91,10 @@ class Team:
             stop.set()
         if self._pool:
             self._pool.shutdown()
+
+
+def _by_cost(task: Task) -> int:
+    return -task.cost
 
 
 def _next(queue: deque[Task]) -> Task | None:

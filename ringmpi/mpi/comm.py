@@ -193,6 +193,10 @@ class Comm(Exchange):
         """Let MPI move messages, a fraction of a millisecond at most. See `Waiter.progress`. Local."""
         self._waiter.progress(requests, describe, advance)
 
+    def heed_notices(self) -> None:
+        """Read what other ranks have to say, and answer them; raise `RankLost` if one gave up. Local."""
+        self._waiter.heed_notices()
+
     def give_up(self, error: BaseException, requests: Sequence[Any] = ()) -> None:
         """Give the communicator up because of `error`, and tell the other ranks. See `Waiter.give_up`. Local."""
         self._waiter.give_up(error, requests)

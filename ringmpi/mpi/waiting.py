@@ -197,7 +197,7 @@ class Waiter:
         return lost
 
     def _read_notices(self, describe: Callable[[], str], requests: Sequence[Any]) -> None:
-        told = self.notices.read(self._state) if self.notices else ""
+        told = self.notices.read(self._state) if self.notices and self.size > 1 else ""
         if told:
             self._mark_lost(told, requests)
             raise RankLost(f"{describe() or self.name()}; {told}")

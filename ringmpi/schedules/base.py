@@ -219,6 +219,8 @@ class Carrier(Mover):
         RingTimeout, RankLost
             If another rank does not send or take a block in time, or is gone. The communicator is lost then.
         """
+        if self.group.size == 1 and stop is None:
+            return self._alone(blocks.own, (), route, trace)
         return self._run(blocks, None, route, trace, stop)
 
     def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
@@ -241,7 +243,19 @@ class Carrier(Mover):
         RingTimeout, RankLost
             See `forward`.
         """
+        if self.group.size == 1 and stop is None:
+            return self._alone(blocks.own, gradients.own, route, trace)
         return self._run(blocks, gradients, route, trace, stop)
+
+    def _alone(self, own: Sequence[Array], gradients: Sequence[Array], route: Route, trace: Trace) -> Iterator[Work]:
+        """Yield the work of a member that is the only one: nothing travels, whatever the carrier, nor is waited for."""
+        self.stopped = False
+        step = self._step = Step(0, self.group.rank, trace.now())
+        trace.steps.append(step)
+        self.comm.place = f", {self.name} step 0 of 1"
+        if route.needed[0, 0]:
+            yield Work(step, 0, tuple(own), tuple(gradients), slice(None), None)
+        step.wait_start = trace.now()
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
              stop: Callable[[], bool] | None) -> Iterator[Work]:

@@ -36,8 +36,10 @@ class Grid:
     nodes: tuple[int, ...]
     axes: tuple[str, ...] = ("heads", "keys", "queries")
     _places: dict[int, dict[str, int]] = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.schedule, self.nodes, self.axes)))       # every call asks for it
         order = sorted(range(len(self.nodes)), key=lambda rank: (self.nodes[rank], rank))
         axes = tuple(reversed(self.axes))
         sizes = [range(getattr(self.schedule, axis)) for axis in axes]
@@ -48,6 +50,9 @@ class Grid:
         object.__setattr__(self, "_places", {
             rank: {"heads": heads, "queries": queries, "keys": keys}
             for (queries, keys), ranks in shared.items() for heads, rank in enumerate(sorted(ranks))})
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def ranks(self) -> NDArray[np.int64]:
         """Give all ranks by their places, ``[heads, queries, keys]``. Local."""

@@ -50,6 +50,9 @@ class Mover:
             If another rank is gone.
         """
         under_way = [transfer for link in self.links for transfer in link.transfers]
+        if not under_way:
+            self.comm.heed_notices()              # whoever waits for this rank may ask where it is
+            return
         joined = Joined(under_way)
         self.comm.progress(joined.requests, lambda: describe(self._where(), under_way), joined.advance)
 

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import BFLOAT16
-from ...layout import Integers
 from ...score import Score
 from ..strided import in_place
+from .seen import Seen
 from .tuples import BlockArrays, ScoreArguments, Tokens
 from .vector import machine
 
 Array = NDArray[Any]
+STORED = {BFLOAT16: np.dtype(np.uint16), np.dtype(np.float16): np.dtype(np.int16)}
 
 
 class KernelArguments:
@@ -36,20 +37,17 @@ class KernelArguments:
         The columns that some query sees.
     """
 
-    def __init__(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, begin: Integers, end: Integers,
-                 score: Score, pairs: bool = False) -> None:
+    def __init__(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, seen: Seen, score: Score,
+                 pairs: bool = False) -> None:
         self.acc_dtype = acc_dtype
         self.numbers = q.shape[2] + v.shape[2]
         self.heads = k.shape[1]
         self.group = q.shape[1] // self.heads
         self.rows = len(q) * self.group
-        seeing = end > begin
-        self.first = int(begin[seeing].min())
-        self.last = int(end[seeing].max())
+        self.first, self.last = seen.first, seen.last
         stored = np.dtype(np.uint32) if pairs else None
         scale = acc_dtype.type(score.scale if score.plain else 1)
-        self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), np.array(begin, np.int64),
-                                  np.array(end, np.int64), scale)
+        self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
         self._score = None if score.plain else self._shared_score(score)
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
@@ -115,7 +113,13 @@ def tokens(x: Array, stored: np.dtype[Any] | None = None) -> Tokens:
 
     bfloat16 becomes uint16 bits, float16 int16 bits; or both become what is `stored`, pairs for example.
     """
-    stored = stored or {BFLOAT16: np.dtype(np.uint16), np.dtype(np.float16): np.dtype(np.int16)}.get(x.dtype, x.dtype)
+    stored = stored or STORED.get(x.dtype, x.dtype)
+    flags = x.flags
+    if flags.c_contiguous and flags.aligned and flags.writeable:          # by far the most common, and seen at once
+        flat = x.reshape(-1).view(stored)
+        n_tokens, heads, _ = x.shape
+        numbers = flat.size // (n_tokens * heads)
+        return Tokens(flat, (n_tokens, heads, numbers), heads * numbers, numbers)
     x = in_place(in_place(x).view(stored))
     token, head = (stride // stored.itemsize for stride in x.strides[:2])
     count = (len(x) - 1) * token + (x.shape[1] - 1) * head + x.shape[2]

@@ -28,11 +28,21 @@ from ..team import Team
 from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
 from .bound import BoundBlock
-from .compiled import add_sums, backward_keys, compile_for, forward_keys, merge_states, pack_backward, pack_forward
+from .compiled import (
+    add_sums,
+    backward_keys,
+    compile_for,
+    finish_rows,
+    forward_keys,
+    merge_states,
+    pack_backward,
+    pack_forward,
+)
 from .forward import Forward
 from .product import ROWS
+from .seen import Seen, SeenBefore
 from .steps import Limits
-from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, forward_numbers
+from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, forward_numbers, ranges_of
 from .vector import machine
 from .workspace import BackwardBuffers, ForwardScratch, PackedKV
 
@@ -56,6 +66,7 @@ class NumbaBackend(Backend):
         super().__init__(threads)
         self.ways = bits(PRODUCTS if machine().pairs else ["widen"])
         self._team = Team(threads)
+        self._seen = SeenBefore()
         self._busy = False
         self._forward_key: Any = None
         self._scratch: list[ForwardScratch] = []
@@ -81,33 +92,43 @@ class NumbaBackend(Backend):
                 plain: bool = True, backward: bool = False) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
         score = Score(1.0) if plain else Score(1.0, softcap=1.0)
-        none = np.zeros(1, np.int64)
+        seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
             if backward:
-                _prepare_backward(KernelArguments(accumulator, x, x, x, none, none + 1, score))
+                _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
             else:
-                _prepare_forward(self._arguments(accumulator, x, x, x, none, none + 1, score))
+                _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         def steps() -> Generator[int, None, None]:
-            block = self._arguments(state.acc.dtype, q, k, v, begin, end, score)
+            block = self._arguments(state.acc.dtype, q, k, v, seen, score)
             packed = self._reserve_forward(block)
-            return Forward(self._team, packed, self._scratch, block, _limits(), state, self.canonical).run()
+            return Forward(self._team, packed, self._scratch, block, _limits(), state, self.canonical, seen.cuts).run()
 
-        yield from self._run(steps, begin, end, q.shape[1])
+        seen = self._seen.find(begin, end)
+        return self._run(steps, seen, q.shape[1])
 
     def bind(self, state: State, k: Any, v: Any, n_q: int, heads: int, score: Score) -> Bound:
         """Give what `accumulate` does with arrays that stay where they are; see `Backend.bind`. Local."""
         if self.canonical or not score.plain or score.scale < 0 or n_q == 0:
             return super().bind(state, k, v, n_q, heads, score)
         q = np.zeros((n_q, heads, k.shape[2]), k.dtype)
-        block = self._arguments(state.acc.dtype, q, k, v, np.zeros(n_q, np.int64), np.ones(n_q, np.int64), score)
+        seen = Seen(np.zeros(n_q, np.int64), np.ones(n_q, np.int64))
+        block = self._arguments(state.acc.dtype, q, k, v, seen, score)
         packed = self._reserve_forward(block)
         return BoundBlock(block, q, state, packed, self._scratch[0], self.threads, _limits(),
                           super().bind(state, k, v, n_q, heads, score), self._check_free)
+
+    def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
+        """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
+        wide = out if out.dtype == state.acc.dtype else state.acc
+        finish_rows(state.acc, state.row_max, state.row_sum, seen, wide, lse)
+        if wide is not out:
+            with np.errstate(over="ignore"):
+                out[...] = wide
 
     def merge(self, states: NDArray[Any], sinks: NDArray[Any] | None, seen: NDArray[np.uint8], out: Any, lse: Any
               ) -> None:
@@ -130,7 +151,7 @@ class NumbaBackend(Backend):
 
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
-            block = KernelArguments(acc_dtype, q, k, v, begin, end, score)
+            block = KernelArguments(acc_dtype, q, k, v, seen, score)
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
@@ -138,12 +159,12 @@ class NumbaBackend(Backend):
                                     *wanted[:2])
             return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical).run()
 
-        yield from self._run(steps, begin, end, q.shape[1])
+        seen = self._seen.find(begin, end)
+        return self._run(steps, seen, q.shape[1])
 
-    def _run(self, begin_loop: Callable[[], Generator[int, None, None]], begin: Integers, end: Integers,
-             heads: int) -> Iterator[int]:
+    def _run(self, begin_loop: Callable[[], Generator[int, None, None]], seen: Seen, heads: int) -> Iterator[int]:
         """Do the steps of a loop, one loop at a time; from rows × keys of all heads to pairs."""
-        if not (end > begin).any():
+        if seen.first == seen.last:
             return
         self._check_free()
         self._busy = True
@@ -162,14 +183,14 @@ class NumbaBackend(Backend):
             raise BackendError("backend numba: the loop over an earlier block has not ended; finish or close it first")
         self._team.check()
 
-    def _arguments(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, begin: Integers, end: Integers,
-                   score: Score) -> KernelArguments:
+    def _arguments(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, seen: Seen, score: Score
+                   ) -> KernelArguments:
         """Give the arguments of the forward pass: its scale is positive, for maxima of products; the sign goes to q."""
         if score.scale < 0:
             q = -q
             score = replace(score, scale=-score.scale)
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
-        return KernelArguments(acc_dtype, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
+        return KernelArguments(acc_dtype, q, k, v, seen, score, pairs and q.shape[2] % 2 == 0)
 
     @property
     def _tile(self) -> int:
@@ -200,6 +221,7 @@ class NumbaBackend(Backend):
         self._scratch = []
         self._forward_key = self._packed = None
         self._backward_key = self._buffers = None
+        self._seen.clear()
 
     def close(self) -> None:
         """End the threads, and give the work space back. Local."""
@@ -225,11 +247,12 @@ def _prepare_forward(block: KernelArguments) -> None:
     compile_for(pack_forward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     state = State.empty(1, 1, block.arrays.v.shape[2], block.acc_dtype)
     numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), block.arrays, tiles, scratch.work)
-    compile_for(forward_keys, numbers, block.score_arguments(scratch.row_score), RowRange(0, 1, 0, 1),
-                ColumnRange(0, 0, 1))
+    compile_for(forward_keys, numbers, block.score_arguments(scratch.row_score),
+                ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]))
     states = np.zeros((1, block.arrays.v.shape[2] + 2), block.acc_dtype)
     compile_for(merge_states, states, states[0, :0], False, np.ones((1, 1), np.uint8), state.acc[None],
                 state.row_max[None])
+    compile_for(finish_rows, state.acc, state.row_max, state.row_sum, np.ones(1, bool), state.acc, state.row_max)
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ...layout import Integers
@@ -18,7 +19,7 @@ from .arguments import KernelArguments
 from .compiled import forward_keys
 from .forward import heads_together, most_columns
 from .steps import TASKS, Limits
-from .tuples import ColumnRange, RowRange, StateArrays, forward_numbers
+from .tuples import ColumnRange, RowRange, StateArrays, forward_numbers, ranges_of
 from .workspace import ForwardScratch, PackedKV
 
 Array = NDArray[Any]
@@ -55,7 +56,7 @@ class BoundBlock(Bound):
             self._most = min(self._most, TASKS * packed.tile)        # more is cut among the threads
         if block.rows > packed.rows or heads_together(block, packed) < block.heads:
             self._most = 0
-        self._columns: ColumnRange | None = None
+        self._ranges: NDArray[np.int64] | None = None
         self._loop = loop
         self._check = check
 
@@ -65,13 +66,14 @@ class BoundBlock(Bound):
         self._end[:] = end
         first, last = int(begin.min()), int(end.max())
         self._loop.see(begin, end)
-        self._columns = ColumnRange(first, first, last) if last - first <= self._most else None
+        some = last - first <= self._most
+        self._ranges = ranges_of([(self._rows, ColumnRange(first, first, last))]) if some else None
 
     def fold(self, q: Array) -> Iterable[int]:
         """Fold what is seen into the state; see `Bound.fold`. Local."""
-        if self._columns is None:
+        if self._ranges is None:
             return self._loop.fold(q)
         self._check()
         self._q[...] = q
-        forward_keys(self._numbers, None, self._rows, self._columns)
+        forward_keys(self._numbers, None, self._ranges)
         return ()

@@ -41,7 +41,7 @@ from .forward_tile import (
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
-from .tuples import BlockArrays, ForwardTiles, ForwardWork, StateArrays, Tile, Tokens
+from .tuples import BlockArrays, ColumnRange, ForwardTiles, ForwardWork, RowRange, StateArrays, Tile, Tokens
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, pack, forward_tile, backward_tile)
 
@@ -50,6 +50,44 @@ def _digest() -> str:
     """Digest of the sources of the machine code, this file among them, and of the vectors it is for."""
     paths = [Path(__file__), *(Path(str(module.__file__)) for module in SOURCES)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths) + repr(vector.machine()).encode()).hexdigest()
+
+
+@numba.njit(error_model="numpy")
+def fold_range(rows, columns, state, block, packed, work, score):  # type: ignore[no-untyped-def]
+    """Fold a range of columns of a block into a range of rows.
+
+    The rows stay in the work space from a `fresh` call to the `final` one, which puts them back into the state.
+    Several heads go tile by tile, since the keys of a token lie side by side.
+    """
+    n_rows = rows.n_rows
+    tile = packed.tile
+    origin = columns.origin
+    group = state.acc.shape[1] // block.v.shape[1]
+    direct = packed.private and n_rows <= ROWS
+    height = n_rows if direct else -(-n_rows // ROWS) * ROWS
+    whole = -(-height * rows.heads // ROWS) * ROWS
+    for h in range(rows.heads if columns.fresh else 0):
+        mine = work_from(work, h * height)
+        filled = height if h + 1 < rows.heads else whole - h * height
+        load_forward_rows(block, state, rows.first, n_rows, filled, rows.head + h, group, mine)
+        load_row_scores(rows.first, n_rows, filled, rows.head + h, group, score_arguments_from(score, h * height))
+
+    a, b = visible(work.low, work.high, height, columns.start, columns.stop)
+    for at in range(a - (a - origin) % tile, b, tile):
+        n = min(tile, columns.stop - at)
+        find_groups(whole, work.low, work.high, at, n, lanes(state.acc), work.groups)
+        if not any_sees(whole, work.groups):
+            continue
+        if direct:
+            fold_direct(Tile(whole, rows.head, at, n), rows, work, block, score)
+            continue
+        for h in range(rows.heads):
+            slot = 0 if packed.private else (rows.head + h) * packed.tiles + (at - origin) // tile
+            fold_packed(Tile(height, rows.head + h, at, n), slot, work_from(work, h * height), block, packed,
+                        score_arguments_from(score, h * height))
+
+    for h in range(rows.heads if columns.final else 0):
+        store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
 
 
 def _forward(digest: str) -> tuple[Any, ...]:
@@ -66,11 +104,11 @@ def _forward(digest: str) -> tuple[Any, ...]:
             pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
             packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
 
-    def forward_keys(numbers, score, rows, columns):  # type: ignore[no-untyped-def]
-        """Fold a range of columns of a block into a range of rows; see `tuples.forward_numbers`.
+    def forward_keys(numbers, score, ranges):  # type: ignore[no-untyped-def]
+        """Fold ranges of columns of a block into ranges of rows, one after the other; see `fold_range`.
 
-        The rows stay in the work space from a `fresh` call to the `final` one, which puts them back into the state.
-        `score` is None for a plain score. Several heads go tile by tile, since the keys of a token lie side by side.
+        `numbers` is what `tuples.forward_numbers` gives, `ranges` what `tuples.ranges_of` gives; `score` is None for
+        a plain score.
         """
         digest                          # noqa: B018
         state = StateArrays(*numbers[:3])
@@ -78,35 +116,9 @@ def _forward(digest: str) -> tuple[Any, ...]:
                             numbers[16], numbers[17])
         packed = ForwardTiles(*numbers[18:24])
         work = ForwardWork(*numbers[24:])
-        n_rows = rows.n_rows
-        tile = packed.tile
-        origin = columns.origin
-        group = state.acc.shape[1] // block.v.shape[1]
-        direct = packed.private and n_rows <= ROWS
-        height = n_rows if direct else -(-n_rows // ROWS) * ROWS
-        whole = -(-height * rows.heads // ROWS) * ROWS
-        for h in range(rows.heads if columns.fresh else 0):
-            mine = work_from(work, h * height)
-            filled = height if h + 1 < rows.heads else whole - h * height
-            load_forward_rows(block, state, rows.first, n_rows, filled, rows.head + h, group, mine)
-            load_row_scores(rows.first, n_rows, filled, rows.head + h, group, score_arguments_from(score, h * height))
-
-        a, b = visible(work.low, work.high, height, columns.start, columns.stop)
-        for at in range(a - (a - origin) % tile, b, tile):
-            n = min(tile, columns.stop - at)
-            find_groups(whole, work.low, work.high, at, n, lanes(state.acc), work.groups)
-            if not any_sees(whole, work.groups):
-                continue
-            if direct:
-                fold_direct(Tile(whole, rows.head, at, n), rows, work, block, score)
-                continue
-            for h in range(rows.heads):
-                slot = 0 if packed.private else (rows.head + h) * packed.tiles + (at - origin) // tile
-                fold_packed(Tile(height, rows.head + h, at, n), slot, work_from(work, h * height), block, packed,
-                            score_arguments_from(score, h * height))
-
-        for h in range(rows.heads if columns.final else 0):
-            store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
+        for x in ranges:
+            fold_range(RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0), state,
+                       block, packed, work, score)
 
     def merge_states(states, sinks, has_sinks, seen, out, lse):  # type: ignore[no-untyped-def]
         """Combine the states of all parts, and finish them; see `Backend.merge`. `out` is in their dtype."""
@@ -140,7 +152,25 @@ def _forward(digest: str) -> tuple[Any, ...]:
                     row[c] = row[c] / total if visible else zero
                 lse[i, query, h] = most + np.log(total) if visible else hidden
 
-    return pack_forward, forward_keys, merge_states
+    def finish_rows(acc, row_max, row_sum, seen, out, lse):  # type: ignore[no-untyped-def]
+        """Normalise a state; see `softmax.finish`. `out` is in its dtype, and may be `acc`."""
+        digest                          # noqa: B018
+        n_q, heads, dim_v = acc.shape
+        zero = acc.dtype.type(0)
+        hidden = acc.dtype.type(-np.inf)
+        for i in range(n_q):
+            for h in range(heads):
+                row, sums = out[i, h], acc[i, h]
+                if seen[i]:
+                    total = row_sum[i, h]
+                    for c in range(dim_v):
+                        row[c] = sums[c] / total
+                    lse[i, h] = row_max[i, h] + np.log(total)
+                else:
+                    row[:] = zero
+                    lse[i, h] = hidden
+
+    return pack_forward, forward_keys, merge_states, finish_rows
 
 
 def _backward(digest: str) -> tuple[Any, ...]:
@@ -222,5 +252,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
         yield compiled
 
 
-pack_forward, forward_keys, merge_states, pack_backward, backward_keys, add_sums = _compiled(
+pack_forward, forward_keys, merge_states, finish_rows, pack_backward, backward_keys, add_sums = _compiled(
     _forward(_digest()) + _backward(_digest()))

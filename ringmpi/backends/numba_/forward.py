@@ -19,7 +19,7 @@ import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ from .arguments import KernelArguments
 from .compiled import forward_keys, pack_forward
 from .product import ROWS
 from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
-from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers
+from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers, ranges_of
 from .workspace import ForwardScratch, PackedKV
 
 Array = NDArray[Any]
@@ -48,6 +48,34 @@ def most_columns(packed: PackedKV, heads: int, limits: Limits) -> int:
     return max(1, limits.step_bytes // (packed.tile_bytes * heads)) * packed.tile
 
 
+class Piece(NamedTuple):
+    """What a thread does of a block before it looks for more.
+
+    Attributes
+    ----------
+    cost : int
+        What all of it sees.
+    part : int
+        Of the states, where the keys are split.
+    steps : list of (array, int)
+        What `forward_keys` takes, and about what it sees.
+    """
+
+    cost: int
+    part: int
+    steps: list[tuple[NDArray[np.int64], int]]
+
+
+class Round(NamedTuple):
+    """Columns start..stop of a block: the tiles to pack, as `pack_forward` counts them, and what then is done."""
+
+    start: int
+    stop: int
+    tiles: int
+    packs: list[tuple[int, int]]
+    pieces: list[Piece]
+
+
 @dataclass
 class Forward:
     """The loop of `Backend.accumulate` over one block."""
@@ -59,39 +87,57 @@ class Forward:
     limits: Limits
     state: State
     canonical: bool
+    cuts: dict[Any, Any]                # those of what the queries see; see `Seen`
 
     def run(self) -> Generator[int, None, None]:
         """Fold the block into the state; yields rows × keys done since the last yield."""
-        few = self.block.rows <= self.packed.rows and not self.canonical
-        return self._few_rows() if few else self._many_rows()
+        block, packed = self.block, self.packed
+        few = block.rows <= packed.rows and not self.canonical
+        key = (few, self.team.size, block.heads, block.group, block.numbers, block.arrays.k.shape[0],
+               block.acc_dtype, packed.rows, packed.tile, packed.tile_bytes, *self.limits)
+        if key not in self.cuts:
+            self.cuts[key] = self._cut_keys() if few else self._cut_rows()
+        return self._few_rows(*self.cuts[key]) if few else self._many_rows(self.cuts[key])
 
-    def _many_rows(self) -> Generator[int, None, None]:
-        """Pack tiles for all, then fold them into tiles of rows."""
+    def _cut_rows(self) -> list[Round]:
+        """Cut the rows, and the keys into what the buffer holds."""
         block = self.block
         packed = self.packed
         tile = self.packed.tile
-        # Tiles of rows: as high as the work space, but enough of them for all threads.
-        least = TASKS * self.team.size
+        # Tiles of rows: as high as the work space, but enough of them for all threads; a thread alone needs but one.
+        least = TASKS * self.team.size if self.team.size > 1 else 1
         count = max(-(-block.rows // packed.rows), -(-least // block.heads))
         height = -(-block.rows // (count * ROWS)) * ROWS
         step = self._step(min(height, block.rows))
-        state = StateArrays(self.state.acc, self.state.row_max, self.state.row_sum)
 
         first, last = block.in_tiles(tile) if self.canonical else (block.first, block.last)
         keys_per_piece = max(1, self.limits.packed_bytes // (block.heads * packed.tile_bytes)) * tile
+        rounds = []
         for start in range(first, last, keys_per_piece):
             stop = min(start + keys_per_piece, last)
-            tiles = packed.reserve(block.heads, -(-(stop - start) // tile))
-            yield from self.team.run([uncounted_task(partial(self._pack, start, stop, a, b, tiles))
-                                      for a, b in equal_parts(block.heads * tiles.tiles, least)])
+            tiles = -(-(stop - start) // tile)
+            slots = block.heads * tiles
+            parts = max(least, TASKS * slots * packed.tile_bytes // self.limits.step_bytes)
             areas = block.areas(start, stop, height).tolist()
-            yield from self.team.run([
-                self._task(state, RowRange(head, 1, i * height, min(height, block.rows - i * height)),
-                           range(start, stop, step), area, tiles)
-                for head in range(block.heads) for i, area in enumerate(areas) if area])
+            pieces = [
+                self._piece(0, RowRange(head, 1, i * height, min(height, block.rows - i * height)),
+                            range(start, stop, step), area)
+                for head in range(block.heads) for i, area in enumerate(areas) if area]
+            rounds.append(Round(start, stop, tiles, equal_parts(slots, parts), self._together(pieces)))
+        return rounds
 
-    def _few_rows(self) -> Generator[int, None, None]:
-        """Split the keys, pack each tile where it is used, combine."""
+    def _many_rows(self, rounds: list[Round]) -> Generator[int, None, None]:
+        """Pack tiles for all, then fold them into tiles of rows."""
+        block = self.block
+        state = StateArrays(self.state.acc, self.state.row_max, self.state.row_sum)
+        for each in rounds:
+            tiles = self.packed.reserve(block.heads, each.tiles)
+            yield from self.team.run([uncounted_task(partial(self._pack, each.start, each.stop, a, b, tiles))
+                                      for a, b in each.packs])
+            yield from self.team.run([self._task(state, piece, tiles) for piece in each.pieces])
+
+    def _cut_keys(self) -> tuple[int, list[Piece]]:
+        """Split the keys; give the number of states that takes, and what is done."""
         block = self.block
         packed = self.packed
         tile = self.packed.tile
@@ -103,20 +149,24 @@ class Forward:
             count = min(-(-TASKS * self.team.size * together // block.heads), -(-tiles // TASKS))
         edges = [block.first + i * tiles // count * tile for i in range(count)] + [block.last]
         step = min(self._step(block.rows * together), most_columns(packed, together, self.limits))
-
-        # A state for each range, unless there is one alone.
-        whole = self.state.acc, self.state.row_max, self.state.row_sum
-        parts = State(*(np.empty((count, *x.shape), x.dtype) for x in whole))
-        parts.reset()
-        tasks = []
+        pieces = []
         for i, (start, stop) in enumerate(itertools.pairwise(edges)):
             area = int(block.areas(start, stop, block.rows)[0])
-            state = StateArrays(parts.acc[i], parts.row_max[i], parts.row_sum[i]) if count > 1 else StateArrays(*whole)
             for head in range(0, block.heads if area else 0, together):
                 heads = min(together, block.heads - head)
-                tasks.append(self._task(state, RowRange(head, heads, 0, block.rows), range(start, stop, step),
-                                        area * heads))
-        yield from self.team.run(tasks)
+                pieces.append(self._piece(i, RowRange(head, heads, 0, block.rows), range(start, stop, step),
+                                          area * heads))
+        return count, pieces
+
+    def _few_rows(self, count: int, pieces: list[Piece]) -> Generator[int, None, None]:
+        """Pack each tile where it is used, if at all; combine the states, unless there is one alone."""
+        whole = self.state.acc, self.state.row_max, self.state.row_sum
+        states = [StateArrays(*whole)]
+        if count > 1:
+            parts = State(*(np.empty((count, *x.shape), x.dtype) for x in whole))
+            parts.reset()
+            states = [StateArrays(parts.acc[i], parts.row_max[i], parts.row_sum[i]) for i in range(count)]
+        yield from self.team.run([self._task(states[piece.part], piece, None) for piece in pieces])
         if count > 1:
             combine(self.state, parts)
 
@@ -125,21 +175,37 @@ class Forward:
         flop = 2 * rows * self.packed.tile * self.block.numbers
         return max(1, int(self.limits.step_flop * speed(self.block.acc_dtype) / flop)) * self.packed.tile
 
-    def _pack(self, start: int, stop: int, first: int, last: int, tiles: ForwardTiles, thread: int) -> None:
-        pack_forward(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
-
-    def _task(self, state: StateArrays, rows: RowRange, starts: range, area: int,
-              tiles: ForwardTiles | None = None) -> Task:
-        """Make a task that folds a range of columns into rows, step by step; `area` is seen of them all."""
+    def _piece(self, part: int, rows: RowRange, starts: range, area: int) -> Piece:
+        """Make the piece that folds a range of columns into rows, step by step; `area` is seen of them all."""
         count = len(starts)
         columns = [ColumnRange(starts[0], start, min(start + starts.step, starts.stop), start == starts[0],
                                start == starts[-1]) for start in starts]
         shares = [area * (i + 1) // count - area * i // count for i in range(count)]      # about what each step sees
-        return Task(area, [(partial(self._fold, state, rows, step, tiles), share)
-                           for step, share in zip(columns, shares, strict=True)])
+        return Piece(area, part, [(ranges_of([(rows, step)]), share)
+                                  for step, share in zip(columns, shares, strict=True)])
 
-    def _fold(self, state: StateArrays, rows: RowRange, columns: ColumnRange, tiles: ForwardTiles | None,
-              thread: int) -> None:
+    def _together(self, pieces: list[Piece]) -> list[Piece]:
+        """Join pieces of one step each, as long as a step does not get too long, nor the pieces too few for all."""
+        most = self.limits.step_flop * speed(self.block.acc_dtype) / (2 * self.block.numbers)
+        if self.team.size > 1:
+            most = min(most, sum(piece.cost for piece in pieces) / (TASKS * self.team.size))
+        joined: list[Piece] = []
+        for piece in pieces:
+            last = joined[-1] if joined else piece
+            if joined and len(last.steps) == len(piece.steps) == 1 and last.cost + piece.cost <= most:
+                cost = last.cost + piece.cost
+                joined[-1] = Piece(cost, 0, [(np.concatenate([last.steps[0][0], piece.steps[0][0]]), cost)])
+            else:
+                joined.append(piece)
+        return joined
+
+    def _pack(self, start: int, stop: int, first: int, last: int, tiles: ForwardTiles, thread: int) -> None:
+        pack_forward(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
+
+    def _task(self, state: StateArrays, piece: Piece, tiles: ForwardTiles | None) -> Task:
+        return Task(piece.cost, [(partial(self._fold, state, ranges, tiles), share) for ranges, share in piece.steps])
+
+    def _fold(self, state: StateArrays, ranges: NDArray[np.int64], tiles: ForwardTiles | None, thread: int) -> None:
         mine = self.scratch[thread]
         forward_keys(forward_numbers(state, self.block.arrays, tiles or mine.private, mine.work),
-                     self.block.score_arguments(mine.row_score), rows, columns)
+                     self.block.score_arguments(mine.row_score), ranges)

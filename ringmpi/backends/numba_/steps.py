@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,7 @@ from .vector import machine
 TASKS = 4                   # for each thread, at least, so that none waits long for the last
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Bounds: bytes of packed K and V at a time, operations and bytes read between two yields."""
 
     packed_bytes: int

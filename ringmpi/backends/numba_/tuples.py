@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Tokens(NamedTuple):
     """Numbers of each head of each token, where the caller has them.
@@ -93,13 +96,18 @@ class RowRange(NamedTuple):
 
 
 class ColumnRange(NamedTuple):
-    """Columns start..stop of a block, whose tiles begin at `origin`; for `fresh` and `final` see `forward_keys`."""
+    """Columns start..stop of a block, whose tiles begin at `origin`; for `fresh` and `final` see `fold_range`."""
 
     origin: Any
     start: Any
     stop: Any
     fresh: Any = True
     final: Any = True
+
+
+def ranges_of(ranges: list[tuple[RowRange, ColumnRange]]) -> NDArray[np.int64]:
+    """Give ranges of rows and columns as `forward_keys` takes them: the fields of one after the other. Local."""
+    return np.array([(*rows, *columns) for rows, columns in ranges], np.int64)
 
 
 class ForwardTiles(NamedTuple):
