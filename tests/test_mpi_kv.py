@@ -1,6 +1,7 @@
 """A cache of keys and values on this run's ranks against one dense softmax. Runs under mpiexec."""
 
 import copy
+import itertools
 import pickle
 import tracemalloc
 import weakref
@@ -290,6 +291,25 @@ def test_saved_and_opened_on_other_ranks(comm, path, dtype, batch):
     expect(comm, lambda: KVCache.open(path, comm, kv_heads=4), OptionError, "expected a cache with kv_heads 4, got 2")
     expect(comm, lambda: KVCache.open(path, comm, dtype="float64"), OptionError, "expected a cache with dtype float64")
     expect(comm, lambda: KVCache.open(path, comm, capacity=50), OptionError, "expected at most 50 tokens")
+
+
+def test_sizes_that_are_asked_of_a_file(comm, path):
+    """None asks for nothing, as if it were not given; what is no integer is refused as anywhere."""
+    _, k, v = tokens(23, 10)
+    with KVCache(comm, dtype=None, batch=1, **SIZES) as cache:
+        assert cache.dtype == "float32"
+        cache.append(k[None], v[None], replicated=True)
+        cache.save(path)
+    for given in (dict.fromkeys(("kv_heads", "dim", "dim_v", "dtype", "batch", "capacity")),
+                  {"kv_heads": np.int8(2), "dim_v": np.array(8), "dtype": np.float32, "batch": 1}):
+        with KVCache.open(path, comm, **given) as cache:
+            assert (cache.kv_heads, cache.dim, cache.dim_v, cache.batch, cache.dtype) == (2, 16, 8, 1, "float32")
+    for name, wrong in itertools.product(("kv_heads", "dim", "dim_v", "batch"),
+                                         (True, 2.0, "2", np.array([2, 2]), 0)):
+        expect(comm, lambda name=name, wrong=wrong: KVCache.open(path, comm, **{name: wrong}), OptionError,
+               f"KVCache: {name}: expected an integer >= 1")
+    expect(comm, lambda: KVCache.open(path, comm, dim=8), OptionError, "expected a cache with dim 8, got 16")
+    expect(comm, lambda: KVCache.open(path, comm, dtype=3), DtypeError, "dtype")
 
 
 def test_keys_that_were_dropped_are_not_asked_for_by_another_mask(comm, path):

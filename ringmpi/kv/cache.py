@@ -24,6 +24,7 @@ from .core import Core
 from .file import check_sizes, read_description
 from .prompt import attend_prompt
 from .saving import save
+from .sizes import DTYPE
 from .steps import attend_step
 
 
@@ -81,7 +82,7 @@ class KVCache:
     """
 
     @explained()
-    def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = "float32",
+    def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = DTYPE,
                  batch: int | None = None, capacity: int | None = None, mask: Mask | None = None, rollback: int = 64,
                  scale: float | None = None, softcap: float | None = None, alibi: ArrayLike | None = None,
                  accumulator: DTypeLike | None = None, backend: str = "auto", threads: int | None = None,
@@ -280,7 +281,7 @@ class KVCache:
         comm : MPI.Intracomm
         **options
             As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype and batch are those
-            of the file; if they are given, they must be the same.
+            of the file; if they are given, and not None, they must be the same.
 
         Raises
         ------
