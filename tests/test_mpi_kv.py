@@ -517,9 +517,9 @@ def test_integers_of_numpy(comm):
 def test_documents_longer_than_the_cache(comm):
     """The last one may go on: steps and sharded queries see it so far, as a pass over the whole sequence does."""
     q, k, v = tokens(15, 60, "float64")
-    see = oracle.visible(60, 60, causal=True, documents=[0, 10, 30, 30, 55, 70][:5])
-    mask = Mask(causal=True, documents=[0, 10, 30, 30, 55, 70])
-    see[55:, 55:] = np.tri(5, dtype=bool)
+    documents = [0, 10, 30, 30, 55, 70]
+    see = oracle.visible(60, 60, causal=True, documents=documents)
+    mask = Mask(causal=True, documents=documents)
     want, _ = oracle.attend(q, k, v, see, 0.25)
     with KVCache(comm, dtype="float64", mask=mask, **SIZES) as cache:
         cache.append(k[:22], v[:22], replicated=True)
@@ -535,6 +535,8 @@ def test_documents_longer_than_the_cache(comm):
     with KVCache(comm, dtype="float64", mask=ahead, **SIZES) as cache:
         cache.append(k, v, replicated=True)
         alike = cache.attend(q[:4])
+        see = oracle.visible(4, 60, documents=[0, 10, 70], q_offset=58)
+        assert oracle.error(alike, oracle.attend(q[:4], k, v, see, 0.25)[0]) < 1e-13
         mine = make("contiguous", 4, comm.size).positions(comm.rank)
         assert oracle.error(cache.attend(q[mine], sharded=True), alike[mine]) < 1e-13
 
