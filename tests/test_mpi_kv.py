@@ -5,6 +5,7 @@ import itertools
 import pickle
 import tracemalloc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -32,6 +33,7 @@ from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
 from ringmpi.kv.decoder import Decoder
 from ringmpi.layout import make
+from ringmpi.schedules.links import assign
 
 pytestmark = pytest.mark.mpi
 
@@ -666,6 +668,66 @@ def test_ranks_that_reorder_differently_hear_of_it(comm):
         for call in (lambda: cache.attend(q), lambda: cache.attend(q, sharded=True), lambda: cache.save("never"),
                      lambda: cache.append(k, v)):
             expect(comm, call, OptionError, "order of the batch")
+
+
+def test_no_memory_to_reorder_loses_nothing(comm, monkeypatch):
+    """On one rank: all hear of it in the next call, and it may be tried again there."""
+    q, k, v = (np.stack([x, 2 * x, 3 * x]) for x in tokens(24, 40))
+    odd = comm.rank == comm.size - 1
+    with KVCache(comm, batch=3, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.attend(q[:, -1:])
+
+        def fail(*_):
+            raise MemoryError("of one rank")
+
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr(cache._core.contents.store, "_empty", fail)
+            with pytest.raises(MemoryError) if odd else nullcontext():
+                cache.reorder([2, 0, 0])
+        if comm.size > 1:
+            for call in (lambda: cache.attend(q[:, -1:]), lambda: cache.append(k, v), lambda: cache.save("never")):
+                expect(comm, call, OptionError, "order of the batch")
+        if odd:
+            cache.reorder([2, 0, 0])
+        again = cache.attend(q[[2, 0, 0], -1:])
+        for i, source in enumerate((2, 0, 0)):
+            wanted, _ = dense(q[source, -1:], k[source], v[source], causal=True)
+            assert oracle.error(again[i], wanted, np.abs(wanted).max()) <= TOLERANCE["float32"]
+
+
+def test_a_reorder_that_is_interrupted(comm, monkeypatch):
+    """Half way, on one rank: all hear of it, again and again, until the cache is emptied."""
+    q, k, v = (np.stack([x, 2 * x]) for x in tokens(25, 16 * comm.size))
+    odd = comm.rank == comm.size - 1
+    moved = []
+
+    def interrupt(target, source):
+        moved.append(target)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        assign(target, source)
+
+    with KVCache(comm, batch=2, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr("ringmpi.kv.store.assign", interrupt)
+            with pytest.raises(KeyboardInterrupt) if odd else nullcontext():
+                cache.reorder([1, 0])
+        for call in 2 * (lambda: cache.attend(q[:, -1:]), lambda: cache.append(k, v), lambda: cache.save("never"),
+                         lambda: cache.attend(q[:, -1:], sharded=True)):
+            expect(comm, call, RingError, f"rank {comm.size - 1}: this KVCache is of no use any more")
+        if odd:
+            for local in (lambda: cache.crop(5), lambda: cache.reorder([1, 0])):
+                with pytest.raises(RingError, match="of no use"):
+                    local()
+        cache.crop(0)
+        cache.append(k, v, replicated=True)
+        for i, out in enumerate(cache.attend(q[:, -1:])):
+            wanted, _ = dense(q[i, -1:], k[i], v[i], causal=True)
+            assert oracle.error(out, wanted, np.abs(wanted).max()) <= TOLERANCE["float32"]
 
 
 def test_tokens_on_all_ranks_are_no_layout_to_append(comm):

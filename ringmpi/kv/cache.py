@@ -223,11 +223,16 @@ class KVCache:
         With a mask that has a window, the keys before it are gone, but for `rollback` of them: so many tokens may be
         cropped. Farther, a query that would see what is gone is refused. ``crop(0)`` begins anew.
         """
-        self._check_open()
-        self._core.contents.crop(check_integer("KVCache.crop: length", length, 0))
+        self._check_not_closed()
+        kept = check_integer("KVCache.crop: length", length, 0)
+        if kept:
+            self._check_open()
+        self._core.contents.crop(kept)
 
     def reorder(self, elements: ArrayLike) -> None:
         """Let each element of the batch go on from what another one had, as in beam search. Local; the same everywhere.
+
+        A rank on which it fails is as it was: the next call raises an error on all ranks, unless it is repeated there.
 
         Parameters
         ----------
@@ -333,5 +338,9 @@ class KVCache:
         self.close()
 
     def _check_open(self) -> None:
+        self._check_not_closed()
+        self._core.contents.check_whole()
+
+    def _check_not_closed(self) -> None:
         if not self._close.alive:
             raise RingError("this KVCache is closed; make a new one")
