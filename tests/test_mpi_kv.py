@@ -22,7 +22,9 @@ from ringmpi import (
     Mask,
     OptionError,
     OutputError,
+    RankLost,
     ResourceError,
+    RingAttention,
     RingError,
     Schedule,
     ShapeError,
@@ -33,6 +35,7 @@ from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
 from ringmpi.kv.decoder import Decoder
 from ringmpi.layout import make
+from ringmpi.mpi.waiting import Waiter
 from ringmpi.schedules.links import assign
 
 pytestmark = pytest.mark.mpi
@@ -728,6 +731,54 @@ def test_a_reorder_that_is_interrupted(comm, monkeypatch):
         for i, out in enumerate(cache.attend(q[:, -1:])):
             wanted, _ = dense(q[i, -1:], k[i], v[i], causal=True)
             assert oracle.error(out, wanted, np.abs(wanted).max()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_interrupt_leaves_no_loop_behind(comm, monkeypatch, backend):
+    """Ctrl-C within a loop of the backend: a rank that is alone goes on, and others on another communicator."""
+    monkeypatch.setattr("ringmpi.backends.numpy_.ROWS", 16)
+    q, k, v = tokens(26, 600)
+    causal, want = Mask(causal=True), dense(q[-200:], k, v, causal=True)[0]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    held = []
+
+    def check(out):
+        assert oracle.error(out, want, np.abs(want).max()) <= TOLERANCE["float32"]
+
+    alone = comm.Split(comm.rank)
+    with KVCache(alone, backend=backend, threads=2, **SIZES) as cache, \
+            RingAttention(alone, backend=backend, threads=2, mask=causal) as attention:
+        cache.append(k[:400], v[:400], replicated=True)
+        attention(q, k, v)
+        works = (lambda: cache.attend(q[-200:], k[400:], v[400:]), lambda: cache.attend(q[200:400], sharded=True),
+                 lambda: attention(q, k, v), lambda: attention.backward(q[..., :8]))
+        for work in works:
+            with monkeypatch.context() as patch:
+                patch.setattr(Waiter, "progress", interrupt)
+                with pytest.raises(KeyboardInterrupt) as caught:
+                    work()
+            held.append(caught)                # with its frames, as a console does
+            assert cache.length == 400
+            check(attention(q, k, v)[-200:])
+        check(cache.attend(q[-200:], k[400:], v[400:]))
+    alone.Free()
+    lost = comm.Dup()
+    with KVCache(lost, backend=backend, timeout=20, **SIZES) as cache:
+        cache.append(k[:400], v[:400], replicated=True)
+        with monkeypatch.context() as patch:
+            if comm.rank == 0:
+                patch.setattr(Waiter, "progress", interrupt)
+            with pytest.raises((KeyboardInterrupt, RankLost) if comm.rank else KeyboardInterrupt):
+                cache.attend(q[-200:], k[400:], v[400:])
+        assert cache.length == 400
+    other = comm.Dup()
+    with KVCache(other, backend=backend, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        check(cache.attend(q[-200:]))
+    other.Free()
 
 
 def test_tokens_on_all_ranks_are_no_layout_to_append(comm):
