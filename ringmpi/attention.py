@@ -31,6 +31,8 @@ from .schedules.grid import Grid
 from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolve
 from .trace import Trace
 
+CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
+
 
 class RingAttention:
     """Exact softmax attention on a ring of MPI ranks: plan once, run many times. Collective over *comm*.
@@ -163,6 +165,7 @@ class RingAttention:
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()
         self._digest = digest_of(self._options)
         self._plan: Plan | None = None
+        self._chosen: dict[bytes, Schedule] = {}       # by the shapes of all ranks, for `schedule="auto"`
         self._last_number = 0
         self._last: tuple[Call, Plan] | None = None
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
@@ -454,7 +457,13 @@ class RingAttention:
         return plan
 
     def _choose(self, records: Records, layouts: tuple[Layout, Layout]) -> Grid:
-        """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*."""
+        """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*.
+
+        That takes milliseconds: what was chosen for a few shapes is kept, for programs that go back and forth.
+        """
+        if records.key in self._chosen:
+            self.schedule = self._chosen[records.key]
+            return self._place(self.schedule, records)
         machine = self._engine.machine()
         shape = masked(self._problem.shape(records), self._problem.mask, *layouts)
         among = candidates(machine, shape.heads)
@@ -469,7 +478,9 @@ class RingAttention:
                 if schedule.carrier != "window":          # which nodes, or the system, may not allow
                     raise
             else:
-                self.schedule = schedule
+                if len(self._chosen) == CHOICES:
+                    del self._chosen[next(iter(self._chosen))]
+                self.schedule = self._chosen[records.key] = schedule
                 return grid
 
     def _place(self, schedule: Schedule, records: Records) -> Grid:
