@@ -17,12 +17,13 @@ from .canonical import CanonicalPass
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError
+from .forward import Progress
 from .keywords import explained
 from .layout import Layout
 from .mask import Mask
 from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
-from .passes import Pass, Progress
+from .passes import Pass
 from .plan import Plan
 from .problem import Problem, masked
 from .schedules.cost import candidates, choose
