@@ -17,12 +17,13 @@ from .canonical import CanonicalPass
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError
+from .forward import Progress
 from .keywords import explained
 from .layout import Layout
 from .mask import Mask
 from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
-from .passes import Pass, Progress
+from .passes import Pass
 from .plan import Plan
 from .problem import Problem, masked
 from .schedules.cost import candidates, choose
@@ -30,6 +31,8 @@ from .schedules.gpu_transport import Transport, check_transport
 from .schedules.grid import Grid
 from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolve
 from .trace import Trace
+
+CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
 
 
 class RingAttention:
@@ -164,6 +167,7 @@ class RingAttention:
         self._digest = digest_of(self._options)
         self._records: Records | None = None         # those of the last call
         self._plan: Plan | None = None
+        self._chosen: dict[bytes, Schedule] = {}       # by the shapes of all ranks, for `schedule="auto"`
         self._last_number = 0
         self._last: tuple[Call, Plan] | None = None
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
@@ -457,7 +461,13 @@ class RingAttention:
         return plan
 
     def _choose(self, records: Records, layouts: tuple[Layout, Layout]) -> Grid:
-        """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*."""
+        """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*.
+
+        That takes milliseconds: what was chosen for a few shapes is kept, for programs that go back and forth.
+        """
+        if records.key in self._chosen:
+            self.schedule = self._chosen[records.key]
+            return self._place(self.schedule, records)
         machine = self._engine.machine()
         shape = masked(self._problem.shape(records), self._problem.mask, *layouts)
         among = candidates(machine, shape.heads)
@@ -472,7 +482,9 @@ class RingAttention:
                 if schedule.carrier != "window":          # which nodes, or the system, may not allow
                     raise
             else:
-                self.schedule = schedule
+                if len(self._chosen) == CHOICES:
+                    del self._chosen[next(iter(self._chosen))]
+                self.schedule = self._chosen[records.key] = schedule
                 return grid
 
     def _place(self, schedule: Schedule, records: Records) -> Grid:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from .call import Array
 from .errors import InternalError
-from .passes import Pass, put_heads
+from .forward import put_heads
+from .passes import Pass
 from .schedules.base import Blocks, Work, block_sizes
 from .softmax import Gradient
 from .tiles import KeyPlan

@@ -161,13 +161,15 @@ class Ending(NamedTuple):
     """How a command that fails ends."""
 
     code: int
-    text: str
+    text: str                   # empty: nobody needs to be told
     agreed: bool = False        # the same error on every rank: one prints it, and all leave MPI together
     grace: float = 0.0          # seconds that this rank leaves the others before it ends the job
 
 
 def _ending(error: BaseException) -> Ending:
     """Say how this error ends a command."""
+    if isinstance(error, OutputError) and _is_of_broken_pipe(error):
+        return Ending(error.exit_code, "", agreed=True)
     if isinstance(error, RingError):
         alone = isinstance(error, (RingTimeout, RankLost, CommError))        # the text differs from rank to rank
         return Ending(error.exit_code, str(error), not alone, GRACE_SECONDS if alone else 0.0)
@@ -182,11 +184,18 @@ def _ending(error: BaseException) -> Ending:
     return Ending(70, f"{_who()} failed:\n{''.join(traceback.format_exception(error))}")
 
 
+def _is_of_broken_pipe(error: BaseException | None) -> bool:
+    """Say whether it comes of a pipe whose reader has gone, as `head` does: it has enough, or says itself why."""
+    while error is not None and not isinstance(error, BrokenPipeError):
+        error = error.__cause__
+    return error is not None
+
+
 def _end(ending: Ending, process: Process | None, collective: bool) -> int:
     """Print the reason, and end the other ranks if they can't know of it; return the exit code."""
     # one rank speaks for all, unless the error is its own or MPI, which numbers the ranks, has not started
     before_mpi = collective and _world_rank() is None and launched_together()
-    if not ending.agreed or before_mpi or _rank() == 0:
+    if ending.text and (not ending.agreed or before_mpi or _rank() == 0):
         with suppress(OSError):
             print(f"ringmpi: {ending.text}", file=sys.stderr, flush=True)
     # the others may be waiting in MPI_Init, or for this rank

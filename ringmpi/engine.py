@@ -355,3 +355,17 @@ def agreed(engine: Engine | None, comm: Comm, what: str, timeout: float, failure
             engine.close()
         raise
     return engine
+
+
+def connected(comm: Comm, timeout: float, *options: Any) -> Engine:
+    """Make an engine, and agree with all ranks on what computes. Collective over *comm*.
+
+    Parameters
+    ----------
+    comm, timeout, *options
+        See `Engine`.
+    """
+    engine: Engine | None = None
+    with comm.noting() as failures:
+        engine = Engine(comm, timeout, *options)
+    return agreed(engine, comm, "Engine", timeout, failures, {})

@@ -62,7 +62,8 @@ class Mask:
     documents : integer array of shape (n_documents + 1,), optional
         Offsets of packed documents in the keys, as flash-attn's ``cu_seqlens``: from 0, never decreasing; a document
         may be empty. Tokens from the last offset on are padding, in no document: as queries they see nothing (out 0,
-        lse -inf), as keys nobody sees them.
+        lse -inf), as keys nobody sees them. In a `KVCache` the last document may end beyond the keys there are, and a
+        query may stand there too (`q_offset`): it sees those of its document.
     prefix : int, optional
         Keys before `prefix` are visible in spite of `causal` (prefix-LM). Widens only `causal`.
     first : int

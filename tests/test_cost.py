@@ -14,7 +14,7 @@ from ringmpi.job.inputs import Sizes
 from ringmpi.job.memory import predict_memory, schedule_of
 from ringmpi.job.options import Options
 from ringmpi.schedules.base import Route
-from ringmpi.schedules.calibration import Measured, fit
+from ringmpi.schedules.calibration import Measured, _least_squares, fit
 from ringmpi.schedules.cost import candidates, choose, estimate, fewest_bytes
 from ringmpi.schedules.machine import Machine
 from ringmpi.schedules.movers import carrier_class
@@ -230,3 +230,31 @@ def test_rates_are_found_again_in_what_calls_take():
                 want, got = (estimate(shape_of(tokens), schedule, x, backward=backward).seconds
                              for x in (machine, found))
                 assert abs(got / want - 1) < 0.05
+
+
+def least_squares_cases():
+    """Tables, what is wanted and the solutions; columns are of all lengths, as rates are, and some almost alike."""
+    rng = np.random.default_rng(3)
+    for alike in 10 * [1.0] + 10 * [0.01]:
+        table = np.abs(rng.standard_normal((60, 15)))
+        table[:, 1::2] = table[:, 0:-1:2] + alike * table[:, 1::2]
+        table = np.concatenate([table, 0.3 * np.eye(15)])
+        wanted = rng.standard_normal(75) + 1
+        lengths = 10.0 ** rng.integers(-9, 3, 15)
+        yield table, wanted, _least_squares(table * lengths, wanted) * lengths
+
+
+def test_least_squares_of_numbers_not_below_zero():
+    """No number can be changed for the better: the slope is 0, or upwards at 0."""
+    for table, wanted, x in least_squares_cases():
+        slope = table.T @ (table @ x - wanted)
+        assert (x >= 0).all()
+        assert 0 < (x == 0).sum() < 15
+        assert np.abs(slope[x > 0]).max() < 1e-5
+        assert slope[x == 0].min() > -1e-5
+
+
+def test_least_squares_beside_scipy():
+    nnls = pytest.importorskip("scipy.optimize").nnls
+    for table, wanted, x in least_squares_cases():
+        assert np.abs(nnls(table, wanted)[0] - x).max() < 1e-5

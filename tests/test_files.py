@@ -220,6 +220,21 @@ def test_standard_output_that_is_full(source, tmp_path, command, unbuffered):
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.parametrize("line", ["info", "plan --tokens 4096 --ranks 8", "plan --tokens 4096 --ranks 8 --json -",
+                                  "attend in.h5 out.h5 --backend numpy", "attend in.h5 out.h5 --dry-run",
+                                  "attend in.h5 out.h5 --backend numpy --json - --quiet"])
+def test_nobody_reads_what_is_printed(line, source, tmp_path):
+    """The pipe is closed, as by `head`: the exit code says it, and no text, as with other tools of Unix."""
+    shutil.copy(source, tmp_path / "in.h5")
+    reader, writer = os.pipe()
+    os.close(reader)
+    said = subprocess.run([sys.executable, "-m", "ringmpi", *line.split()], stdout=writer, stderr=subprocess.PIPE,
+                          text=True, timeout=60, check=False, cwd=tmp_path)
+    os.close(writer)
+    assert said.returncode == 6
+    assert not re.search("pipe|written|Traceback|ignored", said.stderr), said.stderr
+
+
 def test_json_that_cannot_be_written(source, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for name in ("folder", "gone/run.json"):

@@ -11,7 +11,7 @@ from test_mpi_gradients import LEVELS, check
 
 from ringmpi import Mask, OptionError, RingAttention, RingError, Schedule
 from ringmpi.layout import make
-from ringmpi.schedules.cost import candidates, estimate
+from ringmpi.schedules.cost import candidates, choose, estimate
 from ringmpi.schedules.machine import Machine
 from ringmpi.schedules.rates import CPU, LinkRate
 from ringmpi.schedules.traffic import Shape
@@ -54,6 +54,34 @@ def test_every_shape_has_a_schedule_of_its_own(comm):
                 assert heads % attention.schedule.heads == 0
     assert len(set(map(tuple, comm.allgather(chosen)))) == 1
     assert chosen[0::3] == chosen[2::3]
+
+
+@pytest.mark.parametrize("kept", [2, 1])
+def test_what_was_chosen_is_kept(comm, monkeypatch, kept):
+    """For as many shapes as are kept, of all ranks together; it is what is chosen without."""
+    monkeypatch.setattr("ringmpi.attention.CHOICES", kept)
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr("ringmpi.attention.choose", counted)
+    shapes = [8, 8 + 300 * (comm.rank == comm.size - 1)]
+    chosen = {0: set(), 1: set()}
+    with RingAttention(comm, mask=Mask(causal=True), timeout=60) as attention:
+        for which in (0, 1, 0, 1, 1, 0):
+            attention(*arrays(comm, shapes[which]))
+            chosen[which].add(str(attention.schedule))
+            assert len(attention._chosen) <= kept
+        times = len(calls)
+        with RingAttention(comm, mask=Mask(causal=True), timeout=60) as other:
+            for which in chosen:
+                other(*arrays(comm, shapes[which]))
+                assert chosen[which] == {str(other.schedule)}
+    if comm.size > 1:
+        assert times == (2 if kept == 2 else 5)
+    assert len(set(map(str, comm.allgather(chosen)))) == 1
 
 
 def test_one_rank_that_keeps_nothing(comm):

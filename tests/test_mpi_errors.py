@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -329,3 +330,20 @@ def test_a_way_to_multiply_that_one_rank_lacks(comm, monkeypatch):
         monkeypatch.setenv("RINGMPI_BFLOAT16_PRODUCTS", "widen" if comm.rank else "auto")
         with pytest.raises(OptionError, match="bfloat16_products is"):
             ring_attention(x, x, x, comm=comm)
+
+
+def test_a_benchmark_that_one_rank_cannot_compute(comm, monkeypatch):
+    """No rank waits for the one that has no backend: all raise its error."""
+    from ringmpi.commands.bench_calls import CallBench
+    from ringmpi.engine import Engine
+    from ringmpi.mpi.comm import private_comm
+
+    def fail(_):
+        raise BackendError("none here")
+
+    with monkeypatch.context() as patch:
+        if comm.rank == comm.size - 1:
+            patch.setattr(Engine, "_open", fail)
+        with pytest.raises(BackendError, match=f"rank {comm.size - 1}: none here"):
+            CallBench(Namespace(backend="numpy", timeout=20, threads=1), comm, private_comm(comm))
+    ring_attention(**good(), comm=comm, backend="numpy")

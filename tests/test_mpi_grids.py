@@ -118,7 +118,7 @@ def test_what_all_ranks_made_is_had_in_parts(comm, monkeypatch):
         return share(engine, x)
     monkeypatch.setattr(Engine, "share", noted)
     for nbytes in (2**26, 2**13):
-        monkeypatch.setattr("ringmpi.passes.SHARED_BYTES", nbytes)
+        monkeypatch.setattr("ringmpi.replicated.SHARED_BYTES", nbytes)
         with RingAttention(comm, backend="numpy", layout="replicated", kv_layout="striped", timeout=60) as attention:
             out, lse = attention(q, k[:, mine], v[:, mine], sinks=np.arange(4.0), return_lse=True)
             results.append([x.tobytes() for x in (out, lse, *attention.backward(out)[:1])])
@@ -134,7 +134,7 @@ def test_what_all_ranks_made_takes_the_memory_that_it_may(comm, monkeypatch):
     mine = make("contiguous", 4 * comm.size, comm.size).positions(comm.rank)
     peaks = []
     for nbytes in (2**13, 2**20):
-        monkeypatch.setattr("ringmpi.passes.SHARED_BYTES", nbytes)
+        monkeypatch.setattr("ringmpi.replicated.SHARED_BYTES", nbytes)
         with RingAttention(comm, backend="numpy", layout="replicated", kv_layout="contiguous", timeout=60) as attention:
             attention.backward(attention(q, k[mine], v[mine]))
             for work in (lambda: attention(q, k[mine], v[mine]), lambda: attention.backward(q)):

@@ -1,9 +1,11 @@
 """A cache of keys and values on this run's ranks against one dense softmax. Runs under mpiexec."""
 
 import copy
+import itertools
 import pickle
 import tracemalloc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
@@ -20,7 +22,9 @@ from ringmpi import (
     Mask,
     OptionError,
     OutputError,
+    RankLost,
     ResourceError,
+    RingAttention,
     RingError,
     Schedule,
     ShapeError,
@@ -31,6 +35,8 @@ from ringmpi.call import SUMMED_BYTES, checksum
 from ringmpi.dtypes import DTYPES, TOLERANCE
 from ringmpi.kv.decoder import Decoder
 from ringmpi.layout import make
+from ringmpi.mpi.waiting import Waiter
+from ringmpi.schedules.links import assign
 
 pytestmark = pytest.mark.mpi
 
@@ -292,6 +298,25 @@ def test_saved_and_opened_on_other_ranks(comm, path, dtype, batch):
     expect(comm, lambda: KVCache.open(path, comm, capacity=50), OptionError, "expected at most 50 tokens")
 
 
+def test_sizes_that_are_asked_of_a_file(comm, path):
+    """None asks for nothing, as if it were not given; what is no integer is refused as anywhere."""
+    _, k, v = tokens(23, 10)
+    with KVCache(comm, dtype=None, batch=1, **SIZES) as cache:
+        assert cache.dtype == "float32"
+        cache.append(k[None], v[None], replicated=True)
+        cache.save(path)
+    for given in (dict.fromkeys(("kv_heads", "dim", "dim_v", "dtype", "batch", "capacity")),
+                  {"kv_heads": np.int8(2), "dim_v": np.array(8), "dtype": np.float32, "batch": 1}):
+        with KVCache.open(path, comm, **given) as cache:
+            assert (cache.kv_heads, cache.dim, cache.dim_v, cache.batch, cache.dtype) == (2, 16, 8, 1, "float32")
+    for name, wrong in itertools.product(("kv_heads", "dim", "dim_v", "batch"),
+                                         (True, 2.0, "2", np.array([2, 2]), 0)):
+        expect(comm, lambda name=name, wrong=wrong: KVCache.open(path, comm, **{name: wrong}), OptionError,
+               f"KVCache: {name}: expected an integer >= 1")
+    expect(comm, lambda: KVCache.open(path, comm, dim=8), OptionError, "expected a cache with dim 8, got 16")
+    expect(comm, lambda: KVCache.open(path, comm, dtype=3), DtypeError, "dtype")
+
+
 def test_keys_that_were_dropped_are_not_asked_for_by_another_mask(comm, path):
     """A window has dropped keys; a file of what is left is of use to masks that do not show them."""
     q, k, v = tokens(11, 2000)
@@ -497,9 +522,9 @@ def test_integers_of_numpy(comm):
 def test_documents_longer_than_the_cache(comm):
     """The last one may go on: steps and sharded queries see it so far, as a pass over the whole sequence does."""
     q, k, v = tokens(15, 60, "float64")
-    see = oracle.visible(60, 60, causal=True, documents=[0, 10, 30, 30, 55, 70][:5])
-    mask = Mask(causal=True, documents=[0, 10, 30, 30, 55, 70])
-    see[55:, 55:] = np.tri(5, dtype=bool)
+    documents = [0, 10, 30, 30, 55, 70]
+    see = oracle.visible(60, 60, causal=True, documents=documents)
+    mask = Mask(causal=True, documents=documents)
     want, _ = oracle.attend(q, k, v, see, 0.25)
     with KVCache(comm, dtype="float64", mask=mask, **SIZES) as cache:
         cache.append(k[:22], v[:22], replicated=True)
@@ -515,6 +540,8 @@ def test_documents_longer_than_the_cache(comm):
     with KVCache(comm, dtype="float64", mask=ahead, **SIZES) as cache:
         cache.append(k, v, replicated=True)
         alike = cache.attend(q[:4])
+        see = oracle.visible(4, 60, documents=[0, 10, 70], q_offset=58)
+        assert oracle.error(alike, oracle.attend(q[:4], k, v, see, 0.25)[0]) < 1e-13
         mine = make("contiguous", 4, comm.size).positions(comm.rank)
         assert oracle.error(cache.attend(q[mine], sharded=True), alike[mine]) < 1e-13
 
@@ -644,6 +671,114 @@ def test_ranks_that_reorder_differently_hear_of_it(comm):
         for call in (lambda: cache.attend(q), lambda: cache.attend(q, sharded=True), lambda: cache.save("never"),
                      lambda: cache.append(k, v)):
             expect(comm, call, OptionError, "order of the batch")
+
+
+def test_no_memory_to_reorder_loses_nothing(comm, monkeypatch):
+    """On one rank: all hear of it in the next call, and it may be tried again there."""
+    q, k, v = (np.stack([x, 2 * x, 3 * x]) for x in tokens(24, 40))
+    odd = comm.rank == comm.size - 1
+    with KVCache(comm, batch=3, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        cache.attend(q[:, -1:])
+
+        def fail(*_):
+            raise MemoryError("of one rank")
+
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr(cache._core.contents.store, "_empty", fail)
+            with pytest.raises(MemoryError) if odd else nullcontext():
+                cache.reorder([2, 0, 0])
+        if comm.size > 1:
+            for call in (lambda: cache.attend(q[:, -1:]), lambda: cache.append(k, v), lambda: cache.save("never")):
+                expect(comm, call, OptionError, "order of the batch")
+        if odd:
+            cache.reorder([2, 0, 0])
+        again = cache.attend(q[[2, 0, 0], -1:])
+        for i, source in enumerate((2, 0, 0)):
+            wanted, _ = dense(q[source, -1:], k[source], v[source], causal=True)
+            assert oracle.error(again[i], wanted, np.abs(wanted).max()) <= TOLERANCE["float32"]
+
+
+def test_a_reorder_that_is_interrupted(comm, monkeypatch):
+    """Half way, on one rank: all hear of it, again and again, until the cache is emptied."""
+    q, k, v = (np.stack([x, 2 * x]) for x in tokens(25, 16 * comm.size))
+    odd = comm.rank == comm.size - 1
+    moved = []
+
+    def interrupt(target, source):
+        moved.append(target)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        assign(target, source)
+
+    with KVCache(comm, batch=2, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        with monkeypatch.context() as patch:
+            if odd:
+                patch.setattr("ringmpi.kv.store.assign", interrupt)
+            with pytest.raises(KeyboardInterrupt) if odd else nullcontext():
+                cache.reorder([1, 0])
+        for call in 2 * (lambda: cache.attend(q[:, -1:]), lambda: cache.append(k, v), lambda: cache.save("never"),
+                         lambda: cache.attend(q[:, -1:], sharded=True)):
+            expect(comm, call, RingError, f"rank {comm.size - 1}: this KVCache is of no use any more")
+        if odd:
+            for local in (lambda: cache.crop(5), lambda: cache.reorder([1, 0])):
+                with pytest.raises(RingError, match="of no use"):
+                    local()
+        cache.crop(0)
+        cache.append(k, v, replicated=True)
+        for i, out in enumerate(cache.attend(q[:, -1:])):
+            wanted, _ = dense(q[i, -1:], k[i], v[i], causal=True)
+            assert oracle.error(out, wanted, np.abs(wanted).max()) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_interrupt_leaves_no_loop_behind(comm, monkeypatch, backend):
+    """Ctrl-C within a loop of the backend: a rank that is alone goes on, and others on another communicator."""
+    monkeypatch.setattr("ringmpi.backends.numpy_.ROWS", 16)
+    q, k, v = tokens(26, 600)
+    causal, want = Mask(causal=True), dense(q[-200:], k, v, causal=True)[0]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    held = []
+
+    def check(out):
+        assert oracle.error(out, want, np.abs(want).max()) <= TOLERANCE["float32"]
+
+    alone = comm.Split(comm.rank)
+    with KVCache(alone, backend=backend, threads=2, **SIZES) as cache, \
+            RingAttention(alone, backend=backend, threads=2, mask=causal) as attention:
+        cache.append(k[:400], v[:400], replicated=True)
+        attention(q, k, v)
+        works = (lambda: cache.attend(q[-200:], k[400:], v[400:]), lambda: cache.attend(q[200:400], sharded=True),
+                 lambda: attention(q, k, v), lambda: attention.backward(q[..., :8]))
+        for work in works:
+            with monkeypatch.context() as patch:
+                patch.setattr(Waiter, "progress", interrupt)
+                with pytest.raises(KeyboardInterrupt) as caught:
+                    work()
+            held.append(caught)                # with its frames, as a console does
+            assert cache.length == 400
+            check(attention(q, k, v)[-200:])
+        check(cache.attend(q[-200:], k[400:], v[400:]))
+    alone.Free()
+    lost = comm.Dup()
+    with KVCache(lost, backend=backend, timeout=20, **SIZES) as cache:
+        cache.append(k[:400], v[:400], replicated=True)
+        with monkeypatch.context() as patch:
+            if comm.rank == 0:
+                patch.setattr(Waiter, "progress", interrupt)
+            with pytest.raises((KeyboardInterrupt, RankLost) if comm.rank else KeyboardInterrupt):
+                cache.attend(q[-200:], k[400:], v[400:])
+        assert cache.length == 400
+    other = comm.Dup()
+    with KVCache(other, backend=backend, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        check(cache.attend(q[-200:]))
+    other.Free()
 
 
 def test_tokens_on_all_ranks_are_no_layout_to_append(comm):

@@ -13,7 +13,7 @@ import numpy as np
 from ..attention import RingAttention
 from ..checks import check_threads
 from ..dtypes import accumulator, check_dtype
-from ..engine import Engine
+from ..engine import connected
 from ..mask import Mask
 from ..mpi import comm as mpi
 from ..schedules.machine import Machine
@@ -60,8 +60,7 @@ class CallBench:
         self._arguments = arguments
         self.options: dict[str, Any] = {"backend": arguments.backend, "timeout": arguments.timeout,
                                         "threads": check_threads(arguments.threads) or comm.threads}
-        engine = Engine(comm, arguments.timeout, arguments.backend, self.options["threads"], "auto", False)
-        engine.connect(comm.exchange("", arguments.timeout, engine.facts()))
+        engine = connected(comm, arguments.timeout, arguments.backend, self.options["threads"], "auto", False)
         self.machine: Machine = engine.machine()
         engine.close()
 

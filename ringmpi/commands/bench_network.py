@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..attention import RingAttention
-from ..engine import Engine
+from ..engine import connected
 from ..environment import rates_file
 from ..errors import OutputError
 from ..functional import ring_attention
@@ -121,8 +121,7 @@ class _NetworkBench:
         self.options = options
         self.window = RingAttention(world, mask=Mask(window=WINDOW), layout="striped", **options)
         self.full = RingAttention(world, **options)
-        self.engine = Engine(comm, arguments.timeout, arguments.backend, 1, "auto", False)
-        self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
+        self.engine = connected(comm, arguments.timeout, arguments.backend, 1, "auto", False)
         self._buffers: list[list[Any]] = []
 
     def runs(self) -> list[tuple[str, Call, str, Call]]:

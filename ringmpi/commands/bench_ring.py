@@ -17,7 +17,7 @@ from ..attention import RingAttention
 from ..backends.products import wish
 from ..checks import check_threads
 from ..dtypes import check_dtype
-from ..engine import Engine
+from ..engine import connected
 from ..environment import affinity, set_affinity
 from ..mask import Mask
 from ..mpi import comm as mpi
@@ -63,9 +63,8 @@ class _RingBench:
         self.all_threads = int(records[:, 0].sum())
         everyone = comm.allgather_text(json.dumps(sorted(affinity())), arguments.timeout)
         self.all_cores = {core for text in everyone for core in json.loads(text)}
-        self.engine = Engine(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
-                             arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
-        self.engine.connect(comm.exchange("", arguments.timeout, self.engine.facts()))
+        self.engine = connected(comm, arguments.timeout, arguments.backend, self.threads, arguments.gpu_transport,
+                                arguments.allow_gpu_sharing, wish(arguments.bfloat16_products))
         self.layouts = {name: self._attention(world, name, self.threads, arguments.schedule) for name in layout.NAMES}
         if arguments.order == "canonical":
             self.layouts[CANONICAL] = self._attention(world, "striped", self.threads, "auto", arguments.order)

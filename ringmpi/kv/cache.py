@@ -24,6 +24,7 @@ from .core import Core
 from .file import check_sizes, read_description
 from .prompt import attend_prompt
 from .saving import save
+from .sizes import DTYPE
 from .steps import attend_step
 
 
@@ -81,7 +82,7 @@ class KVCache:
     """
 
     @explained()
-    def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = "float32",
+    def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = DTYPE,
                  batch: int | None = None, capacity: int | None = None, mask: Mask | None = None, rollback: int = 64,
                  scale: float | None = None, softcap: float | None = None, alibi: ArrayLike | None = None,
                  accumulator: DTypeLike | None = None, backend: str = "auto", threads: int | None = None,
@@ -222,11 +223,16 @@ class KVCache:
         With a mask that has a window, the keys before it are gone, but for `rollback` of them: so many tokens may be
         cropped. Farther, a query that would see what is gone is refused. ``crop(0)`` begins anew.
         """
-        self._check_open()
-        self._core.contents.crop(check_integer("KVCache.crop: length", length, 0))
+        self._check_not_closed()
+        kept = check_integer("KVCache.crop: length", length, 0)
+        if kept:
+            self._check_open()
+        self._core.contents.crop(kept)
 
     def reorder(self, elements: ArrayLike) -> None:
         """Let each element of the batch go on from what another one had, as in beam search. Local; the same everywhere.
+
+        A rank on which it fails is as it was: the next call raises an error on all ranks, unless it is repeated there.
 
         Parameters
         ----------
@@ -280,7 +286,7 @@ class KVCache:
         comm : MPI.Intracomm
         **options
             As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype and batch are those
-            of the file; if they are given, they must be the same.
+            of the file; if they are given, and not None, they must be the same.
 
         Raises
         ------
@@ -332,5 +338,9 @@ class KVCache:
         self.close()
 
     def _check_open(self) -> None:
+        self._check_not_closed()
+        self._core.contents.check_whole()
+
+    def _check_not_closed(self) -> None:
         if not self._close.alive:
             raise RingError("this KVCache is closed; make a new one")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..call import Array
-from ..errors import OptionError
+from ..errors import OptionError, RingError
 from ..layout import Layout
 from ..mask import Mask
 from .sizes import Sizes
@@ -66,6 +66,12 @@ class Contents:
         """Say how many of the first tokens a query after so many may see, whatever the window drops. Local."""
         return length if self._left is None else self._first
 
+    def check_whole(self) -> None:
+        """Raise `RingError` if `reorder` broke off half way. Local."""
+        if self.store.mixed:
+            raise RingError("this KVCache is of no use any more: reorder() was interrupted, and left elements with "
+                            "tokens of several; crop(0), or open what was saved")
+
     def check_capacity(self, count: int) -> None:
         """Raise `OptionError` unless so many tokens have room. Local."""
         if self._capacity is not None and self.length + count > self._capacity:
@@ -106,6 +112,8 @@ class Contents:
         self.store.truncate(length)
         self.length = length
         self.dropped = min(self.dropped, length)
+        if not length:                # nothing is left whose order could differ
+            self._reordered = 0
 
     def reorder(self, elements: NDArray[np.int64]) -> None:
         """Let each element of the batch have what another one had. Local."""

@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_integer
 from ..dtypes import DTYPES, check_dtype
 from ..errors import DtypeError, OptionError, ShapeError, ShardError
 from ..files.hdf5 import open_dataset, read_integers, read_rows
@@ -72,12 +73,18 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_sizes(path: Any, found: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the sizes of a cache by its description, or raise `OptionError` if others are asked for. Local."""
+    """Give the sizes of a cache by its description, or raise `OptionError` if others are asked for. Local.
+
+    None asks for nothing.
+    """
     sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch")}
     for name, size in sizes.items():
-        given = options.get(name, size)
-        if (check_dtype(given, name).name if name == "dtype" else given) != size:
-            raise OptionError(f"{path}: expected a cache with {name} {given}, got {size}")
+        given = options.get(name)
+        if given is None:
+            continue
+        wanted = check_dtype(given, name).name if name == "dtype" else check_integer(f"KVCache: {name}", given, 1)
+        if wanted != size:
+            raise OptionError(f"{path}: expected a cache with {name} {wanted}, got {size}")
     return sizes
 
 

@@ -17,9 +17,9 @@ from ..arrays import as_array
 from ..attention import RingAttention
 from ..call import Array, Call, Inputs
 from ..errors import OptionError, ShapeError
+from ..forward import ForwardPass
 from ..layout import Custom, Integers, Layout
 from ..mpi.threads import check_thread
-from ..passes import Pass
 from ..plan import Plan
 from ..schedules.base import Blocks, Work
 from ..schedules.cost import fewest_bytes
@@ -155,7 +155,7 @@ class PromptAttention(RingAttention):
             return call.given(out), call.given(lse)
 
 
-class PromptPass(Pass):
+class PromptPass(ForwardPass):
     """A forward pass over several pieces, one after the other."""
 
     def __init__(self, call: Call, pieces: Sequence[tuple[Plan, tuple[Array, Array]]], engine: Any, trace: Any) -> None:

@@ -17,6 +17,8 @@ from ..errors import BackendError, DtypeError, OptionError, ShapeError
 from ..score import MOST_POSITION
 from .decoder import Query
 
+DTYPE = "float32"              # of a cache, unless another is asked for
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -51,7 +53,8 @@ class Sizes:
 
         dim = count("dim", dim)
         return cls(count("kv_heads", kv_heads), dim, dim if dim_v is None else count("dim_v", dim_v),
-                   check_dtype(dtype, "dtype"), None if batch is None else count("batch", batch),
+                   check_dtype(DTYPE if dtype is None else dtype, "dtype"),
+                   None if batch is None else count("batch", batch),
                    None if capacity is None else count("capacity", capacity), count("rollback", rollback, 0))
 
     def describe(self) -> dict[str, Any]:

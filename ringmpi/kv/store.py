@@ -75,6 +75,7 @@ class KVStore:
                  most: int | None = None) -> None:
         self.chunks: list[Chunk] = []
         self.changes = 0                  # how often there came to be other positions
+        self.mixed = False                # whether a move broke off that left elements with tokens of several
         self._shapes = shapes
         self._dtype = dtype
         self._empty = empty
@@ -137,6 +138,7 @@ class KVStore:
         for chunk in self.chunks:
             chunk.used = int(np.searchsorted(chunk.positions, length))
         self.chunks = [chunk for chunk in self.chunks if chunk.used]
+        self.mixed = self.mixed and bool(self.chunks)
 
     def drop(self, start: int, stop: int) -> None:
         """Give back the memory of chunks all of whose positions are within a range; the others stay whole. Local."""
@@ -149,16 +151,18 @@ class KVStore:
         changed = [(int(target), int(source)) for target, source in enumerate(elements) if target != source]
         if not changed:
             return
-        # Before anything is moved there is room for the largest piece: nothing may fail half way.
+        # Before anything is moved there is room for the largest piece: only an interrupt, or a GPU, can break it off.
         pieces = [x for piece in self.pieces(PIECE_BYTES) for x in piece]
         most = max((math.prod(x.shape[1:]) for x in pieces), default=0)
         room = [self._empty((most,), self._dtype) for _ in changed]
+        self.mixed = True
         for x in pieces:
             before = [flat[:math.prod(x.shape[1:])].reshape(x.shape[1:]) for flat in room]
             for copy, (_, source) in zip(before, changed, strict=True):
                 assign(copy, x[source])
             for copy, (target, _) in zip(before, changed, strict=True):
                 assign(x[target], copy)
+        self.mixed = False
 
     def pieces(self, nbytes: int) -> Iterator[tuple[Array, Array]]:
         """Yield all tokens, in place: keys and values of so many bytes at most, or of one token. Local."""

@@ -262,8 +262,7 @@ class Telling:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, RingError):
-            self._waiter.give_up(error)
+        _tell(self._waiter, error)
 
 
 class Noting:
@@ -287,9 +286,14 @@ class Noting:
         if isinstance(error, Exception) and not isinstance(error, (RingTimeout, RankLost)):
             self._failures.append(error)      # whatever it is, the other ranks must hear of it
             return True
-        if error is not None and not isinstance(error, RingError):
-            self._waiter.give_up(error)
+        _tell(self._waiter, error)
         return False
+
+
+def _tell(waiter: Waiter, error: BaseException | None) -> None:
+    """Give the communicator up if a block ends by an error that only this rank knows of."""
+    if error is not None and not isinstance(error, RingError):
+        waiter.give_up(error)
 
 
 def _given(options: Options) -> Mapping[str, Any]:

@@ -88,7 +88,11 @@ def _over(seconds: float) -> float:
 
 
 def _least_squares(table: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve ``table @ x = wanted`` as nearly as numbers >= 0 can, one after the other until they stand."""
+    """Solve ``table @ x = wanted`` as nearly as numbers >= 0 can, one after the other until they stand.
+
+    As `scipy.optimize.nnls` does, with which the tests compare it where SciPy is installed: its 140 MiB are much for
+    the fifteen numbers that a single command fits.
+    """
     lengths = np.sqrt((table**2).sum(axis=0))
     lengths[lengths == 0] = 1.0
     products = (table / lengths).T @ (table / lengths)

@@ -27,7 +27,7 @@ from .traffic import Shape, kv_heads_inside, tokens_of_a_rank, traffic
 
 STEPS = {"ring": 1.0, "gather": 0.8, "broadcast": 0.9, "two-way": 2.0, "window": 0.9}    # of a ring's step, measured
 MARGIN = 0.01               # that is not worth another schedule than the ring, or more memory
-FEW_ROWS = 128              # for each head of the keys, from which on a rank begins with its own rows (see `passes`)
+FEW_ROWS = 128              # for each head of the keys, from which on a rank begins with its own rows (see `forward`)
 TILE = 64                   # columns that a kernel computes at once: the edge of what is visible costs half of them
 
 
