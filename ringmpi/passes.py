@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import ended
+from .backends.base import Ended
 from .call import Array, Call
 from .engine import Engine
 from .mpi.exchange import NOTHING
@@ -351,7 +351,7 @@ class Pass:
         move_messages = self.movers.progress
         start = time.perf_counter()
         for loop in loops:
-            with ended(loop):
+            with Ended(loop):
                 for pairs in loop:
                     plan.prefetch_columns(work.following)
                     move_messages()
@@ -381,8 +381,11 @@ def _arrays(state: State) -> tuple[Array, Array, Array]:
 
 
 def _part(whole: Rows, rows: slice) -> Rows:
-    """Give some rows of a state or a gradient."""
-    return type(whole)(*(x[rows] for x in vars(whole).values()))
+    """Give some rows of a state or a gradient; itself if they are all."""
+    arrays = list(vars(whole).values())
+    if not rows.start and rows.stop == len(arrays[0]):
+        return whole
+    return type(whole)(*[x[rows] for x in arrays])
 
 
 def put_heads(target: Array, part: slice, piece: Array) -> None:
