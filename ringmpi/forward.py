@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .backends.base import ended
+from .backends.base import Ended
 from .call import Array, Call
 from .engine import Engine
 from .plan import Plan
@@ -200,7 +200,7 @@ class ForwardPass:
         move_messages = self.movers.progress
         start = time.perf_counter()
         for loop in loops:
-            with ended(loop):
+            with Ended(loop):
                 for pairs in loop:
                     plan.prefetch_columns(work.following)
                     move_messages()

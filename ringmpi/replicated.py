@@ -93,8 +93,11 @@ def arrays_of(state: State) -> tuple[Array, Array, Array]:
 
 
 def part_of(whole: Rows, rows: slice) -> Rows:
-    """Give some rows of a state or a gradient. Local."""
-    return type(whole)(*(x[rows] for x in vars(whole).values()))
+    """Give some rows of a state or a gradient; itself if they are all. Local."""
+    arrays = list(vars(whole).values())
+    if not rows.start and rows.stop == len(arrays[0]):
+        return whole
+    return type(whole)(*[x[rows] for x in arrays])
 
 
 def combine_parts(backend: Backend, states: Sequence[State], parts: Sequence[Array]) -> None:

@@ -546,6 +546,26 @@ def test_bench_of_a_step(capsys):
     assert "multiple of --kv-heads 2" in capsys.readouterr().err
 
 
+def test_bench_of_small_calls(capsys):
+    assert code("bench", "small", "--shape", "1x3", "5x7", "--heads", "4/2", "--dim", 8, "--threads", 1, "--repeat", 1,
+                "--json", "s.json") == 0
+    rows = json.loads(Path("s.json").read_text())["rows"]
+    assert [(row["queries"], row["keys"], row["heads"]) for row in rows] == [(1, 3, "4/2"), (5, 7, "4/2")]
+    for row in rows:
+        flop = 4 * row["queries"] * row["keys"] * 4 * 8
+        assert row["GFLOP/s"] == pytest.approx(flop / row["us"] / 1e3)
+        assert row["of peak"] == pytest.approx(row["GFLOP/s"] / row["peak GFLOP/s"])
+    assert "of peak" in capsys.readouterr().out
+
+
+def test_bench_of_a_window():
+    assert code("bench", "ring", "--tokens", 60, "--heads", 1, "--dim", 8, "--window", 2, "--repeat", 1, "--json",
+                "w.json") == 0
+    rows = json.loads(Path("w.json").read_text())["rows"]
+    flop = (60 * 5 - 2 * (1 + 2)) * 4 * 8
+    assert all(row["GFLOP/s"] * row["seconds"] * 1e9 == pytest.approx(flop) for row in rows)
+
+
 @pytest.mark.parametrize("mask", ["full", "causal", "window", "documents"])
 def test_bench_of_the_backward_pass(capsys, mask):
     assert code("bench", "kernel", "--shape", "600x600", "--dim", 8, "--mask", mask, "--repeat", 1,

@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import random_qkv
 
-from ringmpi import BackendError, Mask, RingAttention, ring_attention
+from ringmpi import BackendError, DtypeError, Mask, RingAttention, RingError, ShapeError, ring_attention
 from ringmpi.dtypes import BFLOAT16, DTYPES, TOLERANCE
 from ringmpi.layout import make
 
@@ -102,6 +102,67 @@ def test_a_plan_serves_many_calls_and_new_shapes(comm):
             out = attention(q[mine], k[mine], v[mine])
             want, _ = oracle.attend(q[mine], k, v, oracle.visible(len(q), len(q), causal=True)[mine], 8**-0.5)
             assert oracle.error(out, want) < 1e-13
+
+
+def test_a_call_like_the_last_agrees_once(comm, monkeypatch):
+    from ringmpi.mpi.exchange import Exchange
+    meetings, meet = [], Exchange._meet
+    monkeypatch.setattr(Exchange, "_meet", lambda self, *arguments: meetings.append(1) or meet(self, *arguments))
+    q, k, v = random_qkv(comm.rank, 5, 6, 4, 2, 8, 8, "float32")
+    with RingAttention(comm, mask=Mask(causal=True), softcap=30.0, alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
+        first = attention(q, k, v)
+        for _ in range(2):
+            meetings.clear()
+            assert (attention(q.copy(), k.copy(), v.copy()) == first).all()
+            assert len(meetings) == 1
+        meetings.clear()
+        attention(q[:3], k, v)
+        assert len(meetings) > 1                    # another plan
+
+
+def test_nothing_of_a_call_is_taken_for_another_s(comm):
+    """Calls that differ from the last in one thing give what a new object gives, whichever was before."""
+    def heads_first(x):
+        return np.ascontiguousarray(x.swapaxes(0, 1)).swapaxes(0, 1)
+
+    def unaligned(x):
+        return np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape)
+
+    def arrays(n_q=4, n_k=6, heads=4, kv_heads=2, dim=8, dim_v=8, dtype="float32", change=lambda x: x):
+        return [change(x) for x in random_qkv(comm.rank, n_q, n_k, heads, kv_heads, dim, dim_v, dtype)]
+
+    calls = [(arrays(), {}), (arrays(n_q=5), {}), (arrays(n_q=4 + comm.rank), {}), (arrays(n_k=7), {}),
+             (arrays(heads=2), {}), (arrays(kv_heads=4), {}), (arrays(dim=4), {}), (arrays(dim_v=5), {}),
+             (arrays(dtype="float64"), {}), (arrays(change=heads_first), {}), (arrays(change=unaligned), {}),
+             (arrays(change=lambda x: x[:, ::-1]), {}), (arrays(change=lambda x: np.stack([x, -x])), {}),
+             (arrays(change=lambda x: x[None]), {}), (arrays(), {"seed": 7}), (arrays(heads=4), {"sinks": np.ones(4)})]
+    options = {"mask": Mask(window=(5, 2)), "dropout": 0.2, "schedule": "ring", "threads": 1, "backend": "numba"}
+    want = []
+    for given, more in calls:
+        with RingAttention(comm, **options) as attention:
+            want.append(attention(*given, return_lse=True, **more))
+    with RingAttention(comm, **options) as attention:
+        for i in np.random.default_rng(0).permutation(np.repeat(np.arange(len(calls)), 2)):
+            given, more = calls[i]
+            for x, y in zip(attention(*given, return_lse=True, **more), want[i], strict=True):
+                assert x.shape == y.shape
+                assert x.dtype == y.dtype
+                assert (x == y).all(), i
+
+
+def test_a_call_after_a_good_one_is_checked_as_well(comm):
+    q, k, v = random_qkv(comm.rank, 4, 6, 4, 2, 8, 8, "float32")
+    last = comm.rank == comm.size - 1
+    wrong = [(ShapeError, (q, k[:, :1], v)), (DtypeError, (q, k.astype(np.float64), v)), (ShapeError, (q, k[:, :, :4], v)),
+             (DtypeError, (q, k, np.ma.masked_array(v))), (ShapeError, (q[:, :3], k, v))]
+    with RingAttention(comm, mask=Mask(causal=True)) as attention:
+        first = attention(q, k, v)
+        for kind, arrays in wrong:
+            with pytest.raises(RingError) as caught:
+                attention(*(arrays if last else (q, k, v)))
+            assert len(set(comm.allgather((type(caught.value), str(caught.value))))) == 1
+            assert isinstance(caught.value, kind)
+            assert (attention(q, k, v) == first).all()
 
 
 def test_two_objects_on_one_communicator(comm):

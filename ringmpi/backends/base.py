@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,14 +34,20 @@ class Bound:
         raise NotImplementedError
 
 
-@contextmanager
-def ended(loop: Iterable[int]) -> Iterator[None]:
+class Ended:
     """End a loop of a backend with a block, however that ends: else an error would keep it, and the backend, busy."""
-    try:
-        yield
-    finally:
-        if isinstance(loop, Generator):
-            loop.close()
+
+    __slots__ = ("_loop",)
+
+    def __init__(self, loop: Iterable[int]) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        if isinstance(self._loop, Generator):
+            self._loop.close()
 
 
 class BoundLoop(Bound):

@@ -5,6 +5,7 @@
     mpiexec -n 2 ringmpi bench network
     mpiexec -n 2 ringmpi bench auto --tokens 64 512 --heads 8/8 8/2
     mpiexec -n 2 ringmpi bench decode --keys 16 65536 --threads 1
+    mpiexec -n 2 ringmpi bench small --shape 1x64 256x256
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -42,7 +43,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode|small")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
@@ -51,10 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                          "expected; run it under mpiexec")
     decode = kinds.add_parser("decode", help="a step of a cache of keys and values, beside reading them once and bare "
                                              "MPI calls; run it under mpiexec")
+    small = kinds.add_parser("small", help="calls of few tokens, again and again, beside the cores' peak; run it under "
+                                           "mpiexec")
     _add_kernel(kernel)
     _add_ring(ring)
     _add_auto(auto)
     _add_decode(decode)
+    _add_small(small)
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
     network.add_argument("--save", type=Path, metavar="FILE",
@@ -66,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="where to compute (default: auto)")
 
     # Options that two or three of them have.
-    for sub in (kernel, ring, network, auto, decode):
+    for sub in (kernel, ring, network, auto, decode, small):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network, auto, decode):
+    for sub in (ring, network, auto, decode, small):
         sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                          help="seconds to wait for another rank (default: 1800)")
         sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network, auto, decode):
+    for sub in (kernel, ring, network, auto, decode, small):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N",
                          help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
@@ -105,6 +109,8 @@ def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
     ring.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
     ring.add_argument("--causal", action="store_true", help="no key after the query")
+    ring.add_argument("--window", type=positive, metavar="N",
+                      help="keys before and after its position that a query sees (default: all)")
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
     add_backend(ring, "ring")
@@ -146,10 +152,21 @@ def _add_decode(decode: argparse.ArgumentParser) -> None:
                         help="of queries, keys and values (default: float32)")
 
 
+def _add_small(small: argparse.ArgumentParser) -> None:
+    small.add_argument("--shape", nargs="+", type=_shape, default=[(1, 64), (16, 64), (256, 256)], metavar="QxK",
+                       help="queries and keys of each rank (default: 1x64 16x64 256x256)")
+    small.add_argument("--heads", nargs="+", type=_heads, default=[(8, 8)], metavar="Q/K",
+                       help="of queries and of keys (default: 8/8)")
+    small.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
+    small.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
+    small.add_argument("--causal", action="store_true", help="no key after the query, striped")
+    small.add_argument("--schedule", default="auto", metavar="NAME", help="who computes what (default: auto)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto,
-             "decode": _decode}[arguments.kind](arguments)
+             "decode": _decode, "small": _small}[arguments.kind](arguments)
     if table.rows:
         _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
@@ -198,6 +215,11 @@ def _decode(arguments: argparse.Namespace) -> Table:
     from .bench_decode import measure_decode
     _check_heads(arguments)
     return Table(measure_decode(arguments), {"ranks", "threads"}, {})
+
+
+def _small(arguments: argparse.Namespace) -> Table:
+    from .bench_small import measure_small
+    return Table(measure_small(arguments), {"mask", "dtype", "ranks", "threads"}, {})
 
 
 def _check_heads(arguments: argparse.Namespace) -> None:

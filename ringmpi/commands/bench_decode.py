@@ -57,7 +57,7 @@ def _compare(world: Any, comm: mpi.Comm, arguments: argparse.Namespace, threads:
         runs = {"step": lambda: cache.attend(q), "bare": _bare_calls(world, states)}
         if nbytes >= FROM_MEMORY:
             runs["read"] = _reading(nbytes, threads)
-        times = _in_turns(comm, runs, arguments.repeat, arguments.timeout)
+        times = in_turns(comm, runs, arguments.repeat, arguments.timeout)
     medians = {name: statistics.median(column) for name, column in times.items()}
     step, read = medians["step"], medians.get("read")
     return {"dtype": dtype, "keys a rank": keys, "heads": f"{arguments.heads}/{kv_heads}", "dim": arguments.dim,
@@ -84,7 +84,7 @@ def _reading(nbytes: int, threads: int) -> Callable[[], object]:
     return lambda: read_once(threads, memory)
 
 
-def _in_turns(comm: mpi.Comm, runs: dict[str, Callable[[], object]], repeat: int, timeout: float
+def in_turns(comm: mpi.Comm, runs: dict[str, Callable[[], object]], repeat: int, timeout: float
               ) -> dict[str, list[float]]:
     """Run all in turns; give the seconds of each on the slowest rank, its median in each turn. The first warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}

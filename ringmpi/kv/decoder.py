@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend, ended
+from ..backends.base import Backend, Ended
 from ..call import Array
 from ..engine import Engine
 from ..errors import InternalError
@@ -96,7 +96,7 @@ class Decoder:
         step = self._step
         step.look_at(store, length, query.first, query.total)
         for fold in step.folds(query.q, store):
-            with ended(fold):
+            with Ended(fold):
                 for _ in fold:
                     self._comm.progress([], self._comm.name, lambda: True)
         return step.payload(query.q.dtype)

@@ -80,8 +80,8 @@ class Waiter:
         describe : callable
             Says what is waited for.
         advance : callable, optional
-            Called before each poll to do other work that is due; it may change `requests`, and returns whether that
-            work is done. The wait ends when both are done.
+            Called before each poll, of those in the first microseconds before the first alone, to do other work that is
+            due; it may change `requests`, and returns whether that work is done. The wait ends when both are done.
         peers : callable, optional
             Gives the ranks that are waited for; none means all.
 
@@ -95,7 +95,7 @@ class Waiter:
         pace = self._pace = Pace(timeout)
         self._peers = peers
         try:
-            if advance is None and self._done_soon(requests, describe):
+            if self._done_soon(requests, describe, advance):
                 return time.perf_counter() - pace.start
             return self._poll_until_done(pace, requests, timeout, describe, advance)
         except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
@@ -105,11 +105,13 @@ class Waiter:
             self._pace = None
             self._peers = tuple               # lets go of whatever `peers` refers to
 
-    def _done_soon(self, requests: list[Any], describe: Callable[[], str]) -> bool:
+    def _done_soon(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool] | None) -> bool:
         """Poll for some microseconds, and nothing else: a small message among ranks that keep step takes no more."""
         test = self._mpi.Request.Testall
         statuses: list[Any] = []
         try:
+            if advance is not None and not advance():
+                return False
             for _ in range(QUICK_POLLS):
                 if test(requests, statuses):
                     return True

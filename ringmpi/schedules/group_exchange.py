@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,4 +131,4 @@ class GroupExchange(Mover):
 
 
 def _nbytes(kinds: Kinds) -> int:
-    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in kinds)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)

@@ -92,6 +92,17 @@ class KernelArguments:
         areas: NDArray[np.int64] = np.diff(before)
         return areas
 
+    def spans(self, start: int, stop: int, height: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Give the first and last column of start..stop that some row sees, for each tile of `height` rows."""
+        low, high = np.clip(self.arrays.begin, start, stop), np.clip(self.arrays.end, start, stop)
+        blind = low >= high
+        low[blind], high[blind] = stop, start
+        queries = np.arange(0, self.rows, height) // self.group
+        ends = (np.minimum(np.arange(height, self.rows + height, height), self.rows) - 1) // self.group
+        first, last = np.minimum.reduceat(low, queries), np.maximum.reduceat(high, queries)
+        # the last query of a tile may be the first of the next one
+        return np.minimum(first, low[ends]), np.maximum(last, high[ends])
+
     def seen(self, rows: range, start: int, stop: int) -> tuple[int, int, int]:
         """Rows × keys that some rows see among columns start..stop, and the first and last of these columns."""
         queries = np.arange(rows.start, rows.stop) // self.group

@@ -31,6 +31,7 @@ from .bound import BoundBlock
 from .compiled import (
     add_sums,
     backward_keys,
+    combine_rows,
     compile_for,
     finish_rows,
     forward_keys,
@@ -121,6 +122,10 @@ class NumbaBackend(Backend):
         packed = self._reserve_forward(block)
         return BoundBlock(block, q, state, packed, self._scratch[0], self.threads, _limits(),
                           super().bind(state, k, v, n_q, heads, score), self._check_free)
+
+    def combine(self, state: State, parts: State) -> None:
+        """Fold states of the same queries into one; see `Backend.combine`. Local."""
+        combine_rows(state.acc, state.row_max, state.row_sum, parts.acc, parts.row_max, parts.row_sum)
 
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
@@ -252,6 +257,8 @@ def _prepare_forward(block: KernelArguments) -> None:
     states = np.zeros((1, block.arrays.v.shape[2] + 2), block.acc_dtype)
     compile_for(merge_states, states, states[0, :0], False, np.ones((1, 1), np.uint8), state.acc[None],
                 state.row_max[None])
+    parts = state.acc[None], state.row_max[None], state.row_sum[None]
+    compile_for(combine_rows, state.acc, state.row_max, state.row_sum, *parts)
     compile_for(finish_rows, state.acc, state.row_max, state.row_sum, np.ones(1, bool), state.acc, state.row_max)
 
 

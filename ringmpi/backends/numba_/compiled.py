@@ -90,19 +90,24 @@ def fold_range(rows, columns, state, block, packed, work, score):  # type: ignor
         store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
 
 
+@numba.njit(error_model="numpy")
+def pack_slot(k, v, start, stop, number, head, slot, packed):  # type: ignore[no-untyped-def]
+    """Pack tile `number` of columns start..stop of a head into a slot."""
+    at = start + number * packed.tile
+    n = min(packed.tile, stop - at)
+    pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
+    size = len(packed.values) // len(packed.finite)
+    packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
+
+
 def _forward(digest: str) -> tuple[Any, ...]:
     """Make the functions of the forward pass; nothing is compiled yet. `digest` makes the key of their cache."""
 
     def pack_forward(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
         """Pack tiles first..last of columns start..stop, counted head by head."""
         digest                          # noqa: B018 (a free variable is part of the key of Numba's cache)
-        size = len(packed.values) // len(packed.finite)
         for slot in range(first, last):
-            head = slot // packed.tiles
-            at = start + slot % packed.tiles * packed.tile
-            n = min(packed.tile, stop - at)
-            pack_keys(k, at, n, head, packed.keys, slot * packed.tile * k.shape[2])
-            packed.finite[slot] = pack_values(v, at, n, head, packed.values, slot * size, packed.tile)
+            pack_slot(k, v, start, stop, slot % packed.tiles, slot // packed.tiles, slot, packed)
 
     def forward_keys(numbers, score, ranges):  # type: ignore[no-untyped-def]
         """Fold ranges of columns of a block into ranges of rows, one after the other; see `fold_range`.
@@ -117,6 +122,8 @@ def _forward(digest: str) -> tuple[Any, ...]:
         packed = ForwardTiles(*numbers[18:24])
         work = ForwardWork(*numbers[24:])
         for x in ranges:
+            for slot in range(-(-(x[9] - x[4]) // packed.tile) if x[9] else 0):
+                pack_slot(block.k, block.v, x[4], x[9], slot, x[0], slot, packed)
             fold_range(RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0), state,
                        block, packed, work, score)
 
@@ -170,7 +177,34 @@ def _forward(digest: str) -> tuple[Any, ...]:
                     row[:] = zero
                     lse[i, h] = hidden
 
-    return pack_forward, forward_keys, merge_states, finish_rows
+    def combine_rows(acc, row_max, row_sum, parts_acc, parts_max, parts_sum):  # type: ignore[no-untyped-def]
+        """Fold states of the same queries that saw other keys into one; see `softmax.combine`."""
+        digest                          # noqa: B018
+        n_q, heads, dim_v = acc.shape
+        zero = acc.dtype.type(0)
+        hidden = acc.dtype.type(-np.inf)
+        for i in range(n_q):
+            for h in range(heads):
+                most = row_max[i, h]
+                for p in range(len(parts_max)):
+                    x = parts_max[p, i, h]
+                    most = x if x > most or x != x else most
+                shift = zero if most == hidden else most             # -inf - -inf would be NaN
+                row = acc[i, h]
+                shrink = np.exp(row_max[i, h] - shift)
+                total = shrink * row_sum[i, h]
+                for c in range(dim_v):
+                    row[c] *= shrink
+                for p in range(len(parts_max)):
+                    factor = np.exp(parts_max[p, i, h] - shift)
+                    total += factor * parts_sum[p, i, h]
+                    part = parts_acc[p, i, h]
+                    for c in range(dim_v):
+                        row[c] += factor * part[c]
+                row_sum[i, h] = total
+                row_max[i, h] = most
+
+    return pack_forward, forward_keys, merge_states, finish_rows, combine_rows
 
 
 def _backward(digest: str) -> tuple[Any, ...]:
@@ -252,5 +286,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
         yield compiled
 
 
-pack_forward, forward_keys, merge_states, finish_rows, pack_backward, backward_keys, add_sums = _compiled(
+pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums = _compiled(
     _forward(_digest()) + _backward(_digest()))

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...softmax import State, combine
+from ...softmax import State
 from ..team import Task, Team
 from .arguments import KernelArguments
-from .compiled import forward_keys, pack_forward
+from .compiled import combine_rows, forward_keys, pack_forward
 from .product import ROWS
 from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
 from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers, ranges_of
@@ -67,7 +67,10 @@ class Piece(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Columns start..stop of a block: the tiles to pack, as `pack_forward` counts them, and what then is done."""
+    """Columns start..stop of a block: the tiles to pack, as `pack_forward` counts them, and what then is done.
+
+    There are none to pack if each thread packs the heads that it has by itself.
+    """
 
     start: int
     stop: int
@@ -112,18 +115,17 @@ class Forward:
 
         first, last = block.in_tiles(tile) if self.canonical else (block.first, block.last)
         keys_per_piece = max(1, self.limits.packed_bytes // (block.heads * packed.tile_bytes)) * tile
-        rounds = []
+        rounds: list[Round] = []
+        tiles = -(-(last - first) // tile)
+        if self._heads_apart(tiles, last - first):
+            return [Round(first, last, tiles, [], self._pieces(first, last, height, step, apart=True))]
         for start in range(first, last, keys_per_piece):
             stop = min(start + keys_per_piece, last)
             tiles = -(-(stop - start) // tile)
             slots = block.heads * tiles
             parts = max(least, TASKS * slots * packed.tile_bytes // self.limits.step_bytes)
-            areas = block.areas(start, stop, height).tolist()
-            pieces = [
-                self._piece(0, RowRange(head, 1, i * height, min(height, block.rows - i * height)),
-                            range(start, stop, step), area)
-                for head in range(block.heads) for i, area in enumerate(areas) if area]
-            rounds.append(Round(start, stop, tiles, equal_parts(slots, parts), self._together(pieces)))
+            pieces = self._pieces(start, stop, height, step)
+            rounds.append(Round(start, stop, tiles, equal_parts(slots, parts), pieces))
         return rounds
 
     def _many_rows(self, rounds: list[Round]) -> Generator[int, None, None]:
@@ -131,9 +133,11 @@ class Forward:
         block = self.block
         state = StateArrays(self.state.acc, self.state.row_max, self.state.row_sum)
         for each in rounds:
-            tiles = self.packed.reserve(block.heads, each.tiles)
-            yield from self.team.run([uncounted_task(partial(self._pack, each.start, each.stop, a, b, tiles))
-                                      for a, b in each.packs])
+            tiles: ForwardTiles | int = each.tiles
+            if each.packs:
+                tiles = self.packed.reserve(block.heads, each.tiles)
+                yield from self.team.run([uncounted_task(partial(self._pack, each.start, each.stop, a, b, tiles))
+                                          for a, b in each.packs])
             yield from self.team.run([self._task(state, piece, tiles) for piece in each.pieces])
 
     def _cut_keys(self) -> tuple[int, list[Piece]]:
@@ -155,7 +159,7 @@ class Forward:
             for head in range(0, block.heads if area else 0, together):
                 heads = min(together, block.heads - head)
                 pieces.append(self._piece(i, RowRange(head, heads, 0, block.rows), range(start, stop, step),
-                                          area * heads))
+                                          area * heads, start))
         return count, pieces
 
     def _few_rows(self, count: int, pieces: list[Piece]) -> Generator[int, None, None]:
@@ -166,46 +170,88 @@ class Forward:
             parts = State(*(np.empty((count, *x.shape), x.dtype) for x in whole))
             parts.reset()
             states = [StateArrays(parts.acc[i], parts.row_max[i], parts.row_sum[i]) for i in range(count)]
-        yield from self.team.run([self._task(states[piece.part], piece, None) for piece in pieces])
+        yield from self.team.run([self._task(states[piece.part], piece, 0) for piece in pieces])
         if count > 1:
-            combine(self.state, parts)
+            combine_rows(*whole, parts.acc, parts.row_max, parts.row_sum)
 
     def _step(self, rows: int) -> int:
         """Columns that `rows` rows take about the operations of a step for, in whole tiles."""
         flop = 2 * rows * self.packed.tile * self.block.numbers
         return max(1, int(self.limits.step_flop * speed(self.block.acc_dtype) / flop)) * self.packed.tile
 
-    def _piece(self, part: int, rows: RowRange, starts: range, area: int) -> Piece:
+    def _piece(self, part: int, rows: RowRange, starts: range, area: int, origin: int) -> Piece:
         """Make the piece that folds a range of columns into rows, step by step; `area` is seen of them all."""
         count = len(starts)
-        columns = [ColumnRange(starts[0], start, min(start + starts.step, starts.stop), start == starts[0],
+        columns = [ColumnRange(origin, start, min(start + starts.step, starts.stop), start == starts[0],
                                start == starts[-1]) for start in starts]
         shares = [area * (i + 1) // count - area * i // count for i in range(count)]      # about what each step sees
         return Piece(area, part, [(ranges_of([(rows, step)]), share)
                                   for step, share in zip(columns, shares, strict=True)])
 
-    def _together(self, pieces: list[Piece]) -> list[Piece]:
-        """Join pieces of one step each, as long as a step does not get too long, nor the pieces too few for all."""
-        most = self.limits.step_flop * speed(self.block.acc_dtype) / (2 * self.block.numbers)
+    def _heads_apart(self, tiles: int, columns: int) -> bool:
+        """Say whether each thread is to take whole heads, and to pack them where it uses them, in its own cache."""
+        block, size = self.block, self.team.size
+        return (0 < tiles <= self.packed.cached and block.rows * columns <= self._most_work()
+                and (size == 1 or block.heads >= 2 * size))
+
+    def _most_work(self) -> float:
+        """Rows × columns of a step."""
+        work: float = self.limits.step_flop * speed(self.block.acc_dtype) / (2 * self.block.numbers)
+        return work
+
+    def _pieces(self, start: int, stop: int, height: int, step: int, apart: bool = False) -> list[Piece]:
+        """Cut what the rows see of columns start..stop, `height` rows of a head and `step` columns at a time.
+
+        With `apart`, the pieces are of whole heads, and these are packed there.
+        """
+        block = self.block
+        tile = self.packed.tile
+        areas = block.areas(start, stop, height)
+        tiles = np.flatnonzero(areas)
+        areas = areas[tiles]
+        first, last = (x[tiles] for x in block.spans(start, stop, height))
+        first = start + (first - start) // tile * tile                   # whole tiles, as they are packed
+        last = np.minimum(start - (start - last) // tile * tile, stop)
+        rows = np.minimum(height, block.rows - tiles * height)
+        if not apart and (last - first > step).any():
+            return [self._piece(0, RowRange(head, 1, i * height, n), range(a, b, step), area, start)
+                    for head in range(block.heads)
+                    for i, n, a, b, area in zip(*(x.tolist() for x in (tiles, rows, first, last, areas)), strict=True)]
+        one = np.ones_like(tiles)
+        ranges = np.stack([0 * one, one, tiles * height, rows, start * one, first, last, one, one, 0 * one], axis=1)
+        if apart:
+            ranges[:1, -1] = stop
+        every = np.tile(ranges, (block.heads, 1))
+        every[:, 0] = np.repeat(np.arange(block.heads), len(tiles))
+        return self._together(every, np.tile(areas, block.heads), len(tiles) if apart else 1)
+
+    def _together(self, ranges: NDArray[np.int64], areas: NDArray[np.int64], least: int) -> list[Piece]:
+        """Make pieces of one step each, of as many ranges as make no step too long, nor the pieces too few for all.
+
+        Each has a multiple of `least` ranges.
+        """
+        if not len(ranges):
+            return []
+        _, _, _, rows, _, start, stop, _, _, _ = ranges.T
+        work = np.cumsum(rows * (stop - start))
+        most = self._most_work()
         if self.team.size > 1:
-            most = min(most, sum(piece.cost for piece in pieces) / (TASKS * self.team.size))
-        joined: list[Piece] = []
-        for piece in pieces:
-            last = joined[-1] if joined else piece
-            if joined and len(last.steps) == len(piece.steps) == 1 and last.cost + piece.cost <= most:
-                cost = last.cost + piece.cost
-                joined[-1] = Piece(cost, 0, [(np.concatenate([last.steps[0][0], piece.steps[0][0]]), cost)])
-            else:
-                joined.append(piece)
-        return joined
+            most = min(most, int(work[-1]) / (TASKS * self.team.size))
+        number = np.repeat((work[least - 1::least] - 1) // max(1, int(most)), least)     # of the piece of each range
+        edges = np.flatnonzero(np.diff(number, prepend=-1, append=-2)).tolist()
+        return [Piece(cost, 0, [(ranges[a:b], cost)])
+                for a, b in itertools.pairwise(edges) for cost in (int(areas[a:b].sum()),)]
 
     def _pack(self, start: int, stop: int, first: int, last: int, tiles: ForwardTiles, thread: int) -> None:
         pack_forward(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
 
-    def _task(self, state: StateArrays, piece: Piece, tiles: ForwardTiles | None) -> Task:
+    def _task(self, state: StateArrays, piece: Piece, tiles: ForwardTiles | int) -> Task:
+        """Make a task of a piece; `tiles` are those for all, or how many the thread has of its own, 0 for one."""
         return Task(piece.cost, [(partial(self._fold, state, ranges, tiles), share) for ranges, share in piece.steps])
 
-    def _fold(self, state: StateArrays, ranges: NDArray[np.int64], tiles: ForwardTiles | None, thread: int) -> None:
+    def _fold(self, state: StateArrays, ranges: NDArray[np.int64], tiles: ForwardTiles | int, thread: int) -> None:
         mine = self.scratch[thread]
-        forward_keys(forward_numbers(state, self.block.arrays, tiles or mine.private, mine.work),
+        if isinstance(tiles, int):
+            tiles = mine.own(tiles) if tiles else mine.private
+        forward_keys(forward_numbers(state, self.block.arrays, tiles, mine.work),
                      self.block.score_arguments(mine.row_score), ranges)

@@ -96,13 +96,17 @@ class RowRange(NamedTuple):
 
 
 class ColumnRange(NamedTuple):
-    """Columns start..stop of a block, whose tiles begin at `origin`; for `fresh` and `final` see `fold_range`."""
+    """Columns start..stop of a block, whose tiles begin at `origin`; for `fresh` and `final` see `fold_range`.
+
+    Unless it is 0, the columns from the origin up to `packed` are packed first, for these rows and others of the head.
+    """
 
     origin: Any
     start: Any
     stop: Any
     fresh: Any = True
     final: Any = True
+    packed: Any = 0
 
 
 def ranges_of(ranges: list[tuple[RowRange, ColumnRange]]) -> NDArray[np.int64]:

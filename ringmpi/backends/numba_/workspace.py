@@ -54,8 +54,10 @@ class PackedKV:
     def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool, keys: int) -> None:
         self.words = np.dtype(np.uint32) if pairs else acc_dtype
         self.width = in_vectors(dim_v, acc_dtype)
-        self.rows, self.tile = forward_tile_shape(depth, self.width, acc_dtype.itemsize, cache_bytes(2), keys)
+        cache = cache_bytes(2)
+        self.rows, self.tile = forward_tile_shape(depth, self.width, acc_dtype.itemsize, cache, keys)
         self._sizes = self.tile * depth, self.tile * self.width // (2 if pairs else 1)
+        self.cached = cache // 4 // self.tile_bytes          # tiles that fit beside what else a thread works on
         self._arrays: tuple[Array, ...] = (np.empty(0, self.words), np.empty(0, self.words), np.empty(0, np.bool_))
 
     @property
@@ -74,7 +76,7 @@ class PackedKV:
 
 
 class ForwardScratch:
-    """What a thread needs to fold tiles into a tile of rows, and one packed tile of its own."""
+    """What a thread needs to fold tiles into a tile of rows, and packed tiles of its own."""
 
     def __init__(self, depth: int, dim_v: int, acc_dtype: np.dtype[Any], pairs: bool, keys: int) -> None:
         packed = PackedKV(depth, dim_v, acc_dtype, pairs, keys)
@@ -82,12 +84,17 @@ class ForwardScratch:
         scores = aligned((n, packed.tile), acc_dtype)
         weights = aligned((n, packed.tile // 2), np.uint32) if pairs else scores
         row_max, row_sum, shrink, shift = (np.zeros(n + SPARE, acc_dtype) for _ in range(4))
+        self._packed = packed
         self.private = packed.reserve(1, 1, private=True)
         self.row_score = row_score(n, acc_dtype)
         self.work = ForwardWork(
             queries=aligned((n, depth), packed.words), s=scores, p=weights, acc=aligned((n, packed.width), acc_dtype),
             row_max=row_max, row_sum=row_sum, shrink=shrink, shift=shift,
             low=aligned(n, np.int64), high=aligned(n, np.int64), groups=aligned((n, 4), np.int64))
+
+    def own(self, tiles: int) -> ForwardTiles:
+        """Give tiles for one head at a time, whichever that is, which the thread packs for itself."""
+        return self._packed.reserve(1, tiles)._replace(tiles=0)
 
 
 def row_score(rows: int, acc_dtype: np.dtype[Any]) -> tuple[Array, ...]:
