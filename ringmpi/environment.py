@@ -24,8 +24,14 @@ RATES = "RINGMPI_RATES"
 
 
 def launched_sizes() -> dict[str, int]:
-    """Give the number of ranks, by the name of each variable in which the launcher set it. Local."""
-    return {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
+    """Give the number of ranks, by the name of each variable in which the launcher set it. Local.
+
+    An mpiexec in a batch script starts ranks through a step of Slurm's with one task for each node: what Slurm says
+    does not count where an mpiexec has spoken.
+    """
+    sizes = {name: int(os.environ[name]) for name in SIZES if os.environ.get(name, "").isdigit()}
+    inner = {name: size for name, size in sizes.items() if not name.startswith("SLURM")}
+    return inner or sizes
 
 
 def launched_together() -> bool:

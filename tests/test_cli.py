@@ -396,6 +396,15 @@ def test_ranks_that_do_not_know_each_other(monkeypatch, capsys, variable, value)
     assert (f"make runs in one process, got {value}" in capsys.readouterr().err) == (variable != "SLURM_NTASKS")
 
 
+def test_an_mpiexec_knows_better_than_the_slurm_around_it(monkeypatch):
+    """In a batch script it starts its ranks through a step of Slurm's, with one task a node."""
+    code("make", "random", "in.h5", "--tokens", 4)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert code("attend", "in.h5", "out.h5") == 0
+
+
 def test_expect_ranks(capsys):
     code("make", "random", "in.h5", "--tokens", 4)
     assert code("attend", "in.h5", "out.h5", "--expect-ranks", "4") == 4

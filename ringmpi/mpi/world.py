@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..environment import launched_sizes
+from ..environment import launched_sizes, launched_together
 from ..errors import LaunchError, RingTimeout
 from ..phases import phase
 from .comm import TIMEOUT, release
@@ -50,11 +50,13 @@ def library() -> str:
 
 
 def describe() -> str:
-    """Describe the MPI library, its ranks and its thread level. Local."""
+    """Describe the MPI library, its ranks and its thread level; say if the launcher started more ranks. Local."""
     mpi = start(INFO_TIMEOUT)
+    size = mpi.COMM_WORLD.Get_size()
     levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
               mpi.THREAD_MULTIPLE: "multiple"}
-    return f"{library()}; {mpi.COMM_WORLD.Get_size()} rank(s), thread level {levels[mpi.Query_thread()]}"
+    apart = _apart(size, launched_sizes()) if launched_together() else ""
+    return f"{library()}; {size} rank(s), thread level {levels[mpi.Query_thread()]}" + (apart and f"; {apart}")
 
 
 def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any:
@@ -71,12 +73,18 @@ def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any
     comm = start(timeout).COMM_WORLD
     size = comm.Get_size()
     expected = launched_sizes() if expect_ranks is None else {"--expect-ranks": expect_ranks}
+    if apart := _apart(size, expected):
+        raise LaunchError(f"{apart}; use the launcher of that library, or say --expect-ranks {size} if it is meant")
+    return comm
+
+
+def _apart(size: int, expected: dict[str, int]) -> str:
+    """Say why there are `size` ranks and not as many as whoever is named expects; nothing if there are."""
     for name, count in expected.items():
         if count != size:
-            raise LaunchError(f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library "
-                              f"({library()}) do not belong together, or fewer ranks were started; use the launcher of "
-                              f"that library, or say --expect-ranks {size} if it is meant")
-    return comm
+            return (f"expected {count} ranks ({name}), got {size}: the launcher and the MPI library ({library()}) do "
+                    "not belong together, or fewer ranks were started")
+    return ""
 
 
 def end_job(code: int, grace: float) -> None:
