@@ -2,7 +2,8 @@
 
 Registers. A block of C is `ROWS` × 4 vectors where there are 32 registers (24 accumulators, 4 vectors of B, the
 broadcast of A) and `ROWS` × 2 where there are 16 (12 + 2 + 1). At each step of the depth, vectors of B and scalars of A
-are loaded and every accumulator gets one multiply-add: 24 for 10 loads, so the multiply-add units are the limit.
+are loaded and every accumulator gets one multiply-add: 24 for 10 loads, so the multiply-add units are the limit. They
+also do the scalar additions, so addresses are reckoned once in `UNROLLED` steps.
 
 Caches. B is a *panel*: depth × (vectors · lanes), contiguous, read in order; all row groups of a tile pass over it
 while it is in cache. A is a few rows, C is touched once a call.
@@ -27,6 +28,7 @@ from numba.extending import intrinsic
 from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefetch, splat, unpack
 
 ROWS = 6
+UNROLLED = 4            # steps of the depth in a round of the loop of a product
 AHEAD = 16              # rows of V that `add_values` asks for ahead
 STRIP = 16              # keys of a head that few rows meet before those of the next head: the tokens lie in a page each
 VECTORS = 4 if machine().registers >= 32 else 2     # widest panel
@@ -204,22 +206,31 @@ class _Registers:
             for x in row:
                 builder.store(zero, x)
 
-        rows = [at(builder, a.pointer, constant(i) if transposed else builder.mul(a.row, constant(i)))
-                for i in range(ROWS)]
         pairs = self.b.dtype == types.uint32
         kind = v.bits if pairs else v.kind
-        with loop(builder, constant(0), depth) as step:
-            prefetch(builder, builder.add(ahead, builder.mul(step, stride)))
-            start = builder.mul(step, constant(self.width * v.lanes))
-            place = builder.mul(step, a.row) if transposed else step
-            panel = [load(builder, self.b.pointer, builder.add(start, constant(j * v.lanes)), kind)
-                     for j in range(self.width)]
+        along = constant(1) if transposed else a.row            # from a number of A to that of the next row of C
+        across = a.row if transposed else constant(1)           # to that of the next step
+
+        def multiply_add(step: Any, offset: int) -> None:
+            source = at(builder, self.b.pointer, builder.mul(step, constant(self.width * v.lanes)))
+            panel = [load(builder, source, (offset * self.width + j) * v.lanes, kind) for j in range(self.width)]
+            column = at(builder, a.pointer, builder.mul(builder.add(step, constant(offset)), across))
             for i in range(ROWS):
-                x = splat(builder, builder.load(at(builder, rows[i], place)), v.lanes)
+                x = splat(builder, builder.load(at(builder, column, builder.mul(along, constant(i)))), v.lanes)
                 for j in range(self.width):
                     old = builder.load(total[i][j])
                     new = dot_pairs(builder, old, x, panel[j]) if pairs else v.fma(x, panel[j], old)
                     builder.store(new, total[i][j])
+
+        blocks = builder.sdiv(depth, constant(UNROLLED))
+        with loop(builder, constant(0), blocks) as block:
+            step = builder.mul(block, constant(UNROLLED))
+            for offset in range(UNROLLED):
+                if offset % 2 == 0:
+                    prefetch(builder, builder.add(ahead, builder.mul(builder.add(step, constant(offset)), stride)))
+                multiply_add(step, offset)
+        with loop(builder, builder.mul(blocks, constant(UNROLLED)), depth) as step:
+            multiply_add(step, 0)
         return [[builder.load(x) for x in row] for row in total]
 
     def add(self, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
