@@ -41,8 +41,8 @@ def scores(context, a, b, c, depth, prefetched):  # type: ignore[no-untyped-def]
     A and C are `Strided`, the panel B is `Contiguous`; `prefetched` is a `Prefetch`.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
-        block = _Registers(builder, b, c, VECTORS)
+        a, b, c = operands(context, builder, signature, values, 3)
+        block = Registers(builder, b, Vectors(builder, c.dtype), VECTORS)
         total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
         for i, row in enumerate(total):
             start = builder.mul(c.row, constant(i))
@@ -60,13 +60,13 @@ def add_product(context, a, b, c, depth, prefetched, shrink, vectors):  # type: 
     `shrink` is `Contiguous`, the others are as `scores` takes them.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
+        a, b, c = operands(context, builder, signature, values, 3)
         factors = unpack(context, builder, signature.args[5], values[5])
         factors_at = at(builder, factors.array, factors.at)
         for width in _widths(builder, values[6]):
-            block = _Registers(builder, b, c, width)
+            block = Registers(builder, b, Vectors(builder, c.dtype), width)
             total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
-            block.add(total, [builder.load(at(builder, factors_at, i)) for i in range(ROWS)])
+            block.add(c, total, [builder.load(at(builder, factors_at, i)) for i in range(ROWS)])
         return context.get_dummy_value()
 
     return types.void(a, b, c, depth, prefetched, shrink, vectors), emit
@@ -76,10 +76,10 @@ def add_product(context, a, b, c, depth, prefetched, shrink, vectors):  # type: 
 def add_transposed_product(context, a, b, c, depth, prefetched, vectors):  # type: ignore[no-untyped-def]
     """C[ROWS, n] = C + A[depth, ROWS]ᵀ · B[depth, n]; else as `add_product`, of floats alone."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
+        a, b, c = operands(context, builder, signature, values, 3)
         for width in _widths(builder, values[5]):
-            block = _Registers(builder, b, c, width)
-            block.add(block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2), transposed=True))
+            block = Registers(builder, b, Vectors(builder, c.dtype), width)
+            block.add(c, block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2), transposed=True))
         return context.get_dummy_value()
 
     return types.void(a, b, c, depth, prefetched, vectors), emit
@@ -93,7 +93,7 @@ def dot_keys(context, q, k, s, count, depth):  # type: ignore[no-untyped-def]
     at a time share the loads of the row and are summed across lanes together.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        q, k, s = _operands(context, builder, signature, values, 3)
+        q, k, s = operands(context, builder, signature, values, 3)
         count, depth = values[3:]
         pairs = k.dtype == types.uint32
         v = Vectors(builder, s.dtype)
@@ -139,7 +139,7 @@ def add_values(context, p, v, c, count, columns, shrink):  # type: ignore[no-unt
     The columns are whole vectors.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        p, rows, c = _operands(context, builder, signature, values, 3)
+        p, rows, c = operands(context, builder, signature, values, 3)
         count, columns, shrink = values[3:]
         v = Vectors(builder, c.dtype)
         left = builder.udiv(columns, constant(v.lanes))
@@ -177,7 +177,7 @@ class _Operand(NamedTuple):
     dtype: types.Type
 
 
-def _operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[_Operand]:
+def operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[_Operand]:
     """Give the first `count` arguments as operands."""
     result = []
     for kind, value in zip(signature.args[:count], values[:count], strict=True):
@@ -186,15 +186,14 @@ def _operands(context: Any, builder: Any, signature: Any, values: Any, count: in
     return result
 
 
-class _Registers:
+class Registers:
     """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide."""
 
-    def __init__(self, builder: ir.IRBuilder, b: _Operand, c: _Operand, width: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, b: _Operand, vectors: Vectors, width: int) -> None:
         self.builder = builder
         self.b = b
-        self.c = c
         self.width = width
-        self.vectors = Vectors(builder, c.dtype)
+        self.vectors = vectors
 
     def multiply(self, a: _Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:
         """Emit A·B, or Aᵀ·B, over the depth, asking for an address a step; give the accumulators."""
@@ -233,9 +232,9 @@ class _Registers:
             multiply_add(step, 0)
         return [[builder.load(x) for x in row] for row in total]
 
-    def add(self, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
+    def add(self, c: _Operand, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
         """Emit C = C + total, or shrink·C + total with a number for each row."""
-        builder, v, c = self.builder, self.vectors, self.c
+        builder, v = self.builder, self.vectors
         for i, row in enumerate(total):
             start = builder.mul(c.row, constant(i))
             factor = v.splat(shrink[i]) if shrink else None
