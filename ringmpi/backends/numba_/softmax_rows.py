@@ -35,8 +35,9 @@ def raise_maxima(context, work, row, row_keys, columns, scale):  # type: ignore[
 
     Of the `ForwardWork`, s (rows, row_keys) are scores before scaling, and row r sees columns with
     ``low[r] <= start + j < high[r]``; see `Columns`. row_max[r] becomes the largest scaled score if that is more than
-    HEADROOM above it, as it is above -inf; NaN is passed over. shift[r] becomes what to subtract from scaled scores, and shrink[r] the factor of what was summed before, row_sum[r]
-    among it. A vector of numbers after the last row may be touched. scale >= 0.
+    HEADROOM above it, as it is above -inf; NaN is passed over. shift[r] becomes what to subtract from scaled scores,
+    and shrink[r] the factor of what was summed before, row_sum[r] among it. A vector of numbers after the last row may
+    be touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         work = unpack(context, builder, signature.args[0], values[0])
