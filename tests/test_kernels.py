@@ -287,6 +287,16 @@ def test_scores_that_rise(dtype, n_q):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_score_far_above_those_before(dtype):
+    """In a row of every other group: e^score would be infinite, and the other keys weigh nothing after it."""
+    q, k, v = data(14, 150, 1100, 1, 1, 24, 20, dtype)
+    k[:, :, 0] = 0
+    k[700, :, 0] = 1
+    q[::2 * ROWS, :, 0] = 5000
+    check(q, k, v, np.zeros(150, int), np.full(150, 1100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_whatever_its_neighbours_see(dtype):
     """The way of a group of rows through a tile depends on all of them, the bits of a row on none of the others."""
     q, k, v = rising(dtype, 150, 1100)
