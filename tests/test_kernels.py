@@ -269,6 +269,61 @@ def test_bfloat16_is_no_worse_than_torch():
     assert np.abs(out.astype("f8") - want).max() <= np.abs(theirs - want).max()
 
 
+def rising(dtype, n_q, n_k):
+    """Queries and keys whose largest scores come late for some rows, early for others, by little and by much."""
+    q, k, v = data(12, n_q, n_k, 1, 1, 24, 20, dtype)
+    q[:, :, 0] = np.linspace(-40, 40, n_q)[:, None]
+    k[:, :, 0] = np.linspace(0, 1, n_k)[:, None]
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_q", [3, 150])
+def test_scores_that_rise(dtype, n_q):
+    """Rows whose maxima move often, seldom and never, side by side."""
+    q, k, v = rising(dtype, n_q, 1100)
+    for begin, end in (ranges("causal", n_q, 1100), (np.zeros(n_q, int), np.full(n_q, 1100))):
+        check(q, k, v, begin, end, scale=0.2, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_score_far_above_those_before(dtype):
+    """In a row of every other group: e^score would be infinite, and the other keys weigh nothing after it."""
+    q, k, v = data(14, 150, 1100, 1, 1, 24, 20, dtype)
+    k[:, :, 0] = 0
+    k[700, :, 0] = 1
+    q[::2 * ROWS, :, 0] = 5000
+    check(q, k, v, np.zeros(150, int), np.full(150, 1100))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_whatever_its_neighbours_see(dtype):
+    """The way of a group of rows through a tile depends on all of them, the bits of a row on none of the others."""
+    q, k, v = rising(dtype, 150, 1100)
+    begin, end = np.zeros(150, int), np.full(150, 1100)
+    alone = attend(q, k, v, begin, end, 0.2)
+    begin[::ROWS] = 1
+    end[1::ROWS] = 1099
+    q[2::2 * ROWS] *= np.asarray(30, q.dtype)           # these raise their maxima elsewhere
+    among = attend(q, k, v, begin, end, 0.2)
+    same = np.isin(np.arange(150) % ROWS, (3, 4, 5))
+    for x, y in zip(alone, among, strict=True):
+        assert x[same].tobytes() == y[same].tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_numbers_that_are_not_finite_among_many_keys(bad, where):
+    """In the first tile or later, met by a whole group of rows, by some of it or by none."""
+    for place in (0, 70, 700):
+        arrays = dict(zip("qkv", data(13, 150, 1100, 1, 1, 24, 20, "float32"), strict=True))
+        arrays[where][place % 150, 0, 3] = bad
+        begin, end = np.zeros(150, int), np.full(150, 1100)
+        begin[:50] = place + 1
+        begin[50:100:5] = place + 1
+        check(**arrays, begin=begin, end=end)
+
+
 def test_long_sums_keep_their_digits():
     """Values that do not cancel: a plain float32 sum over as many keys would lose two digits."""
     q, k, v = data(10, 3, 200_000, 1, 1, 8, 8, "float32")

@@ -25,6 +25,7 @@ from . import (
     softmax_rows,
     tuples,
     vector,
+    weights,
 )
 from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
 from .cache import KernelCache, warn_once
@@ -43,7 +44,7 @@ from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
 from .tuples import BlockArrays, ColumnRange, ForwardTiles, ForwardWork, RowRange, StateArrays, Tile, Tokens
 
-SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, pack, forward_tile, backward_tile)
+SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile)
 
 
 def _digest() -> str:

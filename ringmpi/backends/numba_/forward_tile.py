@@ -1,7 +1,8 @@
 """The attention tile: one packed tile of keys folded into one tile of rows (flash attention, forward).
 
     for each panel of keys:    S = Q·K            rows that see nothing of the panel are left out
-    for each row:              P, maximum, sum    from S, in place
+                               or P, sum          in registers, where all is seen and the maximum holds: `weights`
+    for each other row:        P, maximum, sum    from S, in place
     for each panel of values:  acc = shrink·acc + P·V
 
 Cache budget, float32 at dim 128 with AVX-512: a panel of K or V is 128 × 64 numbers, 32 KiB, in L1 while all row
@@ -23,6 +24,7 @@ from .score_rows import apply_dropout, apply_score
 from .softmax_rows import multiply_add, raise_maxima, weigh
 from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
 from .vector import machine
+from .weights import end_weights, weigh_products
 
 MOST_ROWS = 32 * ROWS
 MOST_KEYS = 128
@@ -43,21 +45,25 @@ def forward_tile_shape(depth: int, width: int, item: int, cache: int, keys: int 
 @numba.njit(error_model="numpy")
 def fold_packed(tile, slot, work, block, packed, score):  # type: ignore[no-untyped-def]
     """Fold packed tile number `slot` into rows of its head."""
-    score_packed(tile, slot, work, block, packed)
+    score_packed(tile, slot, work, block, packed, score)
     weigh_groups(tile, work, work.p, block.scale, score)
     multiply_packed(tile, slot, work, block, packed)
 
 
 @numba.njit(error_model="numpy")
-def score_packed(tile, slot, work, block, packed):  # type: ignore[no-untyped-def]
-    """S of packed tile number `slot`, which is packed here first if it is private."""
+def score_packed(tile, slot, work, block, packed, score):  # type: ignore[no-untyped-def]
+    """S of packed tile number `slot`, which is packed here first if it is private; weights of the groups in `eager`."""
     k, v = block.k, block.v
     keys_at = slot * packed.tile * k.shape[2]
     values_at = slot * (len(packed.values) // len(packed.finite))
     if packed.private:
         pack_keys(k, tile.start, tile.n, tile.head, packed.keys, keys_at)
-    score_panels(tile.rows, tile.n, work.queries, work.s, work.groups, Contiguous(packed.keys, keys_at),
-                 address(packed.values) + values_at * packed.values.itemsize)
+    find_eager(tile, work, score)
+    keys = Contiguous(packed.keys, keys_at)
+    weigh_panels(tile, work, work.p, keys, address(packed.values) + values_at * packed.values.itemsize, block.scale)
+    for g in range(0, tile.rows, ROWS):
+        if work.eager[g]:
+            end_weights(work, g)
     if packed.private:
         packed.finite[slot] = pack_values(v, tile.start, tile.n, tile.head, packed.values, values_at, packed.tile)
 
@@ -79,13 +85,52 @@ def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-u
 
 
 @numba.njit(error_model="numpy")
+def find_eager(tile, work, score):  # type: ignore[no-untyped-def]
+    """Say which groups' scores can become weights at once: all is seen, and there is something to subtract."""
+    whole = score is None and tile.n % (VECTORS * lanes(work.s)) == 0
+    for g in range(0, tile.rows, ROWS):
+        eager = whole and work.groups[g, 2] == 0 and work.groups[g, 3] == tile.n
+        for r in range(g, g + ROWS):
+            eager &= work.row_max[r] - work.row_max[r] == 0
+        work.eager[g] = eager
+
+
+@numba.njit(error_model="numpy")
+def weigh_panels(tile, work, p, keys, ahead, scale):  # type: ignore[no-untyped-def]
+    """Do what `score_panels` does, but make weights of the groups in `eager`; those that rise too high leave it."""
+    queries = work.queries
+    s = work.s
+    groups = work.groups
+    depth = queries.shape[1]
+    wide = VECTORS * lanes(s)
+    item = keys.array.itemsize
+    share = -(-wide * ROWS // tile.rows) * item                   # bytes of the next panel that a step asks for
+    for panel in range(0, tile.n, wide):
+        following = address(keys.array) + (keys.at + (panel + wide) * depth) * item if panel + wide < tile.n else ahead
+        for g in range(0, tile.rows, ROWS):
+            a = Strided(queries, g * depth, depth)
+            prefetched = Prefetch(following + g // ROWS * depth * share, share)
+            first = panel
+            if work.eager[g]:
+                if not weigh_products(a, Contiguous(keys.array, keys.at + panel * depth), work, p, g, s.shape[1],
+                                      panel, depth, prefetched, scale):
+                    continue
+                work.eager[g] = False
+                first = 0
+            for j in range(first, panel + wide, wide):
+                if groups[g, 0] < j + wide and groups[g, 1] > j:
+                    scores(a, Contiguous(keys.array, keys.at + j * depth), Strided(s, g * s.shape[1] + j, s.shape[1]),
+                           depth, prefetched)
+
+
+@numba.njit(error_model="numpy")
 def weigh_groups(tile, work, p, scale, score):  # type: ignore[no-untyped-def]
     """Products in S to weights in `p`, for each group of rows that sees something."""
     s = work.s
     groups = work.groups
     side = lanes(work.acc)
     for g in range(0, tile.rows, ROWS):
-        if groups[g, 0] < groups[g, 1]:
+        if groups[g, 0] < groups[g, 1] and not work.eager[g]:
             columns = Columns(groups[g, 0] // side * side, groups[g, 2], groups[g, 3], -(-groups[g, 1] // side) * side,
                               tile.start)
             if score is not None:
@@ -160,6 +205,8 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def fold_direct(tile, rows, work, block, score):  # type: ignore[no-untyped-def]
     """Fold a tile of keys and values, as they came, into few rows of several heads, one head after the other."""
+    for g in range(0, tile.rows, ROWS):
+        work.eager[g] = False
     score_direct(rows, tile, work, block.k)
     weigh_groups(tile, work, work.s, block.scale, score)
     multiply_direct(rows, tile, work, block.v)
@@ -320,4 +367,4 @@ def work_from(work, row):  # type: ignore[no-untyped-def]
     """Give the work space from a row on."""
     return ForwardWork(work.queries[row:], work.s[row:], work.p[row:], work.acc[row:], work.row_max[row:],
                        work.row_sum[row:], work.shrink[row:], work.shift[row:], work.low[row:], work.high[row:],
-                       work.groups[row:])
+                       work.groups[row:], work.sums[row * lanes(work.s):], work.eager[row:])

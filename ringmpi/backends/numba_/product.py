@@ -2,7 +2,8 @@
 
 Registers. A block of C is `ROWS` × 4 vectors where there are 32 registers (24 accumulators, 4 vectors of B, the
 broadcast of A) and `ROWS` × 2 where there are 16 (12 + 2 + 1). At each step of the depth, vectors of B and scalars of A
-are loaded and every accumulator gets one multiply-add: 24 for 10 loads, so the multiply-add units are the limit.
+are loaded and every accumulator gets one multiply-add: 24 for 10 loads, so the multiply-add units are the limit. They
+also do the scalar additions, so addresses are reckoned once in `UNROLLED` steps.
 
 Caches. B is a *panel*: depth × (vectors · lanes), contiguous, read in order; all row groups of a tile pass over it
 while it is in cache. A is a few rows, C is touched once a call.
@@ -27,6 +28,7 @@ from numba.extending import intrinsic
 from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefetch, splat, unpack
 
 ROWS = 6
+UNROLLED = 4            # steps of the depth in a round of the loop of a product
 AHEAD = 16              # rows of V that `add_values` asks for ahead
 STRIP = 16              # keys of a head that few rows meet before those of the next head: the tokens lie in a page each
 VECTORS = 4 if machine().registers >= 32 else 2     # widest panel
@@ -39,8 +41,8 @@ def scores(context, a, b, c, depth, prefetched):  # type: ignore[no-untyped-def]
     A and C are `Strided`, the panel B is `Contiguous`; `prefetched` is a `Prefetch`.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
-        block = _Registers(builder, b, c, VECTORS)
+        a, b, c = operands(context, builder, signature, values, 3)
+        block = Registers(builder, b, Vectors(builder, c.dtype), VECTORS)
         total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
         for i, row in enumerate(total):
             start = builder.mul(c.row, constant(i))
@@ -58,13 +60,13 @@ def add_product(context, a, b, c, depth, prefetched, shrink, vectors):  # type: 
     `shrink` is `Contiguous`, the others are as `scores` takes them.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
+        a, b, c = operands(context, builder, signature, values, 3)
         factors = unpack(context, builder, signature.args[5], values[5])
         factors_at = at(builder, factors.array, factors.at)
         for width in _widths(builder, values[6]):
-            block = _Registers(builder, b, c, width)
+            block = Registers(builder, b, Vectors(builder, c.dtype), width)
             total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
-            block.add(total, [builder.load(at(builder, factors_at, i)) for i in range(ROWS)])
+            block.add(c, total, [builder.load(at(builder, factors_at, i)) for i in range(ROWS)])
         return context.get_dummy_value()
 
     return types.void(a, b, c, depth, prefetched, shrink, vectors), emit
@@ -74,10 +76,10 @@ def add_product(context, a, b, c, depth, prefetched, shrink, vectors):  # type: 
 def add_transposed_product(context, a, b, c, depth, prefetched, vectors):  # type: ignore[no-untyped-def]
     """C[ROWS, n] = C + A[depth, ROWS]ᵀ · B[depth, n]; else as `add_product`, of floats alone."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        a, b, c = _operands(context, builder, signature, values, 3)
+        a, b, c = operands(context, builder, signature, values, 3)
         for width in _widths(builder, values[5]):
-            block = _Registers(builder, b, c, width)
-            block.add(block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2), transposed=True))
+            block = Registers(builder, b, Vectors(builder, c.dtype), width)
+            block.add(c, block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2), transposed=True))
         return context.get_dummy_value()
 
     return types.void(a, b, c, depth, prefetched, vectors), emit
@@ -91,7 +93,7 @@ def dot_keys(context, q, k, s, count, depth):  # type: ignore[no-untyped-def]
     at a time share the loads of the row and are summed across lanes together.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        q, k, s = _operands(context, builder, signature, values, 3)
+        q, k, s = operands(context, builder, signature, values, 3)
         count, depth = values[3:]
         pairs = k.dtype == types.uint32
         v = Vectors(builder, s.dtype)
@@ -137,7 +139,7 @@ def add_values(context, p, v, c, count, columns, shrink):  # type: ignore[no-unt
     The columns are whole vectors.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        p, rows, c = _operands(context, builder, signature, values, 3)
+        p, rows, c = operands(context, builder, signature, values, 3)
         count, columns, shrink = values[3:]
         v = Vectors(builder, c.dtype)
         left = builder.udiv(columns, constant(v.lanes))
@@ -175,7 +177,7 @@ class _Operand(NamedTuple):
     dtype: types.Type
 
 
-def _operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[_Operand]:
+def operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[_Operand]:
     """Give the first `count` arguments as operands."""
     result = []
     for kind, value in zip(signature.args[:count], values[:count], strict=True):
@@ -184,15 +186,14 @@ def _operands(context: Any, builder: Any, signature: Any, values: Any, count: in
     return result
 
 
-class _Registers:
+class Registers:
     """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide."""
 
-    def __init__(self, builder: ir.IRBuilder, b: _Operand, c: _Operand, width: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, b: _Operand, vectors: Vectors, width: int) -> None:
         self.builder = builder
         self.b = b
-        self.c = c
         self.width = width
-        self.vectors = Vectors(builder, c.dtype)
+        self.vectors = vectors
 
     def multiply(self, a: _Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:
         """Emit A·B, or Aᵀ·B, over the depth, asking for an address a step; give the accumulators."""
@@ -204,27 +205,36 @@ class _Registers:
             for x in row:
                 builder.store(zero, x)
 
-        rows = [at(builder, a.pointer, constant(i) if transposed else builder.mul(a.row, constant(i)))
-                for i in range(ROWS)]
         pairs = self.b.dtype == types.uint32
         kind = v.bits if pairs else v.kind
-        with loop(builder, constant(0), depth) as step:
-            prefetch(builder, builder.add(ahead, builder.mul(step, stride)))
-            start = builder.mul(step, constant(self.width * v.lanes))
-            place = builder.mul(step, a.row) if transposed else step
-            panel = [load(builder, self.b.pointer, builder.add(start, constant(j * v.lanes)), kind)
-                     for j in range(self.width)]
+        along = constant(1) if transposed else a.row            # from a number of A to that of the next row of C
+        across = a.row if transposed else constant(1)           # to that of the next step
+
+        def multiply_add(step: Any, offset: int) -> None:
+            source = at(builder, self.b.pointer, builder.mul(step, constant(self.width * v.lanes)))
+            panel = [load(builder, source, (offset * self.width + j) * v.lanes, kind) for j in range(self.width)]
+            column = at(builder, a.pointer, builder.mul(builder.add(step, constant(offset)), across))
             for i in range(ROWS):
-                x = splat(builder, builder.load(at(builder, rows[i], place)), v.lanes)
+                x = splat(builder, builder.load(at(builder, column, builder.mul(along, constant(i)))), v.lanes)
                 for j in range(self.width):
                     old = builder.load(total[i][j])
                     new = dot_pairs(builder, old, x, panel[j]) if pairs else v.fma(x, panel[j], old)
                     builder.store(new, total[i][j])
+
+        blocks = builder.sdiv(depth, constant(UNROLLED))
+        with loop(builder, constant(0), blocks) as block:
+            step = builder.mul(block, constant(UNROLLED))
+            for offset in range(UNROLLED):
+                if offset % 2 == 0:
+                    prefetch(builder, builder.add(ahead, builder.mul(builder.add(step, constant(offset)), stride)))
+                multiply_add(step, offset)
+        with loop(builder, builder.mul(blocks, constant(UNROLLED)), depth) as step:
+            multiply_add(step, 0)
         return [[builder.load(x) for x in row] for row in total]
 
-    def add(self, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
+    def add(self, c: _Operand, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
         """Emit C = C + total, or shrink·C + total with a number for each row."""
-        builder, v, c = self.builder, self.vectors, self.c
+        builder, v = self.builder, self.vectors
         for i, row in enumerate(total):
             start = builder.mul(c.row, constant(i))
             factor = v.splat(shrink[i]) if shrink else None

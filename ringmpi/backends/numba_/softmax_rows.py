@@ -1,5 +1,8 @@
 """A group of rows of scores to weights: largest score, e^(score·scale - maximum), their sum, in two passes.
 
+The maximum is that of an earlier tile until a score is more than `HEADROOM` above it, since whatever is subtracted
+cancels in the end. So most tiles rescale nothing, and `weights` has a shorter way for them, to the same bits.
+
 Cost: a vector of scores takes a load and a maximum in the first pass and about 14 instructions in the second, beside
 (dim + dim_v) multiply-adds in the products: 6 % at dim 128. The rows of a group go side by side, which hides the
 latency of the exponential and of the sums across lanes. Registers: a sum for each row, and a dozen constants.
@@ -9,6 +12,7 @@ The vectors that not all of the rows see are masked by comparing lane numbers, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +26,7 @@ from .product import ROWS
 from .vector import Vectors, at, constant, data, dtype_of, loop, store, to_bfloat16, unpack
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
+HEADROOM = 4 * math.log(2)       # a scaled score may be so far above row_max: weights up to 16, and few rows to rescale
 
 
 @intrinsic
@@ -29,9 +34,10 @@ def raise_maxima(context, work, row, row_keys, columns, scale):  # type: ignore[
     """First pass over the scores of rows row..row + ROWS: raise their maxima.
 
     Of the `ForwardWork`, s (rows, row_keys) are scores before scaling, and row r sees columns with
-    ``low[r] <= start + j < high[r]``; see `Columns`. row_max[r] is the largest scaled score so far; NaN is passed over.
-    shift[r] becomes what to subtract from scaled scores, and shrink[r] the factor of what was summed before, row_sum[r]
-    among it. A vector of numbers after the last row may be touched. scale >= 0.
+    ``low[r] <= start + j < high[r]``; see `Columns`. row_max[r] becomes the largest scaled score if that is more than
+    HEADROOM above it, as it is above -inf; NaN is passed over. shift[r] becomes what to subtract from scaled scores,
+    and shrink[r] the factor of what was summed before, row_sum[r] among it. A vector of numbers after the last row may
+    be touched. scale >= 0.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         work = unpack(context, builder, signature.args[0], values[0])
@@ -90,7 +96,8 @@ class Group:
             at(b, x, self.row) for x in (work.row_max, work.row_sum, work.shrink, work.shift))
         for chunk in _chunks(v.lanes):
             old = v.load(row_max, chunk[0])
-            new = v.larger(b.fmul(v.across([maxima[i] for i in chunk], v.larger, hidden), v.splat(scale)), old)
+            new = b.fmul(v.across([maxima[i] for i in chunk], v.larger, hidden), v.splat(scale))
+            new = v.where(b.fcmp_ordered(">", b.fsub(new, old), v.number(HEADROOM)), new, old)
             subtract = v.where(b.fcmp_ordered("==", new, hidden), zero, new)         # -inf - -inf would be NaN
             factor = v.exp(b.fsub(old, subtract))
             sums = b.fmul(v.load(row_sum, chunk[0]), factor)
@@ -114,9 +121,7 @@ class Group:
             return b.fadd(total, x)
 
         sums = self._over(zero, weigh)
-        for chunk in _chunks(v.lanes):
-            total = v.across([sums[i] for i in chunk], b.fadd, zero)
-            v.store_first(b.fadd(v.load(row_sum, chunk[0]), total), len(chunk), at(b, row_sum, chunk[0]))
+        add_sums(v, sums, row_sum)
 
     def _over(self, start: Any, step: Any) -> list[Any]:
         """Emit ``total[i] = step(i, j, total[i], masked)`` over the vectors and the rows; masked but in the middle."""
@@ -137,6 +142,14 @@ class Group:
         v, b = self.v, self.v.builder
         with loop(b, constant(0), b.sdiv(b.sub(last, first), constant(v.lanes))) as i:
             yield b.add(first, b.mul(i, constant(v.lanes)))
+
+
+def add_sums(v: Vectors, sums: list[Any], row_sum: Any) -> None:
+    """Add the lanes of each of ROWS vectors to the numbers at `row_sum`."""
+    for chunk in _chunks(v.lanes):
+        total = v.across([sums[i] for i in chunk], v.builder.fadd, v.number(0.0))
+        place = at(v.builder, row_sum, chunk[0])
+        v.store_first(v.builder.fadd(v.load(place), total), len(chunk), place)
 
 
 def _chunks(lanes: int) -> list[range]:

@@ -166,6 +166,10 @@ class ForwardWork(NamedTuple):
         The columns that a row sees.
     groups : (rows, 4) int64
         See `forward_tile.find_groups`.
+    sums : (rows · lanes,)
+        See `weights.weigh_products`.
+    eager : (rows,) bool
+        Of a group: whether its scores become weights in registers.
     """
 
     queries: Any
@@ -179,6 +183,8 @@ class ForwardWork(NamedTuple):
     low: Any
     high: Any
     groups: Any
+    sums: Any
+    eager: Any
 
 
 class BackwardWork(NamedTuple):

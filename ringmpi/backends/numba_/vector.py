@@ -182,9 +182,15 @@ class Vectors:
         return self.builder.select(self.builder.fcmp_ordered("<", x, y), x, y)
 
     def exp(self, x: Any) -> Any:
-        """Give e^x for x <= 0: exactly 1 at 0, 0 below the normal numbers, NaN for NaN."""
+        """Give e^x for x <= 80, say: exactly 1 at 0, 0 below the normal numbers, NaN for NaN."""
+        return self.exps([x])[0]
+
+    def exps(self, x: Sequence[Any]) -> list[Any]:
+        """Give `exp` of several vectors, which go side by side: one alone would wait for each of its operations."""
+        b, one = self.builder, self.number(1.0)
         power, fraction, p = self._powers(x, EXP2[self.dtype])
-        return self.builder.fmul(self.fma(p, fraction, self.number(1.0)), power)
+        p = [self.fma(*both, one) for both in zip(p, fraction, strict=True)]
+        return [b.fmul(*both) for both in zip(p, power, strict=True)]
 
     def tanh(self, x: Any) -> Any:
         """Give tanh(x) to a few units in the last place, however small; 1 at infinity, NaN for NaN."""
@@ -192,25 +198,26 @@ class Vectors:
         sign = self.integers(1 << self.integer.width - 1)
         bits = b.bitcast(x, self.bits)
         size = b.bitcast(b.and_(bits, b.not_(sign)), self.kind)
-        power, fraction, p = self._powers(b.fmul(size, self.number(-2.0)), LESS_ONE[self.dtype])
+        (power,), (fraction,), (p,) = self._powers([b.fmul(size, self.number(-2.0))], LESS_ONE[self.dtype])
         t = self.fma(b.fmul(p, fraction), power, b.fsub(power, self.number(1.0)))        # e^(-2|x|) - 1
         result = b.fdiv(t, b.fsub(self.number(-2.0), t))
         return b.bitcast(b.or_(b.bitcast(result, self.bits), b.and_(bits, sign)), self.kind)
 
-    def _powers(self, x: Any, terms: Sequence[float]) -> tuple[Any, Any, Any]:
-        """Give 2^n, f and p such that e^x = 2^n (1 + f p), n an integer and |f| <= 1/2; p has these terms."""
+    def _powers(self, x: Sequence[Any], terms: Sequence[float]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Give 2^n, f and p of each x such that e^x = 2^n (1 + f p), n an integer, |f| <= 1/2; p has these terms."""
         b = self.builder
         mantissa, bias, log2e = MANTISSA[self.dtype], BIAS[self.dtype], self.number(LOG2E)
         # Adding 1.5·2^mantissa rounds to an integer, which is then in the low bits. The bias goes in with it.
         magic = self.number(1.5 * 2.0**mantissa + bias)
-        x = self.larger(self.number(-bias / LOG2E), x)
-        shifted = self.fma(x, log2e, magic)
-        fraction = self.fma(x, log2e, b.fsub(magic, shifted))
-        p = self.number(terms[-1])
+        x = [self.larger(self.number(-bias / LOG2E), y) for y in x]
+        shifted = [self.fma(y, log2e, magic) for y in x]
+        negative = [b.fsub(magic, y) for y in shifted]
+        fraction = [self.fma(y, log2e, n) for y, n in zip(x, negative, strict=True)]
+        p = [self.number(terms[-1])] * len(x)
         for term in reversed(terms[:-1]):
-            p = self.fma(p, fraction, self.number(term))
-        power = b.shl(b.bitcast(shifted, self.bits), self.integers(mantissa))
-        return b.bitcast(power, self.kind), fraction, p
+            p = [self.fma(y, f, self.number(term)) for y, f in zip(p, fraction, strict=True)]
+        power = [b.shl(b.bitcast(y, self.bits), self.integers(mantissa)) for y in shifted]
+        return [b.bitcast(y, self.kind) for y in power], fraction, p
 
     def random_words(self, dropout_key: Any, i: Any, j: Any) -> Any:
         """Give `score.random_words`, lane by lane, for integers as wide as the elements: its 32 bits, zeros above."""
@@ -276,6 +283,12 @@ class Vectors:
             edges.append(self.splat(x if self.integer == I64 else b.trunc(x, self.integer)))
         lane = self.integers(range(self.lanes))
         return b.and_(b.icmp_unsigned(">=", lane, edges[0]), b.icmp_unsigned("<", lane, edges[1]))
+
+    def any(self, mask: Any) -> Any:
+        """Whether a mask holds in some lane."""
+        b = self.builder
+        kind = ir.IntType(self.lanes)
+        return b.icmp_unsigned("!=", b.bitcast(mask, kind), ir.Constant(kind, 0))
 
     def where(self, mask: Any, x: Any, y: Any) -> Any:
         """X in the lanes of `mask`, else y."""

@@ -90,7 +90,8 @@ class ForwardScratch:
         self.work = ForwardWork(
             queries=aligned((n, depth), packed.words), s=scores, p=weights, acc=aligned((n, packed.width), acc_dtype),
             row_max=row_max, row_sum=row_sum, shrink=shrink, shift=shift,
-            low=aligned(n, np.int64), high=aligned(n, np.int64), groups=aligned((n, 4), np.int64))
+            low=aligned(n, np.int64), high=aligned(n, np.int64), groups=aligned((n, 4), np.int64),
+            sums=aligned(in_vectors(1, acc_dtype) * n, acc_dtype), eager=aligned(n, np.bool_))
 
     def own(self, tiles: int) -> ForwardTiles:
         """Give tiles for one head at a time, whichever that is, which the thread packs for itself."""
