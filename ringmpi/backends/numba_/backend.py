@@ -25,6 +25,7 @@ from ...softmax import Gradient, State
 from ..base import Backend, Bound, Shape
 from ..products import PRODUCTS, bits
 from ..team import Team
+from .amx import missing
 from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
 from .bound import BoundBlock
@@ -54,7 +55,8 @@ class NumbaBackend(Backend):
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
-        self.ways = bits(PRODUCTS if machine().pairs else ["widen"])
+        has = {"widen": True, "tiles": not missing(), "pairs": machine().pairs}
+        self.ways = bits(name for name in PRODUCTS if has[name])
         self._team = Team(threads)
         self._busy = False
         self._forward_key: Any = None
@@ -75,7 +77,8 @@ class NumbaBackend(Backend):
     def describe(cls) -> str:
         """Describe Numba and this machine's vectors; see `Backend.describe`. Local."""
         pairs = ", bfloat16 pairs" if machine().pairs else ""
-        return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}"
+        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles"
+        return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
                 plain: bool = True, backward: bool = False) -> None:
@@ -170,6 +173,10 @@ class NumbaBackend(Backend):
             score = replace(score, scale=-score.scale)
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, begin, end, score, pairs and q.shape[2] % 2 == 0)
+
+    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
+        """Whether the CPU's tiles multiply: for scores that are plain or capped; a matter that all ranks agree on."""
+        return self.products == "tiles" and dtype == BFLOAT16 and acc_dtype == np.float32 and not score.positional
 
     @property
     def _tile(self) -> int:
