@@ -33,7 +33,8 @@ from .compiled import add_sums, backward_keys, compile_for, forward_keys, merge_
 from .forward import Forward
 from .product import ROWS
 from .steps import Limits
-from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, forward_numbers
+from .tile_workspace import TileBackwardBuffers
+from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, TileScore, forward_numbers
 from .vector import machine
 from .workspace import BackwardBuffers, ForwardScratch, PackedKV
 
@@ -63,7 +64,7 @@ class NumbaBackend(Backend):
         self._scratch: list[ForwardScratch] = []
         self._packed: PackedKV | None = None
         self._backward_key: Any = None
-        self._buffers: BackwardBuffers | None = None
+        self._buffers: BackwardBuffers | TileBackwardBuffers | None = None
 
     @classmethod
     def scratch_bytes(cls, q: Shape, k: Shape, v: Shape, dtype: np.dtype[Any], acc_dtype: np.dtype[Any]
@@ -134,12 +135,13 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, begin, end, score)
-            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype)
+            on_tiles = _tile_score(score) if self._on_tiles(q.dtype, acc_dtype, score) else None
+            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
                                     *wanted[:2])
-            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical).run()
+            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles).run()
 
         yield from self._run(steps, begin, end, q.shape[1])
 
@@ -194,11 +196,14 @@ class NumbaBackend(Backend):
             self._forward_key = key
         return self._packed
 
-    def _reserve_backward(self, *key: Any) -> BackwardBuffers:
-        """Make the work space for blocks with this dim, dim_v and accumulator, unless the last one was."""
+    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
+                          ) -> BackwardBuffers | TileBackwardBuffers:
+        """Make the work space for blocks like this one, unless the last one was."""
+        key = dim, dim_v, acc_dtype, on_tiles
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
-            self._buffers = BackwardBuffers(*key, self.threads, self._tile)
+            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile) if on_tiles else
+                             BackwardBuffers(dim, dim_v, acc_dtype, self.threads, self._tile))
             self._backward_key = key
         return self._buffers
 
@@ -216,6 +221,11 @@ class NumbaBackend(Backend):
 
 def _limits() -> Limits:
     return Limits(PACKED_BYTES, STEP_FLOP, STEP_BYTES)
+
+
+def _tile_score(score: Score) -> TileScore:
+    """Give a score without positions as the kernels on tiles take it."""
+    return TileScore(np.float32(score.scale / (score.softcap or 1)), np.float32(score.softcap))
 
 
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:
