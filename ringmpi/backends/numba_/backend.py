@@ -29,7 +29,17 @@ from .amx import missing
 from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
 from .bound import BoundBlock
-from .compiled import add_sums, backward_keys, compile_for, forward_keys, merge_states, pack_backward, pack_forward
+from .compiled import (
+    add_sums,
+    backward_keys,
+    backward_on_tiles,
+    compile_for,
+    forward_keys,
+    merge_states,
+    pack_backward,
+    pack_forward,
+    pack_tiles_backward,
+)
 from .forward import Forward
 from .product import ROWS
 from .steps import Limits
@@ -88,9 +98,12 @@ class NumbaBackend(Backend):
         none = np.zeros(1, np.int64)
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
-            if backward:
+            on_tiles = self._on_tiles(dtype, accumulator, score)
+            if backward and on_tiles:
+                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, none, none + 1, score))
+            if backward and not (on_tiles and plain):                         # other scores are not for tiles
                 _prepare_backward(KernelArguments(accumulator, x, x, x, none, none + 1, score))
-            else:
+            elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, none, none + 1, score))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
@@ -247,6 +260,22 @@ def _prepare_forward(block: KernelArguments) -> None:
     states = np.zeros((1, block.arrays.v.shape[2] + 2), block.acc_dtype)
     compile_for(merge_states, states, states[0, :0], False, np.ones((1, 1), np.uint8), state.acc[None],
                 state.row_max[None])
+
+
+def _prepare_tiles_backward(block: KernelArguments) -> None:
+    """Compile the backward pass on tiles for a block of one key and one query."""
+    q = block.arrays.q
+    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1)
+    tiles = buffers.reserve(1, 1)
+    sums = buffers.reserve_sums(1, buffers.tile)
+    one = np.zeros((1, 1), np.float32)
+    many = np.zeros(q.shape, np.float32)
+    columns = ColumnRange(0, 0, 1)
+    compile_for(pack_tiles_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
+    compile_for(backward_on_tiles, GradientArrays(q, one, one, many, np.float32(1), True, True), block.arrays,
+                _tile_score(Score(1.0)), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
+                buffers.scratch[0])
+    compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -185,7 +185,7 @@ class Backward:
     def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
         for x, total in zip((self.dk, self.dv), sums, strict=True):
             mine = total[columns.start - columns.origin:columns.stop - columns.origin]
-            x[columns.start:columns.stop, head] = mine[:, :x.shape[2]]
+            np.add(mine[:, :x.shape[2]], 0, out=x[columns.start:columns.stop, head])        # no -0
 
 
 def _clear(start: int, stop: int, sums: KeySums, thread: int) -> None:

@@ -138,7 +138,7 @@ def store_gradient_rows(gradient, first, count, rows, head, group, work):  # typ
         target, source = gradient.dq[(first + r) // group, head * group + (first + r) % group], work.dq_lines[
             query_column(r)]
         for c in range(len(target)):
-            target[c] = source[c]
+            target[c] = source[c] + np.float32(0)           # 0 of one sign: what vanished may have left the other
 
 
 @numba.njit
