@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shlex
@@ -20,6 +21,7 @@ LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
 GPU_TRANSPORT = "RINGMPI_GPU_TRANSPORT"
 HOPPER = "RINGMPI_HOPPER"
 BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
+CPU_TILES = "RINGMPI_CPU_TILES"
 RATES = "RINGMPI_RATES"
 
 
@@ -62,6 +64,22 @@ def hopper_kernel() -> bool:
 def bfloat16_products() -> str:
     """Give RINGMPI_BFLOAT16_PRODUCTS, how CPUs multiply bfloat16; empty if not set. Local."""
     return os.environ.get(BFLOAT16_PRODUCTS, "").strip()
+
+
+def cpu_tiles() -> bool:
+    """Say whether the CPU's tiles may be used: unless RINGMPI_CPU_TILES is 0 or off. Local."""
+    return os.environ.get(CPU_TILES, "").strip().lower() not in ("0", "off")
+
+
+def request_tiles() -> str:
+    """Ask Linux for the CPU's tiles, for this process and its forks; say why it has none, empty if it has. Local."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "tiles are asked for on Linux on x86-64 only"
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(arch_prctl, request_permission, tile_data):
+        return f"Linux refuses the CPU's tiles to this process: {os.strerror(ctypes.get_errno())}"
+    return ""
 
 
 def rates_file() -> Path | None:

@@ -13,7 +13,7 @@ from cases import covering, make_layout, make_mask
 from ringmpi import BackendError, Contiguous, Mask, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend
 from ringmpi.backends.numba_ import backend as numba_
-from ringmpi.backends.numba_ import workspace
+from ringmpi.backends.numba_ import amx, tile_workspace, workspace
 from ringmpi.backends.numba_.vector import machine
 from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score, dropout_keys
@@ -25,6 +25,7 @@ MASKS = "full", "causal", "window", "documents", "first", "all", "grid"
 TILE = numba_.NumbaBackend.canonical_tile
 N_Q, N_K = 900, 1300                 # 7 tiles of keys, the last one not whole: with 8 ranks some have none
 NAMES = "out", "lse", "dq", "dk", "dv"
+needs_tiles = pytest.mark.skipif(bool(amx.missing()), reason=f"no tiles: {amx.missing()}")
 
 
 class Grid:
@@ -167,7 +168,13 @@ def one_of(number):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_same_bits_on_any_number_of_ranks(dtype, mask):
-    check_sizes(Problem(dtype, mask, seed=MASKS.index(mask)), one_of)
+    check_sizes(Problem(dtype, mask, seed=MASKS.index(mask)), one_of, products="widen")
+
+
+@needs_tiles
+@pytest.mark.parametrize("mask", MASKS)
+def test_same_bits_on_tiles(mask):
+    check_sizes(Problem("bfloat16", mask, seed=MASKS.index(mask)), one_of, products="tiles")
 
 
 @pytest.mark.exhaustive
@@ -184,12 +191,20 @@ def test_score_functions_and_sinks(heads, dtype):
     check_sizes(Problem(dtype, "first", heads, (17, 9), scored=True), one_of, (2, 5, 16))
 
 
+@needs_tiles
+def test_softcap_and_dims_on_tiles():
+    """Where queries and keys share key heads unequally, and numbers fill no tile."""
+    problem = Problem("bfloat16", "first", (3, 1), (33, 65))
+    problem.score = Score(0.25, 3.0)
+    check_sizes(problem, one_of, (2, 5, 16), products="tiles")
+
+
 @pytest.mark.skipif(not machine().pairs, reason="no AVX512_BF16")
 def test_pairs_of_bfloat16():
     check_sizes(Problem("bfloat16", "causal"), one_of, (2, 5), products="pairs")
 
 
-@pytest.mark.parametrize("products", ["widen", *["pairs"] * machine().pairs])
+@pytest.mark.parametrize("products", ["widen", *["pairs"] * machine().pairs, *["tiles"] * (not amx.missing())])
 @pytest.mark.parametrize("mask", ["full", "window"])
 def test_numbers_that_are_not_finite(mask, products):
     """Rows that see a NaN go another way than rows that don't, whichever rows stand beside them."""
@@ -217,14 +232,27 @@ def test_numbers_that_vanish():
     check_sizes(problem, one_of, (2, 3, 7))
 
 
-def test_cuts_of_the_work_do_not_matter(monkeypatch):
+@needs_tiles
+def test_numbers_that_vanish_on_tiles():
+    """The same where products of numbers that do not vanish do."""
+    problem = Problem("bfloat16", "window")
+    for x, size in ((problem.q, 1e-25), (problem.k, 1e-25), (problem.v, 1e-10), (problem.dout, 1e-10),
+                    (problem.dlse, 1e-20)):
+        x *= x.dtype.type(size)
+    check_sizes(problem, one_of, (2, 3, 7), products="tiles")
+
+
+@pytest.mark.parametrize("tiles", [False, pytest.param(True, marks=needs_tiles)])
+def test_cuts_of_the_work_do_not_matter(tiles, monkeypatch):
     """Neither the size of the cache nor that of buffers, pieces and steps shows in the result."""
-    problem = Problem("float32", "first", scored=True)
-    want = compute(problem, 1, "contiguous", 1)
-    monkeypatch.setattr(workspace, "cache_bytes", lambda level: 2**18)
+    problem = Problem("bfloat16" if tiles else "float32", "first", scored=not tiles)
+    products = "tiles" if tiles else "auto"
+    want = compute(problem, 1, "contiguous", 1, products=products)
+    for module in (workspace, tile_workspace):
+        monkeypatch.setattr(module, "cache_bytes", lambda level: 2**18)
     monkeypatch.setattr(numba_, "PACKED_BYTES", 1)
     monkeypatch.setattr(numba_, "STEP_FLOP", 1)
-    assert_same(compute(problem, 3, "uneven", 2), want)
+    assert_same(compute(problem, 3, "uneven", 2, products=products), want)
 
 
 def test_right_too():

@@ -9,12 +9,18 @@ from one_block import BOUND, run
 from oracle import FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
+from ringmpi.backends.numba_ import amx
 from ringmpi.dtypes import DTYPES, TOLERANCE
 
 
-@pytest.fixture(scope="module", params=list(HOST_NAMES))
+@pytest.fixture(scope="module", params=[*HOST_NAMES, "tiles"])
 def backend(request):
-    opened = open_backend(request.param, 2)
+    """Every backend, and numba once more with bfloat16 on the CPU's tiles."""
+    on_tiles = request.param == "tiles"
+    if on_tiles and amx.missing():
+        pytest.skip(f"no tiles: {amx.missing()}")
+    opened = open_backend("numba" if on_tiles else request.param, 2)
+    opened.settle("tiles" if on_tiles else "widen", [opened.ways])
     yield opened
     opened.close()
 

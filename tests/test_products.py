@@ -8,20 +8,23 @@ import pytest
 
 from ringmpi import BackendError, OptionError
 from ringmpi.backends import open_backend
-from ringmpi.backends.numba_ import vector
+from ringmpi.backends.numba_ import amx, vector
 from ringmpi.backends.products import PRODUCTS, bits, choose, wish
 from ringmpi.commands import options
 from ringmpi.environment import BFLOAT16_PRODUCTS
 
-BOTH, WIDEN = bits(PRODUCTS), bits(["widen"])
+ALL, WIDEN = bits(PRODUCTS), bits(["widen"])
 
 
 def test_what_all_ranks_have_is_chosen():
-    assert choose("auto", [BOTH, BOTH]) == choose("auto", [BOTH, WIDEN]) == "widen"
+    assert choose("auto", [ALL, ALL]) == choose("auto", [ALL, WIDEN]) == "widen"
     assert choose("auto", np.array([bits(["pairs"])] * 2)) == "pairs"
-    assert choose("pairs", [BOTH, BOTH]) == "pairs"
+    assert choose("pairs", [ALL, ALL]) == "pairs"
+    assert choose("tiles", [ALL, ALL]) == "tiles"
+    with pytest.raises(BackendError, match="'tiles' is not there on rank 1: expected a CPU with AMX that Linux lets"):
+        choose("tiles", [ALL, bits(["widen", "pairs"])])
     with pytest.raises(BackendError, match="'pairs' is not there on rank 1: expected a CPU with AVX512_BF16"):
-        choose("pairs", [BOTH, WIDEN])
+        choose("pairs", [ALL, WIDEN])
 
 
 def test_the_caller_is_heard_before_the_variable(monkeypatch):
@@ -29,7 +32,7 @@ def test_the_caller_is_heard_before_the_variable(monkeypatch):
     assert wish("auto") == "auto"
     monkeypatch.setenv(BFLOAT16_PRODUCTS, "pairs")
     assert (wish("auto"), wish("widen")) == ("pairs", "widen")
-    with pytest.raises(OptionError, match="bfloat16_products: expected one of auto, widen, pairs, got 'fast'"):
+    with pytest.raises(OptionError, match="bfloat16_products: expected one of auto, widen, tiles, pairs, got 'fast'"):
         wish("fast")
     monkeypatch.setenv(BFLOAT16_PRODUCTS, "native")
     with pytest.raises(OptionError, match=f"{BFLOAT16_PRODUCTS}: expected one of"):
@@ -42,7 +45,8 @@ def test_the_command_line_has_the_same_names():
 
 def test_numba_has_what_the_cpu_has():
     backend = open_backend("numba", 1)
-    assert backend.ways == (BOTH if vector.machine().pairs else WIDEN)
+    tiles = [] if amx.missing() else ["tiles"]
+    assert backend.ways == bits(["widen", *tiles, *["pairs"] * vector.machine().pairs])
     assert backend.products == "widen"
     backend.close()
     assert open_backend("numpy", 1).ways == WIDEN

@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from ..environment import BFLOAT16_PRODUCTS, bfloat16_products
 from ..errors import BackendError, OptionError
 
-# In order of preference. `widen` converts to float32 before it multiplies, and works on every CPU. `pairs` multiplies
-# bfloat16 two at a time (AVX512_BF16), for which the weights are rounded to bfloat16 too. On a Xeon with AVX512_BF16
-# and AMX, dim 64 and 128, `pairs` took 1.5 to 1.6 times as long: its instruction does half of what float32's does.
-PRODUCTS = ("widen", "pairs")
+# In order of preference. `widen` converts to float32 before it multiplies, and works on every CPU. `tiles` multiplies
+# bfloat16 on the CPU's tile unit (AMX), for which the weights are rounded to bfloat16 too. So does `pairs`, which
+# multiplies two at a time (AVX512_BF16). On a Xeon with AVX512_BF16 and AMX, dim 64 and 128, `pairs` took 1.5 to 1.6
+# times as long as `widen`: its instruction does half of what float32's does.
+PRODUCTS = ("widen", "tiles", "pairs")
+NEEDS = {"tiles": "AMX that Linux lets this process use (`ringmpi info` says why not)", "pairs": "AVX512_BF16"}
 NAMES = ("auto", *PRODUCTS)
 
 
@@ -60,5 +62,5 @@ def choose(wished: str, ways: Iterable[int]) -> str:
     without = [rank for rank, way in enumerate(ways) if not way & bits([wished])]
     if without:
         raise BackendError(f"bfloat16_products: {wished!r} is not there on rank {without[0]}: expected a CPU with "
-                           f"AVX512_BF16, and backend numba; take 'auto' or 'widen'")
+                           f"{NEEDS[wished]}, and backend numba; take 'auto' or 'widen'")
     return wished

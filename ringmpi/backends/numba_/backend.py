@@ -25,12 +25,14 @@ from ...softmax import Gradient, State
 from ..base import Backend, Bound, Shape
 from ..products import PRODUCTS, bits
 from ..team import Team
+from .amx import missing
 from .arguments import KernelArguments, tokens, writable
 from .backward import Backward
 from .bound import BoundBlock
 from .compiled import (
     add_sums,
     backward_keys,
+    backward_on_tiles,
     combine_rows,
     compile_for,
     finish_rows,
@@ -38,12 +40,23 @@ from .compiled import (
     merge_states,
     pack_backward,
     pack_forward,
+    pack_tiles_backward,
 )
 from .forward import Forward
 from .product import ROWS
 from .seen import Seen, SeenBefore
 from .steps import Limits
-from .tuples import ColumnRange, GradientArrays, KeySums, RowRange, StateArrays, forward_numbers, ranges_of
+from .tile_workspace import TileBackwardBuffers
+from .tuples import (
+    ColumnRange,
+    GradientArrays,
+    KeySums,
+    RowRange,
+    StateArrays,
+    TileScore,
+    forward_numbers,
+    ranges_of,
+)
 from .vector import machine
 from .workspace import BackwardBuffers, ForwardScratch, PackedKV
 
@@ -65,7 +78,8 @@ class NumbaBackend(Backend):
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
-        self.ways = bits(PRODUCTS if machine().pairs else ["widen"])
+        has = {"widen": True, "tiles": not missing(), "pairs": machine().pairs}
+        self.ways = bits(name for name in PRODUCTS if has[name])
         self._team = Team(threads)
         self._seen = SeenBefore()
         self._busy = False
@@ -73,7 +87,7 @@ class NumbaBackend(Backend):
         self._scratch: list[ForwardScratch] = []
         self._packed: PackedKV | None = None
         self._backward_key: Any = None
-        self._buffers: BackwardBuffers | None = None
+        self._buffers: BackwardBuffers | TileBackwardBuffers | None = None
 
     @classmethod
     def scratch_bytes(cls, q: Shape, k: Shape, v: Shape, dtype: np.dtype[Any], acc_dtype: np.dtype[Any]
@@ -87,7 +101,8 @@ class NumbaBackend(Backend):
     def describe(cls) -> str:
         """Describe Numba and this machine's vectors; see `Backend.describe`. Local."""
         pairs = ", bfloat16 pairs" if machine().pairs else ""
-        return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}"
+        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles"
+        return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
                 plain: bool = True, backward: bool = False) -> None:
@@ -96,9 +111,12 @@ class NumbaBackend(Backend):
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
-            if backward:
+            on_tiles = self._on_tiles(dtype, accumulator, score)
+            if backward and on_tiles:
+                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
+            if backward and not (on_tiles and plain):                         # other scores are not for tiles
                 _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
-            else:
+            elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
@@ -157,12 +175,13 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype)
+            on_tiles = _tile_score(score) if self._on_tiles(q.dtype, acc_dtype, score) else None
+            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
                                     *wanted[:2])
-            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical).run()
+            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles).run()
 
         seen = self._seen.find(begin, end)
         return self._run(steps, seen, q.shape[1])
@@ -197,6 +216,10 @@ class NumbaBackend(Backend):
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, seen, score, pairs and q.shape[2] % 2 == 0)
 
+    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
+        """Whether the CPU's tiles multiply: for scores that are plain or capped; a matter that all ranks agree on."""
+        return self.products == "tiles" and dtype == BFLOAT16 and acc_dtype == np.float32 and not score.positional
+
     @property
     def _tile(self) -> int:
         """Size of tiles that does not depend on the cache; 0: it may."""
@@ -213,11 +236,14 @@ class NumbaBackend(Backend):
             self._forward_key = key
         return self._packed
 
-    def _reserve_backward(self, *key: Any) -> BackwardBuffers:
-        """Make the work space for blocks with this dim, dim_v and accumulator, unless the last one was."""
+    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
+                          ) -> BackwardBuffers | TileBackwardBuffers:
+        """Make the work space for blocks like this one, unless the last one was."""
+        key = dim, dim_v, acc_dtype, on_tiles
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
-            self._buffers = BackwardBuffers(*key, self.threads, self._tile)
+            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile) if on_tiles else
+                             BackwardBuffers(dim, dim_v, acc_dtype, self.threads, self._tile))
             self._backward_key = key
         return self._buffers
 
@@ -236,6 +262,11 @@ class NumbaBackend(Backend):
 
 def _limits() -> Limits:
     return Limits(PACKED_BYTES, STEP_FLOP, STEP_BYTES)
+
+
+def _tile_score(score: Score) -> TileScore:
+    """Give a score without positions as the kernels on tiles take it."""
+    return TileScore(np.float32(score.scale / (score.softcap or 1)), np.float32(score.softcap))
 
 
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:
@@ -260,6 +291,22 @@ def _prepare_forward(block: KernelArguments) -> None:
     parts = state.acc[None], state.row_max[None], state.row_sum[None]
     compile_for(combine_rows, state.acc, state.row_max, state.row_sum, *parts)
     compile_for(finish_rows, state.acc, state.row_max, state.row_sum, np.ones(1, bool), state.acc, state.row_max)
+
+
+def _prepare_tiles_backward(block: KernelArguments) -> None:
+    """Compile the backward pass on tiles for a block of one key and one query."""
+    q = block.arrays.q
+    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1)
+    tiles = buffers.reserve(1, 1)
+    sums = buffers.reserve_sums(1, buffers.tile)
+    one = np.zeros((1, 1), np.float32)
+    many = np.zeros(q.shape, np.float32)
+    columns = ColumnRange(0, 0, 1)
+    compile_for(pack_tiles_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
+    compile_for(backward_on_tiles, GradientArrays(q, one, one, many, np.float32(1), True, True), block.arrays,
+                _tile_score(Score(1.0)), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
+                buffers.scratch[0])
+    compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -22,13 +22,15 @@ import numpy as np
 from ...layout import Integers
 from ..team import Task, Team
 from .arguments import KernelArguments
-from .compiled import add_sums, backward_keys, pack_backward
+from .compiled import add_sums, backward_keys, backward_on_tiles, pack_backward, pack_tiles_backward
 from .product import ROWS
 from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
-from .tuples import BackwardTiles, ColumnRange, GradientArrays, KeySums, RowRange
+from .tile_workspace import TileBackwardBuffers
+from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, KeySums, RowRange, TileScore
 from .workspace import BackwardBuffers
 
 SUMS_BYTES = 2**23          # of sums of dK and dV, for each thread
+TILE_SPEED = 5              # of the CPU's tiles, beside its vectors
 
 
 @dataclass
@@ -36,13 +38,14 @@ class Backward:
     """The loop of `Backend.backward` over one block."""
 
     team: Team
-    buffers: BackwardBuffers
+    buffers: BackwardBuffers | TileBackwardBuffers
     block: KernelArguments
     limits: Limits
     gradient: GradientArrays
     dk: Any                    # arrays, or None
     dv: Any
     canonical: bool
+    on_tiles: TileScore | None = None        # the score, where the CPU's tiles multiply; then so are the buffers
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
@@ -93,7 +96,7 @@ class Backward:
         edges = [0, *np.minimum(inner, block.rows).tolist(), block.rows]
         yield from self._rows([range(a, b) for a, b in itertools.pairwise(edges)], ranges, tiles)
 
-    def _rows(self, chunks: list[range], ranges: list[ColumnRange], tiles: BackwardTiles
+    def _rows(self, chunks: list[range], ranges: list[ColumnRange], tiles: BackwardTiles | GradientTiles
               ) -> Generator[int, None, None]:
         """Differentiate all columns, with a task for each key head × chunk of rows."""
         block = self.block
@@ -119,7 +122,7 @@ class Backward:
                                    KeySums(*(x[head * len(chunks):(head + 1) * len(chunks)] for x in sums))))
             for head in range(heads) for columns in ranges])
 
-    def _columns(self, ranges: list[ColumnRange], tiles: BackwardTiles, sums: KeySums) -> Generator[int, None, None]:
+    def _columns(self, ranges: list[ColumnRange], tiles: BackwardTiles | GradientTiles, sums: KeySums) -> Generator[int, None, None]:
         """Differentiate all rows, with a task for each key head × range of columns."""
         rows = range(self.block.rows)
         tasks = []
@@ -133,7 +136,7 @@ class Backward:
                     [(partial(self._put_back, head, columns, mine), 0)])))
         yield from self.team.run(tasks)
 
-    def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: BackwardTiles,
+    def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: BackwardTiles | GradientTiles,
                sums: KeySums) -> Iterator[tuple[Callable[[int], None], int]]:
         """Do the backward pass of some columns for some rows, step by step; `area` is seen of them all."""
         block = self.block
@@ -143,6 +146,7 @@ class Backward:
 
         # A step is some tiles of rows, or one tile of rows and some of its columns.
         pairs = self.limits.step_flop * speed(block.acc_dtype) / (5 * block.numbers)
+        pairs *= 1 if self.on_tiles is None else TILE_SPEED
         tall = height * max(1, int(pairs * len(rows) / (area * height)))
         wide = max(1, int(pairs / (height * tile))) * tile if tall == height else last - first + tile
         for row in range(rows.start, rows.stop, tall):
@@ -154,11 +158,16 @@ class Backward:
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
                               ColumnRange(origin, start, stop), tiles, sums), done
 
-    def _pack(self, start: int, stop: int, first: int, last: int, tiles: BackwardTiles, thread: int) -> None:
-        pack_backward(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
+    def _pack(self, start: int, stop: int, first: int, last: int, tiles: BackwardTiles | GradientTiles, thread: int) -> None:
+        pack = pack_backward if self.on_tiles is None else pack_tiles_backward
+        pack(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
 
-    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: BackwardTiles, sums: KeySums,
+    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: BackwardTiles | GradientTiles, sums: KeySums,
                        thread: int) -> None:
+        if isinstance(self.buffers, TileBackwardBuffers):
+            backward_on_tiles(self.gradient, self.block.arrays, self.on_tiles, rows, columns, tiles, sums,
+                              self.buffers.scratch[thread])
+            return
         mine = self.buffers.scratch[thread]
         backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score), rows, columns,
                       tiles, sums, mine.work)
@@ -176,7 +185,7 @@ class Backward:
     def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
         for x, total in zip((self.dk, self.dv), sums, strict=True):
             mine = total[columns.start - columns.origin:columns.stop - columns.origin]
-            x[columns.start:columns.stop, head] = mine[:, :x.shape[2]]
+            np.add(mine[:, :x.shape[2]], 0, out=x[columns.start:columns.stop, head])        # no -0
 
 
 def _clear(start: int, stop: int, sums: KeySums, thread: int) -> None:

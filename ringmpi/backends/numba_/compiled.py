@@ -16,6 +16,7 @@ import numpy as np
 
 from ...environment import launched_rank
 from . import (
+    amx,
     backward_rows,
     backward_tile,
     forward_tile,
@@ -23,10 +24,15 @@ from . import (
     product,
     score_rows,
     softmax_rows,
+    tile_gradient_rows,
+    tile_gradients,
+    tile_pack,
+    tile_squares,
     tuples,
     vector,
     weights,
 )
+from .amx import configure, release
 from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
 from .cache import KernelCache, warn_once
 from .forward_tile import (
@@ -42,9 +48,18 @@ from .forward_tile import (
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
+from .tile_gradients import (
+    differentiate_packed,
+    find_seen,
+    load_gradient_rows,
+    pack_gradient_tile,
+    store_gradient_rows,
+)
+from .tile_squares import SIDE
 from .tuples import BlockArrays, ColumnRange, ForwardTiles, ForwardWork, RowRange, StateArrays, Tile, Tokens
 
-SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile)
+SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile,
+           amx, tile_pack, tile_squares, tile_gradient_rows, tile_gradients)
 
 
 def _digest() -> str:
@@ -260,6 +275,42 @@ def _backward(digest: str) -> tuple[Any, ...]:
     return pack_backward, backward_keys, add_sums
 
 
+def _on_tiles(digest: str) -> tuple[Any, ...]:
+    """Make the functions of the backward pass on the CPU's tiles, as `_forward` does."""
+
+    def pack_tiles_backward(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head, for `backward_on_tiles`."""
+        digest                          # noqa: B018
+        for slot in range(first, last):
+            at = start + slot % packed.tiles * packed.tile
+            pack_gradient_tile(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
+
+    def backward_on_tiles(gradient, block, score, rows, columns, packed, sums, work):  # type: ignore[no-untyped-def]
+        """Do what `backward_keys` does; `score` is a `TileScore`."""
+        digest                          # noqa: B018
+        head = rows.head
+        tile = packed.tile
+        origin = columns.origin
+        group = block.q.shape[1] // block.k.shape[1]
+        height = len(work.lse)
+        configure()
+        for first in range(rows.first, rows.first + rows.n_rows, height):
+            count = min(height, rows.first + rows.n_rows - first)
+            whole = -(-count // SIDE) * SIDE
+            load_gradient_rows(block, gradient, first, count, whole, head, group, work)
+            a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+            for at in range(a - (a - origin) % tile, b, tile):
+                n = min(tile, columns.stop - at)
+                if find_seen(whole, at, n, work):
+                    slot = head * packed.tiles + (at - origin) // tile
+                    differentiate_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, gradient,
+                                         score)
+            store_gradient_rows(gradient, first, count, whole, head, group, work)
+        release()
+
+    return pack_tiles_backward, backward_on_tiles
+
+
 def compile_for(function: Any, *arguments: Any) -> None:
     """Call a function for the first time; where its machine code can't be saved, go on without. Local."""
     try:
@@ -287,5 +338,6 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
         yield compiled
 
 
-pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums = _compiled(
-    _forward(_digest()) + _backward(_digest()))
+(pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums,
+ pack_tiles_backward, backward_on_tiles) = _compiled(
+    _forward(_digest()) + _backward(_digest()) + _on_tiles(_digest()))

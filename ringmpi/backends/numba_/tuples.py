@@ -149,6 +149,26 @@ class BackwardTiles(NamedTuple):
     tiles: Any
 
 
+class GradientTiles(NamedTuple):
+    """Packed tiles for the backward pass on the CPU's tiles, head by head: bits of bfloat16; see `tile_pack`.
+
+    Attributes
+    ----------
+    keys, values : arrays of one axis
+        K and V as rows.
+    k_turned : array of one axis
+        Kᵀ as rows, cleaned: for 16 numbers all keys of a tile.
+    tile, tiles : int
+        As in `ForwardTiles`.
+    """
+
+    keys: Any
+    values: Any
+    k_turned: Any
+    tile: Any
+    tiles: Any
+
+
 class ForwardWork(NamedTuple):
     """What a thread works on in the forward pass: arrays for a tile of rows, made by `workspace.ForwardScratch`.
 
@@ -224,6 +244,63 @@ class BackwardWork(NamedTuple):
     spans: Any
 
 
+class TileGradientWork(NamedTuple):
+    """What a thread works on in the backward pass on tiles: for a tile of rows, made by `tile_workspace`.
+
+    Attributes
+    ----------
+    lines : array of one axis
+        A copy of rows of Q or dO, bits of bfloat16, as all but sums are.
+    queries, douts : arrays of one axis
+        Q and dO transposed: for 16 rows all their numbers; see `tile_pack`.
+    query_pairs, dout_pairs : arrays of one axis
+        The same interleaved, cleaned: for 16 numbers all rows.
+    s : (2048,)
+        S of a square, then dP; four tiles each, of keys × rows.
+    p, ds : (keys · rows,)
+        As rows: for 16 keys all rows.
+    ds_pairs : (keys · rows,)
+        dS in pairs of keys: for 16 rows all keys.
+    dq : array of one axis
+        Tiles of dQᵀ, in float32: for 16 numbers all rows.
+    dq_lines : (rows, width) float32
+        The same by rows; see `tile_gradients.query_column` for their order.
+    lse, delta : (rows,)
+    low, high : (rows,) int64
+        The columns that a row sees.
+    low_here, high_here : (rows,) int32
+        Those of the tile.
+    seen : (squares of rows, 4) int64
+        See `tile_gradients.find_seen`.
+    """
+
+    lines: Any
+    queries: Any
+    douts: Any
+    query_pairs: Any
+    dout_pairs: Any
+    s: Any
+    p: Any
+    ds: Any
+    ds_pairs: Any
+    dq: Any
+    dq_lines: Any
+    lse: Any
+    delta: Any
+    low: Any
+    high: Any
+    low_here: Any
+    high_here: Any
+    seen: Any
+
+
+class TileScore(NamedTuple):
+    """A score for the backward pass on tiles: scale / softcap and softcap; scale and 0 without."""
+
+    ratio: Any
+    cap: Any
+
+
 class ScoreArguments(NamedTuple):
     """A score that is not plain, as the kernels take it; integers are as wide as the accumulator's numbers.
 
@@ -291,6 +368,34 @@ class Strided(NamedTuple):
     array: Any
     at: Any
     row: Any
+
+
+class Square(NamedTuple):
+    """32 × 32 float32 from element `at` of an array on.
+
+    Rows are `row` elements apart, the halves of 16 rows `down`, those of 16 columns `right`.
+    """
+
+    array: Any
+    at: Any
+    row: Any
+    down: Any
+    right: Any
+
+
+class SquarePlace(NamedTuple):
+    """A square of 32 rows from `row` on and 32 keys from `key` on, and where it is in a `TileGradientWork`.
+
+    Its first 16 keys are from element `at` of p and ds on, the others `down` after them; its first 16 rows from element
+    `pairs_at` of ds_pairs on, the others `pairs_next` after them.
+    """
+
+    row: Any
+    key: Any
+    at: Any
+    down: Any
+    pairs_at: Any
+    pairs_next: Any
 
 
 class Prefetch(NamedTuple):

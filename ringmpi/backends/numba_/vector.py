@@ -47,17 +47,17 @@ BIAS = {types.float32: 127, types.float64: 1023}
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
+class BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not have."""
 
     def __str__(self) -> str:
         return "bfloat"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
+        return isinstance(other, BFloat)
 
     def __hash__(self) -> int:
-        return hash(_BFloat)
+        return hash(BFloat)
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,14 @@ class Machine:
         Vector registers.
     pairs : bool
         Whether there is a product of bfloat16 pairs that sums in float32 (dpbf16ps).
+    tiles : bool
+        Whether there are tiles that multiply bfloat16 (AMX), and `pairs`; a process must ask for them: `amx.missing`.
     """
 
     vector_bytes: int
     registers: int
     pairs: bool
+    tiles: bool
 
     def lanes(self, dtype: Any) -> int:
         """Elements of `dtype` in a vector."""
@@ -100,8 +103,10 @@ def machine() -> Machine:
           ret <16 x float> %c
         }}"""))
     size = 64 if "zmm" in code else 32 if "ymm" in code else 16
-    return Machine(size, 32 if size == 64 or triple.startswith(("aarch64", "arm64")) else 16,
-                   size == 64 and "+avx512bf16" in features.split(","))
+    has = set(features.split(","))
+    pairs = size == 64 and "+avx512bf16" in has
+    return Machine(size, 32 if size == 64 or triple.startswith(("aarch64", "arm64")) else 16, pairs,
+                   pairs and has >= {"+amx-tile", "+amx-bf16"})
 
 
 class Vectors:
@@ -371,14 +376,14 @@ def dtype_of(kind: Any, name: str) -> Any:
 
 def dot_pairs(builder: ir.IRBuilder, total: Any, x: Any, y: Any) -> Any:
     """Add x0·y0 + x1·y1 to float32 lanes: x and y hold a pair of bfloat16 in each 32-bit lane."""
-    pairs = ir.VectorType(_BFloat(), 32)
+    pairs = ir.VectorType(BFloat(), 32)
     return call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type,
                 [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)])
 
 
 def to_bfloat16(builder: ir.IRBuilder, x: Any) -> Any:
     """Round 16 float32 lanes to bfloat16, to nearest even, as 16 int16."""
-    half = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(_BFloat(), 16), [x])
+    half = call(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat(), 16), [x])
     return builder.bitcast(half, ir.VectorType(ir.IntType(16), 16))
 
 

@@ -14,7 +14,7 @@ from ...environment import cache_bytes
 from .backward_tile import backward_tile_shape
 from .forward_tile import forward_tile_shape
 from .product import ROWS
-from .tuples import BackwardTiles, BackwardWork, ForwardTiles, ForwardWork, KeySums
+from .tuples import BackwardTiles, BackwardWork, ForwardTiles, ForwardWork, GradientTiles, KeySums
 from .vector import machine
 
 Array = NDArray[Any]
@@ -104,8 +104,57 @@ def row_score(rows: int, acc_dtype: np.dtype[Any]) -> tuple[Array, ...]:
     return aligned(rows, acc_dtype), aligned(rows, integer), aligned(rows, integer)
 
 
-class BackwardBuffers:
-    """Packed tiles, sums of dK and dV, and what each of `threads` threads works on.
+class BackwardMemory:
+    """Packed tiles of K and V, and sums of dK and dV, in the backward pass.
+
+    Parameters
+    ----------
+    rows, tile : int
+        Rows, and keys, of a tile.
+    kind : type
+        Of a named tuple: an array for each of `sizes`, then keys of a tile and tiles of a head.
+    stored : dtype
+        Of packed tiles.
+    sizes : tuple of int
+        Numbers of each array for a tile of a key head.
+    acc_dtype : dtype
+    widths : tuple of int
+        Numbers of a key, and of a value, in the sums.
+    """
+
+    def __init__(self, rows: int, tile: int, kind: type[BackwardTiles | GradientTiles], stored: DTypeLike,
+                 sizes: tuple[int, ...], acc_dtype: np.dtype[Any], widths: tuple[int, int]) -> None:
+        self.rows = rows
+        self.tile = tile
+        self.widths = widths
+        self.tile_bytes = sum(sizes) * np.dtype(stored).itemsize
+        self.sums_bytes = tile * sum(widths) * acc_dtype.itemsize
+        self._kind = kind
+        self._sizes = sizes
+        self._packed: tuple[Array, ...] = tuple(np.empty(0, stored) for _ in sizes)
+        self._sums: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in widths)
+
+    def reserve(self, heads: int, tiles: int) -> BackwardTiles | GradientTiles:
+        """Give tiles for the kernels; the memory grows, and never shrinks."""
+        sizes = [heads * tiles * size for size in self._sizes]
+        if len(self._packed[0]) < sizes[0]:
+            stored = self._packed[0].dtype
+            self._packed = ()                          # the old memory goes before the new comes
+            self._packed = tuple(aligned(size, stored) for size in sizes)
+        return self._kind(*(x[:size] for x, size in zip(self._packed, sizes, strict=True)), self.tile, tiles)
+
+    def reserve_sums(self, count: int, keys: int) -> KeySums:
+        """Give sums of dK and dV, each (count, keys, width), not initialised; the memory grows, and never shrinks."""
+        if len(self._sums[0]) < count * keys * self.widths[0]:
+            acc_dtype = self._sums[0].dtype
+            self._sums = ()
+            self._sums = tuple(aligned(count * keys * width, acc_dtype) for width in self.widths)
+        return KeySums(*(x[:count * keys * width].reshape(count, keys, width)
+                         for x, width in zip(self._sums, self.widths, strict=True)))
+
+
+class BackwardBuffers(BackwardMemory):
+    """What the backward pass takes, and what each of `threads` threads works on.
 
     Parameters
     ----------
@@ -118,40 +167,11 @@ class BackwardBuffers:
     """
 
     def __init__(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], threads: int, tile: int = 0) -> None:
-        self.acc_dtype = acc_dtype
-        self.widths = in_vectors(dim, acc_dtype), in_vectors(dim_v, acc_dtype)
-        self.rows, self.tile = (tile, tile) if tile else backward_tile_shape(*self.widths, acc_dtype.itemsize,
-                                                                            cache_bytes(2))
-        self.scratch = [BackwardScratch(dim, dim_v, acc_dtype, self.rows, self.tile) for _ in range(threads)]
-        self._sizes = self.tile * dim, self.tile * dim_v, self.tile * self.widths[0]
-        self._packed: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in self._sizes)
-        self._sums: tuple[Array, ...] = tuple(np.empty(0, acc_dtype) for _ in self.widths)
-
-    @property
-    def tile_bytes(self) -> int:
-        """Bytes of a packed tile of one key head."""
-        return sum(self._sizes) * self.acc_dtype.itemsize
-
-    @property
-    def sums_bytes(self) -> int:
-        """Bytes of the sums for a tile."""
-        return self.tile * sum(self.widths) * self.acc_dtype.itemsize
-
-    def reserve(self, heads: int, tiles: int) -> BackwardTiles:
-        """Give tiles for the kernels; the memory grows, and never shrinks."""
-        sizes = [heads * tiles * size for size in self._sizes]
-        if len(self._packed[0]) < sizes[0]:
-            self._packed = ()                          # the old memory goes before the new comes
-            self._packed = tuple(aligned(size, self.acc_dtype) for size in sizes)
-        return BackwardTiles(*(x[:size] for x, size in zip(self._packed, sizes, strict=True)), self.tile, tiles)
-
-    def reserve_sums(self, count: int, keys: int) -> KeySums:
-        """Give sums of dK and dV, each (count, keys, width), not initialised; the memory grows, and never shrinks."""
-        if len(self._sums[0]) < count * keys * self.widths[0]:
-            self._sums = ()
-            self._sums = tuple(aligned(count * keys * width, self.acc_dtype) for width in self.widths)
-        return KeySums(*(x[:count * keys * width].reshape(count, keys, width)
-                         for x, width in zip(self._sums, self.widths, strict=True)))
+        widths = in_vectors(dim, acc_dtype), in_vectors(dim_v, acc_dtype)
+        rows, tile = (tile, tile) if tile else backward_tile_shape(*widths, acc_dtype.itemsize, cache_bytes(2))
+        super().__init__(rows, tile, BackwardTiles, acc_dtype, (tile * dim, tile * dim_v, tile * widths[0]), acc_dtype,
+                         widths)
+        self.scratch = [BackwardScratch(dim, dim_v, acc_dtype, rows, tile) for _ in range(threads)]
 
 
 class BackwardScratch:
