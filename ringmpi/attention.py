@@ -101,10 +101,12 @@ class RingAttention:
         Numba, and with the carrier `broadcast`, which ``schedule="auto"`` is then. The ranks may also share heads, if
         their number divides the heads of the keys. The backward pass has 7 products in place of 5. See
         docs/schedules.rst for what it costs. ``"fastest"``: results on other numbers of ranks are equal to rounding.
-    bfloat16_products : {"auto", "widen", "pairs"}
-        How CPUs multiply bfloat16 in the forward pass: widened to float32, or in pairs as they are (AVX512_BF16), which
-        rounds the weights too. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else widened.
-        ``attention.backend.products`` says what was agreed.
+    bfloat16_products : {"auto", "tiles", "widen", "pairs"}
+        How CPUs multiply bfloat16 in the forward pass: on their tile units (AMX), widened to float32, or in pairs
+        (AVX512_BF16). Tiles and pairs multiply numbers as they are, and round the weights too. Calls of few rows,
+        slopes, dropout and a float64 accumulator are always widened. ``"auto"`` is what the variable
+        RINGMPI_BFLOAT16_PRODUCTS says, else tiles where all ranks have them, else widened; RINGMPI_CPU_TILES=0 takes a
+        rank's tiles away. ``attention.backend.products`` says what was agreed.
 
     Attributes
     ----------

@@ -25,7 +25,8 @@ class State:
     acc : array of shape (n_q, heads, dim_v), accumulator dtype
         Sum of exp(score - row_max) times the values, not normalised.
     row_max : array of shape (n_q, heads), accumulator dtype
-        Largest scaled score so far, -inf before the first; or of an earlier time, as long as exp has room above it.
+        Largest scaled score so far, or a little more, or that of an earlier time, as long as exp has room above it;
+        -inf before the first.
     row_sum : array of shape (n_q, heads), accumulator dtype
         Sum of exp(score - row_max) so far.
     """

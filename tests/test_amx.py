@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import time
 
 import numba
 import numpy as np
+import oracle
 import pytest
 from numba import types
 from numba.extending import intrinsic
@@ -13,9 +15,12 @@ from numba.extending import intrinsic
 from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import amx, tile_pack
 from ringmpi.backends.numba_.arguments import tokens
+from ringmpi.backends.numba_.steps import uncounted_task
 from ringmpi.backends.numba_.vector import at, data, machine
 from ringmpi.backends.numba_.workspace import aligned
 from ringmpi.dtypes import BFLOAT16
+from ringmpi.score import Score
+from ringmpi.softmax import finish
 
 needs_tiles = pytest.mark.skipif(bool(amx.missing()), reason=f"no tiles: {amx.missing()}")
 
@@ -159,6 +164,89 @@ def test_rounding_of_pairs():
     want = x.astype(BFLOAT16).view(np.uint16)
     np.testing.assert_array_equal(out[0], want)
     np.testing.assert_array_equal(out[1], want.reshape(2, 16).T.ravel())
+
+
+def attend(threads=1, seed=5):
+    """Give the bytes of a state that 300 rows of two heads come to, on tiles."""
+    backend = open_backend("numba", threads)
+    backend.settle("tiles", [backend.ways])
+    q, k, v = (bits(seed + i, 300, 2, 40) for i in range(3))
+    state = backend.new_state(300, 2, 40, np.float32)
+    for _ in backend.accumulate(state, q, k, v, np.zeros(300, int), np.arange(1, 301), Score(0.2)):
+        pass
+    return backend, state.acc.tobytes() + state.row_max.tobytes() + state.row_sum.tobytes()
+
+
+@needs_tiles
+def test_every_thread_leaves_the_tiles():
+    backend, _ = attend(threads=3)
+    seen = {}
+
+    def look(thread):
+        time.sleep(0.01)
+        seen[thread] = np.ones(64, np.uint8)
+        config(seen[thread])
+
+    for _ in range(50):
+        if len(seen) < 3:
+            list(backend._team.run([uncounted_task(look) for _ in range(12)]))
+    backend.close()
+    assert len(seen) > 1
+    assert all((x == 0).all() for x in seen.values())
+
+
+@needs_tiles
+def test_beside_torch():
+    """torch's bfloat16 products use tiles too: neither disturbs the other, whoever comes first."""
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(np.random.default_rng(6).standard_normal((200, 300), np.float32)).bfloat16()
+    before = x @ x.T
+    _, want = attend()
+    between = x @ x.T
+    _, again = attend()
+    assert torch.equal(before, between)
+    assert torch.equal(before, x @ x.T)
+    assert want == again
+
+
+FORK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from test_amx import attend
+want = attend()[1]
+child = os.fork()
+same = attend()[1] == want
+if child == 0:
+    os._exit(0 if same else 1)
+print(same, os.waitpid(child, 0)[1])
+"""
+
+
+@needs_tiles
+def test_a_fork_has_tiles_too():
+    done = subprocess.run([sys.executable, "-c", FORK, os.path.dirname(__file__)], capture_output=True, text=True,
+                          timeout=120, check=True)
+    assert done.stdout == "True 0\n"
+
+
+@needs_tiles
+@pytest.mark.parametrize("size", [1e-39, 1e-40])
+@pytest.mark.parametrize("odd", [False, True])
+def test_values_too_small_for_the_unit(size, odd):
+    """Denormal values, which the tile unit takes as 0, come through beside others and alone."""
+    q, k, v = (bits(7 + i, 300, 1, 24) for i in range(3))
+    v[::2 if odd else 1] = (v[::2 if odd else 1].astype("f8") * size).astype(BFLOAT16)
+    v[1::2] = (v[1::2].astype("f8") * (0 if odd else 1)).astype(BFLOAT16)
+    out, begin, end = np.empty(v.shape), np.zeros(300, int), np.full(300, 300)
+    backend = open_backend("numba", 1)
+    backend.settle("tiles", [backend.ways])
+    state = backend.new_state(300, 1, 24, np.float32)
+    for _ in backend.accumulate(state, q, k, v, begin, end, Score(0.2)):
+        pass
+    backend.close()
+    finish(state, end > begin, out, np.empty((300, 1)))
+    want, _ = oracle.attend(q, k, v.astype("f8"), np.ones((300, 300), bool), 0.2)
+    np.testing.assert_allclose(out, want, atol=2**-7 * np.abs(want).max())
 
 
 SMALL_STACK = """

@@ -14,6 +14,8 @@ from ringmpi import BackendError, DtypeError, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend, reason_missing
 from ringmpi.backends.base import Backend
 from ringmpi.backends.cuda.backend import CudaBackend
+from ringmpi.backends.numba_ import amx
+from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.backend import NumbaBackend
 from ringmpi.backends.numpy_ import NumpyBackend
 from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
@@ -23,10 +25,17 @@ from ringmpi.softmax import State, finish
 BACKENDS = list(HOST_NAMES)
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=[*BACKENDS, "tiles"])
 def backend(request):
-    opened = open_backend(request.param, 2)
-    yield opened
+    """Every backend; and Numba's with bfloat16 on the CPU's tiles, few rows among them."""
+    if request.param == "tiles" and amx.missing():
+        pytest.skip(f"no tiles: {amx.missing()}")
+    opened = open_backend("numba" if request.param == "tiles" else request.param, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiles":
+            opened.settle("tiles", [opened.ways])
+            patch.setattr(numba_, "_is_few", lambda block: False)
+        yield opened
     opened.close()
 
 

@@ -12,8 +12,8 @@ from cases import covering, make_layout, make_mask
 
 from ringmpi import BackendError, Contiguous, Mask, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend
-from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import amx, tile_workspace, workspace
+from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.vector import machine
 from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score, dropout_keys
@@ -177,6 +177,16 @@ def test_same_bits_on_tiles(mask):
     check_sizes(Problem("bfloat16", mask, seed=MASKS.index(mask)), one_of, products="tiles")
 
 
+@needs_tiles
+@pytest.mark.parametrize("case", [{"lengths": (5, 3000)}, {"lengths": (700, 1)}, {"dims": (70, 33)}, {"heads": (7, 7)}],
+                         ids=str)
+def test_tiles(case):
+    """Few rows, which canonical order puts on tiles too; dims that are not whole tiles; capped scores."""
+    problem = Problem("bfloat16", "full" if "lengths" in case else "window", **case)
+    problem.score = Score(0.25, softcap=2.0)
+    check_sizes(problem, one_of, (2, 5), products="tiles")
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("case", covering({
     "dtype": list(DTYPES), "mask": MASKS, "heads": [(4, 4), (8, 2), (3, 1)], "dims": [(64, 64), (17, 33)],
@@ -226,10 +236,11 @@ def test_few_queries_and_keys():
 
 def test_numbers_that_vanish():
     """Products below the smallest number leave 0 of either sign: it must not tell what was seen beside them."""
-    problem = Problem("float32", "window")
-    problem.v *= np.float32(1e-42)
-    problem.v[::3] = -1e-45
-    check_sizes(problem, one_of, (2, 3, 7))
+    for dtype in ("float32", "bfloat16"):
+        problem = Problem(dtype, "window")
+        problem.v[:] = (problem.v.astype(float) * 1e-42).astype(problem.v.dtype)
+        problem.v[::3] = -1e-45 if dtype == "float32" else -9.2e-41
+        check_sizes(problem, one_of, (2, 3, 7))
 
 
 @needs_tiles

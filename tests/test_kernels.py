@@ -14,8 +14,8 @@ import oracle
 import pytest
 
 from ringmpi.backends import open_backend
+from ringmpi.backends.numba_ import amx, vector
 from ringmpi.backends.numba_ import backend as numba_
-from ringmpi.backends.numba_ import vector
 from ringmpi.backends.numba_.forward_tile import forward_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
 from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
@@ -26,8 +26,9 @@ HERE = Path(__file__).parent
 NARROW = {"AVX2": "haswell", "SSE": "x86-64"}
 
 
-def attend(q, k, v, begin, end, scale, threads=2, blocks=1):
+def attend(q, k, v, begin, end, scale, threads=2, blocks=1, products="auto"):
     backend = open_backend("numba", threads)
+    backend.settle(products, [backend.ways])
     try:
         state = State.empty(len(q), q.shape[1], v.shape[2], accumulator(q.dtype))
         for a, b in zip(range(blocks), range(1, blocks + 1), strict=True):
@@ -99,21 +100,20 @@ def test_the_width_is_that_of_the_named_cpu(name, size):
     assert f"registers={32 if size == 64 else 16}" in said
 
 
-@pytest.fixture
-def in_pairs(monkeypatch):
-    """bfloat16 multiplied in pairs, which nobody asks for by himself."""
-    if not vector.machine().pairs:
-        pytest.skip("this CPU has no product of bfloat16 pairs")
-    monkeypatch.setattr(numba_.NumbaBackend, "products", "pairs")
+# bfloat16 in every way; the other tests take the first that the CPU has.
+HAS = {"tiles": not amx.missing(), "widen": True, "pairs": vector.machine().pairs}
+BFLOAT16_WAYS = [pytest.param(name, marks=pytest.mark.skipif(not there, reason=f"this CPU has no {name}"))
+                 for name, there in HAS.items()]
 
 
+@pytest.mark.parametrize("products", BFLOAT16_WAYS)
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 64), (80, 33), (2, 24), (17, 16)])
-def test_bfloat16_in_pairs(in_pairs, dim, dim_v):
+def test_ways_of_bfloat16(products, dim, dim_v):
     for n_q in (5, 300):
         q, k, v = data(0, n_q, 700, 4, 2, dim, dim_v, "bfloat16")
-        check(q, k, v, *ranges("random", n_q, 700))
+        check(q, k, v, *ranges("random", n_q, 700), products=products)
         v[350, 1, 0] = np.nan
-        check(q, k, v, *ranges("random", n_q, 700))
+        check(q, k, v, *ranges("random", n_q, 700), products=products)
 
 
 @pytest.mark.parametrize("n_q", [1, 2, 5, 6, 7, 13, 200, 389])
@@ -121,8 +121,9 @@ def test_bfloat16_in_pairs(in_pairs, dim, dim_v):
 def test_shapes_around_tiles(n_q, kind):
     """Few rows, many rows, groups that are not whole; keys that are no multiple of a tile."""
     for seed, (n_k, heads, kv_heads) in enumerate([(1, 2, 2), (129, 3, 1), (1000, 2, 1)]):
-        q, k, v = data(seed, n_q, n_k, heads, kv_heads, 24, 20, "float32")
-        check(q, k, v, *ranges(kind, n_q, n_k, seed), threads=1 + seed)
+        for dtype in ("float32", "bfloat16"):
+            q, k, v = data(seed, n_q, n_k, heads, kv_heads, 24, 20, dtype)
+            check(q, k, v, *ranges(kind, n_q, n_k, seed), threads=1 + seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,15 +159,16 @@ def test_any_sign_of_the_scale(n_q, scale):
         check(q, k, v, *ranges("random", n_q, 300), scale=scale)
 
 
-def test_packed_a_few_tiles_at_a_time(monkeypatch):
-    q, k, v = data(0, 300, 2000, 4, 2, 32, 32, "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_a_few_tiles_at_a_time(dtype, monkeypatch):
+    q, k, v = data(0, 300, 2000, 4, 2, 32, 32, dtype)
     begin, end = ranges("window", 300, 2000)
     whole, _ = attend(q, k, v, begin, end, 0.2)
     monkeypatch.setattr(numba_, "PACKED_BYTES", 1)
     monkeypatch.setattr(numba_, "STEP_FLOP", 1)
     monkeypatch.setattr(numba_, "STEP_BYTES", 1)
     pieces, _ = attend(q, k, v, begin, end, 0.2)
-    assert oracle.error(pieces, whole) < 2e-6
+    assert oracle.error(pieces, whole) < TOLERANCE[dtype]
     check(q, k, v, begin, end)
     check(q[:3], k, v, begin[:3], end[:3])
 
@@ -259,10 +261,11 @@ def test_accuracy_of_odd_data(kind, dtype, n_q):
     assert np.abs(out - want).max() < max(bound, 2 * np.abs(plain - want).max())
 
 
-def test_bfloat16_is_no_worse_than_torch():
+@pytest.mark.parametrize("products", BFLOAT16_WAYS)
+def test_bfloat16_is_no_worse_than_torch(products):
     torch = pytest.importorskip("torch")
     q, k, v = data(9, 512, 8192, 1, 1, 128, 128, "bfloat16")
-    out, _ = attend(q, k, v, np.zeros(512, int), np.full(512, 8192), 128**-0.5)
+    out, _ = attend(q, k, v, np.zeros(512, int), np.full(512, 8192), 128**-0.5, products=products)
     a, b, c = (torch.from_numpy(x.astype("f4").transpose(1, 0, 2).copy()).bfloat16()[None] for x in (q, k, v))
     theirs = torch.nn.functional.scaled_dot_product_attention(a, b, c)[0].float().numpy().transpose(1, 0, 2)
     want, _ = oracle.attend(q, k, v, np.ones((512, 8192), bool), 128**-0.5)
@@ -427,21 +430,24 @@ def test_prepare_compiles_all_that_a_dtype_needs(dtype):
     only_prepared(dtype)
 
 
-def test_prepare_compiles_pairs_and_odd_dims(in_pairs):
-    only_prepared("bfloat16")
+@pytest.mark.parametrize("products", BFLOAT16_WAYS)
+def test_prepare_compiles_every_way_and_odd_dims(products):
+    only_prepared("bfloat16", products)
 
 
-def only_prepared(dtype):
-    from ringmpi.backends.numba_.compiled import forward_keys, pack_forward
+def only_prepared(dtype, products="auto"):
+    from ringmpi.backends.numba_.compiled import forward_keys, forward_units, pack_forward, pack_units
+    functions = forward_keys, pack_forward, forward_units, pack_units
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
+    backend.settle(products, [backend.ways])
     backend.prepare(DTYPES[dtype], kind, 8, 8)
-    compiled = [len(f.signatures) for f in (forward_keys, pack_forward)]
+    compiled = [len(f.signatures) for f in functions]
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
         state, whole = State.empty(n_q, 2, dim_v, kind), np.full(n_q, 50)
         sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(0.1)))
-    assert [len(f.signatures) for f in (forward_keys, pack_forward)] == compiled
+    assert [len(f.signatures) for f in functions] == compiled
     backend.close()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from ringmpi import Mask, RingAttention
 from ringmpi.backends import HOST_NAMES
+from ringmpi.backends.numba_ import amx
 from ringmpi.backends.numba_.arguments import tokens
 from ringmpi.backends.numba_.vector import machine
 from ringmpi.backends.strided import in_place
@@ -107,14 +108,14 @@ def passes(attention, q, k, v):
 
 @pytest.mark.parametrize("n_q", [2, 150])
 @pytest.mark.parametrize(("backend", "dtype"), [*((name, dtype) for name in HOST_NAMES for dtype in DTYPES),
-                                                ("numba", "pairs")])
+                                                ("numba", "pairs"), ("numba", "tiles")])
 def test_views_give_the_bits_of_copies(alone, backend, dtype, n_q):
-    pairs = dtype == "pairs"
-    if pairs and not machine().pairs:
-        pytest.skip("this CPU has no product of bfloat16 pairs")
-    given = arrays("bfloat16" if pairs else dtype, n_q)
-    with RingAttention(alone, backend=backend, threads=1, mask=Mask(causal=True),
-                       bfloat16_products="pairs" if pairs else "widen") as attention:
+    if (dtype == "pairs" and not machine().pairs) or (dtype == "tiles" and amx.missing()):
+        pytest.skip(f"this CPU has no {dtype}")
+    products = dtype if dtype in ("pairs", "tiles") else "widen"
+    given = arrays("bfloat16" if products == dtype else dtype, n_q)
+    with RingAttention(alone, backend=backend, threads=1, mask=Mask(causal=True), bfloat16_products=products
+                       ) as attention:
         for make in (*IN_PLACE, *COPIED):
             views = [make(x) for x in given]
             want = passes(attention, *(np.array(x, order="C") for x in views))

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from ..environment import BFLOAT16_PRODUCTS, bfloat16_products
 from ..errors import BackendError, OptionError
 
-# In order of preference. `widen` converts to float32 before it multiplies, and works on every CPU. `tiles` multiplies
-# bfloat16 on the CPU's tile unit (AMX), for which the weights are rounded to bfloat16 too. So does `pairs`, which
-# multiplies two at a time (AVX512_BF16). On a Xeon with AVX512_BF16 and AMX, dim 64 and 128, `pairs` took 1.5 to 1.6
-# times as long as `widen`: its instruction does half of what float32's does.
-PRODUCTS = ("widen", "tiles", "pairs")
+# In order of preference. `tiles` multiplies bfloat16 on the CPU's tile unit (AMX), for which the weights are rounded to
+# bfloat16 too. `widen` converts to float32 before it multiplies, and works on every CPU. `pairs` multiplies two at a
+# time (AVX512_BF16), and rounds the weights as well; on a Xeon with AVX512_BF16 and AMX, dim 64 and 128, it took 1.5 to
+# 1.6 times as long as `widen`: its instruction does half of what float32's does.
+PRODUCTS = ("tiles", "widen", "pairs")
 NEEDS = {"tiles": "AMX that Linux lets this process use (`ringmpi info` says why not)", "pairs": "AVX512_BF16"}
 NAMES = ("auto", *PRODUCTS)
 

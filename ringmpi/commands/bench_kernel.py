@@ -62,10 +62,7 @@ def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int,
     if peer:
         runs["torch"] = timed(peer)
 
-    # Numba multiplies bfloat16 in pairs in some cases, and the peak depends on it.
-    in_pairs = (forward and case.dtype == "bfloat16" and case.dim % 2 == 0 and "numba" in backends
-                and backends["numba"].products == "pairs")
-    product = "pairs" if in_pairs else str(accumulator(case.q.dtype))
+    product = _product(case, backends) if forward else str(accumulator(case.q.dtype))
     peaks: list[float] = []
     bandwidths: list[float] = []
 
@@ -82,6 +79,14 @@ def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int,
              "GFLOP/s": flop / t / 1e9, "peak GFLOP/s": peak / 1e9, "of peak": flop / t / peak,
              "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth if from_memory else None,
              "x torch": medians["torch"] / t if "torch" in medians else None} for name, t in medians.items()]
+
+
+def _product(case: Case, backends: dict[str, Any]) -> str:
+    """Say what Numba multiplies with in the forward pass, whose peak is the yardstick: bfloat16 has other ways too."""
+    way = backends["numba"].products if case.dtype == "bfloat16" and "numba" in backends else "widen"
+    if (way == "pairs" and case.dim % 2 == 0) or (way == "tiles" and len(case.q) > FEW):
+        return str(way)
+    return str(accumulator(case.q.dtype))
 
 
 def _forward(case: Case, backend: Any) -> Callable[[], object]:

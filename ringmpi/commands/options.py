@@ -10,7 +10,7 @@ from ..schedules.spec import ORDERS, check_memory_limit, check_schedule
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
-PRODUCTS = ("auto", "widen", "tiles", "pairs")
+PRODUCTS = ("auto", "tiles", "widen", "pairs")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
@@ -138,9 +138,9 @@ def add_order(parser: Any) -> None:
 def add_products(parser: Any) -> None:
     """Add the option that says how CPUs multiply bfloat16."""
     parser.add_argument("--bfloat16-products", choices=PRODUCTS, default="auto",
-                        help="how CPUs multiply bfloat16: widened to float32, on the CPU's tiles (AMX) or in pairs "
-                             "(AVX512_BF16), which both round the weights too (default: RINGMPI_BFLOAT16_PRODUCTS, "
-                             "else widened)")
+                        help="how CPUs multiply bfloat16: on tiles (AMX), widened to float32, or in pairs "
+                             "(AVX512_BF16); tiles and pairs round the weights too (default: "
+                             "RINGMPI_BFLOAT16_PRODUCTS, else tiles where all ranks have them, else widened)")
 
 
 def refuse_idle_options(parser_error: Any, arguments: argparse.Namespace) -> None:

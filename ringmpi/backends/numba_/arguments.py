@@ -35,6 +35,8 @@ class KernelArguments:
         Queries × group: the rows of a key head.
     first, last : int
         The columns that some query sees.
+    capping : tuple of two numbers
+        scale / softcap and softcap; scale and 0 without.
     """
 
     def __init__(self, acc_dtype: np.dtype[Any], q: Array, k: Array, v: Array, seen: Seen, score: Score,
@@ -48,6 +50,7 @@ class KernelArguments:
         stored = np.dtype(np.uint32) if pairs else None
         scale = acc_dtype.type(score.scale if score.plain else 1)
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
+        self.capping = acc_dtype.type(score.scale / (score.softcap or 1)), acc_dtype.type(score.softcap)
         self._score = None if score.plain else self._shared_score(score)
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
@@ -67,10 +70,9 @@ class KernelArguments:
         if score.positional:
             queries[:] = score.queries
             keys[:n_k] = score.keys
-        return {"ratio": number(score.scale / (score.softcap or 1)), "cap": number(score.softcap),
-                "sloped": score.slopes is not None, "threshold": np.int64(score.threshold),
-                "gain": number(score.gain if score.dropout else 0), "slopes": slopes, "dropout_keys": dropout_keys,
-                "queries": queries, "keys": keys}
+        return {"ratio": self.capping[0], "cap": self.capping[1], "sloped": score.slopes is not None,
+                "threshold": np.int64(score.threshold), "gain": number(score.gain if score.dropout else 0),
+                "slopes": slopes, "dropout_keys": dropout_keys, "queries": queries, "keys": keys}
 
     def score_arguments(self, row_score: tuple[Array, ...]) -> ScoreArguments | None:
         """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain."""

@@ -37,16 +37,19 @@ from .compiled import (
     compile_for,
     finish_rows,
     forward_keys,
+    forward_units,
     merge_states,
     pack_backward,
     pack_forward,
     pack_tiles_backward,
+    pack_units,
 )
 from .forward import Forward
+from .forward_units import ForwardUnits
 from .product import ROWS
 from .seen import Seen, SeenBefore
 from .steps import Limits
-from .tile_workspace import TileBackwardBuffers
+from .tile_workspace import PackedTiles, TileBackwardBuffers, TileScratch
 from .tuples import (
     ColumnRange,
     GradientArrays,
@@ -86,6 +89,9 @@ class NumbaBackend(Backend):
         self._forward_key: Any = None
         self._scratch: list[ForwardScratch] = []
         self._packed: PackedKV | None = None
+        self._units_key: Any = None
+        self._tile_scratch: list[TileScratch] = []
+        self._units: PackedTiles | None = None
         self._backward_key: Any = None
         self._buffers: BackwardBuffers | TileBackwardBuffers | None = None
 
@@ -111,21 +117,27 @@ class NumbaBackend(Backend):
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
-            on_tiles = self._on_tiles(dtype, accumulator, score)
+            on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score)
             if backward and on_tiles:
                 _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
             if backward and not (on_tiles and plain):                         # other scores are not for tiles
                 _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
             elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
+                if on_tiles:
+                    _prepare_units(self._arguments(accumulator, x, x, x, seen, score))
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         def steps() -> Generator[int, None, None]:
             block = self._arguments(state.acc.dtype, q, k, v, seen, score)
+            rest = block, _limits(), state, self.canonical, seen.cuts
+            if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or not _is_few(block)):
+                units = self._reserve_units(q.shape[2], v.shape[2])
+                return ForwardUnits(self._team, units, self._tile_scratch, *rest).run()
             packed = self._reserve_forward(block)
-            return Forward(self._team, packed, self._scratch, block, _limits(), state, self.canonical, seen.cuts).run()
+            return Forward(self._team, packed, self._scratch, *rest).run()
 
         seen = self._seen.find(begin, end)
         return self._run(steps, seen, q.shape[1])
@@ -175,7 +187,7 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            on_tiles = _tile_score(score) if self._on_tiles(q.dtype, acc_dtype, score) else None
+            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score) else None
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
@@ -218,7 +230,9 @@ class NumbaBackend(Backend):
 
     def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
         """Whether the CPU's tiles multiply: for scores that are plain or capped; a matter that all ranks agree on."""
-        return self.products == "tiles" and dtype == BFLOAT16 and acc_dtype == np.float32 and not score.positional
+        if self.products != "tiles" or score.positional:
+            return False
+        return bool(dtype == BFLOAT16 and acc_dtype == np.float32)
 
     @property
     def _tile(self) -> int:
@@ -236,6 +250,16 @@ class NumbaBackend(Backend):
             self._forward_key = key
         return self._packed
 
+    def _reserve_units(self, *key: int) -> PackedTiles:
+        """Make the work space of the tile unit for blocks with this dim and dim_v, unless the last one was."""
+        if self._units is None or self._units_key != key:
+            self._tile_scratch = []      # the old memory goes before the new comes
+            self._units = None
+            self._tile_scratch = [TileScratch(*key) for _ in range(self.threads)]
+            self._units = PackedTiles(*key)
+            self._units_key = key
+        return self._units
+
     def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
                           ) -> BackwardBuffers | TileBackwardBuffers:
         """Make the work space for blocks like this one, unless the last one was."""
@@ -251,6 +275,8 @@ class NumbaBackend(Backend):
         """Give the work space back. Local."""
         self._scratch = []
         self._forward_key = self._packed = None
+        self._tile_scratch = []
+        self._units_key = self._units = None
         self._backward_key = self._buffers = None
         self._seen.clear()
 
@@ -264,9 +290,10 @@ def _limits() -> Limits:
     return Limits(PACKED_BYTES, STEP_FLOP, STEP_BYTES)
 
 
-def _tile_score(score: Score) -> TileScore:
-    """Give a score without positions as the kernels on tiles take it."""
-    return TileScore(np.float32(score.scale / (score.softcap or 1)), np.float32(score.softcap))
+def _is_few(block: KernelArguments) -> bool:
+    """Whether a block has so few rows that they read keys where they are."""
+    most = PackedKV(*_forward_key(block), 0).rows
+    return bool(block.rows <= most)
 
 
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:
@@ -304,9 +331,20 @@ def _prepare_tiles_backward(block: KernelArguments) -> None:
     columns = ColumnRange(0, 0, 1)
     compile_for(pack_tiles_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     compile_for(backward_on_tiles, GradientArrays(q, one, one, many, np.float32(1), True, True), block.arrays,
-                _tile_score(Score(1.0)), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
+                TileScore(*block.capping), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
                 buffers.scratch[0])
     compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))
+
+
+def _prepare_units(block: KernelArguments) -> None:
+    """Compile the forward pass on the tile unit for a block of one key and one query."""
+    arrays = block.arrays
+    scratch = TileScratch(arrays.k.shape[2], arrays.v.shape[2])
+    tiles = PackedTiles(arrays.k.shape[2], arrays.v.shape[2]).reserve(1, 1)
+    compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles)
+    state = State.empty(1, 1, arrays.v.shape[2], block.acc_dtype)
+    numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), arrays, tiles, scratch.work)
+    compile_for(forward_units, numbers, block.capping, ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]))
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -24,15 +24,17 @@ from . import (
     product,
     score_rows,
     softmax_rows,
+    tile_forward,
     tile_gradient_rows,
     tile_gradients,
     tile_pack,
+    tile_rows,
     tile_squares,
     tuples,
     vector,
     weights,
 )
-from .amx import configure, release
+from .amx import DEPTH, configure, release
 from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
 from .cache import KernelCache, warn_once
 from .forward_tile import (
@@ -48,6 +50,7 @@ from .forward_tile import (
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
+from .tile_forward import GROUP_BYTES, add_odd, advance, load_tile_rows, pack_unit, places_of, store_tile_rows, unit_of
 from .tile_gradients import (
     differentiate_packed,
     find_seen,
@@ -55,11 +58,24 @@ from .tile_gradients import (
     pack_gradient_tile,
     store_gradient_rows,
 )
+from .tile_pack import steps
+from .tile_rows import BLOCK, KEYS
 from .tile_squares import SIDE
-from .tuples import BlockArrays, ColumnRange, ForwardTiles, ForwardWork, RowRange, StateArrays, Tile, Tokens
+from .tuples import (
+    BlockArrays,
+    ColumnRange,
+    ForwardTiles,
+    ForwardWork,
+    RowRange,
+    StateArrays,
+    Tile,
+    TileWork,
+    Tokens,
+    Unit,
+)
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile,
-           amx, tile_pack, tile_squares, tile_gradient_rows, tile_gradients)
+           amx, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
 
 
 def _digest() -> str:
@@ -223,6 +239,67 @@ def _forward(digest: str) -> tuple[Any, ...]:
     return pack_forward, forward_keys, merge_states, finish_rows, combine_rows
 
 
+def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
+    """Make the functions of the forward pass on the tile unit, as `_forward` does."""
+
+    def pack_units(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head, for `forward_units`."""
+        digest                          # noqa: B018
+        for slot in range(first, last):
+            at = start + slot % packed.tiles * packed.tile
+            pack_unit(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
+
+    def forward_units(numbers, capping, ranges):  # type: ignore[no-untyped-def]
+        """Do what `forward_keys` does, for rows of one head each, on the tile unit; `capping` is (scale / cap, cap)."""
+        digest                          # noqa: B018
+        state = StateArrays(*numbers[:3])
+        block = BlockArrays(Tokens(*numbers[3:7]), Tokens(*numbers[7:11]), Tokens(*numbers[11:15]), numbers[15],
+                            numbers[16], numbers[17])
+        packed = ForwardTiles(*numbers[18:24])
+        work = TileWork(*numbers[24:])
+        group = state.acc.shape[1] // block.v.shape[1]
+        for x in ranges:
+            rows, columns = RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0)
+            if columns.fresh:
+                load_tile_rows(block, state, rows, group, work)
+
+            places = places_of(work, packed)
+            scale = max(block.scale, np.float32(1e-45))               # 0 · -inf would be NaN
+            depth, width = steps(block.k.shape[2]), steps(block.v.shape[2])
+            a, b = visible(work.low, work.high, rows.n_rows, columns.start, columns.stop)
+            a -= (a - columns.origin) % packed.tile
+            tiles, blocks = -(-(b - a) // packed.tile), -(-rows.n_rows // BLOCK)
+            together = max(1, GROUP_BYTES // (KEYS * 2 * DEPTH * (depth + width)))
+
+            # Some tiles that fit the cache, with a block of rows after the other; two steps more until all is done.
+            configure()
+            none = Unit(0, 0, 0, 0, 0, False)
+            scored = weighed = none
+            number = 0
+            for i in range(tiles * blocks + 2):
+                new = none
+                if i < tiles * blocks:
+                    first = i // (together * blocks) * together
+                    size = min(together, tiles - first)
+                    inside = i - first * blocks
+                    at = a + (first + inside % size) * packed.tile
+                    slot = rows.head * packed.tiles + (at - columns.origin) // packed.tile
+                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot)
+                    if new.first == new.last:
+                        continue
+                advance(new, scored, weighed, number, places, depth, width, scale, capping)
+                if weighed.first < weighed.last and not packed.finite[weighed.slot]:
+                    add_odd(weighed, number % 2, rows.head, work, block.v)
+                weighed, scored = scored, new
+                number += 1
+            release()
+
+            if columns.final:
+                store_tile_rows(state, rows, group, work)
+
+    return pack_units, forward_units
+
+
 def _backward(digest: str) -> tuple[Any, ...]:
     """Make the functions of the backward pass, as `_forward` does."""
 
@@ -275,7 +352,7 @@ def _backward(digest: str) -> tuple[Any, ...]:
     return pack_backward, backward_keys, add_sums
 
 
-def _on_tiles(digest: str) -> tuple[Any, ...]:
+def _backward_on_tiles(digest: str) -> tuple[Any, ...]:
     """Make the functions of the backward pass on the CPU's tiles, as `_forward` does."""
 
     def pack_tiles_backward(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
@@ -339,5 +416,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
 
 
 (pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums,
- pack_tiles_backward, backward_on_tiles) = _compiled(
-    _forward(_digest()) + _backward(_digest()) + _on_tiles(_digest()))
+ pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
+    _forward(_digest()) + _backward(_digest()) + _forward_on_tiles(_digest()) + _backward_on_tiles(_digest()))

@@ -31,7 +31,7 @@ from .compiled import combine_rows, forward_keys, pack_forward
 from .product import ROWS
 from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
 from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers, ranges_of
-from .workspace import ForwardScratch, PackedKV
+from .workspace import PackedKV
 
 Array = NDArray[Any]
 
@@ -85,22 +85,28 @@ class Forward:
 
     team: Team
     packed: PackedKV
-    scratch: list[ForwardScratch]       # of each thread
+    scratch: list[Any]                  # of each thread: a ForwardScratch
     block: KernelArguments
     limits: Limits
     state: State
     canonical: bool
     cuts: dict[Any, Any]                # those of what the queries see; see `Seen`
+    rows_together = ROWS                # a task has a multiple of them
+    speed = 1.0                         # beside that of the vector units
 
     def run(self) -> Generator[int, None, None]:
         """Fold the block into the state; yields rows × keys done since the last yield."""
         block, packed = self.block, self.packed
-        few = block.rows <= packed.rows and not self.canonical
-        key = (few, self.team.size, block.heads, block.group, block.numbers, block.arrays.k.shape[0],
+        few = self._is_few()
+        key = (type(self), few, self.team.size, block.heads, block.group, block.numbers, block.arrays.k.shape[0],
                block.acc_dtype, packed.rows, packed.tile, packed.tile_bytes, *self.limits)
         if key not in self.cuts:
             self.cuts[key] = self._cut_keys() if few else self._cut_rows()
         return self._few_rows(*self.cuts[key]) if few else self._many_rows(self.cuts[key])
+
+    def _is_few(self) -> bool:
+        """Whether a packed tile would be used once."""
+        return bool(self.block.rows <= self.packed.rows) and not self.canonical
 
     def _cut_rows(self) -> list[Round]:
         """Cut the rows, and the keys into what the buffer holds."""
@@ -110,7 +116,7 @@ class Forward:
         # Tiles of rows: as high as the work space, but enough of them for all threads; a thread alone needs but one.
         least = TASKS * self.team.size if self.team.size > 1 else 1
         count = max(-(-block.rows // packed.rows), -(-least // block.heads))
-        height = -(-block.rows // (count * ROWS)) * ROWS
+        height = -(-block.rows // (count * self.rows_together)) * self.rows_together
         step = self._step(min(height, block.rows))
 
         first, last = block.in_tiles(tile) if self.canonical else (block.first, block.last)
@@ -177,7 +183,7 @@ class Forward:
     def _step(self, rows: int) -> int:
         """Columns that `rows` rows take about the operations of a step for, in whole tiles."""
         flop = 2 * rows * self.packed.tile * self.block.numbers
-        return max(1, int(self.limits.step_flop * speed(self.block.acc_dtype) / flop)) * self.packed.tile
+        return max(1, int(self.limits.step_flop * self.speed * speed(self.block.acc_dtype) / flop)) * self.packed.tile
 
     def _piece(self, part: int, rows: RowRange, starts: range, area: int, origin: int) -> Piece:
         """Make the piece that folds a range of columns into rows, step by step; `area` is seen of them all."""
@@ -196,7 +202,7 @@ class Forward:
 
     def _most_work(self) -> float:
         """Rows × columns of a step."""
-        work: float = self.limits.step_flop * speed(self.block.acc_dtype) / (2 * self.block.numbers)
+        work: float = self.limits.step_flop * self.speed * speed(self.block.acc_dtype) / (2 * self.block.numbers)
         return work
 
     def _pieces(self, start: int, stop: int, height: int, step: int, apart: bool = False) -> list[Piece]:
@@ -251,7 +257,8 @@ class Forward:
 
     def _fold(self, state: StateArrays, ranges: NDArray[np.int64], tiles: ForwardTiles | int, thread: int) -> None:
         mine = self.scratch[thread]
+        packed: Any = tiles
         if isinstance(tiles, int):
-            tiles = mine.own(tiles) if tiles else mine.private
-        forward_keys(forward_numbers(state, self.block.arrays, tiles, mine.work),
+            packed = mine.own(tiles) if tiles else mine.private
+        forward_keys(forward_numbers(state, self.block.arrays, packed, mine.work),
                      self.block.score_arguments(mine.row_score), ranges)

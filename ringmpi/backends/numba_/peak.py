@@ -12,6 +12,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from ...errors import BackendError
+from .amx import NUMBER, ROWS, TILE, configure, dot_tile, missing, release, zero_tile
 from .vector import Vectors, at, constant, data, dot_pairs, loop, machine
 
 CHAINS = 12             # independent sums: more than latency × units, fewer than the registers
@@ -42,6 +44,27 @@ def _multiply(context, out, rounds):  # type: ignore[no-untyped-def]
 @numba.njit(nogil=True)
 def _spin(out, rounds):  # type: ignore[no-untyped-def]
     _multiply(out, rounds)
+
+
+@intrinsic
+def _multiply_tiles(context, rounds):  # type: ignore[no-untyped-def]
+    """Four products of tiles a round."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        for tile in range(NUMBER):
+            zero_tile(builder, tile)
+        with loop(builder, constant(0), values[0]):
+            for total, a, b in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+                dot_tile(builder, total, a, b)
+        return context.get_dummy_value()
+
+    return types.void(rounds), emit
+
+
+@numba.njit(nogil=True)
+def _spin_tiles(out, rounds):  # type: ignore[no-untyped-def]
+    configure()
+    _multiply_tiles(rounds)
+    release()
 
 
 @intrinsic
@@ -76,24 +99,35 @@ def multiply_add_peak(kind: str, threads: int, seconds: float = 0.05) -> float:
 
     Parameters
     ----------
-    kind : {"float32", "float64", "pairs"}
-        `pairs` is the product of bfloat16 pairs; only where `machine().pairs`.
+    kind : {"float32", "float64", "pairs", "tiles"}
+        `pairs` is the product of bfloat16 pairs; only where `machine().pairs`. `tiles` is that of the tile unit; only
+        where `amx.missing` is empty.
     threads : int
     seconds : float
         About how long to measure.
+
+    Raises
+    ------
+    BackendError
+        If there are no tiles, and it is they.
     """
-    dtype = np.dtype(np.uint32 if kind == "pairs" else kind)
+    if kind == "tiles" and missing():          # which asks for them
+        raise BackendError(f"no tiles: {missing()}")
+    dtype = np.dtype({"pairs": "u4", "tiles": "u2"}.get(kind, kind))
+    spin = _spin_tiles if kind == "tiles" else _spin
     flop = CHAINS * 2 * machine().vector_bytes // dtype.itemsize * (2 if kind == "pairs" else 1)
+    if kind == "tiles":
+        flop = 4 * 2 * ROWS * TILE
     one = 0x3F803F80 if kind == "pairs" else 1
     arrays = [np.full(CHAINS * 64 // dtype.itemsize, one, dtype) for _ in range(threads)]
-    _spin(arrays[0], 1)
+    spin(arrays[0], 1)
     rounds = 1000
     with ThreadPoolExecutor(threads) as pool:
         while True:
             for array in arrays:
                 array[:] = one
             start = time.perf_counter()
-            list(pool.map(_spin, arrays, [rounds] * threads))
+            list(pool.map(spin, arrays, [rounds] * threads))
             taken = time.perf_counter() - start
             if taken > seconds:
                 return flop * rounds * threads / taken

@@ -1,4 +1,4 @@
-"""What the backward pass on the CPU's tiles writes to, made once; see `workspace`."""
+"""What the kernels on the tile unit write to, made once: packed tiles of K and V, and the rows of a thread."""
 
 from __future__ import annotations
 
@@ -7,14 +7,51 @@ from typing import Any
 import numpy as np
 
 from ...environment import cache_bytes
-from .amx import DEPTH
+from .amx import DEPTH, ROWS, TILE
 from .tile_gradient_rows import PLACE
 from .tile_gradients import gradient_tile_shape
+from .tile_rows import BLOCK, KEYS, SQUARE, STRIPS
 from .tile_squares import SIDE
-from .tuples import GradientTiles, TileGradientWork
-from .workspace import Array, BackwardMemory, aligned
+from .tuples import GradientTiles, TileGradientWork, TileWork
+from .workspace import Array, BackwardMemory, PackedKV, aligned
 
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+MOST_BLOCKS = 8             # of rows, that meet a packed tile while it is in cache
+ASIDE = 256                 # numbers between two arrays, so that the same rows of them are in other lines of the cache
+
+
+class PackedTiles(PackedKV):
+    """Memory for packed tiles of K and V, a number of tiles for each key head.
+
+    Parameters
+    ----------
+    dim, dim_v : int
+    """
+
+    def __init__(self, dim: int, dim_v: int) -> None:
+        self.words = np.dtype(np.uint16)
+        self.depth, self.width = -(-dim // DEPTH), -(-dim_v // DEPTH)          # in tiles, and in pairs of tiles
+        self.rows, self.tile = MOST_BLOCKS * BLOCK, KEYS
+        self.cached = 0                                  # each thread packs none of its own
+        self._sizes = KEYS // ROWS * self.depth * TILE, 2 * self.width * STRIPS * TILE
+        self._arrays = np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.bool_)
+
+
+class TileScratch:
+    """What a thread needs to fold packed tiles into some blocks of rows."""
+
+    def __init__(self, dim: int, dim_v: int) -> None:
+        packed = PackedTiles(dim, dim_v)
+        n = packed.rows
+
+        def singles(*shape: int) -> Array:
+            return aligned(int(np.prod(shape)), np.float32)
+
+        self.work = TileWork(
+            queries=aligned(n * packed.depth * DEPTH, np.uint16), s=singles(2, BLOCK, KEYS),
+            p=aligned(2 * BLOCK * KEYS + ASIDE, np.uint16)[ASIDE:], acc=singles(n // ROWS, 2 * packed.width, SQUARE),
+            tops=singles(BLOCK, ROWS), sums=singles(BLOCK, ROWS), row_max=singles(n), row_sum=singles(n),
+            shrink=singles(2, BLOCK), shift=singles(2, BLOCK), low=aligned(n, np.int64), high=aligned(n, np.int64))
 
 
 class TileBackwardBuffers(BackwardMemory):

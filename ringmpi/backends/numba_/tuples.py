@@ -58,7 +58,7 @@ class StateArrays(NamedTuple):
     row_sum: Any
 
 
-def forward_numbers(state: StateArrays, block: BlockArrays, packed: ForwardTiles, work: ForwardWork
+def forward_numbers(state: StateArrays, block: BlockArrays, packed: ForwardTiles, work: ForwardWork | TileWork
                     ) -> tuple[Any, ...]:
     """Give what `forward_keys` takes as one plain tuple, which is handed over in a quarter of the time. Local."""
     return *state, *block.q, *block.k, *block.v, *block[3:], *packed, *work
@@ -205,6 +205,87 @@ class ForwardWork(NamedTuple):
     groups: Any
     sums: Any
     eager: Any
+
+
+class TileWork(NamedTuple):
+    """What a thread works on in the forward pass on the tile unit, made by `tile_workspace.TileScratch`.
+
+    Rows are in blocks of 32. All arrays but the last two have one axis; tiles are 1 KiB, see `amx`.
+
+    Attributes
+    ----------
+    queries : uint16
+        Tiles of A: for 16 rows all their depth.
+    s : float32
+        Scores of two units: for 16 rows all their keys, in tiles of 16 × 16.
+    p : uint16
+        Weights of two units, tiles of A.
+    acc : float32
+        Sum of weights times values: for 16 rows all their columns, in tiles of 16 × 16.
+    tops, sums : float32
+        Largest score and sum of weights of a block's rows, for 16 lanes each.
+    row_max, row_sum : (rows,)
+    shrink, shift : (2 · 32,)
+        Of the rows of two units; see `tile_rows.raise_block`.
+    low, high : (rows,) int64
+        The columns that a row sees.
+    """
+
+    queries: Any
+    s: Any
+    p: Any
+    acc: Any
+    tops: Any
+    sums: Any
+    row_max: Any
+    row_sum: Any
+    shrink: Any
+    shift: Any
+    low: Any
+    high: Any
+
+
+class TilePlaces(NamedTuple):
+    """Addresses of the arrays of a `TileWork` and of `ForwardTiles`, int64.
+
+    Numba counts references to the arrays that a function is given, which takes longer than a unit's products.
+    """
+
+    queries: Any
+    s: Any
+    p: Any
+    acc: Any
+    tops: Any
+    sums: Any
+    row_max: Any
+    row_sum: Any
+    shrink: Any
+    shift: Any
+    low: Any
+    high: Any
+    keys: Any
+    values: Any
+
+
+class Unit(NamedTuple):
+    """What the tile unit does at a time: block `block` of the rows × strips first..last of a packed tile.
+
+    Attributes
+    ----------
+    start, slot : int
+        The tile's first column, and its number.
+    first, last : int
+        Strips of 32 keys that some row sees something of; first == last: there is no unit.
+    partial : bool
+        Whether some row does not see all of them.
+    """
+
+    block: Any
+    start: Any
+    slot: Any
+    first: Any
+    last: Any
+    partial: Any
 
 
 class BackwardWork(NamedTuple):
