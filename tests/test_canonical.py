@@ -12,8 +12,8 @@ from cases import covering, make_layout, make_mask
 
 from ringmpi import BackendError, Contiguous, Mask, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend
-from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import amx, tile_workspace, workspace
+from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.vector import machine
 from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
 from ringmpi.score import Score, dropout_keys
