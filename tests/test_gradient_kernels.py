@@ -16,8 +16,8 @@ from oracle import dense, functions
 from test_kernels import NARROW, data, make_late, ranges
 
 from ringmpi.backends import open_backend
-from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_ import amx, backward, vector
+from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.backward_tile import backward_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
 from ringmpi.dtypes import DTYPES, accumulator
@@ -434,17 +434,22 @@ def test_slopes_at_the_ends_of_the_positions(dtype, n_q):
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("back", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_prepare_compiles_all_that_a_pass_needs(dtype, back, plain):
-    from ringmpi.backends.numba_.compiled import add_sums, backward_keys, forward_keys, pack_backward, pack_forward
-    every = add_sums, backward_keys, forward_keys, pack_backward, pack_forward
+@pytest.mark.parametrize("way", [*DTYPES, "tiles"])
+def test_prepare_compiles_all_that_a_pass_needs(way, back, plain, request):
+    from ringmpi.backends.numba_ import compiled as compiled_
+    if way == "tiles":
+        request.getfixturevalue("on_tiles")
+    dtype = "bfloat16" if way == "tiles" else way
+    every = [getattr(compiled_, name) for name in ("add_sums", "backward_keys", "backward_on_tiles", "forward_keys",
+                                                   "pack_backward", "pack_forward", "pack_tiles_backward")]
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.prepare(DTYPES[dtype], kind, 8, 8, plain=plain, backward=back)
     compiled = [len(f.signatures) for f in every]
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
-        functions_of, _ = functions("plain" if plain else "all", 2, np.arange(n_q), np.arange(50))
+        functions_of, _ = functions("plain" if plain else "all" if n_q < 300 else "softcap", 2, np.arange(n_q),
+                                    np.arange(50))
         score, whole = Score(0.1, **functions_of), np.full(n_q, 50)
         if back:
             dout, numbers = np.ones((n_q, 2, dim_v), DTYPES[dtype]), np.zeros((2, n_q, 2), kind)

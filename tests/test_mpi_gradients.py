@@ -22,6 +22,7 @@ from ringmpi import (
     ring_attention,
     ring_attention_backward,
 )
+from ringmpi.backends.numba_ import amx
 from ringmpi.dtypes import TOLERANCE
 from ringmpi.layout import make
 from ringmpi.score import dropout_keys
@@ -34,7 +35,7 @@ CASES = covering(LEVELS, seed=1)
 
 
 def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function="plain", n_q=None, seed=0, bound=None,
-          accumulator=None, schedule="ring", order="fastest"):
+          accumulator=None, schedule="ring", order="fastest", products="auto"):
     """One forward and backward pass; gives the errors of the gradients."""
     n_q = length if n_q is None else n_q
     q, k, v = random_qkv(seed, n_q, length, *heads, 16, dim_v, dtype)
@@ -50,7 +51,7 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     options = {"mask": Mask(**mask), "layout": layout if named else q_layout, "softcap": score.get("softcap"),
                "kv_layout": layout if named else kv_layout, "alibi": score.get("slopes"),
                "dropout": score.get("dropout", 0.0), "accumulator": accumulator, "schedule": schedule,
-               "order": order}
+               "order": order, "bfloat16_products": products}
     with RingAttention(comm, backend=backend, timeout=60, **options) as attention:
         out, lse = attention(q[mine], k[theirs], v[theirs], sinks=sinks, seed=seed, return_lse=True)
         got = dict(zip(NAMES, attention.backward(dout[mine], dlse[mine].astype(lse.dtype)), strict=False))
@@ -99,6 +100,15 @@ def test_float64_accumulator(comm, backend):
     """Of float32 inputs: what is summed is exact to the rounding of out, which delta goes by."""
     check(comm, backend=backend, dtype="float32", layout="striped", mask={"causal": True}, heads=(4, 2), length=301,
           dim_v=16, function="all", accumulator="float64", bound=2e-7)
+
+
+@pytest.mark.skipif(bool(amx.missing()), reason=f"no tiles: {amx.missing()}")
+@pytest.mark.parametrize("order", ["fastest", "canonical"])
+@pytest.mark.parametrize("function", ["plain", "softcap", "all"])
+def test_on_tiles(comm, function, order):
+    """bfloat16 on the CPU's tiles, where the score has no positions; the bounds are the same."""
+    check(comm, backend="numba", dtype="bfloat16", layout="striped", mask={"causal": True}, heads=(8, 2), length=301,
+          dim_v=9, function=function, order=order, products="tiles", schedule="auto")
 
 
 @pytest.mark.parametrize("backend", FACTORS["backend"])

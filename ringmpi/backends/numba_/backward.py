@@ -29,6 +29,7 @@ from .tile_workspace import TileBackwardBuffers
 from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, KeySums, RowRange, TileScore
 from .workspace import BackwardBuffers
 
+Tiles = BackwardTiles | GradientTiles
 SUMS_BYTES = 2**23          # of sums of dK and dV, for each thread
 TILE_SPEED = 5              # of the CPU's tiles, beside its vectors
 
@@ -96,7 +97,7 @@ class Backward:
         edges = [0, *np.minimum(inner, block.rows).tolist(), block.rows]
         yield from self._rows([range(a, b) for a, b in itertools.pairwise(edges)], ranges, tiles)
 
-    def _rows(self, chunks: list[range], ranges: list[ColumnRange], tiles: BackwardTiles | GradientTiles
+    def _rows(self, chunks: list[range], ranges: list[ColumnRange], tiles: Tiles
               ) -> Generator[int, None, None]:
         """Differentiate all columns, with a task for each key head × chunk of rows."""
         block = self.block
@@ -122,7 +123,7 @@ class Backward:
                                    KeySums(*(x[head * len(chunks):(head + 1) * len(chunks)] for x in sums))))
             for head in range(heads) for columns in ranges])
 
-    def _columns(self, ranges: list[ColumnRange], tiles: BackwardTiles | GradientTiles, sums: KeySums) -> Generator[int, None, None]:
+    def _columns(self, ranges: list[ColumnRange], tiles: Tiles, sums: KeySums) -> Generator[int, None, None]:
         """Differentiate all rows, with a task for each key head × range of columns."""
         rows = range(self.block.rows)
         tasks = []
@@ -136,7 +137,7 @@ class Backward:
                     [(partial(self._put_back, head, columns, mine), 0)])))
         yield from self.team.run(tasks)
 
-    def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: BackwardTiles | GradientTiles,
+    def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: Tiles,
                sums: KeySums) -> Iterator[tuple[Callable[[int], None], int]]:
         """Do the backward pass of some columns for some rows, step by step; `area` is seen of them all."""
         block = self.block
@@ -158,11 +159,11 @@ class Backward:
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
                               ColumnRange(origin, start, stop), tiles, sums), done
 
-    def _pack(self, start: int, stop: int, first: int, last: int, tiles: BackwardTiles | GradientTiles, thread: int) -> None:
+    def _pack(self, start: int, stop: int, first: int, last: int, tiles: Tiles, thread: int) -> None:
         pack = pack_backward if self.on_tiles is None else pack_tiles_backward
         pack(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
 
-    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: BackwardTiles | GradientTiles, sums: KeySums,
+    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: Tiles, sums: KeySums,
                        thread: int) -> None:
         if isinstance(self.buffers, TileBackwardBuffers):
             backward_on_tiles(self.gradient, self.block.arrays, self.on_tiles, rows, columns, tiles, sums,

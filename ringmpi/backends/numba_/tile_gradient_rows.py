@@ -1,7 +1,7 @@
 """32 × 32 products to weights and gradients of scores, on their way from tile to tile of the backward pass.
 
-S and dP come transposed, a key a row, so that queries lie across lanes: what is known of a query is a lane, and a row of
-P and of dS is, rounded, a row of what dV and dK are multiplied from. dQ takes the same dS in pairs of keys.
+S and dP come transposed, a key a row, so that queries lie across lanes: what is known of a query is a lane, and a row
+of P and of dS is, rounded, a row of what dV and dK are multiplied from. dQ takes the same dS in pairs of keys.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class _Pass:
         self.lse = [vectors.load(work.lse, half) for half in halves]
         self.delta = [b.fmul(vectors.load(work.delta, half), self.scale) for half in halves]
         if masked:
-            self.low, self.high = ([load(b, x, half, vectors.bits) for half in halves] for x in (work.low_here, work.high_here))
+            self.low, self.high = ([load(b, x, half, vectors.bits) for half in halves]
+                                   for x in (work.low_here, work.high_here))
 
     def keys(self, pair: Any) -> None:
         """Emit rows 2·pair and 2·pair + 1 of the square."""

@@ -190,8 +190,8 @@ def differentiate_packed(tile, slot, work, packed, sums, sums_at, gradient, scor
 def find_seen(rows, start, n, work):  # type: ignore[no-untyped-def]
     """Say what rows see of columns start..start + n, as numbers from 0; say whether any sees something.
 
-    low_here and high_here are of each row. seen[b] = first, last, inner_first, inner_last: of 32 rows some see something
-    of first..last only, and every one sees all of inner_first..inner_last.
+    low_here and high_here are of each row. seen[b] = first, last, inner_first, inner_last: of 32 rows some see
+    something of first..last only, and every one sees all of inner_first..inner_last.
     """
     some = False
     for b in range(rows // SIDE):
