@@ -138,13 +138,13 @@ def test_nothing_of_a_call_is_taken_for_another_s(comm):
              (arrays(change=lambda x: x[None]), {}), (arrays(), {"seed": 7}), (arrays(heads=4), {"sinks": np.ones(4)})]
     options = {"mask": Mask(window=(5, 2)), "dropout": 0.2, "schedule": "ring", "threads": 1, "backend": "numba"}
     want = []
-    for given, more in calls:
+    for qkv, more in calls:
         with RingAttention(comm, **options) as attention:
-            want.append(attention(*given, return_lse=True, **more))
+            want.append(attention(*qkv, return_lse=True, **more))
     with RingAttention(comm, **options) as attention:
         for i in np.random.default_rng(0).permutation(np.repeat(np.arange(len(calls)), 2)):
-            given, more = calls[i]
-            for x, y in zip(attention(*given, return_lse=True, **more), want[i], strict=True):
+            qkv, more = calls[i]
+            for x, y in zip(attention(*qkv, return_lse=True, **more), want[i], strict=True):
                 assert x.shape == y.shape
                 assert x.dtype == y.dtype
                 assert (x == y).all(), i
@@ -153,8 +153,9 @@ def test_nothing_of_a_call_is_taken_for_another_s(comm):
 def test_a_call_after_a_good_one_is_checked_as_well(comm):
     q, k, v = random_qkv(comm.rank, 4, 6, 4, 2, 8, 8, "float32")
     last = comm.rank == comm.size - 1
-    wrong = [(ShapeError, (q, k[:, :1], v)), (DtypeError, (q, k.astype(np.float64), v)), (ShapeError, (q, k[:, :, :4], v)),
-             (DtypeError, (q, k, np.ma.masked_array(v))), (ShapeError, (q[:, :3], k, v))]
+    wrong = [(ShapeError, (q, k[:, :1], v)), (DtypeError, (q, k.astype(np.float64), v)),
+             (ShapeError, (q, k[:, :, :4], v)), (DtypeError, (q, k, np.ma.masked_array(v))),
+             (ShapeError, (q[:, :3], k, v))]
     with RingAttention(comm, mask=Mask(causal=True)) as attention:
         first = attention(q, k, v)
         for kind, arrays in wrong:
