@@ -37,8 +37,9 @@ if Path(ringmpi.__file__).parents[1] == CHECKOUT:
 TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_process.py::", "test_under_mpiexec[links",
          "test_under_mpiexec[waits", "::test_a_part_that_hangs", "::test_a_lost_rank", "::test_a_rank_that_stops"]
 # These keep more than one core busy, the longest first: most of them launch ranks.
-HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_faults.py::", "test_job.py::",
-         "test_jobs.py::", "test_readme.py::", "::test_the_parts_on_an_emulated_gpu", "::test_without_a_gpu_every_part"]
+HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_slurm.py::", "test_faults.py::",
+         "test_job.py::", "test_jobs.py::", "test_readme.py::", "::test_the_parts_on_an_emulated_gpu",
+         "::test_without_a_gpu_every_part"]
 
 # These launch tests that are marked mpi.
 LAUNCHES = ["::test_under_mpiexec", "::test_ranks_that_share_the_gpu"]
@@ -60,11 +61,13 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Give one worker all that asserts seconds, and each of the others the next test when it is free."""
+    """Give one worker all that asserts seconds, one the tests on Slurm, and each the next test when it is free."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
+            if "test_slurm.py::" in nodeid:                 # they share the one that the first of them starts
+                return "slurm"
             return "timed" if found(TIMED, nodeid) else nodeid
 
     config.option.loadscopereorder = False

@@ -1,6 +1,7 @@
 """The job scripts: sound shell, and options that the command line knows."""
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import ringmpi
 from ringmpi.cli import main
 from ringmpi.commands.attend import add_arguments
 
@@ -43,9 +45,8 @@ def test_sbatch_scripts_end_with_a_dead_rank():
         text = (JOBS / name).read_text()
         assert "--kill-on-bad-exit=1" in text
         assert "SRUN_CPUS_PER_TASK" in text
-    gpu = (JOBS / "gpu.sbatch").read_text()
-    assert "#SBATCH --gpus-per-node" in gpu
-    assert "--gpu-bind=none" in gpu
+        assert "SLURM_RESTART_COUNT" in text
+    assert "#SBATCH --gpus-per-node" in (JOBS / "gpu.sbatch").read_text()
 
 
 def submitted(tmp_path, name, *arguments):
@@ -88,3 +89,36 @@ def test_local(tmp_path):
     assert script.returncode == 0, script.stdout + script.stderr
     assert "600 tokens on 4 ranks" in script.stdout
     assert "passed: 64 rows" in script.stdout
+
+
+def said_by(whom):
+    """The errors that jobs/README.rst lists under a heading."""
+    part = (JOBS / "README.rst").read_text().partition(f"\nBy {whom}:\n")[2].partition("\nBy ")[0]
+    return re.findall(r"^``(.+)``$", part, re.MULTILINE)
+
+
+def sentences():
+    """Every string in the package but docstrings; what is put into it later is left open."""
+    found = []
+    for path in Path(ringmpi.__file__).parent.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr):
+                found.append("\0".join(x.value if isinstance(x, ast.Constant) else "" for x in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found.append(node.value)
+    return found
+
+
+def test_errors_that_the_page_explains_are_those_of_the_code():
+    known = sentences()
+    errors = said_by("ringmpi")
+    assert len(errors) > 10
+    for error in errors:
+        for words in filter(None, error.split("...")):
+            assert any(words in sentence for sentence in known), (error, words)
+
+
+def test_the_page_names_every_script():
+    assert set(re.findall(r"``(\w+\.(?:sh|sbatch))``", (JOBS / "README.rst").read_text())) == {x.name for x in SCRIPTS}
