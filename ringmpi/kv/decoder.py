@@ -250,8 +250,7 @@ class _Step:
 
     def merge(self, query: Query, rows: Sequence[NDArray[np.uint8]]) -> tuple[Array, Array]:
         """Put together what all ranks sent; see `Decoder.combine`."""
-        for target, row in zip(self._received, rows, strict=True):
-            target[:] = row
+        self._received[:] = rows                    # one after the other: no array is made of them
         self._seen[:] = self._received[:, self._tail]
         out, lse = self._out, self._lse
         self._out = self._lse = None                # they are the caller's

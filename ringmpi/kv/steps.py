@@ -57,8 +57,9 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
                 contents.check_capacity(new)
                 contents.take(*arrays, new, None)
             contents.check_window(query.total)
-            parts = list(query.parts(max(1, STATE_BYTES // _bytes_of_a_query(core, query))))
-            if len(parts) > 1 or query.total * _bytes_of_a_query(core, query) > SMALL_BYTES:
+            nbytes = _bytes_of_a_query(core, query)
+            parts = list(query.parts(max(1, STATE_BYTES // max(1, nbytes))))
+            if len(parts) > 1 or query.total * nbytes > SMALL_BYTES:
                 whole = _room(core, query)
             payload = core.decoder.accumulate(parts[0], contents.store, contents.length)
         rows = comm.exchange("KVCache.attend", core.timeout, payload, failures=failures,
