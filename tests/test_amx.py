@@ -7,7 +7,6 @@ import time
 
 import numba
 import numpy as np
-import oracle
 import pytest
 from numba import types
 from numba.extending import intrinsic
@@ -20,7 +19,6 @@ from ringmpi.backends.numba_.vector import at, data, machine
 from ringmpi.backends.numba_.workspace import aligned
 from ringmpi.dtypes import BFLOAT16
 from ringmpi.score import Score
-from ringmpi.softmax import finish
 
 needs_tiles = pytest.mark.skipif(bool(amx.missing()), reason=f"no tiles: {amx.missing()}")
 
@@ -227,26 +225,6 @@ def test_a_fork_has_tiles_too():
     done = subprocess.run([sys.executable, "-c", FORK, os.path.dirname(__file__)], capture_output=True, text=True,
                           timeout=120, check=True)
     assert done.stdout == "True 0\n"
-
-
-@needs_tiles
-@pytest.mark.parametrize("size", [1e-39, 1e-40])
-@pytest.mark.parametrize("odd", [False, True])
-def test_values_too_small_for_the_unit(size, odd):
-    """Denormal values, which the tile unit takes as 0, come through beside others and alone."""
-    q, k, v = (bits(7 + i, 300, 1, 24) for i in range(3))
-    v[::2 if odd else 1] = (v[::2 if odd else 1].astype("f8") * size).astype(BFLOAT16)
-    v[1::2] = (v[1::2].astype("f8") * (0 if odd else 1)).astype(BFLOAT16)
-    out, begin, end = np.empty(v.shape), np.zeros(300, int), np.full(300, 300)
-    backend = open_backend("numba", 1)
-    backend.settle("tiles", [backend.ways])
-    state = backend.new_state(300, 1, 24, np.float32)
-    for _ in backend.accumulate(state, q, k, v, begin, end, Score(0.2)):
-        pass
-    backend.close()
-    finish(state, end > begin, out, np.empty((300, 1)))
-    want, _ = oracle.attend(q, k, v.astype("f8"), np.ones((300, 300), bool), 0.2)
-    np.testing.assert_allclose(out, want, atol=2**-7 * np.abs(want).max())
 
 
 SMALL_STACK = """

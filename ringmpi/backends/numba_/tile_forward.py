@@ -8,8 +8,8 @@ Some packed tiles, which fit the second-level cache, meet a block of rows one af
 the first; then they meet the next block of the task. What no row of a block sees of a tile is left out, in strips of 32
 keys; what not every row of it sees is hidden in S. A unit of scores is 24 KiB, of weights 12; there are two of each.
 
-Values that are no number, infinite or denormal (which the tile unit takes as 0) are zeros in the packed tile; where a
-row sees them they are added one by one. So they reach nothing else.
+Values that are not finite are zeros in the packed tile; where a row sees them they are added one by one. So they reach
+nothing else. Numbers below the smallest normal one, 2^-126, count as 0, products and sums too: so the tile unit does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_tile, store_tile, zero_tile
 from .forward_tile import address
 from .pack import place_of, widen
-from .tile_pack import EXPONENT, NORMAL, pack_interleaved, pack_rows, pack_transposed, steps
+from .tile_pack import EXPONENT, pack_interleaved, pack_rows, pack_transposed, steps
 from .tile_rows import (
     BLOCK,
     KEYS,
@@ -123,9 +123,8 @@ def pack_unit(k, v, start, n, head, slot, packed):  # type: ignore[no-untyped-de
 
 @numba.njit(error_model="numpy")
 def is_odd(bits):  # type: ignore[no-untyped-def]
-    """Whether a bfloat16 is one that the tile unit must not meet, or takes as 0."""
-    size = bits & np.uint16(0x7FFF)
-    return size >= np.uint16(EXPONENT) or np.uint16(0) < size < np.uint16(NORMAL)
+    """Whether a bfloat16 is infinite or NaN."""
+    return bits & np.uint16(EXPONENT) == np.uint16(EXPONENT)
 
 
 @numba.njit

@@ -28,7 +28,6 @@ from .vector import at, constant, load, loop, store, unpack
 WORD_ROW = ir.VectorType(I16, DEPTH)
 PAIR_ROW = ir.VectorType(I32, ROWS)
 EXPONENT = 0x7F80           # of a bfloat16; all ones for infinity and NaN
-NORMAL = 0x80               # the smallest that is not denormal
 
 
 @intrinsic
@@ -47,24 +46,20 @@ def transpose_words(context, x, y, rows, numbers):  # type: ignore[no-untyped-de
 
 @intrinsic
 def interleave_rows(context, x, y, other, rows, numbers):  # type: ignore[no-untyped-def]
-    """Two tiles of B from up to 32 rows of up to 32 bfloat16 (uint16) at `x`, `Strided`; say if none is odd.
+    """Two tiles of B from up to 32 rows of up to 32 bfloat16 (uint16) at `x`, `Strided`; say if all are finite.
 
-    The first 16 columns go to `y`, `Contiguous`, the others to `other` elements after it. Odd is what is not finite,
-    and a denormal, which the tile unit takes as 0.
+    The first 16 columns go to `y`, `Contiguous`, the others to `other` elements after it.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         source = _Square(context, builder, signature.args[0], values[0], *values[3:], DEPTH)
         y = unpack(context, builder, signature.args[1], values[1])
         target = at(builder, y.array, y.at)
-        size, least, zero, most = (ir.Constant(WORD_ROW, [x] * DEPTH) for x in
-                                   (0x7FFF, NORMAL, 2**16 - NORMAL, EXPONENT - NORMAL))
+        exponent = ir.Constant(WORD_ROW, [EXPONENT] * DEPTH)
         odd: Any = ir.Constant(ir.VectorType(ir.IntType(1), DEPTH), [0] * DEPTH)
         for i in range(0, DEPTH, 2):
             pair = source.row(i), source.row(i + 1)
             for x in pair:
-                above = builder.sub(builder.and_(x, size), least)          # denormals wrap, as 0 does
-                odd = builder.or_(odd, builder.and_(builder.icmp_unsigned(">=", above, most),
-                                                    builder.icmp_unsigned("!=", above, zero)))
+                odd = builder.or_(odd, builder.icmp_unsigned("==", builder.and_(x, exponent), exponent))
             for half in (0, 1):
                 numbers = [ROWS * half + c // 2 + DEPTH * (c % 2) for c in range(DEPTH)]
                 store(builder, builder.shuffle_vector(*pair, lanes(numbers)),
@@ -115,18 +110,18 @@ def pack_transposed(x, start, n, head, out, out_at):  # type: ignore[no-untyped-
 
 @numba.njit(error_model="numpy")
 def pack_interleaved(x, start, n, head, out, out_at, column):  # type: ignore[no-untyped-def]
-    """Tokens start..start+n of `head`, x `Tokens` of bits, to tiles of B; say if none is odd: see `interleave_rows`.
+    """Tokens start..start+n of `head`, x `Tokens` of bits, to tiles of B; say if all are finite.
 
     For 16 numbers all tokens, 32 of them a tile; `column` elements after, the next 16 numbers. Numbers go up to 32.
     """
     numbers = x.shape[2]
-    none_odd = True
+    finite = True
     for c in range(0, numbers, DEPTH):
         for j in range(0, n, DEPTH):
-            none_odd &= interleave_rows(Strided(x.array, place_of(x, start + j, head) + c, x.token),
-                                        Contiguous(out, out_at + c // ROWS * column + j // DEPTH * TILE), column,
-                                        min(n - j, DEPTH), min(numbers - c, DEPTH))
-    return none_odd
+            finite &= interleave_rows(Strided(x.array, place_of(x, start + j, head) + c, x.token),
+                                      Contiguous(out, out_at + c // ROWS * column + j // DEPTH * TILE), column,
+                                      min(n - j, DEPTH), min(numbers - c, DEPTH))
+    return finite
 
 
 class _Square:
