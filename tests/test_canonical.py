@@ -131,7 +131,7 @@ def test_other_bits_without_it(name):
 
 @pytest.mark.parametrize("name", [name for name in HOST_NAMES if name != "numba"])
 def test_backends_without_it(name):
-    with pytest.raises(OptionError, match=r"canonical order: .* numba, got "):
+    with pytest.raises(OptionError, match=r"canonical order: .* numba or cuda, got "):
         open_backend(name, 1, canonical=True)
 
 
