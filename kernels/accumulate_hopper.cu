@@ -121,7 +121,9 @@ struct GroupRows {
     }
 
     // Turn scores into weights, and move the maximum and the sum to what they are now; acc is to shrink by `shrink`.
-    __device__ void weigh(float factor, float (&shrink)[2]) { online_softmax<true>(s, factor, row_max, row_sum, shrink); }
+    __device__ void weigh(float factor, float (&shrink)[2]) {
+        online_softmax<true, false>(s, factor, row_max, row_sum, shrink);
+    }
 
     // Take the weights and the maximum of a tile over, once no product reads the ones before.
     __device__ void take(const float (&shrink)[2]) {

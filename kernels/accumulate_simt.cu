@@ -18,7 +18,7 @@ __device__ inline float across_row(float x, float (*both)(float, float)) {
 
 __device__ inline float added(float a, float b) { return a + b; }
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, class S>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, class S, bool CANONICAL>
 struct ThreadRows : Lanes<ROW_LANES> {
     using Lanes<ROW_LANES>::lane;
     using Lanes<ROW_LANES>::row;
@@ -29,7 +29,7 @@ struct ThreadRows : Lanes<ROW_LANES> {
     static constexpr float UNSEEN = -1;       // in place of a weight
 
     float acc[HEIGHT][VECTORS][VECTOR] = {};
-    float row_max[HEIGHT], row_sum[HEIGHT];           // of row_sum, this thread's share
+    float row_max[HEIGHT], row_sum[HEIGHT];           // of row_sum, this thread's share; see softmax.cuh
     Interval sees[HEIGHT];
     typename S::Row row_score[HEIGHT];
 
@@ -93,7 +93,7 @@ struct ThreadRows : Lanes<ROW_LANES> {
             }
             high = larger(row_max[i], across_row(high, larger));
             const float base = finite_maximum(high);
-            const float shrink = power_of_two(row_max[i] - base);
+            const float shrink = shrinkage<CANONICAL>(row_max[i], high, base);
             row_max[i] = high;
             row_sum[i] *= shrink;
 #pragma unroll
@@ -102,6 +102,10 @@ struct ThreadRows : Lanes<ROW_LANES> {
                 const float dropout = score.dropout_factor(row_score[i], score.key(start + other(j)));
                 p_tile[row(i) * STRIDE_P + other(j)] = seen[j] ? p * dropout : UNSEEN;
                 if (seen[j]) row_sum[i] += p;
+            }
+            if constexpr (CANONICAL) {
+                const float whole = across_row(row_sum[i], added);
+                row_sum[i] = lane() == 0 ? whole : 0;
             }
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
@@ -134,14 +138,15 @@ struct ThreadRows : Lanes<ROW_LANES> {
     }
 };
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(16 * ROW_LANES)
 accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
            const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
     using S = Score<float, FUNCTIONS>;
-    using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S>;
+    using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S, CANONICAL>;
     static_assert(ROWS <= THREADS, "one interval a thread");
+    static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
 
     // The tiles of keys that any row of the block sees of this part.
     const Rows rows = rows_of_block(problem, ROWS);
@@ -151,7 +156,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine), part)
                                       : Interval{0, 0};
     const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
-    const Interval range = visible.hull;
+    const Interval range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
     const int tiles = range.tiles(KEYS);
     if (tiles == 0 && !arrays.fresh) return;
 
@@ -165,7 +170,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
         const long long at = range.low + static_cast<long long>(i) * KEYS;
         const float* const first = array + (at * kv_heads + rows.kv_head) * stride;
         const int step = kv_heads * stride;        // within a tile 32 bits are enough
-        const int count = range.high - static_cast<int>(at);
+        const int count = columns_there<CANONICAL>(range, problem.n_k, static_cast<int>(at));
         auto row = [=](int r) { return first + r * step; };
         if (tile == k_tile) copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, row, count, dim);
         else copy_tile<KEYS, DIM_V, DIM_V, BYTES, THREADS>(tile, row, count, dim_v);
@@ -187,7 +192,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     // Fold tile after tile: the next one of K comes while V is read, the next one of V while K is.
     for (int i = 0; i < tiles; ++i) {
         const int start = range.low + i * KEYS;
-        const bool full = visible.full(start, KEYS);
+        const bool full = !CANONICAL && visible.full(start, KEYS);
         copy_wait<1>();
         __syncthreads();                           // K is here
         if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, factor, score);

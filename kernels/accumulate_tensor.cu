@@ -12,7 +12,8 @@
 // aligned to BYTES, which divides dim and dim_v in bytes; n_k + width < 2^31.
 //
 // A query that sees nothing is left as it was. What a query does not see does not reach it, be it NaN; NaN and
-// infinity in what it sees come through. No atomics: the result depends on the arguments alone.
+// infinity in what it sees come through. No atomics: the result depends on the arguments alone. CANONICAL: that of a
+// row does so on nothing but what it sees; see README.rst.
 // The algorithm is that of Dao 2023, FlashAttention-2, algorithm 1, with the state kept between launches.
 
 #include "fragments.cuh"
@@ -20,11 +21,11 @@
 #include "softmax.cuh"
 
 // The rows of a warp: what they see, and their state in registers.
-template <class T, int DIM_V, int HEIGHT, class S>
+template <class T, int DIM_V, int HEIGHT, class S, bool CANONICAL>
 struct WarpRows {
     using A = Accumulator<T>;
     using F = Fragments<T>;
-    static constexpr bool FUSED = sizeof(A) == 4 && DIM_V <= 64;       // beyond, registers are short
+    static constexpr bool FUSED = sizeof(A) == 4 && DIM_V <= 64 && !CANONICAL;       // beyond, registers are short
     A acc[HEIGHT][DIM_V / 8][4];
     A row_max[HEIGHT][2], row_sum[HEIGHT][2];
     Interval sees[HEIGHT][2];
@@ -51,10 +52,22 @@ struct WarpRows {
     // Put the state back.
     __device__ void store(const StateArrays<A>& arrays, int dim_v, const Rows& rows, int first) {
 #pragma unroll
-        for (int m = 0; m < HEIGHT; ++m)
+        for (int m = 0; m < HEIGHT; ++m) {
+            shed_sign_of_zero(m);
 #pragma unroll
             for (int h = 0; h < 2; ++h)
                 store_state<false>(arrays, rows, first + row(m, h), dim_v, h, acc[m], row_max[m][h], row_sum[m][h]);
+        }
+    }
+
+    // In canonical order, make 0 of -0: whether adding 0 does so depends on what other rows see.
+    __device__ void shed_sign_of_zero(int m) {
+        if constexpr (CANONICAL) {
+#pragma unroll
+            for (int n = 0; n < DIM_V / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) acc[m][n][i] += A{0};
+        }
     }
 
     // Add NaN or infinity where V has it among the keys that a row sees; a rare way.
@@ -86,11 +99,12 @@ struct WarpRows {
     template <int N>
     __device__ void weigh(A (&s)[N][4], int m, A factor) {
         A shrink[2];
-        online_softmax<FUSED>(s, factor, row_max[m], row_sum[m], shrink);
+        online_softmax<FUSED, CANONICAL>(s, factor, row_max[m], row_sum[m], shrink);
 #pragma unroll
         for (int n = 0; n < DIM_V / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) acc[m][n][i] *= shrink[i / 2];
+        shed_sign_of_zero(m);
     }
 
     // Fold the tile of keys from `start`. PARTIAL: some rows don't see all of it.
@@ -127,7 +141,8 @@ struct WarpRows {
 };
 
 // `arrays` is not __grid_constant__ as `problem` is: ptxas spills less so.
-template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
+          bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
 accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
            const __grid_constant__ Problem<Accumulator<T>> problem) {
@@ -137,6 +152,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
+    static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
     const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_ROWS;
 
     // What each row sees of this part, and the tiles of keys that any row of the block sees.
@@ -146,7 +162,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
                                       : Interval{0, 0};
     const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = visible_to_block<WARPS>(visible).hull;
+    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
     const int tiles = range.tiles(KEYS);
     if (tiles == 0 && !arrays.fresh) return;
 
@@ -156,7 +172,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     T* const stages = q_tile + ROWS * STRIDE;
     auto load = [&](int i) {
         const long long at = range.low + static_cast<long long>(i) * KEYS;
-        const int count = range.high - static_cast<int>(at);
+        const int count = columns_there<CANONICAL>(range, problem.n_k, static_cast<int>(at));
         T* const k_tile = stages + i % STAGES * STAGE;
         const T* const k_rows = k + (at * kv_heads + rows.kv_head) * dim;
         const T* const v_rows = v + (at * kv_heads + rows.kv_head) * stride_v;
@@ -176,7 +192,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     }
 
     const S score(problem);
-    WarpRows<T, DIM_V, HEIGHT, S> state;
+    WarpRows<T, DIM_V, HEIGHT, S, CANONICAL> state;
     state.load(arrays, dim_v, rows, mine, interval, score);
 
     if (!S::FUNCTIONS && tiles && !(problem.scale > 0)) {
@@ -204,7 +220,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
         const T* const v_tile = k_tile + KEYS * STRIDE;
         const int start = range.low + i * KEYS;
         if (visible.skips(start, KEYS)) continue;
-        if (visible.full(start, KEYS))
+        if (!CANONICAL && visible.full(start, KEYS))
             state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
         else
             state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);

@@ -8,7 +8,8 @@
 // Two kernels do it, each with sums of its own in registers: gradient_dq has a tile of rows and goes through the
 // keys, for dq; gradient_dkdv has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
 // made twice, 7 products in place of 5; but nothing is added by atomics, and no memory is needed for parts: the result
-// depends on the arguments alone.
+// depends on the arguments alone. CANONICAL: what CANONICAL_TILE keys, or queries, give is summed up by itself and added
+// to what is there, so that it does not show where blocks are cut; see README.rst.
 //
 //   dq       (n_q, heads, dim)       gradient so far, float (double for double), read and written
 //   dk       (n_k, kv_heads, dim)    the same
@@ -110,6 +111,14 @@ __device__ inline A* key_row(A* array, int columns, int key, int kv_head, const 
     return array + (static_cast<long long>(key) * problem.kv_heads + kv_head) * columns;
 }
 
+// Add to a gradient. In canonical order the product is rounded first, for then no sum of it with a number is -0, which
+// adding 0 would change.
+template <bool CANONICAL, class A>
+__device__ inline void add_scaled(A& at, A x, A factor) {
+    if constexpr (CANONICAL) at += rounded_product(x, factor);
+    else at += x * factor;
+}
+
 // What is known of a row.
 template <class A>
 struct RowStats {
@@ -168,6 +177,25 @@ __device__ inline int next_tile(const VisibleColumns* visible, int from, int cou
     }
     return count;
 }
+
+// Says where tiles of rows, in ascending order, come to another tile of CANONICAL_TILE queries; never but in canonical
+// order.
+template <bool CANONICAL, int ROWS>
+class CanonicalTiles {
+    int rows, current = 0;
+
+public:
+    __device__ explicit CanonicalTiles(int group) : rows(CANONICAL_TILE * group) {}
+
+    // Whether a tile of rows is of another one than the tile before.
+    __device__ bool begins(int tile) {
+        if constexpr (!CANONICAL) return false;
+        const int now = tile * ROWS / rows;
+        const bool begins = now != current;
+        current = now;
+        return begins;
+    }
+};
 
 // Go through the tiles that `next` gives, which finds the first of `count` from a number on: `load(tile, stage)` starts
 // to copy one to a stage, of which there are 1 or 2, while `work(tile, stage)` is at the one before. All threads of

@@ -11,7 +11,7 @@
 #include "lanes.cuh"
 
 // Sums of COLUMNS columns of the rows of a thread.
-template <int LANES, int HEIGHT, int COLUMNS>
+template <int LANES, int HEIGHT, int COLUMNS, bool CANONICAL>
 struct Sums {
     static constexpr int VECTOR = vector_of(COLUMNS), VECTORS = vectors_of(COLUMNS);
     float acc[HEIGHT][VECTORS][VECTOR] = {};
@@ -28,13 +28,13 @@ struct Sums {
 #pragma unroll
                 for (int c = 0; c < VECTOR; ++c) {
                     const int column = Lanes<LANES>::template column<VECTOR>(n, c);
-                    if (column < columns) at[column] += acc[i][n][c] * factor;
+                    if (column < columns) add_scaled<CANONICAL>(at[column], acc[i][n][c], factor);
                 }
         }
     }
 };
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
             const __grid_constant__ Problem<float> problem) {
@@ -46,6 +46,7 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     using Own = typename Tiles::Own;
     using Other = typename Tiles::Other;
     static_assert(ROWS <= THREADS, "one interval a thread");
+    static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
 
     // The tiles of keys that any row of the block sees.
     const Rows rows = rows_of_block(problem, ROWS);
@@ -53,7 +54,7 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     const bool has_row = mine < ROWS && rows.contains(mine);
     const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine) : Interval{0, 0};
     const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
-    const Interval range = visible.hull;
+    const Interval range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
     const int tiles = range.tiles(KEYS);
     if (tiles == 0) return;
 
@@ -76,7 +77,12 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     }
 
     // Add what tile after tile of keys gives.
-    Sums<LANES, HEIGHT, DIM> sums;
+    using DqSums = Sums<LANES, HEIGHT, DIM, CANONICAL>;
+    DqSums sums;
+    auto put = [&] {
+        sums.add_to([&](int r) { return rows.contains(r) ? dq + rows.state_row(r) * problem.dim : nullptr; },
+                    problem.dim, problem.scale);
+    };
     auto add = [&](auto partial, const Other& other, int start) {
         constexpr bool PARTIAL = decltype(partial)::value;
         float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
@@ -97,19 +103,22 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     };
     auto load = [&](int i, int stage) {
         const int start = range.low + i * KEYS;
-        memory.other(stage).template copy_keys<BYTES, THREADS>(inputs, rows.kv_head, start, range.high - start,
-                                                               problem);
+        memory.other(stage).template copy_keys<BYTES, THREADS>(
+            inputs, rows.kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
     };
     for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
         const int start = range.low + i * KEYS;
-        if (visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
+        if (CANONICAL && start % CANONICAL_TILE == 0) {
+            put();
+            sums = DqSums{};
+        }
+        if (!CANONICAL && visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
         else add(True{}, memory.other(stage), start);
     });
-    sums.add_to([&](int r) { return rows.contains(r) ? dq + rows.state_row(r) * problem.dim : nullptr; }, problem.dim,
-                problem.scale);
+    put();
 }
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
               const __grid_constant__ Problem<float> problem) {
@@ -122,6 +131,7 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
     using Stats = TileRowStats<float, ROWS>;
     const int kv_head = blockIdx.y, first = blockIdx.x * KEYS, tiles = (problem.n_q * problem.group + ROWS - 1) / ROWS;
     const Interval keys{first, min(first + KEYS, problem.n_k)};
+    static_assert(!CANONICAL || CANONICAL_TILE % ROWS == 0, "blocks begin at whole tiles");
 
     const Tiles memory;
     float* const ds_tile = memory.end();
@@ -133,8 +143,16 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
     // Add what tile after tile of rows gives.
     const S score(problem);
     auto rows_of = [&](int tile) { return TileRows(problem, kv_head, tile * ROWS); };
-    Sums<LANES, HEIGHT, DIM> sums;
-    Sums<LANES, HEIGHT, DIM_V> sums_v;
+    using DkSums = Sums<LANES, HEIGHT, DIM, CANONICAL>;
+    using DvSums = Sums<LANES, HEIGHT, DIM_V, CANONICAL>;
+    DkSums sums;
+    DvSums sums_v;
+    auto put = [&] {
+        sums.add_to([&](int r) { return key_row(dk, problem.dim, first + r, kv_head, problem); }, problem.dim,
+                    problem.scale);
+        sums_v.add_to([&](int r) { return key_row(dv, problem.dim_v, first + r, kv_head, problem); }, problem.dim_v,
+                      1.0f);
+    };
     auto add = [&](auto partial, const Other& other, const Stats& stats, const TileRows& rows) {
         constexpr bool PARTIAL = decltype(partial)::value;
         float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
@@ -162,13 +180,17 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
         memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
         row_stats[stage].template copy<THREADS>(inputs, rows, problem);
     };
+    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(problem.group);
     for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, keys); }, load,
                       [&](int tile, int stage) {
-        const bool full = visible[tile].full(keys.low, keys.high - keys.low);
+        if (canonical_tiles.begins(tile)) {
+            put();
+            sums = DkSums{};
+            sums_v = DvSums{};
+        }
+        const bool full = !CANONICAL && visible[tile].full(keys.low, keys.high - keys.low);
         if (full) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
         else add(True{}, memory.other(stage), row_stats[stage], rows_of(tile));
     });
-    sums.add_to([&](int r) { return key_row(dk, problem.dim, first + r, kv_head, problem); }, problem.dim,
-                problem.scale);
-    sums_v.add_to([&](int r) { return key_row(dv, problem.dim_v, first + r, kv_head, problem); }, problem.dim_v, 1.0f);
+    put();
 }

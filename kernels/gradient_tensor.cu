@@ -12,7 +12,7 @@
 #include "gradient.cuh"
 
 // Add accumulators, times `factor`, to columns `start` .. of rows; `row(i)` points to row i, or is null.
-template <class A, int HEIGHT, int N, class Row>
+template <bool CANONICAL, class A, int HEIGHT, int N, class Row>
 __device__ inline void add_to(Row row, const A (&acc)[HEIGHT][N][4], int start, int columns, A factor) {
 #pragma unroll
     for (int m = 0; m < HEIGHT; ++m)
@@ -25,13 +25,23 @@ __device__ inline void add_to(Row row, const A (&acc)[HEIGHT][N][4], int start, 
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const int column = column_of(start, n, i);
-                    if (column < columns) at[column] += acc[m][n][2 * h + i] * factor;
+                    if (column < columns) add_scaled<CANONICAL>(at[column], acc[m][n][2 * h + i], factor);
                 }
         }
 }
 
+template <class A, int HEIGHT, int N>
+__device__ inline void clear(A (&acc)[HEIGHT][N][4]) {
+#pragma unroll
+    for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
+}
+
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
-          bool FUNCTIONS>
+          bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
@@ -42,6 +52,7 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     using Own = typename Tiles::Own;
     using Other = typename Tiles::Other;
     static_assert(WARP_ROWS <= 32, "one interval a lane");
+    static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
     const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_ROWS;
     const int slice = blockIdx.z * COLUMNS;
 
@@ -50,7 +61,7 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
     const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine + lane) : Interval{0, 0};
     const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = visible_to_block<WARPS>(visible).hull;
+    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
     const int tiles = range.tiles(KEYS);
     if (tiles == 0) return;
 
@@ -75,6 +86,12 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 
     // Add what tile after tile of keys gives.
     A acc[HEIGHT][COLUMNS / 8][4] = {};
+    auto put = [&] {
+        auto row_of = [&](int r) {
+            return rows.contains(mine + r) ? dq + rows.state_row(mine + r) * problem.dim : nullptr;
+        };
+        add_to<CANONICAL>(row_of, acc, slice, problem.dim, problem.scale);
+    };
     auto add = [&](auto partial, const Other& other, int start) {
         constexpr bool PARTIAL = decltype(partial)::value;
         A qk[HEIGHT][KEYS / 8][4] = {}, dout_v[HEIGHT][KEYS / 8][4] = {};
@@ -94,23 +111,24 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     };
     auto load = [&](int i, int stage) {
         const int start = range.low + i * KEYS;
-        memory.other(stage).template copy_keys<BYTES, THREADS>(inputs, rows.kv_head, start, range.high - start,
-                                                               problem);
+        memory.other(stage).template copy_keys<BYTES, THREADS>(
+            inputs, rows.kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
     };
     for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
         const int start = range.low + i * KEYS;
+        if (CANONICAL && start % CANONICAL_TILE == 0) {
+            put();
+            clear(acc);
+        }
         if (visible.skips(start, KEYS)) return;
-        if (visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
+        if (!CANONICAL && visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
         else add(True{}, memory.other(stage), start);
     });
-    auto row_of = [&](int r) {
-        return rows.contains(mine + r) ? dq + rows.state_row(mine + r) * problem.dim : nullptr;
-    };
-    add_to(row_of, acc, slice, problem.dim, problem.scale);
+    put();
 }
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, int HEIGHT, int ROWS, int STAGES,
-          int BYTES, bool FUNCTIONS>
+          int BYTES, bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
@@ -126,6 +144,7 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
     const int slice = blockIdx.z * (COLUMNS ? COLUMNS : COLUMNS_V);
     const Interval all{first, min(first + KEYS, problem.n_k)};
     const Interval keys{first + mine, min(first + mine + WARP_KEYS, problem.n_k)};     // of this warp
+    static_assert(!CANONICAL || CANONICAL_TILE % ROWS == 0, "blocks begin at whole tiles");
 
     const Tiles memory;
     Stats* const row_stats = reinterpret_cast<Stats*>(memory.end());
@@ -136,6 +155,14 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
     const S score(problem);
     auto rows_of = [&](int tile) { return TileRows(problem, kv_head, tile * ROWS); };
     A acc[HEIGHT][COLUMNS ? COLUMNS / 8 : 1][4] = {}, acc_v[HEIGHT][COLUMNS_V ? COLUMNS_V / 8 : 1][4] = {};
+    auto put = [&] {
+        auto row_of = [&](A* array, int columns) {
+            return [=, &problem](int r) { return key_row(array, columns, keys.low + r, kv_head, problem); };
+        };
+        if constexpr (COLUMNS != 0)
+            add_to<CANONICAL>(row_of(dk, problem.dim), acc, slice, problem.dim, problem.scale);
+        if constexpr (COLUMNS_V != 0) add_to<CANONICAL>(row_of(dv, problem.dim_v), acc_v, slice, problem.dim_v, A{1});
+    };
     auto add = [&](auto partial, const Other& other, const Stats& stats, const TileRows& rows) {
         constexpr bool PARTIAL = decltype(partial)::value;
         A qk[HEIGHT][ROWS / 8][4] = {}, dout_v[HEIGHT][ROWS / 8][4] = {};
@@ -165,17 +192,19 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
         row_stats[stage].template copy<THREADS>(inputs, rows, problem);
     };
+    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(problem.group);
     for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
                       [&](int tile, int stage) {
+        if (canonical_tiles.begins(tile)) {
+            put();
+            clear(acc);
+            clear(acc_v);
+        }
         const VisibleColumns of_tile = visible[tile];
         const int count = keys.high - keys.low;
         if (count <= 0 || of_tile.skips(keys.low, count)) return;
-        if (of_tile.full(keys.low, count)) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
+        if (!CANONICAL && of_tile.full(keys.low, count)) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
         else add(True{}, memory.other(stage), row_stats[stage], rows_of(tile));
     });
-    auto row_of = [&](A* array, int columns) {
-        return [=, &problem](int r) { return key_row(array, columns, keys.low + r, kv_head, problem); };
-    };
-    if constexpr (COLUMNS != 0) add_to(row_of(dk, problem.dim), acc, slice, problem.dim, problem.scale);
-    if constexpr (COLUMNS_V != 0) add_to(row_of(dv, problem.dim_v), acc_v, slice, problem.dim_v, A{1});
+    put();
 }

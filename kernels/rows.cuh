@@ -7,6 +7,7 @@
 #include "arguments.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int CANONICAL_TILE = 192;          // keys, and queries, of a tile in canonical order; see README.rst
 constexpr int NOWHERE = 0x7fffffff;
 
 // Columns low <= j < high.
@@ -55,6 +56,20 @@ __device__ inline Rows rows_of_block(const Problem<A>& problem, int count) {
 // The columns of this block's part.
 __device__ inline Interval columns_of_part(int n_k, int width) {
     return {static_cast<int>(blockIdx.z) * width, min(n_k, static_cast<int>(blockIdx.z + 1) * width)};
+}
+
+// The columns that any row of a block sees, in canonical order from the beginning of a tile on: then it depends on no
+// other row which columns make a tile.
+template <bool CANONICAL>
+__device__ inline Interval columns_to_visit(Interval hull, int keys) {
+    if (CANONICAL && hull.low < hull.high) hull.low -= hull.low % keys;
+    return hull;
+}
+
+// Columns of a tile from `start` on that there are; in canonical order those too that no row of the block sees.
+template <bool CANONICAL>
+__device__ inline int columns_there(Interval visited, int n_k, int start) {
+    return (CANONICAL ? n_k : visited.high) - start;
 }
 
 // Column of number i of this lane in accumulators that begin 8 n columns after `start`; see platform.cuh.

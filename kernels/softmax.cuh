@@ -1,8 +1,9 @@
 // The running softmax of rows (Milakov & Gimelshein 2018): a step of it, and its state between global memory and the
 // accumulators of tensor cores. There lane 4 g + t has rows g and g + 8 of 16, numbers 2 h and 2 h + 1 of each
-// accumulator for h = 0 and 1; see platform.cuh. Of row_sum each lane has its own share. Scores are counted in units of
-// ln 2, so that a weight is a power of two. They are made of products by a positive factor alone, so that the largest
-// of these is found first; that is why Q takes the sign of the scale.
+// accumulator for h = 0 and 1; see platform.cuh. Of row_sum each lane has its own share; in canonical order, after
+// each tile, the first lane of a row has all of it. Scores are counted in units of ln 2, so that a weight is a power of
+// two. They are made of products by a positive factor alone, so that the largest of these is found first; that is why Q
+// takes the sign of the scale.
 #pragma once
 
 #include "finite.cuh"
@@ -29,8 +30,15 @@ __device__ inline void take_sign(T* numbers, int first, int count, int step, A s
     for (int i = first; i < count; i += step) numbers[i] = signed_number(numbers[i], scale);
 }
 
+// What a row's sums are to be multiplied by as its maximum moves from `low` to `high`, and `base` is subtracted from
+// scores. In canonical order a row that sees nothing of a tile stays as it is, whatever it was.
+template <bool CANONICAL, class A>
+__device__ inline A shrinkage(A low, A high, A base) {
+    return CANONICAL && low == high ? A{1} : power_of_two(low - base);
+}
+
 // Move the maximum of a row on to that of its scores, which are s times `factor` > 0; gives what to subtract from them.
-template <class A, int N>
+template <bool CANONICAL, class A, int N>
 __device__ inline A move_maximum(const A (&s)[N][4], int h, A factor, A& row_max, A& shrink) {
     A high = -infinity(A{});
 #pragma unroll
@@ -39,7 +47,7 @@ __device__ inline A move_maximum(const A (&s)[N][4], int h, A factor, A& row_max
     high = larger(high, __shfl_xor_sync(ALL_LANES, high, 2));
     high = larger(row_max, rounded_product(high, factor));
     const A base = finite_maximum(high);
-    shrink = power_of_two(row_max - base);
+    shrink = shrinkage<CANONICAL>(row_max, high, base);
     row_max = high;
     return base;
 }
@@ -58,16 +66,26 @@ __device__ inline A weigh_row(A (&s)[N][4], int h, Weight weight) {
     return sum;
 }
 
+// Sum up what the lanes of a row have.
+template <class A>
+__device__ inline A sum_of_row(A share) {
+    share += __shfl_xor_sync(ALL_LANES, share, 1);
+    share += __shfl_xor_sync(ALL_LANES, share, 2);
+    return share;
+}
+
 // Turn the scores of two rows, which are s times `factor` > 0, into weights, and move their maxima and sums on; gives
 // the factors that acc is to shrink by. Scores are rounded, so that the largest minus itself is 0.
 //
 // FUSED, of float: one instruction makes an exponent, but the branch takes registers. What is not rounded is a factor
-// of all weights of the row alike, which is of no account; where scores are huge it might be infinity or 0.
-template <bool FUSED, class A, int N>
+// of all weights of the row alike, which is of no account; where scores are huge it might be infinity or 0. The branch
+// asks two rows, so there is none in canonical order.
+template <bool FUSED, bool CANONICAL, class A, int N>
 __device__ inline void online_softmax(A (&s)[N][4], A factor, A (&row_max)[2], A (&row_sum)[2], A (&shrink)[2]) {
+    static_assert(!(FUSED && CANONICAL));
     A base[2], more[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) base[h] = move_maximum(s, h, factor, row_max[h], shrink[h]);
+    for (int h = 0; h < 2; ++h) base[h] = move_maximum<CANONICAL>(s, h, factor, row_max[h], shrink[h]);
     auto weigh_rounded = [&] {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
@@ -84,6 +102,13 @@ __device__ inline void online_softmax(A (&s)[N][4], A factor, A (&row_max)[2], A
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) row_sum[h] = row_sum[h] * shrink[h] + more[h];
+    if constexpr (CANONICAL) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const A whole = sum_of_row(row_sum[h]);
+            row_sum[h] = threadIdx.x % 4 == 0 ? whole : A{0};
+        }
+    }
 }
 
 // Take up the maximum and the sum of row `at`, or those of no keys unless `known`. One lane of a row is the first.
@@ -139,8 +164,7 @@ __device__ inline void load_state(const StateArrays<A>& arrays, const Rows& rows
 template <bool PAIRS, class A, int N>
 __device__ inline void store_state(const StateArrays<A>& arrays, const Rows& rows, int row, int dim_v, int h,
                                    const A (&acc)[N][4], A row_max, A row_sum) {
-    row_sum += __shfl_xor_sync(ALL_LANES, row_sum, 1);
-    row_sum += __shfl_xor_sync(ALL_LANES, row_sum, 2);
+    row_sum = sum_of_row(row_sum);
     if (!rows.contains(row)) return;
     const long long at = arrays.target_row(rows.state_row(row), rows.state_rows());
     store_softmax(arrays, at, threadIdx.x % 4 == 0, row_max, row_sum);

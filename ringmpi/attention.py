@@ -98,7 +98,7 @@ class RingAttention:
     order : {"fastest", "canonical"}
         In which order sums are made. ``"canonical"``: in one that depends on positions alone, so that out, lse and all
         gradients have the same bits on any number of ranks and threads, in any layout, on processors of one kind; with
-        Numba, and with the carrier `broadcast`, which ``schedule="auto"`` is then. The ranks may also share heads, if
+        Numba or cuda, and the carrier `broadcast`: ``schedule="auto"`` is that. The ranks may also share heads, if
         their number divides the heads of the keys. The backward pass has 7 products in place of 5. See
         docs/schedules.rst for what it costs. ``"fastest"``: results on other numbers of ranks are equal to rounding.
     bfloat16_products : {"auto", "tiles", "widen", "pairs"}

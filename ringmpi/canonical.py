@@ -42,7 +42,7 @@ class CanonicalPass(Pass):
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values, all heads: whole tiles."""
-        return self.movers.tokens.move("keys", (self.call.k, self.call.v), self._of_keys.keys, self.backend.empty,
+        return self.movers.tokens.move("keys", (self.call.k, self.call.v), self._of_keys.keys, self.backend.device,
                                        self.trace)
 
     def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
@@ -68,7 +68,7 @@ class CanonicalPass(Pass):
         """Sum up dk and dv: blocks of queries come by."""
         call, of_keys = self.call, self._of_keys
         backend = self.backend
-        rows = self.movers.tokens.move("queries", (call.lse, delta, call.q, dout), of_keys.queries, backend.empty,
+        rows = self.movers.tokens.move("queries", (call.lse, delta, call.q, dout), of_keys.queries, backend.device,
                                        self.trace)
         if call.sinks is not None:
             self._dsinks = self._sum_of_sinks(call.sinks, *rows[:2])
@@ -114,9 +114,10 @@ class CanonicalPass(Pass):
         if not of_keys.batch:
             return np.zeros(len(sinks))
         tiles = []
+        lse, delta = self.backend.to_numpy(lse), self.backend.to_numpy(delta)
         for start in range(0, lse.shape[1], of_keys.tile):
             rows = slice(start, start + of_keys.tile)
-            x, y = (self.backend.to_numpy(part[:, rows]).astype(np.float64) for part in (lse, delta))
+            x, y = (part[:, rows].astype(np.float64) for part in (lse, delta))
             with np.errstate(all="ignore"):
                 tiles.append(-(np.exp(sinks - x) * y).sum(axis=1))
         shape = -1, of_keys.batch, len(sinks)

@@ -1,155 +1,39 @@
 """Canonical order: the same bits on any number of ranks, for any layout and any number of threads; without MPI.
 
-Ranks are simulated: keys are cut into blocks of whole tiles that come in ascending order, queries are dealt in any way.
+Ranks are simulated by dealt_out.py.
 """
 
-from dataclasses import replace
-
+import dealt_out
 import numpy as np
 import oracle
 import pytest
-from cases import covering, make_layout, make_mask
+from cases import covering
+from dealt_out import NAMES, Problem, assert_same
 
-from ringmpi import BackendError, Contiguous, Mask, OptionError
+from ringmpi import BackendError, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend
 from ringmpi.backends.numba_ import amx, tile_workspace, workspace
 from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.vector import machine
-from ringmpi.dtypes import DTYPES, TOLERANCE, accumulator
-from ringmpi.score import Score, dropout_keys
+from ringmpi.dtypes import DTYPES, TOLERANCE
+from ringmpi.score import Score
 from ringmpi.softmax import Gradient
 
 SIZES = 1, 2, 3, 4, 5, 7, 8, 16
 LAYOUTS = "striped", "uneven", "empty", "custom", "zigzag", "contiguous"
 MASKS = "full", "causal", "window", "documents", "first", "all", "grid"
-TILE = numba_.NumbaBackend.canonical_tile
-N_Q, N_K = 900, 1300                 # 7 tiles of keys, the last one not whole: with 8 ranks some have none
-NAMES = "out", "lse", "dq", "dk", "dv"
+N_Q, N_K = 900, 1300                 # of a Problem: 7 tiles of keys, the last one not whole; of 8 ranks some have none
 needs_tiles = pytest.mark.skipif(bool(amx.missing()), reason=f"no tiles: {amx.missing()}")
-
-
-class Grid:
-    """Queries and keys on a grid of 30 columns; a query sees keys up to 4 away in both directions: 9 intervals."""
-
-    def bounds(self, queries, n_q, n_k):
-        row, column = (np.asarray(queries) + n_k - n_q) // 30, (np.asarray(queries) + n_k - n_q) % 30
-        lows = [(row + d) * 30 + np.maximum(column - 4, 0) for d in range(-4, 5)]
-        highs = [(row + d) * 30 + np.minimum(column + 5, 30) for d in range(-4, 5)]
-        return [(np.clip(a, 0, n_k), np.clip(b, 0, n_k)) for a, b in zip(lows, highs, strict=True)]
-
-
-class Problem:
-    """Arrays and options of an attention, the same however it is dealt out."""
-
-    def __init__(self, dtype, mask, heads=(4, 2), dims=(16, 24), scored=False, seed=0, lengths=(N_Q, N_K)):
-        rng = np.random.default_rng(seed)
-        self.n_q, self.n_k = lengths
-        self.q, self.k, self.v = oracle.random_qkv(rng, *lengths, *heads, *dims, dtype)
-        self.dout = rng.standard_normal((self.n_q, heads[0], dims[1])).astype(self.q.dtype)
-        self.dlse = rng.standard_normal((self.n_q, heads[0])).astype(accumulator(self.q.dtype))
-        self.mask = Grid() if mask == "grid" else Mask(**make_mask(mask, self.n_k))
-        self.score, self.sinks = Score(0.25), None
-        if scored:
-            self.sinks = rng.standard_normal(heads[0])
-            self.score = Score(0.25, 3.0, 2.0 ** -np.arange(1, heads[0] + 1), 0.2,
-                               dropout_keys=dropout_keys(7, 1, heads[0])[0])
-
-    def score_of(self, queries, keys):
-        if not self.score.positional:
-            return self.score
-        return replace(self.score, queries=queries + self.n_k - self.n_q, keys=keys)
-
-    def seen(self, queries):
-        bounds = self.mask.bounds(queries, self.n_q, self.n_k)
-        return np.any([end > begin for begin, end in bounds], axis=0) | (self.sinks is not None)
-
-    def intervals(self, queries, layout, rank):
-        """Columns of a rank's keys that queries see: for each interval (begin, end)."""
-        return [tuple(layout.count_below(x, rank) for x in pair)
-                for pair in self.mask.bounds(queries, self.n_q, self.n_k)]
-
-
-def tiles(length, size):
-    """Give a layout of contiguous blocks of whole tiles, as equal as can be."""
-    edges = np.minimum(np.arange(size + 1) * -(-length // TILE) // size * TILE, length)
-    return Contiguous(np.diff(edges))
 
 
 def compute(problem, size, kind, threads, canonical=True, products="auto"):
     """Give out, lse, dq, dk and dv as `size` ranks would compute them."""
     backend = open_backend("numba", threads, canonical=canonical)
     backend.settle(products, [backend.ways])
-    cut = tiles if canonical else Contiguous.even
     try:
-        got = of_queries(backend, problem, make_layout(kind, problem.n_q, size), cut(problem.n_k, size))
-        return got | of_keys(backend, problem, got, make_layout(kind, problem.n_k, size), cut(problem.n_q, size))
+        return dealt_out.compute(backend, problem, size, kind)
     finally:
         backend.close()
-
-
-def of_queries(backend, p, layout, blocks):
-    """Give out, lse, delta and dq: queries dealt out by a layout meet blocks of keys."""
-    acc = accumulator(p.q.dtype)
-    got = {"out": np.empty(p.dout.shape, p.q.dtype), "lse": np.empty(p.dlse.shape, acc),
-           "delta": np.empty(p.dlse.shape, acc), "dq": np.empty(p.q.shape, acc)}
-    for rank in range(layout.size):
-        mine = layout.positions(rank)
-        q, dout, out, lse, dq = p.q[mine], p.dout[mine], got["out"][mine], got["lse"][mine], got["dq"][mine]
-        state = backend.new_state(len(q), q.shape[1], p.v.shape[2], acc)
-        backend.reset(state, p.sinks)
-        for keys, begin, end in steps(p, mine, blocks):
-            sum(backend.accumulate(state, q, p.k[keys], p.v[keys], begin, end, p.score_of(mine, keys)))
-        backend.finish(state, p.seen(mine), out, lse)
-        gradient = backend.new_gradient(dout, out, lse, p.dlse[mine], dq)
-        for keys, begin, end in steps(p, mine, blocks):
-            k, v = p.k[keys], p.v[keys]
-            others = (None, None) if backend.canonical else (np.zeros(k.shape, acc), np.zeros(v.shape, acc))
-            sum(backend.backward(gradient, q, k, v, *others, begin, end, p.score_of(mine, keys)))
-        for name, x in {"out": out, "lse": lse, "delta": gradient.delta, "dq": dq}.items():
-            got[name][mine] = x
-    return got
-
-
-def of_keys(backend, p, known, layout, blocks):
-    """Give dk and dv: keys dealt out by a layout meet blocks of queries."""
-    acc = accumulator(p.q.dtype)
-    got = {"dk": np.empty(p.k.shape, acc), "dv": np.empty(p.v.shape, acc)}
-    for rank in range(layout.size):
-        mine = layout.positions(rank)
-        k, v = p.k[mine], p.v[mine]
-        dk, dv = np.zeros(k.shape, acc), np.zeros(v.shape, acc)
-        for source in range(blocks.size):
-            for queries in parts(p, blocks.positions(source)):
-                q = p.q[queries]
-                gradient = Gradient(p.dout[queries], known["lse"][queries], known["delta"][queries],
-                                    None if backend.canonical else np.zeros(q.shape, acc))
-                for begin, end in p.intervals(queries, layout, rank):
-                    sum(backend.backward(gradient, q, k, v, dk, dv, begin, end, p.score_of(queries, mine)))
-        got["dk"][mine], got["dv"][mine] = dk, dv
-    return got
-
-
-def steps(p, queries, blocks):
-    """What queries meet: (keys of a block, begin, end), blocks in ascending order, and intervals within them."""
-    for source in range(blocks.size):
-        for begin, end in p.intervals(queries, blocks, source):
-            yield blocks.positions(source), begin, end
-
-
-def parts(p, queries):
-    """Cut a block of queries into tiles where a key may be in several intervals."""
-    return np.split(queries, range(TILE, len(queries), TILE)) if isinstance(p.mask, Grid) else [queries]
-
-
-def bits(x):
-    """The bits of an array, NaN aside: one is as good as another."""
-    x = np.where(np.isnan(x), x.dtype.type(np.nan), x).astype(x.dtype)
-    return x.view(f"u{x.dtype.itemsize}")
-
-
-def assert_same(got, want):
-    for name in NAMES:
-        assert np.array_equal(bits(got[name]), bits(want[name])), name
 
 
 def check_sizes(problem, kinds, sizes=SIZES, **options):
@@ -286,7 +170,7 @@ def test_other_bits_without_it(name):
 
 @pytest.mark.parametrize("name", [name for name in HOST_NAMES if name != "numba"])
 def test_backends_without_it(name):
-    with pytest.raises(OptionError, match=r"canonical order: .* numba, got "):
+    with pytest.raises(OptionError, match=r"canonical order: .* numba or cuda, got "):
         open_backend(name, 1, canonical=True)
 
 

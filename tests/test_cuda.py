@@ -14,6 +14,7 @@ from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda.arguments import from_number
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, forward_kernels
+from ringmpi.backends.cuda.sources import Kind
 from ringmpi.device import choose_index
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.schedules.device_links import DeviceLink
@@ -177,7 +178,7 @@ def test_float64_has_two_warps_to_a_scheduler_where_they_fit():
     for shared, dim, warps in ((HOPPER, 128, 8), (HOPPER, 64, 8), (HOPPER, 256, 2), (AMPERE, 128, 4), (AMPERE, 64, 8),
                                (SMALL, 64, 4)):
         for plain in (True, False):
-            kernel = best(forward_kernels(kind, dim, dim, 1000, 16, plain=plain), *shared)
+            kernel = best(forward_kernels(kind, dim, dim, 1000, 16, Kind(plain)), *shared)
             assert kernel.threads == 32 * warps, (shared, dim, plain)
     assert best(forward_kernels(kind, 128, 128, 1000, 16), *HOPPER).shared_bytes == 202240
     assert best(forward_kernels(kind, 128, 128, 64, 16), *HOPPER).threads == 128     # no more than the rows need

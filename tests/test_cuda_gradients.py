@@ -18,6 +18,7 @@ from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.arguments import rows_of
 from ringmpi.backends.cuda.backend import CudaBackend
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
+from ringmpi.backends.cuda.sources import Kind
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.score import Score
 
@@ -236,9 +237,9 @@ def test_every_dim_has_kernels_that_fit(dtype, shared, plain):
     for dim, dim_v, rows in itertools.product((1, 16, 64, 96, 128, 192, 256), (8, 64, 128, 256), (1, 9, 17, 5000)):
         if dtype == "float64" and shared == SMALL and dim + dim_v > 350:
             continue          # Q, dout, K and V of 16 rows each are too much
-        for candidates in (forward_kernels(kind, dim, dim_v, rows, 16, plain=plain),
-                           dq_kernels(kind, dim, dim_v, rows, 16, plain=plain),
-                           *dkdv_kernels(kind, dim, dim_v, 16, plain=plain)):
+        for candidates in (forward_kernels(kind, dim, dim_v, rows, 16, Kind(plain)),
+                           dq_kernels(kind, dim, dim_v, rows, 16, Kind(plain)),
+                           *dkdv_kernels(kind, dim, dim_v, 16, Kind(plain))):
             kernel = best(candidates, *shared)
             assert kernel.shared_bytes + 2048 <= shared[0]
             assert kernel.threads <= 1024

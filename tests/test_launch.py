@@ -19,6 +19,7 @@ LAUNCHES = {
     "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),
+    "cuda_canonical": (("cuda_canonical",), (3,), (1, 2, 5)),
     "torch": (("torch",), (2,), (1, 4)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),

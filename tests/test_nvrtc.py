@@ -13,7 +13,7 @@ from nvrtc_versions import OLDER, complaints, load, older_libraries
 
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
-from ringmpi.backends.cuda.sources import kernels_folder
+from ringmpi.backends.cuda.sources import Kind, kernels_folder
 from ringmpi.device import OPTIONS
 from ringmpi.dtypes import BFLOAT16, DTYPES
 
@@ -29,7 +29,8 @@ STATE = ["visible_columns",
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
          *(f"{kernel}<{kind}>" for kernel in ("widen", "clear") for kind in ("bfloat16", "float16", "float"))]
-# Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions.
+# Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions; where dim
+# is 128 of both in canonical order too.
 GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),
              ("bfloat16", 256, 1000, True), ("float32", 256, 10, True), ("float64", 256, 10, True),
              ("bfloat16", 64, 1000, False), ("bfloat16", 128, 1000, False), ("float32", 128, 1000, False),
@@ -46,12 +47,15 @@ def instances(architecture):
         for dim in dims[dtype]:
             kernel = best(forward_kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
-    for dtype, dim, rows, plain in GRADIENTS if architecture == "sm_90a" else OTHER_GRADIENTS:
-        kind = DTYPES[dtype]
-        chosen = [dq_kernels(kind, dim, dim, rows, 16, plain=plain),
-                  *dkdv_kernels(kind, dim, dim, 16, plain=plain)]
-        if not plain:
-            chosen.append(forward_kernels(kind, dim, dim, rows, 16, plain=False))
+    gradients = GRADIENTS if architecture == "sm_90a" else OTHER_GRADIENTS
+    for (dtype, dim, rows, plain), canonical in itertools.product(gradients, (False, True)):
+        if canonical and dim != 128:
+            continue
+        kind = DTYPES[dtype], dim, dim
+        flags = Kind(plain, canonical)
+        chosen = [dq_kernels(*kind, rows, 16, flags), *dkdv_kernels(*kind, 16, flags)]
+        if canonical or not plain:
+            chosen.append(forward_kernels(*kind, rows, 16, flags))
         for candidates in chosen:
             kernel = best(candidates, *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))

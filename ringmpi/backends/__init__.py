@@ -50,8 +50,8 @@ def choose_gpu_early(name: str) -> None:
 def check_canonical(name: str) -> None:
     """Raise `OptionError` unless backend `name`, which can run here, has a canonical order. Local."""
     if not backend_class(name).canonical_tile:
-        raise OptionError(f"canonical order: expected a backend whose sums have a fixed order, numba, got {name}; take "
-                          "numba, for arrays on the host")
+        raise OptionError("canonical order: expected a backend whose sums have a fixed order, numba or cuda, got "
+                          f"{name}; take numba, for arrays on the host")
 
 
 def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False) -> Backend:

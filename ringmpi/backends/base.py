@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..device import Device
 from ..dtypes import TOLERANCE
+from ..errors import BackendError
 from ..layout import Integers
 from ..score import Score
 from ..softmax import Gradient, State, combine, finish, row_delta
@@ -335,6 +336,22 @@ class Backend:
             As `accumulate` does.
         """
         raise NotImplementedError
+
+    def wanted_gradients(self, gradient: Gradient, dk: Any, dv: Any) -> tuple[bool, bool]:
+        """Say whether `backward` is asked for dq, and for dk and dv. Local.
+
+        Raises
+        ------
+        BackendError
+            If it makes no such gradients together.
+        """
+        wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
+        if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
+            names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
+            raise BackendError(f"backend {self.name}: expected arrays for dq, dk and dv, or in canonical order for dq "
+                               f"alone or for dk and dv alone, got {names or 'none'} with "
+                               f"canonical order {'on' if self.canonical else 'off'}")
+        return wanted[0], wanted[1]
 
     def clear(self, x: Any) -> None:
         """Fill an array with zeros. Local."""

@@ -132,7 +132,7 @@ def add_order(parser: Any) -> None:
     """Add the option that says in which order sums are made."""
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0],
                         help="in which order sums are made: fastest, or canonical, in which results have the same bits "
-                             "on any number of ranks and threads, in any layout (CPUs with numba; default: fastest)")
+                             "on any number of ranks and threads, in any layout (numba, or cuda; default: fastest)")
 
 
 def add_products(parser: Any) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from ..device import Device
 from ..layout import Integers, Layout
 from ..trace import Trace
 from .group_exchange import GroupExchange
 from .links import Array, assign
 from .row_exchange import row_numbers
 
-Empty = Callable[[tuple[int, ...], Any], Array]
 Rows = slice | Integers
 
 
@@ -47,7 +47,7 @@ class Move(NamedTuple):
 class TokenExchange(GroupExchange):
     """An exchange of tokens among all ranks; see `GroupExchange`."""
 
-    def move(self, what: str, arrays: Sequence[Array], move: Move, empty: Empty, trace: Trace) -> list[Array]:
+    def move(self, what: str, arrays: Sequence[Array], move: Move, device: Device | None, trace: Trace) -> list[Array]:
         """Move the tokens of some arrays. Collective over the group.
 
         Parameters
@@ -57,8 +57,8 @@ class TokenExchange(GroupExchange):
         arrays : sequence of arrays of shape (batch, n, ...)
             Of this rank before.
         move : Move
-        empty : callable
-            Makes an array of a shape and a dtype where the arrays are.
+        device : Device, optional
+            The GPU that the arrays are on; None: the host.
         trace : Trace
 
         Returns
@@ -69,14 +69,20 @@ class TokenExchange(GroupExchange):
         if move.stays:
             return list(arrays)
         index = self.group.index
-        outgoing = [[x[:, rows] for x in arrays] for rows in move.going]
+        outgoing = [[_taken(x, rows, device) for x in arrays] for rows in move.going]
         incoming = [[((len(x), count, *x.shape[2:]), x.dtype) for x in arrays] for count in move.counts]
         self.start(what, outgoing, incoming, trace)
-        moved = [empty((len(x), sum(move.counts), *x.shape[2:]), x.dtype) for x in arrays]
-        for member in (index, *self.others):
-            pieces = outgoing[index] if member == index else self.take(member)
-            for target, piece in zip(moved, pieces, strict=True):
-                _put(target, move.coming[member], piece)
+        empty = np.empty if device is None else device.empty
+        shapes = [(len(x), sum(move.counts), *x.shape[2:]) for x in arrays]
+        moved = [empty(shape, x.dtype) for shape, x in zip(shapes, arrays, strict=True)]
+        pieces = ((member, outgoing[index] if member == index else self.take(member))
+                  for member in (index, *self.others))
+        if device is None or all(isinstance(rows, slice) for rows in move.coming):
+            for member, theirs in pieces:
+                for target, piece in zip(moved, theirs, strict=True):
+                    _put(target, move.coming[member], piece)
+        else:
+            _put_in_order(moved, pieces, move, device)
         self.end()
         return moved
 
@@ -88,6 +94,37 @@ def _put(target: Array, rows: Rows, piece: Array) -> None:
     else:
         bits = f"u{target.dtype.itemsize}"
         target.view(bits)[:, rows] = piece.view(bits)
+
+
+def _put_in_order(targets: Sequence[Array], pieces: Iterable[tuple[int, Sequence[Array]]], move: Move, device: Device
+                  ) -> None:
+    """Put the tokens of all members into arrays on a GPU: one after the other first, and then in their order."""
+    gathered = [device.empty(x.shape, x.dtype) for x in targets]
+    order = np.empty(targets[0].shape[:2], np.int64)
+    done = 0
+    for member, theirs in pieces:
+        count = len(order) * move.counts[member]
+        order[:, move.coming[member]] = np.arange(done, done + count).reshape(len(order), move.counts[member])
+        for x, piece in zip(gathered, theirs, strict=True):
+            assign(_lines(x)[done:done + count].reshape(piece.shape), piece)
+        done += count
+    for target, x in zip(targets, gathered, strict=True):
+        device.take_rows(_lines(target), _lines(x), order.reshape(-1))
+
+
+def _taken(x: Array, rows: Rows, device: Device | None) -> Array:
+    """Give tokens of an array: a view if they are equally far apart."""
+    if device is None or isinstance(rows, slice):
+        return x[:, rows]
+    taken = device.empty((len(x), len(rows), *x.shape[2:]), x.dtype)
+    numbers = np.arange(len(x))[:, None] * x.shape[1] + rows
+    device.take_rows(_lines(taken), _lines(device.contiguous(x)), numbers.reshape(-1))
+    return taken
+
+
+def _lines(x: Array) -> Array:
+    """View a contiguous array with one axis for elements of the batch and tokens."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _as_slice(rows: Integers) -> Rows:

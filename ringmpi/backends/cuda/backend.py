@@ -5,6 +5,9 @@ puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns.
 tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
 kernel folds into the state. The gradient of a block is a launch for dq, and one or two for dk and dv. While kernels
 run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
+
+In canonical order one instance of a kernel takes every block, whatever its rows and wherever its arrays begin; columns
+are never split into parts; and a block is launched from a multiple of `CANONICAL_TILE` on.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from . import hopper
 from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
-from .instances import TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
+from .instances import CANONICAL_TILE, TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
 from .self_test import SelfTest
-from .sources import Kernel, compiler_options, kernels_folder
+from .sources import Kernel, Kind, compiler_options, kernels_folder
 
 Array = Any
 MOST_DIM = 256
@@ -51,6 +54,7 @@ class CudaBackend(Backend):
     name = "cuda"
     compiles = True
     tolerance = TENSOR_TOLERANCE
+    canonical_tile = CANONICAL_TILE
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -87,9 +91,14 @@ class CudaBackend(Backend):
                                "take backend='numba'")
         case = dim, dim_v, dtype, accumulator, plain, backward
         tested = self.device.cache.setdefault("tested kernels", set())
-        if (case, self.hopper) not in tested:
+        if (case, self._asks_hopper, self.canonical) not in tested:
             self._test_kernels(*case)
-            tested.add((case, self.hopper))
+            tested.add((case, self._asks_hopper, self.canonical))
+
+    @property
+    def _asks_hopper(self) -> bool:
+        """Whether the kernel for Hopper is to take what it can: it has no canonical order."""
+        return self.hopper and not self.canonical
 
     def _test_kernels(self, dim: int, dim_v: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], plain: bool,
                       backward: bool) -> None:
@@ -98,7 +107,7 @@ class CudaBackend(Backend):
                 f"{dim_v}{'' if plain else ', with score functions,'}")
         advice = "please report it, and take backend='numba' meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
-        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self.hopper and plain else FORWARD_TESTS
+        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and plain else FORWARD_TESTS
         for n_q, n_k in sizes:
             test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, plain, backward)
             try:
@@ -170,6 +179,7 @@ class CudaBackend(Backend):
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
+        self.wanted_gradients(gradient, dk, dv)
         yield from self._done(lambda: self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
 
     def _done(self, launch: Callable[[], None], begin: Integers, end: Integers) -> Iterator[int]:
@@ -220,36 +230,41 @@ class CudaBackend(Backend):
                         ) -> None:
         """Launch what folds a block: of the columns that any row sees, in one part or several."""
         acc_dtype = state.acc.dtype
-        q, k, v = self._widened(acc_dtype, q=q, k=k, v=v)
-        seen = _seen(begin, end)
+        q, k, v = self._operands(acc_dtype, q=q, k=k, v=v)
+        seen = self._seen(begin, end, len(k))
         k = k[seen]
         v = v[seen]
         n_q, heads, _ = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * heads // kv_heads
 
-        # Where there is not one launch for all columns, each has states of its own, which are combined afterwards.
+        # Where there is not one launch for all columns, each has states of its own, which are combined afterwards. In
+        # canonical order each begins with the maximum and the sum of the state, and the last one puts back its own.
         kernel = self._choose(q, k, v, score)
         parts, width = self._split(kernel, rows, kv_heads, n_k)
-        fresh = parts > 1 or dim_v > kernel.columns
+        fresh = not self.canonical and (parts > 1 or dim_v > kernel.columns)
         _refuse_many(n_q * heads, n_k + width)
         columns, packed = self._upload(begin, end, seen, score, acc_dtype, heads)
         target = self._parts(parts, state) if fresh else state
         grid = -(-rows // kernel.rows), kv_heads, parts
         for start in range(0, dim_v, kernel.columns):
             keys = hopper.maps(self.device, k, v) if kernel.file == hopper.FILE else (k, from_number(v, start))
+            of_launch = target if fresh or start + kernel.columns >= dim_v else self._with_copies(target)
             self._launch_tiles(kernel, grid, (
-                state_arrays(target, dim_v, start, width, fresh), q, *keys,
+                state_arrays(of_launch, dim_v, start, width, fresh), q, *keys,
                 problem(q, v, columns, packed, score, acc_dtype, min(kernel.columns, dim_v - start))))
         if fresh:
             self.combine(state, target)
 
     def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
-        if self.hopper and hopper.takes(self.device, q, k, v, score):
+        if self._asks_hopper and hopper.takes(self.device, q, k, v, score):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         rows = len(q) * q.shape[1] // k.shape[1]
         align = _common_alignment(q, k, v)
-        return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, plain=score.plain))
+        return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, self._kind(score)))
+
+    def _kind(self, score: Score) -> Kind:
+        return Kind(score.plain, self.canonical)
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
@@ -257,10 +272,11 @@ class CudaBackend(Backend):
     def _launch_backward(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
                          end: Integers, score: Score) -> None:
         """Launch what differentiates a block: of the columns that any row sees, first for dq, then for dk and dv."""
-        acc_dtype = gradient.dq.dtype
-        q, k, v, dout = self._widened(acc_dtype, q=q, k=k, v=v, dout=gradient.dout)
-        seen = _seen(begin, end)
-        k, v, dk, dv = (x[seen] for x in (k, v, dk, dv))
+        acc_dtype = gradient.lse.dtype
+        kind = self._kind(score)
+        q, k, v, dout = self._operands(acc_dtype, q=q, k=k, v=v, dout=gradient.dout)
+        seen = self._seen(begin, end, len(k))
+        k, v, dk, dv = (x if x is None else x[seen] for x in (k, v, dk, dv))
         n_q, heads, dim = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * (heads // kv_heads)
@@ -272,11 +288,12 @@ class CudaBackend(Backend):
 
         # dq: blocks of threads over the rows. dk and dv: over the keys, in one launch, which has all columns of both,
         # or in one for each.
-        kernel = self._best(dq_kernels(q.dtype, dim, dim_v, rows, align, plain=score.plain))
-        self._launch_tiles(kernel, (-(-rows // kernel.rows), kv_heads, -(-dim // kernel.columns)),
-                           (gradient.dq, inputs, block))
-        for candidates, width in zip(dkdv_kernels(q.dtype, dim, dim_v, align, plain=score.plain), (dim, dim_v),
-                                     strict=False):
+        if gradient.dq is not None:
+            kernel = self._best(dq_kernels(q.dtype, dim, dim_v, rows, align, kind))
+            self._launch_tiles(kernel, (-(-rows // kernel.rows), kv_heads, -(-dim // kernel.columns)),
+                               (gradient.dq, inputs, block))
+        launches = dkdv_kernels(q.dtype, dim, dim_v, align, kind) if dk is not None else []
+        for candidates, width in zip(launches, (dim, dim_v), strict=False):
             kernel = self._best(candidates)
             visible = self._visible_columns(kernel.rows, rows, *columns, heads // kv_heads)
             self._launch_tiles(kernel, (-(-n_k // kernel.keys), kv_heads, -(-width // kernel.columns)),
@@ -292,12 +309,23 @@ class CudaBackend(Backend):
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
         """Give the number of parts that fill the GPU, and the columns of each, in whole tiles."""
+        if self.canonical:
+            return 1, n_k
         blocks = min(kernel.blocks, self.device.shared_bytes_processor // (kernel.shared_bytes + 2048))
         resident_blocks = self.device.processors * max(1, blocks)
         tiles = -(-rows // kernel.rows) * kv_heads
         parts = max(1, min(resident_blocks // tiles, -(-n_k // (4 * kernel.keys)), MOST_PARTS))
         width = -(-n_k // (parts * kernel.keys)) * kernel.keys
         return -(-n_k // width), width
+
+    def _seen(self, begin: Integers, end: Integers, n_k: int) -> slice:
+        """Give the columns from the first to the last that any row sees; in canonical order in whole tiles."""
+        seeing = end > begin
+        first, last = int(begin.min(where=seeing, initial=2**62)), int(end.max(where=seeing, initial=0))
+        if self.canonical:
+            first = first // CANONICAL_TILE * CANONICAL_TILE
+            last = min(-(-last // CANONICAL_TILE) * CANONICAL_TILE, n_k)
+        return slice(first, last)
 
     def _upload(self, begin: Integers, end: Integers, seen: slice, score: Score, acc_dtype: np.dtype[Any], heads: int
                 ) -> tuple[tuple[Array, Array], Any]:
@@ -321,11 +349,29 @@ class CudaBackend(Backend):
         edges = itertools.pairwise(itertools.accumulate((count * x.size for x in arrays), initial=0))
         return State(*(buffer[a:b].reshape(count, *x.shape) for (a, b), x in zip(edges, arrays, strict=True)))
 
-    def _widened(self, acc_dtype: np.dtype[Any], **arrays: Array) -> list[Array]:
-        """Give the arrays themselves, or copies in float64 where that is what is summed in."""
-        if acc_dtype != np.float64:
-            return list(arrays.values())
-        return [x if x.dtype == acc_dtype else self._wide(name, x) for name, x in arrays.items()]
+    def _with_copies(self, state: State) -> State:
+        """Give a state with the same acc, and with a maximum and a sum of its own."""
+        shape = 2, *state.row_max.shape
+        copies = self._buffer("maxima and sums", math.prod(shape), state.acc.dtype).reshape(shape)
+        for number, source in enumerate((state.row_max, state.row_sum)):
+            self.device.copy(copies[number], source, self.device.caller_stream())
+        return State(state.acc, copies[0], copies[1])
+
+    def _operands(self, acc_dtype: np.dtype[Any], **arrays: Array) -> list[Array]:
+        """Give the arrays themselves, or copies in float64 where that is what is summed in.
+
+        In canonical order copies of those that begin askew, too, which would have kernels of their own.
+        """
+        return [self._operand(acc_dtype, name, x) for name, x in arrays.items()]
+
+    def _operand(self, acc_dtype: np.dtype[Any], name: str, x: Array) -> Array:
+        if acc_dtype == np.float64 and x.dtype != acc_dtype:
+            return self._wide(name, x)
+        if not self.canonical or not x.data.ptr % _alignment(x):
+            return x
+        copy = self._buffer(name, x.size, x.dtype).reshape(x.shape)
+        self.device.copy(copy, x, self.device.caller_stream())
+        return copy
 
     def _wide(self, name: str, x: Array) -> Array:
         wide = self._buffer(name, x.size, np.dtype(np.float64)).reshape(x.shape)
@@ -384,12 +430,6 @@ def _alignment(x: Array) -> int:
 def _common_alignment(*arrays: Array) -> int:
     """Give the bytes, 16 at most, that every row of some arrays is aligned to, and a multiple of."""
     return math.gcd(*(_alignment(x) for x in arrays), *(x.data.ptr for x in arrays))
-
-
-def _seen(begin: Integers, end: Integers) -> slice:
-    """Give the columns from the first to the last that any row sees."""
-    seeing = end > begin
-    return slice(int(begin.min(where=seeing, initial=2**62)), int(end.max(where=seeing, initial=0)))
 
 
 def _packed(score: Score, seen: slice, acc_dtype: np.dtype[Any], heads: int, n_q: int) -> NDArray[np.int32]:

@@ -10,8 +10,11 @@ import numpy as np
 
 from ...dtypes import BFLOAT16
 from ...errors import BackendError
-from .sources import Kernel
+from .sources import Kernel, Kind
 
+CANONICAL_TILE = 192          # as in rows.cuh: a multiple of the keys, and of the rows, that come and go in tiles
+MANY_ROWS = 2**30
+PLAIN = Kind()
 SLICE_FLOAT64 = 128           # columns of a result that fit a thread's registers beside the rest, in float64
 TYPES = {np.dtype(np.float64): "double", np.dtype(np.float32): "float", BFLOAT16: "bfloat16",
          np.dtype(np.float16): "float16"}
@@ -45,7 +48,7 @@ class Tile(NamedTuple):
     stages: int = 1
 
 
-def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
+def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, kind: Kind = PLAIN
                     ) -> list[Kernel]:
     """List the forward kernels for `rows` rows of a key head, the one that should be fastest first. Local.
 
@@ -58,12 +61,14 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         Queries times the heads that share a key head.
     align : int
         Bytes that every row of q, k and v is aligned to, and a multiple of: 2, 4, 8 or 16.
-    plain : bool
-        See `Score.plain`. Score functions take registers: tiles with them have fewer keys.
+    kind : Kind
     """
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
+    plain = kind.plain
+    if kind.canonical:
+        rows = MANY_ROWS
     if dtype == np.float32:
-        return [_simt(dims, tile, align, plain) for tile in _simt_tiles(dims.v, rows) if plain or tile.others <= 32]
+        return [_simt(dims, tile, align, kind) for tile in _simt_tiles(dims.v, rows) if plain or tile.others <= 32]
     if dtype == np.float64:
         dims = Dims(dims.qk, min(dims.v, SLICE_FLOAT64))
         tall = [(8, 1, 16, 2)] if rows > 64 else []         # two warps to a scheduler, where they fit
@@ -77,7 +82,7 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         height = 1 if rows <= 64 else 2
         tiles = [(4, height, 64, 2), (4, height, 32, 2)]
     most = 64 if plain else 16 if dtype == np.float64 else 32
-    return [_tensor(dtype, dims, tile, align, plain) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
+    return [_tensor(dtype, dims, tile, align, kind) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
 
 
 def _simt_tiles(dim_v: int, rows: int) -> list[Tile]:
@@ -94,53 +99,54 @@ def _sixteens(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _tensor(dtype: np.dtype[Any], dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
+def _tensor(dtype: np.dtype[Any], dims: Dims, tile: Tile, align: int, kind: Kind) -> Kernel:
     """Give an instance of accumulate_tensor.cu."""
     rows = 16 * tile.height * tile.lanes
     pad, pad_v = (4, 2) if dtype == np.float64 else (8, 8)
     numbers = rows * (dims.qk + pad) + tile.stages * tile.others * (sum(dims) + pad + pad_v)
     blocks = 8 if tile.lanes == 1 else 2 if tile.lanes == 4 and dtype != np.float64 else 1
-    arguments = TYPES[dtype], *dims, *tile, align, _flag(plain)
+    arguments = TYPES[dtype], *dims, *tile, align, *kind.flags()
     return Kernel("accumulate_tensor.cu", _named("accumulate", arguments), rows, tile.others, 32 * tile.lanes,
                   numbers * dtype.itemsize, dims.v, blocks)
 
 
-def _simt(dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
+def _simt(dims: Dims, tile: Tile, align: int, kind: Kind) -> Kernel:
     """Give an instance of accumulate_simt.cu."""
     rows = tile.height * tile.lanes
     numbers = (rows + tile.others) * _padded(dims.qk) + tile.others * dims.v + rows * _padded_weights(tile.others)
-    arguments = *dims, *tile[:3], align, _flag(plain)
+    arguments = *dims, *tile[:3], align, *kind.flags()
     return Kernel("accumulate_simt.cu", _named("accumulate", arguments), rows, tile.others, 16 * tile.lanes,
                   4 * numbers, dims.v, 8 if tile.lanes < 16 else 1)
 
 
-def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, *, plain: bool = True
-               ) -> list[Kernel]:
+def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int, kind: Kind = PLAIN) -> list[Kernel]:
     """List the kernels for dq; as `forward_kernels`, but `align` is dout's too. Local."""
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
+    if kind.canonical:
+        rows = MANY_ROWS
     if dtype == np.float32:
         few = [Tile(8, 2, 32), Tile(8, 2, 16)]
         chosen = few if rows <= 16 else _simt_gradient_tiles(max(dims))
-        return [_simt_gradient("dq", dims, tile, align, plain) for tile in chosen]
+        return [_simt_gradient("dq", dims, tile, align, kind) for tile in chosen]
     columns = _slice(dims.qk, SLICE_FLOAT64) if dtype == np.float64 else dims.qk
     if dtype == np.float64:
         tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
     elif max(dims) <= 64:
         tiles = [(4, 2, 32, 2)]
     elif max(dims) <= 128:
-        tiles = [(4, 2, 32, 2) if plain else (4, 1, 64, 2), (4, 1, 32, 2)]
+        tiles = [(4, 2, 32, 2) if kind.plain else (4, 1, 64, 2), (4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
         tiles = [(1, 1, *tile[2:]) for tile in tiles]
-    return [_tensor_gradient("dq", dtype, dims, (columns,), Tile(*tile), align, plain) for tile in tiles]
+    return [_tensor_gradient("dq", dtype, dims, (columns,), Tile(*tile), align, kind) for tile in tiles]
 
 
-def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plain: bool = True) -> list[list[Kernel]]:
+def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind = PLAIN) -> list[list[Kernel]]:
     """List the kernels for dk and dv together, or those for dk and those for dv; as `dq_kernels`. Local."""
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        return [[_simt_gradient("dkdv", dims, tile, align, plain) for tile in _simt_gradient_tiles(max(dims))]]
+        return [[_simt_gradient("dkdv", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims))]]
     if dtype == np.float64:
         tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
     elif max(dims) <= 64:
@@ -150,7 +156,7 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, *, plai
     # Columns of dk and of dv: all of both in one launch, if a thread's registers hold them.
     most = 128 if dtype == np.float64 else 256
     launches = [tuple(dims)] if sum(dims) <= most else [(_slice(dims.qk, most), 0), (0, _slice(dims.v, most))]
-    return [[_tensor_gradient("dkdv", dtype, dims, columns, Tile(*tile), align, plain) for tile in tiles]
+    return [[_tensor_gradient("dkdv", dtype, dims, columns, Tile(*tile), align, kind) for tile in tiles]
             for columns in launches]
 
 
@@ -169,7 +175,7 @@ def _simt_gradient_tiles(widest: int) -> list[Tile]:
 
 
 def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: tuple[int, ...], tile: Tile, align: int,
-                     plain: bool) -> Kernel:
+                     kind: Kind) -> Kernel:
     """Give an instance of gradient_tensor.cu."""
     own = 16 * tile.height * tile.lanes
     coming = tile.stages * tile.others
@@ -178,12 +184,12 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats
     blocks = 2 if tile.lanes == 4 and dtype != np.float64 and max(dims) <= 128 else 1
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
-    arguments = TYPES[dtype], *dims, *columns, *tile, align, _flag(plain)
+    arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
     return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
                   shared_bytes, max(columns), blocks)
 
 
-def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, plain: bool) -> Kernel:
+def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind) -> Kernel:
     """Give an instance of gradient_simt.cu."""
     own = tile.height * tile.lanes
     coming = tile.stages * tile.others
@@ -191,7 +197,7 @@ def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, plain: boo
     row_stats = 4 * coming if gradient == "dkdv" else 0
     numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
-    return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, _flag(plain))), rows, keys,
+    return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, *kind.flags())), rows, keys,
                   16 * tile.lanes, 4 * numbers, max(dims), 1)
 
 
@@ -208,11 +214,6 @@ def _padded_weights(keys: int) -> int:
 def _named(kernel: str, arguments: Iterable[Any]) -> str:
     """Give the C++ name of an instance."""
     return f"{kernel}<{', '.join(map(str, arguments))}>"
-
-
-def _flag(plain: bool) -> str:
-    """Say whether a kernel has score functions."""
-    return "false" if plain else "true"
 
 
 def best(candidates: Sequence[Kernel], shared_bytes: int, shared_bytes_processor: int) -> Kernel:

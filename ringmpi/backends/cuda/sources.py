@@ -6,6 +6,7 @@ import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 @functools.cache
@@ -26,6 +27,25 @@ def digest() -> str:
 def compiler_options() -> tuple[str, ...]:
     """Give the options that NVRTC needs besides the architecture. Local."""
     return "--std=c++17", f"-I{kernels_folder()}", f"-DRINGMPI_SOURCES=0x{digest()}"
+
+
+class Kind(NamedTuple):
+    """Of which kind a kernel is.
+
+    Attributes
+    ----------
+    plain : bool
+        Whether it has no score functions; see `Score.plain`. They take registers: tiles with them have fewer keys.
+    canonical : bool
+        Whether its sums are in canonical order. Then it is the same for any number of rows.
+    """
+
+    plain: bool = True
+    canonical: bool = False
+
+    def flags(self) -> tuple[str, str]:
+        """Give the last template arguments. Local."""
+        return str(not self.plain).lower(), str(self.canonical).lower()
 
 
 @dataclass(frozen=True)

@@ -177,12 +177,7 @@ class NumbaBackend(Backend):
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
-        wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
-        if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
-            names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
-            raise BackendError("backend numba: expected arrays for dq, dk and dv, or in canonical order for dq alone "
-                               f"or for dk and dv alone, got {names or 'none'} with "
-                               f"canonical order {'on' if self.canonical else 'off'}")
+        wanted = self.wanted_gradients(gradient, dk, dv)
 
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
@@ -192,7 +187,7 @@ class NumbaBackend(Backend):
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
-                                    *wanted[:2])
+                                    *wanted)
             return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles).run()
 
         seen = self._seen.find(begin, end)
