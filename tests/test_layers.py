@@ -25,6 +25,7 @@ LAYERS = [
     {"engine", "plan", "simulation"},
     {"passes", "problem"},
     {"canonical"},
+    {"checkpoint"},
     {"attention"},
     {"functional", "job", "kv", "torch"},
     {"commands"},
