@@ -104,7 +104,7 @@ class ResumableCall:
         self._engine = engine
         self._keeping = keeping
         self.saver = Saver(comm, timeout, problem, call, plan, engine)
-        self._folded = nothing_folded(plan)
+        self._folded = nothing_folded(plan, self._engine.backend)
         self._pass_plan = ResumablePlan.of(plan, self._folded)
         self._goes_on = False
 
@@ -197,7 +197,7 @@ class ResumableCall:
 
     def _take_own(self, generation: Generation) -> Folded:
         """Take the states that this rank has written."""
-        folded = nothing_folded(self._plan)
+        folded = nothing_folded(self._plan, self._engine.backend)
         with self._comm.raise_on_all(self._timeout), self._on_host() as states:
             groups = np.empty(self._plan.rows, np.int64)
             generation.read(self._comm.rank, [*(x for state in states for x in state), folded.left, groups])
@@ -222,7 +222,7 @@ class ResumableCall:
             moved = Moved(before, positions, grid.group("keys", comm.rank).ranks, comm.rank)
             moved.take(generation, states, comm.rank, comm.size)
         plan = moved.plan(self._plan)
-        self._folded = nothing_folded(plan)
+        self._folded = nothing_folded(plan, self._engine.backend)
         self._pass_plan = ResumablePlan.of(plan, moved)
         self._pass_plan.agree_on_route(comm, self._timeout)
         return moved

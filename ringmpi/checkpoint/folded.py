@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ..errors import ShardError
 from ..schedules.base import Work
 
-TILE_ROWS = 512                # rows of a tile of the NumPy backend, of all heads that share a head of the keys
-TILES = 8                      # in a piece
+TILE_ROWS = 512                # of all heads that share a head of the keys: more than are few for Numba
+TILES = 8                      # of these in a piece
 
 
 def cut_rows(rows: int, group: int) -> list[slice]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from ..backends.base import Backend
 from ..layout import Integers
 from ..mpi.comm import Comm
 from ..plan import Plan
@@ -63,9 +64,10 @@ class ResumablePlan(Plan):
                 for number, (part, intervals) in enumerate(zip(self.parts[source], columns, strict=True))]
 
 
-def nothing_folded(plan: Plan) -> Folded:
-    """Say that the rows of a plan have met no key. Local."""
-    return Folded(cut_rows(plan.rows, plan.share.heads // plan.share.kv_heads), _tokens(plan))
+def nothing_folded(plan: Plan, backend: Backend) -> Folded:
+    """Say that the rows of a plan have met no key; they are cut if results have the same bits then. Local."""
+    group = plan.share.heads // plan.share.kv_heads
+    return Folded(cut_rows(plan.rows, group) if backend.rows_apart else [slice(0, plan.rows)], _tokens(plan))
 
 
 def _tokens(plan: Plan) -> list[int]:

@@ -56,7 +56,7 @@ class Saver:
         self._timeout = timeout
         self._about = problem, call, plan, engine
         self._content: dict[str, Any] = {}
-        self.before: Folded | Moved = nothing_folded(plan)
+        self.before: Folded | Moved = nothing_folded(plan, engine.backend)
         self.blocks: Mapping[str, Any] | None = None
         self.newest: Path | None = None
         self.share = 0.0
