@@ -16,7 +16,7 @@ from .tuples import GradientTiles, TileGradientWork, TileWork
 from .workspace import Array, BackwardMemory, PackedKV, aligned
 
 FLOAT32: np.dtype[Any] = np.dtype(np.float32)
-MOST_BLOCKS = 8             # of rows, that meet a packed tile while it is in cache
+MOST_BLOCKS = 16            # of rows, that meet a packed tile while it is in cache
 ASIDE = 256                 # numbers between two arrays, so that the same rows of them are in other lines of the cache
 
 
