@@ -136,7 +136,7 @@ def test_stopped_again_and_again(comm, folder, monkeypatch):
     want = case.whole_run()
     assert case.leave(folder / "c", until(comm, 2))
     times = 0
-    while (got := case.go_on(folder / "c", stop=until(comm, 2, *range(comm.size)))) is None:
+    while (got := case.go_on(folder / "c", stop=until(comm, comm.size, *range(comm.size)))) is None:
         times += 1
         assert len(states(folder / "c")) == 1
     assert times
