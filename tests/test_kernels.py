@@ -436,18 +436,21 @@ def test_prepare_compiles_every_way_and_odd_dims(products):
 
 
 def only_prepared(dtype, products="auto"):
-    from ringmpi.backends.numba_.compiled import forward_keys, forward_units, pack_forward, pack_units
-    functions = forward_keys, pack_forward, forward_units, pack_units
+    from ringmpi.backends.numba_ import compiled as kernels
+    every = (kernels.combine_rows, kernels.finish_rows, kernels.forward_keys, kernels.pack_forward,
+             kernels.forward_units, kernels.pack_units)
     backend, kind = open_backend("numba", 2), accumulator(DTYPES[dtype])
     backend.settle(products, [backend.ways])
     backend.prepare(DTYPES[dtype], kind, 8, 8)
-    compiled = [len(f.signatures) for f in functions]
+    compiled = [len(f.signatures) for f in every]
     for n_q, dim, dim_v in [(2, 16, 16), (300, 16, 16), (2, 7, 3), (300, 7, 3)]:
         q, k, v = data(0, n_q, 50, 2, 1, dim, dim_v, dtype)
         q.flags.writeable = False
         state, whole = State.empty(n_q, 2, dim_v, kind), np.full(n_q, 50)
         sum(backend.accumulate(state, q, k, v, 0 * whole, whole, Score(0.1)))
-    assert [len(f.signatures) for f in functions] == compiled
+        backend.combine(state, State(*(x[None].copy() for x in vars(state).values())))
+        backend.finish(state, whole > 0, np.empty((n_q, 2, dim_v), q.dtype), np.empty((n_q, 2), kind))
+    assert [len(f.signatures) for f in every] == compiled
     backend.close()
 
 
