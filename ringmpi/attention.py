@@ -224,9 +224,10 @@ class RingAttention:
         k : array of shape ([batch,] n_k, kv_heads, dim), dtype of `q`
             This rank's keys; `heads` is a multiple of `kv_heads`.
         v : array of shape ([batch,] n_k, kv_heads, dim_v), dtype of `q`
-            This rank's values. Weights times values are summed before they are divided, so the largest value times the
-            keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in float32;
-            beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the room.
+            This rank's values. Weights times values are summed before they are divided, so 16 times the largest value
+            times the keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in
+            float32; beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the
+            room.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
