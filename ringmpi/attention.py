@@ -106,10 +106,11 @@ class RingAttention:
         their number divides the heads of the keys. The backward pass has 7 products in place of 5. See
         docs/schedules.rst for what it costs. ``"fastest"``: results on other numbers of ranks are equal to rounding.
     bfloat16_products : {"auto", "tiles", "widen", "pairs"}
-        How CPUs multiply bfloat16 in the forward pass: on their tile units (AMX), widened to float32, or in pairs
-        (AVX512_BF16). Tiles and pairs multiply numbers as they are, and round the weights too; on tiles what is below
-        the smallest normal number, 2^-126, counts as 0. Calls of few rows, slopes, dropout and a float64 accumulator
-        are widened where there are tiles. ``"auto"`` is what the variable
+        How CPUs multiply bfloat16: on their tile units (AMX), widened to float32, or in pairs (AVX512_BF16; forward
+        alone). Tiles and pairs multiply numbers as they are, and round the weights too. On tiles what is below the
+        smallest normal number, 2^-126, counts as 0, products of weights and values too: values should be above 1e-33
+        times the keys that a query sees. Calls of few rows, slopes, dropout, scale 0 and a float64 accumulator are
+        widened where there are tiles. ``"auto"`` is what the variable
         RINGMPI_BFLOAT16_PRODUCTS says, else tiles where all ranks have them, else widened; RINGMPI_CPU_TILES=0 takes a
         rank's tiles away. ``attention.backend.products`` says what was agreed.
 

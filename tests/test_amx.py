@@ -262,3 +262,38 @@ def test_tiles_are_named():
     backend = open_backend("numba", 1)
     assert backend.describe().endswith("bfloat16 tiles")
     backend.close()
+
+
+@needs_tiles
+def test_with_scale_0_an_infinite_product_is_nan():
+    """As it is in the other ways; on tiles it would hide the key."""
+    q, k, v = (np.ones((n, 1, 32), BFLOAT16) for n in (300, 4, 4))
+    k[1] = -np.inf
+    for products in ("widen", "tiles"):
+        out, lse = fold_all(open_backend("numba", 1), products, q, k, v, 0, 0.0)
+        assert np.isnan(out).all(), products
+        assert np.isnan(lse).all(), products
+
+
+@needs_tiles
+def test_a_cut_for_one_order_is_not_taken_for_another():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((n, 1, 32)).astype(BFLOAT16) for n in (600, 900, 900))
+    backend = open_backend("numba", 1)
+    got = []
+    for backend.canonical in (True, False, True):
+        backend.release()
+        got.append(fold_all(backend, "tiles", q, k, v, 50, 0.2))
+    for first, last in zip(got[0], got[2], strict=True):
+        np.testing.assert_array_equal(first, last)
+
+
+def fold_all(backend, products, q, k, v, begin, scale):
+    """Every row sees all keys from `begin` on."""
+    backend.settle(products, [backend.ways])
+    state = backend.new_state(len(q), 1, v.shape[2], np.float32)
+    low, high = np.full(len(q), begin), np.full(len(q), len(k))
+    sum(backend.accumulate(state, q, k, v, low, high, Score(scale)))
+    out, lse = np.empty((len(q), 1, v.shape[2]), np.float32), np.empty((len(q), 1), np.float32)
+    backend.finish(state, high > low, out, lse)
+    return out, lse

@@ -183,6 +183,8 @@ def test_no_array_of_all_scores(backend):
     ("float32", 4, 90, Score(0.3, softcap=2.0)), ("float16", 32, 40, Score(0.3))])
 def test_a_bound_block_is_met_again_and_again(backend, dtype, heads, n_k, score):
     """The bits of `accumulate`, whatever queries come, and however many keys they see by then."""
+    if backend.products == "tiles":
+        pytest.skip("few rows are bound, which are not for tiles")
     rng = np.random.default_rng(1)
     k, v = (rng.standard_normal((n_k, 2, dim)).astype(DTYPES[dtype]) for dim in (24, 20))
     states = [State.empty(3, heads, 20, accumulator(k.dtype)) for _ in range(2)]

@@ -757,7 +757,8 @@ def test_an_interrupt_leaves_no_loop_behind(comm, monkeypatch, backend):
                  lambda: attention(q, k, v), lambda: attention.backward(q[..., :8]))
         for work in works:
             with monkeypatch.context() as patch:
-                patch.setattr(Waiter, "progress", interrupt)
+                for name in ("progress", "heed_notices"):          # one of them is called between tiles
+                    patch.setattr(Waiter, name, interrupt)
                 with pytest.raises(KeyboardInterrupt) as caught:
                     work()
             held.append(caught)                # with its frames, as a console does
@@ -770,7 +771,8 @@ def test_an_interrupt_leaves_no_loop_behind(comm, monkeypatch, backend):
         cache.append(k[:400], v[:400], replicated=True)
         with monkeypatch.context() as patch:
             if comm.rank == 0:
-                patch.setattr(Waiter, "progress", interrupt)
+                for name in ("progress", "heed_notices"):          # one of them is called between tiles
+                    patch.setattr(Waiter, name, interrupt)
             with pytest.raises((KeyboardInterrupt, RankLost) if comm.rank else KeyboardInterrupt):
                 cache.attend(q[-200:], k[400:], v[400:])
         assert cache.length == 400

@@ -156,6 +156,14 @@ def test_the_last_number_of_a_view_is_the_last_that_is_shown():
         assert tokens(x).array.nbytes == high - low
 
 
+def test_no_tokens_and_pairs_that_begin_between_two():
+    assert tokens(np.zeros((0, 2, 8), np.float32)).shape == (0, 2, 8)
+    x = np.arange(65, dtype=np.uint16)[1:].view(BFLOAT16).reshape(4, 1, 16)
+    given = tokens(x, np.dtype(np.uint32))
+    assert given.array.flags.aligned
+    np.testing.assert_array_equal(given.array.view(np.uint16), x.view(np.uint16).ravel())
+
+
 class OnlyDLPack:
     """A tensor of a library that speaks DLPack alone."""
 

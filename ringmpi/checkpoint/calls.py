@@ -157,6 +157,7 @@ class ResumableCall:
         self._plan.seen = self._pass_plan.seen
         if outcome is not None:
             return outcome, None
+        self.saver.content()                       # while the caller's arrays are what they were
         states = self._engine.give_states()
         left = Left(self.saver, states, self._folded, (before + trace.pairs, total))
         self._call.states = []

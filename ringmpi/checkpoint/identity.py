@@ -27,10 +27,10 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     What the ranks hold is not part of it, so that other ranks can go on.
     """
     counts, prints = _sum_up(problem, call, engine, comm, timeout)
+    sinks = _sinks(call, comm, timeout)
     batch, _, heads, dim = call.q.shape
     backend = engine.backend
     options = {name: str(value) for name, value in problem.describe().items() if name not in OF_THE_PLACEMENT}
-    sinks = None if call.sinks is None else hashlib.sha256(np.ascontiguousarray(call.sinks).data).hexdigest()
     return {**options, "tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
             "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
             "accumulator": str(plan.accumulator), "seed": call.seed, "sinks (by their digest)": sinks,
@@ -67,6 +67,15 @@ def difference(there: Any, here: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _sinks(call: Call, comm: Comm, timeout: float) -> str | None:
+    """Give the digest of the sinks, of all that there are if ranks have others; the same on all."""
+    if call.sinks is None:
+        return None
+    mine = hashlib.sha256(np.ascontiguousarray(call.sinks).data).hexdigest()
+    texts = comm.allgather_text(mine, timeout)
+    return mine if len(set(texts)) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
 
 def _sum_up(problem: Problem, call: Call, engine: Engine, comm: Comm, timeout: float

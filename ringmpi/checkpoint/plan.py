@@ -27,13 +27,13 @@ class ResumablePlan(Plan):
     """
 
     before: Folded | Moved | None = None
-    _kept: dict[int, Columns] = field(default_factory=dict)
+    _left: dict[int, Columns] = field(default_factory=dict)       # columns, of two blocks
 
     @classmethod
     def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
         """Make one of a plan, with its route, which is to be agreed on anew if anything has been met. Local."""
         given = {part.name: getattr(plan, part.name) for part in fields(Plan) if part.init}
-        given |= {"ready": set(), "_prefetched": (-1, [])}
+        given |= {"ready": set(), "_prefetched": (-1, []), "_kept": {}}      # which are not shared
         made = cls(**given, before=before.copy() if isinstance(before, Folded) else before)
         made.route = plan.route
         if all(map(before.is_whole, range(len(plan.parts)))):
@@ -50,11 +50,11 @@ class ResumablePlan(Plan):
 
     def _columns(self, source: int) -> Columns:
         """Turn each interval of positions into columns that are left; keep those of two blocks, for all pieces."""
-        if source not in self._kept:
-            while len(self._kept) > 1:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[source] = self._left_of(source, super()._columns(source))
-        return self._kept[source]
+        if source not in self._left:
+            while len(self._left) > 1:
+                self._left.pop(next(iter(self._left)))
+            self._left[source] = self._left_of(source, super()._columns(source))
+        return self._left[source]
 
     def _left_of(self, source: int, columns: Columns) -> Columns:
         before = self.before

@@ -28,7 +28,7 @@ from .paths import file_kind, flush_to_disk, writing
 FORMAT = 1
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 2**26
-NAME = re.compile(r"(\d{8})-[0-9a-f]{12}")
+NAME = re.compile(r"([0-9]{8})-[0-9a-f]{12}")
 PIECE_BYTES = 2**22            # that are written, read and digested at a time
 
 
@@ -256,7 +256,7 @@ def _read(path: Path) -> Generation:
         shards = content["shards"]
         right = content["format"] == FORMAT and all(
             isinstance(content[name], dict) for name in ("problem", "placement")) and all(
-            type(shard["size"]) is int and isinstance(shard["sha256"], str) for shard in shards)
+            type(shard["size"]) is int and shard["size"] >= 0 and isinstance(shard["sha256"], str) for shard in shards)
     except (KeyError, TypeError, ValueError, RecursionError):
         right = False
     if not right:

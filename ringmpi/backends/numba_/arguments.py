@@ -128,11 +128,10 @@ def tokens(x: Array, stored: np.dtype[Any] | None = None) -> Tokens:
     """
     stored = stored or STORED.get(x.dtype, x.dtype)
     flags = x.flags
-    if flags.c_contiguous and flags.aligned and flags.writeable:          # by far the most common, and seen at once
-        flat = x.reshape(-1).view(stored)
-        n_tokens, heads, _ = x.shape
-        numbers = flat.size // (n_tokens * heads)
-        return Tokens(flat, (n_tokens, heads, numbers), heads * numbers, numbers)
+    plain = flags.c_contiguous and flags.aligned and flags.writeable and stored.itemsize == x.itemsize
+    if plain:                             # by far the most common, and seen at once
+        _, heads, numbers = x.shape
+        return Tokens(x.reshape(-1).view(stored), x.shape, heads * numbers, numbers)
     x = in_place(in_place(x).view(stored))
     token, head = (stride // stored.itemsize for stride in x.strides[:2])
     count = (len(x) - 1) * token + (x.shape[1] - 1) * head + x.shape[2]

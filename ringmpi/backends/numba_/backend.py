@@ -225,8 +225,11 @@ class NumbaBackend(Backend):
         return KernelArguments(acc_dtype, q, k, v, seen, score, pairs and q.shape[2] % 2 == 0)
 
     def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
-        """Whether the CPU's tiles multiply: for scores that are plain or capped; a matter that all ranks agree on."""
-        if self.products != "tiles" or score.positional:
+        """Whether the CPU's tiles multiply: for scores that are plain or capped, a matter that all ranks agree on.
+
+        Not those of scale 0, with which an infinite product is NaN.
+        """
+        if self.products != "tiles" or score.positional or score.scale == 0:
             return False
         return bool(dtype == BFLOAT16 and acc_dtype == np.float32)
 
@@ -259,7 +262,7 @@ class NumbaBackend(Backend):
     def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
                           ) -> BackwardBuffers | TileBackwardBuffers:
         """Make the work space for blocks like this one, unless the last one was."""
-        key = dim, dim_v, acc_dtype, on_tiles
+        key = dim, dim_v, acc_dtype, on_tiles, self._tile
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
             self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile) if on_tiles else

@@ -98,8 +98,8 @@ class Forward:
         """Fold the block into the state; yields rows × keys done since the last yield."""
         block, packed = self.block, self.packed
         few = self._is_few()
-        key = (type(self), few, self.team.size, block.heads, block.group, block.numbers, block.arrays.k.shape[0],
-               block.acc_dtype, packed.rows, packed.tile, packed.tile_bytes, *self.limits)
+        key = (type(self), self.canonical, few, self.team.size, block.heads, block.group, block.numbers,
+               block.arrays.k.shape[0], block.acc_dtype, packed.rows, packed.tile, packed.tile_bytes, *self.limits)
         if key not in self.cuts:
             self.cuts[key] = self._cut_keys() if few else self._cut_rows()
         return self._few_rows(*self.cuts[key]) if few else self._many_rows(self.cuts[key])
