@@ -467,7 +467,7 @@ def test_no_memory_for_results_is_one_error_everywhere(comm, monkeypatch, part):
         monkeypatch.setattr(Decoder, "combine", fail)
         wrong = -1
         want = cache.attend(q[100:], k[100:], v[100:])
-        assert len(firsts) > 2
+        assert len(firsts) > 1
         cache.crop(100)
         wrong = [1, len(firsts)][part]
         firsts.clear()
@@ -769,6 +769,7 @@ def test_an_interrupt_leaves_no_loop_behind(comm, monkeypatch, backend):
     lost = comm.Dup()
     with KVCache(lost, backend=backend, timeout=20, **SIZES) as cache:
         cache.append(k[:400], v[:400], replicated=True)
+        comm.Barrier()                            # a rank that is still in this would hear of the interrupt there
         with monkeypatch.context() as patch:
             if comm.rank == 0:
                 for name in ("progress", "heed_notices"):          # one of them is called between tiles
