@@ -106,9 +106,9 @@ class RingAttention:
         alone). Tiles and pairs multiply numbers as they are, and round the weights too. On tiles what is below the
         smallest normal number, 2^-126, counts as 0, products of weights and values too: values should be above 1e-33
         times the keys that a query sees. Calls of few rows, slopes, dropout, scale 0 and a float64 accumulator are
-        widened where there are tiles. ``"auto"`` is what the variable
-        RINGMPI_BFLOAT16_PRODUCTS says, else tiles where all ranks have them, else widened; RINGMPI_CPU_TILES=0 takes a
-        rank's tiles away. ``attention.backend.products`` says what was agreed.
+        widened where there are tiles. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else tiles where
+        all ranks have them, else widened; RINGMPI_CPU_TILES=0 takes a rank's tiles away. ``attention.backend.products``
+        says what was agreed.
 
     Attributes
     ----------

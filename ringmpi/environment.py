@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import resource
 import shlex
@@ -138,6 +139,7 @@ def set_affinity(cores: set[int]) -> None:
     os.sched_setaffinity(0, cores)
 
 
+@functools.cache
 def cache_bytes(level: int) -> int:
     """Give the size in bytes of a core's data cache of `level`; a modest guess if the system does not say. Local."""
     try:

@@ -85,7 +85,7 @@ def _reading(nbytes: int, threads: int) -> Callable[[], object]:
 
 
 def in_turns(comm: mpi.Comm, runs: dict[str, Callable[[], object]], repeat: int, timeout: float
-              ) -> dict[str, list[float]]:
+             ) -> dict[str, list[float]]:
     """Run all in turns; give the seconds of each on the slowest rank, its median in each turn. The first warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeat + 1):

@@ -74,8 +74,7 @@ class _RingBench:
     def _attention(self, comm: Any, name: str, threads: int, schedule: str = "ring", order: str = "fastest"
                    ) -> RingAttention:
         return RingAttention(comm, mask=Mask(causal=self.arguments.causal, window=self.arguments.window), layout=name,
-                             threads=threads,
-                             backend=self.arguments.backend, timeout=self.arguments.timeout,
+                             threads=threads, backend=self.arguments.backend, timeout=self.arguments.timeout,
                              gpu_transport=self.arguments.gpu_transport,
                              allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule, order=order,
                              memory_limit=self.arguments.memory_limit,

@@ -24,14 +24,13 @@ from ..team import Task, Team
 from .arguments import KernelArguments
 from .compiled import add_sums, backward_keys, backward_on_tiles, pack_backward, pack_tiles_backward
 from .product import ROWS
-from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
+from .steps import TASKS, TILE_SPEED, Limits, equal_parts, speed, uncounted_task
 from .tile_workspace import TileBackwardBuffers
 from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, KeySums, RowRange, TileScore
 from .workspace import BackwardBuffers
 
 Tiles = BackwardTiles | GradientTiles
 SUMS_BYTES = 2**23          # of sums of dK and dV, for each thread
-TILE_SPEED = 5              # of the CPU's tiles, beside its vectors
 
 
 @dataclass

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .compiled import forward_units, pack_units
 from .forward import Forward
+from .steps import TILE_SPEED
 from .tile_rows import BLOCK
 from .tuples import ForwardTiles, StateArrays, forward_numbers
 
@@ -20,7 +21,7 @@ class ForwardUnits(Forward):
     """The loop of `Backend.accumulate` over one block of many rows, with `PackedTiles` and a `TileScratch` a thread."""
 
     rows_together = BLOCK
-    speed = 5.0
+    speed = TILE_SPEED
 
     def _is_few(self) -> bool:
         return False

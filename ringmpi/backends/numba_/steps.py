@@ -12,6 +12,7 @@ from ..team import Task
 from .vector import machine
 
 TASKS = 4                   # for each thread, at least, so that none waits long for the last
+TILE_SPEED = 5.0            # of the CPU's tiles, beside its vectors
 
 
 class Limits(NamedTuple):

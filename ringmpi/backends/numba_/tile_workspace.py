@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from ...dtypes import FLOAT32
 from ...environment import cache_bytes
 from .amx import DEPTH, ROWS, TILE
 from .tile_gradient_rows import PLACE
@@ -15,7 +14,6 @@ from .tile_squares import SIDE
 from .tuples import GradientTiles, TileGradientWork, TileWork
 from .workspace import Array, BackwardMemory, PackedKV, aligned
 
-FLOAT32: np.dtype[Any] = np.dtype(np.float32)
 MOST_BLOCKS = 16            # of rows, that meet a packed tile while it is in cache
 ASIDE = 256                 # numbers between two arrays, so that the same rows of them are in other lines of the cache
 
