@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from ..environment import command_line, stderr_is_terminal
+from ..job.options import OUTPUT_DRIVERS
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 
@@ -36,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--expect-ranks", type=positive, metavar="N",
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
+    run.add_argument("--output-driver", choices=OUTPUT_DRIVERS, default=OUTPUT_DRIVERS[0],
+                     help="shards: a file for each rank, and OUT.h5 shows them as one; mpio: all ranks write one file "
+                          "together, by an h5py that was built with MPI (default: shards)")
     run.add_argument("--dry-run", action="store_true", help="check the input; predict memory, time and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")

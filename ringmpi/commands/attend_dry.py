@@ -13,6 +13,7 @@ from ..job.inputs import Sizes, open_input
 from ..job.memory import count_pairs, predict_memory, predict_seconds
 from ..job.options import Options
 from ..job.outputs import check_paths
+from ..job.parallel import check_driver
 from ..job.room import check_node, schedule_within
 from ..mask import Mask
 from ..schedules.movers import carrier_class
@@ -34,6 +35,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     with open_input(arguments.input, options) as data:
         sizes, mask = data.sizes, data.mask
     check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
+    check_driver(options.output_driver)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     here = -(-ranks // min(ranks, launched_nodes()))
     threads = arguments.threads or max(1, len(affinity()) // here)

@@ -1,6 +1,6 @@
 """Recompute sampled rows of a result in float64 and print the largest error; exit 1 if it is too large.
 
-Every byte of every shard is checked against its digest first. Options default to those the result records.
+Every byte of the result is checked against its digest first. Options default to those the result records.
 
     ringmpi check in.h5 out.h5 --rows 64
 """
@@ -29,13 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi check`; return the exit code."""
     from ..environment import require_single_process
     from ..files.shards import verify
+    from ..files.single import is_single, verify_single
     from ..job.audit import audit
     from ..job.options import Options
     require_single_process("check")
-    manifest = verify(arguments.output)
-    recorded = asdict(Options.from_record(manifest.record.get("options", {})))
+    written = verify_single(arguments.output) if is_single(arguments.output) else verify(arguments.output)
+    recorded = asdict(Options.from_record(written.record.get("options", {})))
     options = recorded | {name: value for name, value in vars(arguments).items() if name in recorded}
     arguments.check(argparse.Namespace(**options))
-    result = audit(arguments.input, manifest, Options.from_record(options), arguments.rows, arguments.seed)
+    result = audit(arguments.input, written, Options.from_record(options), arguments.rows, arguments.seed)
     print(result)
     return 0 if result.passed else 1

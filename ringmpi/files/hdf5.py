@@ -16,9 +16,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dtypes import BFLOAT16
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
-from .item_types import file_type, memory_type, stored_dtype
+from .item_types import bits, file_type, memory_type, stored_dtype
 from .links import resolve_path
 from .new_file import NewFile, new_file, not_what_was_written
 from .opening import H5PY_ERRORS, explain, open_file, reading
@@ -159,7 +158,7 @@ def read_as_shown(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None
         item = memory_type(dataset, rows.dtype)
         for first, last in row_ranges(rows.shape, rows.dtype):
             part = rows[first:last]
-            dataset.id.read(*select_rows(dataset, start + first, part.shape), _bits(part), item)
+            dataset.id.read(*select_rows(dataset, start + first, part.shape), bits(part), item)
     except H5PY_ERRORS as error:
         where = f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{start + len(rows)}"
         why = explain(error) if getattr(error, "errno", None) else f"damaged or unreadable: {error}"
@@ -212,7 +211,7 @@ def write_rows(dataset: OutputDataset, start: int, rows: NDArray[Any]) -> None:
     item = file_type(rows.dtype)
     for first, last in row_ranges(rows.shape, rows.dtype):
         part = np.ascontiguousarray(rows[first:last])
-        dataset.id.write(*select_rows(dataset, start + first, part.shape), _bits(part), item)
+        dataset.id.write(*select_rows(dataset, start + first, part.shape), bits(part), item)
         dataset.output.disk.check()
         dataset.output.written.append(Written(dataset.name, start + first, start + last, _checksum(part)))
 
@@ -291,7 +290,3 @@ def _checksum_in_file(dataset: h5py.Dataset, start: int, stop: int) -> int:
 
 def _checksum(x: NDArray[Any], before: int = 0) -> int:
     return zlib.crc32(x.reshape(-1).view(np.uint8).data, before)
-
-
-def _bits(x: NDArray[Any]) -> NDArray[Any]:
-    return x.view(np.uint16) if x.dtype == BFLOAT16 else x

@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from ..dtypes import BFLOAT16, DTYPES
 from ..errors import DtypeError
@@ -79,3 +80,8 @@ def memory_type(dataset: h5py.Dataset, dtype: np.dtype[Any]) -> Any:
         signed = item.get_sign() == h5py.h5t.SGN_2
         return h5py.h5t.NATIVE_INT16 if signed else h5py.h5t.NATIVE_UINT16
     return file_type(dtype)
+
+
+def bits(x: NDArray[Any]) -> NDArray[Any]:
+    """Give an array as h5py takes and fills it: bfloat16 as the integers of its bits. Local."""
+    return x.view(np.uint16) if x.dtype == BFLOAT16 else x

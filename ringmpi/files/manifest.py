@@ -26,6 +26,7 @@ from .links import resolve_path
 from .opening import open_file, reading
 from .rows import whole_rows
 from .sealed import read_sealed
+from .single import is_single
 from .storage import check_storage
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
@@ -112,6 +113,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         If the file is missing, damaged, unfinished or no output of ours, or names shards outside its folder.
     """
     real = Path(os.path.realpath(path))
+    if is_single(real):
+        raise ShardError(f"{path}: is one file already, with no shards")
     text = read_sealed(real, "manifest", MANIFEST_BYTES, "the output of `ringmpi attend`")
     try:
         content = json.loads(text)

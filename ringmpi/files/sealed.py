@@ -20,6 +20,16 @@ ATTRIBUTE_BYTES = 128
 def write_sealed(file: OutputFile, name: str, text: bytes) -> None:
     """Write a text as a dataset of a file in the making, and its digest as an attribute of the file. Local."""
     write_array(file, name, np.bytes_(text))
+    _seal(file, name, text)
+
+
+def write_sealed_together(file: h5py.File, name: str, text: bytes) -> None:
+    """Do the same in a file that several ranks have open. All ranks, the same text."""
+    file[name] = np.bytes_(text)
+    _seal(file, name, text)
+
+
+def _seal(file: h5py.File, name: str, text: bytes) -> None:
     file.attrs[f"{name}_sha256"] = np.bytes_(hashlib.sha256(text).hexdigest())
 
 

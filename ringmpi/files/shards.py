@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
+from . import single as single_file
 from .hdf5 import create_dataset, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
@@ -31,6 +32,7 @@ from .opening import check_regular, open_file, reading
 from .paths import check_writable, flush_to_disk, writing
 from .rows import row_ranges
 from .sealed import write_sealed
+from .single import Range
 
 Array = NDArray[Any]
 
@@ -143,7 +145,7 @@ class Output:
             for name, (shape, dtype) in shapes.items():
                 _create_view(file, name, shape, dtype, shards)
             write_sealed(file, "manifest", manifest)
-            _set_attributes(file, record)
+            set_attributes(file, record)
 
     def _check_shards(self, shards: list[Shard]) -> None:
         for shard in shards:
@@ -232,14 +234,20 @@ def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], f
     folder = manifest.path.parent
     if Path(os.path.realpath(single)) in {manifest.path, *(folder / shard.file for shard in manifest.shards)}:
         raise OutputError(f"{single}: expected another file than those to merge")
+    digests = {}
     with write_file(Path(single), force) as file:
         for name in ("out", "lse"):
             shape = manifest.shapes[name]
             dtype = DTYPES[manifest.dtypes[name]]
             target = create_dataset(file, name, shape, dtype)
+            sha256 = hashlib.sha256()
             for start, stop in row_ranges(shape, dtype):
-                write_rows(target, start, manifest.rows(name, start, stop))
-        _set_attributes(file, manifest.record)
+                rows = manifest.rows(name, start, stop)
+                sha256.update(rows.reshape(-1).view(np.uint8).data)
+                write_rows(target, start, rows)
+            digests[name] = sha256.hexdigest()
+        write_sealed(file, single_file.NAME, single_file.seal([Range(0, shape[0], **digests)], manifest.record))
+        set_attributes(file, manifest.record)
 
 
 def _check_written(path: Path) -> None:
@@ -265,8 +273,8 @@ def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.d
     h5py.h5d.create(file.id, name.encode(), file_type(dtype), space, properties)
 
 
-def _set_attributes(file: h5py.File, record: Mapping[str, Any]) -> None:
-    """Show the record to people who open the file; programs read it from the manifest."""
+def set_attributes(file: h5py.File, record: Mapping[str, Any]) -> None:
+    """Show the record to people who open the file; programs read it from the manifest. Local, or all ranks."""
     for name, value in record.items():
         text = value if isinstance(value, str) else json.dumps(value)
         plain = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)

@@ -17,7 +17,8 @@ from ..mpi import comm as mpi
 from ..schedules.redistribution import redistribute
 from .inputs import Input, open_input, read_shard
 from .options import Options
-from .outputs import check_paths, publish, write_shard
+from .outputs import Shards, check_paths
+from .parallel import DRIVER, Together
 from .report import Display, Report, gather_report, gather_start, make_record, write_record
 from .room import check_room
 from .run import Run
@@ -69,29 +70,33 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     with run.comm.telling(), ExitStack() as files:
         data = _open_on_all(run, files, source, options)
         check_room(run, data.sizes, options)
-        _prepare(run, output, source, json_path)
+        with run.raise_on_all():
+            if run.comm.rank == 0:
+                check_paths(source, target, json_path, force)
+            output.prepare()
         try:
             with _make_attention(run, data, options, threads) as attention:
                 out, lse = _compute(run, attention, data, options, display if run.comm.rank == 0 else None)
             record = make_record(run.comm.size, attention, options, command)
-            shard = write_shard(run, output, data.sizes.n_q, out, lse)
+            output.write(data.sizes.n_q, {"out": out, "lse": lse}, record)
         except BaseException:
-            output.discard(run.comm.rank)     # rank 0 can't have published: it needs this rank's shard
+            output.discard()                  # rank 0 can't have published: it needs this rank's rows
             raise
 
     # Publish and report.
     with run.comm.telling():
-        publish(run, output, shard, {"out": out, "lse": lse}, record)
+        output.publish()
         report = gather_report(run, data.sizes, attention)
         write_record(run, json_path, attention, record, report)
     return report
 
 
-def _agree_on_output(run: Run, source: Path, target: Path, options: Options, force: bool) -> Output:
+def _agree_on_output(run: Run, source: Path, target: Path, options: Options, force: bool) -> Shards | Together:
     """Check that all ranks were asked for the same; give this run's folder of shards a name that no other run has."""
     asked = {"input": source, "output": target, "force": force, **asdict(options)}
     run.comm.check_same_options(asked, run.timeout)
-    return Output(target, run.allgather_text(uuid.uuid4().hex[:12])[0], force)
+    name = run.allgather_text(uuid.uuid4().hex[:12])[0]
+    return Together(run, target, force) if options.output_driver == DRIVER else Shards(run, Output(target, name, force))
 
 
 def _open_on_all(run: Run, files: ExitStack, source: Path, options: Options) -> Input:
@@ -100,14 +105,6 @@ def _open_on_all(run: Run, files: ExitStack, source: Path, options: Options) -> 
         data = files.enter_context(open_input(source, options))
     run.comm.check_same_options(asdict(data.sizes), run.timeout)
     return data
-
-
-def _prepare(run: Run, output: Output, source: Path, json_path: Path | None) -> None:
-    """Check on rank 0 that the output can be written, and make its folder."""
-    with run.raise_on_all():
-        if run.comm.rank == 0:
-            check_paths(source, output.path, json_path, output.force)
-            output.prepare()
 
 
 def _make_attention(run: Run, data: Input, options: Options, threads: int | None) -> RingAttention:

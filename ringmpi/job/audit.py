@@ -18,6 +18,7 @@ from ..environment import affinity
 from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
+from ..files.single import SingleFile
 from ..mask import Interval
 from ..score import Score
 from ..softmax import State, finish
@@ -62,15 +63,15 @@ class Audit:
                 f"rounding explains; in lse {self.lse_error:.2f} of it")
 
 
-def audit(source: Path, result: Manifest, options: Options, rows: int, seed: int) -> Audit:
+def audit(source: Path, result: Manifest | SingleFile, options: Options, rows: int, seed: int) -> Audit:
     """Compare sampled rows of a result with attention in float64 on its input. Local.
 
     Parameters
     ----------
     source : path
         Input of `ringmpi attend`.
-    result : Manifest
-        Of its output.
+    result : Manifest or SingleFile
+        Its output.
     options : Options
         Of the run.
     rows : int
@@ -121,7 +122,7 @@ class _Exact(NamedTuple):
     largest_bias: Array | float
 
 
-def _check_belongs(result: Manifest, data: Input) -> None:
+def _check_belongs(result: Manifest | SingleFile, data: Input) -> None:
     sizes = data.sizes
     want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
     if result.shapes != want or result.dtypes["out"] != sizes.dtype:

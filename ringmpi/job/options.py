@@ -8,6 +8,8 @@ from typing import Any, get_type_hints
 from ..errors import ShardError
 from ..schedules.spec import ORDERS
 
+OUTPUT_DRIVERS = ("shards", "mpio")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,6 +34,7 @@ class Options:
     schedule: str = "auto"
     memory_limit: int | None = None
     order: str = ORDERS[0]
+    output_driver: str = OUTPUT_DRIVERS[0]
     q: str = "q"
     k: str = "k"
     v: str = "v"

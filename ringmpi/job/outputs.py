@@ -54,46 +54,73 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool)
         check_record(json_path)
 
 
-def write_shard(run: Run, output: Output, n_q: int, out: Array, lse: Array) -> Shard:
-    """Write this rank's rows of a result of `n_q` rows. Collective over *comm*.
-
-    Raises
-    ------
-    OutputError
-        If a rank can't write; the same on every rank.
-    """
-    start = Contiguous.even(n_q, run.comm.size).starts[run.comm.rank]
-    with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
-        return output.write(run.comm.rank, start, out, lse)
-
-
-def publish(run: Run, output: Output, shard: Shard, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
-    """Gather the shards of all ranks; rank 0 writes OUT.h5 over them. Collective over *comm*.
+class Shards:
+    """A result that becomes a file for each rank, and OUT.h5 over them. Its methods are collective over *comm*.
 
     Parameters
     ----------
-    shard : Shard
-        What this rank wrote.
-    rows : mapping of str to array
-        This rank's rows of each dataset.
-    record : dict
-        How the result was made.
-
-    Raises
-    ------
-    OutputError
-        If OUT.h5 can't be written; the same on every rank, and no shard is left.
+    run : Run
+    output : Output
     """
-    try:
-        shards = [Shard(**json.loads(text)) for text in run.allgather_text(json.dumps(asdict(shard)))]
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-            name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
-        with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
-            if run.comm.rank == 0:
-                output.publish(shards, shapes, record)
-    except RingError as error:
-        if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all ranks know that it is not there
-            output.discard(run.comm.rank)
-        raise
-    if run.comm.rank == 0:
-        output.clear_replaced()
+
+    def __init__(self, run: Run, output: Output) -> None:
+        self._run = run
+        self._output = output
+        self._shard: Shard | None = None
+        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._record: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Make this run's folder on rank 0; for a block in which all raise or none. Local."""
+        if self._run.comm.rank == 0:
+            self._output.prepare()
+
+    def write(self, n_q: int, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
+        """Write this rank's rows.
+
+        Parameters
+        ----------
+        n_q : int
+            Rows of all ranks.
+        rows : mapping of str to array
+            This rank's rows of `out` and `lse`.
+        record : dict
+            How the result was made.
+
+        Raises
+        ------
+        OutputError
+            If a rank can't write; the same on every rank.
+        """
+        run = self._run
+        start = Contiguous.even(n_q, run.comm.size).starts[run.comm.rank]
+        with run.timer.phase("write", f"writing {self._output.path}"), run.raise_on_all():
+            self._shard = self._output.write(run.comm.rank, start, rows["out"], rows["lse"])
+        self._shapes = {name: ((n_q, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
+        self._record = record
+
+    def publish(self) -> None:
+        """Gather the shards of all ranks; rank 0 writes OUT.h5 over them.
+
+        Raises
+        ------
+        OutputError
+            If OUT.h5 can't be written; the same on every rank, and no shard is left.
+        """
+        run, output = self._run, self._output
+        try:
+            everyone = run.allgather_text(json.dumps(asdict(self._shard) if self._shard else {}))
+            shards = [Shard(**json.loads(text)) for text in everyone]
+            with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
+                if run.comm.rank == 0:
+                    output.publish(shards, self._shapes, self._record)
+        except RingError as error:
+            if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all ranks know that it is not there
+                self.discard()
+            raise
+        if run.comm.rank == 0:
+            output.clear_replaced()
+
+    def discard(self) -> None:
+        """Remove what this rank wrote; not once all have, unless all know that nothing appeared. Local."""
+        self._output.discard(self._run.comm.rank)
