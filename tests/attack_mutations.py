@@ -158,6 +158,52 @@ def outputs(folder, seeds=SEEDS):
                    "" if outcome in (REFUSED, RIGHT) else outcome)
 
 
+def _single(path, kind):
+    """Write a result in one file as ranks do together, or as `merge` does; return what is read of it."""
+    import h5py
+    import numpy as np
+
+    from ringmpi.files.sealed import write_sealed_together
+    from ringmpi.files.shards import merge_shards
+    from ringmpi.files.single import NAME, Range, digest_rows, seal
+    if kind == "merged":
+        merge_shards(_output(path.parent)[0], path)
+        return _read_single(path)
+    random_numbers = np.random.default_rng(0)
+    rows = {"out": random_numbers.random((64, 2, 8), np.float32), "lse": random_numbers.random((64, 2), np.float32)}
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        for name, x in rows.items():
+            file[name] = x
+        digests = [{name: digest_rows(x[start:start + 32]) for name, x in rows.items()} for start in (0, 32)]
+        ranges = [Range(start, start + 32, **each) for start, each in zip((0, 32), digests, strict=True)]
+        write_sealed_together(file, NAME, seal(ranges, {"options": {}}))
+        file.attrs["complete"] = True
+    return _read_single(path)
+
+
+def _read_single(path):
+    """Everything that `check` reads of a result in one file; or REFUSED."""
+    from ringmpi.errors import RingError
+    from ringmpi.files.single import verify_single
+    try:
+        found = verify_single(path)
+        return [str(found.record), *(found.rows(name, 0, 64).tobytes() for name in ("out", "lse"))]
+    except RingError:
+        return REFUSED
+
+
+def singles(folder, seeds=SEEDS):
+    """A result in one file is damaged: `check` says so, or what it reads is right."""
+    paths = {kind: Path(folder) / f"{kind}.h5" for kind in ("together", "merged")}
+    right = {kind: _single(path, kind) for kind, path in paths.items()}
+    whole = {kind: path.read_bytes() for kind, path in paths.items()}
+    for seed in seeds:
+        kind = list(paths)[seed % 2]
+        paths[kind].write_bytes(mutated(whole[kind], seed))
+        outcome = in_child(lambda kind=kind: _outcome(lambda: _read_single(paths[kind]), right[kind]))
+        yield Case(f"seed {seed}", f"{kind}: {outcome}", "" if outcome in (REFUSED, RIGHT) else outcome)
+
+
 def _cache(path):
     """Write the file of a cache, always the same bytes, in several blocks; return what is read of it."""
     import numpy as np

@@ -22,3 +22,8 @@ def test_damaged_outputs(tmp_path):
 
 def test_damaged_caches(tmp_path):
     assert REFUSED in outcomes(attack_mutations.caches(tmp_path, range(200)), 200)
+
+
+def test_damaged_results_in_one_file(tmp_path):
+    found = outcomes(attack_mutations.singles(tmp_path, range(200)), 200)
+    assert {f"together: {REFUSED}", f"merged: {REFUSED}"} <= found
