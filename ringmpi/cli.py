@@ -36,6 +36,7 @@ COMMANDS = {
 EXIT_CODES = """\
 exit codes: 0 done | 1 a check failed | 2 usage | 3 bad input (nothing written) | 4 environment (MPI, ranks,
 backend, memory) | 5 timeout or lost rank | 6 output could not be written | 70 an error in ringmpi itself |
+75 stopped on request, with a checkpoint to go on from |
 129 SIGHUP | 130 SIGINT | 143 SIGTERM, or a rank that can't start MPI while others do | 137 stuck in MPI's own
 start or end"""
 GRACE_SECONDS = 2.0          # that a rank which gave up leaves the others to say why, and to remove what they wrote
@@ -131,6 +132,8 @@ def _module(name: str) -> Any:
 def _run(name: str, options: argparse.Namespace, process: Process | None = None) -> int:
     """Run the command; return the exit code."""
     collective = getattr(options, "collective", False) and not getattr(options, "dry_run", False)
+    if hasattr(options, "process"):                # a command that hears requests
+        options.process = process
     with phase(f"running {name}"):
         return _exit_code_of(lambda: _do(name, options), process, collective)
 

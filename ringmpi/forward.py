@@ -50,24 +50,31 @@ class ForwardPass:
 
     def forward(self) -> tuple[Array, Array]:
         """Attend; give `out` and `lse` with a batch axis, where the caller's arrays are."""
-        call = self.call
-        plan = self.plan
-        backend = self.backend
-        heads, dim, dim_v = plan.dims
+        self._begin_forward()
+        with self.backend.current():
+            with self._abandoned_on_error():
+                states = self._fold()
+            return self._results(states)
+
+    def _begin_forward(self) -> None:
+        """Make ready for a forward pass. Collective."""
+        heads, dim, dim_v = self.plan.dims
         self._prepare_pass("forward")
         self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
+
+    def _results(self, states: Sequence[State]) -> tuple[Array, Array]:
+        """Bring states home, and make results of them, where the caller's arrays are."""
+        call = self.call
         shares_heads = self.movers.heads.group.size > 1
-        with backend.current():
-            with self._abandoned_on_error():
-                call.make_results(backend, plan.accumulator)
-                states = self._accumulate()
-                if shares_heads:
-                    self._finish_for_all(states)
-            with self.agreed_on_gpu(), backend.current():
-                if not shares_heads:
-                    self._finish(states, call.out, call.lse)
-                backend.synchronize()
-                return self._to_caller(call.out), self._to_caller(call.lse)
+        with self._abandoned_on_error():
+            own = self._bring_home(states)
+            if shares_heads:
+                self._finish_for_all(own)
+        with self.agreed_on_gpu(), self.backend.current():
+            if not shares_heads:
+                self._finish(own, call.out, call.lse)
+            self.backend.synchronize()
+            return self._to_caller(call.out), self._to_caller(call.lse)
 
     def agreed_on_gpu(self) -> AbstractContextManager[None]:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
@@ -110,13 +117,14 @@ class ForwardPass:
         """Give this rank's block of keys and values, all heads."""
         return self.call.k, self.call.v
 
-    def _accumulate(self) -> list[State]:
-        """Fold every block that comes by into the states of the rows; give those that this rank finishes."""
+    def _fold(self) -> list[State]:
+        """Fold every block that comes by into the states of the rows, and give them."""
         call = self.call
         plan = self.plan
         backend = self.backend
         movers = self.movers
         heads, _, dim_v = plan.dims
+        call.make_results(backend, plan.accumulator)
         k, v = self._keys()
         q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens)],
                                         backend.empty, self.trace)
@@ -124,20 +132,33 @@ class ForwardPass:
         if len(plan.row_counts) > 1:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
-        self._reset(states, None if plan.replicated else call.sinks)
-        for work, part in self._rounds(self._works((k, v)), rows):
+        self._begin_states(states)
+        for work, part in self._parts_of(self._rounds(self._works((k, v)), rows)):
             k, v = work.arrays
             self._run(work, (
                 backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
                                    score)
                 for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
+        return states
+
+    def _begin_states(self, states: Sequence[State]) -> None:
+        """Let states be as they are before the first block."""
+        self._reset(states, None if self.plan.replicated else self.call.sinks)
+
+    def _parts_of(self, rounds: Iterator[tuple[Work, slice]]) -> Iterator[tuple[Work, slice]]:
+        """Cut the rows that are computed at a time, if they are to be cut."""
+        return rounds
+
+    def _bring_home(self, states: Sequence[State]) -> list[State]:
+        """Put together what several ranks have made of the same rows; give the states that this rank finishes."""
+        plan = self.plan
         own = [part_of(state, slice(plan.own_rows)) for state in states]
-        arrays = [x for state in states for x in arrays_of(state)]
         if plan.replicated:
-            self._replicated().combine(own, call.sinks)
+            self._replicated().combine(own, self.call.sinks)
         elif len(plan.row_counts) > 1:
-            movers.queries.bring_home("states", arrays, plan.row_counts,
-                                      lambda parts: combine_parts(backend, own, parts), self.trace)
+            arrays = [x for state in states for x in arrays_of(state)]
+            self.movers.queries.bring_home("states", arrays, plan.row_counts,
+                                           lambda parts: combine_parts(self.backend, own, parts), self.trace)
         return own
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:

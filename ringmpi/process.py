@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from .phases import LOGGER, Listener
 from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REQUEST = signal.SIGUSR1      # asks a job that keeps checkpoints to leave one and end, as the first SIGTERM does
 STAGGER_SECONDS = 0.25        # between the ends of ranks that are all stuck, so that they don't all print at once
 AGAIN_SECONDS = 0.01          # until a signal that came where nothing may be raised comes again
 HDF5_CALLS = "ringmpi.files.new_file"         # the module of ours that HDF5 calls
@@ -51,6 +53,8 @@ class Process:
         patience = 1.0 + STAGGER_SECONDS * min(rank, 8) if rank else 0.0
         self.doing = "starting"
         self.stopped: Stopped | None = None
+        self._heeds_requests = False
+        self._requested = False
         self._pending: int | None = None          # a signal that came where nothing may be raised
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
         # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
@@ -76,6 +80,16 @@ class Process:
         handler.setFormatter(logging.Formatter("ringmpi: %(message)s"))
         handler.setLevel(logging.ERROR if quiet else logging.WARNING)
         logging.getLogger("ringmpi").addHandler(handler)
+
+    def heed_requests(self) -> Callable[[], bool]:
+        """Let SIGUSR1, and a first SIGTERM, ask the process to stop; give what says whether one has. Local.
+
+        To be called when MPI is up: MPICH takes SIGUSR1 for itself when it starts.
+        """
+        self._heeds_requests = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(REQUEST, self._on_request)
+        return lambda: self._requested
 
     def enter(self, doing: str, limit: float | None) -> None:
         """Note what is done from now on. If that has a limit, no Python runs, and signals end the process at once."""
@@ -104,7 +118,13 @@ class Process:
             for number in self._handled:
                 signal.signal(number, action)
 
+    def _on_request(self, *_: object) -> None:
+        self._requested = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._heeds_requests and number == signal.SIGTERM and not self._requested:
+            self._requested = True
+            return
         if _is_called_by_hdf5(frame):
             self._postpone(number)
             return
