@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
@@ -16,7 +16,8 @@ from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
-from .checkpoint.calls import Keeping, Left, ResumableCall, Stop, find, save_left
+from .checkpoint.calls import Kept, Left, ResumableCall, Stop, save_left
+from .checkpoint.search import Keeping, Search, find
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError
@@ -180,7 +181,7 @@ class RingAttention:
         self._last: tuple[Call, Plan] | None = None
         self._left: Left | None = None
         self._keeping: Keeping | None = None         # what the next call goes on from
-        self._newest: Path | None = None             # the newest generation of the last call
+        self._kept: Kept | None = None               # the checkpoints of the last call
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
         self._close.atexit = False
         self.trace = Trace()
@@ -336,13 +337,13 @@ class RingAttention:
                         stop: Stop | None, keeping: Keeping | None) -> Array | tuple[Array, Array] | None:
         """Attend in a call that may be left, or goes on; see `__call__`. Collective over *comm*."""
         with self._comm.one_call():
-            self._last = self._left = None
+            self._last = self._left = self._kept = None
             chooses = self._chooses
             try:
                 call, plan, one = self._admit_resumable(inputs, keep, keeping)
                 one.go_on()
                 outcome, self._left = one.attend(self.trace, progress, stop)
-                self._newest = one.saver.newest
+                self._kept = one.kept
             finally:
                 if self._chooses is not chooses:
                     self._chooses = chooses
@@ -356,16 +357,27 @@ class RingAttention:
 
     def _admit_resumable(self, inputs: Inputs, trains: bool, keeping: Keeping | None
                          ) -> tuple[Call, Plan, ResumableCall]:
-        """Admit a call that may be left; with a schedule that is chosen, take that of the checkpoint."""
-        while True:
+        """Admit a call that may be left; with a schedule that is chosen, take that of the checkpoint if it will do."""
+        search = Search(self._comm, self.timeout, keeping)
+
+        def admit() -> tuple[Call, Plan, ResumableCall]:
             call, plan, _ = self._admit(inputs, trains=trains, resumable=True)
-            one = ResumableCall(self._comm, self.timeout, self._problem, call, plan, self._engine, keeping)
-            schedule = one.schedule() if self._chooses else None
-            if schedule is None or schedule == plan.grid.schedule:
-                return call, plan, one
-            self.schedule = schedule
+            return call, plan, ResumableCall(self._comm, self.timeout, self._problem, call, plan, self._engine, keeping,
+                                             search)
+
+        call, plan, one = admit()
+        schedule = one.schedule() if self._chooses else None
+        if schedule is None or schedule == plan.grid.schedule:
+            return call, plan, one
+        for other in dict.fromkeys([schedule, Schedule(keys=self._comm.size)]):      # a ring can go on from most
+            self.schedule = other
             self._chooses = False
             self._plan = None
+            with suppress(OptionError):     # these ranks can't be placed in it, or it takes too much memory
+                return admit()
+        self._chooses = True
+        self._plan = None
+        return admit()
 
     def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
               ) -> Array | tuple[Array, Array]:

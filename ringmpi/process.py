@@ -55,6 +55,7 @@ class Process:
         self.stopped: Stopped | None = None
         self._heeds_requests = False
         self._requested = False
+        self._terminated = False                  # by a first SIGTERM, which was taken for a request
         self._pending: int | None = None          # a signal that came where nothing may be raised
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
         # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
@@ -98,6 +99,15 @@ class Process:
         self._watchdog.note(doing, limit)
         self._handle(signal.SIG_DFL if limit or self.stopped else self._on_signal)   # a second one ends it at once
 
+    def settle(self) -> None:
+        """Let SIGTERM change nothing any more: all is done but for MPI's end. Local.
+
+        The first rank to exit with a code that is not 0 has a launcher end the others.
+        """
+        if signal.SIGTERM in self._handled and threading.current_thread() is threading.main_thread():
+            self._handled.remove(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def farewell(self, seconds: float = 0.0) -> None:
         """Dismiss the watchdog: this process has said why it ends, and ends within `seconds`, if given. Local."""
         self._handle(signal.SIG_DFL)              # if the launcher ends the job now, not every rank need say so
@@ -122,8 +132,8 @@ class Process:
         self._requested = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._heeds_requests and number == signal.SIGTERM and not self._requested:
-            self._requested = True
+        if self._heeds_requests and number == signal.SIGTERM and not self._terminated:
+            self._terminated = self._requested = True
             return
         if _is_called_by_hdf5(frame):
             self._postpone(number)

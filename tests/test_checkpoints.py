@@ -49,7 +49,7 @@ def dying(*arguments, **more):
 def is_for_a_checkpoint():
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get('__name__') == 'ringmpi.files.generations':
+        if frame.f_globals.get('__name__') in ('ringmpi.files.generations', 'ringmpi.files.states'):
             return True
         frame = frame.f_back
     return False
@@ -275,7 +275,109 @@ def test_options_that_would_do_nothing(case, capsys):
 
 
 def test_a_folder_that_cannot_be_made(case, tmp_path, capsys):
-    for folder in (tmp_path / "no" / "such", case[0]):
-        assert code("attend", case[0], tmp_path / "out.h5", "--backend", "numpy", "--checkpoint", folder) == 6
-        assert str(folder) in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "no" / "such", tmp_path / "file"):
+        for more in ([], ["--dry-run"]):
+            arguments = case[0], tmp_path / "out.h5", "--backend", "numpy", "--checkpoint", folder, *more
+            assert code("attend", *arguments) == 6
+            assert str(folder) in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["out.h5", "out.h5.shards", "out.h5.shards/c", "in.h5", "run.json", "link/out.h5"])
+def test_checkpoints_have_a_place_of_their_own(case, tmp_path, capsys, name):
+    """No file of the job's, nor where its shards lie."""
+    (tmp_path / "in.h5").symlink_to(case[0])
+    (tmp_path / "link").symlink_to(tmp_path)
+    before = case[0].read_bytes()
+    for more in ([], ["--dry-run"], ["--force"]):
+        assert code("attend", case[0], tmp_path / "out.h5", "--json", tmp_path / "run.json", "--backend", "numpy",
+                    "--checkpoint", tmp_path / name, *more) == 2
+        said = capsys.readouterr().err
+        assert re.search("expected different files, got the same one as .* and --checkpoint|"
+                         "expected another folder for --checkpoint than that of the output's shards", said), said
+    assert case[0].read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5", "link"]
+
+
+def test_two_calls_in_one_folder(case, tmp_path):
+    """Each has checkpoints of its own; the end of one takes nothing from the other."""
+    assert interrupt(case, tmp_path).code == STOPPED
+    mine = complete(tmp_path)
+    assert interrupt(case, tmp_path, options=["--scale", "0.5"]).code == STOPPED
+    other = set(complete(tmp_path)) - set(mine)
+    assert len(other) == 1
+    result = attend(case, tmp_path, "--resume", "require", "--checkpoint-every", "1e-9")
+    assert result.code == 0, result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+    assert complete(tmp_path) == sorted(other)
+    result = attend(case, tmp_path, "--resume", "require", "--scale", "0.5", "--force")
+    assert result.code == 0, result.text
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_a_killed_job_has_left_half_written_goes(case, tmp_path):
+    """Also if the job that is done has found no checkpoint, and written none."""
+    killed = attend(case, tmp_path, "--checkpoint-every", "1e-9", start=["-c", KILLED, 1, "link", 1, "before"])
+    assert killed.code not in (0, STOPPED)
+    assert list((tmp_path / "c").iterdir())
+    assert not complete(tmp_path)
+    result = attend(case, tmp_path)
+    assert result.code == 0, result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+    assert not (tmp_path / "c").exists()
+
+
+# The rank gets SIGTERM while it writes its states, after SIGUSR1 has asked it to; and perhaps once more.
+WRITING = """
+import os, signal, sys
+from ringmpi.files.generations import NewGeneration
+write, times = NewGeneration.write, int(sys.argv.pop(1))
+def ended(self, rank, arrays):
+    for _ in range(times if rank == 1 else 0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return write(self, rank, arrays)
+NewGeneration.write = ended
+""" + AT_STEP
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_while_a_checkpoint_is_written(case, tmp_path, times):
+    """After SIGUSR1: the first is one request more, the second ends it at once, and the last checkpoint is there."""
+    assert interrupt(case, tmp_path).code == STOPPED
+    result = attend(case, tmp_path, start=["-c", WRITING, times, 1, 1, "os.kill(os.getpid(), signal.SIGUSR1)"])
+    if times == 1:
+        assert result.code == STOPPED, result.text
+    else:
+        assert result.code not in (0, STOPPED), result.text
+        assert "ended by SIGTERM while saving a checkpoint" in result.text
+    assert complete(tmp_path)
+    result = attend(case, tmp_path, "--resume", "require")
+    assert result.code == 0, result.text
+    assert is_right(case, tmp_path)
+
+
+def test_sigterm_after_the_checkpoint_changes_nothing(case, tmp_path):
+    """A launcher ends the other ranks as soon as the first has ended with 75."""
+    leaving = ("from ringmpi.mpi import world\n"
+               "leave = world.leave\n"
+               "def left(timeout):\n"
+               "    leave(timeout)\n"
+               "    for _ in range(3):\n"
+               "        os.kill(os.getpid(), signal.SIGTERM)\n"
+               "world.leave = left\n")
+    result = attend(case, tmp_path, start=["-c", AT_STEP.replace("sys.exit", f"{leaving}sys.exit"), 0, 0,
+                                           "os.kill(os.getpid(), signal.SIGUSR1)"])
+    assert result.code == STOPPED, result.text
+    assert len(complete(tmp_path)) == 1
+
+
+def test_where_warnings_are_errors_all_ranks_end(case, tmp_path):
+    """A checkpoint that is not used, and one that can't be written, are a warning of one rank."""
+    assert interrupt(case, tmp_path).code == STOPPED
+    for file in (tmp_path / "c").glob("*/00001.state"):
+        file.write_bytes(b"")
+    result = attend(case, tmp_path, "--timeout", "20", start=["-W", "error", "-m", "ringmpi"])
+    assert result.code == 70, result.text
+    assert "no checkpoint is used, and all is computed" in result.text
+    assert not list(tmp_path.glob("out.h5*"))

@@ -1,8 +1,11 @@
 """Calls that are left and gone on with, on this run's ranks: the same bits as without. See test_launch.py."""
 
+import hashlib
 import json
 import re
 import shutil
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,16 @@ import pytest
 from cases import make_layout, make_mask
 from oracle import random_qkv
 
-from ringmpi import Mask, OptionError, OutputError, RingAttention, RingError, ShardError
+from ringmpi import InternalError, Mask, OptionError, OutputError, RingAttention, RingError, ShardError
+from ringmpi import plan as plan_
+from ringmpi.call import Inputs
 from ringmpi.checkpoint import folded
+from ringmpi.checkpoint.search import Keeping
 from ringmpi.dtypes import TOLERANCE
+from ringmpi.files.generations import NewGeneration
 from ringmpi.layout import make
 from ringmpi.schedules.spec import CARRIERS
+from ringmpi.schedules.window import Window
 
 pytestmark = pytest.mark.mpi
 MANIFEST = "manifest.json"
@@ -218,7 +226,7 @@ def go_on_with(comm, number, options, folder, at, **more):
             got = case.go_on(folder, stop=stop)
             got = got and (*got, case.trace.pairs)
         else:
-            assert case.leave(folder, stop)
+            assert case.leave(folder, stop) or case.leave(folder, until(some, 0, *range(some.size)))
         some.Free()
     comm.Barrier()
     return got
@@ -239,7 +247,10 @@ def test_other_ranks_in_other_layouts_go_on(comm, folder, monkeypatch, number):
         case = Case(comm, length=397, **options | {"layout": layout})
         want = case.whole_run()
         got = go_on_with(comm, comm.size, options, here, None, layout=layout, schedule=f"1x1x{comm.size}:{carrier}")
-        assert 0 < comm.allreduce(got[2]) < comm.allreduce(case.trace.pairs)       # only the rest is computed
+        rest, whole = comm.allreduce(got[2]), comm.allreduce(case.trace.pairs)
+        assert 0 < rest <= whole
+        if comm.size > 2 or options["mask"] in ("causal", "full"):       # else there is no place to leave but the start
+            assert rest < whole
         for x, y in zip(got[:2], want, strict=True):
             seen = np.isfinite(y.astype("f8"))
             assert (np.isfinite(x.astype("f8")) == seen).all()
@@ -329,6 +340,17 @@ def test_a_folder_that_cannot_be_written(comm, folder):
     assert len(states(folder / "c")) == 1
 
 
+def reseal(comm, folder, change):
+    """Change what the manifest of a checkpoint says, and give it the right digest."""
+    if comm.rank == 0:
+        file = next(folder.glob(f"*/{MANIFEST}"))
+        content = json.loads(file.read_bytes().partition(b"\n")[2])
+        change(content)
+        text = json.dumps(content).encode()
+        file.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    comm.Barrier()
+
+
 def damage(file, how):
     whole = file.read_bytes()
     if how == "flipped":
@@ -358,14 +380,9 @@ def test_damage_is_found_on_all_ranks(comm, folder, how):
 
 
 def test_another_version_is_refused(comm, folder):
-    import hashlib
     case = Case(comm, mask="full")
     assert case.leave(folder / "c", until(comm, 0))
-    if comm.rank == 0:
-        file = next(folder.glob(f"c/*/{MANIFEST}"))
-        text = file.read_bytes().partition(b"\n")[2].replace(b'"format": 1', b'"format": 2')
-        file.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-    comm.Barrier()
+    reseal(comm, folder / "c", lambda content: content.update(format=2))
     with pytest.raises(ShardError, match="of another version of ringmpi"):
         case.go_on(folder / "c")
 
@@ -383,3 +400,168 @@ def test_fingerprints_do_not_go_by_who_has_what(comm):
     others = {fingerprint(y, np.arange(y.shape[1]), backend) for y in (
         x[::-1], x[:, ::-1], x[:, :, ::-1], x[..., ::-1], np.roll(x, 1, axis=1), x + 0.001, x[:, :56])}
     assert len(others | found) == 8
+
+
+@pytest.mark.parametrize("kept_bytes", [-1, plan_.KEPT_BYTES])
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "all"])
+def test_calls_after_one_that_goes_on(comm, folder, monkeypatch, kept_bytes, others, mask):
+    """A backward pass of it, and a second call: as if nothing had been left, whether or not plans keep columns."""
+    monkeypatch.setattr(plan_, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(folded, "TILES", 1)
+    options = {"mask": mask, "layout": "zigzag", "backend": "numba", "heads": (8, 1), "length": 397}
+    case = Case(comm, **options)
+    assert case.leave(folder / "c", until(comm, 1 if mask == "causal" else 0, *range(comm.size)))
+    if others:
+        case = Case(comm, **options | {"layout": "striped"})
+    rng = np.random.default_rng(comm.rank)
+    with RingAttention(comm, **case.options) as attention:
+        want = attention(*case.arrays, return_lse=True)
+        dout = rng.standard_normal(want[0].shape).astype("f4")
+        gradients = attention.backward(dout)
+    with RingAttention.restore(folder / "c", comm, **case.options) as attention:
+        first = attention(*case.arrays, return_lse=True)
+        back = attention.backward(dout)
+        second = attention(*case.arrays, return_lse=True)
+        again = attention.backward(dout)
+        of_any = attention.backward_of(dout, *case.arrays, *second)
+    assert same(second, want)
+    assert same(again, gradients)
+    assert same(of_any, gradients)
+    if not others:
+        assert same(first, want)
+        assert same(back, gradients)
+    for x, y in zip((*first, *back), (*want, *gradients), strict=True):
+        seen = np.isfinite(y)
+        assert (np.isfinite(x) == seen).all()
+        np.testing.assert_allclose(x[seen], y[seen], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+def test_progress_comes_to_all_pairs(comm, folder, monkeypatch, layout):
+    """What was done before counts at once, and the rest as it is done; each pair once."""
+    monkeypatch.setattr(folded, "TILES", 1)
+    options = {"mask": "causal", "backend": "numba", "heads": (8, 1), "length": 397}
+    case = Case(comm, layout="striped", **options)
+    done = []
+
+    def progress(pairs, total):
+        done.append((pairs, total))
+
+    with RingAttention(comm, **case.options) as attention:
+        assert attention(*case.arrays, stop=until(comm, 1, *range(comm.size)), progress=progress) is None
+        attention.save(folder / "c")
+    before = sum(pairs for pairs, _ in done)
+    assert before == attention.trace.pairs
+    case = Case(comm, layout=layout, **options)
+    done.clear()
+    with RingAttention.restore(folder / "c", comm, **case.options) as attention:
+        attention(*case.arrays, progress=progress)
+        left = attention.trace.pairs
+    pairs, totals = zip(*done, strict=True)
+    assert len(set(totals)) == 1
+    assert sum(pairs) == totals[0]
+    assert pairs[0] == totals[0] - left
+    whole = comm.allreduce(totals[0])
+    assert comm.allreduce(left) + comm.allreduce(before) == whole
+
+
+def attend_auto(comm, case, folder, resume="auto", **options):
+    """Attend as a job does, from whatever is there."""
+    with RingAttention(comm, **{**case.options, **options}) as attention:
+        keeping = Keeping(folder, None, resume)
+        result = attention._call_resumable(Inputs(*case.arrays), True, False, None, None, keeping)
+        return result, attention.schedule
+
+
+def test_nodes_that_refuse_the_carrier_of_the_checkpoint(comm, folder, monkeypatch):
+    """`auto` takes another schedule then, and goes on to rounding."""
+    case = Case(comm, schedule=f"1x1x{comm.size}:window", mask="full", backend="numba")
+    want = case.whole_run()
+    left = case.leave(folder / "c", until(comm, 0))
+    if not left:
+        assert comm.size == 1
+        return
+
+    def refuse(grid, on_gpu):
+        raise OptionError("no shared memory on these nodes")
+
+    monkeypatch.setattr(Window, "check", staticmethod(refuse))
+    for resume in ("auto", "require"):
+        got, schedule = attend_auto(comm, case, folder / "c", resume, schedule="auto")
+        assert schedule.carrier != "window" or comm.size == 1
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_in_which_queries_travel(comm, folder):
+    """No version has written one: `auto` says why it is not used, and what is required is an error on all."""
+    case = Case(comm, mask="full", backend="numba")
+    want = case.whole_run()
+    assert case.leave(folder / "c", until(comm, 0))
+    for schedule in (f"1x{comm.size}x1:ring", "1x2x2:ring", f"1x{comm.size}x1:nothing", "mesh", None, 3, "2x2x1:ring"):
+        reseal(comm, folder / "c", lambda content, x=schedule: content["placement"].update(schedule=x))
+        for asked in ("auto", f"1x1x{comm.size}"):
+            if schedule == "1x1x1:ring" and comm.size == 1:
+                continue
+            with pytest.raises((OptionError, ShardError)):
+                attend_auto(comm, case, folder / "c", "require", schedule=asked)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                got, _ = attend_auto(comm, case, folder / "c", schedule=asked)
+            assert ("no checkpoint is used" in "".join(str(one.message) for one in said)) == (comm.rank == 0)
+            np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+ODD = [float("inf"), float("nan"), -1, 1.5, 2**63, 10**30, True, "3", None, [], {}, [[1]], [10**30], [-1, 1], ["x"],
+       [float("inf")], [0] * 300000, [2.0]]
+PLACES = [("placement", "n_q"), ("placement", "n_k"), ("placement", "layout"), ("placement", "blocks"),
+          ("placement", "blocks", "n_k"), ("placement", "blocks", "layout"), ("placement", "ranks"),
+          ("shards", 0, "groups"), ("placement", "moved"), ("placement", "kv_layout")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_odd_numbers_in_a_manifest(comm, folder, place):
+    """What is used is checked first; where it is not used the result is right."""
+    case, moved = Case(comm, mask="full", layout="striped"), Case(comm, mask="full", layout="zigzag")
+    want = moved.whole_run()
+    assert case.leave(folder / "right", until(comm, 0))
+    for number, value in enumerate(ODD):
+        here = folder / str(number)
+        if comm.rank == 0:
+            shutil.copytree(folder / "right", here)
+
+        def change(content, value=value):
+            for name in place[:-1]:
+                content = content[name]
+            content[place[-1]] = value
+
+        reseal(comm, here, change)
+        got = None
+        with suppress(ShardError, OptionError):
+            got = moved.go_on(here)
+        if got:
+            np.testing.assert_allclose(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_where_warnings_are_errors_all_ranks_raise_them(comm, folder, monkeypatch):
+    case = Case(comm, mask="full")
+    assert case.leave(folder / "c", until(comm, 0))
+    if comm.rank == 0:
+        damage(next((folder / "c").glob("*/00000.state")), "flipped")
+    comm.Barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InternalError, match="no checkpoint is used, and all is computed"):
+            attend_auto(comm, case, folder / "c")
+        if comm.size == 1:                          # which never pauses
+            return
+
+        def write(self, rank, arrays):
+            raise OutputError("no space is left")
+
+        monkeypatch.setattr(NewGeneration, "write", write)
+        dup = comm.Dup()                            # it is lost then
+        keeping = Keeping(folder / "d", 0.0, "never")
+        with RingAttention(dup, **case.options) as attention, pytest.raises(InternalError, match="no space is left"):
+            attention._call_resumable(Inputs(*case.arrays), True, False, None, None, keeping)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..call import Call
 from ..engine import Engine
 from ..errors import OptionError, OutputError, RingError, ShardError
-from ..files.generations import Generation, newest
+from ..files.generations import clear
 from ..files.paths import as_path
+from ..files.states import Generation
 from ..forward import Progress
 from ..layout import resolve as layout_of
 from ..mpi.comm import Comm
@@ -28,32 +29,36 @@ from ..schedules.waits import LEAVE, PAUSE
 from ..softmax import State
 from ..trace import Trace
 from .folded import Folded
-from .identity import difference
+from .identity import difference, name_of
 from .moved import Before, Moved
 from .plan import ResumablePlan, nothing_folded
 from .resumable import Outcome, on_host, pass_of
 from .saving import Saver
+from .search import Keeping, Search
 
 Stop = Callable[[], object]
-RESUME = ("auto", "never", "require")
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """Where checkpoints of a call are kept. The same on all ranks.
+class Kept:
+    """What is kept of a call, which has no use when its result is there.
 
     Attributes
     ----------
     folder : path
-    every : float, optional
-        Seconds after which one is written, at the end of a step; None: only at the end of a call that is left.
-    resume : {"auto", "never", "require"}
-        Whether to go on from one that is there; ``"auto"``: if it is of this call, and whole.
+    problem : str
+        What it is of; see `identity.name_of`.
+    newest : path, optional
+        The newest generation that the call has written, or gone on from.
     """
 
     folder: Path
-    every: float | None = None
-    resume: str = "require"
+    problem: str
+    newest: Path | None
+
+    def clear(self) -> None:
+        """Remove it. One rank."""
+        clear(self.folder, self.problem, self.newest)
 
 
 @dataclass
@@ -78,6 +83,7 @@ class ResumableCall:
     comm, timeout, problem, call, plan, engine
         See `Saver`.
     keeping : Keeping, optional
+    search : Search
 
     Attributes
     ----------
@@ -90,7 +96,7 @@ class ResumableCall:
     """
 
     def __init__(self, comm: Comm, timeout: float, problem: Problem, call: Call, plan: Plan, engine: Engine,
-                 keeping: Keeping | None) -> None:
+                 keeping: Keeping | None, search: Search) -> None:
         schedule = plan.grid.schedule
         if plan.replicated or schedule.queries > 1:
             other = Schedule(schedule.heads, 1, schedule.queries * schedule.keys)
@@ -103,21 +109,25 @@ class ResumableCall:
         self._plan = plan
         self._engine = engine
         self._keeping = keeping
-        self.saver = Saver(comm, timeout, problem, call, plan, engine)
+        self._search = search
+        self.saver = Saver(comm, timeout, problem, call, plan, engine, search.content)
         self._folded = nothing_folded(plan, self._engine.backend)
         self._pass_plan = ResumablePlan.of(plan, self._folded)
         self._goes_on = False
 
     def schedule(self) -> Schedule | None:
         """Give the schedule of the checkpoint to go on from, if there is one of this call. Collective over *comm*."""
-        generation = self._find()
-        if generation is None or difference(generation.content["problem"], self.saver.content()["problem"]):
-            return None
-        there = generation.content["placement"]
         try:
-            return resolve(check_schedule(there.get("schedule")), self._comm.size)
+            generation = self._generation()
+        except (ShardError, OptionError):      # which `go_on` is to tell
+            generation = None
+        if generation is None:
+            return None
+        try:
+            schedule = resolve(check_schedule(generation.content["placement"].get("schedule")), self._comm.size)
         except OptionError:                    # of another number of ranks
             return Schedule(keys=self._comm.size)
+        return schedule if schedule.queries == 1 else None
 
     def go_on(self) -> None:
         """Take what a checkpoint has, if there is one to go on from. Collective over *comm*.
@@ -131,7 +141,7 @@ class ResumableCall:
         if keeping is None or keeping.resume == "never":
             return
         try:
-            generation = self._newest(keeping)
+            generation = self._generation()
             if generation is not None:
                 self._take(generation)
         except (ShardError, OptionError) as error:
@@ -163,36 +173,31 @@ class ResumableCall:
         self._call.states = []
         return None, left
 
-    def _find(self) -> Generation | None:
-        """Give what there is to go on from, if it can be read."""
-        keeping = self._keeping
-        if keeping is None or keeping.resume == "never":
+    @property
+    def kept(self) -> Kept | None:
+        """What is kept of the call, as far as it knows. Local."""
+        if self._keeping is None or "problem" not in self._search.content:
             return None
-        try:
-            return self._newest(keeping)
-        except (ShardError, OptionError):
-            return None
+        return Kept(self._keeping.folder, name_of(self._search.content["problem"]), self.saver.newest)
 
-    def _newest(self, keeping: Keeping) -> Generation | None:
-        """Give the newest complete generation, the same one on all ranks."""
-        found: Generation | None = None
-        with self._comm.noting() as failures:
-            found = newest(keeping.folder)
-            if found is None and keeping.resume == "require":
-                raise ShardError(f"{keeping.folder}: has no complete checkpoint to go on from")
-        name = "" if found is None else found.path.name
-        self._comm.exchange("", self._timeout, failures=failures, options={"checkpoint": name})
-        return found
+    def _generation(self) -> Generation | None:
+        return self._search.generation(self.saver.problem)
 
     def _take(self, generation: Generation) -> None:
         """Take the states of this rank from a generation, and agree on which blocks are to come."""
-        content = generation.content
-        problem = difference(content["problem"], self.saver.content()["problem"])
-        if problem:
-            raise OptionError(f"{generation.path}: expected a checkpoint of this call: {problem}")
-        placement = difference(content["placement"], self.saver.content()["placement"])
-        before: Folded | Moved = (self._take_from_others(generation, placement) if placement else
-                                  self._take_own(generation))
+        why = difference(generation.content["placement"], self.saver.content()["placement"])
+        plan = self._plan
+        before: Folded | Moved
+        if why:
+            plan, before = self._take_from_others(generation, why)
+            folded = nothing_folded(plan, self._engine.backend)
+        else:
+            before = self._take_own(generation)
+            folded = before.copy()
+        pass_plan = ResumablePlan.of(plan, before)
+        pass_plan.agree_on_route(self._comm, self._timeout)
+        self._folded = folded
+        self._pass_plan = pass_plan
         self._goes_on = True
         self.saver.go_on_from(before, generation)
 
@@ -203,13 +208,10 @@ class ResumableCall:
             groups = np.empty(self._plan.rows, np.int64)
             generation.read(self._comm.rank, [*(x for state in states for x in state), folded.left, groups])
             folded.check()
-        self._folded = folded
-        self._pass_plan = ResumablePlan.of(self._plan, folded)
-        self._pass_plan.agree_on_route(self._comm, self._timeout)
-        return folded.copy()
+        return folded
 
-    def _take_from_others(self, generation: Generation, why: str) -> Moved:
-        """Take the states of this rank's rows from the ranks that have written them."""
+    def _take_from_others(self, generation: Generation, why: str) -> tuple[Plan, Moved]:
+        """Take the states of this rank's rows from the ranks that have written them; give a plan for their blocks."""
         comm, grid = self._comm, self._plan.grid
         kinds = {"in canonical order": self._problem.canonical, "on GPUs": self._engine.backend.device is not None,
                  "with a schedule that shares heads": grid.schedule.heads > 1}
@@ -222,11 +224,7 @@ class ResumableCall:
             positions = layout_of(self._problem.layout, counts[0], "q").positions(comm.rank)
             moved = Moved(before, positions, grid.group("keys", comm.rank).ranks, comm.rank)
             moved.take(generation, states, comm.rank, comm.size)
-        plan = moved.plan(self._plan)
-        self._folded = nothing_folded(plan, self._engine.backend)
-        self._pass_plan = ResumablePlan.of(plan, moved)
-        self._pass_plan.agree_on_route(comm, self._timeout)
-        return moved
+        return moved.plan(self._plan), moved
 
     @contextmanager
     def _on_host(self) -> Iterator[list[tuple[NDArray[Any], ...]]]:
@@ -238,8 +236,10 @@ class ResumableCall:
             yield states
 
     def _warn(self, text: str) -> None:
-        if self._comm.rank == 0:
-            warnings.warn(text, stacklevel=2)
+        """Warn on rank 0. Collective over *comm*: where warnings are errors, all ranks raise it."""
+        with self._comm.raise_on_all(self._timeout):
+            if self._comm.rank == 0:
+                warnings.warn(text, stacklevel=2)
 
 
 class _Watch:
@@ -284,12 +284,3 @@ def save_left(comm: Comm, timeout: float, left: Left | None, path: Any) -> None:
         comm.exchange("RingAttention.save", timeout, failures=failures, options={"path": str(folder)})
         if left is not None:
             left.save(folder)
-
-
-def find(comm: Comm, timeout: float, path: Any) -> Keeping:
-    """Say what to go on from, if there is a complete generation. Collective over *comm*."""
-    with comm.one_call(), comm.raise_on_all(timeout):
-        folder = as_path(path)
-        if newest(folder) is None:
-            raise ShardError(f"{folder}: has no complete checkpoint to go on from")
-        return Keeping(folder)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..call import Call
 from ..engine import Engine
 from ..layout import resolve
@@ -29,12 +30,13 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     counts, prints = _sum_up(problem, call, engine, comm, timeout)
     sinks = _sinks(call, comm, timeout)
     batch, _, heads, dim = call.q.shape
-    backend = engine.backend
+    backends = set(comm.allgather_text(engine.backend.name, timeout))        # "auto" may find others elsewhere
     options = {name: str(value) for name, value in problem.describe().items() if name not in OF_THE_PLACEMENT}
-    return {**options, "tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
-            "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
-            "accumulator": str(plan.accumulator), "seed": call.seed, "sinks (by their digest)": sinks,
-            "backend": backend.name, "bfloat16_products": backend.products,
+    return {"version of ringmpi": __version__, **options, "tokens of q": counts[0], "tokens of k and v": counts[1],
+            "batch": batch, "heads": heads, "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3],
+            "dtype": str(call.q.dtype), "accumulator": str(plan.accumulator), "seed": call.seed,
+            "sinks (by their digest)": sinks, "backend": " and ".join(sorted(backends)),
+            "bfloat16_products": engine.backend.products,
             **{f"{name} (by its fingerprint)": value for name, value in zip("qkv", prints, strict=True)}}
 
 
@@ -49,8 +51,13 @@ def describe_placement(problem: Problem, plan: Plan, call: Call, comm: Comm, tim
     return {"ranks": comm.size, "schedule": str(plan.grid.schedule),
             **{name: value for name, value in problem.describe().items() if name in OF_THE_PLACEMENT},
             "n_q": counts[:, 0].tolist(), "n_k": counts[:, 1].tolist(),
-            "members": [list(plan.grid.group("keys", rank).ranks) for rank in range(comm.size)],
+            "members (by their digest)": _digest([plan.grid.group("keys", rank).ranks for rank in range(comm.size)]),
             "blocks": blocks or own, "moved": blocks is not None}
+
+
+def name_of(problem: Mapping[str, Any]) -> str:
+    """Give a name to a problem, by which its generations are told from those of others. Local."""
+    return _digest(problem)[:16]
 
 
 def difference(there: Any, here: Mapping[str, Any]) -> str:
@@ -62,6 +69,11 @@ def difference(there: Any, here: Mapping[str, Any]) -> str:
         if there.get(name) != here.get(name):
             return f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here"
     return ""
+
+
+def _digest(value: Any) -> str:
+    """Give the digest of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _short(value: Any) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OptionError, RingError, ShardError
-from ..files.generations import Generation
+from ..errors import OptionError, ShardError
+from ..files.states import Generation, are_counts
 from ..layout import Contiguous, Custom, Integers, Layout, make
 from ..parts import Part
 from ..plan import Plan
@@ -22,6 +22,7 @@ from ..schedules.head_exchange import Tokens
 from .folded import Folded
 
 NONE = np.empty(0, np.int64)
+MOST_BLOCKS = 2**17            # as many as ranks
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,30 @@ class Before:
             The same on all ranks.
         """
         there: Mapping[str, Any] = generation.content["placement"]
+        wrong = ShardError(f"{generation.path}: what it says of its ranks makes no sense")
         try:
-            schedule = str(there["schedule"])
-            counts = [[int(n) for n in there[name]] for name in ("n_q", "n_k")]
-            blocks = there["blocks"]
-            layouts = _layout(str(there["layout"]), counts[0]), _layout(str(blocks["layout"]), [
-                int(n) for n in blocks["n_k"]])
-            groups = [int(shard["groups"]) for shard in generation.content["shards"]]
-            right = ([layout.length for layout in layouts] == [n_q, n_k] and len(groups) == len(counts[0])
-                     and all(0 < number <= rows + 1 for number, rows in zip(groups, counts[0], strict=True)))
+            schedule, blocks, counts = there["schedule"], there["blocks"], there["n_q"]
+            numbers = blocks["n_k"]
+            groups = [shard["groups"] for shard in generation.content["shards"]]
+            names = there["layout"], blocks["layout"]
+        except (KeyError, TypeError):
+            raise wrong from None
+        if not all(isinstance(text, str) for text in (schedule, *names)) or not all(map(are_counts, (
+                counts, numbers, groups))):
+            raise wrong
+        if not (sum(counts) == n_q and sum(numbers) == n_k and len(groups) == len(counts)
+                and 0 < len(numbers) <= MOST_BLOCKS
+                and all(0 < number <= rows + 1 for number, rows in zip(groups, counts, strict=True))):
+            raise wrong
+        try:
+            layouts = _layout(names[0], counts), _layout(names[1], numbers)
         except OptionError as error:
             raise OptionError(f"{generation.path}: {error}") from None
-        except (RingError, KeyError, TypeError, ValueError) as error:
-            raise ShardError(f"{generation.path}: what it says of its ranks makes no sense: {error}") from None
-        if not right:
-            raise ShardError(f"{generation.path}: what it says of its ranks makes no sense")
         if not schedule.startswith("1x1x"):
             raise OptionError(f"{generation.path}: other ranks can go on only from a schedule that shares no heads, "
-                              f"got {schedule}; go on with the {len(counts[0])} ranks that wrote it")
+                              f"got {schedule}; go on with the {len(counts)} ranks that wrote it")
+        if [list(layout.counts) for layout in layouts] != [counts, numbers]:
+            raise wrong
         return cls(*layouts, groups)
 
 

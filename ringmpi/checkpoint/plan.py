@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -10,9 +11,11 @@ from ..backends.base import Backend
 from ..layout import Integers
 from ..mpi.comm import Comm
 from ..plan import Plan
+from ..schedules.base import Work
 from .folded import Folded, cut_rows
 from .moved import Moved
 
+UNSEEN = np.iinfo(np.int64).max
 Columns = list[list[tuple[Integers, Integers]]]
 
 
@@ -27,7 +30,7 @@ class ResumablePlan(Plan):
     """
 
     before: Folded | Moved | None = None
-    _left: dict[int, Columns] = field(default_factory=dict)       # columns, of two blocks
+    _left: dict[int, tuple[Columns, Columns]] = field(default_factory=dict)       # columns of two blocks, all and left
 
     @classmethod
     def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
@@ -48,12 +51,33 @@ class ResumablePlan(Plan):
         needed = np.unpackbits(np.stack(bits), axis=1, count=len(needs)).astype(bool)
         self.take_needs(needed[list(self.grid.group("keys", comm.rank).ranks)])
 
+    def comes_apart(self, work: Work, pieces: Sequence[slice]) -> bool:
+        """Say whether results have the same bits if pieces of the rows meet a block one after the other. Local.
+
+        Tiles of columns begin where the first row does that sees any: that must be the same for all pieces, whatever
+        is left of the block for them.
+        """
+        if len(pieces) == 1:
+            return True
+        start, stop, _ = work.columns.indices(self.parts[work.source][-1].columns.stop)
+        for part, intervals in zip(self.parts[work.source], self._both(work.source)[0], strict=True):
+            for begin, end in intervals:
+                begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start) for x in (begin, end))
+                first = np.where(begin < end, begin, UNSEEN)
+                if len({first[rows].min(initial=UNSEEN) for rows in pieces} - {UNSEEN}) > 1:
+                    return False
+        return True
+
     def _columns(self, source: int) -> Columns:
         """Turn each interval of positions into columns that are left; keep those of two blocks, for all pieces."""
+        return self._both(source)[1]
+
+    def _both(self, source: int) -> tuple[Columns, Columns]:
         if source not in self._left:
             while len(self._left) > 1:
                 self._left.pop(next(iter(self._left)))
-            self._left[source] = self._left_of(source, super()._columns(source))
+            columns = super()._columns(source)
+            self._left[source] = columns, self._left_of(source, columns)
         return self._left[source]
 
     def _left_of(self, source: int, columns: Columns) -> Columns:

@@ -60,6 +60,7 @@ class ResumablePass(Pass):
     def __init__(self, call: Call, plan: ResumablePlan, engine: Engine, trace: Trace, progress: Progress | None,
                  folded: Folded, wishes: Wishes, goes_on: bool, pairs: int, kv_layout: str | Layout) -> None:
         super().__init__(call, plan, engine, trace, progress)
+        self.plan: ResumablePlan = plan
         self._pairs = pairs
         self._kv_layout = kv_layout
         self._folded = folded
@@ -82,7 +83,7 @@ class ResumablePass(Pass):
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values: its own, or those blocks that it goes on with."""
-        moved = self.plan.before if isinstance(self.plan, ResumablePlan) else None
+        moved = self.plan.before
         keys = super()._keys()
         if not isinstance(moved, Moved):
             return keys
@@ -111,14 +112,18 @@ class ResumablePass(Pass):
 
     def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Cut the rows into pieces; once this rank is to stop, it only keeps in step with the others."""
-        for work, _ in super()._rounds(works, rows):
-            for number, part in enumerate(self._folded.rows):
-                if not self._folded.is_left(number, work):
-                    continue
+        folded = self._folded
+        for work, everything in super()._rounds(works, rows):
+            left = [number for number in range(len(folded.rows)) if folded.is_left(number, work)]
+            parts = [([number], folded.rows[number]) for number in left]
+            if left and not self.plan.comes_apart(work, folded.rows):
+                parts = [(left, everything)]
+            for numbers, part in parts:
                 if self._wishes.stop():
                     break
                 yield work, part
-                self._folded.note(number, work)
+                for number in numbers:
+                    folded.note(number, work)
 
     def _pause(self) -> None:
         self._wishes.pause(self._states, self._folded)

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
 from ..call import Call
 from ..engine import Engine
 from ..errors import CommError, RankLost, RingError, RingTimeout
-from ..files.generations import Generation, NewGeneration
+from ..files.generations import NewGeneration
+from ..files.states import Generation
 from ..mpi.comm import Comm
 from ..phases import phase
 from ..plan import Plan
 from ..problem import Problem
 from ..softmax import State
 from .folded import Folded
-from .identity import describe_placement, describe_problem
+from .identity import describe_placement, describe_problem, name_of
 from .moved import Moved
 from .plan import nothing_folded
 from .resumable import on_host
@@ -38,6 +38,8 @@ class Saver:
         Seconds to wait for other ranks.
     problem, call, plan, engine
         Of the call.
+    content : dict
+        What has been found out of the call, its `problem` perhaps; more is added.
 
     Attributes
     ----------
@@ -51,11 +53,13 @@ class Saver:
         Of the pairs of all ranks, what had been computed by then.
     """
 
-    def __init__(self, comm: Comm, timeout: float, problem: Problem, call: Call, plan: Plan, engine: Engine) -> None:
+    def __init__(self, comm: Comm, timeout: float, problem: Problem, call: Call, plan: Plan, engine: Engine,
+                 content: dict[str, Any]) -> None:
         self._comm = comm
         self._timeout = timeout
         self._about = problem, call, plan, engine
-        self._content: dict[str, Any] = {}
+        self._content = content
+        self._content.pop("placement", None)              # of another plan
         self.before: Folded | Moved = nothing_folded(plan, engine.backend)
         self.blocks: Mapping[str, Any] | None = None
         self.newest: Path | None = None
@@ -69,11 +73,17 @@ class Saver:
             self.blocks = generation.content["placement"]["blocks"]
             self._content.pop("placement", None)
 
-    def content(self) -> dict[str, Any]:
-        """Say what is computed, and where, reckoned once. Collective over *comm*."""
-        problem, call, plan, engine = self._about
+    def problem(self) -> dict[str, Any]:
+        """Say what is computed, found out once. Collective over *comm*."""
         if "problem" not in self._content:
-            self._content["problem"] = describe_problem(problem, call, plan, engine, self._comm, self._timeout)
+            self._content["problem"] = describe_problem(*self._about, self._comm, self._timeout)
+        found: dict[str, Any] = self._content["problem"]
+        return found
+
+    def content(self) -> dict[str, Any]:
+        """Say what is computed, and where, found out once. Collective over *comm*."""
+        problem, call, plan, _ = self._about
+        self.problem()
         if "placement" not in self._content:
             self._content["placement"] = describe_placement(problem, plan, call, self._comm, self._timeout, self.blocks)
         return self._content
@@ -97,12 +107,12 @@ class Saver:
         """
         content = self.content()
         with phase(f"saving a checkpoint in {folder}"):
-            made = self._prepare(folder)
+            made = self._prepare(folder, name_of(content["problem"]))
             try:
                 shards = self._write(made, states, folded, pairs)
                 with self._comm.raise_on_all(self._timeout):
                     if self._comm.rank == 0:
-                        made.publish({"ringmpi": __version__, **content, "shards": shards})
+                        made.publish({**content, "shards": shards})
                 self.newest = made.path
                 done, total = (sum(pairs) for pairs in zip(*(shard["pairs"] for shard in shards), strict=True))
                 self.share = done / max(1, total)
@@ -111,12 +121,12 @@ class Saver:
                     made.discard(self._comm.rank)
                 raise
 
-    def _prepare(self, folder: Path) -> NewGeneration:
+    def _prepare(self, folder: Path, problem: str) -> NewGeneration:
         """Have rank 0 make a folder for a generation."""
         name = ""
         with self._comm.noting() as failures:
             if self._comm.rank == 0:
-                name = NewGeneration.prepare(folder, uuid.uuid4().hex[:12]).path.name
+                name = NewGeneration.prepare(folder, problem, uuid.uuid4().hex[:12]).path.name
         names = self._comm.exchange("", self._timeout, _encoded(name), failures=failures)
         return NewGeneration(folder / names[0].tobytes().decode())
 

@@ -20,7 +20,7 @@ from ..environment import command_line, launched_rank, launched_sizes, stderr_is
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
-    from ..checkpoint.calls import Keeping
+    from ..checkpoint.search import Keeping
     from ..job.options import Options
     from ..schedules.spec import Schedule
 
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _keeping(arguments: argparse.Namespace) -> Keeping | None:
     """Say where checkpoints are kept, if they are."""
-    from ..checkpoint.calls import Keeping
+    from ..checkpoint.search import Keeping
     if arguments.checkpoint is None:
         return None
     return Keeping(arguments.checkpoint, arguments.checkpoint_every or EVERY_SECONDS, arguments.resume or "auto")
@@ -114,7 +114,7 @@ def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
         return 0
     check_threads(arguments.threads)
     sizes = check_input(arguments.input, options)
-    check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
+    check_paths(arguments.input, arguments.output, arguments.json, arguments.force, arguments.checkpoint)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     parts = predict_memory(sizes, ranks, options)
     print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "

@@ -1,7 +1,8 @@
 """Generations of a checkpoint in a folder: one is complete when its manifest has appeared, and only then is used.
 
-``DIR/00000003-RUN/`` holds a file of bytes for each rank and, last, ``manifest.json`` with the size and SHA-256 digest
-of each. A generation goes when a later one of the same problem is complete, so there is always one to go on from.
+``DIR/PROBLEM-00000003-RUN/`` holds a file of bytes for each rank and, last, ``manifest.json`` with the size and SHA-256
+digest of each. A generation goes when a later one of the same problem is complete, so there is always one to go on
+from; those of other problems stay as they are.
 """
 
 from __future__ import annotations
@@ -10,118 +11,50 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from io import FileIO
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OutputError, RingError, ShardError
+from ..errors import OutputError, RingError
 from .new_file import new_file
 from .paths import file_kind, flush_to_disk, writing
+from .states import FORMAT, MANIFEST, MANIFEST_BYTES, name_of, pieces_of, reading
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-MANIFEST_BYTES = 2**26
-NAME = re.compile(r"([0-9]{8})-[0-9a-f]{12}")
-PIECE_BYTES = 2**22            # that are written, read and digested at a time
+NAME = re.compile(r"([0-9a-f]{16})-([0-9]{8,15})-[0-9a-f]{12}")
+TRIES = 5                      # to make a folder in one that another job removes, as it has become empty
 
 
-@dataclass(frozen=True)
-class Generation:
-    """A complete generation.
-
-    Attributes
-    ----------
-    path : path
-        Its folder.
-    content : dict
-        What its manifest says, `shards` among it: of each rank's file the `size` and `sha256`.
-    """
-
-    path: Path
-    content: dict[str, Any]
-
-    def read(self, rank: int, arrays: Iterable[NDArray[Any]]) -> None:
-        """Read the file of a rank, all of it and nothing more, into C-contiguous arrays. Local.
-
-        Raises
-        ------
-        ShardError
-            If it is missing, of another size than the arrays or the manifest, or damaged.
-        """
-        arrays = list(arrays)
-        self._read(rank, _pieces(arrays), sum(x.nbytes for x in arrays))
-
-    def verify(self, rank: int) -> None:
-        """Check the file of a rank, all of it, with little memory. Local.
-
-        Raises
-        ------
-        ShardError
-            See `read`.
-        """
-        size = self._shard(rank)["size"]
-        piece = memoryview(bytearray(min(size, PIECE_BYTES)))
-        self._read(rank, (piece[:min(PIECE_BYTES, size - start)] for start in range(0, size, PIECE_BYTES)), size)
-
-    def view(self, rank: int, size: int) -> NDArray[np.uint8]:
-        """View the bytes of a rank's file, which are read as they are used and not checked. Local.
-
-        Raises
-        ------
-        ShardError
-            If it is missing, or has another size.
-        """
-        path = self.path / _name_of(rank)
-        with _opened(path) as file:
-            self._check_size(path, file, rank, size)
-            return np.memmap(file, np.uint8, "r", shape=(size,))
-
-    def _read(self, rank: int, pieces: Iterable[memoryview], size: int) -> None:
-        """Fill pieces, one after the other, and check what was read."""
-        path = self.path / _name_of(rank)
-        sha256 = hashlib.sha256()
-        with _opened(path) as file:
-            self._check_size(path, file, rank, size)
-            for view in pieces:
-                at = 0
-                while at < len(view):
-                    count = file.readinto(view[at:])
-                    if not count:
-                        raise ShardError(f"{path}: ends before its {size:,} bytes")
-                    at += count
-                sha256.update(view)
-        if sha256.hexdigest() != self._shard(rank)["sha256"]:
-            raise ShardError(f"{path}: is damaged: it is not what was written")
-
-    def _check_size(self, path: Path, file: FileIO, rank: int, size: int) -> None:
-        there = os.fstat(file.fileno()).st_size
-        if self._shard(rank)["size"] != size or there != size:
-            raise ShardError(f"{path}: expected {size:,} bytes, got {there:,}")
-
-    def _shard(self, rank: int) -> dict[str, Any]:
-        shards: list[dict[str, Any]] = self.content["shards"]
-        if rank >= len(shards):
-            raise ShardError(f"{self.path}: has the states of {len(shards)} ranks, and none of rank {rank}")
-        return shards[rank]
-
-
-def newest(folder: Path) -> Generation | None:
-    """Give the newest complete generation in a folder; None if there is none. Local.
+def generations_of(folder: Path, problem: str = "") -> list[Path]:
+    """Give the folders of all generations, or of those of a problem, complete or not, in their order. Local.
 
     Raises
     ------
     ShardError
-        If it is damaged, or of another version.
+        If `folder` can't be read.
     """
-    complete = [path for path in _generations(folder) if os.path.lexists(path / MANIFEST)]
-    return _read(complete[-1]) if complete else None
+    with reading(folder):
+        if not os.path.lexists(folder):
+            return []
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name.startswith(problem)
+                 and path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: (_number(path), path.name))
+
+
+def newest(folder: Path, problem: str = "") -> Path | None:
+    """Give the folder of the newest complete generation in a folder, of a problem or of any; None if there is none.
+
+    Local.
+
+    Raises
+    ------
+    ShardError
+        If `folder` can't be read.
+    """
+    complete = [path for path in generations_of(folder, problem) if _is_complete(path)]
+    return complete[-1] if complete else None
 
 
 def check_folder(folder: Path) -> None:
@@ -151,8 +84,16 @@ class NewGeneration:
         self.path = path
 
     @classmethod
-    def prepare(cls, folder: Path, run: str) -> NewGeneration:
+    def prepare(cls, folder: Path, problem: str, run: str) -> NewGeneration:
         """Make the folder of a generation after all that are there, and `folder` if need be. One rank.
+
+        Parameters
+        ----------
+        folder : path
+        problem : str
+            What it is of: 16 digits of a digest, in hexadecimal.
+        run : str
+            12 such digits, which no other generation has.
 
         Raises
         ------
@@ -162,9 +103,12 @@ class NewGeneration:
         check_folder(folder)
         with writing(folder):
             folder.mkdir(exist_ok=True)
-            number = 1 + max((int(path.name[:8]) for path in _generations(folder)), default=0)
-            made = folder / f"{number:08d}-{run}"
-            made.mkdir()
+            number = 1 + max(map(_number, generations_of(folder, problem)), default=0)
+            made = folder / f"{problem}-{number:08d}-{run}"
+            if not NAME.fullmatch(made.name):
+                raise OutputError(f"{folder}: can't be written: the generation before it has the highest number that "
+                                  "there is; remove it")
+            _make(made)
             flush_to_disk(folder)
         return cls(made)
 
@@ -178,8 +122,8 @@ class NewGeneration:
         """
         sha256 = hashlib.sha256()
         size = 0
-        with new_file(self.path / _name_of(rank)) as file:
-            for view in _pieces(arrays):
+        with new_file(self.path / name_of(rank)) as file:
+            for view in pieces_of(arrays):
                 file.write(view)
                 file.check()
                 sha256.update(view)
@@ -192,32 +136,31 @@ class NewGeneration:
         Raises
         ------
         OutputError
-            If it can't be written, or a file of a rank is gone.
+            If it can't be written, or a file of a rank is gone. When it is there nothing fails any more.
         """
         for rank, shard in enumerate(content["shards"]):
-            path = self.path / _name_of(rank)
+            path = self.path / name_of(rank)
             with writing(path):
                 if not path.is_file() or path.stat().st_size != shard["size"]:
                     raise OutputError(f"{path}: is gone; did something remove it?")
         text = json.dumps({"format": FORMAT, **content}).encode()
+        sealed = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        if len(sealed) > MANIFEST_BYTES:
+            raise OutputError(f"{self.path}: can't be written: the manifest would have {len(sealed):,} bytes, "
+                              f"{MANIFEST_BYTES:,} at most")
         with new_file(self.path / MANIFEST) as file:
-            file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-        self._clear_earlier(content["problem"])
-
-    def _clear_earlier(self, problem: Any) -> None:
-        """Remove earlier generations, but for complete ones that are not of this problem."""
-        for path in _generations(self.path.parent):
-            if path.name[:8] >= self.path.name[:8]:
-                continue
-            with suppress(ShardError):        # a damaged one says nothing of its problem, and stays
-                if not os.path.lexists(path / MANIFEST) or _read(path).content["problem"] == json.loads(
-                        json.dumps(problem)):
+            file.write(sealed)
+        with suppress(RingError):
+            for path in generations_of(self.path.parent, self.path.name.partition("-")[0]):
+                if _number(path) < _number(self.path):
                     remove(path)
 
     def discard(self, rank: int) -> None:
-        """Remove what this rank wrote, and the folder if it is empty. Each rank, if nobody published."""
+        """Remove what this rank wrote, and the folder if it is empty, unless it is complete. Each rank."""
+        if _is_complete(self.path):
+            return
         with suppress(OSError):
-            (self.path / _name_of(rank)).unlink(missing_ok=True)
+            (self.path / name_of(rank)).unlink(missing_ok=True)
         with suppress(OSError):               # not empty: another rank is yet to come
             self.path.rmdir()
 
@@ -232,66 +175,32 @@ def remove(path: Path) -> None:
         path.rmdir()
 
 
-def _generations(folder: Path) -> list[Path]:
-    """Give the folders of all generations, complete or not, in their order."""
-    with _reading(folder):
-        if not os.path.lexists(folder):
-            return []
-        names = sorted(path.name for path in folder.iterdir() if NAME.fullmatch(path.name))
-    return [folder / name for name in names if not (folder / name).is_symlink()]
+def clear(folder: Path, problem: str, generation: Path | None) -> None:
+    """Remove a generation, what is not complete of its problem, and the folder if nothing is left in it. Local."""
+    with suppress(RingError):
+        for path in generations_of(folder, problem):
+            if path == generation or not _is_complete(path):
+                remove(path)
+    with suppress(OSError):                   # others are there, or something else
+        folder.rmdir()
 
 
-def _read(path: Path) -> Generation:
-    """Read the manifest of a generation."""
-    file = path / MANIFEST
-    with _opened(file) as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > MANIFEST_BYTES:
-            raise ShardError(f"{file}: expected at most {MANIFEST_BYTES:,} bytes, got {size:,}")
-        digest, _, text = opened.readall().partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
-        raise ShardError(f"{file}: is damaged: it is not what was written")
-    try:
-        content = json.loads(text)
-        shards = content["shards"]
-        right = content["format"] == FORMAT and all(
-            isinstance(content[name], dict) for name in ("problem", "placement")) and all(
-            type(shard["size"]) is int and shard["size"] >= 0 and isinstance(shard["sha256"], str) for shard in shards)
-    except (KeyError, TypeError, ValueError, RecursionError):
-        right = False
-    if not right:
-        raise ShardError(f"{file}: is of another version of ringmpi; begin anew, or go on with that version")
-    return Generation(path, content)
+def _number(generation: Path) -> int:
+    return int(generation.name.split("-")[1])
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the system's errors of a block that only reads into `ShardError`."""
-    try:
-        yield
-    except RingError:
-        raise
-    except OSError as error:
-        raise ShardError(f"{path}: can't be read: {error}") from error
+def _is_complete(generation: Path) -> bool:
+    return os.path.lexists(generation / MANIFEST)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[FileIO]:
-    """Open a regular file to read."""
-    with _reading(path), FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise ShardError(f"{path}: expected a regular file, got a {file_kind(mode)}")
-        yield file
-
-
-def _name_of(rank: int) -> str:
-    return f"{rank:05d}.state"
-
-
-def _pieces(arrays: Iterable[NDArray[Any]]) -> Iterator[memoryview]:
-    """View the bytes of arrays, some at a time."""
-    for x in arrays:
-        view = x.reshape(-1).view(np.uint8).data
-        for start in range(0, len(view), PIECE_BYTES):
-            yield view[start:start + PIECE_BYTES]
+def _make(generation: Path) -> None:
+    """Make the folder of a generation, and the one that it is in."""
+    for left in reversed(range(TRIES)):
+        generation.parent.mkdir(exist_ok=True)
+        try:
+            generation.mkdir()
+        except FileNotFoundError:             # another job has just removed the parent, which was empty
+            if not left:
+                raise
+        else:
+            return

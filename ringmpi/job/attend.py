@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..attention import RingAttention
 from ..backends import choose_gpu_early
-from ..checkpoint.calls import Keeping, Stop
+from ..checkpoint.calls import Stop
+from ..checkpoint.search import Keeping
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..schedules.redistribution import redistribute
@@ -117,8 +118,7 @@ def _prepare(run: Run, output: Output, source: Path, json_path: Path | None, che
     """Check on rank 0 that output and checkpoints can be written, and make the output's folder."""
     with run.raise_on_all():
         if run.comm.rank == 0:
-            check_paths(source, output.path, json_path, output.force)
-            checkpoints.check()
+            check_paths(source, output.path, json_path, output.force, checkpoints.folder)
             output.prepare()
 
 

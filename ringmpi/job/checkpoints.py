@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..attention import RingAttention
 from ..call import Inputs
-from ..checkpoint.calls import Keeping, Stop
+from ..checkpoint.calls import Kept, Stop
+from ..checkpoint.search import Keeping
 from ..errors import Interrupted
-from ..files.generations import check_folder, remove
 from ..forward import Progress
 from .run import Run
 
@@ -31,7 +30,7 @@ class Checkpoints:
         self._run = run
         self._keeping = keeping
         self._stop = stop
-        self._newest: Path | None = None
+        self._kept: Kept | None = None
 
     def options(self) -> dict[str, Any]:
         """Give what must be the same on all ranks. Local."""
@@ -39,10 +38,10 @@ class Checkpoints:
         return {"checkpoint": keeping and keeping.folder, "checkpoint_every": keeping and keeping.every,
                 "resume": keeping and keeping.resume, "stop": self._stop is not None}
 
-    def check(self) -> None:
-        """Raise `OutputError` unless they can be written. One rank."""
-        if self._keeping is not None:
-            check_folder(self._keeping.folder)
+    @property
+    def folder(self) -> Path | None:
+        """Where they are kept, if they are."""
+        return self._keeping.folder if self._keeping else None
 
     def attend(self, attention: RingAttention, arrays: list[Any], sinks: Any, progress: Progress) -> tuple[Any, Any]:
         """Attend; give out and lse. Collective over *comm*.
@@ -65,13 +64,11 @@ class Checkpoints:
             share = attention._left.saver.share if attention._left else 0.0
             raise Interrupted(f"stopped on request: {share:.0%} is computed, and in the checkpoint in "
                               f"{keeping.folder}; the same command goes on from there")
-        self._newest = attention._newest
+        self._kept = attention._kept
         out, lse = result
         return out, lse
 
     def clear(self) -> None:
         """Remove them, when the output is there. Local; rank 0 does."""
-        if self._keeping is not None and self._newest is not None and self._run.comm.rank == 0:
-            remove(self._newest)
-            with suppress(OSError):           # others are there, or something else
-                self._keeping.folder.rmdir()
+        if self._kept is not None and self._run.comm.rank == 0:
+            self._kept.clear()
