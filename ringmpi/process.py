@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -24,6 +25,7 @@ from .watchdog import Watchdog
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REQUEST = signal.SIGUSR1      # asks a job that keeps checkpoints to leave one and end, as the first SIGTERM does
 STAGGER_SECONDS = 0.25        # between the ends of ranks that are all stuck, so that they don't all print at once
+TWICE_SECONDS = 1.0           # a SIGTERM so soon after the first is no second one: Slurm's controller and srun send it
 AGAIN_SECONDS = 0.01          # until a signal that came where nothing may be raised comes again
 HDF5_CALLS = "ringmpi.files.new_file"         # the module of ours that HDF5 calls
 
@@ -55,7 +57,7 @@ class Process:
         self.stopped: Stopped | None = None
         self._heeds_requests = False
         self._requested = False
-        self._terminated = False                  # by a first SIGTERM, which was taken for a request
+        self._terminated = math.inf               # when a first SIGTERM came, which was taken for a request
         self._pending: int | None = None          # a signal that came where nothing may be raised
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
         # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
@@ -132,9 +134,11 @@ class Process:
         self._requested = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._heeds_requests and number == signal.SIGTERM and not self._terminated:
-            self._terminated = self._requested = True
-            return
+        if self._heeds_requests and number == signal.SIGTERM:
+            self._requested = True
+            self._terminated = min(self._terminated, time.monotonic())
+            if time.monotonic() - self._terminated < TWICE_SECONDS:
+                return
         if _is_called_by_hdf5(frame):
             self._postpone(number)
             return

@@ -127,7 +127,7 @@ def test_requests_after_the_last_step_end_the_job_as_usual(case, tmp_path):
 
 
 def test_a_second_sigterm_ends_it_at_once(case, tmp_path):
-    twice = "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)"
+    twice = "os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.1); os.kill(os.getpid(), signal.SIGTERM)"
     result = interrupt(case, tmp_path, 0, 0, twice)
     assert result.code not in (0, STOPPED), result.text
     assert "ended by SIGTERM" in result.text
@@ -330,12 +330,14 @@ def test_what_a_killed_job_has_left_half_written_goes(case, tmp_path):
 
 # The rank gets SIGTERM while it writes its states, after SIGUSR1 has asked it to; and perhaps once more.
 WRITING = """
-import os, signal, sys
+import os, signal, sys, time
 from ringmpi.files.generations import NewGeneration
 write, times = NewGeneration.write, int(sys.argv.pop(1))
 def ended(self, rank, arrays):
     for _ in range(times if rank == 1 else 0):
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)            # at once: Slurm's controller and srun both send it
+        time.sleep(1.1)
     return write(self, rank, arrays)
 NewGeneration.write = ended
 """ + AT_STEP
