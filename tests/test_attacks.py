@@ -22,3 +22,8 @@ def test_damaged_outputs(tmp_path):
 
 def test_damaged_caches(tmp_path):
     assert REFUSED in outcomes(attack_mutations.caches(tmp_path, range(200)), 200)
+
+
+def test_damaged_checkpoints(tmp_path):
+    ended = outcomes(attack_mutations.checkpoints(tmp_path, range(210)), 210)
+    assert {f"{what}: {REFUSED}" for what in ("states", "manifest", "sealed")} <= ended
