@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from .resumable import Outcome, on_host, pass_of
 from .saving import Saver
 from .search import Keeping, Search
 
+LOGGER = logging.getLogger("ringmpi.checkpoint")
 Stop = Callable[[], object]
 
 
@@ -158,7 +160,8 @@ class ResumableCall:
             if self._keeping is not None:
                 self.saver.save(self._keeping.folder, states, folded, (before + trace.pairs, total))
 
-        watch = _Watch(stop, self._keeping.every if self._keeping else None, save, self._warn)
+        watch = _Watch(stop, self._keeping.every if self._keeping else None, save,
+                       self._comm.rank == 0)
         if progress is not None and before:
             progress(before, total)
         one = pass_of(self._problem.canonical)(self._call, self._pass_plan, self._engine, trace, progress,
@@ -246,11 +249,11 @@ class _Watch:
     """What a rank wishes for; see `Wishes`."""
 
     def __init__(self, stop: Stop | None, every: float | None, save: Callable[[Sequence[State], Folded], None],
-                 warn: Callable[[str], None]) -> None:
+                 speaks: bool) -> None:
         self._stop = stop
         self._every = every
         self._save = save
-        self._warn = warn
+        self._speaks = speaks
         self._stops = False
         self._last = time.monotonic()
 
@@ -268,7 +271,8 @@ class _Watch:
         try:
             self._save(states, folded)
         except OutputError as error:               # the run is worth more than one checkpoint of it
-            self._warn(f"{error}; no checkpoint was written, the last one is as it was")
+            if self._speaks:                       # not a warning, which may be an error of this rank alone
+                LOGGER.warning("%s; no checkpoint was written, the last one is as it was", error)
         self._last = time.monotonic()
 
 
