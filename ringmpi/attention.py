@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import weakref
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
@@ -14,6 +16,8 @@ from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
+from .checkpoint.calls import Kept, Left, ResumableCall, Stop, save_left
+from .checkpoint.search import Keeping, Search, find
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError
@@ -33,6 +37,7 @@ from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolv
 from .trace import Trace
 
 CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
+RESUMABLE = "forward, with stop= or from a checkpoint"
 
 
 class RingAttention:
@@ -171,9 +176,12 @@ class RingAttention:
         self._digest = digest_of(self._options)
         self._records: Records | None = None         # those of the last call
         self._plan: Plan | None = None
-        self._chosen: dict[bytes, Schedule] = {}       # by the shapes of all ranks, for `schedule="auto"`
+        self._chosen: dict[tuple[bytes, bool], Schedule] = {}       # by the shapes of all ranks, for `schedule="auto"`
         self._last_number = 0
         self._last: tuple[Call, Plan] | None = None
+        self._left: Left | None = None
+        self._keeping: Keeping | None = None         # what the next call goes on from
+        self._kept: Kept | None = None               # the checkpoints of the last call
         self._close = weakref.finalize(self, self._engine.close)        # an object that is dropped shares no more
         self._close.atexit = False
         self.trace = Trace()
@@ -207,10 +215,15 @@ class RingAttention:
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
+    @overload
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
+                 stop: Stop) -> Any: ...
+
     @explained()
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: bool = False, keep: bool = True,
-                 progress: Progress | None = None) -> Array | tuple[Array, Array]:
+                 return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
+                 stop: Stop | None = None) -> Any:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
 
         Parameters
@@ -241,6 +254,11 @@ class RingAttention:
             soon as the caller lets go of it.
         progress : callable, optional
             Called on this rank with the visible pairs done since the last time, and with all there are.
+        stop : callable, optional
+            On all ranks or on none. Asked on this rank again and again while it computes; once it is true on any rank,
+            all leave the call after the step they are at, a rank that has asked itself at once. The call gives None
+            then, for there is no result yet; `save` writes what has been computed, and `restore` goes on. With a
+            schedule in which no queries travel.
 
         Returns
         -------
@@ -258,7 +276,108 @@ class RingAttention:
             If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
             calls on it raise `CommError`.
         """
+        if stop is not None or self._keeping is not None:
+            return self._call_resumable(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, stop, self._keeping)
         return self._call(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, keep)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what has been computed of the last call, which was left by its `stop`. Collective over *comm*.
+
+        Parameters
+        ----------
+        path : path
+            A folder, the same on all ranks, which may be there; its parent must. It gets a generation: a file of each
+            rank and, last, a manifest. Earlier ones of the same call are removed when this one is complete.
+
+        Raises
+        ------
+        RingError
+            If the last call was not left.
+        OutputError
+            If it can't be written; the same on every rank. What was there before is as it was.
+        """
+        check_thread()
+        save_left(self._comm, self.timeout, self._left, path)
+
+    @classmethod
+    def restore(cls, path: str | os.PathLike[str], comm: Any, **options: Any) -> RingAttention:
+        """Give an object whose next call goes on where one was left that `save` wrote. Collective over *comm*.
+
+        That call is to have the same inputs. With the same tokens on the same ranks it gives, bit for bit, what the one
+        that was left would have given; on other ranks, or in another layout, the same to rounding. Calls after it are
+        as any others.
+
+        Parameters
+        ----------
+        path : path
+            As it was given to `save`.
+        comm : MPI.Intracomm
+        **options
+            As for `RingAttention`, and as they were there: they are not in the files. ``schedule="auto"`` takes the
+            schedule of the files.
+
+        Raises
+        ------
+        ShardError
+            If there is no complete checkpoint, or it is damaged or of another version; the same on every rank. The call
+            raises it if the states are damaged.
+        OptionError
+            From the call, if it is not the one that was left; or if ranks hold other tokens than then, in canonical
+            order, on GPUs, with shared heads or from a `Custom` layout.
+        """
+        attention = cls(comm, **options)
+        try:
+            attention._keeping = find(attention._comm, attention.timeout, path)
+        except BaseException:
+            attention.close()
+            raise
+        return attention
+
+    def _call_resumable(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None,
+                        stop: Stop | None, keeping: Keeping | None) -> Array | tuple[Array, Array] | None:
+        """Attend in a call that may be left, or goes on; see `__call__`. Collective over *comm*."""
+        with self._comm.one_call():
+            self._last = self._left = self._kept = None
+            chooses = self._chooses
+            try:
+                call, plan, one = self._admit_resumable(inputs, keep, keeping)
+                one.go_on()
+                outcome, self._left = one.attend(self.trace, progress, stop)
+                self._kept = one.kept
+            finally:
+                if self._chooses is not chooses:
+                    self._chooses = chooses
+                    self._plan = None
+            self._keeping = None
+            if outcome is None:
+                return None
+            self._last = (call, plan) if keep and self._close.alive else None
+            out, lse = map(call.given, outcome)
+            return (out, lse) if return_lse else out
+
+    def _admit_resumable(self, inputs: Inputs, trains: bool, keeping: Keeping | None
+                         ) -> tuple[Call, Plan, ResumableCall]:
+        """Admit a call that may be left; with a schedule that is chosen, take that of the checkpoint if it will do."""
+        search = Search(self._comm, self.timeout, keeping)
+
+        def admit() -> tuple[Call, Plan, ResumableCall]:
+            call, plan, _ = self._admit(inputs, trains=trains, resumable=True)
+            return call, plan, ResumableCall(self._comm, self.timeout, self._problem, call, plan, self._engine, keeping,
+                                             search)
+
+        call, plan, one = admit()
+        schedule = one.schedule() if self._chooses else None
+        if schedule is None or schedule == plan.grid.schedule:
+            return call, plan, one
+        for other in dict.fromkeys([schedule, Schedule(keys=self._comm.size)]):      # a ring can go on from most
+            self.schedule = other
+            self._chooses = False
+            self._plan = None
+            with suppress(OptionError):     # these ranks can't be placed in it, or it takes too much memory
+                return admit()
+        self._chooses = True
+        self._plan = None
+        return admit()
 
     def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
               ) -> Array | tuple[Array, Array]:
@@ -276,7 +395,7 @@ class RingAttention:
 
     def _forward(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
                  ) -> Array | tuple[Array, Array]:
-        self._last = None                 # what the last call worked on goes before this call's memory comes
+        self._last = self._left = None    # what the last call worked on goes before this call's memory comes
         call, plan, _ = self._admit(inputs, trains=trains)
         out, lse = self._pass(call, plan, progress).forward()
         self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
@@ -395,8 +514,8 @@ class RingAttention:
         call.cotangents = checksum(dout, dlse, call.out, call.lse) if self._problem.replicated else 0
         return dout, dlse
 
-    def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True
-               ) -> tuple[Call, Plan, tuple[Array, Array | None]]:
+    def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True,
+               resumable: bool = False) -> tuple[Call, Plan, tuple[Array, Array | None]]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*.
 
         Parameters
@@ -408,6 +527,8 @@ class RingAttention:
             If `inputs` have results, which are to be differentiated.
         trains
             See `_call`.
+        resumable : bool
+            Whether the call may be left.
 
         Returns
         -------
@@ -423,10 +544,12 @@ class RingAttention:
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
             if inputs.out is not None:
                 cotangents = self._check_cotangents(call, *cotangents)
-        call, records = self._agree(call, failures, "forward" if inputs.out is None else "backward")
-        if self._plan is None or self._plan.key != records.key:
+        way = "forward" if inputs.out is None else "backward"
+        call, records = self._agree(call, failures, RESUMABLE if resumable else way)
+        if self._plan is None or self._plan.key != records.key or (
+                resumable and self._chooses and self._plan.grid.schedule.queries > 1):
             self._plan = None             # the old plan's memory goes before the new one's comes
-            self._plan = self._make_plan(records)
+            self._plan = self._make_plan(records, resumable)
         if self.backend.device:           # its memory runs out sooner than the host's: all ranks fail if one does
             with self._comm.raise_on_all(self.timeout), self.backend.current():
                 call.to_device(self.backend, self._plan.accumulator)
@@ -441,15 +564,15 @@ class RingAttention:
         if self._records is None or not self._records.say(rows):
             self._records = Records(rows)
         records = self._records
-        if way == "forward":
+        if way != "backward":
             call.number = self._last_number = self._comm.calls
         return call, records
 
-    def _make_plan(self, records: Records) -> Plan:
-        """Plan for these shards. Collective over *comm*."""
+    def _make_plan(self, records: Records, resumable: bool = False) -> Plan:
+        """Plan for these shards, and a call that may be left if it is to be `resumable`. Collective over *comm*."""
         self._engine.move_to(records.gpus)
         layouts = self._problem.resolve(records)
-        grid = self._choose(records, layouts) if self._chooses else self._place(self.schedule, records)
+        grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None
         needs = np.zeros(self.schedule.keys, bool)
         with self._comm.noting() as failures:
@@ -465,17 +588,18 @@ class RingAttention:
         plan.take_needs(needed[list(grid.group("keys", self._comm.rank).ranks)])
         return plan
 
-    def _choose(self, records: Records, layouts: tuple[Layout, Layout]) -> Grid:
+    def _choose(self, records: Records, layouts: tuple[Layout, Layout], resumable: bool) -> Grid:
         """Take the schedule that costs least, and that the ranks can be placed in. Collective over *comm*.
 
         That takes milliseconds: what was chosen for a few shapes is kept, for programs that go back and forth.
         """
-        if records.key in self._chosen:
-            self.schedule = self._chosen[records.key]
+        key = records.key, resumable
+        if key in self._chosen:
+            self.schedule = self._chosen[key]
             return self._place(self.schedule, records)
         machine = self._engine.machine()
         shape = masked(self._problem.shape(records), self._problem.mask, *layouts)
-        among = candidates(machine, shape.heads)
+        among = [one for one in candidates(machine, shape.heads) if one.queries == 1 or not resumable]
         while True:
             schedule = choose(shape, machine, self._memory_limit, backward=records.trains, among=among)
             said = self._comm.allgather_text(str(schedule), self.timeout)      # one for all, however they round
@@ -489,7 +613,7 @@ class RingAttention:
             else:
                 if len(self._chosen) == CHOICES:
                     del self._chosen[next(iter(self._chosen))]
-                self.schedule = self._chosen[records.key] = schedule
+                self.schedule = self._chosen[key] = schedule
                 return grid
 
     def _place(self, schedule: Schedule, records: Records) -> Grid:
@@ -507,7 +631,7 @@ class RingAttention:
 
         Threads stay with the caller's communicator, which is left as it is.
         """
-        self._plan = self._last = None
+        self._plan = self._last = self._left = None
         self._close()
 
     def __copy__(self) -> RingAttention:

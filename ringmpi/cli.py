@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .environment import launched_rank, launched_together
-from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
+from .errors import CommError, Interrupted, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
 from .files.streams import standard_output
 from .phases import phase
 from .process import Process
@@ -37,6 +37,7 @@ COMMANDS = {
 EXIT_CODES = """\
 exit codes: 0 done | 1 a check failed | 2 usage | 3 bad input (nothing written) | 4 environment (MPI, ranks,
 backend, memory) | 5 timeout or lost rank | 6 output could not be written | 70 an error in ringmpi itself |
+75 stopped on request, with a checkpoint to go on from |
 129 SIGHUP | 130 SIGINT | 143 SIGTERM, or a rank that can't start MPI while others do | 137 stuck in MPI's own
 start or end"""
 GRACE_SECONDS = 2.0          # that a rank which gave up leaves the others to say why, and to remove what they wrote
@@ -90,6 +91,8 @@ def _run_and_leave(process: Process) -> int:
     name, options = _parse(sys.argv[1:])
     process.log_to_stderr(getattr(options, "quiet", False))
     code = _run(name, options, process)
+    if code == Interrupted.exit_code:
+        process.settle()
     code = _exit_code_of(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
     process.enter("ending", END_SECONDS)
     return code
@@ -132,6 +135,8 @@ def _module(name: str) -> Any:
 def _run(name: str, options: argparse.Namespace, process: Process | None = None) -> int:
     """Run the command; return the exit code."""
     collective = getattr(options, "collective", False) and not getattr(options, "dry_run", False)
+    if hasattr(options, "process"):                # a command that hears requests
+        options.process = process
     with phase(f"running {name}"):
         return _exit_code_of(lambda: _do(name, options), process, collective)
 

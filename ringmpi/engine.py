@@ -93,6 +93,12 @@ class Workspace:
             self._states = key, [self.backend.new_state(n_q, heads, dim_v, acc_dtype) for _ in range(batch)]
         return self._states[1]
 
+    def give_states(self) -> list[State]:
+        """Give the states of the last call away: the next call's are made anew."""
+        states = self._states[1]
+        self._states = None, []
+        return states
+
     def leave(self) -> None:
         """Take note that an object is done with it; the last one's buffers go."""
         self.users -= 1
@@ -182,6 +188,10 @@ class Engine:
     def states(self, batch: int, n_q: int, heads: int, dim_v: int, acc_dtype: np.dtype[Any]) -> list[State]:
         """Give the states of a call, one for each element of the batch; see `Workspace.states`. Local."""
         return self._shared.states(batch, n_q, heads, dim_v, acc_dtype)
+
+    def give_states(self) -> list[State]:
+        """Give the states of the last call away; see `Workspace.give_states`. Local."""
+        return self._shared.give_states()
 
     def move_to(self, places: NDArray[np.int64]) -> None:
         """Open the backend where the arrays are, unless it is open there. Collective over *comm*.

@@ -80,3 +80,9 @@ class OutputError(RingError, OSError):
     """Output that could not be written; nothing is left under its name."""
 
     exit_code = 6
+
+
+class Interrupted(RingError, InterruptedError):
+    """A job that was asked to stop: what it has computed is in a checkpoint, and nothing else is written."""
+
+    exit_code = 75

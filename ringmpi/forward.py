@@ -50,24 +50,20 @@ class ForwardPass:
 
     def forward(self) -> tuple[Array, Array]:
         """Attend; give `out` and `lse` with a batch axis, where the caller's arrays are."""
-        call = self.call
-        plan = self.plan
-        backend = self.backend
-        heads, dim, dim_v = plan.dims
         self._prepare_pass("forward")
-        self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
-        shares_heads = self.movers.heads.group.size > 1
-        with backend.current():
+        with self.backend.current():
             with self._abandoned_on_error():
-                call.make_results(backend, plan.accumulator)
-                states = self._accumulate()
-                if shares_heads:
-                    self._finish_for_all(states)
-            with self.agreed_on_gpu(), backend.current():
-                if not shares_heads:
-                    self._finish(states, call.out, call.lse)
-                backend.synchronize()
-                return self._to_caller(call.out), self._to_caller(call.lse)
+                own = self._bring_home(self._fold())
+            return self._results(own)
+
+    def _results(self, own: Sequence[State]) -> tuple[Array, Array]:
+        """Make results of the states that this rank finishes, where the caller's arrays are."""
+        call = self.call
+        with self.agreed_on_gpu(), self.backend.current():
+            if self.movers.heads.group.size == 1:
+                self._finish(own, call.out, call.lse)
+            self.backend.synchronize()
+            return self._to_caller(call.out), self._to_caller(call.lse)
 
     def agreed_on_gpu(self) -> AbstractContextManager[None]:
         """Let all ranks fail if one does: a GPU's memory runs out sooner than the host's, and its errors come late."""
@@ -87,8 +83,9 @@ class ForwardPass:
         plan = self.plan
         backend = self.backend
         trace = self.trace
+        heads, dim, dim_v = plan.dims
+        trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
-            heads, dim, dim_v = plan.dims
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
                                                          plain=plan.score.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
@@ -110,13 +107,14 @@ class ForwardPass:
         """Give this rank's block of keys and values, all heads."""
         return self.call.k, self.call.v
 
-    def _accumulate(self) -> list[State]:
-        """Fold every block that comes by into the states of the rows; give those that this rank finishes."""
+    def _fold(self) -> list[State]:
+        """Fold every block that comes by into the states of the rows, and give them."""
         call = self.call
         plan = self.plan
         backend = self.backend
         movers = self.movers
         heads, _, dim_v = plan.dims
+        call.make_results(backend, plan.accumulator)
         k, v = self._keys()
         q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens)],
                                         backend.empty, self.trace)
@@ -131,13 +129,23 @@ class ForwardPass:
                 backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
                                    score)
                 for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
+        return states
+
+    def _bring_home(self, states: Sequence[State]) -> list[State]:
+        """Put together what several ranks have made of the same rows; give the states that this rank finishes.
+
+        Where ranks share heads, they are finished here.
+        """
+        plan = self.plan
         own = [part_of(state, slice(plan.own_rows)) for state in states]
-        arrays = [x for state in states for x in arrays_of(state)]
         if plan.replicated:
-            self._replicated().combine(own, call.sinks)
+            self._replicated().combine(own, self.call.sinks)
         elif len(plan.row_counts) > 1:
-            movers.queries.bring_home("states", arrays, plan.row_counts,
-                                      lambda parts: combine_parts(backend, own, parts), self.trace)
+            arrays = [x for state in states for x in arrays_of(state)]
+            self.movers.queries.bring_home("states", arrays, plan.row_counts,
+                                           lambda parts: combine_parts(self.backend, own, parts), self.trace)
+        if self.movers.heads.group.size > 1:
+            self._finish_for_all(own)
         return own
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:

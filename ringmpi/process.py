@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,7 +23,9 @@ from .phases import LOGGER, Listener
 from .watchdog import Watchdog
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REQUEST = signal.SIGUSR1      # asks a job that keeps checkpoints to leave one and end, as the first SIGTERM does
 STAGGER_SECONDS = 0.25        # between the ends of ranks that are all stuck, so that they don't all print at once
+TWICE_SECONDS = 1.0           # a SIGTERM so soon after the first is no second one: Slurm's controller and srun send it
 AGAIN_SECONDS = 0.01          # until a signal that came where nothing may be raised comes again
 HDF5_CALLS = "ringmpi.files.new_file"         # the module of ours that HDF5 calls
 
@@ -51,6 +55,9 @@ class Process:
         patience = 1.0 + STAGGER_SECONDS * min(rank, 8) if rank else 0.0
         self.doing = "starting"
         self.stopped: Stopped | None = None
+        self._heeds_requests = False
+        self._requested = False
+        self._terminated = math.inf               # when a first SIGTERM came, which was taken for a request
         self._pending: int | None = None          # a signal that came where nothing may be raised
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
         # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
@@ -77,12 +84,31 @@ class Process:
         handler.setLevel(logging.ERROR if quiet else logging.WARNING)
         logging.getLogger("ringmpi").addHandler(handler)
 
+    def heed_requests(self) -> Callable[[], bool]:
+        """Let SIGUSR1, and a first SIGTERM, ask the process to stop; give what says whether one has. Local.
+
+        To be called when MPI is up: MPICH takes SIGUSR1 for itself when it starts.
+        """
+        self._heeds_requests = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(REQUEST, self._on_request)
+        return lambda: self._requested
+
     def enter(self, doing: str, limit: float | None) -> None:
         """Note what is done from now on. If that has a limit, no Python runs, and signals end the process at once."""
         self._raise_pending()                     # a signal that interrupted what was done so far
         self.doing = doing
         self._watchdog.note(doing, limit)
         self._handle(signal.SIG_DFL if limit or self.stopped else self._on_signal)   # a second one ends it at once
+
+    def settle(self) -> None:
+        """Let SIGTERM change nothing any more: all is done but for MPI's end. Local.
+
+        The first rank to exit with a code that is not 0 has a launcher end the others.
+        """
+        if signal.SIGTERM in self._handled and threading.current_thread() is threading.main_thread():
+            self._handled.remove(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def farewell(self, seconds: float = 0.0) -> None:
         """Dismiss the watchdog: this process has said why it ends, and ends within `seconds`, if given. Local."""
@@ -104,7 +130,15 @@ class Process:
             for number in self._handled:
                 signal.signal(number, action)
 
+    def _on_request(self, *_: object) -> None:
+        self._requested = True
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._heeds_requests and number == signal.SIGTERM:
+            self._requested = True
+            self._terminated = min(self._terminated, time.monotonic())
+            if time.monotonic() - self._terminated < TWICE_SECONDS:
+                return
         if _is_called_by_hdf5(frame):
             self._postpone(number)
             return

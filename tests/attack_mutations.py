@@ -240,3 +240,72 @@ def caches(folder, seeds=SEEDS):
         path.write_bytes(mutated(whole, seed))
         outcome = in_child(lambda: _outcome(lambda: _read_cache(path), right))
         yield Case(f"seed {seed}", outcome, "" if outcome in (REFUSED, RIGHT) else outcome)
+
+
+BEFORE = {"problem": {"tokens": 64}, "placement": {
+    "ranks": 2, "schedule": "1x1x2:ring", "layout": "contiguous", "kv_layout": "contiguous", "n_q": [32, 32],
+    "n_k": [40, 24], "blocks": {"layout": "contiguous", "n_k": [40, 24]}, "moved": False}}
+
+
+def _checkpoint(folder):
+    """Write a checkpoint of two ranks, always the same bytes; return the folder of its generation."""
+    import numpy as np
+
+    from ringmpi.files.generations import NewGeneration
+    random_numbers = np.random.default_rng(0)
+    made = NewGeneration.prepare(folder, "0" * 16, "0" * 12)
+    shards = []
+    for rank in range(2):
+        states = [random_numbers.random((32, 2, *more), np.float32) for more in ((8,), (), ())]
+        left = np.array([[[0, 40], [3, 24]], [[0, 0], [0, 24]]])
+        shards.append({**made.write(rank, [*states, left, np.arange(32) % 2]), "pairs": [3, 4], "groups": 2})
+    made.publish({**BEFORE, "shards": shards})
+    return made.path
+
+
+def _read_checkpoint(folder):
+    """Everything that another rank takes of a checkpoint to go on from; or REFUSED."""
+    import numpy as np
+
+    from ringmpi.checkpoint.identity import difference
+    from ringmpi.checkpoint.moved import Before, Moved
+    from ringmpi.errors import RingError
+    from ringmpi.files.generations import newest
+    from ringmpi.files.states import read_manifest
+    states = [tuple(np.zeros((64, 2, *more), np.float32) for more in ((8,), (), ()))]
+    try:
+        path = newest(folder)
+        found = read_manifest(path) if path else None
+        if found is None or difference(found.content["problem"], BEFORE["problem"]):
+            return REFUSED
+        moved = Moved(Before.of(found, 64, 64), np.arange(64), [0], 0)
+        moved.take(found, states, 0, 1)
+        return [*(x.tobytes() for x in states[0]), moved._left.tobytes(), moved._groups.tobytes()]
+    except RingError:
+        return REFUSED
+
+
+def checkpoints(folder, seeds=SEEDS):
+    """A checkpoint is damaged, or its manifest says other things under a right digest: right, or refused.
+
+    What a manifest with a right digest says may be believed if it makes sense: then nothing but numbers is other.
+    """
+    import hashlib
+    made = _checkpoint(Path(folder) / "c")
+    right = _read_checkpoint(made.parent)
+    assert len(right) == 5
+    manifest = made / "manifest.json"
+    whole = {path: path.read_bytes() for path in (made / "00000.state", manifest)}
+    for seed in seeds:
+        path = (made / "00000.state", manifest, manifest)[seed % 3]
+        if seed % 3 < 2:
+            data = mutated(whole[path], seed)
+        else:
+            text = mutated(whole[path].partition(b"\n")[2], seed)
+            data = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        path.write_bytes(data)
+        outcome = in_child(lambda: _outcome(lambda: _read_checkpoint(made.parent), right))
+        path.write_bytes(whole[path])
+        known = (REFUSED, RIGHT, OTHER) if seed % 3 == 2 else (REFUSED, RIGHT)
+        yield Case(f"seed {seed}", f"{('states', 'manifest', 'sealed')[seed % 3]}: {outcome}",
+                   "" if outcome in known else outcome)

@@ -27,3 +27,8 @@ def test_damaged_caches(tmp_path):
 def test_damaged_results_in_one_file(tmp_path):
     found = outcomes(attack_mutations.singles(tmp_path, range(200)), 200)
     assert {f"together: {REFUSED}", f"merged: {REFUSED}"} <= found
+
+
+def test_damaged_checkpoints(tmp_path):
+    ended = outcomes(attack_mutations.checkpoints(tmp_path, range(210)), 210)
+    assert {f"{what}: {REFUSED}" for what in ("states", "manifest", "sealed")} <= ended

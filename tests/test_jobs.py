@@ -49,10 +49,10 @@ def test_sbatch_scripts_end_with_a_dead_rank():
     assert "#SBATCH --gpus-per-node" in (JOBS / "gpu.sbatch").read_text()
 
 
-def submitted(tmp_path, name, *arguments):
+def submitted(tmp_path, name, *arguments, code=0):
     """The command that a script gives to srun, in the environment that Slurm makes."""
     srun = tmp_path / "srun"
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\nexit {code}\n')
     srun.chmod(0o755)
     slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "3", "SLURM_ARRAY_JOB_ID": "7",
              "SLURM_ARRAY_TASK_ID": "5"}
@@ -74,6 +74,20 @@ def test_a_users_options_overrule_those_of_the_script(tmp_path, name):
     assert options.expect_ranks == 2
     if name == "array.sbatch":
         assert (str(options.input), str(options.output)) == ("in-5.h5", "out-5.h5")
+
+
+@pytest.mark.parametrize("code", [0, 75, 143])
+@pytest.mark.parametrize("name", ["cpu.sbatch", "gpu.sbatch", "array.sbatch"])
+def test_a_job_that_was_stopped_on_request_is_queued_again(tmp_path, name, code):
+    """And no other; its checkpoints are beside its output."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho scontrol "$@"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    said = submitted(tmp_path, name, "in-%a.h5", "out-%a.h5", code=code)
+    assert said.returncode == code, said.stderr
+    words = said.stdout.splitlines()
+    output = "out-5.h5" if name == "array.sbatch" else "out-%a.h5"
+    assert words[words.index("--checkpoint") + 1] == f"{output}.checkpoints"
+    assert ("scontrol requeue 7" in words) == (code == 75)
 
 
 def test_tasks_of_an_array_have_outputs_of_their_own(tmp_path):

@@ -16,6 +16,7 @@ LAUNCHES = {
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
     "canonical": (("canonical",), (3,), (1, 2, 4, 5, 7, 8, 16)),
     "canonical_cases": (("canonical_cases",), (), (3,)),
+    "checkpoint": (("checkpoint",), (3,), (1, 2, 4, 7)),
     "kv": (("kv",), (3,), (1, 2, 4, 7)),
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),

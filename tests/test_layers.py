@@ -27,6 +27,7 @@ LAYERS = [
     {"forward"},
     {"passes"},
     {"canonical"},
+    {"checkpoint"},
     {"attention"},
     {"functional", "job", "kv", "torch"},
     {"commands"},

@@ -11,7 +11,17 @@ from fake_device import FakeArray
 from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
 
-from ringmpi import Contiguous, KVCache, Mask, RingAttention, Schedule, device, redistribute, ring_attention
+from ringmpi import (
+    Contiguous,
+    KVCache,
+    Mask,
+    OptionError,
+    RingAttention,
+    Schedule,
+    device,
+    redistribute,
+    ring_attention,
+)
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -81,6 +91,31 @@ def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0,
     assert used.name == transport
     assert gpus == expected
     assert name == "cuda"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_that_is_left_and_gone_on_with(comm, gpu, folder, dtype, on_gpu):
+    """The same bits; other layouts are refused."""
+    q, k, v = random_qkv(0, 151, 151, 4, 2, 16, 16, dtype)
+    mine = make_layout("striped", 151, comm.size).positions(comm.rank)
+    arrays = [gpu.array(x[mine]) if on_gpu else x[mine] for x in (q, k, v)]
+    options = {"mask": Mask(causal=True), "backend": "auto" if on_gpu else "cuda", "timeout": 100, "schedule": "ring",
+               "layout": "striped", "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
+    with RingAttention(comm, **options) as attention:
+        want = attention(*arrays)
+        assert attention(*arrays, stop=lambda: comm.rank == 0) is None
+        attention.save(folder / "c")
+    with RingAttention.restore(folder / "c", comm, **options) as attention:
+        got = attention(*arrays)
+    got, want = (x.get() if on_gpu else x for x in (got, want))
+    assert got.tobytes() == want.tobytes()
+    other = make_layout("zigzag", 151, comm.size).positions(comm.rank)
+    arrays = [gpu.array(x[other]) if on_gpu else x[other] for x in (q, k, v)]
+    if comm.size > 1:
+        with RingAttention.restore(folder / "c", comm, **options | {"layout": "zigzag"}) as attention, pytest.raises(
+                OptionError, match=r"on GPUs expected the ranks that wrote the checkpoint.*layout is striped there"):
+            attention(*arrays)
 
 
 def skip_unless_mpi_takes(gpu, transport):

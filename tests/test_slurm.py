@@ -12,6 +12,7 @@ import h5py
 import launch
 import pytest
 import slurm as one_node
+from attack_cases import arrays
 from job_files import make_random
 from test_jobs import said_by
 
@@ -42,7 +43,20 @@ def act(self, work, *rest):
 Pass._run = act
 sys.exit(cli.main())
 """
-HELD = COMPUTING.replace("ACT", "Path(f'held-{rank}').touch(); time.sleep(60)")
+HOLD = "[time.sleep(0.05) for _ in range(1200) if not self._wishes.stop()]"
+HELD = COMPUTING.replace("ACT", f"Path(f'held-{{rank}}').touch(); {HOLD}")
+# In each of the first two tries ranks wait in the next step until they are asked to stop.
+AGAIN = START + f"""
+from ringmpi.passes import Pass
+compute, count = Pass._run, int(os.environ.get("SLURM_RESTART_COUNT", 0))
+def act(self, work, *rest):
+    if count < 2 and work.step.step == count:
+        Path(f'held-{{count}}-{{self.movers.carrier.comm.rank}}').touch()
+        {HOLD}
+    return compute(self, work, *rest)
+Pass._run = act
+sys.exit(cli.main())
+"""
 KILLED = COMPUTING.replace("ACT", "os.kill(os.getpid(), signal.SIGKILL) if rank == 2 else time.sleep(60)")
 SEEN = START + """
 job, rank = (os.environ[f"SLURM_{name}"] for name in ("JOB_ID", "LOCALID"))
@@ -153,24 +167,64 @@ def test_a_killed_rank_and_another_try(slurm, folder):
     assert right(folder)
 
 
+def wait_for(folder, names, number):
+    """Wait until each of four ranks has made a file."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob(names))) < 4:
+        assert time.monotonic() < deadline, [one_node.text_of(path) for path in folder.glob(f"ringmpi*{number}*.out")]
+        time.sleep(0.1)
+
+
 def test_a_job_that_is_cancelled(slurm, folder):
-    """Ranks say so. Not each: the controller and srun both end them, and the second signal does so at once."""
+    """They write a checkpoint, though the controller and srun both end them; another job goes on from it."""
     number = slurm.submit(JOBS / "cpu.sbatch", "in.h5", "out.h5", *PLAIN, options=FOUR, folder=folder,
                           env=ringmpi(folder, HELD))
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("held-*"))) < 4:
-        assert time.monotonic() < deadline, one_node.text_of(folder / f"ringmpi-{number}.out")
-        time.sleep(0.1)
+    wait_for(folder, "held-*", number)
     slurm.command("scancel", number)
     start = time.monotonic()
     job = slurm.wait(number)
     assert job.state == "CANCELLED", job.log
     assert time.monotonic() - start < 25
-    ended = re.findall(r"^(\d): ringmpi: rank (\d) on \S+ ended by SIGTERM while attending$", job.log, re.MULTILINE)
-    assert ended
-    assert all(label == rank for label, rank in ended)
+    assert re.search(r"^0: ringmpi: stopped on request: \d+% is computed", job.log, re.MULTILINE), job.log
     assert "Traceback" not in job.log
-    assert nothing_there(folder)
+    assert not (folder / "out.h5").exists()
+    assert list(folder.glob("out.h5.checkpoints/*/manifest.json"))
+    job = slurm.wait(slurm.submit(JOBS / "cpu.sbatch", "in.h5", "out.h5", *PLAIN, "--resume", "require", options=FOUR,
+                                  folder=folder, env=ringmpi(folder)))
+    assert (job.state, job.code) == ("COMPLETED", 0), job.log
+    assert right(folder)
+    assert not (folder / "out.h5.checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", ["cpu", pytest.param("array", marks=pytest.mark.exhaustive)])
+def test_a_job_that_is_stopped_and_queued_again(slurm, folder, script):
+    """Twice by USR1, as near a time limit; then it ends with the bits of one that was never stopped."""
+    (folder / "in.h5").rename(folder / "in-1.h5")
+    result = launch.launch(4, ["-m", "ringmpi", "attend", folder / "in-1.h5", folder / "right.h5", *PLAIN],
+                           folder=folder / "said")
+    assert result.code == 0, result.text
+    names = ("in-%a.h5", "out-%a.h5") if script == "array" else ("in-1.h5", "out-1.h5")
+    number = slurm.submit(JOBS / f"{script}.sbatch", *names, *PLAIN, folder=folder,
+                          options=FOUR + (("--array=1",) if script == "array" else ()), env=ringmpi(folder, AGAIN))
+    for count in range(2):
+        wait_for(folder, f"held-{count}-*", number)
+        slurm.command("scancel", "--signal=USR1", number)
+    job = slurm.wait(f"{number}_1" if script == "array" else number)
+    assert (job.state, job.code) == ("COMPLETED", 0), job.log
+    assert len(re.findall(r"^0: ringmpi: stopped on request", job.log, re.MULTILINE)) == 2, job.log
+    assert arrays(folder / "out-1.h5") == arrays(folder / "right.h5")
+    assert not list(folder.glob("*.checkpoints"))
+
+
+@pytest.mark.exhaustive
+def test_a_time_limit(slurm, folder):
+    """Slurm itself sends USR1 then, and the job is queued again."""
+    number = slurm.submit(JOBS / "cpu.sbatch", "in.h5", "out.h5", *PLAIN, folder=folder, env=ringmpi(folder, HELD),
+                          options=(*FOUR, "--time=1", "--signal=USR1@50"))
+    job = slurm.wait(number, seconds=180)
+    assert (job.state, job.code) == ("COMPLETED", 0), job.log
+    assert re.search(r"^0: ringmpi: stopped on request", job.log, re.MULTILINE), job.log
+    assert right(folder)
 
 
 def test_a_job_with_too_little_memory(slurm, folder):

@@ -103,6 +103,7 @@ class Backend:
     products = "widen"
     canonical = False
     canonical_tile = 0
+    rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
     def __init__(self, threads: int, device: Device | None = None) -> None:

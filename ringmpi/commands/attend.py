@@ -11,12 +11,19 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..environment import command_line, stderr_is_terminal
 from ..job.options import OUTPUT_DRIVERS
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
+
+if TYPE_CHECKING:
+    from ..checkpoint.search import Keeping
+
+EVERY_SECONDS = 600.0          # between checkpoints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +47,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--output-driver", choices=OUTPUT_DRIVERS, default=OUTPUT_DRIVERS[0],
                      help="shards: a file for each rank, and OUT.h5 shows them as one; mpio: all ranks write one file "
                           "together, by an h5py that was built with MPI (default: shards)")
+    add_checkpoints(run)
     run.add_argument("--dry-run", action="store_true", help="check the input; predict memory, time and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
-    parser.set_defaults(check=functools.partial(refuse_idle_options, parser.error), collective=True)
+    parser.set_defaults(check=functools.partial(_check, parser.error), collective=True, process=None)
+
+
+def add_checkpoints(run: Any) -> None:
+    """Declare the options about checkpoints."""
+    run.add_argument("--checkpoint", type=Path, metavar="DIR",
+                     help="keep checkpoints in this folder, which is made if need be: by SIGUSR1 or SIGTERM all ranks "
+                          "write one and end with exit code 75, and the same command goes on from it; it is removed "
+                          "when OUT.h5 is there (default: none)")
+    run.add_argument("--checkpoint-every", type=seconds, metavar="S",
+                     help="write one at the end of a step when so many seconds have passed since the last "
+                          f"(default: {EVERY_SECONDS:g})")
+    run.add_argument("--resume", choices=("auto", "never", "require"),
+                     help="go on from a checkpoint in DIR: if there is one of this input and these options, never, or "
+                          "fail unless there is (default: auto)")
+
+
+def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    refuse_idle_options(error, arguments)
+    for name in ("checkpoint_every", "resume"):
+        if arguments.checkpoint is None and getattr(arguments, name) is not None:
+            error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,7 +92,16 @@ def run(arguments: argparse.Namespace) -> int:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
             expect_ranks=arguments.expect_ranks, force=arguments.force, display=display, json_path=arguments.json,
-            command=command_line())
+            command=command_line(), keeping=_keeping(arguments),
+            requests=arguments.process and arguments.process.heed_requests)
     if world_rank() == 0 and not arguments.quiet:
         print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
     return 0
+
+
+def _keeping(arguments: argparse.Namespace) -> Keeping | None:
+    """Say where checkpoints are kept, if they are."""
+    from ..checkpoint.search import Keeping
+    if arguments.checkpoint is None:
+        return None
+    return Keeping(arguments.checkpoint, arguments.checkpoint_every or EVERY_SECONDS, arguments.resume or "auto")

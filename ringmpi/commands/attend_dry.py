@@ -34,7 +34,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     check_threads(arguments.threads)
     with open_input(arguments.input, options) as data:
         sizes, mask = data.sizes, data.mask
-    check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
+    check_paths(arguments.input, arguments.output, arguments.json, arguments.force, arguments.checkpoint)
     check_driver(options.output_driver)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     here = -(-ranks // min(ranks, launched_nodes()))

@@ -53,7 +53,7 @@ class Output:
 
     def __init__(self, path: str | os.PathLike[str], run: str, force: bool) -> None:
         self.path = Path(path)
-        self.folder = self.path.parent / f"{self.path.name}.shards" / run
+        self.folder = folder_of_shards(self.path) / run
         self.force = force
         self._replaced: Manifest | None = None
 
@@ -173,6 +173,11 @@ class Output:
 
     def _shard(self, rank: int) -> Path:
         return self.folder / f"{rank:05d}.h5"
+
+
+def folder_of_shards(path: Path) -> Path:
+    """Give the folder in which the shards of an OUT.h5 lie, each run's in one of its own. Local."""
+    return path.parent / f"{path.name}.shards"
 
 
 def digest(path: Path) -> str:

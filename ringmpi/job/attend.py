@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 
 from ..attention import RingAttention
 from ..backends import choose_gpu_early
+from ..checkpoint.calls import Stop
+from ..checkpoint.search import Keeping
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..schedules.redistribution import redistribute
+from .checkpoints import Checkpoints
 from .inputs import Input, open_input, read_shard
 from .options import Options
 from .outputs import Shards, check_paths
@@ -28,7 +32,8 @@ Array = NDArray[Any]
 
 def attend(source: Path, target: Path, options: Options, *, threads: int | None = None, timeout: float = mpi.TIMEOUT,
            expect_ranks: int | None = None, force: bool = False, display: Display | None = None,
-           json_path: Path | None = None, command: str = "") -> Report:
+           json_path: Path | None = None, command: str = "", keeping: Keeping | None = None,
+           requests: Callable[[], Stop] | None = None) -> Report:
     """Attend from file to file: q, k, v of `source` to `out` and `lse` of `target`. Collective over COMM_WORLD.
 
     Parameters
@@ -50,6 +55,10 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         Where rank 0 writes the full record.
     command : str
         The command line, for the record.
+    keeping : Keeping, optional
+        Where checkpoints are kept.
+    requests : callable, optional
+        With `keeping`: called when MPI is up, gives what is asked on this rank whether to stop.
 
     Returns
     -------
@@ -61,10 +70,13 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     RingError
         One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
         target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
+    Interrupted
+        If a rank was asked to stop: what has been computed is in a checkpoint.
     """
     choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
-    output = _agree_on_output(run, source, target, options, force)
+    checkpoints = Checkpoints(run, keeping, requests() if keeping and requests else None)
+    output = _agree_on_output(run, source, target, {**asdict(options), **checkpoints.options()}, force)
 
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
     with run.comm.telling(), ExitStack() as files:
@@ -72,11 +84,12 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         check_room(run, data.sizes, options)
         with run.raise_on_all():
             if run.comm.rank == 0:
-                check_paths(source, target, json_path, force)
+                check_paths(source, target, json_path, force, checkpoints.folder)
             output.prepare()
         try:
             with _make_attention(run, data, options, threads) as attention:
-                out, lse = _compute(run, attention, data, options, display if run.comm.rank == 0 else None)
+                out, lse = _compute(run, attention, data, options, display if run.comm.rank == 0 else None,
+                                    checkpoints)
             record = make_record(run.comm.size, attention, options, command)
             output.write(data.sizes.n_q, {"out": out, "lse": lse}, record)
         except BaseException:
@@ -86,17 +99,21 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     # Publish and report.
     with run.comm.telling():
         output.publish()
+        checkpoints.clear()
         report = gather_report(run, data.sizes, attention)
         write_record(run, json_path, attention, record, report)
     return report
 
 
-def _agree_on_output(run: Run, source: Path, target: Path, options: Options, force: bool) -> Shards | Together:
+def _agree_on_output(run: Run, source: Path, target: Path, options: dict[str, Any], force: bool
+                     ) -> Shards | Together:
     """Check that all ranks were asked for the same; give this run's folder of shards a name that no other run has."""
-    asked = {"input": source, "output": target, "force": force, **asdict(options)}
+    asked = {"input": source, "output": target, "force": force, **options}
     run.comm.check_same_options(asked, run.timeout)
     name = run.allgather_text(uuid.uuid4().hex[:12])[0]
-    return Together(run, target, force) if options.output_driver == DRIVER else Shards(run, Output(target, name, force))
+    if options["output_driver"] == DRIVER:
+        return Together(run, target, force)
+    return Shards(run, Output(target, name, force))
 
 
 def _open_on_all(run: Run, files: ExitStack, source: Path, options: Options) -> Input:
@@ -115,15 +132,15 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
 
 
-def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None
-             ) -> tuple[Array, Array]:
+def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None,
+             checkpoints: Checkpoints) -> tuple[Array, Array]:
     """Give this rank's rows of the result, in the order of the input."""
     start = gather_start(run, data, options, attention)
     if display is not None:
         display.start(start)
 
     arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, data.v)]
-    out, lse = _attend(run, attention, arrays, data.sinks, display)
+    out, lse = _attend(run, attention, arrays, data.sinks, display, checkpoints)
     del arrays
     attention.close()                         # its buffers go before the result is copied
     with run.timer.phase("redistribute", "redistributing the result"):
@@ -132,8 +149,8 @@ def _compute(run: Run, attention: RingAttention, data: Input, options: Options, 
     return out, lse
 
 
-def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array | None, display: Display | None
-            ) -> tuple[Array, Array]:
+def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array | None, display: Display | None,
+            checkpoints: Checkpoints) -> tuple[Array, Array]:
     """Attend, and bring the result to the host."""
     done = 0
 
@@ -145,7 +162,7 @@ def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array 
 
     shown = display.attending(run.comm.progress_of_all) if display else nullcontext()
     with run.timer.phase("attend", "attending"), shown:
-        out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=report)
+        out, lse = checkpoints.attend(attention, arrays, sinks, report)
         with run.raise_on_all(), attention.backend.current():
             out, lse = attention.backend.to_numpy(out), attention.backend.to_numpy(lse)
     run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")

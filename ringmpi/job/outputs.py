@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CommError, OptionError, RankLost, RingError, RingTimeout
+from ..files.generations import check_folder
 from ..files.manifest import Shard
 from ..files.paths import check_writable
 from ..files.record import check_record
-from ..files.shards import Output
+from ..files.shards import Output, folder_of_shards
 from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
 from .run import Run
@@ -24,13 +25,15 @@ from .run import Run
 Array = NDArray[Any]
 
 
-def check_paths(source: Path, target: Path, json_path: Path | None, force: bool) -> None:
-    """Check that input, output and record are different files, and that the outputs can be written. Local.
+def check_paths(source: Path, target: Path, json_path: Path | None, force: bool, checkpoints: Path | None = None
+                ) -> None:
+    """Check that input, output, record and checkpoints have places of their own, and can be written. Local.
 
     Raises
     ------
     OptionError
-        If two of them are one file, or HDF5 can't refer to the output's shards.
+        If two of them are one file, the folder of checkpoints is that of the output's shards or in it, or HDF5 can't
+        refer to the shards.
     OutputError
         If `target` exists and not `force`, or one can't be written.
     """
@@ -43,12 +46,21 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool)
     named = {"input": source, "output": target}
     if json_path is not None and json_path != STANDARD_OUTPUT:
         named["--json"] = json_path
+    if checkpoints is not None:
+        named["--checkpoint"] = checkpoints
     seen: dict[Path, str] = {}
     for name, path in named.items():
         other = seen.setdefault(Path(os.path.realpath(path)), name)
         if other != name:
             raise OptionError(f"{path}: expected different files, got the same one as {other} and {name}")
 
+    # Shards are removed with the outputs that they are of.
+    if checkpoints is not None:
+        shards = Path(os.path.realpath(folder_of_shards(target)))
+        if Path(os.path.realpath(checkpoints)).is_relative_to(shards):
+            raise OptionError(f"{checkpoints}: expected another folder for --checkpoint than that of the output's "
+                              f"shards, {shards}")
+        check_folder(checkpoints)
     check_writable(target, force)
     if json_path:
         check_record(json_path)

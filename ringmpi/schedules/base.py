@@ -23,7 +23,7 @@ from .grid import Grid
 from .group import Group
 from .links import Array, Link, Shape, Transfer
 from .mover import Mover
-from .waits import Vote
+from .waits import LEAVE, PAUSE, Vote
 
 # For each of two ways round: that many for blocks, and for gradients that are passed on; one for those that come home.
 TAGS = NOTICE_TAG // 6
@@ -163,6 +163,8 @@ class Carrier(Mover):
         self._clear = clear
         self._add = add
         self._step = Step(0, comm.rank)
+        self._ask: Callable[[], int] | None = None          # what this rank asks for after the step, if it may
+        self._pause: Callable[[], None] | None = None
         self._vote: Vote | None = None
 
     @classmethod
@@ -197,8 +199,8 @@ class Carrier(Mover):
         """
         raise NotImplementedError
 
-    def forward(self, blocks: Blocks, route: Route, trace: Trace,
-                stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+    def forward(self, blocks: Blocks, route: Route, trace: Trace, stop: Callable[[], int] | None = None,
+                pause: Callable[[], None] | None = None) -> Iterator[Work]:
         """Yield this member's work with every block that it needs. Collective over *comm*.
 
         Every rank must take all its items, or call `abandon`.
@@ -211,20 +213,24 @@ class Carrier(Mover):
         trace : Trace
             A `Step` for each step is added, idle ones included.
         stop : callable, optional
-            Asked at each step, on every rank or on none: True leaves the loop after a step, the same on all ranks.
-            What was yielded by then has been computed everywhere, and the communicator is as good as before.
+            Asked once a step, when this rank has computed, on every rank or on none: True leaves the loop after the
+            step, the same on all ranks. What was yielded by then has been computed everywhere, and the communicator is
+            as good as before. `waits.PAUSE` goes on after a pause.
+        pause : callable, optional
+            Called on all ranks between two steps, if a rank has asked for a pause; it may be collective.
 
         Raises
         ------
         RingTimeout, RankLost
             If another rank does not send or take a block in time, or is gone. The communicator is lost then.
         """
+        self._pause = pause
         if self.group.size == 1 and stop is None:
             return self._alone(blocks.own, (), route, trace)
         return self._run(blocks, None, route, trace, stop)
 
     def backward(self, blocks: Blocks, gradients: Blocks, route: Route, trace: Trace,
-                 stop: Callable[[], bool] | None = None) -> Iterator[Work]:
+                 stop: Callable[[], int] | None = None) -> Iterator[Work]:
         """Yield this member's work with every block that it needs, and bring what is added to its gradients home.
 
         Collective over *comm*.
@@ -243,6 +249,7 @@ class Carrier(Mover):
         RingTimeout, RankLost
             See `forward`.
         """
+        self._pause = None
         if self.group.size == 1 and stop is None:
             return self._alone(blocks.own, gradients.own, route, trace)
         return self._run(blocks, gradients, route, trace, stop)
@@ -258,7 +265,7 @@ class Carrier(Mover):
         step.wait_start = trace.now()
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-             stop: Callable[[], bool] | None) -> Iterator[Work]:
+             stop: Callable[[], int] | None) -> Iterator[Work]:
         """Run a pass, forward without gradients; see `forward` and `backward`."""
         raise NotImplementedError
 
@@ -294,7 +301,7 @@ class Carrier(Mover):
         """Give the member whose block step `number` is about: here as a ring has it, one farther upstream. Local."""
         return self.group.upstream(number)
 
-    def _steps(self, trace: Trace, stop: Callable[[], bool] | None) -> Iterator[Step]:
+    def _steps(self, trace: Trace, stop: Callable[[], int] | None) -> Iterator[Step]:
         """Yield one step after the other, each with the block of `source_of`; no more once a rank has asked.
 
         What `_wait` waits for at the end of a step includes the answer of all ranks.
@@ -305,15 +312,18 @@ class Carrier(Mover):
             step = self._step = Step(number, self.group.ranks[self.source_of(number)], trace.now())
             trace.steps.append(step)
             self.comm.place = f", {self.name} step {number} of {size}"
-            self._vote = Vote(self.comm, stop()) if stop and number < size - 1 else None
+            self._ask = stop if number < size - 1 else None
+            self._vote = None
             yield step
             if self._leaves():
                 self.stopped = True
                 return
+            if self._pause and self._vote and self._vote.says(PAUSE):
+                self._pause()
 
     def _leaves(self) -> bool:
         """Say, after the wait at the end of a step, whether it is the last because a rank asked for that."""
-        return self._vote is not None and self._vote.passed
+        return self._vote is not None and self._vote.says(LEAVE)
 
     def _work(self, step: Step, route: Route, arrays: tuple[Array, ...], gradients: tuple[Array, ...]) -> Work:
         """Make the item of work of a step."""
@@ -329,8 +339,14 @@ class Carrier(Mover):
         return next((source for source in sources if route.needed[self.group.index, source]), None)
 
     def _wait(self, transfers: Sequence[Transfer | Vote]) -> float:
-        """Wait for some transfers, and the answer of all ranks; let all advance; return the seconds it took."""
+        """Wait at the end of a step for some transfers and for the answer of all ranks; see `Mover._wait`."""
+        if self._ask and not self._vote:
+            self._vote = Vote(self.comm, self._ask())
         return super()._wait([*transfers, *([self._vote] if self._vote else [])])
+
+    def _wait_to_begin(self, transfers: Sequence[Transfer]) -> float:
+        """Wait for some transfers before a step's work; see `Mover._wait`."""
+        return super()._wait(transfers)
 
     def _where(self) -> str:
         return f"{self.comm.name()}, {self.name} step {self._step.step} of {self.group.size}"

@@ -69,7 +69,7 @@ class Broadcast(Carrier):
                 self._sums.reserve([*_in_turns(COMING_UP, gradient_sizes, others), coming_up])
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-             stop: Callable[[], bool] | None) -> Iterator[Work]:
+             stop: Callable[[], int] | None) -> Iterator[Work]:
         index = self.group.index
         link = self._blocks
 
@@ -114,7 +114,7 @@ class Broadcast(Carrier):
         if self._coming:
             first = Exchange("the first block", trace.now())
             trace.exchanges.append(first)
-            first.wait_seconds = self._wait([self._coming])
+            first.wait_seconds = self._wait_to_begin([self._coming])
             step.compute_start = trace.now()
 
     def _start(self, step: Step, number: int, blocks: Blocks, route: Route) -> None:

@@ -50,7 +50,7 @@ class Gather(Carrier):
                 self._coming_home.reserve([sum(gradient_sizes[index])] * len(self._users(route)))
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-             stop: Callable[[], bool] | None) -> Iterator[Work]:
+             stop: Callable[[], int] | None) -> Iterator[Work]:
         group = self.group
         link = self._blocks
         slots = {source: link.own_slots + slot for slot, source in enumerate(self._sources(route))}

@@ -42,7 +42,7 @@ class Ring(Carrier):
         self._lanes[0].reserve(sizes, gradient_sizes)
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-             stop: Callable[[], bool] | None) -> Iterator[Work]:
+             stop: Callable[[], int] | None) -> Iterator[Work]:
         lanes = self._lanes
         self._begin(blocks, gradients, route)
         for step in self._steps(trace, stop):

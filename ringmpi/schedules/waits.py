@@ -1,4 +1,4 @@
-"""What a schedule waits for: transfers together, and the answer of all ranks to whether one of them stops."""
+"""What a schedule waits for: transfers together, and the answer of all ranks to what one of them asks for."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..mpi.comm import Comm, load
 from .links import Link, Peer, Transfer
 
 NAMED = 4                   # transfers that a text says it waits for
+LEAVE, PAUSE = 1, 2         # what a rank may ask for after a step, in one number; True asks to leave
 
 
 class Vote:
-    """One exchange of all ranks: whether any of them asks to stop. Like a transfer, to be waited for."""
+    """One exchange of all ranks: what any of them asks for after a step. Like a transfer, to be waited for."""
 
     peer = Peer(-1, lambda _: None, "for all ranks to say whether to stop")
 
-    def __init__(self, comm: Comm, ask: bool) -> None:
-        self._mine = np.array([ask], np.uint8)
+    def __init__(self, comm: Comm, asked: int) -> None:
+        self._mine = np.array([asked], np.uint8)
         self._any = np.zeros(1, np.uint8)
-        self.requests = [comm.comm.Iallreduce(self._mine, self._any, load().MAX)]
+        self.requests = [comm.comm.Iallreduce(self._mine, self._any, load().BOR)]
 
-    @property
-    def passed(self) -> bool:
-        """Whether a rank has asked, once it is done."""
-        return bool(self._any[0])
+    def says(self, what: int) -> bool:
+        """Say whether a rank has asked for it, once all have answered. Local."""
+        return bool(self._any[0] & what)
 
     def advance(self) -> bool:
         """Say that nothing but `requests` is left. Local."""

@@ -103,7 +103,7 @@ class Window(Carrier):
         self._read.reserve([1] * size)
 
     def _run(self, blocks: Blocks, gradients: Blocks | None, route: Route, trace: Trace,
-             stop: Callable[[], bool] | None) -> Iterator[Work]:
+             stop: Callable[[], int] | None) -> Iterator[Work]:
         group = self.group
         needed = route.needed[group.index]
 

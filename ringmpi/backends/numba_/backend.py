@@ -78,6 +78,7 @@ class NumbaBackend(Backend):
     library_bytes = 46 * 2**20        # measured with Numba 0.68
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
     canonical_tile = CANONICAL_TILE
+    rows_apart = True
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)

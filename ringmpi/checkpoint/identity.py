@@ -1,0 +1,104 @@
+"""What a checkpoint is of: the same call goes on from it, and no other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..call import Call
+from ..engine import Engine
+from ..layout import resolve
+from ..mpi.comm import Comm
+from ..plan import Plan
+from ..problem import Problem
+from .fingerprint import fingerprint
+
+OF_THE_PLACEMENT = ("layout", "kv_layout")
+
+
+def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, comm: Comm, timeout: float
+                     ) -> dict[str, Any]:
+    """Say what is computed, of which numbers, as plain values. Collective over *comm*.
+
+    What the ranks hold is not part of it, so that other ranks can go on.
+    """
+    counts, prints = _sum_up(problem, call, engine, comm, timeout)
+    sinks = _sinks(call, comm, timeout)
+    batch, _, heads, dim = call.q.shape
+    backends = set(comm.allgather_text(engine.backend.name, timeout))        # "auto" may find others elsewhere
+    options = {name: str(value) for name, value in problem.describe().items() if name not in OF_THE_PLACEMENT}
+    return {"version of ringmpi": __version__, **options, "tokens of q": counts[0], "tokens of k and v": counts[1],
+            "batch": batch, "heads": heads, "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3],
+            "dtype": str(call.q.dtype), "accumulator": str(plan.accumulator), "seed": call.seed,
+            "sinks (by their digest)": sinks, "backend": " and ".join(sorted(backends)),
+            "bfloat16_products": engine.backend.products,
+            **{f"{name} (by its fingerprint)": value for name, value in zip("qkv", prints, strict=True)}}
+
+
+def describe_placement(problem: Problem, plan: Plan, call: Call, comm: Comm, timeout: float,
+                       blocks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Say which rank holds and computes what, as plain values. Collective over *comm*.
+
+    `blocks` are those of other ranks, if they are not this call's own.
+    """
+    counts = comm.allgather(np.array([call.q.shape[1], call.k.shape[1]]), timeout)
+    own = {"layout": problem.describe()["kv_layout"], "n_k": counts[:, 1].tolist()}
+    return {"ranks": comm.size, "schedule": str(plan.grid.schedule),
+            **{name: value for name, value in problem.describe().items() if name in OF_THE_PLACEMENT},
+            "n_q": counts[:, 0].tolist(), "n_k": counts[:, 1].tolist(),
+            "members (by their digest)": _digest([plan.grid.group("keys", rank).ranks for rank in range(comm.size)]),
+            "blocks": blocks or own, "moved": blocks is not None}
+
+
+def name_of(problem: Mapping[str, Any]) -> str:
+    """Give a name to a problem, by which its generations are told from those of others. Local."""
+    return _digest(problem)[:16]
+
+
+def difference(there: Any, here: Mapping[str, Any]) -> str:
+    """Say what a checkpoint is of that is other here; empty if nothing is. Local."""
+    if not isinstance(there, dict):
+        return "it does not say what it is of"
+    here = json.loads(json.dumps(here))
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            return f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here"
+    return ""
+
+
+def _digest(value: Any) -> str:
+    """Give the digest of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _sinks(call: Call, comm: Comm, timeout: float) -> str | None:
+    """Give the digest of the sinks, of all that there are if ranks have others; the same on all."""
+    if call.sinks is None:
+        return None
+    mine = hashlib.sha256(np.ascontiguousarray(call.sinks).data).hexdigest()
+    texts = comm.allgather_text(mine, timeout)
+    return mine if len(set(texts)) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest()
+
+
+def _sum_up(problem: Problem, call: Call, engine: Engine, comm: Comm, timeout: float
+            ) -> tuple[list[int], list[str]]:
+    """Give the tokens of q, and of k and v, of all ranks, and the fingerprints of all three."""
+    n_q, n_k = comm.allgather(np.array([call.q.shape[1], call.k.shape[1]]), timeout).T.tolist()
+    prints = np.zeros(3, np.uint64)
+    with comm.noting() as failures, engine.backend.current():
+        layouts = [resolve(problem.layout, n_q, "q"), *[resolve(problem.kv_layout, n_k, "k and v")] * 2]
+        prints = np.array([fingerprint(x, layout.positions(comm.rank), engine.backend)
+                           for x, layout in zip((call.q, call.k, call.v), layouts, strict=True)], np.uint64)
+    rows = comm.exchange("", timeout, prints.view(np.uint8), failures=failures)
+    total = np.stack([row.view(np.uint64) for row in rows]).sum(axis=0, dtype=np.uint64)
+    return [sum(n_q), sum(n_k)], [f"{int(x):016x}" for x in total]

@@ -1,0 +1,99 @@
+"""The plan of a call that may be left, or that goes on: rows see only what is left for them to meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from ..backends.base import Backend
+from ..layout import Integers
+from ..mpi.comm import Comm
+from ..plan import Plan
+from ..schedules.base import Work
+from .folded import Folded, cut_rows
+from .moved import Moved
+
+UNSEEN = np.iinfo(np.int64).max
+Columns = list[list[tuple[Integers, Integers]]]
+
+
+@dataclass
+class ResumablePlan(Plan):
+    """A plan whose rows see only the keys that they have still to meet.
+
+    Attributes
+    ----------
+    before : Folded or Moved
+        What they had met when the pass began.
+    """
+
+    before: Folded | Moved | None = None
+    _left: dict[int, tuple[Columns, Columns]] = field(default_factory=dict)       # columns of two blocks, all and left
+
+    @classmethod
+    def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
+        """Make one of a plan, with its route, which is to be agreed on anew if anything has been met. Local."""
+        given = {part.name: getattr(plan, part.name) for part in fields(Plan) if part.init}
+        given |= {"ready": set(), "_prefetched": (-1, []), "_kept": {}}      # which are not shared
+        made = cls(**given, before=before.copy() if isinstance(before, Folded) else before)
+        made.route = plan.route
+        if all(map(before.is_whole, range(len(plan.parts)))):
+            made._pairs = plan._pairs          # which need not be counted anew
+        return made
+
+    def agree_on_route(self, comm: Comm, timeout: float) -> None:
+        """Agree on which blocks are still to come to which rank. Collective over *comm*."""
+        with comm.noting() as failures:
+            needs = self.needs
+        bits = comm.exchange("", timeout, np.packbits(needs), failures=failures)
+        needed = np.unpackbits(np.stack(bits), axis=1, count=len(needs)).astype(bool)
+        self.take_needs(needed[list(self.grid.group("keys", comm.rank).ranks)])
+
+    def comes_apart(self, work: Work, pieces: Sequence[slice]) -> bool:
+        """Say whether results have the same bits if pieces of the rows meet a block one after the other. Local.
+
+        Tiles of columns begin where the first row does that sees any: that must be the same for all pieces, whatever
+        is left of the block for them.
+        """
+        if len(pieces) == 1:
+            return True
+        start, stop, _ = work.columns.indices(self.parts[work.source][-1].columns.stop)
+        for part, intervals in zip(self.parts[work.source], self._both(work.source)[0], strict=True):
+            for begin, end in intervals:
+                begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start) for x in (begin, end))
+                first = np.where(begin < end, begin, UNSEEN)
+                if len({first[rows].min(initial=UNSEEN) for rows in pieces} - {UNSEEN}) > 1:
+                    return False
+        return True
+
+    def _columns(self, source: int) -> Columns:
+        """Turn each interval of positions into columns that are left; keep those of two blocks, for all pieces."""
+        return self._both(source)[1]
+
+    def _both(self, source: int) -> tuple[Columns, Columns]:
+        if source not in self._left:
+            while len(self._left) > 1:
+                self._left.pop(next(iter(self._left)))
+            columns = super()._columns(source)
+            self._left[source] = columns, self._left_of(source, columns)
+        return self._left[source]
+
+    def _left_of(self, source: int, columns: Columns) -> Columns:
+        before = self.before
+        if before is None or before.is_whole(source):
+            return columns
+        return [[before.cut(source, number, part.columns, begin, end) for begin, end in intervals]
+                for number, (part, intervals) in enumerate(zip(self.parts[source], columns, strict=True))]
+
+
+def nothing_folded(plan: Plan, backend: Backend) -> Folded:
+    """Say that the rows of a plan have met no key; they are cut if results have the same bits then. Local."""
+    group = plan.share.heads // plan.share.kv_heads
+    return Folded(cut_rows(plan.rows, group) if backend.rows_apart else [slice(0, plan.rows)], _tokens(plan))
+
+
+def _tokens(plan: Plan) -> list[int]:
+    """Give the tokens of each block."""
+    return [parts[-1].columns.stop for parts in plan.parts]
