@@ -24,6 +24,7 @@ HOPPER = "RINGMPI_HOPPER"
 BFLOAT16_PRODUCTS = "RINGMPI_BFLOAT16_PRODUCTS"
 CPU_TILES = "RINGMPI_CPU_TILES"
 RATES = "RINGMPI_RATES"
+FAULT_TOLERANCE = "OMPI_MCA_mpi_ft_enable"
 
 
 def launched_sizes() -> dict[str, int]:
@@ -51,6 +52,11 @@ def launched_nodes() -> int:
     """Give the number of nodes that Slurm says the job has; 1 without Slurm. Local."""
     said = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
     return next((int(text) for text in said if text.isdigit() and int(text)), 1)
+
+
+def fault_tolerant() -> bool:
+    """Say whether Open MPI's mpiexec was told to keep a job alive whose ranks die, ``--with-ft ulfm``. Local."""
+    return os.environ.get(FAULT_TOLERANCE, "").strip() == "1"
 
 
 def launched_local_rank() -> int | None:

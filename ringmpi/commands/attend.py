@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="shards: a file for each rank, and OUT.h5 shows them as one; mpio: all ranks write one file "
                           "together, by an h5py that was built with MPI (default: shards)")
     add_checkpoints(run)
+    run.add_argument("--survive", action="store_true",
+                     help="experimental: when ranks die, go on with those that are left, from the last checkpoint or "
+                          "the beginning; for Open MPI 5 under mpiexec --with-ft ulfm")
     run.add_argument("--dry-run", action="store_true", help="check the input; predict memory, time and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
@@ -93,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
             expect_ranks=arguments.expect_ranks, force=arguments.force, display=display, json_path=arguments.json,
             command=command_line(), keeping=_keeping(arguments),
-            requests=arguments.process and arguments.process.heed_requests)
+            requests=arguments.process and arguments.process.heed_requests, survive=arguments.survive)
     if world_rank() == 0 and not arguments.quiet:
         print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
     return 0

@@ -47,11 +47,15 @@ class Display:
         self._listener = Listener(self._enter)
 
     def start(self, start: Start) -> None:
-        """Describe the job, and begin to show it."""
+        """Describe the job, and begin to show it; or begin anew, on other ranks."""
         pairs = count_pairs(start.mask, start.sizes, len(start.hosts), start.options.layout)
         self._pairs = max(1, sum(pairs))
         for line in describe(start, pairs):
             self._say(line)
+        if self._thread.is_alive():
+            if self._bar is not None:
+                self._bar.reset(self._pairs)
+            return
         self._listener.start()
         if self._draws:
             self._bar = tqdm(total=self._pairs, unit="pair", unit_scale=True, leave=False, file=sys.stderr)

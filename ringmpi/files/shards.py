@@ -154,6 +154,12 @@ class Output:
                 if not file.is_file() or file.stat().st_size != shard.size:
                     raise OutputError(f"{self.path}: not written: shard {shard.file} is gone; did something remove it?")
 
+    def is_published(self) -> bool:
+        """Say whether OUT.h5 is there and shows the shards of this run. Local."""
+        with suppress(Exception):             # none, another's, or a damaged one
+            return all(shard.file.split("/")[1] == self.folder.name for shard in read_manifest(self.path).shards)
+        return False
+
     def clear_replaced(self) -> None:
         """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all ranks know that."""
         for shard in self._replaced.shards if self._replaced else ():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ..attention import RingAttention
 from ..backends import choose_gpu_early
 from ..checkpoint.calls import Stop
 from ..checkpoint.search import Keeping
+from ..errors import RankLost
 from ..files.shards import Output
 from ..mpi import comm as mpi
+from ..mpi.world import check_survival, is_loss, survivors
 from ..schedules.redistribution import redistribute
 from .checkpoints import Checkpoints
 from .inputs import Input, open_input, read_shard
@@ -29,11 +32,13 @@ from .run import Run
 
 Array = NDArray[Any]
 
+log = logging.getLogger("ringmpi")
+
 
 def attend(source: Path, target: Path, options: Options, *, threads: int | None = None, timeout: float = mpi.TIMEOUT,
            expect_ranks: int | None = None, force: bool = False, display: Display | None = None,
            json_path: Path | None = None, command: str = "", keeping: Keeping | None = None,
-           requests: Callable[[], Stop] | None = None) -> Report:
+           requests: Callable[[], Stop] | None = None, survive: bool = False) -> Report:
     """Attend from file to file: q, k, v of `source` to `out` and `lse` of `target`. Collective over COMM_WORLD.
 
     Parameters
@@ -59,6 +64,8 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         Where checkpoints are kept.
     requests : callable, optional
         With `keeping`: called when MPI is up, gives what is asked on this rank whether to stop.
+    survive : bool
+        When ranks die, go on with those that are left, from the last checkpoint or the beginning. Experimental.
 
     Returns
     -------
@@ -75,8 +82,40 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     """
     choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
-    checkpoints = Checkpoints(run, keeping, requests() if keeping and requests else None)
-    output = _agree_on_output(run, source, target, {**asdict(options), **checkpoints.options()}, force)
+    stop = requests() if keeping and requests else None
+    if survive:
+        check_survival()
+    while True:
+        checkpoints = Checkpoints(run, keeping, stop)
+        asked = {**asdict(options), **checkpoints.options(), "survive": survive}
+        output = _agree_on_output(run, source, target, asked, force)
+        try:
+            return _attend_once(run, source, output, options, threads, display, json_path, command, checkpoints)
+        except Exception as error:
+            if not (survive and is_loss(error)):
+                raise
+            run = _without_the_lost(run, output, error)
+            keeping = keeping and replace(keeping, resume="auto")
+
+
+def _without_the_lost(run: Run, output: Output, error: Exception) -> Run:
+    """Begin anew with the ranks that are left; or raise `error` if there is nothing to begin anew for."""
+    world = survivors(run.timeout)
+    if world is None:
+        raise error
+    left = Run.go_on(world, run.timeout)
+    with left.raise_on_all():
+        if left.comm.rank == 0:
+            if output.is_published():
+                raise RankLost(f"{error}; {output.path} is there and whole")
+            for rank in range(run.comm.size):
+                output.discard(rank)
+            log.warning("going on with %d of %d ranks: %s", left.comm.size, run.comm.size, error)
+    return left
+
+
+def _attend_once(run: Run, source: Path, output: Output, options: Options, threads: int | None,
+                 display: Display | None, json_path: Path | None, command: str, checkpoints: Checkpoints) -> Report:
 
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
     with run.comm.telling(), ExitStack() as files:

@@ -65,6 +65,11 @@ class Run:
         world = comm_world(timeout, expect_ranks)
         return cls(world, mpi.private_comm(world, timeout, exclusive=True), timeout)
 
+    @classmethod
+    def go_on(cls, world: Any, timeout: float) -> Run:
+        """Meet the ranks that are left. Collective over *world*."""
+        return cls(world, mpi.private_comm(world, timeout, exclusive=True), timeout)
+
     def raise_on_all(self) -> AbstractContextManager[None]:
         """Run a block that may fail on some ranks: all raise or none. Collective over *comm*."""
         return self.comm.raise_on_all(self.timeout)

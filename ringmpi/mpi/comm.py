@@ -283,6 +283,17 @@ def private_comm(comm: Any, timeout: float = TIMEOUT, exclusive: bool = False) -
     return cached  # type: ignore[no-any-return]
 
 
+def revoke(comm: Any) -> None:
+    """End all messages on `comm` and on the library's communicator on it, on all ranks that live, for good. Local.
+
+    For MPI with fault tolerance (ULFM).
+    """
+    cached = comm.Get_attr(_keyval())
+    if cached is not None:
+        cached.comm.Revoke()
+    comm.Revoke()
+
+
 def release(comm: Any) -> None:
     """Free the library's communicator on `comm` before MPI ends, if there is one. Collective over *comm*."""
     if comm.Get_attr(_keyval()) is not None:

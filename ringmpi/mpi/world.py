@@ -5,16 +5,17 @@ No other module touches COMM_WORLD.
 
 from __future__ import annotations
 
+import functools
 import socket
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from ..environment import launched_sizes, launched_together
-from ..errors import LaunchError, RingTimeout
+from ..environment import fault_tolerant, launched_sizes, launched_together
+from ..errors import LaunchError, RankLost, RingTimeout
 from ..phases import phase
-from .comm import TIMEOUT, release
+from .comm import TIMEOUT, release, revoke
 from .library import load
 
 LEAVE_TAG = 32766             # of the only messages on COMM_WORLD itself: calls have communicators of their own
@@ -22,11 +23,22 @@ PAUSE = 1e-3                  # seconds between two polls at the end
 INFO_TIMEOUT = 60.0           # seconds for MPI to start, for commands without a --timeout
 
 
+@functools.cache
+def _survived() -> list[Any]:
+    """Give the list of communicators of survivors, one for each time that ranks were lost."""
+    return []
+
+
+def _world() -> Any:
+    """Give COMM_WORLD, or what is left of it."""
+    return _survived()[-1] if _survived() else load().COMM_WORLD
+
+
 def world_rank() -> int | None:
-    """Give this process's rank in COMM_WORLD; None unless MPI is up. Local."""
+    """Give this process's rank in COMM_WORLD, or in what is left of it; None unless MPI is up. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    return int(mpi.COMM_WORLD.Get_rank()) if mpi is not None and up else None
+    return int(_world().Get_rank()) if up else None
 
 
 def start(timeout: float) -> Any:
@@ -78,6 +90,44 @@ def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any
     return comm
 
 
+def check_survival() -> None:
+    """Raise `LaunchError` unless ranks can outlive others here. Local."""
+    if not fault_tolerant() or "Open MPI" not in library():
+        raise LaunchError("--survive: expected Open MPI 5, started by mpiexec --with-ft ulfm, got "
+                          f"{library()}{'' if fault_tolerant() else ', started otherwise'}; without it a rank that "
+                          "dies ends the job")
+
+
+def is_loss(error: BaseException) -> bool:
+    """Say whether an error is of a rank that died. Local."""
+    mpi = load()
+    if isinstance(error, mpi.Exception):
+        return error.Get_error_class() in (mpi.ERR_PROC_FAILED, mpi.ERR_PROC_FAILED_PENDING, mpi.ERR_REVOKED)
+    return isinstance(error, RankLost)
+
+
+def survivors(timeout: float) -> Any:
+    """Give what is left of COMM_WORLD; None if nobody has died. Collective over the ranks that live.
+
+    Ranks that still wait for others are told: their messages end with an error. (Bland et al. 2013, *Post-failure
+    recovery of MPI communication capability*.)
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds to wait for them, after which the watchdog ends this rank.
+    """
+    lost = _world()
+    with phase("going on without the ranks that were lost", limit=timeout):
+        revoke(lost)
+        left = lost.Shrink()
+    if left.Get_size() == lost.Get_size():
+        return None
+    left.Set_errhandler(load().ERRORS_RETURN)
+    _survived().append(left)
+    return left
+
+
 def _apart(size: int, expected: dict[str, int]) -> str:
     """Say why there are `size` ranks and not as many as whoever is named expects; nothing if there are."""
     for name, count in expected.items():
@@ -112,20 +162,21 @@ def leave(timeout: float) -> None:
     with phase("waiting for the other ranks to end"):
         _meet(mpi, rank, timeout)
     with phase("finalizing MPI", limit=timeout):
-        release(mpi.COMM_WORLD)                  # else MPI_Finalize does, where an exception could only be printed
+        release(_world())                        # else MPI_Finalize does, where an exception could only be printed
         mpi.Finalize()
 
 
 def _meet(mpi: Any, rank: int, timeout: float) -> None:
     """Tell rank 0 that this rank is done, and wait for its word that all are."""
-    others = range(1, mpi.COMM_WORLD.Get_size())
+    world = _world()
+    others = range(1, world.Get_size())
     if rank == 0:
-        coming = {other: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
+        coming = {other: world.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
         _poll(coming, timeout, lambda late: f"rank {', '.join(map(str, late[:8]))} to end")
-        going = {other: mpi.COMM_WORLD.Isend([b"1", mpi.BYTE], other, LEAVE_TAG) for other in others}
+        going = {other: world.Isend([b"1", mpi.BYTE], other, LEAVE_TAG) for other in others}
     else:
-        here = mpi.COMM_WORLD.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
-        going = {0: mpi.COMM_WORLD.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
+        here = world.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
+        going = {0: world.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
     _poll(going, timeout + min(timeout, 2.0), lambda _: "rank 0 to say that all are done")        # after it has spoken
 
 
