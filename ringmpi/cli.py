@@ -70,9 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_streams()
     with Process() as process:
         try:
-            return _run_and_leave(process)
+            code = _run_and_leave(process)
         except KeyboardInterrupt as error:        # a signal before the command begins, or after it
-            return _end(_ending(error), process, collective=True)
+            code = _end(_ending(error), process, collective=True)
+    _end_without_mpi(code)
+    return code
+
+
+def _end_without_mpi(code: int) -> None:
+    """End the process here if ranks were lost: mpi4py would call MPI_Finalize, which may wait for them."""
+    if _world_rank() is not None:
+        from .mpi.world import has_survived
+        if has_survived():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
 
 
 def _open_streams() -> None:

@@ -38,7 +38,7 @@ TIMED = ["test_attacks.py::", "test_display.py::", "test_harness.py::", "test_pr
          "test_under_mpiexec[waits", "::test_a_part_that_hangs", "::test_a_lost_rank", "::test_a_rank_that_stops"]
 # These keep more than one core busy, the longest first: most of them launch ranks.
 HEAVY = ["test_nvrtc.py::", "::test_narrower_vectors", "::test_under_mpiexec", "test_slurm.py::", "test_faults.py::",
-         "test_job.py::", "test_jobs.py::", "test_checkpoints.py::", "test_readme.py::",
+         "test_job.py::", "test_jobs.py::", "test_survive.py::", "test_checkpoints.py::", "test_readme.py::",
          "::test_the_parts_on_an_emulated_gpu",
          "::test_without_a_gpu_every_part"]
 

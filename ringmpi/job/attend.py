@@ -96,6 +96,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
                 raise
             run = _without_the_lost(run, output, error)
             keeping = keeping and replace(keeping, resume="auto")
+            options = replace(options, schedule="auto")          # what was asked for may be for as many ranks as were
 
 
 def _without_the_lost(run: Run, output: Output, error: Exception) -> Run:

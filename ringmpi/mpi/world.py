@@ -98,6 +98,11 @@ def check_survival() -> None:
                           "dies ends the job")
 
 
+def has_survived() -> bool:
+    """Say whether this rank goes on without others that were lost. Local."""
+    return bool(_survived())
+
+
 def is_loss(error: BaseException) -> bool:
     """Say whether an error is of a rank that died. Local."""
     mpi = load()
@@ -149,6 +154,7 @@ def leave(timeout: float) -> None:
 
     MPI_Finalize waits without a deadline for ranks that are stopped or gone. So the ranks first meet by messages that
     have one; if MPI_Finalize still takes too long, their watchdogs kill them.
+    Where ranks were lost it is not called, as it waits for them now and then: the others must end without it.
 
     Raises
     ------
@@ -161,6 +167,8 @@ def leave(timeout: float) -> None:
     mpi = load()
     with phase("waiting for the other ranks to end"):
         _meet(mpi, rank, timeout)
+    if has_survived():
+        return
     with phase("finalizing MPI", limit=timeout):
         release(_world())                        # else MPI_Finalize does, where an exception could only be printed
         mpi.Finalize()
