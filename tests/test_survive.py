@@ -53,6 +53,12 @@ def test_an_mpi_that_ends_the_job_is_an_error(source, tmp_path):
     assert not list(tmp_path.glob("out.h5*"))
 
 
+def test_one_file_that_all_write_is_refused(source, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["attend", str(source), str(tmp_path / "out.h5"), "--survive", "--output-driver", "mpio"])
+    assert "leave out --output-driver" in capsys.readouterr().err
+
+
 @ulfm
 @pytest.mark.parametrize(("victims", "schedule"), [
     ([(0, 4, 1)], "ring"), ([(2, 4, 0)], "mesh"), ([(3, 4, 2)], "1x1x4:broadcast"), ([(1, 4, 1), (3, 3, 1)], "ring")])

@@ -74,6 +74,8 @@ def add_checkpoints(run: Any) -> None:
 def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     refuse_idle_options(error, arguments)
+    if arguments.survive and arguments.output_driver != OUTPUT_DRIVERS[0]:
+        error("--survive: ranks that write one file together can't go on without each other; leave out --output-driver")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

@@ -126,7 +126,7 @@ class NewFile:
             else:
                 self._take_name()
         except OSError as error:
-            if not self._is_there():
+            if not self.is_there():
                 if isinstance(error, FileExistsError):
                     raise OutputError(say_exists(self.path)) from error
                 raise
@@ -151,11 +151,12 @@ class NewFile:
             try:
                 self.temporary.replace(self.path)
             except OSError:
-                if not self._is_there():
+                if not self.is_there():
                     self.path.unlink()
                 raise
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
+        """Say whether the file has its name. Local."""
         try:
             return _identity(os.lstat(self.path)) == self._identity
         except OSError:

@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,55 +82,53 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     """
     choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
+    job = _Job(source, target, options, threads, force, display, json_path, command, survive)
     stop = requests() if keeping and requests else None
     if survive:
         check_survival()
     while True:
         checkpoints = Checkpoints(run, keeping, stop)
-        asked = {**asdict(options), **checkpoints.options(), "survive": survive}
-        output = _agree_on_output(run, source, target, asked, force)
+        output = _agree_on_output(run, job, checkpoints)
         try:
-            return _attend_once(run, source, output, options, threads, display, json_path, command, checkpoints)
+            return _attend_once(run, job, output, checkpoints)
         except Exception as error:
             if not (survive and is_loss(error)):
                 raise
             run = _without_the_lost(run, output, error)
-            keeping = keeping and replace(keeping, resume="auto")
-            options = replace(options, schedule="auto")          # what was asked for may be for as many ranks as were
+        # what was asked for may be for as many ranks as there were
+        job = replace(job, options=replace(job.options, schedule="auto"))
+        keeping = keeping and replace(keeping, resume="auto")
 
 
-def _without_the_lost(run: Run, output: Output, error: Exception) -> Run:
-    """Begin anew with the ranks that are left; or raise `error` if there is nothing to begin anew for."""
-    world = survivors(run.timeout)
-    if world is None:
-        raise error
-    left = Run.go_on(world, run.timeout)
-    with left.raise_on_all():
-        if left.comm.rank == 0:
-            if output.is_published():
-                raise RankLost(f"{error}; {output.path} is there and whole")
-            for rank in range(run.comm.size):
-                output.discard(rank)
-            log.warning("going on with %d of %d ranks: %s", left.comm.size, run.comm.size, error)
-    return left
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for; see `attend`."""
+
+    source: Path
+    target: Path
+    options: Options
+    threads: int | None
+    force: bool
+    display: Display | None
+    json_path: Path | None
+    command: str
+    survive: bool
 
 
-def _attend_once(run: Run, source: Path, output: Output, options: Options, threads: int | None,
-                 display: Display | None, json_path: Path | None, command: str, checkpoints: Checkpoints) -> Report:
-
+def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Checkpoints) -> Report:
+    """Attend from file to file on the ranks that there are."""
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
     with run.comm.telling(), ExitStack() as files:
-        data = _open_on_all(run, files, source, options)
-        check_room(run, data.sizes, options)
+        data = _open_on_all(run, files, job.source, job.options)
+        check_room(run, data.sizes, job.options)
         with run.raise_on_all():
             if run.comm.rank == 0:
-                check_paths(source, target, json_path, force, checkpoints.folder)
+                check_paths(job.source, job.target, job.json_path, job.force, checkpoints.folder)
             output.prepare()
         try:
-            with _make_attention(run, data, options, threads) as attention:
-                out, lse = _compute(run, attention, data, options, display if run.comm.rank == 0 else None,
-                                    checkpoints)
-            record = make_record(run.comm.size, attention, options, command)
+            with _make_attention(run, data, job.options, job.threads) as attention:
+                out, lse = _compute(run, attention, data, job, checkpoints)
+            record = make_record(run.comm.size, attention, job.options, job.command)
             output.write(data.sizes.n_q, {"out": out, "lse": lse}, record)
         except BaseException:
             output.discard()                  # rank 0 can't have published: it needs this rank's rows
@@ -141,19 +139,34 @@ def _attend_once(run: Run, source: Path, output: Output, options: Options, threa
         output.publish()
         checkpoints.clear()
         report = gather_report(run, data.sizes, attention)
-        write_record(run, json_path, attention, record, report)
+        write_record(run, job.json_path, attention, record, report)
     return report
 
 
-def _agree_on_output(run: Run, source: Path, target: Path, options: dict[str, Any], force: bool
-                     ) -> Shards | Together:
+def _without_the_lost(run: Run, output: Shards | Together, error: Exception) -> Run:
+    """Begin anew with the ranks that are left; or raise `error` if nobody has died."""
+    world = survivors(run.timeout)
+    if world is None:
+        raise error
+    left = Run.on(world, run.timeout)
+    with left.raise_on_all():
+        if left.comm.rank == 0:
+            if output.is_published():
+                raise RankLost(f"{error}; {output.path} is there and whole")
+            output.discard_of_all()
+            log.warning("going on with %d of %d ranks: %s", left.comm.size, run.comm.size, error)
+    return left
+
+
+def _agree_on_output(run: Run, job: _Job, checkpoints: Checkpoints) -> Shards | Together:
     """Check that all ranks were asked for the same; give this run's folder of shards a name that no other run has."""
-    asked = {"input": source, "output": target, "force": force, **options}
-    run.comm.check_same_options(asked, run.timeout)
+    run.comm.check_same_options({
+        "input": job.source, "output": job.target, "force": job.force, "survive": job.survive, **asdict(job.options),
+        **checkpoints.options()}, run.timeout)
     name = run.allgather_text(uuid.uuid4().hex[:12])[0]
-    if options["output_driver"] == DRIVER:
-        return Together(run, target, force)
-    return Shards(run, Output(target, name, force))
+    if job.options.output_driver == DRIVER:
+        return Together(run, job.target, job.force)
+    return Shards(run, Output(job.target, name, job.force))
 
 
 def _open_on_all(run: Run, files: ExitStack, source: Path, options: Options) -> Input:
@@ -172,10 +185,11 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
 
 
-def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None,
-             checkpoints: Checkpoints) -> tuple[Array, Array]:
+def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpoints: Checkpoints
+             ) -> tuple[Array, Array]:
     """Give this rank's rows of the result, in the order of the input."""
-    start = gather_start(run, data, options, attention)
+    display = job.display if run.comm.rank == 0 else None
+    start = gather_start(run, data, job.options, attention)
     if display is not None:
         display.start(start)
 

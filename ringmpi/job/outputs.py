@@ -133,6 +133,20 @@ class Shards:
         if run.comm.rank == 0:
             output.clear_replaced()
 
+    @property
+    def path(self) -> Path:
+        """Of OUT.h5."""
+        return self._output.path
+
+    def is_published(self) -> bool:
+        """Say whether OUT.h5 is there, and shows what this run has written. Local."""
+        return self._output.is_published()
+
+    def discard_of_all(self) -> None:
+        """Remove what any rank wrote. One rank, when the others do nothing more for this run."""
+        for rank in range(self._run.comm.size):
+            self._output.discard(rank)
+
     def discard(self) -> None:
         """Remove what this rank wrote; not once all have, unless all know that nothing appeared. Local."""
         self._output.discard(self._run.comm.rank)

@@ -117,6 +117,19 @@ class Together:
         finally:
             self.discard()
 
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self._path
+
+    def is_published(self) -> bool:
+        """Say whether the file is there: rank 0 alone gives it its name. Local."""
+        return self._disk is not None and self._disk.is_there()
+
+    def discard_of_all(self) -> None:
+        """Remove the temporary file. One rank."""
+        self.discard()
+
     def discard(self) -> None:
         """Remove the temporary file. Local."""
         if self._disk is not None:

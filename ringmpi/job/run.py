@@ -62,12 +62,11 @@ class Run:
         LaunchError
             If there are not `expect_ranks` ranks.
         """
-        world = comm_world(timeout, expect_ranks)
-        return cls(world, mpi.private_comm(world, timeout, exclusive=True), timeout)
+        return cls.on(comm_world(timeout, expect_ranks), timeout)
 
     @classmethod
-    def go_on(cls, world: Any, timeout: float) -> Run:
-        """Meet the ranks that are left. Collective over *world*."""
+    def on(cls, world: Any, timeout: float) -> Run:
+        """Meet the other ranks of COMM_WORLD, or of what is left of it. Collective over *world*."""
         return cls(world, mpi.private_comm(world, timeout, exclusive=True), timeout)
 
     def raise_on_all(self) -> AbstractContextManager[None]:
