@@ -224,6 +224,21 @@ def test_a_block_makes_nothing_anew():
         backend.close()
 
 
+@pytest.mark.parametrize("n_q", [1, 300])
+def test_kernels_count_no_references(n_q):
+    """What Python's objects hold is held for the call; counting in the loops takes more time than many a product."""
+    from numba.core.runtime import _nrt_python, rtsys
+    q, k, v = data(0, n_q, 500, 2, 2, 16, 16, "float32")
+    attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 500), 0.1, threads=1)
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 500), 0.1, threads=1)
+        assert rtsys.get_allocation_stats() == before
+    finally:
+        _nrt_python.memsys_disable_stats()
+
+
 BOUND = {"float32": 1e-6, "float64": 1e-14}      # largest absolute error
 
 

@@ -405,9 +405,14 @@ def _warn(error: Exception) -> None:
 
 
 def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
-    """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
+    """Wrap functions for Numba, with a cache on disk where there is a folder to write to.
+
+    They, and what they call, count no references to arrays: the caller holds them all, and an atomic addition for each
+    tuple in a loop was half of the time of few rows and a third of narrow windows. So they can allocate nothing, and
+    `a[:] = b` is a loop.
+    """
     for function in functions:
-        compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+        compiled: Any = numba.njit(nogil=True, error_model="numpy", _nrt=False)(function)
         try:
             compiled._cache = KernelCache(function)       # as enable_caching does, with Numba's own
         except RuntimeError as error:

@@ -324,8 +324,10 @@ def load_forward_rows(block, state, first, count, rows, head, group, work):  # t
         work.high[r] = max(block.begin[query], block.end[query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
-        work.acc[r, :dim_v] = state.acc[query, h]
-        work.acc[r, dim_v:] = 0
+        row, sums = work.acc[r], state.acc[query, h]
+        for c in range(dim_v):
+            row[c] = sums[c]
+        row[dim_v:] = 0
 
 
 @numba.njit(error_model="numpy")
