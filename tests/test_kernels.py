@@ -151,6 +151,26 @@ def test_many_heads_of_few_rows(n_q):
     check(q, k, v, *ranges("random", n_q, 400))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_a_head_together(dtype):
+    """As many together as see the same; a value that is not finite is met by those alone that see it."""
+    for n_q, group in [(1, 1), (1, 2), (1, 3), (1, 8), (1, 16), (1, 17), (2, 4), (3, 2), (5, 1), (7, 2)]:
+        q, k, v = data(n_q, n_q, 300, 2 * group, 2, 40, 72, dtype)
+        v[290, 1, 5] = np.nan
+        for kind in ("causal", "random"):
+            check(q, k, v, *ranges(kind, n_q, 300, group), threads=1)
+
+
+def test_every_float16_is_widened():
+    """A single key's weight is 1, so its value comes back: 65,536 numbers, subnormals and infinities too."""
+    v = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, 1, 1024)
+    begin = np.arange(64)
+    for rows in (range(64), range(3, 5)):
+        q, k = np.ones((len(rows), 1, 16), np.float16), np.ones((64, 1, 16), np.float16)
+        out, _ = attend(q, k, v, begin[rows], begin[rows] + 1, 1.0)
+        np.testing.assert_array_equal(out[:, 0], v[rows, 0])
+
+
 @pytest.mark.parametrize("n_q", [2, 250])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
 def test_any_sign_of_the_scale(n_q, scale):
