@@ -151,6 +151,26 @@ def test_many_heads_of_few_rows(n_q):
     check(q, k, v, *ranges("random", n_q, 400))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_of_a_head_together(dtype):
+    """As many together as see the same; a value that is not finite is met by those alone that see it."""
+    for n_q, group in [(1, 1), (1, 2), (1, 3), (1, 8), (1, 16), (1, 17), (2, 4), (3, 2), (5, 1), (7, 2)]:
+        q, k, v = data(n_q, n_q, 300, 2 * group, 2, 40, 72, dtype)
+        v[290, 1, 5] = np.nan
+        for kind in ("causal", "random"):
+            check(q, k, v, *ranges(kind, n_q, 300, group), threads=1)
+
+
+def test_every_float16_is_widened():
+    """A single key's weight is 1, so its value comes back: 65,536 numbers, subnormals and infinities too."""
+    v = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(64, 1, 1024)
+    begin = np.arange(64)
+    for rows in (range(64), range(3, 5)):
+        q, k = np.ones((len(rows), 1, 16), np.float16), np.ones((64, 1, 16), np.float16)
+        out, _ = attend(q, k, v, begin[rows], begin[rows] + 1, 1.0)
+        np.testing.assert_array_equal(out[:, 0], v[rows, 0])
+
+
 @pytest.mark.parametrize("n_q", [2, 250])
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 0.3])
 def test_any_sign_of_the_scale(n_q, scale):
@@ -222,6 +242,21 @@ def test_a_block_makes_nothing_anew():
     finally:
         tracemalloc.stop()
         backend.close()
+
+
+@pytest.mark.parametrize("n_q", [1, 300])
+def test_kernels_count_no_references(n_q):
+    """What Python's objects hold is held for the call; counting in the loops takes more time than many a product."""
+    from numba.core.runtime import _nrt_python, rtsys
+    q, k, v = data(0, n_q, 500, 2, 2, 16, 16, "float32")
+    attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 500), 0.1, threads=1)
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        attend(q, k, v, np.zeros(n_q, int), np.full(n_q, 500), 0.1, threads=1)
+        assert rtsys.get_allocation_stats() == before
+    finally:
+        _nrt_python.memsys_disable_stats()
 
 
 BOUND = {"float32": 1e-6, "float64": 1e-14}      # largest absolute error

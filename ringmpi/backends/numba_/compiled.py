@@ -19,6 +19,7 @@ from . import (
     amx,
     backward_rows,
     backward_tile,
+    few_rows,
     forward_tile,
     pack,
     product,
@@ -37,6 +38,7 @@ from . import (
 from .amx import DEPTH, configure, release
 from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
 from .cache import KernelCache, warn_once
+from .few_rows import MOST
 from .forward_tile import (
     any_sees,
     find_groups,
@@ -74,8 +76,8 @@ from .tuples import (
     Unit,
 )
 
-SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile,
-           amx, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
+SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
+           backward_tile, amx, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
 
 
 def _digest() -> str:
@@ -95,7 +97,7 @@ def fold_range(rows, columns, state, block, packed, work, score):  # type: ignor
     tile = packed.tile
     origin = columns.origin
     group = state.acc.shape[1] // block.v.shape[1]
-    direct = packed.private and n_rows <= ROWS
+    direct = packed.private and n_rows <= MOST
     height = n_rows if direct else -(-n_rows // ROWS) * ROWS
     whole = -(-height * rows.heads // ROWS) * ROWS
     for h in range(rows.heads if columns.fresh else 0):
@@ -405,9 +407,15 @@ def _warn(error: Exception) -> None:
 
 
 def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
-    """Wrap functions for Numba, with a cache on disk where there is a folder to write to."""
+    """Wrap functions for Numba, with a cache on disk where there is a folder to write to.
+
+    They, and what they call, count no references to arrays: the caller holds them all, and an atomic addition for each
+    tuple in a loop was half of the time of few rows and a third of narrow windows. So they can allocate nothing, and
+    `a[:] = b` is a loop.
+    """
+    options: Any = {"nogil": True, "error_model": "numpy", "_nrt": False}       # the last is not in Numba's annotations
     for function in functions:
-        compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+        compiled: Any = numba.njit(**options)(function)
         try:
             compiled._cache = KernelCache(function)       # as enable_caching does, with Numba's own
         except RuntimeError as error:

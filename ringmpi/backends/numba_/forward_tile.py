@@ -18,8 +18,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from .few_rows import multiply_direct, score_direct
 from .pack import lanes, pack_keys, pack_queries, pack_values, panels, place_of, weight, widen
-from .product import ROWS, STRIP, VECTORS, add_product, add_values, dot_keys, scores
+from .product import ROWS, VECTORS, add_product, scores
 from .score_rows import apply_dropout, apply_score
 from .softmax_rows import multiply_add, raise_maxima, weigh
 from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
@@ -204,75 +205,12 @@ def add_seen(r, tile, work, v):  # type: ignore[no-untyped-def]
 
 @numba.njit(error_model="numpy")
 def fold_direct(tile, rows, work, block, score):  # type: ignore[no-untyped-def]
-    """Fold a tile of keys and values, as they came, into few rows of several heads, one head after the other."""
+    """Fold a tile of keys and values, as they came, into few rows of several heads; see `few_rows`."""
     for g in range(0, tile.rows, ROWS):
         work.eager[g] = False
     score_direct(rows, tile, work, block.k)
     weigh_groups(tile, work, work.s, block.scale, score)
     multiply_direct(rows, tile, work, block.v)
-
-
-@numba.njit(error_model="numpy")
-def score_direct(rows, tile, work, k):  # type: ignore[no-untyped-def]
-    """S of a tile, `STRIP` keys at a time, in the order in which they lie in memory."""
-    queries = work.queries
-    s = work.s
-    first, last = seen_by_any(tile, work.groups)
-    strips = -(-(last - first) // STRIP)
-    for number in range(strips * rows.heads):
-        strip, head = nearest_first(number, strips, rows.heads, k)
-        j = first + strip * STRIP
-        for jj in range(j, min(j + STRIP, last), lanes(s)):
-            keys = Strided(k.array, place_of(k, tile.start + jj, tile.head + head), k.token)
-            for r in range(head * rows.n_rows, (head + 1) * rows.n_rows):
-                dot_keys(Contiguous(queries, r * k.shape[2]), keys, Contiguous(s, r * s.shape[1] + jj),
-                     min(lanes(s), tile.n - jj), k.shape[2])
-
-
-@numba.njit(error_model="numpy")
-def multiply_direct(rows, tile, work, v):  # type: ignore[no-untyped-def]
-    """Add P, which is in S, times values to acc, `STRIP` values at a time, in the order in which they lie in memory."""
-    s = work.s
-    acc = work.acc
-    dim_v = v.shape[2]
-    whole = dim_v - dim_v % lanes(acc)
-    first, last = seen_by_any(tile, work.groups)
-    strips = -(-(last - first) // STRIP)
-    for number in range(strips * rows.heads):
-        strip, head = nearest_first(number, strips, rows.heads, v)
-        start = first + strip * STRIP
-        for r in range(head * rows.n_rows, (head + 1) * rows.n_rows):
-            low, high = max(work.low[r] - tile.start, 0), min(work.high[r] - tile.start, tile.n)
-            a, b = max(low, start), min(high, start + STRIP)
-            if a >= b:
-                continue
-            shrink = work.shrink[r] if a == low else work.shrink.dtype.type(1)
-            values = Strided(v.array, place_of(v, tile.start + a, tile.head + head), v.token)
-            add_values(Contiguous(s, r * s.shape[1] + a), values, Contiguous(acc, r * acc.shape[1]), b - a, whole,
-                       shrink)
-            for c in range(whole, dim_v):
-                total = acc[r, c] * shrink
-                for j in range(a, b):
-                    total += s[r, j] * widen(v.array[values.at + (j - a) * v.token + c])
-                acc[r, c] = total
-
-
-@numba.njit
-def seen_by_any(tile, groups):  # type: ignore[no-untyped-def]
-    """Give the first column, of a whole strip, and the last that any group sees of a tile."""
-    first, last = tile.n, 0
-    for g in range(0, tile.rows, ROWS):
-        if groups[g, 0] < groups[g, 1]:
-            first, last = min(first, groups[g, 0]), max(last, groups[g, 1])
-    return first // STRIP * STRIP, last
-
-
-@numba.njit
-def nearest_first(number, strips, heads, x):  # type: ignore[no-untyped-def]
-    """Give strip and head of a number: heads of a token that lie side by side go before the next tokens."""
-    if x.token >= x.head:
-        return number // heads, number % heads
-    return number % strips, number // strips
 
 
 @numba.njit
@@ -324,8 +262,10 @@ def load_forward_rows(block, state, first, count, rows, head, group, work):  # t
         work.high[r] = max(block.begin[query], block.end[query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
-        work.acc[r, :dim_v] = state.acc[query, h]
-        work.acc[r, dim_v:] = 0
+        row, sums = work.acc[r], state.acc[query, h]
+        for c in range(dim_v):
+            row[c] = sums[c]
+        row[dim_v:] = 0
 
 
 @numba.njit(error_model="numpy")

@@ -10,9 +10,6 @@ while it is in cache. A is a few rows, C is touched once a call.
 
 Elements are float32 or float64, or uint32 for a pair of bfloat16: then a step of the depth is a pair, and C is
 float32. C is summed from zero and then added, so rounding grows with the depth of one panel, not of the sequence.
-
-`dot_keys` and `add_values` are for a few rows that meet each key once: they read K and V as they came, so that memory
-is the limit.
 """
 
 from __future__ import annotations
@@ -29,8 +26,6 @@ from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefe
 
 ROWS = 6
 UNROLLED = 4            # steps of the depth in a round of the loop of a product
-AHEAD = 16              # rows of V that `add_values` asks for ahead
-STRIP = 16              # keys of a head that few rows meet before those of the next head: the tokens lie in a page each
 VECTORS = 4 if machine().registers >= 32 else 2     # widest panel
 
 
@@ -85,91 +80,7 @@ def add_transposed_product(context, a, b, c, depth, prefetched, vectors):  # typ
     return types.void(a, b, c, depth, prefetched, vectors), emit
 
 
-@intrinsic
-def dot_keys(context, q, k, s, count, depth):  # type: ignore[no-untyped-def]
-    """s[:lanes] = scores of a row q of `depth` numbers with keys k; q and s are `Contiguous`, k is `Strided`.
-
-    Only `count` keys are there; the last stands in for the others. A key is read once, along its numbers; `lanes` keys
-    at a time share the loads of the row and are summed across lanes together.
-    """
-    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        q, k, s = operands(context, builder, signature, values, 3)
-        count, depth = values[3:]
-        pairs = k.dtype == types.uint32
-        v = Vectors(builder, s.dtype)
-
-        # Where each key is; one accumulator for each.
-        keys = []
-        for i in range(v.lanes):
-            beyond = builder.icmp_signed(">=", constant(i), count)
-            number = builder.select(beyond, builder.sub(count, constant(1)), constant(i))
-            keys.append(at(builder, k.pointer, builder.mul(number, k.row)))
-        total = [cgutils.alloca_once(builder, v.kind) for _ in keys]
-        for x in total:
-            builder.store(v.number(0.0), x)
-
-        # Whole vectors of the depth: a load of the row, and a load and a multiply-add for each key.
-        whole = builder.udiv(depth, constant(v.lanes))
-        with loop(builder, constant(0), whole) as i:
-            place = builder.mul(i, constant(v.lanes))
-            x = load(builder, q.pointer, place, v.bits if pairs else v.kind)
-            for t, key in zip(total, keys, strict=True):
-                later = at(builder, key, builder.add(place, builder.mul(k.row, constant(v.lanes))))
-                prefetch(builder, builder.ptrtoint(later, constant(0).type))
-                y = load(builder, key, place, v.bits) if pairs else v.widen(k.dtype, key, place)
-                old = builder.load(t)
-                builder.store(dot_pairs(builder, old, x, y) if pairs else v.fma(x, y, old), t)
-        v.store(v.across([builder.load(t) for t in total], builder.fadd, v.number(0.0)), s.pointer)
-
-        # What is left of the depth, a number of each key at a time.
-        with loop(builder, builder.mul(whole, constant(v.lanes)), depth) as place:
-            x = splat(builder, builder.load(at(builder, q.pointer, place)), v.lanes)
-            y = v.gather(types.float32 if pairs else k.dtype, keys, place)
-            old = v.load(s.pointer)
-            v.store(dot_pairs(builder, old, x, y) if pairs else v.fma(x, y, old), s.pointer)
-        return context.get_dummy_value()
-
-    return types.void(q, k, s, count, depth), emit
-
-
-@intrinsic
-def add_values(context, p, v, c, count, columns, shrink):  # type: ignore[no-untyped-def]
-    """c[:columns] = shrink·c + p[:count] · V; p and c are `Contiguous`, V is `Strided`.
-
-    The columns are whole vectors.
-    """
-    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        p, rows, c = operands(context, builder, signature, values, 3)
-        count, columns, shrink = values[3:]
-        v = Vectors(builder, c.dtype)
-        left = builder.udiv(columns, constant(v.lanes))
-        first = constant(0)
-        for width in (8, 4, 2, 1):              # vectors of C in registers
-            blocks = builder.udiv(left, constant(width))
-            with loop(builder, constant(0), blocks) as block:
-                at_column = builder.mul(builder.add(first, builder.mul(block, constant(width))), constant(v.lanes))
-                places = [builder.add(at_column, constant(j * v.lanes)) for j in range(width)]
-                total = [cgutils.alloca_once(builder, v.kind) for _ in places]
-                for x in total:
-                    builder.store(v.number(0.0), x)
-                with loop(builder, constant(0), count) as j:
-                    weight = v.splat(builder.load(at(builder, p.pointer, j)))
-                    source = at(builder, rows.pointer, builder.mul(j, rows.row))
-                    later = at(builder, source, builder.mul(rows.row, constant(AHEAD)))
-                    for x, place in zip(total, places, strict=True):
-                        prefetch(builder, builder.ptrtoint(at(builder, later, place), constant(0).type))
-                        builder.store(v.fma(weight, v.widen(rows.dtype, source, place), builder.load(x)), x)
-                for x, place in zip(total, places, strict=True):
-                    v.store(v.fma(v.load(c.pointer, place), v.splat(shrink), builder.load(x)), c.pointer, place)
-            done = builder.mul(blocks, constant(width))
-            first = builder.add(first, done)
-            left = builder.sub(left, done)
-        return context.get_dummy_value()
-
-    return types.void(p, v, c, count, columns, shrink), emit
-
-
-class _Operand(NamedTuple):
+class Operand(NamedTuple):
     """A `Contiguous` or `Strided` argument: where it starts, elements between its rows if any, dtype of its array."""
 
     pointer: Any
@@ -177,25 +88,25 @@ class _Operand(NamedTuple):
     dtype: types.Type
 
 
-def operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[_Operand]:
+def operands(context: Any, builder: Any, signature: Any, values: Any, count: int) -> list[Operand]:
     """Give the first `count` arguments as operands."""
     result = []
     for kind, value in zip(signature.args[:count], values[:count], strict=True):
         x = unpack(context, builder, kind, value)
-        result.append(_Operand(at(builder, x.array, x.at), getattr(x, "row", None), kind.types[0].dtype))
+        result.append(Operand(at(builder, x.array, x.at), getattr(x, "row", None), kind.types[0].dtype))
     return result
 
 
 class Registers:
     """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide."""
 
-    def __init__(self, builder: ir.IRBuilder, b: _Operand, vectors: Vectors, width: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, b: Operand, vectors: Vectors, width: int) -> None:
         self.builder = builder
         self.b = b
         self.width = width
         self.vectors = vectors
 
-    def multiply(self, a: _Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:
+    def multiply(self, a: Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:
         """Emit A·B, or Aᵀ·B, over the depth, asking for an address a step; give the accumulators."""
         builder, v = self.builder, self.vectors
         zero = v.number(0.0)
@@ -232,7 +143,7 @@ class Registers:
             multiply_add(step, 0)
         return [[builder.load(x) for x in row] for row in total]
 
-    def add(self, c: _Operand, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
+    def add(self, c: Operand, total: list[list[Any]], shrink: list[Any] | None = None) -> None:
         """Emit C = C + total, or shrink·C + total with a number for each row."""
         builder, v = self.builder, self.vectors
         for i, row in enumerate(total):

@@ -89,7 +89,8 @@ def pack_rows(x, first, count, head, group, out, out_at):  # type: ignore[no-unt
         for d in range(depth):
             n = min(DEPTH, numbers - d * DEPTH) if r < count else 0
             row = out[place + d * TILE:place + d * TILE + DEPTH]
-            row[:n] = x.array[source + d * DEPTH:source + d * DEPTH + n]
+            for c in range(n):
+                row[c] = x.array[source + d * DEPTH + c]
             row[n:] = 0
 
 

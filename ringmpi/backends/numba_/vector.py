@@ -74,12 +74,15 @@ class Machine:
         Whether there is a product of bfloat16 pairs that sums in float32 (dpbf16ps).
     tiles : bool
         Whether there are tiles that multiply bfloat16 (AMX), and `pairs`; a process must ask for them: `amx.missing`.
+    halves : bool
+        Whether float16 becomes float32 by an instruction.
     """
 
     vector_bytes: int
     registers: int
     pairs: bool
     tiles: bool
+    halves: bool
 
     def lanes(self, dtype: Any) -> int:
         """Elements of `dtype` in a vector."""
@@ -88,7 +91,7 @@ class Machine:
 
 @cache
 def machine() -> Machine:
-    """Ask LLVM what it makes of a wide sum on the CPU that Numba compiles for. Local.
+    """Ask LLVM what it makes of wide sums and conversions on the CPU that Numba compiles for. Local.
 
     NUMBA_CPU_NAME alone gives the vectors of that CPU; with NUMBA_CPU_FEATURES, of those features.
     """
@@ -101,12 +104,16 @@ def machine() -> Machine:
         define <16 x float> @sum(<16 x float> %a, <16 x float> %b) {{
           %c = fadd <16 x float> %a, %b
           ret <16 x float> %c
+        }}
+        define <16 x float> @widen(<16 x half> %a) {{
+          %b = fpext <16 x half> %a to <16 x float>
+          ret <16 x float> %b
         }}"""))
     size = 64 if "zmm" in code else 32 if "ymm" in code else 16
     has = set(features.split(","))
     pairs = size == 64 and "+avx512bf16" in has
     return Machine(size, 32 if size == 64 or triple.startswith(("aarch64", "arm64")) else 16, pairs,
-                   pairs and has >= {"+amx-tile", "+amx-bf16"})
+                   pairs and has >= {"+amx-tile", "+amx-bf16"}, "extendhf" not in code)
 
 
 class Vectors:
@@ -169,9 +176,12 @@ class Vectors:
             return b.fpext(raw, self.kind)
         words = ir.VectorType(I32, self.lanes)
         singles = ir.VectorType(ir.FloatType(), self.lanes)
-        wide = b.zext(raw, words)
-        number = (b.bitcast(b.shl(wide, _fill(words, 16)), singles) if stored == types.uint16
-                  else _half(b, wide, words, singles))
+        if stored == types.uint16:
+            number = b.bitcast(b.shl(b.zext(raw, words), _fill(words, 16)), singles)
+        elif machine().halves:
+            number = b.fpext(b.bitcast(raw, ir.VectorType(ir.HalfType(), self.lanes)), singles)
+        else:
+            number = _half(b, b.zext(raw, words), words, singles)
         return number if self.dtype == types.float32 else b.fpext(number, self.kind)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
