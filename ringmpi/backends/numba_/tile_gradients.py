@@ -22,7 +22,8 @@ from .tile_gradient_rows import (
     differentiate_masked_square,
     differentiate_square,
 )
-from .tile_pack import ALL, FINITE, interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
+from .pieces import ALL, FINITE
+from .tile_pack import interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
 from .tile_squares import SIDE, add_square, square
 from .tuples import Contiguous, Square, SquarePlace, Strided
 
