@@ -262,7 +262,7 @@ def test_without_tiles_the_reason_is_said(before, variables, reason):
 @needs_tiles
 def test_tiles_are_named():
     backend = open_backend("numba", 1)
-    assert backend.describe().endswith("bfloat16 tiles")
+    assert backend.describe().endswith("bfloat16 tiles, float32 in pieces on them")
     backend.close()
 
 

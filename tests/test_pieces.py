@@ -2,16 +2,20 @@
 
 import numba
 import numpy as np
+import oracle
 import pytest
 from numba import types
 from numba.extending import intrinsic
-from test_amx import interleaved_twin, packed, rows_twin, transposed_twin
+from test_amx import interleaved_twin, needs_tiles, packed, rows_twin, transposed_twin
 
+from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import amx, pieces, tile_pack
 from ringmpi.backends.numba_.arguments import tokens
 from ringmpi.backends.numba_.tuples import Span
 from ringmpi.backends.numba_.vector import at, data
 from ringmpi.backends.numba_.workspace import aligned
+from ringmpi.backends.products import bits
+from ringmpi.score import Score
 
 
 def split_twin(x, span=pieces.ALL):
@@ -134,3 +138,108 @@ def test_vectors_are_joined_in_turns():
     want = split_twin(x)
     np.testing.assert_array_equal(out[0], want)
     np.testing.assert_array_equal(out[1], want.reshape(3, 2, 16).transpose(0, 2, 1).reshape(3, 32))
+
+
+def attend(arrays, begin, end, way="pieces", scale=0.2, cap=0.0):
+    """Give out and lse of many rows, by pieces or by multiply-adds."""
+    q, k, v = arrays
+    backend = open_backend("numba", 2)
+    backend.settle("auto", [bits(["tiles", "widen"] if way == "pieces" else ["widen"])])
+    assert backend.float32_products == way
+    state = backend.new_state(len(q), q.shape[1], v.shape[2], np.float32)
+    sum(backend.accumulate(state, q, k, v, begin, end, Score(scale, cap)))
+    out, lse = np.empty((*q.shape[:2], v.shape[2]), np.float32), np.empty(q.shape[:2], np.float32)
+    backend.finish(state, end > begin, out, lse)
+    backend.close()
+    return out, lse
+
+
+def problem(n_q=400, n_k=900, dim=40, dim_v=33):
+    """Give arrays of two heads that share keys, and what causal queries see."""
+    arrays = singles(3, n_q, 2, dim), singles(4, n_k, 1, dim), singles(5, n_k, 1, dim_v)
+    end = np.arange(1, n_q + 1) + n_k - n_q
+    return arrays, np.maximum(0, end - 600), end
+
+
+def oracle_of(arrays, begin, end, scale=0.2):
+    j = np.arange(len(arrays[1]))
+    return oracle.attend(*arrays, (j >= begin[:, None]) & (j < end[:, None]), scale)
+
+
+@needs_tiles
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-32, 1e-22, 1e-18, 1e18, 1e30, 3e38])
+@pytest.mark.parametrize("where", ["v", "k", "q", "some v", "some k", "some q"])
+def test_numbers_near_the_ends_of_the_range(where, size):
+    """As near the exact result, relative to the values that a row sees, as multiply-adds are; or within the bound."""
+    arrays, begin, end = problem()
+    x = arrays["qkv".index(where[-1])]
+    some = slice(100, None, 97) if "some" in where else slice(None)
+    x[some] = np.clip(x[some], -1, 1) * np.float32(size)
+    (out, lse), (plain, plain_lse) = attend(arrays, begin, end), attend(arrays, begin, end, "fma")
+    with np.errstate(over="ignore", invalid="ignore"):
+        want, want_lse = oracle_of(arrays, begin, end)
+    spread = np.abs(arrays[2]).max() if where == "v" else 1
+    for mine, theirs, exact, unit in ((out, plain, want, max(spread, 1e-36)), (lse, plain_lse, want_lse, 1)):
+        np.testing.assert_array_equal(np.isfinite(mine), np.isfinite(theirs))
+        fine = np.isfinite(theirs) & np.isfinite(exact)
+        error, other = (np.abs(y - exact)[fine] / np.maximum(unit, np.abs(exact[fine])) for y in (mine, theirs))
+        assert error.max(initial=0) <= max(2e-6, 2 * other.max(initial=0))
+
+
+@needs_tiles
+def test_rows_that_see_small_values_alone_keep_their_digits():
+    arrays, begin, end = problem()
+    arrays[2][:300] *= np.float32(1e-28)
+    end[:200] = 250
+    begin[:200] = np.minimum(begin[:200], 100)
+    out, _ = attend(arrays, begin, end)
+    want, _ = oracle_of(arrays, begin, end)
+    assert np.abs(out - want)[:200].max() < 2e-6 * 1e-28
+    assert np.abs(out - want).max() < 2e-6
+
+
+@needs_tiles
+def test_odd_numbers_reach_those_alone_that_see_them():
+    """Rows that see none of them have the bits that they have without them."""
+    arrays, begin, end = problem()
+    want = attend(arrays, begin, end)
+    arrays[0][7], arrays[1][20:40], arrays[2][30:50] = 1e25, np.inf, np.nan
+    got = attend(arrays, begin, end)
+    blind = begin >= 50
+    assert blind.any()
+    for x, y in zip(want, got, strict=True):
+        assert x[blind].tobytes() == y[blind].tobytes()
+        assert not np.isfinite(y[8]).any()
+
+
+@needs_tiles
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_scores_of_odd_numbers_are_those_of_multiply_adds(cap):
+    """Infinite scores too, of either sign, plain and capped."""
+    arrays, begin, end = problem()
+    arrays[1][[100, 600]] = np.inf
+    arrays[0][:, :, 1:] = np.abs(arrays[0][:, :, 1:])
+    arrays[0][200:, :, 0] = -1e20
+    got, want = attend(arrays, begin, end, cap=cap), attend(arrays, begin, end, "fma", cap=cap)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@needs_tiles
+def test_a_scale_too_large_for_pieces_goes_another_way():
+    arrays, begin, end = problem()
+    for x in arrays[:2]:
+        x *= np.float32(1e-18)
+    got, want = (attend(arrays, begin, end, way, scale=1e37) for way in ("pieces", "fma"))
+    assert all((x == y).all() for x, y in zip(got, want, strict=True))
+
+
+@needs_tiles
+def test_largest_error_on_long_rows():
+    """8192 keys, dim 128, of normal data."""
+    arrays = singles(6, 256, 1, 128), singles(7, 8192, 1, 128), singles(8, 8192, 1, 128)
+    whole = np.full(256, 8192)
+    out, lse = attend(arrays, 0 * whole, whole, scale=128**-0.5)
+    want, want_lse = oracle_of(arrays, 0 * whole, whole, 128**-0.5)
+    assert np.abs(out - want).max() < 4e-7
+    assert np.abs(lse - want_lse).max() < 4e-6

@@ -5,6 +5,7 @@ Calls of few rows read keys where they are, and memory is the limit: they go the
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ class ForwardUnits(Forward):
     packed: PackedTiles
     rows_together = BLOCK
 
-    @property
-    def speed(self) -> float:                           # type: ignore[override]
-        return TILE_SPEED if self.packed.pieces == 1 else PIECES_SPEED
+    def run(self) -> Generator[int, None, None]:
+        """Fold the block into the state; yields rows × keys done since the last yield."""
+        self.speed = TILE_SPEED if self.packed.pieces == 1 else PIECES_SPEED
+        return super().run()
 
     def _is_few(self) -> bool:
         return False

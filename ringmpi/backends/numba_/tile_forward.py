@@ -31,6 +31,7 @@ from .tile_pack import pack_interleaved, pack_rows, pack_transposed, steps
 from .tile_rows import (
     BLOCK,
     KEYS,
+    PAIR,
     QUAD,
     SQUARE,
     STRIPS,
@@ -44,7 +45,7 @@ from .tile_rows import (
     raise_block,
     scale_row,
     single_at,
-    weigh_quad,
+    weigh_few,
 )
 from .tuples import Factors, TilePlaces, Unit
 from .vector import at
@@ -52,7 +53,6 @@ from .vector import at
 GROUP_BYTES = 2**19                         # of packed tiles that a block of rows meets one after the other
 S_SIZE = BLOCK * KEYS                       # numbers of a unit
 P_SIZE = BLOCK * KEYS
-QUADS = BLOCK // QUAD
 
 
 @intrinsic
@@ -177,7 +177,7 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
         shrink_block(weighed, mine, places, 2 * width)
     pieces = len(places.pieces)
     size = pieces * TILE_BYTES
-    most = QUADS * (scored.last - scored.first)
+    most = BLOCK // rows_a_step(places) * (scored.last - scored.first)
     slots = ((new.last - new.first) * depth + (weighed.last - weighed.first) * width) * (pieces * (pieces + 1) // 2)
     credit = done = 0
 
@@ -231,8 +231,15 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
 @numba.njit(error_model="numpy", forceinline=True)
 def soften(number, unit, half, places, scale):  # type: ignore[no-untyped-def]
     """Do step `number` of a unit's softmax."""
-    weigh_quad(places, half * S_SIZE, half * P_SIZE * len(places.pieces), half * BLOCK, number % QUADS * QUAD,
-               unit.first + number // QUADS, scale)
+    few = rows_a_step(places)
+    weigh_few(places, half * S_SIZE, half * P_SIZE * len(places.pieces), half * BLOCK, number * few % BLOCK,
+              unit.first + number * few // BLOCK, scale)
+
+
+@numba.njit(forceinline=True)
+def rows_a_step(places):  # type: ignore[no-untyped-def]
+    """Rows whose weights of a strip are made at a time."""
+    return QUAD if len(places.pieces) == 1 else PAIR
 
 
 @numba.njit(error_model="numpy")

@@ -16,13 +16,13 @@ import numpy as np
 
 from .amx import DEPTH, ROWS, TILE
 from .pack import place_of, transpose_square
+from .pieces import ALL, FINITE
 from .tile_gradient_rows import (
     PLACE,
     differentiate_capped_square,
     differentiate_masked_square,
     differentiate_square,
 )
-from .pieces import ALL, FINITE
 from .tile_pack import interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
 from .tile_squares import SIDE, add_square, square
 from .tuples import Contiguous, Square, SquarePlace, Strided

@@ -1,7 +1,7 @@
 """Scores to weights for the tile unit: rows of a block of 32, four at a time, in pieces that go between its products.
 
 The vector units make weights of one unit's scores while the tile unit multiplies for others, so the softmax comes in
-steps: `find_tops` once a strip of scores is there, `raise_block` once all are; `weigh_quad` makes weights of four rows
+steps: `find_tops` once a strip of scores is there, `raise_block` once all are; `weigh_few` makes weights of a few rows
 for a strip, between products; `add_sums` adds up. `hide` and `cap_scores` go over scores before, where they must.
 
 What is subtracted from a row's scores is `ABOVE` more than the largest of the keys where it was last raised, and stays
@@ -26,7 +26,8 @@ from .pieces import joined_row, split
 from .tuples import TilePlaces
 from .vector import Vectors, at, constant, loop, store, unpack
 
-QUAD = 4                    # rows that go side by side
+QUAD = 4                    # rows that go side by side; PAIR where weights go in pieces, which takes more registers
+PAIR = 2
 BLOCK = 2 * ROWS            # rows of a block: two tiles
 KEYS = 192                  # keys of a unit: as in canonical order
 STRIPS = KEYS // DEPTH      # of 32 keys
@@ -83,8 +84,8 @@ def raise_block(context, places, row, line, scale):  # type: ignore[no-untyped-d
 
 
 @intrinsic
-def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
-    """Weights of QUAD rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
+def weigh_few(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
+    """Weights of QUAD or PAIR rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
 
     In p they are rounded, or in pieces.
 
@@ -102,8 +103,8 @@ def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # ty
         weights = at(b, _weight_row(b, work.p, in_block, pieces), b.add(p_at, b.mul(strip, constant(pieces * TILE))))
         sums = _sums(b, work.sums, in_block)
         shift = at(b, at(b, work.shift, line), in_block)
-        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD)]
-        for i in range(QUAD):
+        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD if pieces == 1 else PAIR)]
+        for i in range(QUAD if pieces == 1 else PAIR):
             halves = [v.exp(b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
             if pieces == 1:
                 store(b, to_row(b, *halves), weights, constant(i * DEPTH))
