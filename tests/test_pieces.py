@@ -93,7 +93,7 @@ def test_packing_is_that_of_numpy(n, numbers):
     np.testing.assert_array_equal(out, want.ravel())
 
 
-@pytest.mark.parametrize("span", [pieces.FACTORS, pieces.VALUES, pieces.FINITE, Span(100, 140)], ids=str)
+@pytest.mark.parametrize("span", [pieces.FACTORS, pieces.FINITE, Span(100, 140)], ids=str)
 def test_odd_numbers_are_zeros_and_are_said(span):
     """Each alone among others, in every way of packing, whole squares and not."""
     for number in extremes()[::5]:
@@ -167,34 +167,36 @@ def oracle_of(arrays, begin, end, scale=0.2):
 
 
 @needs_tiles
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-32, 1e-22, 1e-18, 1e18, 1e30, 3e38])
-@pytest.mark.parametrize("where", ["v", "k", "q", "some v", "some k", "some q"])
+@pytest.mark.parametrize(("where", "size"), [
+    *[(x, size) for x in ("v", "some v") for size in (1e-44, 1e-38, 1e-32, 1e-22, 1e18, 1e30, 1e38)],
+    *[(x, size) for x in ("k", "q", "some k", "some q") for size in (1e-44, 1e-32, 1e18, 1e30)]])
 def test_numbers_near_the_ends_of_the_range(where, size):
-    """As near the exact result, relative to the values that a row sees, as multiply-adds are; or within the bound."""
+    """As near the exact result, beside the sum of weights times |v|, as multiply-adds are; or within the bound.
+
+    Sums are multiples of 2^-149 of weights that are 2^8 smaller than usual: results near it know 2^-141.
+    """
     arrays, begin, end = problem()
     x = arrays["qkv".index(where[-1])]
     some = slice(100, None, 97) if "some" in where else slice(None)
     x[some] = np.clip(x[some], -1, 1) * np.float32(size)
     (out, lse), (plain, plain_lse) = attend(arrays, begin, end), attend(arrays, begin, end, "fma")
-    with np.errstate(over="ignore", invalid="ignore"):
-        want, want_lse = oracle_of(arrays, begin, end)
-    spread = np.abs(arrays[2]).max() if where == "v" else 1
-    for mine, theirs, exact, unit in ((out, plain, want, max(spread, 1e-36)), (lse, plain_lse, want_lse, 1)):
-        np.testing.assert_array_equal(np.isfinite(mine), np.isfinite(theirs))
-        fine = np.isfinite(theirs) & np.isfinite(exact)
-        error, other = (np.abs(y - exact)[fine] / np.maximum(unit, np.abs(exact[fine])) for y in (mine, theirs))
-        assert error.max(initial=0) <= max(2e-6, 2 * other.max(initial=0))
+    want, want_lse = oracle_of(arrays, begin, end)
+    most, _ = oracle_of((*arrays[:2], np.abs(arrays[2])), begin, end)
+    for mine, theirs, exact, unit in ((out, plain, want, most + 2.0**-122), (lse, plain_lse, want_lse, np.abs(want_lse))):
+        assert np.isfinite(mine).all()
+        error, other = (np.abs(y - exact) / unit for y in (mine, theirs))
+        assert error.max() <= max(2e-6, 2 * other[np.isfinite(other)].max())
 
 
 @needs_tiles
 def test_rows_that_see_small_values_alone_keep_their_digits():
     arrays, begin, end = problem()
-    arrays[2][:300] *= np.float32(1e-28)
+    arrays[2][:300] *= np.float32(1e-35)
     end[:200] = 250
     begin[:200] = np.minimum(begin[:200], 100)
     out, _ = attend(arrays, begin, end)
     want, _ = oracle_of(arrays, begin, end)
-    assert np.abs(out - want)[:200].max() < 2e-6 * 1e-28
+    assert np.abs(out - want)[:200].max() < 2e-6 * 1e-35
     assert np.abs(out - want).max() < 2e-6
 
 

@@ -43,6 +43,7 @@ from .compiled import (
     pack_forward,
     pack_tiles_backward,
     pack_units,
+    survey_values,
 )
 from .forward import Forward
 from .forward_units import ForwardUnits
@@ -56,6 +57,7 @@ from .tuples import (
     GradientArrays,
     KeySums,
     RowRange,
+    Sizes,
     StateArrays,
     TileScore,
     forward_numbers,
@@ -343,10 +345,13 @@ def _prepare_units(block: KernelArguments) -> None:
     key = arrays.k.shape[2], arrays.v.shape[2], pieces_in(arrays.k.array.dtype)
     scratch = TileScratch(*key)
     tiles = PackedTiles(*key).reserve(1, 1)
-    compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles)
+    sizes = Sizes(np.float32(1), False)
+    compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles, sizes)
     state = State.empty(1, 1, arrays.v.shape[2], block.acc_dtype)
     numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), arrays, tiles, scratch.work)
-    compile_for(forward_units, numbers, block.capping, ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]))
+    if key[2] > 1:
+        compile_for(survey_values, arrays.v, 0, 1, state.acc)
+    compile_for(forward_units, numbers, block.capping, ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]), sizes)
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -60,6 +60,8 @@ from .tile_forward import (
     load_tile_rows,
     pack_unit,
     places_of,
+    round_sums,
+    sizes_of,
     store_tile_rows,
     unit_of,
 )
@@ -254,14 +256,19 @@ def _forward(digest: str) -> tuple[Any, ...]:
 def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
     """Make the functions of the forward pass on the tile unit, as `_forward` does."""
 
-    def pack_units(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+    def survey_values(v, first, last, acc):  # type: ignore[no-untyped-def]
+        """Give the factor of values and sums for `pack_units` and `forward_units`, and whether some are small."""
+        digest                          # noqa: B018
+        return sizes_of(v, first, last, acc)
+
+    def pack_units(k, v, start, stop, first, last, packed, sizes):  # type: ignore[no-untyped-def]
         """Pack tiles first..last of columns start..stop, counted head by head, for `forward_units`."""
         digest                          # noqa: B018
         for slot in range(first, last):
             at = start + slot % packed.tiles * packed.tile
-            pack_unit(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
+            pack_unit(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed, sizes)
 
-    def forward_units(numbers, capping, ranges):  # type: ignore[no-untyped-def]
+    def forward_units(numbers, capping, ranges, sizes):  # type: ignore[no-untyped-def]
         """Do what `forward_keys` does, for rows of one head each, on the tile unit; `capping` is (scale / cap, cap)."""
         digest                          # noqa: B018
         state = StateArrays(*numbers[:3])
@@ -273,7 +280,7 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
         for x in ranges:
             rows, columns = RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0)
             if columns.fresh:
-                load_tile_rows(block, state, rows, group, work)
+                load_tile_rows(block, state, rows, group, work, sizes)
 
             places, factors = places_of(work, packed, all_pieces(block.k.array)), factors_of(block, rows, group)
             scale = max(block.scale, np.float32(1e-45))               # 0 · -inf would be NaN
@@ -303,14 +310,16 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
                 advance(new, scored, weighed, number, places, factors, depth, width, scale, capping)
                 if weighed.first < weighed.last and not packed.finite[weighed.slot]:
                     add_odd(weighed, number % 2, rows.head, work, block.v)
+                if sizes.small and weighed.first < weighed.last:
+                    round_sums(weighed.block, work, 2 * width)
                 weighed, scored = scored, new
                 number += 1
             release()
 
             if columns.final:
-                store_tile_rows(state, rows, group, work)
+                store_tile_rows(state, rows, group, work, sizes)
 
-    return pack_units, forward_units
+    return survey_values, pack_units, forward_units
 
 
 def _backward(digest: str) -> tuple[Any, ...]:
@@ -429,5 +438,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
 
 
 (pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums,
- pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
+ survey_values, pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
     _forward(_digest()) + _backward(_digest()) + _forward_on_tiles(_digest()) + _backward_on_tiles(_digest()))

@@ -11,9 +11,11 @@ added one by one. The bounds (for scales up to `MOST_SCALE`; n keys, of up to 40
 
 * A number of Q or K is odd from 2^60 on: sums of products stay finite, and what a product loses to small pieces is
   below 2^-125 (|q| + |k|), of a score below 2^-125 · 2^72 · 2^20 = 2^-33, where a weight is known to 2^-24.
-* A number of V is odd below 2^-64, unless it is 0, and where it is not finite. A row's largest weight is at least 2^-8
-  (`tile_rows.ABOVE`); each addition to a sum loses at most 2^-126, and so does each piece of a weight. So what a result
-  loses is below n · 2^-115, or n · 2^-51 of the smallest value but 0.
+* A number of V is odd where it is not finite. Where all values are below 2^70, as nearly always, they and the sums are
+  multiplied by 2^32 meanwhile, which changes no digit: so all pieces of a value, however small, are exact. A row's
+  largest weight is at least 2^-8 (`tile_rows.ABOVE`); each addition to a sum loses at most 2^-126 (2^-158 of a value),
+  and so does each piece of a weight. So what a result loses is below n · 2^-147, about what multiply-adds lose to
+  denormals, and 2^-117 n of the largest value. Where a block has larger values, or sums, it is n · 2^-115.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from .vector import splat
 PIECES = 3
 MOST_SCALE = 2.0**20
 MOST_FACTOR = np.float32(2**60)
-LEAST_VALUE = np.float32(2**-64)
+MOST_VALUE = np.float32(2.0**70)        # that is multiplied by
+LIFT = np.float32(2.0**32)
 ALL = Span(0, 256)                      # nothing is odd
 FINITE = Span(0, 255)                   # infinity and NaN are
 FACTORS = Span(0, 127 + 60)             # of numbers of Q and K in pieces
-VALUES = Span(127 - 64, 255)            # of numbers of V in pieces
 INTEGERS = ir.VectorType(I32, ROWS)
 
 
@@ -85,19 +87,19 @@ def _tile_size(array):  # type: ignore[no-untyped-def]
     return lambda array: size
 
 
-def spans_of(array):  # type: ignore[no-untyped-def]
-    """Give the spans of numbers of an array's dtype: those of Q and K, and those of V."""
+def span_of(array):  # type: ignore[no-untyped-def]
+    """Give the span of numbers of Q and K of an array's dtype."""
     raise NotImplementedError("typed by Numba")
 
 
-@overload(spans_of)
-def _spans_of(array):  # type: ignore[no-untyped-def]
-    factors, values = (FACTORS, VALUES) if pieces_of(array.dtype) > 1 else (ALL, FINITE)
-    return lambda array: (factors, values)
+@overload(span_of)
+def _span_of(array):  # type: ignore[no-untyped-def]
+    span = FACTORS if pieces_of(array.dtype) > 1 else ALL
+    return lambda array: span
 
 
 def is_odd(value):  # type: ignore[no-untyped-def]
-    """Whether a number of V is odd: a float32, or the bits of a bfloat16."""
+    """Whether a number of V is not finite: a float32, or the bits of a bfloat16."""
     raise NotImplementedError("typed by Numba")
 
 
@@ -105,7 +107,7 @@ def is_odd(value):  # type: ignore[no-untyped-def]
 def _is_odd(value):  # type: ignore[no-untyped-def]
     if value is types.uint16:
         return lambda value: value & np.uint16(0x7F80) == np.uint16(0x7F80)
-    return lambda value: value != 0 and not (LEAST_VALUE <= abs(value) < np.inf)
+    return lambda value: not abs(value) < np.inf
 
 
 def all_pieces(array):  # type: ignore[no-untyped-def]

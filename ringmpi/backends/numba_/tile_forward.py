@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_tile, store_tile, zero_tile
 from .forward_tile import address
 from .pack import place_of, widen
-from .pieces import MOST_FACTOR, is_odd, spans_of, tile_size
+from .pieces import FINITE, LIFT, MOST_FACTOR, MOST_VALUE, is_odd, span_of, tile_size
 from .tile_pack import pack_interleaved, pack_rows, pack_transposed, steps
 from .tile_rows import (
     BLOCK,
@@ -47,9 +47,10 @@ from .tile_rows import (
     single_at,
     weigh_few,
 )
-from .tuples import Factors, TilePlaces, Unit
+from .tuples import Factors, Sizes, Span, TilePlaces, Unit
 from .vector import at
 
+SMALL = np.float32(2.0**-100)
 GROUP_BYTES = 2**19                         # of packed tiles that a block of rows meets one after the other
 S_SIZE = BLOCK * KEYS                       # numbers of a unit
 P_SIZE = BLOCK * KEYS
@@ -122,11 +123,11 @@ def _four(builder: Any, values: Any) -> list[Any]:
 
 
 @numba.njit(error_model="numpy")
-def pack_unit(k, v, start, n, head, slot, packed):  # type: ignore[no-untyped-def]
+def pack_unit(k, v, start, n, head, slot, packed, sizes):  # type: ignore[no-untyped-def]
     """Pack keys and values start..start+n of a head as tile number `slot`; `finite` says if none of them is odd."""
     slots = len(packed.finite)
-    factors, values = spans_of(k.array)
-    even = pack_transposed(k, start, n, head, factors, packed.keys, slot * (len(packed.keys) // slots))
+    even = pack_transposed(k, start, n, head, span_of(k.array), packed.keys, slot * (len(packed.keys) // slots))
+    values = Span(FINITE.low, FINITE.high, sizes.factor)
     even &= pack_interleaved(v, start, n, head, values, packed.values, slot * (len(packed.values) // slots),
                              STRIPS * tile_size(v.array))
     packed.finite[slot] = even
@@ -333,12 +334,42 @@ def add_odd(unit, half, head, work, v):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy")
-def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-def]
+def sizes_of(v, first, last, acc):  # type: ignore[no-untyped-def]
+    """Say how large the values of columns first..last and the sums of a state are, of float32."""
+    large = small = False
+    for j in range(first, last):
+        for h in range(v.shape[1]):
+            place = place_of(v, j, h)
+            for x in v.array[place:place + v.shape[2]]:
+                size = abs(x)
+                large |= MOST_VALUE <= size < np.inf
+                small |= 0 < size < SMALL
+    for rows in acc:
+        for row in rows:
+            for x in row:
+                size = abs(x)
+                large |= MOST_VALUE * 2**20 <= size < np.inf
+                small |= 0 < size < SMALL
+    return Sizes(np.float32(1) if large else LIFT, small and not large)
+
+
+@numba.njit(error_model="numpy")
+def round_sums(block, work, tiles):  # type: ignore[no-untyped-def]
+    """Make multiples of 2^-149 of the sums of a block of rows that stand for less than 2^-126, as a state has them."""
+    whole = np.float32(1.5 * 2.0**-94)                   # 2^-149 and 2^-126, lifted: the last digit of this is theirs
+    for i in range(2 * block * tiles * SQUARE, 2 * (block + 1) * tiles * SQUARE):
+        x = work.acc[i]
+        if abs(x) < np.float32(2.0**-94):
+            work.acc[i] = (x + whole) - whole
+
+
+@numba.njit(error_model="numpy")
+def load_tile_rows(block, state, rows, group, work, sizes):  # type: ignore[no-untyped-def]
     """Take up rows of a key head into the work space; those after the last see nothing."""
     tiles = 2 * steps(block.v.shape[2])
     height = -(-rows.n_rows // BLOCK) * BLOCK
     size = 2 * steps(block.k.shape[2]) * tile_size(block.q.array)
-    span, _ = spans_of(block.q.array)
+    span = span_of(block.q.array)
     for first in range(0, rows.n_rows, BLOCK):
         place = first // BLOCK * size
         work.queries[place:place + size] = 0
@@ -362,12 +393,12 @@ def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
         for first in range(0, len(given), ROWS):
             for c in range(min(ROWS, len(given) - first)):
-                work.acc[place + c] = given[first + c]
+                work.acc[place + c] = given[first + c] * sizes.factor
             place += SQUARE
 
 
 @numba.njit(error_model="numpy")
-def store_tile_rows(state, rows, group, work):  # type: ignore[no-untyped-def]
+def store_tile_rows(state, rows, group, work, sizes):  # type: ignore[no-untyped-def]
     """Put the work space back into the state; rows that saw nothing stay as they are."""
     tiles = 2 * steps(state.acc.shape[2])
     for r in range(rows.n_rows):
@@ -379,7 +410,7 @@ def store_tile_rows(state, rows, group, work):  # type: ignore[no-untyped-def]
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
         for first in range(0, len(row), ROWS):
             for c in range(min(ROWS, len(row) - first)):
-                row[first + c] = work.acc[place + c] + 0                   # -0 becomes 0
+                row[first + c] = work.acc[place + c] / sizes.factor + 0    # -0 becomes 0
             place += SQUARE
         state.row_sum[query, h] = work.row_sum[r]
         state.row_max[query, h] = work.row_max[r]

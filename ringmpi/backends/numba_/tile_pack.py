@@ -26,7 +26,7 @@ from .amx import DEPTH, I16, I32, ROWS, SINGLES, TILE, lanes
 from .pack import place_of
 from .pieces import joined_row, odd_singles, odd_words, split, tile_size
 from .tuples import Contiguous, Strided
-from .vector import at, constant, dtype_of, load, loop, store, unpack
+from .vector import at, constant, dtype_of, load, loop, splat, store, unpack
 
 WORD_ROW = ir.VectorType(I16, DEPTH)
 PAIR_ROW = ir.VectorType(I32, ROWS)
@@ -163,6 +163,9 @@ class _Square:
         self._builder, self._span = b, unpack(context, b, signature.args[-1], values[-1])
         self._single = dtype_of(signature.args[0], "array") == types.float32
         self._odd: Any = None
+        factor = self._span.factor               # a constant's is a double
+        single = b.fptrunc(factor, SINGLES.element) if factor.type == ir.DoubleType() else factor
+        self._factor = splat(b, single, ROWS)
         source = at(b, x.array, x.at)
         square = ir.ArrayType(ir.ArrayType(source.type.pointee, DEPTH), most)
         with b.goto_entry_block():
@@ -187,7 +190,8 @@ class _Square:
         place = at(b, self._base, b.mul(self._stride, constant(i)))
         if not self._single:
             return [self._even(load(b, place, constant(0), WORD_ROW), odd_words)]
-        halves = [split(b, self._even(load(b, place, constant(half), SINGLES), odd_singles)) for half in (0, ROWS)]
+        halves = [split(b, b.fmul(self._even(load(b, place, constant(half), SINGLES), odd_singles), self._factor))
+                  for half in (0, ROWS)]
         return [joined_row(b, low, high) for low, high in zip(*halves, strict=True)]
 
     def is_even(self) -> Any:

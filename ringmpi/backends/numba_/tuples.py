@@ -469,10 +469,21 @@ class Contiguous(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Numbers that the tile unit takes: 0, and those whose exponent e, of 8 bits, is low <= e < high."""
+    """Numbers that the tile unit takes: 0, and those whose exponent e, of 8 bits, is low <= e < high.
+
+    float32 is multiplied by `factor`, a power of 2, before it is split.
+    """
 
     low: Any
     high: Any
+    factor: Any = np.float32(1)
+
+
+class Sizes(NamedTuple):
+    """How large values are: what they are multiplied by; whether sums become multiples of 2^-149 after each unit."""
+
+    factor: Any
+    small: Any
 
 
 class Strided(NamedTuple):
