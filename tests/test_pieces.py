@@ -182,7 +182,8 @@ def test_numbers_near_the_ends_of_the_range(where, size):
     (out, lse), (plain, plain_lse) = attend(arrays, begin, end), attend(arrays, begin, end, "fma")
     want, want_lse = oracle_of(arrays, begin, end)
     most, _ = oracle_of((*arrays[:2], np.abs(arrays[2])), begin, end)
-    for mine, theirs, exact, unit in ((out, plain, want, most + 2.0**-122), (lse, plain_lse, want_lse, np.abs(want_lse))):
+    of_out, of_lse = (out, plain, want, most + 2.0**-122), (lse, plain_lse, want_lse, np.abs(want_lse))
+    for mine, theirs, exact, unit in (of_out, of_lse):
         assert np.isfinite(mine).all()
         error, other = (np.abs(y - exact) / unit for y in (mine, theirs))
         assert error.max() <= max(2e-6, 2 * other[np.isfinite(other)].max())

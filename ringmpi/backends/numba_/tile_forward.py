@@ -4,6 +4,7 @@
     unit t - 1:    P and its sums    vector units, in steps between the products of the others
     unit t - 2:    acc += P·V        tile unit
 
+In float32 the product of a unit is summed by itself before it is added to acc, so that long sums keep their digits.
 Some packed tiles, which fit the second-level cache, meet a block of rows one after the other, whose acc and Q stay in
 the first; then they meet the next block of the task. What no row of a block sees of a tile is left out, in strips of 32
 keys; what not every row of it sees is hidden in S. A unit of scores is 24 KiB, of weights 12; there are two of each.
@@ -35,6 +36,7 @@ from .tile_rows import (
     QUAD,
     SQUARE,
     STRIPS,
+    add_part,
     add_single_at,
     add_sums,
     any_shrinks,
@@ -136,9 +138,9 @@ def pack_unit(k, v, start, n, head, slot, packed, sizes):  # type: ignore[no-unt
 @numba.njit
 def places_of(work, packed, pieces):  # type: ignore[no-untyped-def]
     """Give the addresses of what a thread works on; for `pieces` see `TilePlaces`."""
-    return TilePlaces(address(work.queries), address(work.s), address(work.p), address(work.acc), address(work.tops),
-                      address(work.sums), address(work.row_max), address(work.row_sum), address(work.shrink),
-                      address(work.shift), address(work.low), address(work.high), address(packed.keys),
+    return TilePlaces(address(work.queries), address(work.s), address(work.p), address(work.acc), address(work.part),
+                      address(work.tops), address(work.sums), address(work.row_max), address(work.row_sum),
+                      address(work.shrink), address(work.shift), address(work.low), address(work.high), address(packed.keys),
                       address(packed.values), pieces)
 
 
@@ -210,7 +212,10 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
     values = places.values + weighed.slot * 2 * width * wide
     sums = places.acc + 4 * weighed.block * width * TILE_BYTES
     for c in range(width if weighed.first < weighed.last else 0):
-        load_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
+        if pieces == 1:
+            load_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
+        else:
+            zero_four()
         for j in range(weighed.first, weighed.last):
             for piece in range(pieces):
                 load_two(weights + j * size + piece * TILE_BYTES, wide)
@@ -221,7 +226,14 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
                         soften(done, scored, other, places, scale)
                         done += 1
                         credit -= slots
-        store_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
+        if pieces == 1:
+            store_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
+        else:
+            store_four(places.part + c % 2 * 4 * TILE_BYTES, 2 * TILE_BYTES)
+            if c > 0:
+                add_part(places, c - 1, 4 * weighed.block * width, 2 * width)
+    if pieces > 1 and weighed.first < weighed.last:
+        add_part(places, width - 1, 4 * weighed.block * width, 2 * width)
 
     if most:
         if slots == 0:

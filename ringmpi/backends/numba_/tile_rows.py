@@ -199,6 +199,25 @@ def scale_row(context, places, acc_at, factor, tiles):  # type: ignore[no-untype
 
 
 @intrinsic
+def add_part(context, places, column, tile, tiles):  # type: ignore[no-untyped-def]
+    """Add four tiles of `part` to acc: column pair `column` of a block of rows that begins with a tile."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        b = builder
+        v = Vectors(b, types.float32)
+        work = pointers(b, unpack(context, b, signature.args[0], values[0]))
+        column, tile, tiles = values[1:]
+        part = at(b, work.part, b.mul(b.and_(column, constant(1)), constant(4 * SQUARE)))
+        first = at(b, work.acc, b.mul(b.add(tile, b.shl(column, constant(1))), constant(SQUARE)))
+        for half, acc in enumerate((first, at(b, first, b.mul(tiles, constant(SQUARE))))):
+            with loop(b, constant(0), constant(2 * ROWS)) as i:
+                place = b.mul(i, constant(ROWS))
+                v.store(b.fadd(v.load(acc, place), v.load(at(b, part, half * 2 * SQUARE), place)), acc, place)
+        return context.get_dummy_value()
+
+    return types.void(places, column, tile, tiles), emit
+
+
+@intrinsic
 def integer_at(context, address, i):  # type: ignore[no-untyped-def]
     """Give int64 number i from an address on."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]

@@ -51,7 +51,7 @@ class TileScratch:
         self.work = TileWork(
             queries=aligned(n * packed.depth * DEPTH * pieces, np.uint16), uneven=np.zeros(n // BLOCK, np.bool_),
             s=singles(2, BLOCK, KEYS), p=aligned(2 * BLOCK * KEYS * pieces + ASIDE, np.uint16)[ASIDE:],
-            acc=singles(n // ROWS, 2 * packed.width, SQUARE),
+            acc=singles(n // ROWS, 2 * packed.width, SQUARE), part=singles(2, 4, SQUARE),
             tops=singles(BLOCK, ROWS), sums=singles(BLOCK, ROWS), row_max=singles(n), row_sum=singles(n),
             shrink=singles(2, BLOCK), shift=singles(2, BLOCK), low=aligned(n, np.int64), high=aligned(n, np.int64))
 

@@ -224,6 +224,8 @@ class TileWork(NamedTuple):
         Weights of two units, tiles of A.
     acc : float32
         Sum of weights times values: for 16 rows all their columns, in tiles of 16 × 16.
+    part : float32
+        Twice four tiles of such a sum, of one unit.
     tops, sums : float32
         Largest score and sum of weights of a block's rows, for 16 lanes each.
     row_max, row_sum : (rows,)
@@ -238,6 +240,7 @@ class TileWork(NamedTuple):
     s: Any
     p: Any
     acc: Any
+    part: Any
     tops: Any
     sums: Any
     row_max: Any
@@ -259,6 +262,7 @@ class TilePlaces(NamedTuple):
     s: Any
     p: Any
     acc: Any
+    part: Any
     tops: Any
     sums: Any
     row_max: Any
