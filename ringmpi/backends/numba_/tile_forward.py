@@ -140,8 +140,8 @@ def places_of(work, packed, pieces):  # type: ignore[no-untyped-def]
     """Give the addresses of what a thread works on; for `pieces` see `TilePlaces`."""
     return TilePlaces(address(work.queries), address(work.s), address(work.p), address(work.acc), address(work.part),
                       address(work.tops), address(work.sums), address(work.row_max), address(work.row_sum),
-                      address(work.shrink), address(work.shift), address(work.low), address(work.high), address(packed.keys),
-                      address(packed.values), pieces)
+                      address(work.shrink), address(work.shift), address(work.low), address(work.high),
+                      address(packed.keys), address(packed.values), pieces)
 
 
 @numba.njit
