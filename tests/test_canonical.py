@@ -62,6 +62,18 @@ def test_same_bits_on_tiles(mask):
 
 
 @needs_tiles
+@pytest.mark.parametrize("mask", MASKS)
+def test_same_bits_in_pieces(mask):
+    """float32, with numbers that do not go in pieces, in queries, keys and values, among many that do."""
+    problem = Problem("float32", mask, seed=MASKS.index(mask))
+    problem.q[[3, 500]] *= np.float32(1e20)
+    problem.k[[100, 1290], 1] *= np.float32(-1e20)
+    problem.v[[5, 700], 0] *= np.float32(1e-25)
+    problem.v[333, 1, 3] = np.inf
+    check_sizes(problem, one_of, (2, 3, 7), products="auto")
+
+
+@needs_tiles
 @pytest.mark.parametrize("case", [{"lengths": (5, 3000)}, {"lengths": (700, 1)}, {"dims": (70, 33)}, {"heads": (7, 7)}],
                          ids=str)
 def test_tiles(case):

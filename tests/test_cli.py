@@ -197,6 +197,7 @@ def test_run_options_do_what_they_say(capsys):
         record = json.loads(Path("r.json").read_text())
         assert record["bfloat16_products"] == ("widen" if products == "widen" or amx.missing() else "tiles")
         assert record["options"]["bfloat16_products"] == products
+        assert record["float32_products"] == ("fma" if amx.missing() else "pieces")
     assert code("attend", "in.h5", "o.h5", "--force", "--backend", "numpy", "--bfloat16-products", "pairs") == 4
     assert "'pairs' is not there on rank 0" in capsys.readouterr().err
     for backend in ("numpy", "numba"):

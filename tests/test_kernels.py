@@ -13,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 
-from ringmpi.backends import open_backend
+from ringmpi.backends import base, open_backend
 from ringmpi.backends.numba_ import amx, vector
 from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.forward_tile import forward_tile_shape
@@ -24,6 +24,8 @@ from ringmpi.softmax import State, combine, finish
 
 HERE = Path(__file__).parent
 NARROW = {"AVX2": "haswell", "SSE": "x86-64"}
+WITHOUT = {name: {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""} for name, cpu in NARROW.items()}
+WITHOUT["no tiles"] = {"RINGMPI_CPU_TILES": "0"}
 
 
 def attend(q, k, v, begin, end, scale, threads=2, blocks=1, products="auto"):
@@ -75,12 +77,12 @@ def ranges(kind, n_q, n_k, seed=0):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("width", NARROW)
+@pytest.mark.parametrize("width", WITHOUT)
 def test_narrower_vectors_pass_the_same_tests(width):
     """The parity tests again, compiled for another CPU; its features alone, so that nothing wider slips in."""
     if os.uname().machine != "x86_64":
         pytest.skip("names of x86 CPUs")
-    environment = os.environ | {"NUMBA_CPU_NAME": NARROW[width], "NUMBA_CPU_FEATURES": ""}
+    environment = os.environ | WITHOUT[width]
     tests = [str(HERE / "test_backends.py"), f"{HERE / 'test_kernels.py'}::test_shapes_around_tiles",
              f"{HERE / 'test_canonical.py'}::test_score_functions_and_sinks"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not numpy", "-p", "no:cacheprovider", *tests]
@@ -262,6 +264,18 @@ def test_kernels_count_no_references(n_q):
 BOUND = {"float32": 1e-6, "float64": 1e-14}      # largest absolute error
 
 
+@pytest.fixture(params=["pieces", "fma"])
+def way(request, monkeypatch):
+    """How float32 is multiplied, where it matters in which way: else as the CPU can."""
+    if request.param == "pieces" and amx.missing():
+        pytest.skip(f"no tiles: {amx.missing()}")
+    dtype = request.node.callspec.params.get("dtype", "float32")
+    if request.param == "pieces" and (dtype != "float32" or request.node.callspec.params.get("n_q", 300) < 200):
+        pytest.skip("not in pieces")
+    monkeypatch.setattr(base, "choose_float32", lambda ways: request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n_q", [4, 300])
 def test_accuracy(dtype, n_q):
@@ -271,6 +285,7 @@ def test_accuracy(dtype, n_q):
     assert np.abs(out - want).max() < BOUND[dtype]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("n_q", [4, 300])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kind", ["huge key", "equal keys", "cancelling values", "large scores"])
@@ -349,24 +364,26 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_see(dtype):
         assert x[same].tobytes() == y[same].tobytes()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_numbers_that_are_not_finite_among_many_keys(bad, where):
     """In the first tile or later, met by a whole group of rows, by some of it or by none."""
     for place in (0, 70, 700):
-        arrays = dict(zip("qkv", data(13, 150, 1100, 1, 1, 24, 20, "float32"), strict=True))
-        arrays[where][place % 150, 0, 3] = bad
-        begin, end = np.zeros(150, int), np.full(150, 1100)
+        arrays = dict(zip("qkv", data(13, 250, 1100, 1, 1, 24, 20, "float32"), strict=True))
+        arrays[where][place % 250, 0, 3] = bad
+        begin, end = np.zeros(250, int), np.full(250, 1100)
         begin[:50] = place + 1
         begin[50:100:5] = place + 1
         check(**arrays, begin=begin, end=end)
 
 
+@pytest.mark.usefixtures("way")
 def test_long_sums_keep_their_digits():
     """Values that do not cancel: a plain float32 sum over as many keys would lose two digits."""
     q, k, v = data(10, 3, 200_000, 1, 1, 8, 8, "float32")
     v += 10
-    for n in (3, 200):
+    for n in (3, 250):
         rows = np.repeat(q, 100, axis=0)[:n]
         out, _ = attend(rows, k, v, np.zeros(n, int), np.full(n, len(k)), 0.1)
         want, _ = oracle.attend(q, k, v, np.ones((3, len(k)), bool), 0.1)
@@ -447,6 +464,7 @@ def test_the_cache_knows_every_source(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 1e9), ("float32", 1e30), ("float64", 1e18),
                                              ("bfloat16", 1e12)])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("n_q", [3, 300])
 def test_scores_beyond_any_exponent(dtype, size, n_q):
     """The largest score's weight is 1 however large it is, and lse is that score."""

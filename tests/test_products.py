@@ -9,7 +9,7 @@ import pytest
 from ringmpi import BackendError, OptionError
 from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import amx, vector
-from ringmpi.backends.products import PRODUCTS, bits, choose, wish
+from ringmpi.backends.products import FLOAT32_PRODUCTS, PRODUCTS, bits, choose, choose_float32, wish
 from ringmpi.commands import options
 from ringmpi.environment import BFLOAT16_PRODUCTS
 
@@ -26,6 +26,17 @@ def test_what_all_ranks_have_is_chosen():
         choose("tiles", [ALL, bits(["widen", "pairs"])])
     with pytest.raises(BackendError, match="'pairs' is not there on rank 1: expected a CPU with AVX512_BF16"):
         choose("pairs", [ALL, WIDEN])
+
+
+def test_float32_goes_in_pieces_where_all_ranks_have_tiles():
+    """Whatever is asked for of bfloat16."""
+    assert FLOAT32_PRODUCTS == ("pieces", "fma")
+    assert choose_float32([ALL, bits(["tiles"])]) == choose_float32(np.array([ALL] * 2)) == "pieces"
+    assert choose_float32([ALL, WIDEN]) == choose_float32([bits(["pairs", "widen"])]) == "fma"
+    backend = open_backend("numpy", 1)
+    assert backend.float32_products == "fma"
+    backend.settle("widen", [ALL, ALL])
+    assert (backend.products, backend.float32_products) == ("widen", "pieces")
 
 
 def test_the_caller_is_heard_before_the_variable(monkeypatch):
@@ -48,7 +59,7 @@ def test_numba_has_what_the_cpu_has():
     backend = open_backend("numba", 1)
     tiles = [] if amx.missing() else ["tiles"]
     assert backend.ways == bits(["widen", *tiles, *["pairs"] * vector.machine().pairs])
-    assert backend.products == "widen"
+    assert (backend.products, backend.float32_products) == ("widen", "fma")
     backend.close()
     assert open_backend("numpy", 1).ways == WIDEN
 

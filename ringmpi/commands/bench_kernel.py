@@ -47,9 +47,13 @@ def measure_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]]
         case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
         for direction in arguments.passes:
             rows += _compare(case, direction, backends, threads, arguments, memory)
+    more: dict[str, Any] = {"compile_seconds": compile_seconds}
+    if "numba" in backends:
+        more |= {"bfloat16_products": backends["numba"].products,
+                 "float32_products": backends["numba"].float32_products}
     for backend in backends.values():
         backend.close()
-    return rows, {"compile_seconds": compile_seconds}
+    return rows, more
 
 
 def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int, arguments: argparse.Namespace,

@@ -103,14 +103,15 @@ def gather_report(run: Run, sizes: Sizes, attention: RingAttention) -> Report:
 def make_record(ranks: int, attention: RingAttention, options: Options, command: str) -> dict[str, Any]:
     """Say how a result was made, for OUT.h5 and the JSON record. Local.
 
-    With GPUs: which, by rank, and how K and V got from one to the next. Without: how bfloat16 was multiplied, which
-    GPUs do in one way only.
+    With GPUs: which, by rank, and how K and V got from one to the next. Without: how bfloat16 was multiplied, and
+    float32, which GPUs do in one way only.
     """
     record = {"ringmpi": __version__, "command": command, "ranks": ranks,
               "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               "backend": attention.backend.name, "grid": str(attention.schedule), "options": asdict(options)}
     if not attention.backend.device:
         record["bfloat16_products"] = attention.backend.products
+        record["float32_products"] = attention.backend.float32_products
     if attention.transport is not None:
         record |= {"gpus": attention.gpus, "gpu_transport": attention.transport.name,
                    "gpu_transport_reason": attention.transport.reason}

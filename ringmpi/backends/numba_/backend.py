@@ -43,9 +43,11 @@ from .compiled import (
     pack_forward,
     pack_tiles_backward,
     pack_units,
+    survey_values,
 )
 from .forward import Forward
 from .forward_units import ForwardUnits
+from .pieces import MOST_SCALE, pieces_in
 from .product import ROWS
 from .seen import Seen, SeenBefore
 from .steps import Limits
@@ -55,6 +57,7 @@ from .tuples import (
     GradientArrays,
     KeySums,
     RowRange,
+    Sizes,
     StateArrays,
     TileScore,
     forward_numbers,
@@ -108,7 +111,7 @@ class NumbaBackend(Backend):
     def describe(cls) -> str:
         """Describe Numba and this machine's vectors; see `Backend.describe`. Local."""
         pairs = ", bfloat16 pairs" if machine().pairs else ""
-        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles"
+        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles, float32 in pieces on them"
         return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
@@ -118,7 +121,7 @@ class NumbaBackend(Backend):
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
-            on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score)
+            on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score, backward)
             if backward and on_tiles:
                 _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
             if backward and not (on_tiles and plain):                         # other scores are not for tiles
@@ -135,7 +138,7 @@ class NumbaBackend(Backend):
             block = self._arguments(state.acc.dtype, q, k, v, seen, score)
             rest = block, _limits(), state, self.canonical, seen.cuts
             if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or not _is_few(block)):
-                units = self._reserve_units(q.shape[2], v.shape[2])
+                units = self._reserve_units(q.shape[2], v.shape[2], pieces_in(q.dtype))
                 return ForwardUnits(self._team, units, self._tile_scratch, *rest).run()
             packed = self._reserve_forward(block)
             return Forward(self._team, packed, self._scratch, *rest).run()
@@ -183,7 +186,7 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score) else None
+            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score, True) else None
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
@@ -224,14 +227,16 @@ class NumbaBackend(Backend):
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, seen, score, pairs and q.shape[2] % 2 == 0)
 
-    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
+    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score, backward: bool = False) -> bool:
         """Whether the CPU's tiles multiply: for scores that are plain or capped, a matter that all ranks agree on.
 
-        Not those of scale 0, with which an infinite product is NaN.
+        Not those of scale 0, with which an infinite product is NaN. float32 only forward; see `pieces` for its scales.
         """
-        if self.products != "tiles" or score.positional or score.scale == 0:
+        if score.positional or score.scale == 0 or acc_dtype != np.float32:
             return False
-        return bool(dtype == BFLOAT16 and acc_dtype == np.float32)
+        if dtype == np.float32:
+            return self.float32_products == "pieces" and not backward and abs(score.scale) <= MOST_SCALE
+        return bool(self.products == "tiles" and dtype == BFLOAT16)
 
     @property
     def _tile(self) -> int:
@@ -250,7 +255,7 @@ class NumbaBackend(Backend):
         return self._packed
 
     def _reserve_units(self, *key: int) -> PackedTiles:
-        """Make the work space of the tile unit for blocks with this dim and dim_v, unless the last one was."""
+        """Make the work space of the tile unit for blocks with this dim, dim_v and pieces, unless the last one was."""
         if self._units is None or self._units_key != key:
             self._tile_scratch = []      # the old memory goes before the new comes
             self._units = None
@@ -338,12 +343,16 @@ def _prepare_tiles_backward(block: KernelArguments) -> None:
 def _prepare_units(block: KernelArguments) -> None:
     """Compile the forward pass on the tile unit for a block of one key and one query."""
     arrays = block.arrays
-    scratch = TileScratch(arrays.k.shape[2], arrays.v.shape[2])
-    tiles = PackedTiles(arrays.k.shape[2], arrays.v.shape[2]).reserve(1, 1)
-    compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles)
+    key = arrays.k.shape[2], arrays.v.shape[2], pieces_in(arrays.k.array.dtype)
+    scratch = TileScratch(*key)
+    tiles = PackedTiles(*key).reserve(1, 1)
+    sizes = Sizes(np.float32(1), False)
+    compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles, sizes)
     state = State.empty(1, 1, arrays.v.shape[2], block.acc_dtype)
     numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), arrays, tiles, scratch.work)
-    compile_for(forward_units, numbers, block.capping, ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]))
+    if key[2] > 1:
+        compile_for(survey_values, arrays.v, 0, 1, state.acc)
+    compile_for(forward_units, numbers, block.capping, ranges_of([(RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1))]), sizes)
 
 
 def _prepare_backward(block: KernelArguments) -> None:

@@ -22,6 +22,7 @@ from . import (
     few_rows,
     forward_tile,
     pack,
+    pieces,
     product,
     score_rows,
     softmax_rows,
@@ -50,9 +51,22 @@ from .forward_tile import (
     work_from,
 )
 from .pack import lanes, pack_keys, pack_values
+from .pieces import all_pieces, tile_size
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
-from .tile_forward import GROUP_BYTES, add_odd, advance, load_tile_rows, pack_unit, places_of, store_tile_rows, unit_of
+from .tile_forward import (
+    GROUP_BYTES,
+    add_odd,
+    advance,
+    factors_of,
+    load_tile_rows,
+    pack_unit,
+    places_of,
+    round_sums,
+    sizes_of,
+    store_tile_rows,
+    unit_of,
+)
 from .tile_gradients import (
     differentiate_packed,
     find_seen,
@@ -77,7 +91,8 @@ from .tuples import (
 )
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
-           backward_tile, amx, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
+           backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows,
+           tile_gradients)
 
 
 def _digest() -> str:
@@ -244,14 +259,19 @@ def _forward(digest: str) -> tuple[Any, ...]:
 def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
     """Make the functions of the forward pass on the tile unit, as `_forward` does."""
 
-    def pack_units(k, v, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+    def survey_values(v, first, last, acc):  # type: ignore[no-untyped-def]
+        """Give the factor of values and sums for `pack_units` and `forward_units`, and whether some are small."""
+        digest                          # noqa: B018
+        return sizes_of(v, first, last, acc)
+
+    def pack_units(k, v, start, stop, first, last, packed, sizes):  # type: ignore[no-untyped-def]
         """Pack tiles first..last of columns start..stop, counted head by head, for `forward_units`."""
         digest                          # noqa: B018
         for slot in range(first, last):
             at = start + slot % packed.tiles * packed.tile
-            pack_unit(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
+            pack_unit(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed, sizes)
 
-    def forward_units(numbers, capping, ranges):  # type: ignore[no-untyped-def]
+    def forward_units(numbers, capping, ranges, sizes):  # type: ignore[no-untyped-def]
         """Do what `forward_keys` does, for rows of one head each, on the tile unit; `capping` is (scale / cap, cap)."""
         digest                          # noqa: B018
         state = StateArrays(*numbers[:3])
@@ -263,19 +283,19 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
         for x in ranges:
             rows, columns = RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0)
             if columns.fresh:
-                load_tile_rows(block, state, rows, group, work)
+                load_tile_rows(block, state, rows, group, work, sizes)
 
-            places = places_of(work, packed)
+            places, factors = places_of(work, packed, all_pieces(block.k.array)), factors_of(block, rows, group)
             scale = max(block.scale, np.float32(1e-45))               # 0 · -inf would be NaN
             depth, width = steps(block.k.shape[2]), steps(block.v.shape[2])
             a, b = visible(work.low, work.high, rows.n_rows, columns.start, columns.stop)
             a -= (a - columns.origin) % packed.tile
             tiles, blocks = -(-(b - a) // packed.tile), -(-rows.n_rows // BLOCK)
-            together = max(1, GROUP_BYTES // (KEYS * 2 * DEPTH * (depth + width)))
+            together = max(1, GROUP_BYTES // (KEYS // DEPTH * 4 * tile_size(block.k.array) * (depth + width)))
 
             # Some tiles that fit the cache, with a block of rows after the other; two steps more until all is done.
             configure()
-            none = Unit(0, 0, 0, 0, 0, False)
+            none = Unit(0, 0, 0, 0, 0, False, False)
             scored = weighed = none
             number = 0
             for i in range(tiles * blocks + 2):
@@ -286,20 +306,23 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
                     inside = i - first * blocks
                     at = a + (first + inside % size) * packed.tile
                     slot = rows.head * packed.tiles + (at - columns.origin) // packed.tile
-                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot)
+                    odd = work.uneven[inside // size] or not packed.finite[slot]
+                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot, odd)
                     if new.first == new.last:
                         continue
-                advance(new, scored, weighed, number, places, depth, width, scale, capping)
+                advance(new, scored, weighed, number, places, factors, depth, width, scale, capping)
                 if weighed.first < weighed.last and not packed.finite[weighed.slot]:
                     add_odd(weighed, number % 2, rows.head, work, block.v)
+                if sizes.small and weighed.first < weighed.last:
+                    round_sums(weighed.block, work, 2 * width)
                 weighed, scored = scored, new
                 number += 1
             release()
 
             if columns.final:
-                store_tile_rows(state, rows, group, work)
+                store_tile_rows(state, rows, group, work, sizes)
 
-    return pack_units, forward_units
+    return survey_values, pack_units, forward_units
 
 
 def _backward(digest: str) -> tuple[Any, ...]:
@@ -424,5 +447,5 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
 
 
 (pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums,
- pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
+ survey_values, pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
     _forward(_digest()) + _backward(_digest()) + _forward_on_tiles(_digest()) + _backward_on_tiles(_digest()))

@@ -5,30 +5,40 @@ Calls of few rows read keys where they are, and memory is the limit: they go the
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .compiled import forward_units, pack_units
+from .compiled import forward_units, pack_units, survey_values
 from .forward import Forward
-from .steps import TILE_SPEED
+from .steps import PIECES_SPEED, TILE_SPEED
 from .tile_rows import BLOCK
-from .tuples import ForwardTiles, StateArrays, forward_numbers
+from .tile_workspace import PackedTiles
+from .tuples import ForwardTiles, Sizes, StateArrays, forward_numbers
 
 
 class ForwardUnits(Forward):
     """The loop of `Backend.accumulate` over one block of many rows, with `PackedTiles` and a `TileScratch` a thread."""
 
+    packed: PackedTiles
     rows_together = BLOCK
-    speed = TILE_SPEED
+
+    def run(self) -> Generator[int, None, None]:
+        """Fold the block into the state; yields rows × keys done since the last yield."""
+        self.speed = TILE_SPEED if self.packed.pieces == 1 else PIECES_SPEED
+        self.sizes = Sizes(np.float32(1), False)
+        if self.packed.pieces > 1:
+            self.sizes = Sizes(*survey_values(self.block.arrays.v, self.block.first, self.block.last, self.state.acc))
+        return super().run()
 
     def _is_few(self) -> bool:
         return False
 
     def _pack(self, start: int, stop: int, first: int, last: int, tiles: ForwardTiles, thread: int) -> None:
-        pack_units(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
+        pack_units(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles, self.sizes)
 
     def _fold(self, state: StateArrays, ranges: NDArray[np.int64], tiles: Any, thread: int) -> None:
         forward_units(forward_numbers(state, self.block.arrays, tiles, self.scratch[thread].work), self.block.capping,
-                      ranges)
+                      ranges, self.sizes)

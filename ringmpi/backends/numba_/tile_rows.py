@@ -1,7 +1,7 @@
 """Scores to weights for the tile unit: rows of a block of 32, four at a time, in pieces that go between its products.
 
 The vector units make weights of one unit's scores while the tile unit multiplies for others, so the softmax comes in
-steps: `find_tops` once a strip of scores is there, `raise_block` once all are; `weigh_quad` makes weights of four rows
+steps: `find_tops` once a strip of scores is there, `raise_block` once all are; `weigh_few` makes weights of a few rows
 for a strip, between products; `add_sums` adds up. `hide` and `cap_scores` go over scores before, where they must.
 
 What is subtracted from a row's scores is `ABOVE` more than the largest of the keys where it was last raised, and stays
@@ -22,10 +22,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from .amx import DEPTH, I16, I64, ROWS, TILE, to_row
+from .pieces import joined_row, split
 from .tuples import TilePlaces
 from .vector import Vectors, at, constant, loop, store, unpack
 
-QUAD = 4                    # rows that go side by side
+QUAD = 4                    # rows that go side by side; PAIR where weights go in pieces, which takes more registers
+PAIR = 2
 BLOCK = 2 * ROWS            # rows of a block: two tiles
 KEYS = 192                  # keys of a unit: as in canonical order
 STRIPS = KEYS // DEPTH      # of 32 keys
@@ -82,8 +84,10 @@ def raise_block(context, places, row, line, scale):  # type: ignore[no-untyped-d
 
 
 @intrinsic
-def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
-    """Weights of QUAD rows from row `in_block` of a block on, for a strip of keys: rounded in p, added to the sums.
+def weigh_few(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
+    """Weights of QUAD or PAIR rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
+
+    In p they are rounded, or in pieces.
 
     The scaled score is rounded as the maximum was, so that it gives no more than 1, however large.
     """
@@ -95,13 +99,18 @@ def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # ty
         scale = v.splat(scale)
         offset = b.add(s_at, b.mul(strip, constant(2 * SQUARE)))
         scores = [at(b, place, offset) for place in _score_rows(b, work.s, in_block)]
-        weights = at(b, _weight_row(b, work.p, in_block), b.add(p_at, b.mul(strip, constant(TILE))))
+        pieces = signature.args[0].types[TilePlaces._fields.index("pieces")].count
+        weights = at(b, _weight_row(b, work.p, in_block, pieces), b.add(p_at, b.mul(strip, constant(pieces * TILE))))
         sums = _sums(b, work.sums, in_block)
         shift = at(b, at(b, work.shift, line), in_block)
-        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD)]
-        for i in range(QUAD):
+        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD if pieces == 1 else PAIR)]
+        for i in range(QUAD if pieces == 1 else PAIR):
             halves = [v.exp(b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
-            store(b, to_row(b, *halves), weights, constant(i * DEPTH))
+            if pieces == 1:
+                store(b, to_row(b, *halves), weights, constant(i * DEPTH))
+            else:
+                for piece, pair in enumerate(zip(*(split(b, half) for half in halves), strict=True)):
+                    store(b, joined_row(b, *pair), weights, constant(piece * TILE + i * DEPTH))
             v.store(b.fadd(v.load(sums[i]), b.fadd(*halves)), sums[i])
         return context.get_dummy_value()
 
@@ -190,6 +199,25 @@ def scale_row(context, places, acc_at, factor, tiles):  # type: ignore[no-untype
 
 
 @intrinsic
+def add_part(context, places, column, tile, tiles):  # type: ignore[no-untyped-def]
+    """Add four tiles of `part` to acc: column pair `column` of a block of rows that begins with a tile."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        b = builder
+        v = Vectors(b, types.float32)
+        work = pointers(b, unpack(context, b, signature.args[0], values[0]))
+        column, tile, tiles = values[1:]
+        part = at(b, work.part, b.mul(b.and_(column, constant(1)), constant(4 * SQUARE)))
+        first = at(b, work.acc, b.mul(b.add(tile, b.shl(column, constant(1))), constant(SQUARE)))
+        for half, acc in enumerate((first, at(b, first, b.mul(tiles, constant(SQUARE))))):
+            with loop(b, constant(0), constant(2 * ROWS)) as i:
+                place = b.mul(i, constant(ROWS))
+                v.store(b.fadd(v.load(acc, place), v.load(at(b, part, half * 2 * SQUARE), place)), acc, place)
+        return context.get_dummy_value()
+
+    return types.void(places, column, tile, tiles), emit
+
+
+@intrinsic
 def integer_at(context, address, i):  # type: ignore[no-untyped-def]
     """Give int64 number i from an address on."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -207,10 +235,21 @@ def single_at(context, address, i):  # type: ignore[no-untyped-def]
     return types.float32(address, i), emit
 
 
+@intrinsic
+def add_single_at(context, address, i, x):  # type: ignore[no-untyped-def]
+    """Add to float32 number i from an address on."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        place = at(builder, builder.inttoptr(values[0], ir.FloatType().as_pointer()), values[1])
+        builder.store(builder.fadd(builder.load(place), values[2]), place)
+        return context.get_dummy_value()
+
+    return types.void(address, i, x), emit
+
+
 def pointers(builder: ir.IRBuilder, places: TilePlaces) -> TilePlaces:
     """Make pointers of addresses."""
     words = {"queries": I16, "p": I16, "keys": I16, "values": I16, "low": I64, "high": I64}
-    return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer())
+    return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer()) if name != "pieces" else x
                         for name, x in zip(TilePlaces._fields, places, strict=True)))
 
 
@@ -222,11 +261,11 @@ def _score_rows(builder: ir.IRBuilder, s: Any, in_block: Any) -> list[Any]:
     return [at(b, first, i * ROWS) for i in range(QUAD)]
 
 
-def _weight_row(builder: ir.IRBuilder, p: Any, in_block: Any) -> Any:
-    """Give where a row of weights begins; a strip is TILE numbers further on."""
+def _weight_row(builder: ir.IRBuilder, p: Any, in_block: Any, pieces: int) -> Any:
+    """Give where a row of weights begins; a strip is `pieces` tiles further on."""
     b = builder
     half, row = b.lshr(in_block, constant(4)), b.and_(in_block, constant(ROWS - 1))
-    return at(b, p, b.add(b.mul(half, constant(STRIPS * TILE)), b.mul(row, constant(DEPTH))))
+    return at(b, p, b.add(b.mul(half, constant(STRIPS * pieces * TILE)), b.mul(row, constant(DEPTH))))
 
 
 def _sums(builder: ir.IRBuilder, sums: Any, in_block: Any) -> Sequence[Any]:

@@ -210,18 +210,22 @@ class ForwardWork(NamedTuple):
 class TileWork(NamedTuple):
     """What a thread works on in the forward pass on the tile unit, made by `tile_workspace.TileScratch`.
 
-    Rows are in blocks of 32. All arrays but the last two have one axis; tiles are 1 KiB, see `amx`.
+    Rows are in blocks of 32. All arrays have one axis; tiles are 1 KiB, see `amx`; float32 has three of Q and weights.
 
     Attributes
     ----------
     queries : uint16
         Tiles of A: for 16 rows all their depth.
+    uneven : (blocks,) bool
+        Whether there are odd numbers in a block's rows of Q.
     s : float32
         Scores of two units: for 16 rows all their keys, in tiles of 16 × 16.
     p : uint16
         Weights of two units, tiles of A.
     acc : float32
         Sum of weights times values: for 16 rows all their columns, in tiles of 16 × 16.
+    part : float32
+        Twice four tiles of such a sum, of one unit.
     tops, sums : float32
         Largest score and sum of weights of a block's rows, for 16 lanes each.
     row_max, row_sum : (rows,)
@@ -232,9 +236,11 @@ class TileWork(NamedTuple):
     """
 
     queries: Any
+    uneven: Any
     s: Any
     p: Any
     acc: Any
+    part: Any
     tops: Any
     sums: Any
     row_max: Any
@@ -248,13 +254,15 @@ class TileWork(NamedTuple):
 class TilePlaces(NamedTuple):
     """Addresses of the arrays of a `TileWork` and of `ForwardTiles`, int64.
 
-    Numba counts references to the arrays that a function is given, which takes longer than a unit's products.
+    Numba counts references to the arrays that a function is given, which takes longer than a unit's products. `pieces`
+    is a tuple of as many numbers as a tile has pieces: their count is part of its type, which kernels are compiled for.
     """
 
     queries: Any
     s: Any
     p: Any
     acc: Any
+    part: Any
     tops: Any
     sums: Any
     row_max: Any
@@ -265,6 +273,24 @@ class TilePlaces(NamedTuple):
     high: Any
     keys: Any
     values: Any
+    pieces: Any
+
+
+class Factors(NamedTuple):
+    """Where Q and K of a key head are: the addresses of their first numbers, and elements from a token to the next.
+
+    Row r is query (first + r) // group of member (first + r) % group, whose numbers begin `q_head` elements after
+    those of the member before; a query and a key have `dim`.
+    """
+
+    q: Any
+    q_token: Any
+    q_head: Any
+    k: Any
+    k_token: Any
+    dim: Any
+    first: Any
+    group: Any
 
 
 class Unit(NamedTuple):
@@ -278,6 +304,8 @@ class Unit(NamedTuple):
         Strips of 32 keys that some row sees something of; first == last: there is no unit.
     partial : bool
         Whether some row does not see all of them.
+    odd : bool
+        Whether some of its scores are of numbers that are not in the tiles.
     """
 
     block: Any
@@ -286,6 +314,7 @@ class Unit(NamedTuple):
     first: Any
     last: Any
     partial: Any
+    odd: Any
 
 
 class BackwardWork(NamedTuple):
@@ -441,6 +470,24 @@ class Contiguous(NamedTuple):
 
     array: Any
     at: Any
+
+
+class Span(NamedTuple):
+    """Numbers that the tile unit takes: 0, and those whose exponent e, of 8 bits, is low <= e < high.
+
+    float32 is multiplied by `factor`, a power of 2, before it is split.
+    """
+
+    low: Any
+    high: Any
+    factor: Any = np.float32(1)
+
+
+class Sizes(NamedTuple):
+    """How large values are: what they are multiplied by; whether sums become multiples of 2^-149 after each unit."""
+
+    factor: Any
+    small: Any
 
 
 class Strided(NamedTuple):
