@@ -36,7 +36,7 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
             "batch": batch, "heads": heads, "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3],
             "dtype": str(call.q.dtype), "accumulator": str(plan.accumulator), "seed": call.seed,
             "sinks (by their digest)": sinks, "backend": " and ".join(sorted(backends)),
-            "bfloat16_products": engine.backend.products,
+            "bfloat16_products": engine.backend.products, "float32_products": engine.backend.float32_products,
             **{f"{name} (by its fingerprint)": value for name, value in zip("qkv", prints, strict=True)}}
 
 
