@@ -204,6 +204,15 @@ def node_memory() -> tuple[int, str]:
     return slurm_memory() or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "its memory")
 
 
+def shared_bytes() -> int:
+    """Give the bytes of this process's resident memory that are of files: processes of a node share them. Local."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def slurm_memory() -> tuple[int, str] | None:
     """Give the bytes that Slurm gives this job on this node, and the variables that say so; None if none do. Local."""
     for name, count in (("SLURM_MEM_PER_NODE", ""), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),

@@ -59,9 +59,9 @@ def test_earlier_ones_of_the_same_problem_go(tmp_path):
     make(folder, complete=False)
     last = make(folder)
     assert set(names(folder)) == {last.name} | kept
-    clear(folder, ONE, last)
+    clear(folder, ONE)
     assert set(names(folder)) == kept
-    clear(folder, OTHER, newest(folder, OTHER))
+    clear(folder, OTHER)
     assert not folder.exists()
 
 
@@ -69,11 +69,11 @@ def test_what_is_left_half_written_goes_when_the_result_is_there(tmp_path):
     folder = tmp_path / "c"
     left = make(folder, complete=False)
     (left / ".00001.state.0123456789ab.tmp").touch()
-    clear(folder, ONE, None)
+    clear(folder, ONE)
     assert not folder.exists()
     left = make(folder, complete=False)
     (left / "mine").touch()                     # something that is not ours stays
-    clear(folder, ONE, None)
+    clear(folder, ONE)
     assert names(left) == ["mine"]
 
 
@@ -118,7 +118,7 @@ def test_an_error_after_the_manifest_takes_nothing_away(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(generations, "generations_of", fail)
         made.publish({"problem": {}, "placement": {}, "shards": [shard]})
-        clear(folder, ONE, made.path)
+        clear(folder, ONE)
     made.discard(0)
     read_manifest(made.path).verify(0)
     assert newest(folder, ONE) == made.path

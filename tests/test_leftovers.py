@@ -77,13 +77,22 @@ def test_without_a_result_nothing_is_left(path, tmp_path):
 
 
 def test_an_output_of_another_name_keeps_its_shards(path):
-    """A renamed one, and one whose name does not say what it is."""
-    path.rename(path.with_name("renamed"))
-    write(path, "0" * 12, publish=True)
-    path.rename(path.with_name("other.h5"))
+    """A renamed one, one whose name does not say what it is, and one that is hidden."""
+    for number, name in enumerate(("renamed", "other.h5", ".hidden.h5")):
+        write(path, str(number) * 12, publish=True)
+        path.rename(path.with_name(name))
     assert main(["clean", str(path), "--older-than", "0"]) == 0
-    for name in ("renamed", "other.h5"):
+    for name in ("renamed", "other.h5", ".hidden.h5"):
         verify(path.with_name(name))
+
+
+def test_an_output_that_is_hidden_itself(tmp_path):
+    path = tmp_path / ".out.h5"
+    write(path, OLD[0], publish=False)
+    write(path, OLD[1], publish=True)
+    assert [found.path.name for found in find_leftovers(path)] == [OLD[0]]
+    assert main(["clean", str(path), "--older-than", "0"]) == 0
+    verify(path)
 
 
 @pytest.mark.parametrize("name", ["out.h5", "other.h5"])

@@ -109,6 +109,12 @@ def test_a_file_that_is_there(source, tmp_path):
     result = together(2, source, tmp_path / "out.h5", "--force", folder=tmp_path)
     assert result.code == 0, result.text
     assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
+    attend(source, tmp_path / "out.h5", "--force")          # of shards
+    assert list(tmp_path.glob("out.h5.shards/*/*.h5"))
+    result = together(2, source, tmp_path / "out.h5", "--force", folder=tmp_path)
+    assert result.code == 0, result.text
+    assert not (tmp_path / "out.h5.shards").exists()
+    assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
 
 
 @parallel

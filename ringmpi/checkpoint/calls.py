@@ -50,17 +50,14 @@ class Kept:
     folder : path
     problem : str
         What it is of; see `identity.name_of`.
-    newest : path, optional
-        The newest generation that the call has written, or gone on from.
     """
 
     folder: Path
     problem: str
-    newest: Path | None
 
     def clear(self) -> None:
         """Remove it. One rank."""
-        clear(self.folder, self.problem, self.newest)
+        clear(self.folder, self.problem)
 
 
 @dataclass
@@ -181,7 +178,7 @@ class ResumableCall:
         """What is kept of the call, as far as it knows. Local."""
         if self._keeping is None or "problem" not in self._search.content:
             return None
-        return Kept(self._keeping.folder, name_of(self._search.content["problem"]), self.saver.newest)
+        return Kept(self._keeping.folder, name_of(self._search.content["problem"]))
 
     def _generation(self) -> Generation | None:
         return self._search.generation(self.saver.problem)

@@ -23,6 +23,7 @@ from .folded import Folded
 
 NONE = np.empty(0, np.int64)
 MOST_BLOCKS = 2**17            # as many as ranks
+MOST_TABLE_BYTES = 2**26       # of what is left for the rows of a rank
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,16 @@ class Moved:
         for number in range(rank, before.q_layout.size, size):
             generation.verify(number)
         tables: list[Integers] = []
+        taken = 0
         for number in range(before.q_layout.size):
             below = before.q_layout.count_below(self._positions, number)
             rows = np.flatnonzero(before.q_layout.count_below(self._positions + 1, number) > below)
             if not len(rows):
                 continue
+            taken += 16 * before.groups[number] * before.blocks.size
+            if taken > MOST_TABLE_BYTES:
+                raise ShardError(f"{generation.path}: expected at most {MOST_TABLE_BYTES:,} bytes of what is left to a "
+                                 "rank, got more: go on with the ranks that wrote it, or begin anew")
             left, groups = self._read(generation, number, states, rows, below[rows])
             self._groups[rows] = groups + sum(len(table) for table in tables)
             tables.append(left)

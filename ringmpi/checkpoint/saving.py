@@ -47,8 +47,6 @@ class Saver:
         What the rows had met when the call began.
     blocks : mapping or None
         The blocks that they had met, if they are of other ranks.
-    newest : path or None
-        The newest generation of the call.
     share : float
         Of the pairs of all ranks, what had been computed by then.
     """
@@ -62,13 +60,11 @@ class Saver:
         self._content.pop("placement", None)              # of another plan
         self.before: Folded | Moved = nothing_folded(plan, engine.backend)
         self.blocks: Mapping[str, Any] | None = None
-        self.newest: Path | None = None
         self.share = 0.0
 
     def go_on_from(self, before: Folded | Moved, generation: Generation) -> None:
         """Take note of what the call goes on from. Local."""
         self.before = before
-        self.newest = generation.path
         if isinstance(before, Moved):
             self.blocks = generation.content["placement"]["blocks"]
             self._content.pop("placement", None)
@@ -113,7 +109,6 @@ class Saver:
                 with self._comm.raise_on_all(self._timeout):
                     if self._comm.rank == 0:
                         made.publish({**content, "shards": shards})
-                self.newest = made.path
                 done, total = (sum(pairs) for pairs in zip(*(shard["pairs"] for shard in shards), strict=True))
                 self.share = done / max(1, total)
             except RingError as error:

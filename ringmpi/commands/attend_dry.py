@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..backends import GPU_NAMES
 from ..checks import check_threads
 from ..dtypes import DTYPES, accumulator
-from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, slurm_memory
+from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, shared_bytes, slurm_memory
 from ..job.inputs import Sizes, open_input
 from ..job.memory import count_pairs, predict_memory, predict_seconds
 from ..job.options import Options
@@ -53,7 +53,8 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
         print(line)
     room = slurm_memory()
     if room is not None and options.backend not in GPU_NAMES:
-        check_node(sizes, options, here * parts["total"], room[0], here, room[1])
+        shared = shared_bytes()
+        check_node(sizes, options, shared + here * (parts["total"] - shared), room[0], here, room[1])
     return 0
 
 

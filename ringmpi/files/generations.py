@@ -175,12 +175,11 @@ def remove(path: Path) -> None:
         path.rmdir()
 
 
-def clear(folder: Path, problem: str, generation: Path | None) -> None:
-    """Remove a generation, what is not complete of its problem, and the folder if nothing is left in it. Local."""
+def clear(folder: Path, problem: str) -> None:
+    """Remove all generations of a problem, whole or not, and the folder if nothing is left in it. Local."""
     with suppress(RingError):
         for path in generations_of(folder, problem):
-            if path == generation or not _is_complete(path):
-                remove(path)
+            remove(path)
     with suppress(OSError):                   # others are there, or something else
         folder.rmdir()
 

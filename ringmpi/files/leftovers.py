@@ -18,6 +18,7 @@ from .opening import open_file, reading
 from .paths import writing
 
 RUN = re.compile(r"[0-9a-f]{12}")                                       # as `job.attend` names its folder
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")                      # as `new_file` names files in the making
 SHARD = re.compile(r"[0-9]{5,}\.h5|\.[0-9]{5,}\.h5\.[0-9a-f]{12}\.tmp")      # as `shards` and `new_file` name files
 
 
@@ -102,7 +103,7 @@ def _shown(path: Path) -> set[str]:
     names = set()
     for file in sorted(path.parent.iterdir()):
         named_so = file.name == path.name or file.suffix == path.suffix != ""
-        if file.name.startswith(".") or not file.is_file() or not (named_so or h5py.is_hdf5(file)):
+        if TEMPORARY.fullmatch(file.name) or not file.is_file() or not (named_so or h5py.is_hdf5(file)):
             continue
         if _has_manifest(file):
             manifest = read_manifest(file)

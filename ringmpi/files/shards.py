@@ -76,9 +76,7 @@ class Output:
             with suppress(OSError):           # unless it holds other runs
                 parent.rmdir()
             raise
-        if self.path.exists():
-            with suppress(Exception):         # no output of ours, or a damaged one: then none of its shards go
-                self._replaced = read_manifest(self.path)
+        self._replaced = shown_by(self.path)
 
     def _make_folder(self, tries: int = 4) -> None:
         self.folder.parent.mkdir(exist_ok=True)
@@ -162,12 +160,7 @@ class Output:
 
     def clear_replaced(self) -> None:
         """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all ranks know that."""
-        for shard in self._replaced.shards if self._replaced else ():
-            file = self.path.parent / shard.file
-            if file.parent.parent == self.folder.parent:      # else they belong to an output that was renamed
-                with suppress(OSError):
-                    file.unlink()
-                    file.parent.rmdir()
+        remove_shards(self.path, self._replaced)
 
     def discard(self, rank: int) -> None:
         """Remove what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
@@ -179,6 +172,26 @@ class Output:
 
     def _shard(self, rank: int) -> Path:
         return self.folder / f"{rank:05d}.h5"
+
+
+def shown_by(path: Path) -> Manifest | None:
+    """Give the manifest of an OUT.h5 that may be replaced; None if it is no output of ours, or damaged. Local."""
+    with suppress(Exception):
+        return read_manifest(path)
+    return None
+
+
+def remove_shards(path: Path, replaced: Manifest | None) -> None:
+    """Remove the shards that the file of that name showed before it was replaced. Local."""
+    for shard in replaced.shards if replaced else ():
+        file = path.parent / shard.file
+        if file.parent.parent == folder_of_shards(path):      # else they belong to an output that was renamed
+            with suppress(OSError):
+                file.unlink()
+                file.parent.rmdir()
+    if replaced is not None:
+        with suppress(OSError):               # it holds other runs
+            folder_of_shards(path).rmdir()
 
 
 def folder_of_shards(path: Path) -> Path:

@@ -16,7 +16,7 @@ from ..attention import RingAttention
 from ..backends import choose_gpu_early
 from ..checkpoint.calls import Stop
 from ..checkpoint.search import Keeping
-from ..errors import RankLost
+from ..errors import OutputError
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..mpi.world import check_survival, is_loss, survivors
@@ -86,18 +86,23 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     stop = requests() if keeping and requests else None
     if survive:
         check_survival()
+    output: Shards | Together | None = None
+    lost: Exception | None = None
     while True:
-        checkpoints = Checkpoints(run, keeping, stop)
-        output = _agree_on_output(run, job, checkpoints)
         try:
+            if lost is not None:
+                run = _without_the_lost(run, output, lost)
+            checkpoints = Checkpoints(run, keeping, stop)
+            output = _agree_on_output(run, job, checkpoints)
             return _attend_once(run, job, output, checkpoints)
         except Exception as error:
-            if not (survive and is_loss(error)):
+            if not survive or error is lost or not is_loss(error):
                 raise
-            run = _without_the_lost(run, output, error)
-        # what was asked for may be for as many ranks as there were
+            lost = error
+        # What was asked for may be for as many ranks as there were, and the newest checkpoint may be of this job.
         job = replace(job, options=replace(job.options, schedule="auto"))
-        keeping = keeping and replace(keeping, resume="auto")
+        if keeping and keeping.resume == "require":
+            keeping = replace(keeping, resume="auto")
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Ch
     return report
 
 
-def _without_the_lost(run: Run, output: Shards | Together, error: Exception) -> Run:
+def _without_the_lost(run: Run, output: Shards | Together | None, error: Exception) -> Run:
     """Begin anew with the ranks that are left; or raise `error` if nobody has died."""
     world = survivors(run.timeout)
     if world is None:
@@ -151,9 +156,10 @@ def _without_the_lost(run: Run, output: Shards | Together, error: Exception) -> 
     left = Run.on(world, run.timeout)
     with left.raise_on_all():
         if left.comm.rank == 0:
-            if output.is_published():
-                raise RankLost(f"{error}; {output.path} is there and whole")
-            output.discard_of_all()
+            if output is not None and output.is_published():
+                raise OutputError(f"{output.path} is there and whole, but not all that was to be said of it: {error}")
+            if output is not None:
+                output.discard_of_all()
             log.warning("going on with %d of %d ranks: %s", left.comm.size, run.comm.size, error)
     return left
 

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from ..errors import CommError, OptionError, OutputError, RankLost, RingError, RingTimeout, ShardError
 from ..files.hdf5 import open_dataset, read_rows
 from ..files.item_types import bits, file_type
+from ..files.manifest import Manifest
 from ..files.new_file import NewFile, not_what_was_written
 from ..files.opening import open_file
 from ..files.paths import check_writable, writing
 from ..files.rows import row_ranges, select_rows
 from ..files.sealed import write_sealed_together
-from ..files.shards import set_attributes
+from ..files.shards import remove_shards, set_attributes, shown_by
 from ..files.single import NAME, Range, digest_rows, seal
 from ..layout import Contiguous
 from ..phases import phase
@@ -62,7 +63,8 @@ class Together:
         self._run = run
         self._path = path
         self._force = force
-        self._disk: NewFile | None = None          # rank 0's
+        self._disk: NewFile | None = None          # rank 0's, as what it replaces
+        self._replaced: Manifest | None = None
 
     def prepare(self) -> None:
         """Check that h5py can do it, and on rank 0 that the file can be made; for a block in which all raise. Local.
@@ -77,6 +79,7 @@ class Together:
         check_driver(DRIVER)
         if self._run.comm.rank == 0:
             check_writable(self._path, self._force)
+            self._replaced = shown_by(self._path)
 
     def write(self, n_q: int, rows: Mapping[str, Array], record: Mapping[str, Any]) -> None:
         """Write all rows, flush them to disk and read them back; the file has a temporary name.
@@ -116,6 +119,7 @@ class Together:
                     self._disk.appear(self._force)
         finally:
             self.discard()
+        remove_shards(self._path, self._replaced)
 
     @property
     def path(self) -> Path:

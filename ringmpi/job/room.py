@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..backends import GPU_NAMES
-from ..environment import boot_id, node_memory, resident_bytes
+from ..environment import boot_id, node_memory, resident_bytes, shared_bytes
 from ..errors import OptionError, ResourceError
 from ..schedules.spec import Schedule
 from .inputs import Sizes
@@ -39,16 +39,19 @@ def check_room(run: Run, sizes: Sizes, options: Options) -> None:
     if options.backend in GPU_NAMES:
         return
     needed = predict_memory(sizes, run.comm.size, options, resident_bytes())["total"]
+    shared = shared_bytes()
     room, source = node_memory()
     everyone = [json.loads(text) for text in
-                run.allgather_text(json.dumps([socket.gethostname(), boot_id(), needed, room, source]))]
+                run.allgather_text(json.dumps([socket.gethostname(), boot_id(), needed, shared, room, source]))]
 
     nodes = defaultdict(list)
     for host, boot, *numbers in everyone:
         nodes[host, boot].append(numbers)
     for (host, _), ranks in nodes.items():
-        room, source = min((room, source) for _, room, source in ranks)
-        check_node(sizes, options, sum(needed for needed, *_ in ranks), room, len(ranks), f"{source} on {host}")
+        room, source = min((room, source) for *_, room, source in ranks)
+        most = max(shared for _, shared, *_ in ranks)
+        here = most + sum(needed - shared for needed, shared, *_ in ranks)
+        check_node(sizes, options, here, room, len(ranks), f"{source} on {host}")
 
 
 def check_node(sizes: Sizes, options: Options, needed: int, room: int, ranks: int, source: str) -> None:
@@ -63,8 +66,12 @@ def check_node(sizes: Sizes, options: Options, needed: int, room: int, ranks: in
         return
 
     def fits(nodes: int) -> bool:
-        total = predict_memory(sizes, nodes * ranks, options, resident_bytes())["total"]
-        return ranks * total * (1 - TOLERANCE) <= room
+        try:
+            total = predict_memory(sizes, nodes * ranks, options, resident_bytes())["total"]
+        except OptionError:                   # the schedule is of another number of ranks
+            return False
+        shared = shared_bytes()
+        return (shared + ranks * (total - shared)) * (1 - TOLERANCE) <= room
 
     nodes = _smallest(fits, -(-sizes.n_q // ranks))
     spread = (f"{nodes * ranks:,} ranks on {nodes:,} nodes" if nodes and ranks > 1 else
@@ -101,7 +108,7 @@ def schedule_within(sizes: Sizes, ranks: int, options: Options) -> Schedule:
 
 
 def _smallest(fits: Callable[[int], bool], most: int) -> int:
-    """Give the smallest number from 2 to `most` that fits, if larger ones do too; 0 if none is found. Local."""
+    """Give a number from 2 to `most` that fits, the smallest if larger ones do too; 0 if none is found. Local."""
     high = 2
     while not fits(high):
         if high >= most:

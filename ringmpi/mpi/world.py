@@ -160,13 +160,19 @@ def leave(timeout: float) -> None:
     ------
     RingTimeout
         If not all ranks come within `timeout` seconds; rank 0's error names those that did not.
+    RankLost
+        If MPI says that one is gone.
     """
     rank = world_rank()
     if rank is None:
         return
     mpi = load()
     with phase("waiting for the other ranks to end"):
-        _meet(mpi, rank, timeout)
+        try:
+            _meet(mpi, rank, timeout)
+        except mpi.Exception as error:
+            raise RankLost(f"rank {rank} on {socket.gethostname()} was done, and another was lost before it said so; "
+                           f"MPI reports: {error}") from error
     if has_survived():
         return
     with phase("finalizing MPI", limit=timeout):
