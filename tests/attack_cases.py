@@ -83,7 +83,8 @@ def judge_output(code, said, out, right):
 def make_input(folder, tokens, ranks=1, options=("--backend", "numpy")):
     """Make an input and what is right for it, on so many ranks with such options."""
     command_line(["make", "random", folder / "in.h5", "--tokens", tokens, "--heads", 4, "--kv-heads", 1], folder)
-    code, said = command_line(["attend", folder / "in.h5", folder / "right.h5", *options], folder, ranks)
+    code, said = command_line(["attend", folder / "in.h5", folder / "right.h5", *options], folder, ranks,
+                              timeout=240)                    # it may compile
     assert code == 0, said
     return arrays(folder / "right.h5")
 

@@ -54,6 +54,13 @@ def pytest_configure(config):
         config.addinivalue_line("markers", "mpi: needs ranks; runs under mpiexec --with-mpi, which pytest-mpi brings")
 
 
+@pytest.fixture(autouse=True)
+def small_blocks_in_pieces(request, monkeypatch):
+    """Let tests of kernels have float32 in pieces where it would take longer: their blocks are small."""
+    if request.path.name in ("test_pieces.py", "test_kernels.py"):
+        monkeypatch.setattr("ringmpi.backends.numba_.backend.PIECE_USES", 0)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """What -n auto means: a worker for each core that this process may use."""

@@ -34,7 +34,7 @@ def backend(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "tiles":
             opened.settle("tiles", [opened.ways])
-            patch.setattr(numba_, "_is_few", lambda block: False)
+            patch.setattr(numba_, "_is_for_tiles", lambda block, dtype: True)
         yield opened
     opened.close()
 

@@ -16,6 +16,7 @@ from ringmpi.backends.numba_.vector import at, data
 from ringmpi.backends.numba_.workspace import aligned
 from ringmpi.backends.products import bits
 from ringmpi.score import Score
+from ringmpi.softmax import State
 
 
 def split_twin(x, span=pieces.ALL):
@@ -246,3 +247,32 @@ def test_largest_error_on_long_rows():
     want, want_lse = oracle_of(arrays, 0 * whole, whole, 128**-0.5)
     assert np.abs(out - want).max() < 4e-7
     assert np.abs(lse - want_lse).max() < 4e-6
+
+
+@needs_tiles
+def test_all_is_compiled_beforehand():
+    """What `prepare` compiles is what a call runs: types that differ would be compiled while it computes."""
+    from numba.core import event
+
+    class Compiled(event.Listener):
+        def __init__(self):
+            self.names = []
+
+        def on_start(self, started):
+            self.names.append(started.data["dispatcher"].__name__)
+
+        def on_end(self, ended):
+            pass
+
+    backend = open_backend("numba", 1)
+    backend.settle("auto", [backend.ways])
+    assert backend.float32_products == "pieces"
+    backend.prepare(np.dtype("f4"), np.dtype("f4"), 64, 64)
+    q, k, v = (np.random.default_rng(i).standard_normal((300, 2, 64)).astype("f4") for i in range(3))
+    state = State.empty(300, 2, 64, np.float32)
+    state.reset(None)
+    with event.install_listener("numba:compile", Compiled()) as compiled:
+        for _ in backend.accumulate(state, q, k, v, np.zeros(300, np.int64), np.full(300, 300), Score(0.125)):
+            pass
+    backend.close()
+    assert compiled.names == []

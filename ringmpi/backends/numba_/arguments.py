@@ -35,6 +35,8 @@ class KernelArguments:
         Queries × group: the rows of a key head.
     first, last : int
         The columns that some query sees.
+    pairs : int
+        Of rows of a key head and columns that they see.
     capping : tuple of two numbers
         scale / softcap and softcap; scale and 0 without.
     """
@@ -47,6 +49,7 @@ class KernelArguments:
         self.group = q.shape[1] // self.heads
         self.rows = len(q) * self.group
         self.first, self.last = seen.first, seen.last
+        self.pairs = seen.pairs * self.group
         stored = np.dtype(np.uint32) if pairs else None
         scale = acc_dtype.type(score.scale if score.plain else 1)
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)

@@ -70,6 +70,7 @@ Array = NDArray[Any]
 PACKED_BYTES = 2**25        # of packed K and V at a time
 STEP_FLOP = 6e8             # between two yields: a few milliseconds of a core, in float32 with AVX-512
 STEP_BYTES = 2**24          # the same where memory is the limit
+PIECE_USES = 640            # of a row or key, from which on to split it into pieces takes less than tiles save
 CANONICAL_TILE = 32 * ROWS  # a multiple of ROWS and, on every CPU, of the widest panel; of no cache's size
 
 
@@ -137,7 +138,7 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             block = self._arguments(state.acc.dtype, q, k, v, seen, score)
             rest = block, _limits(), state, self.canonical, seen.cuts
-            if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or not _is_few(block)):
+            if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or _is_for_tiles(block, q.dtype)):
                 units = self._reserve_units(q.shape[2], v.shape[2], pieces_in(q.dtype))
                 return ForwardUnits(self._team, units, self._tile_scratch, *rest).run()
             packed = self._reserve_forward(block)
@@ -294,10 +295,15 @@ def _limits() -> Limits:
     return Limits(PACKED_BYTES, STEP_FLOP, STEP_BYTES)
 
 
-def _is_few(block: KernelArguments) -> bool:
-    """Whether a block has so few rows that they read keys where they are."""
+def _is_for_tiles(block: KernelArguments, dtype: np.dtype[Any]) -> bool:
+    """Whether tiles take less time: not for so few rows that they read keys where they are.
+
+    float32 has to be split: each row and key that is must meet enough of the others.
+    """
+    if dtype == np.float32:
+        return bool(block.pairs >= PIECE_USES * (block.rows + block.last - block.first))
     most = PackedKV(*_forward_key(block), 0).rows
-    return bool(block.rows <= most)
+    return bool(block.rows > most)
 
 
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:

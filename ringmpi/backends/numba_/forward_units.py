@@ -30,7 +30,8 @@ class ForwardUnits(Forward):
         self.speed = TILE_SPEED if self.packed.pieces == 1 else PIECES_SPEED
         self.sizes = Sizes(np.float32(1), False)
         if self.packed.pieces > 1:
-            self.sizes = Sizes(*survey_values(self.block.arrays.v, self.block.first, self.block.last, self.state.acc))
+            factor, small = survey_values(self.block.arrays.v, self.block.first, self.block.last, self.state.acc)
+            self.sizes = Sizes(np.float32(factor), small)             # Numba gives Python's float, of another type
         return super().run()
 
     def _is_few(self) -> bool:

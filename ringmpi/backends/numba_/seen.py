@@ -21,6 +21,8 @@ class Seen:
         Copies.
     first, last : int
         The columns that some query sees; both 0 if there are none.
+    pairs : int
+        Of queries and columns that they see.
     cuts : dict
         What passes over blocks with these queries have made, by all else that it depends on.
     """
@@ -31,6 +33,7 @@ class Seen:
         some = bool(seeing.any())
         self.first = int(self.begin[seeing].min()) if some else 0
         self.last = int(self.end[seeing].max()) if some else 0
+        self.pairs = int((self.end - self.begin)[seeing].sum())
         self.cuts: dict[Any, Any] = {}
 
 
