@@ -13,6 +13,8 @@ import launch
 
 HERE = Path(__file__).parent
 DONE, NOT_WRITTEN = 0, 6
+ENDED = "ended by signal"
+FIRST_SECONDS = 6              # that HDF5 has for a file, before it is asked with care
 CHILD_SECONDS = 70             # a little more than `check` gives HDF5
 REFUSED, RIGHT, OTHER, UNREADABLE = "refused", "passed, and is right", "passed, and shows other numbers", "unreadable"
 
@@ -105,13 +107,13 @@ def verdict(path, right):
     return UNREADABLE
 
 
-def in_child(work):
+def in_child(work, seconds=CHILD_SECONDS):
     """Do something in a copy of this process; return the text that it gives, or how the copy ended."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         faulthandler.disable()
-        signal.alarm(CHILD_SECONDS)
+        signal.alarm(seconds)
         try:
             os.write(writer, work().encode())
         finally:
@@ -120,7 +122,7 @@ def in_child(work):
     with open(reader) as pipe:
         said = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return said or f"ended by signal {-status}"
+    return said or f"{ENDED} {-status}"
 
 
 def flipped(whole, at):

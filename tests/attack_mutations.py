@@ -11,12 +11,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-from attack_cases import OTHER, REFUSED, RIGHT, Case, arrays, command_line, in_child, new_folder, verdict
+from attack_cases import (
+    ENDED,
+    FIRST_SECONDS,
+    OTHER,
+    REFUSED,
+    RIGHT,
+    Case,
+    arrays,
+    command_line,
+    in_child,
+    new_folder,
+    verdict,
+)
 
 SEEDS = range(2000)
 MEMORY = 2**33                 # bytes of address space for a child, which has a whole interpreter's
-FIRST_SECONDS = 6              # that HDF5 has for a file, before it is asked with care
-ENDED = "ended by signal"
 SHOWN = ("q", "k", "v")
 
 

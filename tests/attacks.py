@@ -22,11 +22,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import attack_mutations
 import attack_signals
 from attack_cases import (
     DONE,
+    ENDED,
+    FIRST_SECONDS,
     HERE,
     NOT_WRITTEN,
     REFUSED,
@@ -219,7 +222,10 @@ def flips(folder, step=5, places=None):
     whole = path.read_bytes()
     for at in places(whole) if places else range(0, len(whole), step):
         path.write_bytes(flipped(whole, at))
-        outcome = in_child(lambda: verdict(path, right))
+        with mock.patch("ringmpi.files.shards.probe"):          # for speed: where HDF5 dies or hangs of it, with it
+            outcome = in_child(lambda: verdict(path, right), FIRST_SECONDS)
+        if outcome.startswith(ENDED):
+            outcome = in_child(lambda: verdict(path, right))
         yield Case(f"byte {at}", outcome, "" if outcome in (REFUSED, RIGHT) else outcome)
     path.write_bytes(whole)
 
