@@ -28,6 +28,7 @@ COMMANDS = {
     "make": "make an input file: random numbers, or real text",
     "check": "recompute sampled rows of a result in float64",
     "merge": "copy a sharded result into one plain file",
+    "clean": "remove what interrupted runs have left beside a result",
     "plan": "which schedule would be fast on a machine, and why",
     "info": "what would run here, and why not the rest",
     "demo": "real text to next-byte predictions, for growing context",

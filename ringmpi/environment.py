@@ -47,6 +47,12 @@ def launched_rank() -> int:
     return next((int(os.environ[name]) for name in RANKS if os.environ.get(name, "").isdigit()), 0)
 
 
+def launched_nodes() -> int:
+    """Give the number of nodes that Slurm says the job has; 1 without Slurm. Local."""
+    said = (os.environ.get(name, "") for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"))
+    return next((int(text) for text in said if text.isdigit() and int(text)), 1)
+
+
 def launched_local_rank() -> int | None:
     """Give this process's rank on its node as the launcher set it; None if it did not. Local."""
     return next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()), None)
@@ -182,6 +188,25 @@ def resident_bytes(peak: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
     except (OSError, StopIteration):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def node_memory() -> tuple[int, str]:
+    """Give the bytes that all ranks of this job may take on this node, and who says so. Local.
+
+    What Slurm gives the job here, if its variables say; else all that the node has.
+    """
+    return slurm_memory() or (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "its memory")
+
+
+def slurm_memory() -> tuple[int, str] | None:
+    """Give the bytes that Slurm gives this job on this node, and the variables that say so; None if none do. Local."""
+    for name, count in (("SLURM_MEM_PER_NODE", ""), ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+                        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
+        each = os.environ.get(name, "")
+        number = os.environ.get(count, "") if count else "1"
+        if each.isdigit() and number.isdigit() and int(each) * int(number):          # --mem=0 is all of the node
+            return int(each) * int(number) * 2**20, f"{name}={each}" + (f", {count}={number}" if count else "")
+    return None
 
 
 def stderr_is_terminal() -> bool:

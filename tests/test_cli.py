@@ -38,7 +38,7 @@ def alone(monkeypatch, tmp_path):
 
 
 def without_mpi(*arguments):
-    return subprocess.run([sys.executable, "-c", NO_MPI, *arguments], capture_output=True, text=True, timeout=120,
+    return subprocess.run([sys.executable, "-c", NO_MPI, *map(str, arguments)], capture_output=True, text=True, timeout=120,
                           check=False)
 
 
@@ -60,7 +60,7 @@ def test_help_needs_no_mpi(command):
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    ([], "expected a COMMAND: attend, make, check, merge, plan, info, demo, bench"),
+    ([], "expected a COMMAND: attend, make, check, merge, clean, plan, info, demo, bench"),
     (["fly"], "invalid choice"),
     (["attend", "in.h5"], "OUT.h5"),
     (["attend", "a", "b", "--window", "3,4,5"], "expected LEFT"),
@@ -367,6 +367,66 @@ def test_a_dry_run_says_what_auto_would_choose_within_a_limit(tmp_path):
     assert without_mpi(*dry, "--memory-limit", "much").returncode == 2
     assert code("attend", "in.h5", "out.h5", "--memory-limit", "10KiB", "--quiet") == 2
     assert not Path("out.h5").exists()
+
+
+@pytest.mark.parametrize("schedule", ["auto", "ring"])
+def test_a_limit_that_is_too_little_names_the_ranks_that_would_do(schedule):
+    code("make", "random", "in.h5", "--tokens", 2**12, "--heads", 8, "--kv-heads", 2)
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--memory-limit", "1MiB", "--schedule", schedule, "--expect-ranks"
+    wrong = without_mpi(*dry, "2")
+    assert wrong.returncode == 2
+    enough = int(re.search(r"more ranks need less each: (\d+) ranks would do", wrong.stderr).group(1))
+    assert without_mpi(*dry, enough).returncode == 0
+    assert without_mpi(*dry, enough - 1).returncode == 2
+    wrong = without_mpi("attend", "in.h5", "out.h5", "--dry-run", "--memory-limit", "1KiB", "--expect-ranks", "2")
+    assert "but no number of ranks would do" in wrong.stderr
+
+
+def test_a_dry_run_says_time_and_output_and_what_is_never_made():
+    code("make", "random", "in.h5", "--tokens", 2**14, "--heads", 8, "--kv-heads", 2)
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "4", "--threads", "1"
+    said = [without_mpi(*dry, *mask).stdout for mask in ((), ("--causal",), ("--backend", "numpy"))]
+    found = [re.search(r"^computing +([\d.]+) (m?)s about", text, re.MULTILINE) for text in said]
+    full, causal, by_numpy = (float(text[1]) / (1000 if text[2] else 1) for text in found)
+    assert 1.9 < full / (causal / 7 * 4) < 2.1              # the last rank has 7 / 16 of the pairs of the lower triangle
+    assert by_numpy > full
+    assert "matrix of scores             8 GiB of all ranks" in said[0]
+    code("attend", "in.h5", "out.h5", "--causal", "--window", 8, "--quiet")
+    predicted = float(re.search(r"^output +([\d.]+) MiB on disk", said[0], re.MULTILINE)[1]) * 2**20
+    size = sum(path.stat().st_size for path in Path("out.h5.shards").rglob("*.h5"))
+    assert abs(size / predicted - 1) < 0.01
+    assert "computing" not in without_mpi(*dry, "--backend", "cuda").stdout
+
+
+@pytest.mark.parametrize(("said", "ranks"), [
+    ({"SLURM_MEM_PER_NODE": "800"}, 4), ({"SLURM_MEM_PER_CPU": "80", "SLURM_CPUS_ON_NODE": "10"}, 4),
+    ({"SLURM_MEM_PER_NODE": "400", "SLURM_NNODES": "2"}, 2)])
+def test_a_dry_run_knows_what_slurm_gives(monkeypatch, said, ranks):
+    """To all ranks of a node together; it says how many nodes would do."""
+    code("make", "random", "in.h5", "--tokens", 2**16, "--heads", 8, "--kv-heads", 2, "--force")
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--backend", "numpy", "--schedule", "ring", "--expect-ranks"
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    wrong = without_mpi(*dry, "4")
+    assert wrong.returncode == 4, wrong.stderr
+    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [48]00 MiB .SLURM_MEM.* ask for more "
+                      rf".Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
+    assert found, wrong.stderr
+    needed, asked, more, nodes = (int(text.replace(",", "")) for text in found.groups())
+    assert abs(needed - asked) <= 1
+    assert more == nodes * ranks
+    monkeypatch.setenv("SLURM_NNODES", str(nodes))
+    assert without_mpi(*dry, more).returncode == 0
+    monkeypatch.setenv("SLURM_NNODES", str(nodes - 1))
+    assert without_mpi(*dry, (nodes - 1) * ranks).returncode == 4
+    monkeypatch.setenv("SLURM_NNODES", said.get("SLURM_NNODES", "1"))
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", str(asked))
+    assert without_mpi(*dry, "4").returncode == 0
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "100")                 # less than the libraries take
+    assert "or take fewer ranks on a node" in without_mpi(*dry, "4").stderr
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")                   # all of the node
+    monkeypatch.delenv("SLURM_MEM_PER_CPU", raising=False)
+    assert without_mpi(*dry, "4").returncode == 0
 
 
 def test_dry_run_needs_no_mpi_and_writes_nothing(tmp_path):

@@ -446,6 +446,24 @@ def test_memory_is_steady_and_predicted(tmp_path):
     assert abs(peaks[1] / peaks[0] - 1) < 0.05, peaks
 
 
+def test_too_little_memory_is_known_before_anything_is_read(source, tmp_path):
+    """On all ranks, by what those of a node need together; what one rank has does not count."""
+    result = run(3, "attend", source, tmp_path / "out.h5", folder=tmp_path, env={"SLURM_MEM_PER_NODE": "200"})
+    assert result.code == 4, result.text
+    needed, = re.findall(r"memory of a node: expected ([\d,]+) MiB for 3 ranks, got 200 MiB .SLURM_MEM_PER_NODE=200 on \S+"
+                         r"; ask for more .Slurm: --mem=\d+M., or take fewer ranks on a node; nothing was read",
+                         result.text)
+    assert sum("memory of a node" in text for text in result.ranks) == 1, result.text
+    assert not list(tmp_path.glob("out.h5*"))
+    enough = str(int(needed.replace(",", "")) + 1)
+    result = run(3, "attend", source, tmp_path / "out.h5", folder=tmp_path, env={"SLURM_MEM_PER_NODE": enough})
+    assert result.code == 0, result.text
+    result = run(2, "attend", source, tmp_path / "new.h5", "--memory-limit", "100KiB", folder=tmp_path)
+    assert result.code == 2, result.text
+    assert re.search(r"memory limit: expected \d+ bytes a rank at least .* \d+ ranks would do", result.text)
+    assert not list(tmp_path.glob("new.h5*"))
+
+
 def test_heads_of_keys_that_several_ranks_have_take_memory_on_each():
     """One head of the keys among four ranks is as much on each as four heads are."""
     one, four = (predict_memory(Sizes(4096, 4096, 8, kv_heads, 64, 64, "float32"), 4,

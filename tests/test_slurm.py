@@ -173,6 +173,16 @@ def test_a_job_that_is_cancelled(slurm, folder):
     assert nothing_there(folder)
 
 
+def test_a_job_with_too_little_memory(slurm, folder):
+    """It says so before it reads, and what would do."""
+    job = slurm.wait(slurm.submit(JOBS / "cpu.sbatch", "in.h5", "out.h5", *PLAIN, options=(*FOUR, "--mem=150"),
+                                  folder=folder, env=ringmpi(folder)))
+    assert job.state == "FAILED", job.log
+    assert re.search(r"^0: ringmpi: memory of a node: expected \S+ MiB for 4 ranks, got 150 MiB .SLURM_MEM_PER_NODE=150 on",
+                     job.log, re.MULTILINE), job.log
+    assert nothing_there(folder)
+
+
 def test_an_array(slurm, folder):
     """A task that fails does so alone, and can be done once more."""
     arguments = (JOBS / "array.sbatch", "in-%a.h5", "out-%a.h5", *PLAIN)

@@ -11,18 +11,16 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..environment import command_line, launched_rank, launched_sizes, stderr_is_terminal
+from ..environment import command_line, stderr_is_terminal
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
     from ..checkpoint.calls import Keeping
-    from ..job.options import Options
-    from ..schedules.spec import Schedule
 
 EVERY_SECONDS = 600.0          # between checkpoints
 
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
     add_checkpoints(run)
-    run.add_argument("--dry-run", action="store_true", help="check the input and predict memory and traffic; no MPI")
+    run.add_argument("--dry-run", action="store_true", help="check the input; predict memory, time and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")
     run.add_argument("--force", action="store_true", help="replace OUT.h5 if it exists")
     parser.set_defaults(check=functools.partial(_check, parser.error), collective=True, process=None)
@@ -84,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     from .display import Display
     options = Options.from_record(vars(arguments))
     if arguments.dry_run:
-        return _dry_run(arguments, options)
+        from .attend_dry import dry_run
+        return dry_run(arguments, options)
     with nullcontext() if arguments.quiet else Display(stderr_is_terminal()) as display:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
@@ -102,44 +101,3 @@ def _keeping(arguments: argparse.Namespace) -> Keeping | None:
     if arguments.checkpoint is None:
         return None
     return Keeping(arguments.checkpoint, arguments.checkpoint_every or EVERY_SECONDS, arguments.resume or "auto")
-
-
-def _dry_run(arguments: argparse.Namespace, options: Options) -> int:
-    """Check input and paths, and print what a run would need: on one rank, without MPI."""
-    from ..checks import check_threads
-    from ..job.inputs import check_input
-    from ..job.memory import predict_memory, schedule_of
-    from ..job.outputs import check_paths
-    if launched_rank():
-        return 0
-    check_threads(arguments.threads)
-    sizes = check_input(arguments.input, options)
-    check_paths(arguments.input, arguments.output, arguments.json, arguments.force)
-    ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
-    parts = predict_memory(sizes, ranks, options)
-    print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
-          f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
-    for name, size in parts.items():
-        print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    schedule = schedule_of(sizes, ranks, options)
-    chosen = options.schedule == "auto" and options.order != "canonical"
-    print(f"{'schedule':24}{schedule!s:>12}{' chosen as if all ranks were on this node' if chosen else ''}")
-    for line in _describe_traffic(parts, schedule):
-        print(line)
-    return 0
-
-
-def _describe_traffic(parts: dict[str, int], schedule: Schedule) -> Iterator[str]:
-    """Say what a rank sends in the forward pass, by the bytes of its arrays."""
-    from ..schedules.movers import carrier_class
-    carrier = carrier_class(schedule.carrier)
-    sharing = schedule.queries
-    keys = (parts["k"] + parts["v"]) * (0 if carrier.in_place else schedule.keys - 1)
-    queries = (parts["q"] + (parts["acc"] + parts["max and sum"]) // sharing) * (sharing - 1)
-    heads = sum(parts[name] for name in ("q", "k", "v", "out", "lse")) * (schedule.heads - 1) // schedule.heads
-    yield f"{'K/V traffic':24}{keys / 2**20:12.1f} MiB sent by a rank at most, " \
-          f"{carrier.path_text.format(schedule.keys - 1)}"
-    if sharing > 1:
-        yield f"{'query traffic':24}{queries / 2**20:12.1f} MiB, queries to {sharing - 1} ranks and their states home"
-    if schedule.heads > 1:
-        yield f"{'head traffic':24}{heads / 2**20:12.1f} MiB, more where several ranks have a head of the keys"

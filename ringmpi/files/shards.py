@@ -81,7 +81,7 @@ class Output:
     def _make_folder(self, tries: int = 4) -> None:
         self.folder.parent.mkdir(exist_ok=True)
         try:
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=True)
         except FileNotFoundError:             # another run has just removed the parent, which was empty
             if not tries:
                 raise
@@ -101,6 +101,8 @@ class Output:
             If it can't be written; nothing is left of it.
         """
         path = self._shard(rank)
+        with writing(path):
+            self._make_folder()               # again, if `ringmpi clean` took it, empty, for one that was left
         with write_file(path) as file:
             for name, rows in (("out", out), ("lse", lse)):
                 write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)

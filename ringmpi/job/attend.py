@@ -22,6 +22,7 @@ from .inputs import Input, open_input, read_shard
 from .options import Options
 from .outputs import check_paths, publish, write_shard
 from .report import Display, Report, gather_report, gather_start, make_record, write_record
+from .room import check_room
 from .run import Run
 
 Array = NDArray[Any]
@@ -78,6 +79,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
     with run.comm.telling(), ExitStack() as files:
         data = _open_on_all(run, files, source, options)
+        check_room(run, data.sizes, options)
         _prepare(run, output, source, json_path, checkpoints)
         try:
             with _make_attention(run, data, options, threads) as attention:

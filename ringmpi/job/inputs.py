@@ -117,12 +117,6 @@ def make_mask(options: Options, documents: NDArray[np.int64] | None, n_k: int) -
     return mask
 
 
-def check_input(path: Path, options: Options) -> Sizes:
-    """Check an input as `open_input` does, for a dry run. Local."""
-    with open_input(path, options) as data:
-        return data.sizes
-
-
 def read_shard(run: Run, attention: RingAttention, dataset: h5py.Dataset) -> Any:
     """Read this rank's rows to where the backend computes, in the layout that it computes in. Collective over *comm*.
 

@@ -116,7 +116,7 @@ def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend:
         CPU threads of each rank.
     backend : str
     """
-    lane_flop = backend_class(backend).lane_flop
+    lane_flop = _class_of(backend, canonical=False).lane_flop
     if not lane_flop:
         return 0.0
     lanes = vector_bytes() / accumulator(DTYPES[sizes.dtype], None).itemsize
