@@ -38,8 +38,8 @@ def alone(monkeypatch, tmp_path):
 
 
 def without_mpi(*arguments):
-    return subprocess.run([sys.executable, "-c", NO_MPI, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                          check=False)
+    return subprocess.run([sys.executable, "-c", NO_MPI, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=120, check=False)
 
 
 def code(*arguments):
@@ -388,9 +388,9 @@ def test_a_dry_run_says_time_and_output_and_what_is_never_made():
     said = [without_mpi(*dry, *mask).stdout for mask in ((), ("--causal",), ("--backend", "numpy"))]
     found = [re.search(r"^computing +([\d.]+) (m?)s about", text, re.MULTILINE) for text in said]
     full, causal, by_numpy = (float(text[1]) / (1000 if text[2] else 1) for text in found)
-    assert 1.9 < full / (causal / 7 * 4) < 2.1              # the last rank has 7 / 16 of the pairs of the lower triangle
+    assert 1.9 < full / (causal / 7 * 4) < 2.1              # the last rank has 7 of 16 parts of the triangle
     assert by_numpy > full
-    assert "matrix of scores             8 GiB of all ranks" in said[0]
+    assert re.search(r"^matrix of scores +8 GiB of all ranks, which is never made$", said[0], re.MULTILINE)
     code("attend", "in.h5", "out.h5", "--causal", "--window", 8, "--quiet")
     predicted = float(re.search(r"^output +([\d.]+) MiB on disk", said[0], re.MULTILINE)[1]) * 2**20
     size = sum(path.stat().st_size for path in Path("out.h5.shards").rglob("*.h5"))
@@ -409,8 +409,8 @@ def test_a_dry_run_knows_what_slurm_gives(monkeypatch, said, ranks):
         monkeypatch.setenv(name, value)
     wrong = without_mpi(*dry, "4")
     assert wrong.returncode == 4, wrong.stderr
-    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [48]00 MiB .SLURM_MEM.* ask for more "
-                      rf".Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
+    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [48]00 MiB .SLURM_MEM.* ask for "
+                      r"more .Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
     assert found, wrong.stderr
     needed, asked, more, nodes = (int(text.replace(",", "")) for text in found.groups())
     assert abs(needed - asked) <= 1

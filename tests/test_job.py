@@ -450,8 +450,8 @@ def test_too_little_memory_is_known_before_anything_is_read(source, tmp_path):
     """On all ranks, by what those of a node need together; what one rank has does not count."""
     result = run(3, "attend", source, tmp_path / "out.h5", folder=tmp_path, env={"SLURM_MEM_PER_NODE": "200"})
     assert result.code == 4, result.text
-    needed, = re.findall(r"memory of a node: expected ([\d,]+) MiB for 3 ranks, got 200 MiB .SLURM_MEM_PER_NODE=200 on \S+"
-                         r"; ask for more .Slurm: --mem=\d+M., or take fewer ranks on a node; nothing was read",
+    needed, = re.findall(r"memory of a node: expected ([\d,]+) MiB for 3 ranks, got 200 MiB .SLURM_MEM_PER_NODE=200 on "
+                         r"\S+; ask for more .Slurm: --mem=\d+M., or take fewer ranks on a node; nothing was read",
                          result.text)
     assert sum("memory of a node" in text for text in result.ranks) == 1, result.text
     assert not list(tmp_path.glob("out.h5*"))

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,18 +101,15 @@ def _shown(path: Path) -> set[str]:
     """Give the names of the folders of ``OUT.h5.shards`` that outputs beside it show."""
     names = set()
     for file in sorted(path.parent.iterdir()):
-        if file.is_file() and not file.name.startswith(".") and (
-                file.name == path.name or file.suffix == path.suffix != "" or h5py.is_hdf5(file)) and _has_manifest(file):
+        named_so = file.name == path.name or file.suffix == path.suffix != ""
+        if file.name.startswith(".") or not file.is_file() or not (named_so or h5py.is_hdf5(file)):
+            continue
+        if _has_manifest(file):
             manifest = read_manifest(file)
-            if manifest.path.parent == Path(os.path.realpath(path.parent)):
-                names |= set(_runs(path, (shard.file for shard in manifest.shards)))
+            if manifest.path.parent == Path(os.path.realpath(path.parent)):      # else it shows what lies elsewhere
+                parts = [shard.file.split("/") for shard in manifest.shards]
+                names |= {run for folder, run, _ in parts if folder == f"{path.name}.shards"}
     return names
-
-
-def _runs(path: Path, shards: Iterator[str]) -> Iterator[str]:
-    for folder, run, _ in (shard.split("/") for shard in shards):
-        if folder == f"{path.name}.shards":
-            yield run
 
 
 def _has_manifest(file: Path) -> bool:
