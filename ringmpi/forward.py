@@ -50,28 +50,17 @@ class ForwardPass:
 
     def forward(self) -> tuple[Array, Array]:
         """Attend; give `out` and `lse` with a batch axis, where the caller's arrays are."""
-        self._begin_forward()
+        self._prepare_pass("forward")
         with self.backend.current():
             with self._abandoned_on_error():
-                states = self._fold()
-            return self._results(states)
+                own = self._bring_home(self._fold())
+            return self._results(own)
 
-    def _begin_forward(self) -> None:
-        """Make ready for a forward pass. Collective."""
-        heads, dim, dim_v = self.plan.dims
-        self._prepare_pass("forward")
-        self.trace.flop_per_pair = 2 * heads * (dim + dim_v)
-
-    def _results(self, states: Sequence[State]) -> tuple[Array, Array]:
-        """Bring states home, and make results of them, where the caller's arrays are."""
+    def _results(self, own: Sequence[State]) -> tuple[Array, Array]:
+        """Make results of the states that this rank finishes, where the caller's arrays are."""
         call = self.call
-        shares_heads = self.movers.heads.group.size > 1
-        with self._abandoned_on_error():
-            own = self._bring_home(states)
-            if shares_heads:
-                self._finish_for_all(own)
         with self.agreed_on_gpu(), self.backend.current():
-            if not shares_heads:
+            if self.movers.heads.group.size == 1:
                 self._finish(own, call.out, call.lse)
             self.backend.synchronize()
             return self._to_caller(call.out), self._to_caller(call.lse)
@@ -94,8 +83,9 @@ class ForwardPass:
         plan = self.plan
         backend = self.backend
         trace = self.trace
+        heads, dim, dim_v = plan.dims
+        trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
-            heads, dim, dim_v = plan.dims
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
                                                          plain=plan.score.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
@@ -132,8 +122,8 @@ class ForwardPass:
         if len(plan.row_counts) > 1:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
-        self._begin_states(states)
-        for work, part in self._parts_of(self._rounds(self._works((k, v)), rows)):
+        self._reset(states, None if plan.replicated else call.sinks)
+        for work, part in self._rounds(self._works((k, v)), rows):
             k, v = work.arrays
             self._run(work, (
                 backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
@@ -141,16 +131,11 @@ class ForwardPass:
                 for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
         return states
 
-    def _begin_states(self, states: Sequence[State]) -> None:
-        """Let states be as they are before the first block."""
-        self._reset(states, None if self.plan.replicated else self.call.sinks)
-
-    def _parts_of(self, rounds: Iterator[tuple[Work, slice]]) -> Iterator[tuple[Work, slice]]:
-        """Cut the rows that are computed at a time, if they are to be cut."""
-        return rounds
-
     def _bring_home(self, states: Sequence[State]) -> list[State]:
-        """Put together what several ranks have made of the same rows; give the states that this rank finishes."""
+        """Put together what several ranks have made of the same rows; give the states that this rank finishes.
+
+        Where ranks share heads, they are finished here.
+        """
         plan = self.plan
         own = [part_of(state, slice(plan.own_rows)) for state in states]
         if plan.replicated:
@@ -159,6 +144,8 @@ class ForwardPass:
             arrays = [x for state in states for x in arrays_of(state)]
             self.movers.queries.bring_home("states", arrays, plan.row_counts,
                                            lambda parts: combine_parts(self.backend, own, parts), self.trace)
+        if self.movers.heads.group.size > 1:
+            self._finish_for_all(own)
         return own
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:

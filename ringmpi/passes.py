@@ -24,9 +24,7 @@ class Pass(ForwardPass):
         call = self.call
         plan = self.plan
         backend = self.backend
-        heads, dim, dim_v = plan.dims
         self._prepare_pass("backward")
-        self.trace.flop_per_pair = heads * (6 * dim + 4 * dim_v)
 
         # The gradients of this rank's arrays, which are summed up in the accumulator's dtype.
         with self.engine.raise_on_all(), backend.current():

@@ -69,14 +69,16 @@ class ResumablePass(Pass):
 
     def attend(self) -> Outcome:
         """Attend; give None, on all ranks, if it was left before its end: then the engine's states are as they are."""
-        self._begin_forward()
+        self._prepare_pass("forward")
         with self.backend.current():
             with self._abandoned_on_error():
                 states = self._fold()
                 needed = self.plan.route.needed[self.movers.carrier.group.index]
                 mine = np.array([self._folded.leaves(needed)], np.uint8)
-                left = any(row[0] for row in self.engine.share(mine))
-            return None if left else self._results(states)
+                if any(row[0] for row in self.engine.share(mine)):
+                    return None
+                own = self._bring_home(states)
+            return self._results(own)
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values: its own, or those blocks that it goes on with."""
@@ -95,11 +97,11 @@ class ResumablePass(Pass):
             target.view(bits)[:, moved.places] = x.view(bits)
         return blocks
 
-    def _begin_states(self, states: Sequence[State]) -> None:
+    def _reset(self, states: Sequence[State], sinks: NDArray[Any] | None) -> None:
         """Let states be as they are before the first block that is left."""
         self._states = states
         if not self._goes_on:
-            super()._begin_states(states)
+            super()._reset(states, sinks)
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
         """Yield the work with every block that is left, until a rank asks to leave."""
@@ -107,15 +109,15 @@ class ResumablePass(Pass):
         return self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace, self._wishes.after_step,
                                            self._pause)
 
-    def _parts_of(self, rounds: Iterator[tuple[Work, slice]]) -> Iterator[tuple[Work, slice]]:
+    def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Cut the rows into pieces; once this rank is to stop, it only keeps in step with the others."""
-        for work, _ in rounds:
-            for number, rows in enumerate(self._folded.rows):
+        for work, _ in super()._rounds(works, rows):
+            for number, part in enumerate(self._folded.rows):
                 if not self._folded.is_left(number, work):
                     continue
                 if self._wishes.stop():
                     break
-                yield work, rows
+                yield work, part
                 self._folded.note(number, work)
 
     def _pause(self) -> None:
