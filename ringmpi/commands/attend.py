@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--expect-ranks", type=positive, metavar="N",
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
+    run.add_argument("--stream", action="store_true",
+                     help="read keys and values block by block as they are needed, and queries in pieces: for what "
+                          "does not fit in memory. --memory-limit is of the whole process of a rank then (default: 0.8 "
+                          "of what the node, or Slurm, lets its ranks have)")
     add_checkpoints(run)
     run.add_argument("--dry-run", action="store_true", help="check the input; predict memory, time and traffic; no MPI")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors: no start, no progress, no result")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
-from .hdf5 import create_dataset, write_file, write_rows
+from .hdf5 import OutputDataset, create_dataset, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
 from .opening import check_regular, open_file, reading
@@ -54,6 +54,7 @@ class Output:
         self.folder = self.path.parent / f"{self.path.name}.shards" / run
         self.force = force
         self._replaced: Manifest | None = None
+        self._made: list[Path] = []           # what this rank has written
 
     def prepare(self) -> None:
         """Check that output can be written, make this run's folder, and note what would be replaced. One rank.
@@ -100,22 +101,52 @@ class Output:
         OutputError
             If it can't be written; nothing is left of it.
         """
-        path = self._shard(rank)
+        like = {name: (rows.shape[1:], rows.dtype) for name, rows in (("out", out), ("lse", lse))}
+        with self.new_shard(rank, start, start + len(out), like) as shard:
+            shard.write(0, out, lse)
+        return shard.made
+
+    @contextmanager
+    def new_shard(self, number: int, start: int, stop: int, like: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+                  ) -> Iterator[NewShard]:
+        """Write a shard in a block, some rows at a time; after the block it is there, and has a digest. Each rank.
+
+        Parameters
+        ----------
+        number : int
+            Its own in this run.
+        start, stop : int
+            Its rows.
+        like : mapping
+            Shape and dtype of a row of `out` and of `lse`.
+
+        Raises
+        ------
+        OutputError
+            If it can't be written; nothing is left of it.
+        """
+        path = self._shard(number)
         with writing(path):
             self._make_folder()               # again, if `ringmpi clean` took it, empty, for one that was left
         with write_file(path) as file:
-            for name, rows in (("out", out), ("lse", lse)):
-                write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)
-            file.attrs.update(rank=rank, start=start, stop=start + len(out))
+            shard = NewShard({name: create_dataset(file, name, (stop - start, *shape), dtype)
+                              for name, (shape, dtype) in like.items()})
+            yield shard
+            file.attrs.update(rank=number, start=start, stop=stop)
+        self._made.append(path)
         name = path.relative_to(self.path.parent).as_posix()
         with writing(path):
             for folder in (self.folder, self.folder.parent):
                 flush_to_disk(folder)
             size = path.stat().st_size
         try:
-            return Shard(name, start, start + len(out), size, digest(path))
+            shard.made = Shard(name, start, stop, size, digest(path))
         except ShardError as error:
             raise OutputError(f"{path}: can't be read back: {error}") from error
+
+    def keep(self) -> None:
+        """Let what this rank has written stay when the output is discarded: a checkpoint refers to it. Each rank."""
+        self._made = []
 
     def publish(self, shards: Iterable[Shard], shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
                 record: Mapping[str, Any]) -> None:
@@ -161,16 +192,37 @@ class Output:
                     file.unlink()
                     file.parent.rmdir()
 
-    def discard(self, rank: int) -> None:
+    def discard(self) -> None:
         """Remove what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
-        with suppress(OSError):
-            self._shard(rank).unlink(missing_ok=True)
+        for path in self._made:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
             with suppress(OSError):           # not empty, or another rank was quicker
                 folder.rmdir()
 
-    def _shard(self, rank: int) -> Path:
-        return self.folder / f"{rank:05d}.h5"
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.h5"
+
+
+class NewShard:
+    """A shard in the making: see `Output.new_shard`.
+
+    Attributes
+    ----------
+    made : Shard
+        Once it is there.
+    """
+
+    made: Shard
+
+    def __init__(self, datasets: Mapping[str, OutputDataset]) -> None:
+        self._datasets = datasets
+
+    def write(self, at: int, out: Array, lse: Array) -> None:
+        """Write rows from the row `at` of this shard on. Local."""
+        for name, rows in (("out", out), ("lse", lse)):
+            write_rows(self._datasets[name], at, rows)
 
 
 def digest(path: Path) -> str:

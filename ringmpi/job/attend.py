@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 from ..attention import RingAttention
 from ..backends import choose_gpu_early
 from ..checkpoint.calls import Keeping, Stop
+from ..files.manifest import Shard
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..schedules.redistribution import redistribute
 from .checkpoints import Checkpoints
 from .inputs import Input, open_input, read_shard
 from .options import Options
-from .outputs import check_paths, publish, write_shard
+from .outputs import check_paths, gather_shards, publish, rows_of_results, write_shard
 from .report import Display, Report, gather_report, gather_start, make_record, write_record
 from .room import check_room
 from .run import Run
+from .stream import Stream, with_limit
 
 Array = NDArray[Any]
 
@@ -74,6 +76,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
     checkpoints = Checkpoints(run, keeping, requests() if keeping and requests else None)
+    options = with_limit(run, options)
     output = _agree_on_output(run, source, target, {**asdict(options), **checkpoints.options()}, force)
 
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
@@ -83,17 +86,17 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         _prepare(run, output, source, json_path, checkpoints)
         try:
             with _make_attention(run, data, options, threads) as attention:
-                out, lse = _compute(run, attention, data, options, display if run.comm.rank == 0 else None,
-                                    checkpoints)
+                shown = display if run.comm.rank == 0 else None
+                shards = (_stream if options.stream else _attend_at_once)(run, attention, data, options, output, shown,
+                                                                          checkpoints)
             record = make_record(run.comm.size, attention, options, command)
-            shard = write_shard(run, output, data.sizes.n_q, out, lse)
         except BaseException:
-            output.discard(run.comm.rank)     # rank 0 can't have published: it needs this rank's shard
+            output.discard()                  # rank 0 can't have published: it needs this rank's shards
             raise
 
     # Publish and report.
     with run.comm.telling():
-        publish(run, output, shard, {"out": out, "lse": lse}, record)
+        publish(run, output, shards, rows_of_results(data.sizes, options.accumulator), record)
         checkpoints.clear()
         report = gather_report(run, data.sizes, attention)
         write_record(run, json_path, attention, record, report)
@@ -130,6 +133,26 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          timeout=run.timeout, accumulator=options.accumulator, gpu_transport=options.gpu_transport,
                          allow_gpu_sharing=options.allow_gpu_sharing, bfloat16_products=options.bfloat16_products,
                          schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
+
+
+def _attend_at_once(run: Run, attention: RingAttention, data: Input, options: Options, output: Output,
+                    display: Display | None, checkpoints: Checkpoints) -> list[Shard]:
+    """Attend with all that is in the input at once; give the shards of all ranks."""
+    out, lse = _compute(run, attention, data, options, display, checkpoints)
+    return gather_shards(run, [write_shard(run, output, data.sizes.n_q, out, lse)])
+
+
+def _stream(run: Run, attention: RingAttention, data: Input, options: Options, output: Output,
+            display: Display | None, checkpoints: Checkpoints) -> list[Shard]:
+    """Attend with a piece of the input at a time; give the shards of all ranks."""
+    start = gather_start(run, data, options, attention)
+    if display is not None:
+        display.start(start)
+    streamed = Stream(run, attention, data, options, output, checkpoints)
+    with display.attending(run.comm.progress_of_all) if display else nullcontext():
+        shards = streamed.attend()
+    run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")
+    return shards
 
 
 def _compute(run: Run, attention: RingAttention, data: Input, options: Options, display: Display | None,

@@ -25,24 +25,31 @@ class Checkpoints:
         Where; None: nothing is kept.
     stop : callable, optional
         Asked on this rank whether to stop.
+
+    Attributes
+    ----------
+    keeping, stop
+        As given.
+    newest : path or None
+        The generation that goes when the output is there.
     """
 
     def __init__(self, run: Run, keeping: Keeping | None, stop: Stop | None) -> None:
         self._run = run
-        self._keeping = keeping
-        self._stop = stop
-        self._newest: Path | None = None
+        self.keeping = keeping
+        self.stop = stop
+        self.newest: Path | None = None
 
     def options(self) -> dict[str, Any]:
         """Give what must be the same on all ranks. Local."""
-        keeping = self._keeping
+        keeping = self.keeping
         return {"checkpoint": keeping and keeping.folder, "checkpoint_every": keeping and keeping.every,
-                "resume": keeping and keeping.resume, "stop": self._stop is not None}
+                "resume": keeping and keeping.resume, "stop": self.stop is not None}
 
     def check(self) -> None:
         """Raise `OutputError` unless they can be written. One rank."""
-        if self._keeping is not None:
-            check_folder(self._keeping.folder)
+        if self.keeping is not None:
+            check_folder(self.keeping.folder)
 
     def attend(self, attention: RingAttention, arrays: list[Any], sinks: Any, progress: Progress) -> tuple[Any, Any]:
         """Attend; give out and lse. Collective over *comm*.
@@ -54,24 +61,24 @@ class Checkpoints:
         OutputError
             If that can't be written.
         """
-        keeping = self._keeping
+        keeping = self.keeping
         if keeping is None:
             out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=progress)
             return out, lse
         inputs = Inputs(arrays[0], arrays[1], arrays[2], sinks)
-        result = attention._call_resumable(inputs, True, False, progress, self._stop, keeping)
+        result = attention._call_resumable(inputs, True, False, progress, self.stop, keeping)
         if result is None:
             attention.save(keeping.folder)
             share = attention._left.saver.share if attention._left else 0.0
             raise Interrupted(f"stopped on request: {share:.0%} is computed, and in the checkpoint in "
                               f"{keeping.folder}; the same command goes on from there")
-        self._newest = attention._newest
+        self.newest = attention._newest
         out, lse = result
         return out, lse
 
     def clear(self) -> None:
         """Remove them, when the output is there. Local; rank 0 does."""
-        if self._keeping is not None and self._newest is not None and self._run.comm.rank == 0:
-            remove(self._newest)
+        if self.keeping is not None and self.newest is not None and self._run.comm.rank == 0:
+            remove(self.newest)
             with suppress(OSError):           # others are there, or something else
-                self._keeping.folder.rmdir()
+                self.keeping.folder.rmdir()

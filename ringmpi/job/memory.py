@@ -22,6 +22,7 @@ from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from ..schedules.traffic import Shape
 from .inputs import Sizes
 from .options import Options
+from .pieces import need_of, plan_pieces, predict, schedule_to_stream
 
 MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 ranks
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
@@ -52,6 +53,11 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     canonical = options.order == "canonical"
     backend = _class_of(options.backend, canonical)
     schedule = schedule_of(sizes, ranks, options)
+    if options.stream:
+        process = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
+        need = need_of(sizes, ranks, options, backend, process)
+        pieces = plan_pieces(sizes, ranks, options, need, backend.canonical_tile if canonical else 0)
+        return predict(sizes, ranks, pieces, need)
     held = arrays(shape_of(sizes, options), schedule, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
@@ -79,6 +85,8 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     OptionError
         If the heads do not allow it, or it takes more than the options' limit.
     """
+    if options.stream:
+        return schedule_to_stream(options, ranks)
     on_gpu = options.backend in GPU_NAMES
     text = rates_of_this_machine(on_gpu)
     cores = len(affinity())

@@ -31,6 +31,7 @@ class Options:
     bfloat16_products: str = "auto"
     schedule: str = "auto"
     memory_limit: int | None = None
+    stream: bool = False
     order: str = ORDERS[0]
     q: str = "q"
     k: str = "k"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES, accumulator
 from ..errors import CommError, OptionError, RankLost, RingError, RingTimeout
 from ..files.manifest import Shard
 from ..files.paths import check_writable
@@ -19,9 +20,11 @@ from ..files.record import check_record
 from ..files.shards import Output
 from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
+from .inputs import Sizes
 from .run import Run
 
 Array = NDArray[Any]
+Rows = tuple[tuple[int, ...], np.dtype[Any]]          # shape and dtype of a row
 
 
 def check_paths(source: Path, target: Path, json_path: Path | None, force: bool) -> None:
@@ -67,33 +70,52 @@ def write_shard(run: Run, output: Output, n_q: int, out: Array, lse: Array) -> S
         return output.write(run.comm.rank, start, out, lse)
 
 
-def publish(run: Run, output: Output, shard: Shard, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
-    """Gather the shards of all ranks; rank 0 writes OUT.h5 over them. Collective over *comm*.
+def rows_of_results(sizes: Sizes, wanted: str | None) -> dict[str, Rows]:
+    """Give shape and dtype of a row of `out` and of `lse`. Local.
 
     Parameters
     ----------
-    shard : Shard
-        What this rank wrote.
-    rows : mapping of str to array
-        This rank's rows of each dataset.
+    sizes : Sizes
+    wanted : str, optional
+        Accumulator asked for.
+    """
+    dtype = DTYPES[sizes.dtype]
+    return {"out": ((sizes.heads, sizes.dim_v), dtype), "lse": ((sizes.heads,), accumulator(dtype, wanted))}
+
+
+def gather_shards(run: Run, mine: Sequence[Shard]) -> list[Shard]:
+    """Gather the shards of all ranks, in the order of their rows. Collective over *comm*."""
+    texts = run.allgather_text(json.dumps([asdict(shard) for shard in mine]))
+    return sorted((Shard(**shard) for text in texts for shard in json.loads(text)),
+                  key=lambda shard: (shard.start, shard.stop))
+
+
+def publish(run: Run, output: Output, shards: Sequence[Shard], rows: Mapping[str, Rows], record: dict[str, Any]
+            ) -> None:
+    """Have rank 0 write OUT.h5 over the shards of all ranks. Collective over *comm*.
+
+    Parameters
+    ----------
+    shards : sequence of Shard
+        Of all ranks.
+    rows : mapping
+        See `rows_of_results`.
     record : dict
         How the result was made.
 
     Raises
     ------
     OutputError
-        If OUT.h5 can't be written; the same on every rank, and no shard is left.
+        If OUT.h5 can't be written; the same on every rank, and what the output may discard is gone.
     """
     try:
-        shards = [Shard(**json.loads(text)) for text in run.allgather_text(json.dumps(asdict(shard)))]
-        shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-            name: ((shards[-1].stop, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
+        shapes = {name: ((shards[-1].stop if shards else 0, *shape), dtype) for name, (shape, dtype) in rows.items()}
         with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
             if run.comm.rank == 0:
                 output.publish(shards, shapes, record)
     except RingError as error:
         if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all ranks know that it is not there
-            output.discard(run.comm.rank)
+            output.discard()
         raise
     if run.comm.rank == 0:
         output.clear_replaced()

@@ -1,0 +1,281 @@
+"""A job whose keys, queries and results need not fit in memory: `ringmpi attend --stream`.
+
+Queries come in pieces, dealt out among all ranks. By each piece go all blocks of keys that it sees: every rank reads
+its share of a block while the one before goes round. Then the results of the piece are written, and they are progress.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..attention import RingAttention
+from ..call import RECORD, Call, Inputs, Records
+from ..checkpoint.calls import Stop
+from ..dtypes import DTYPES, accumulator
+from ..environment import node_memory, resident_bytes
+from ..errors import InternalError, Interrupted
+from ..files.manifest import Shard
+from ..files.shards import Output
+from ..passes import Pass
+from ..plan import Plan
+from ..replicated import part_of
+from ..schedules.waits import LEAVE, PAUSE
+from ..softmax import State
+from ..trace import Step, Trace
+from .checkpoints import Checkpoints
+from .inputs import Input
+from .journal import Done, Journal, describe_job
+from .options import Options
+from .outputs import rows_of_results
+from .pieces import Groups, Pieces, need_of, plan_pieces, schedule_to_stream
+from .run import Run
+from .stream_files import BlockReader, read_piece, write_piece
+
+NODE_SHARE = 0.8               # of a node's memory that a job takes if no limit is given: files are cached in the rest
+PROCESS_STEP = 2**24           # to which the bytes of a process are rounded up: that pieces are the same in each run
+
+Array = NDArray[Any]
+
+
+def with_limit(run: Run, options: Options) -> Options:
+    """Give the options of a job that streams a limit of memory, if they have none. Collective over *comm*.
+
+    It is a share of what each node lets the job have: `NODE_SHARE` of that over the ranks there.
+    """
+    if not options.stream or options.memory_limit is not None:
+        return options
+    mine = int(NODE_SHARE * node_memory()[0]) // run.comm.local_size
+    return replace(options, memory_limit=int(run.comm.allgather(np.array([mine]), run.timeout).min()))
+
+
+class BlockPass(Pass):
+    """A forward pass over one block of keys, of queries that have met others before and go on after it."""
+
+    def fold(self) -> None:
+        """Fold the block, each rank's share of it, into the states of the engine. Collective."""
+        call, plan = self.call, self.plan
+        self._prepare_pass("forward")
+        with self.backend.current(), self._abandoned_on_error():
+            heads, _, dim_v = plan.dims
+            states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
+            self._meet(states, [call.q], (call.k, call.v))
+
+
+@dataclass
+class Wishes:
+    """What this rank wishes for between two blocks.
+
+    Attributes
+    ----------
+    stop : callable, optional
+    every : float, optional
+        Seconds between checkpoints.
+    """
+
+    stop: Stop | None
+    every: float | None
+    last: float = 0.0
+
+    def now(self) -> int:
+        """Give `LEAVE`, `PAUSE` or 0. Local."""
+        if self.stop is not None and self.stop():
+            return LEAVE
+        return PAUSE if self.every is not None and time.monotonic() - self.last >= self.every else 0
+
+    def begin(self) -> None:
+        """Take note that a checkpoint was written, or need not be. Local."""
+        self.last = time.monotonic()
+
+
+class Stream:
+    """A job that streams. Collective over *comm*, all of it.
+
+    Parameters
+    ----------
+    run, attention, data, options, output
+    checkpoints : Checkpoints
+        Of the job: where they are kept, and whether to stop.
+    """
+
+    def __init__(self, run: Run, attention: RingAttention, data: Input, options: Options, output: Output,
+                 checkpoints: Checkpoints) -> None:
+        self._run, self._attention, self._data, self._options, self._output = run, attention, data, options, output
+        self._checkpoints = checkpoints
+        self._keeping = keeping = checkpoints.keeping
+        self._wishes = Wishes(checkpoints.stop, keeping.every if keeping else None)
+        self._engine = attention._engine
+        self._backend = attention.backend
+        self._pairs = 0
+        self._wide = accumulator(DTYPES[data.sizes.dtype], options.accumulator)
+        self._rows = rows_of_results(data.sizes, options.accumulator)
+        self.total = Trace(steps=[Step(number, number) for number in range(run.comm.size)])
+
+    def attend(self) -> list[Shard]:
+        """Attend; give the shards of all ranks.
+
+        Raises
+        ------
+        Interrupted
+            If a rank was asked to stop, the same on every rank: then there is a checkpoint.
+        """
+        run, sizes, options = self._run, self._data.sizes, self._options
+        attention = self._attention
+        attention.schedule = schedule_to_stream(options, run.comm.size)
+        problem = {}
+        if self._keeping is not None:
+            problem = describe_job(run, self._data, options, self._output.path, self._backend, self._rows)
+        placement = {"ranks": run.comm.size, "schedule": str(attention.schedule), "layout": options.layout,
+                     "memory_limit": options.memory_limit}
+        self._journal = Journal(run, self._keeping, problem, placement)
+        done, pieces = self._journal.find(self._output.path)
+        if pieces is None:
+            pieces = self._plan(done.rows)
+        self._report(done.pairs)
+        self._wishes.begin()
+        with run.raise_on_all():
+            self._reader = BlockReader((self._data.k, self._data.v), pieces.of_keys(sizes, run.comm.size),
+                                       run.comm.rank)
+        try:
+            self._blocks = pieces.of_keys(sizes, run.comm.size)
+            for piece in pieces.of_queries(sizes, run.comm.size, options.layout):
+                if piece.start >= done.rows:
+                    done = self._attend_piece(piece, pieces, done)
+        finally:
+            self._reader.close()
+        attention.trace = self.total
+        self._checkpoints.newest = self._journal.newest
+        return done.shards
+
+    def _report(self, pairs: int, _: int = 0) -> None:
+        """Say that so many more pairs are done. Local."""
+        self._pairs += pairs
+        self._run.comm.report_progress(self._pairs, self._pairs)
+
+    def _plan(self, start: int) -> Pieces:
+        """Plan the pieces of the queries from `start` on, by the rank whose process is largest."""
+        sizes, options, size = self._data.sizes, self._options, self._run.comm.size
+        process = int(self._run.comm.allgather(np.array([resident_bytes()]), self._run.timeout).max())
+        process = -(-process // PROCESS_STEP) * PROCESS_STEP + self._backend.library_bytes
+        need = need_of(sizes, size, options, type(self._backend), process)
+        tile = self._backend.canonical_tile if options.order == "canonical" else 0
+        with self._run.raise_on_all():
+            return plan_pieces(sizes, size, options, need, tile, start)
+
+    def _attend_piece(self, piece: Groups, pieces: Pieces, done: Done) -> Done:
+        """Attend with the queries of a piece, and write its results."""
+        run, sizes, backend = self._run, self._data.sizes, self._backend
+        n_q, n_k = sizes.n_q, sizes.n_k
+        bounds = self._data.mask.bounds(piece.positions(run.comm.rank), n_q, n_k)
+        sees = np.full(piece.counts[run.comm.rank], self._data.sinks is not None)
+        for low, high in bounds:
+            sees |= high > low
+        mine = np.packbits(pieces.seen(bounds, n_k))
+        del bounds
+        every = run.comm.exchange("", run.timeout, mine)
+        seen = np.unpackbits(np.bitwise_or.reduce(every), count=len(self._blocks))
+        left = [number for number in np.flatnonzero(seen).tolist() if number >= done.block]
+        if left:
+            self._reader.begin(left[0])
+        q = read_piece(run, self._data.q, piece)
+        [state] = self._engine.states(1, len(q), sizes.heads, sizes.dim_v, self._wide)
+        arrays = [state.acc, state.row_max, state.row_sum]
+        if done.block:
+            self._journal.read(arrays)
+        else:
+            backend.reset(state, None if self._data.sinks is None else self._data.sinks.astype(self._wide))
+        with run.timer.phase("attend", "attending"):
+            for number, following in zip(left, [*left[1:], None], strict=True):
+                k, v = self._take(number, following, replace(done, block=number), pieces, arrays)
+                done = self._fold(q, k, v, piece, number, done)
+        del q
+        shards = self._write(piece, state, sees)
+        done = Done([*done.shards, *shards], 0, done.pairs)
+        self._save(done, pieces)
+        return done
+
+    def _take(self, number: int, following: int | None, done: Done, pieces: Pieces, states: Sequence[Array]
+              ) -> tuple[Array, Array]:
+        """Take this rank's share of a block, let the next be read, and do what any rank wishes for before it."""
+        run = self._run
+        keys: list[Array] = []
+        with run.comm.noting() as failures:
+            keys = self._reader.take(number)
+        wish = np.array([self._wishes.now()], np.uint8)
+        every = run.comm.exchange("", run.timeout, wish, failures=failures)
+        wished = int(np.bitwise_or.reduce([row[0] for row in every]))
+        if wished & LEAVE:
+            self._leave(done, pieces, states)
+        if following is not None:
+            self._reader.begin(following)
+        if wished & PAUSE:
+            self._save(done, pieces, states)
+        return keys[0], keys[1]
+
+    def _save(self, done: Done, pieces: Pieces, states: Sequence[Array] = ()) -> None:
+        """Write a checkpoint on the way, if any are kept."""
+        if self._journal.try_to_write(done, pieces, states):
+            self._output.keep()
+        self._wishes.begin()
+
+    def _leave(self, done: Done, pieces: Pieces, states: Sequence[Array]) -> None:
+        """Write a checkpoint, and end the job on all ranks."""
+        self._journal.write(done, pieces, states)
+        self._output.keep()
+        folder = self._keeping.folder if self._keeping else ""
+        raise Interrupted(f"stopped on request: {done.rows / max(1, self._data.sizes.n_q):.0%} of the queries are "
+                          f"done, and what is computed of further ones is in the checkpoint in {folder}; the same "
+                          "command goes on from there")
+
+    def _fold(self, q: Array, k: Array, v: Array, piece: Groups, number: int, done: Done) -> Done:
+        """Let the queries of a piece meet a block."""
+        trace = Trace()
+        call = Call.check(Inputs(q, k, v, self._data.sinks), 0.0, self._options.accumulator)
+        plan = self._plan_block(call, piece, self._blocks[number])
+        BlockPass(call, plan, self._engine, trace, self._report).fold()
+        self._add(trace)
+        return replace(done, block=number + 1, pairs=done.pairs + trace.pairs)
+
+    def _plan_block(self, call: Call, piece: Groups, block: Groups) -> Plan:
+        """Plan what the queries of a piece see of a block, and agree on who needs what of it."""
+        run, attention = self._run, self._attention
+        problem = replace(attention._problem, layout=piece, kv_layout=block)
+        plan: Plan | None = None
+        needs = np.zeros(run.comm.size, bool)
+        with run.comm.noting() as failures:
+            table = np.repeat(call.record().view(RECORD), run.comm.size)
+            table["n_q"], table["n_k"] = piece.counts, block.counts
+            records = Records([table.view(np.uint8)])
+            layouts = problem.resolve(records)
+            grid = problem.grid(attention.schedule, run.comm.nodes, records)
+            plan = problem.plan(records, layouts, grid, run.comm.rank)
+            needs = plan.needs
+        every = run.comm.exchange("", run.timeout, np.packbits(needs), failures=failures)
+        if plan is None:
+            raise InternalError("a plan is missing")
+        plan.take_needs(np.unpackbits(np.stack(every), axis=1, count=len(needs)).astype(bool))
+        return plan
+
+    def _add(self, trace: Trace) -> None:
+        """Add what a block has cost to what all have."""
+        total = self.total
+        total.flop_per_pair = trace.flop_per_pair
+        total.compile_seconds += trace.compile_seconds
+        for whole, step in zip(total.steps, trace.steps, strict=False):
+            for name in ("pairs", "compute_seconds", "wait_seconds", "bytes_sent", "bytes_received"):
+                setattr(whole, name, getattr(whole, name) + getattr(step, name))
+
+    def _write(self, piece: Groups, state: State, sees: NDArray[np.bool_]) -> list[Shard]:
+        """Normalise the states of a piece, some rows at a time, and write them."""
+        def finish(rows: slice) -> tuple[Array, Array]:
+            count = rows.stop - rows.start
+            out, lse = (np.empty((count, *shape), dtype) for shape, dtype in self._rows.values())
+            self._backend.finish(part_of(state, rows), sees[rows], out, lse)
+            return out, lse
+
+        return write_piece(self._run, self._output, piece, finish, self._rows)
