@@ -151,7 +151,8 @@ def describe(start: Start, pairs: list[int]) -> list[str]:
     ranks = len(start.hosts)
     options = start.options
     memory = "at most" if options.stream else "predicted:"
-    nbytes = options.memory_limit if options.stream else predict_memory(sizes, ranks, options, resident_bytes())["total"]
+    nbytes = (options.memory_limit if options.stream else
+              predict_memory(sizes, ranks, options, resident_bytes())["total"])
     seconds = predict_seconds(pairs, sizes, start.threads, start.backend)
     time_needed = f", {_rough(seconds)}" if seconds else ""
     lines = [f"{_many(ranks, 'rank')} on {_hosts(start.hosts)}, {_each(start.threads)} ({start.backend}); "

@@ -32,6 +32,7 @@ from .inputs import Input
 from .options import Options
 from .pieces import Pieces
 from .run import Run
+from .stream_plan import Planner
 
 # Options that say how a job is done, not what it gives.
 OF_THE_WAY = ("layout", "memory_limit", "schedule", "gpu_transport", "allow_gpu_sharing", "backend", "stream")
@@ -81,7 +82,7 @@ class Journal:
         self.newest: Path | None = None
         self._found: Generation | None = None
 
-    def find(self, target: Path) -> tuple[Done, Pieces | None]:
+    def find(self, target: Path, planner: Planner) -> tuple[Done, Pieces | None]:
         """Say what has been done, and of which pieces if this job can go on in the middle of one.
 
         Raises
@@ -93,7 +94,7 @@ class Journal:
         if keeping is None or keeping.resume == "never":
             return Done(), None
         try:
-            return self._find(keeping, target)
+            return self._find(keeping, target, planner)
         except (ShardError, OptionError) as error:
             if keeping.resume == "require":
                 raise
@@ -101,7 +102,7 @@ class Journal:
                 warnings.warn(f"no checkpoint is used, and all is computed: {error}", stacklevel=2)
             return Done(), None
 
-    def _find(self, keeping: Keeping, target: Path) -> tuple[Done, Pieces | None]:
+    def _find(self, keeping: Keeping, target: Path, planner: Planner) -> tuple[Done, Pieces | None]:
         run = self._run
         found: Generation | None = None
         with run.comm.noting() as failures:
@@ -119,13 +120,15 @@ class Journal:
             raise OptionError(f"{found.path}: expected a checkpoint of this job: {different}")
         pieces: Pieces | None = None
         with run.raise_on_all():
-            done, pieces = _read(found)
+            done, pieces = _read(found, planner.sizes.n_q)
             for shard in done.shards[run.comm.rank::run.comm.size]:
                 _check_shard(target.parent, shard)
             mine = found.content["shards"]
             if difference(found.content["placement"], self._placement):
                 pieces = None
                 done = replace(done, block=0, pairs=sum(part["pairs"] for part in mine) * (run.comm.rank == 0))
+            elif len(mine) != run.comm.size or not planner.fits(pieces):
+                raise ShardError(f"{found.path}: goes on in a piece for which there is no room in this job's limit")
             else:
                 done = replace(done, pairs=mine[run.comm.rank]["pairs"])
         self.newest = found.path
@@ -216,16 +219,18 @@ def describe_job(run: Run, data: Input, options: Options, target: Path, backend:
             **{f"{name} (by its fingerprint)": f"{int(x):016x}" for name, x in zip("qkv", total, strict=True)}}
 
 
-def _read(found: Generation) -> tuple[Done, Pieces]:
-    """Take what a generation says has been done."""
+def _read(found: Generation, n_q: int) -> tuple[Done, Pieces]:
+    """Take what a generation says has been done, if it can have been."""
     content = found.content
     try:
         shards = [Shard(**shard) for shard in content["output"]]
         pieces = Pieces(**content["pieces"])
         stops = [0, *(shard.stop for shard in shards)]
-        right = all(shard.start == stop for shard, stop in zip(shards, stops, strict=False)) and all(
-            type(x) is int and x >= 0 for x in (content["block"], *pieces.as_dict().values(),
-                                                *(shard["pairs"] for shard in content["shards"])))
+        numbers = [content["block"], pieces.start, *(shard["pairs"] for shard in content["shards"])]
+        right = (all(type(x) is int and x >= 0 for x in numbers)
+                 and all(type(x) is int and x > 0 for x in (pieces.group, pieces.piece, pieces.block, pieces.tile))
+                 and all(shard.start == stop for shard, stop in zip(shards, stops, strict=False))
+                 and stops[-1] <= n_q)
     except (KeyError, TypeError, AttributeError):
         right = False
     if not right:

@@ -22,7 +22,7 @@ from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from ..schedules.traffic import Shape
 from .inputs import Sizes
 from .options import Options
-from .pieces import need_of, plan_pieces, predict, schedule_to_stream
+from .stream_plan import Planner, schedule_to_stream
 
 MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 ranks
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
@@ -47,17 +47,15 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
         its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum; CUDA's own
         memory comes on top.
     """
+    if options.stream:
+        planner = planner_of(sizes, ranks, options, 0 if resident else MPI_BYTES)
+        return planner.predict(planner.plan())
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)
     shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
     canonical = options.order == "canonical"
     backend = _class_of(options.backend, canonical)
     schedule = schedule_of(sizes, ranks, options)
-    if options.stream:
-        process = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
-        need = need_of(sizes, ranks, options, backend, process)
-        pieces = plan_pieces(sizes, ranks, options, need, backend.canonical_tile if canonical else 0)
-        return predict(sizes, ranks, pieces, need)
     held = arrays(shape_of(sizes, options), schedule, options.backend in GPU_NAMES)
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
@@ -73,6 +71,12 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
     return {**parts, "process and libraries": base, "total": max(phases) + base}
+
+
+def planner_of(sizes: Sizes, ranks: int, options: Options, more: int = MPI_BYTES) -> Planner:
+    """Give what plans the pieces of a job that streams, for a process like this one and `more` bytes. Local."""
+    backend = _class_of(options.backend, options.order == "canonical")
+    return Planner(sizes, ranks, options, backend, resident_bytes() + more)
 
 
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:

@@ -18,7 +18,7 @@ from ..attention import RingAttention
 from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.calls import Stop
 from ..dtypes import DTYPES, accumulator
-from ..environment import node_memory, resident_bytes
+from ..environment import resident_bytes
 from ..errors import InternalError, Interrupted
 from ..files.manifest import Shard
 from ..files.shards import Output
@@ -33,12 +33,10 @@ from .inputs import Input
 from .journal import Done, Journal, describe_job
 from .options import Options
 from .outputs import rows_of_results
-from .pieces import Groups, Pieces, need_of, plan_pieces, schedule_to_stream
+from .pieces import Block, Groups, Pieces
 from .run import Run
 from .stream_files import BlockReader, read_piece, write_piece
-
-NODE_SHARE = 0.8               # of a node's memory that a job takes if no limit is given: files are cached in the rest
-PROCESS_STEP = 2**24           # to which the bytes of a process are rounded up: that pieces are the same in each run
+from .stream_plan import Planner, schedule_to_stream, usual_limit
 
 Array = NDArray[Any]
 
@@ -46,11 +44,11 @@ Array = NDArray[Any]
 def with_limit(run: Run, options: Options) -> Options:
     """Give the options of a job that streams a limit of memory, if they have none. Collective over *comm*.
 
-    It is a share of what each node lets the job have: `NODE_SHARE` of that over the ranks there.
+    That is `usual_limit` where it is least.
     """
     if not options.stream or options.memory_limit is not None:
         return options
-    mine = int(NODE_SHARE * node_memory()[0]) // run.comm.local_size
+    mine = usual_limit(run.comm.local_size)
     return replace(options, memory_limit=int(run.comm.allgather(np.array([mine]), run.timeout).min()))
 
 
@@ -133,9 +131,11 @@ class Stream:
         placement = {"ranks": run.comm.size, "schedule": str(attention.schedule), "layout": options.layout,
                      "memory_limit": options.memory_limit}
         self._journal = Journal(run, self._keeping, problem, placement)
-        done, pieces = self._journal.find(self._output.path)
+        planner = self._planner()
+        done, pieces = self._journal.find(self._output.path, planner)
         if pieces is None:
-            pieces = self._plan(done.rows)
+            with run.raise_on_all():
+                pieces = planner.plan(done.rows)
         self._report(done.pairs)
         self._wishes.begin()
         with run.raise_on_all():
@@ -157,15 +157,11 @@ class Stream:
         self._pairs += pairs
         self._run.comm.report_progress(self._pairs, self._pairs)
 
-    def _plan(self, start: int) -> Pieces:
-        """Plan the pieces of the queries from `start` on, by the rank whose process is largest."""
-        sizes, options, size = self._data.sizes, self._options, self._run.comm.size
-        process = int(self._run.comm.allgather(np.array([resident_bytes()]), self._run.timeout).max())
-        process = -(-process // PROCESS_STEP) * PROCESS_STEP + self._backend.library_bytes
-        need = need_of(sizes, size, options, type(self._backend), process)
-        tile = self._backend.canonical_tile if options.order == "canonical" else 0
-        with self._run.raise_on_all():
-            return plan_pieces(sizes, size, options, need, tile, start)
+    def _planner(self) -> Planner:
+        """Make what plans pieces, by the rank whose process is largest."""
+        comm = self._run.comm
+        process = int(comm.allgather(np.array([resident_bytes()]), self._run.timeout).max())
+        return Planner(self._data.sizes, comm.size, self._options, type(self._backend), process)
 
     def _attend_piece(self, piece: Groups, pieces: Pieces, done: Done) -> Done:
         """Attend with the queries of a piece, and write its results."""
@@ -241,7 +237,7 @@ class Stream:
         self._add(trace)
         return replace(done, block=number + 1, pairs=done.pairs + trace.pairs)
 
-    def _plan_block(self, call: Call, piece: Groups, block: Groups) -> Plan:
+    def _plan_block(self, call: Call, piece: Groups, block: Block) -> Plan:
         """Plan what the queries of a piece see of a block, and agree on who needs what of it."""
         run, attention = self._run, self._attention
         problem = replace(attention._problem, layout=piece, kv_layout=block)

@@ -21,7 +21,7 @@ from ..files.shards import NewShard, Output
 from ..layout import Contiguous
 from ..schedules.redistribution import redistribute
 from .outputs import Rows, gather_shards
-from .pieces import Groups
+from .pieces import Block, Groups
 from .run import Run
 
 Array = NDArray[Any]
@@ -35,11 +35,11 @@ class BlockReader:
     datasets : sequence of h5py.Dataset
         Of keys and of values. Nothing else is opened or closed in the thread than what reading them takes; h5py lets
         one thread at a time into HDF5.
-    blocks : sequence of Groups
+    blocks : sequence of Block
     rank : int
     """
 
-    def __init__(self, datasets: Sequence[h5py.Dataset], blocks: Sequence[Groups], rank: int) -> None:
+    def __init__(self, datasets: Sequence[h5py.Dataset], blocks: Sequence[Block], rank: int) -> None:
         self._datasets = datasets
         self._blocks = blocks
         self._rank = rank
@@ -71,10 +71,9 @@ class BlockReader:
 
     def _read(self, number: int, buffers: list[Array]) -> list[Array]:
         block = self._blocks[number]
-        start, count = int(block.start + _starts(block.full)[self._rank]), block.counts[self._rank]
-        rows = [x[:count] for x in buffers]
+        rows = [x[:block.counts[self._rank]] for x in buffers]
         for dataset, x in zip(self._datasets, rows, strict=True):
-            read_rows_into(dataset, start, x)
+            read_rows_into(dataset, block.starts[self._rank], x)
         return rows
 
     def close(self) -> None:
@@ -148,10 +147,6 @@ def write_piece(run: Run, output: Output, piece: Groups, finish: Callable[[slice
         if failures:
             raise failures[0]
     return gather_shards(run, [shard.made for shard in mine])
-
-
-def _starts(layout: Any) -> Sequence[int]:
-    return layout.starts  # type: ignore[no-any-return]
 
 
 def _bits(x: Array) -> str:
