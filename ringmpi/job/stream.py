@@ -6,6 +6,7 @@ its share of a block while the one before goes round. Then the results of the pi
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -186,7 +187,7 @@ class Stream:
         else:
             backend.reset(state, None if self._data.sinks is None else self._data.sinks.astype(self._wide))
         with run.timer.phase("attend", "attending"):
-            for number, following in zip(left, [*left[1:], None], strict=True):
+            for number, following in itertools.zip_longest(left, left[1:]):
                 k, v = self._take(number, following, replace(done, block=number), pieces, arrays)
                 done = self._fold(q, k, v, piece, number, done)
         del q
