@@ -190,6 +190,19 @@ def test_killed_and_gone_on_with(case, tmp_path, every):
     assert len(runs) >= 2                        # what the killed ones had finished is part of the result
 
 
+def test_killed_when_all_is_computed(case, tmp_path):
+    """Before OUT.h5 is written: what is left is to write it, and nothing is computed."""
+    dies = ("from ringmpi.files.shards import Output\n"
+            "Output.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)")
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", ranks=3, at=(0, 1, dies))
+    assert result.code not in (0, STOPPED), result.text
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", ranks=3,
+                    at=(0, 1, "raise SystemExit('nothing is left to compute')"))
+    assert result.code == 0, result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+    assert not (tmp_path / "c").exists()
+
+
 def test_other_ranks_go_on_with_what_is_finished(case, tmp_path):
     killed(case, tmp_path, options=["--checkpoint-every", 1e-9])
     result = attend(case[0], tmp_path / "out.h5", "--causal", "--layout", "zigzag", "--backend", "numpy",
@@ -326,7 +339,7 @@ def test_the_fewest_pieces_within_the_limit():
     def planner(mebibytes, ranks=2):
         from ringmpi.backends.numba_.backend import NumbaBackend
         return stream_plan.Planner(sizes, ranks, Options(causal=True, stream=True, memory_limit=mebibytes * 2**20),
-                                   NumbaBackend, 160 * 2**20)
+                                   NumbaBackend, 206 * 2**20)
 
     for limit in (400, 512, 1024, 4096):
         one = planner(limit)

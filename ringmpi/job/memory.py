@@ -76,7 +76,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
 def planner_of(sizes: Sizes, ranks: int, options: Options, more: int = MPI_BYTES) -> Planner:
     """Give what plans the pieces of a job that streams, for a process like this one and `more` bytes. Local."""
     backend = _class_of(options.backend, options.order == "canonical")
-    return Planner(sizes, ranks, options, backend, resident_bytes() + more)
+    return Planner(sizes, ranks, options, backend, resident_bytes() + more + backend.library_bytes)
 
 
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..replicated import part_of
 from ..schedules.waits import LEAVE, PAUSE
 from ..softmax import State
-from ..trace import Step, Trace
+from ..trace import Exchange, Step, Trace
 from .checkpoints import Checkpoints
 from .inputs import Input
 from .journal import Done, Journal, describe_job
@@ -113,7 +113,8 @@ class Stream:
         self._pairs = 0
         self._wide = accumulator(DTYPES[data.sizes.dtype], options.accumulator)
         self._rows = rows_of_results(data.sizes, options.accumulator)
-        self.total = Trace(steps=[Step(number, number) for number in range(run.comm.size)])
+        self._reading = Exchange("blocks from the file")
+        self.total = Trace(steps=[Step(number, number) for number in range(run.comm.size)], exchanges=[self._reading])
 
     def attend(self) -> list[Shard]:
         """Attend; give the shards of all ranks.
@@ -140,10 +141,9 @@ class Stream:
         self._report(done.pairs)
         self._wishes.begin()
         with run.raise_on_all():
-            self._reader = BlockReader((self._data.k, self._data.v), pieces.of_keys(sizes, run.comm.size),
-                                       run.comm.rank)
-        try:
             self._blocks = pieces.of_keys(sizes, run.comm.size)
+            self._reader = BlockReader((self._data.k, self._data.v), self._blocks, run.comm.rank)
+        try:
             for piece in pieces.of_queries(sizes, run.comm.size, options.layout):
                 if piece.start >= done.rows:
                     done = self._attend_piece(piece, pieces, done)
@@ -159,10 +159,14 @@ class Stream:
         self._run.comm.report_progress(self._pairs, self._pairs)
 
     def _planner(self) -> Planner:
-        """Make what plans pieces, by the rank whose process is largest."""
-        comm = self._run.comm
-        process = int(comm.allgather(np.array([resident_bytes()]), self._run.timeout).max())
-        return Planner(self._data.sizes, comm.size, self._options, type(self._backend), process)
+        """Make what plans pieces, by the rank whose process is largest when all is compiled, which may take much."""
+        run, sizes, options = self._run, self._data.sizes, self._options
+        with run.timer.phase("attend", "compiling kernels"):
+            self.total.compile_seconds += self._engine.prepare(
+                self._rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
+                plain=options.softcap is None and not options.alibi, backward=False)
+        process = int(run.comm.allgather(np.array([resident_bytes()]), run.timeout).max())
+        return Planner(sizes, run.comm.size, options, type(self._backend), process)
 
     def _attend_piece(self, piece: Groups, pieces: Pieces, done: Done) -> Done:
         """Attend with the queries of a piece, and write its results."""
@@ -201,8 +205,10 @@ class Stream:
         """Take this rank's share of a block, let the next be read, and do what any rank wishes for before it."""
         run = self._run
         keys: list[Array] = []
+        start = time.perf_counter()
         with run.comm.noting() as failures:
             keys = self._reader.take(number)
+        self._reading.wait_seconds += time.perf_counter() - start
         wish = np.array([self._wishes.now()], np.uint8)
         every = run.comm.exchange("", run.timeout, wish, failures=failures)
         wished = int(np.bitwise_or.reduce([row[0] for row in every]))

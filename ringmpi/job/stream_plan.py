@@ -67,7 +67,7 @@ class Planner:
     backend : type
         Of the backend.
     process : int
-        Bytes of this process, before it computes.
+        Bytes of this process, with all libraries.
     """
 
     sizes: Sizes
@@ -115,8 +115,8 @@ class Planner:
 
     @cached_property
     def _process(self) -> int:
-        """Bytes of the process and its libraries, rounded up, so that each run is cut alike."""
-        return -(-self.process // PROCESS_STEP) * PROCESS_STEP + self.backend.library_bytes
+        """Bytes of the process, rounded up, so that each run is cut alike."""
+        return -(-self.process // PROCESS_STEP) * PROCESS_STEP
 
     @property
     def limit(self) -> int:
