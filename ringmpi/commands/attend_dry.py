@@ -48,7 +48,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     parts = predict_memory(sizes, ranks, options)
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    chosen = options.schedule == "auto" and options.order != "canonical"
+    chosen = options.schedule == "auto" and options.order != "canonical" and not options.stream
     print(f"{'schedule':24}{schedule!s:>12}{' chosen as if all ranks were on this node' if chosen else ''}")
     traffic = _describe_passes(sizes, ranks, options, mask) if options.stream else _describe_traffic(parts, schedule)
     for line in (*traffic, *_describe_result(sizes, options),
