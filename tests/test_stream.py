@@ -253,6 +253,25 @@ def test_without_a_checkpoint_nothing_is_left(case, tmp_path):
     assert not [name for name in left_over(tmp_path) if not name.startswith("said")], result.text
 
 
+def test_a_rank_that_cannot_write(case, tmp_path):
+    """All ranks end with the same error, and at once; the next job goes on after what was written before."""
+    full = ("import ringmpi.files.shards as shards\n"
+            "def write(self, at, out, lse, original=shards.NewShard.write, left=[4]):\n"
+            "    left[0] -= 1\n"
+            "    if not left[0]:\n"
+            "        raise OSError(28, 'No space left on device')\n"
+            "    original(self, at, out, lse)\n"
+            "shards.NewShard.write = write")
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", ranks=3, at=(1, 1, full))
+    assert result.code == 6, result.text
+    assert result.text.count("No space left on device") == 1, result.text
+    assert not (tmp_path / "out.h5").exists()
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", "--resume", "require",
+                    ranks=3)
+    assert result.code == 0, result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+
+
 @pytest.mark.parametrize(("options", "code", "text"), [
     (["--schedule", "2x1x1"], 2, "expected a schedule in which keys alone travel, in messages, got 2x1x1:ring; "
                                  "1x1x2:ring would do"),
