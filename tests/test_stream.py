@@ -160,6 +160,7 @@ def test_stopped_on_request_and_gone_on_with(case, tmp_path, name):
                         at=(rank, number, f"os.kill(os.getpid(), signal.{name})"))
         assert result.code == STOPPED, result.text
         assert "the same command goes on from there" in result.text
+        assert "overflow" not in result.text
         assert not (tmp_path / "out.h5").exists()
     result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", "--resume", "require",
                     ranks=3, at=(0, 100, "raise SystemExit('too many blocks')"))

@@ -200,7 +200,7 @@ def describe_job(run: Run, data: Input, options: Options, target: Path, backend:
 
     q, k and v are read once for it, some MiB at a time.
     """
-    prints = np.zeros(3, np.uint64)
+    prints = [0, 0, 0]                    # modulo 2^64
     with run.timer.phase("read", f"reading {data.path}"):
         with run.comm.noting() as failures:
             for number, dataset in enumerate((data.q, data.k, data.v)):
@@ -208,9 +208,9 @@ def describe_job(run: Run, data: Input, options: Options, target: Path, backend:
                 start, count = part.starts[run.comm.rank], part.counts[run.comm.rank]
                 for first, last in row_ranges((count, *dataset.shape[1:]), rows["out"][1], CHUNK_BYTES):
                     x = read_rows(dataset, start + first, start + last, RAW_DTYPE)
-                    one = fingerprint(x[None], np.arange(start + first, start + last), backend)
-                    prints[number] += np.uint64(one)
-        every = run.comm.exchange("", run.timeout, prints.view(np.uint8), failures=failures)
+                    prints[number] += fingerprint(x[None], np.arange(start + first, start + last), backend)
+        mine = np.array([x % 2**64 for x in prints], np.uint64)
+        every = run.comm.exchange("", run.timeout, mine.view(np.uint8), failures=failures)
     total = np.stack([row.view(np.uint64) for row in every]).sum(axis=0, dtype=np.uint64)
     asked = {name: str(value) for name, value in asdict(options).items() if name not in OF_THE_WAY}
     more = {name: None if x is None else x.tolist() for name, x in (("alibi", data.alibi), ("sinks", data.sinks))}
