@@ -127,13 +127,13 @@ class Stream:
         run, sizes, options = self._run, self._data.sizes, self._options
         attention = self._attention
         attention.schedule = schedule_to_stream(options, run.comm.size)
+        planner = self._planner()             # before the input is read for its fingerprints
         problem = {}
         if self._keeping is not None:
             problem = describe_job(run, self._data, options, self._output.path, self._backend, self._rows)
         placement = {"ranks": run.comm.size, "schedule": str(attention.schedule), "layout": options.layout,
                      "memory_limit": options.memory_limit}
         self._journal = Journal(run, self._keeping, problem, placement)
-        planner = self._planner()
         done, pieces = self._journal.find(self._output.path, planner)
         if pieces is None:
             with run.raise_on_all():
