@@ -21,6 +21,7 @@ from . import (
     backward_tile,
     forward_tile,
     pack,
+    pieces,
     product,
     score_rows,
     softmax_rows,
@@ -75,7 +76,7 @@ from .tuples import (
 )
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, forward_tile, backward_tile,
-           amx, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
+           amx, pieces, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows, tile_gradients)
 
 
 def _digest() -> str:

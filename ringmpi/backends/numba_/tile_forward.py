@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_tile, store_tile, zero_tile
 from .forward_tile import address
 from .pack import place_of, widen
-from .tile_pack import EXPONENT, pack_interleaved, pack_rows, pack_transposed, steps
+from .tile_pack import ALL, FINITE, pack_interleaved, pack_rows, pack_transposed, steps
 from .tile_rows import (
     BLOCK,
     KEYS,
@@ -112,19 +112,14 @@ def _four(builder: Any, values: Any) -> list[Any]:
 def pack_unit(k, v, start, n, head, slot, packed):  # type: ignore[no-untyped-def]
     """Pack keys and values start..start+n of a head as tile number `slot`."""
     size = len(packed.values) // len(packed.finite)
-    pack_transposed(k, start, n, head, packed.keys, slot * (len(packed.keys) // len(packed.finite)))
-    finite = pack_interleaved(v, start, n, head, packed.values, slot * size, STRIPS * TILE)
-    packed.finite[slot] = finite
-    if not finite:
-        for i in range(slot * size, (slot + 1) * size):
-            if is_odd(packed.values[i]):
-                packed.values[i] = np.uint16(0)
+    pack_transposed(k, start, n, head, ALL, packed.keys, slot * (len(packed.keys) // len(packed.finite)))
+    packed.finite[slot] = pack_interleaved(v, start, n, head, FINITE, packed.values, slot * size, STRIPS * TILE)
 
 
 @numba.njit(error_model="numpy")
 def is_odd(bits):  # type: ignore[no-untyped-def]
     """Whether a bfloat16 is infinite or NaN."""
-    return bits & np.uint16(EXPONENT) == np.uint16(EXPONENT)
+    return bits & np.uint16(0x7F80) == np.uint16(0x7F80)
 
 
 @numba.njit
@@ -288,7 +283,7 @@ def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-
     height = -(-rows.n_rows // BLOCK) * BLOCK
     depth = steps(block.k.shape[2])
     work.queries[:height * depth * DEPTH] = 0
-    pack_rows(block.q, rows.first, rows.n_rows, rows.head, group, work.queries, 0)
+    pack_rows(block.q, rows.first, rows.n_rows, rows.head, group, ALL, work.queries, 0)
     work.acc[:height * tiles * ROWS] = 0
     work.sums[:] = 0
     for r in range(height):

@@ -22,7 +22,7 @@ from .tile_gradient_rows import (
     differentiate_masked_square,
     differentiate_square,
 )
-from .tile_pack import EXPONENT, interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
+from .tile_pack import ALL, FINITE, interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
 from .tile_squares import SIDE, add_square, square
 from .tuples import Contiguous, Square, SquarePlace, Strided
 
@@ -48,23 +48,14 @@ def pack_gradient_tile(k, v, start, n, head, slot, packed):  # type: ignore[no-u
     depth, depth_v = steps(k.shape[2]), steps(v.shape[2])
     column = packed.tile * ROWS                             # elements from 16 numbers of K to the next
     size = packed.tile * depth * DEPTH
-    pack_rows(k, start, n, head, 1, packed.keys, slot * size)
-    pack_rows(v, start, n, head, 1, packed.values, slot * packed.tile * depth_v * DEPTH)
+    pack_rows(k, start, n, head, 1, ALL, packed.keys, slot * size)
+    pack_rows(v, start, n, head, 1, ALL, packed.values, slot * packed.tile * depth_v * DEPTH)
     turned = packed.k_turned[slot * size:(slot + 1) * size]
-    if not pack_interleaved(k, start, n, head, turned, 0, column):
-        clean_bits(turned)
+    pack_interleaved(k, start, n, head, FINITE, turned, 0, column)
     for c in range(2 * depth):
         for j in range(0, n, DEPTH):
             place = c * column + j // DEPTH * TILE
-            transpose_words(Strided(turned, place, DEPTH), Contiguous(turned, place), ROWS, DEPTH)
-
-
-@numba.njit(error_model="numpy")
-def clean_bits(x):  # type: ignore[no-untyped-def]
-    """Put 0 for what is not finite."""
-    for i in range(len(x)):
-        if x[i] & np.uint16(EXPONENT) == np.uint16(EXPONENT):
-            x[i] = 0
+            transpose_words(Strided(turned, place, DEPTH), Contiguous(turned, place), ROWS, DEPTH, ALL)
 
 
 @numba.njit(error_model="numpy")
@@ -114,16 +105,13 @@ def load_factor(x, first, count, rows, head, group, lines, across, pairs):  # ty
                 line[c] = x.array[source + c]
         for c in range(n, width):
             line[c] = 0
-    finite = True
     for d in range(depth):
         for r in range(0, rows, ROWS):
             transpose_words(Strided(lines, r * width + d * DEPTH, width),
-                            Contiguous(across, (r // ROWS * depth + d) * TILE), ROWS, DEPTH)
+                            Contiguous(across, (r // ROWS * depth + d) * TILE), ROWS, DEPTH, ALL)
         for r in range(0, rows, DEPTH):
-            finite &= interleave_rows(Strided(lines, r * width + d * DEPTH, width),
-                                      Contiguous(pairs, 2 * d * column + r // DEPTH * TILE), column, DEPTH, DEPTH)
-    if not finite:
-        clean_bits(pairs)
+            interleave_rows(Strided(lines, r * width + d * DEPTH, width),
+                            Contiguous(pairs, 2 * d * column + r // DEPTH * TILE), column, DEPTH, DEPTH, FINITE)
 
 
 @numba.njit(error_model="numpy")

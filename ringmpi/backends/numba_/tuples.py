@@ -443,6 +443,13 @@ class Contiguous(NamedTuple):
     at: Any
 
 
+class Span(NamedTuple):
+    """Numbers that the tile unit takes: 0, and those whose exponent e, of 8 bits, is low <= e < high."""
+
+    low: Any
+    high: Any
+
+
 class Strided(NamedTuple):
     """Rows of numbers, `row` elements apart, from element `at` of an array on."""
 
