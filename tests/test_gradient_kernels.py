@@ -77,13 +77,23 @@ def on_tiles(monkeypatch):
     monkeypatch.setattr(numba_.NumbaBackend, "products", "tiles")
 
 
-@pytest.fixture(params=["float32", "tiles"])
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """float32 multiplied on the CPU's tiles, in pieces."""
+    if amx.missing():
+        pytest.skip(f"no tiles: {amx.missing()}")
+    monkeypatch.setattr(numba_.NumbaBackend, "float32_products", "pieces")
+
+
+@pytest.fixture(params=["float32", "pieces", "tiles"])
 def either(request):
-    """A dtype: float32, or bfloat16 that is multiplied on the CPU's tiles."""
+    """A dtype: float32, multiplied as it is or in pieces, or bfloat16 that is multiplied on the CPU's tiles."""
     if request.param == "tiles":
         request.getfixturevalue("on_tiles")
         return "bfloat16"
-    return request.param
+    if request.param == "pieces":
+        request.getfixturevalue("in_pieces")
+    return "float32"
 
 
 @pytest.mark.parametrize("n_q", [1, 5, 6, 7, 13, 200, 389])
@@ -151,7 +161,9 @@ def test_steps_are_short(monkeypatch, either):
     backend.close()
     flop = 10 * 16 * np.array(steps)
     assert flop.sum() == 10 * 16 * 400 * 3000
-    assert flop.max() < 4e7 * (1 if either == "float32" else backward.TILE_SPEED)
+    in_pieces = numba_.NumbaBackend.float32_products == "pieces"
+    faster = backward.TILE_SPEED if either == "bfloat16" else backward.PIECE_SPEED if in_pieces else 1
+    assert flop.max() < 4e7 * faster
     assert np.median(flop[flop > 0]) > 1e6
 
 
@@ -224,7 +236,9 @@ def test_a_key_that_is_not_finite_spoils_what_sees_it_alone(where, either):
     assert np.isnan(got["dq"][1::2]).all()
     assert np.isnan(got["dk"][150]).all()
     if where == "v":                             # delta was not reckoned anew
-        assert (got["dv"] == clean["dv"]).all()
+        odd = np.arange(200) == 150              # in pieces this key goes another way, for which there is no NaN
+        assert (got["dv"][~odd] == clean["dv"][~odd]).all()
+        assert oracle.error(got["dv"], clean["dv"]) <= BOUND["float32"]
 
 
 @pytest.mark.parametrize("where", ["q", "dout"])

@@ -118,9 +118,10 @@ class NumbaBackend(Backend):
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
             on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score)
-            if backward and on_tiles:
-                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
-            if backward and not (on_tiles and plain):                         # other scores are not for tiles
+            pieces = self._pieces_backward(np.dtype(dtype), np.dtype(accumulator), score)
+            if backward and pieces:
+                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score), pieces)
+            if backward and not (pieces and plain):                         # other scores are not for tiles
                 _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
             elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
@@ -182,8 +183,9 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score) else None
-            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
+            pieces = self._pieces_backward(q.dtype, acc_dtype, score)
+            on_tiles = TileScore(*block.capping) if pieces else None
+            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, pieces)
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
@@ -232,6 +234,15 @@ class NumbaBackend(Backend):
             return False
         return bool(dtype == BFLOAT16 and acc_dtype == np.float32)
 
+    float32_products = "fma"
+
+    def _pieces_backward(self, dtype, acc_dtype, score):
+        if self._on_tiles(dtype, acc_dtype, score):
+            return 1
+        if self.float32_products == "pieces" and not score.positional and dtype == acc_dtype == np.float32:
+            return 3 if 2.0**-20 <= abs(score.scale) <= 2.0**20 else 0
+        return 0
+
     @property
     def _tile(self) -> int:
         """Size of tiles that does not depend on the cache; 0: it may."""
@@ -258,13 +269,13 @@ class NumbaBackend(Backend):
             self._units_key = key
         return self._units
 
-    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
+    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], pieces: int
                           ) -> BackwardBuffers | TileBackwardBuffers:
         """Make the work space for blocks like this one, unless the last one was."""
-        key = dim, dim_v, acc_dtype, on_tiles, self._tile
+        key = dim, dim_v, acc_dtype, pieces, self._tile
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
-            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile) if on_tiles else
+            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile, pieces) if pieces else
                              BackwardBuffers(dim, dim_v, acc_dtype, self.threads, self._tile))
             self._backward_key = key
         return self._buffers
@@ -318,10 +329,10 @@ def _prepare_forward(block: KernelArguments) -> None:
     compile_for(finish_rows, state.acc, state.row_max, state.row_sum, np.ones(1, bool), state.acc, state.row_max)
 
 
-def _prepare_tiles_backward(block: KernelArguments) -> None:
+def _prepare_tiles_backward(block: KernelArguments, pieces: int) -> None:
     """Compile the backward pass on tiles for a block of one key and one query."""
     q = block.arrays.q
-    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1)
+    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1, pieces=pieces)
     tiles = buffers.reserve(1, 1)
     sums = buffers.reserve_sums(1, buffers.tile)
     one = np.zeros((1, 1), np.float32)
@@ -330,7 +341,7 @@ def _prepare_tiles_backward(block: KernelArguments) -> None:
     compile_for(pack_tiles_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     compile_for(backward_on_tiles, GradientArrays(q, one, one, many, np.float32(1), True, True), block.arrays,
                 TileScore(*block.capping), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
-                buffers.scratch[0])
+                buffers.scratch[0], buffers.spare(0, block))
     compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))
 
 
