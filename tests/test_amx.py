@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ringmpi.backends import open_backend
-from ringmpi.backends.numba_ import amx, tile_pack
+from ringmpi.backends.numba_ import amx, pieces, tile_pack
 from ringmpi.backends.numba_.arguments import tokens
 from ringmpi.backends.numba_.steps import uncounted_task
 from ringmpi.backends.numba_.vector import at, data, machine
@@ -64,12 +64,12 @@ def test_packing_is_that_of_numpy(n, numbers):
         want = twin(these[:, 1])
         out = packed(want.size)
         column = [want[0].size] if pack is tile_pack.pack_interleaved else []
-        assert pack(tokens(x), 2, n, 1, tile_pack.ALL, out, 0, *column)
+        assert pack(tokens(x), 2, n, 1, pieces.ALL, out, 0, *column)
         np.testing.assert_array_equal(out, want.ravel())
     stacked = these.reshape(-1, numbers)
     want = rows_twin(stacked)
     out = packed(want.size)
-    tile_pack.pack_rows(tokens(x), 4, len(stacked), 0, 2, tile_pack.ALL, out, 0)
+    tile_pack.pack_rows(tokens(x), 4, len(stacked), 0, 2, pieces.ALL, out, 0)
     np.testing.assert_array_equal(out, want.ravel())
 
 
@@ -78,7 +78,7 @@ def test_packing_is_that_of_numpy(n, numbers):
 def test_values_that_are_not_finite_are_seen(number, place):
     x = bits(1, 51, 1, 70)
     x[place[0], 0, place[1]] = number
-    out, finite = packed(64 * 96), tile_pack.FINITE
+    out, finite = packed(64 * 96), pieces.FINITE
     assert tile_pack.pack_interleaved(tokens(x), 0, 51, 0, finite, out, 0, 64 * 16) == np.isfinite(float(number))
     np.testing.assert_array_equal(out, interleaved_twin(np.where(np.isfinite(x.astype("f4")), x, 0)[:, 0].astype(
         BFLOAT16).view(np.uint16)).ravel())
@@ -129,8 +129,8 @@ def product(a, b, c, during, after):
 def test_a_product_of_tiles_and_the_tiles_left():
     x, y = bits(2, 16, 1, 32), bits(3, 16, 1, 32)
     a, b, c = packed(512), packed(1024), np.ones((32, 16), np.float32)
-    tile_pack.pack_rows(tokens(x), 0, 16, 0, 1, tile_pack.ALL, a, 0)
-    tile_pack.pack_transposed(tokens(y), 0, 16, 0, tile_pack.ALL, b, 0)
+    tile_pack.pack_rows(tokens(x), 0, 16, 0, 1, pieces.ALL, a, 0)
+    tile_pack.pack_transposed(tokens(y), 0, 16, 0, pieces.ALL, b, 0)
     during, after = np.ones((2, 64), np.uint8)
     product(a, b, c, during, after)
     np.testing.assert_allclose(c[:16], 1 + x[:, 0].astype("f8") @ y[:, 0].astype("f8").T, atol=1e-5)

@@ -162,7 +162,7 @@ def test_steps_are_short(monkeypatch, either):
     flop = 10 * 16 * np.array(steps)
     assert flop.sum() == 10 * 16 * 400 * 3000
     in_pieces = numba_.NumbaBackend.float32_products == "pieces"
-    faster = backward.TILE_SPEED if either == "bfloat16" else backward.PIECE_SPEED if in_pieces else 1
+    faster = backward.TILE_SPEED if either == "bfloat16" else backward.PIECES_SPEED if in_pieces else 1
     assert flop.max() < 4e7 * faster
     assert np.median(flop[flop > 0]) > 1e6
 

@@ -14,7 +14,7 @@ from ringmpi.backends.numba_.vector import at, data
 from ringmpi.backends.numba_.workspace import aligned
 
 
-def split_twin(x, span=tile_pack.ALL):
+def split_twin(x, span=pieces.ALL):
     """Bits of the three pieces of each number, (3, ...); odd numbers are 0."""
     rest, words = np.where(odd_twin(x, span), np.float32(0), x), []
     with np.errstate(invalid="ignore"):
@@ -75,7 +75,7 @@ def test_packing_is_that_of_numpy(n, numbers):
     x = singles(1, n + 3, 4, numbers + 5)[:, ::2, 2:numbers + 2]
     x[-1, 1, -1], x[2, 1, 0] = np.nan, 1e30
     these = x[2:n + 2]
-    none = tile_pack.ALL
+    none = pieces.ALL
     for twin, pack in ((transposed_twin, tile_pack.pack_transposed), (interleaved_twin, tile_pack.pack_interleaved)):
         want = np.stack([twin(words) for words in split_twin(these[:, 1])], axis=-4)
         out = packed(want.size)
@@ -89,7 +89,7 @@ def test_packing_is_that_of_numpy(n, numbers):
     np.testing.assert_array_equal(out, want.ravel())
 
 
-@pytest.mark.parametrize("span", [pieces.FACTORS, pieces.VALUES, tile_pack.FINITE, Span(100, 140)], ids=str)
+@pytest.mark.parametrize("span", [pieces.FACTORS, pieces.VALUES, pieces.FINITE, Span(100, 140)], ids=str)
 def test_odd_numbers_are_zeros_and_are_said(span):
     """Each alone among others, in every way of packing, whole squares and not."""
     for number in extremes()[::5]:

@@ -18,7 +18,7 @@ from ..errors import BackendError
 from ..layout import Integers
 from ..score import Score
 from ..softmax import Gradient, State, combine, finish, row_delta
-from .products import bits, choose
+from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
 
@@ -91,6 +91,8 @@ class Backend:
         The ways in which it can multiply bfloat16 on this machine, as `products.bits` gives them; for `settle`.
     products : str
         The way that it takes: one of `products.PRODUCTS`.
+    float32_products : str
+        The way in which it multiplies float32: one of `products.FLOAT32_PRODUCTS`.
     canonical : bool
         Whether it computes in canonical order: see `accumulate` and `backward`.
     canonical_tile : int
@@ -101,6 +103,7 @@ class Backend:
     compiles = False                  # whether `prepare` may take long
     ways = bits(["widen"])
     products = "widen"
+    float32_products = "fma"
     canonical = False
     canonical_tile = 0
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
@@ -109,7 +112,7 @@ class Backend:
         self.threads = threads
 
     def settle(self, wished: str, ways: Sequence[int]) -> None:
-        """Choose how to multiply bfloat16, before `prepare`. Local.
+        """Choose how to multiply bfloat16 and float32, before `prepare`. Local.
 
         With the same arguments on all ranks, all of them choose the same.
 
@@ -126,6 +129,7 @@ class Backend:
             If a rank's machine cannot do what is wished for.
         """
         self.products = choose(wished, ways)
+        self.float32_products = choose_float32(ways)
 
     def current(self) -> AbstractContextManager[None]:
         """Make the backend's GPU the current one for a while; nothing on the host. Local."""

@@ -1,4 +1,4 @@
-"""How CPUs multiply bfloat16: a choice by name, the same on all ranks and never made by timing."""
+"""How CPUs multiply bfloat16, and float32: a choice by name, the same on all ranks and never made by timing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ..errors import BackendError, OptionError
 PRODUCTS = ("tiles", "widen", "pairs")
 NEEDS = {"tiles": "AMX that Linux lets this process use (`ringmpi info` says why not)", "pairs": "AVX512_BF16"}
 NAMES = ("auto", *PRODUCTS)
+
+# float32 is multiplied on the tile unit too, in three pieces of bfloat16, as exactly as by multiply-adds. Few rows take
+# multiply-adds in the forward pass, and so do scores with slopes or dropout.
+FLOAT32_PRODUCTS = ("pieces", "fma")
 
 
 def check_products(name: str, what: str = "bfloat16_products") -> None:
@@ -39,6 +43,11 @@ def wish(request: str) -> str:
 def bits(names: Iterable[str]) -> int:
     """Give some of `PRODUCTS` as an integer, a bit for each. Local."""
     return sum(1 << PRODUCTS.index(name) for name in names)
+
+
+def choose_float32(ways: Iterable[int]) -> str:
+    """Choose one of `FLOAT32_PRODUCTS`: pieces, where all ranks have tiles. Local."""
+    return "pieces" if all(int(way) & bits(["tiles"]) for way in ways) else "fma"
 
 
 def choose(wished: str, ways: Iterable[int]) -> str:

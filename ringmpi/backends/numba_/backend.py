@@ -46,9 +46,11 @@ from .compiled import (
 )
 from .forward import Forward
 from .forward_units import ForwardUnits
+from .pieces import MOST_SCALE, pieces_in
 from .product import ROWS
 from .seen import Seen, SeenBefore
 from .steps import Limits
+from .tile_gradient_load import LEAST_SCALE
 from .tile_workspace import PackedTiles, TileBackwardBuffers, TileScratch
 from .tuples import (
     ColumnRange,
@@ -107,7 +109,7 @@ class NumbaBackend(Backend):
     def describe(cls) -> str:
         """Describe Numba and this machine's vectors; see `Backend.describe`. Local."""
         pairs = ", bfloat16 pairs" if machine().pairs else ""
-        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles"
+        tiles = f", no tiles: {missing()}" if missing() else ", bfloat16 tiles, float32 in pieces on them"
         return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
@@ -117,11 +119,10 @@ class NumbaBackend(Backend):
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
-            on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score)
-            pieces = self._pieces_backward(np.dtype(dtype), np.dtype(accumulator), score)
-            if backward and pieces:
-                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score), pieces)
-            if backward and not (pieces and plain):                         # other scores are not for tiles
+            on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score, backward)
+            if backward and on_tiles:
+                _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
+            if backward and not (on_tiles and plain):                         # other scores are not for tiles
                 _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
             elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
@@ -135,7 +136,7 @@ class NumbaBackend(Backend):
             block = self._arguments(state.acc.dtype, q, k, v, seen, score)
             rest = block, _limits(), state, self.canonical, seen.cuts
             if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or not _is_few(block)):
-                units = self._reserve_units(q.shape[2], v.shape[2])
+                units = self._reserve_units(q.shape[2], v.shape[2], pieces_in(q.dtype))
                 return ForwardUnits(self._team, units, self._tile_scratch, *rest).run()
             packed = self._reserve_forward(block)
             return Forward(self._team, packed, self._scratch, *rest).run()
@@ -183,9 +184,9 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            pieces = self._pieces_backward(q.dtype, acc_dtype, score)
-            on_tiles = TileScore(*block.capping) if pieces else None
-            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, pieces)
+            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score, True) else None
+            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype,
+                                             0 if on_tiles is None else pieces_in(q.dtype))
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
@@ -225,23 +226,18 @@ class NumbaBackend(Backend):
         pairs = self.products == "pairs" and score.plain and q.dtype == BFLOAT16 and acc_dtype == np.float32
         return KernelArguments(acc_dtype, q, k, v, seen, score, pairs and q.shape[2] % 2 == 0)
 
-    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score) -> bool:
+    def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score, backward: bool = False) -> bool:
         """Whether the CPU's tiles multiply: for scores that are plain or capped, a matter that all ranks agree on.
 
-        Not those of scale 0, with which an infinite product is NaN.
+        Not those of scale 0, with which an infinite product is NaN. For the scales of float32 see `pieces`, and backward
+        `tile_gradient_load`.
         """
-        if self.products != "tiles" or score.positional or score.scale == 0:
+        if score.positional or score.scale == 0 or acc_dtype != np.float32:
             return False
-        return bool(dtype == BFLOAT16 and acc_dtype == np.float32)
-
-    float32_products = "fma"
-
-    def _pieces_backward(self, dtype, acc_dtype, score):
-        if self._on_tiles(dtype, acc_dtype, score):
-            return 1
-        if self.float32_products == "pieces" and not score.positional and dtype == acc_dtype == np.float32:
-            return 3 if 2.0**-20 <= abs(score.scale) <= 2.0**20 else 0
-        return 0
+        if dtype == np.float32:
+            least = LEAST_SCALE if backward else 0.0
+            return self.float32_products == "pieces" and least <= abs(score.scale) <= MOST_SCALE
+        return bool(self.products == "tiles" and dtype == BFLOAT16)
 
     @property
     def _tile(self) -> int:
@@ -260,7 +256,7 @@ class NumbaBackend(Backend):
         return self._packed
 
     def _reserve_units(self, *key: int) -> PackedTiles:
-        """Make the work space of the tile unit for blocks with this dim and dim_v, unless the last one was."""
+        """Make the work space of the tile unit for blocks with this dim, dim_v and pieces, unless the last one was."""
         if self._units is None or self._units_key != key:
             self._tile_scratch = []      # the old memory goes before the new comes
             self._units = None
@@ -329,10 +325,10 @@ def _prepare_forward(block: KernelArguments) -> None:
     compile_for(finish_rows, state.acc, state.row_max, state.row_sum, np.ones(1, bool), state.acc, state.row_max)
 
 
-def _prepare_tiles_backward(block: KernelArguments, pieces: int) -> None:
+def _prepare_tiles_backward(block: KernelArguments) -> None:
     """Compile the backward pass on tiles for a block of one key and one query."""
     q = block.arrays.q
-    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1, pieces=pieces)
+    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1, pieces=pieces_in(q.array.dtype))
     tiles = buffers.reserve(1, 1)
     sums = buffers.reserve_sums(1, buffers.tile)
     one = np.zeros((1, 1), np.float32)
@@ -348,8 +344,9 @@ def _prepare_tiles_backward(block: KernelArguments, pieces: int) -> None:
 def _prepare_units(block: KernelArguments) -> None:
     """Compile the forward pass on the tile unit for a block of one key and one query."""
     arrays = block.arrays
-    scratch = TileScratch(arrays.k.shape[2], arrays.v.shape[2])
-    tiles = PackedTiles(arrays.k.shape[2], arrays.v.shape[2]).reserve(1, 1)
+    key = arrays.k.shape[2], arrays.v.shape[2], pieces_in(arrays.k.array.dtype)
+    scratch = TileScratch(*key)
+    tiles = PackedTiles(*key).reserve(1, 1)
     compile_for(pack_units, arrays.k, arrays.v, 0, 1, 0, 1, tiles)
     state = State.empty(1, 1, arrays.v.shape[2], block.acc_dtype)
     numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), arrays, tiles, scratch.work)

@@ -51,9 +51,20 @@ from .forward_tile import (
     work_from,
 )
 from .pack import lanes, pack_keys, pack_values
+from .pieces import all_pieces, tile_size
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
-from .tile_forward import GROUP_BYTES, add_odd, advance, load_tile_rows, pack_unit, places_of, store_tile_rows, unit_of
+from .tile_forward import (
+    GROUP_BYTES,
+    add_odd,
+    advance,
+    factors_of,
+    load_tile_rows,
+    pack_unit,
+    places_of,
+    store_tile_rows,
+    unit_of,
+)
 from .tile_gradient_load import load_gradient_rows, pack_gradient_tile, store_gradient_rows
 from .tile_gradient_odd import differentiate_odd
 from .tile_gradients import differentiate_packed, find_seen
@@ -263,17 +274,17 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
             if columns.fresh:
                 load_tile_rows(block, state, rows, group, work)
 
-            places = places_of(work, packed)
+            places, factors = places_of(work, packed, all_pieces(block.k.array)), factors_of(block, rows, group)
             scale = max(block.scale, np.float32(1e-45))               # 0 · -inf would be NaN
             depth, width = steps(block.k.shape[2]), steps(block.v.shape[2])
             a, b = visible(work.low, work.high, rows.n_rows, columns.start, columns.stop)
             a -= (a - columns.origin) % packed.tile
             tiles, blocks = -(-(b - a) // packed.tile), -(-rows.n_rows // BLOCK)
-            together = max(1, GROUP_BYTES // (KEYS * 2 * DEPTH * (depth + width)))
+            together = max(1, GROUP_BYTES // (KEYS // DEPTH * 4 * tile_size(block.k.array) * (depth + width)))
 
             # Some tiles that fit the cache, with a block of rows after the other; two steps more until all is done.
             configure()
-            none = Unit(0, 0, 0, 0, 0, False)
+            none = Unit(0, 0, 0, 0, 0, False, False)
             scored = weighed = none
             number = 0
             for i in range(tiles * blocks + 2):
@@ -284,10 +295,11 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
                     inside = i - first * blocks
                     at = a + (first + inside % size) * packed.tile
                     slot = rows.head * packed.tiles + (at - columns.origin) // packed.tile
-                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot)
+                    odd = work.uneven[inside // size] or not packed.finite[slot]
+                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot, odd)
                     if new.first == new.last:
                         continue
-                advance(new, scored, weighed, number, places, depth, width, scale, capping)
+                advance(new, scored, weighed, number, places, factors, depth, width, scale, capping)
                 if weighed.first < weighed.last and not packed.finite[weighed.slot]:
                     add_odd(weighed, number % 2, rows.head, work, block.v)
                 weighed, scored = scored, new

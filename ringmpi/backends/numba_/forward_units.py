@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 
 from .compiled import forward_units, pack_units
 from .forward import Forward
-from .steps import TILE_SPEED
+from .steps import PIECES_SPEED, TILE_SPEED
 from .tile_rows import BLOCK
+from .tile_workspace import PackedTiles
 from .tuples import ForwardTiles, StateArrays, forward_numbers
 
 
 class ForwardUnits(Forward):
     """The loop of `Backend.accumulate` over one block of many rows, with `PackedTiles` and a `TileScratch` a thread."""
 
+    packed: PackedTiles
     rows_together = BLOCK
-    speed = TILE_SPEED
+
+    @property
+    def speed(self) -> float:                           # type: ignore[override]
+        return TILE_SPEED if self.packed.pieces == 1 else PIECES_SPEED
 
     def _is_few(self) -> bool:
         return False

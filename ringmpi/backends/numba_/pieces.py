@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import overload
@@ -30,8 +31,12 @@ from .vector import splat
 
 PIECES = 3
 MOST_SCALE = 2.0**20
-FACTORS = Span(0, 127 + 60)             # of numbers of Q and K
-VALUES = Span(127 - 64, 255)            # of numbers of V
+MOST_FACTOR = np.float32(2**60)
+LEAST_VALUE = np.float32(2**-64)
+ALL = Span(0, 256)                      # nothing is odd
+FINITE = Span(0, 255)                   # infinity and NaN are
+FACTORS = Span(0, 127 + 60)             # of numbers of Q and K in pieces
+VALUES = Span(127 - 64, 255)            # of numbers of V in pieces
 INTEGERS = ir.VectorType(I32, ROWS)
 
 
@@ -80,9 +85,48 @@ def _tile_size(array):  # type: ignore[no-untyped-def]
     return lambda array: size
 
 
+def spans_of(array):  # type: ignore[no-untyped-def]
+    """Give the spans of numbers of an array's dtype: those of Q and K, and those of V."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(spans_of)
+def _spans_of(array):  # type: ignore[no-untyped-def]
+    factors, values = (FACTORS, VALUES) if pieces_of(array.dtype) > 1 else (ALL, FINITE)
+    return lambda array: (factors, values)
+
+
+def is_odd(value):  # type: ignore[no-untyped-def]
+    """Whether a number of V is odd: a float32, or the bits of a bfloat16."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(is_odd)
+def _is_odd(value):  # type: ignore[no-untyped-def]
+    if value is types.uint16:
+        return lambda value: value & np.uint16(0x7F80) == np.uint16(0x7F80)
+    return lambda value: value != 0 and not (LEAST_VALUE <= abs(value) < np.inf)
+
+
+def all_pieces(array):  # type: ignore[no-untyped-def]
+    """Give a tuple of as many numbers as an array's numbers have pieces."""
+    raise NotImplementedError("typed by Numba")
+
+
+@overload(all_pieces)
+def _all_pieces(array):  # type: ignore[no-untyped-def]
+    pieces = tuple(range(pieces_of(array.dtype)))
+    return lambda array: pieces
+
+
 def pieces_of(dtype: Any) -> int:
     """Give the pieces of numbers of a Numba dtype: float32, or uint16 (bfloat16)."""
     return PIECES if dtype == types.float32 else 1
+
+
+def pieces_in(dtype: np.dtype[Any]) -> int:
+    """Give the pieces of numbers of a NumPy dtype: float32 or bfloat16."""
+    return PIECES if dtype == np.float32 else 1
 
 
 def _upper(builder: ir.IRBuilder, x: Any, y: Any, numbers: list[int]) -> Any:

@@ -12,8 +12,8 @@ from ..team import Task
 from .vector import machine
 
 TASKS = 4                   # for each thread, at least, so that none waits long for the last
-TILE_SPEED = 5.0            # of the CPU's tiles, beside its vectors
-PIECE_SPEED = 1.8           # the same, for float32 in three pieces
+TILE_SPEED = 5.0            # of the CPU's tiles on bfloat16, beside its vectors
+PIECES_SPEED = 1.5          # on float32
 
 
 class Limits(NamedTuple):

@@ -8,8 +8,10 @@ Some packed tiles, which fit the second-level cache, meet a block of rows one af
 the first; then they meet the next block of the task. What no row of a block sees of a tile is left out, in strips of 32
 keys; what not every row of it sees is hidden in S. A unit of scores is 24 KiB, of weights 12; there are two of each.
 
-Values that are not finite are zeros in the packed tile; where a row sees them they are added one by one. So they reach
-nothing else. Numbers below the smallest normal one, 2^-126, count as 0, products and sums too: so the tile unit does.
+Odd numbers are zeros in the packed tiles; what they give is added one by one, where a row sees them. So they reach
+nothing else, and what a row becomes does not depend on where its block or its keys were cut. Odd are values that are
+not finite; for float32, which goes in three pieces, see `pieces`. Numbers below the smallest normal one, 2^-126, count
+as 0, products and sums too: so the tile unit does.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from numba.extending import intrinsic
 from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_tile, store_tile, zero_tile
 from .forward_tile import address
 from .pack import place_of, widen
-from .tile_pack import ALL, FINITE, pack_interleaved, pack_rows, pack_transposed, steps
+from .pieces import MOST_FACTOR, is_odd, spans_of, tile_size
+from .tile_pack import pack_interleaved, pack_rows, pack_transposed, steps
 from .tile_rows import (
     BLOCK,
     KEYS,
     QUAD,
     SQUARE,
     STRIPS,
+    add_single_at,
     add_sums,
     any_shrinks,
     cap_scores,
@@ -42,7 +46,7 @@ from .tile_rows import (
     single_at,
     weigh_quad,
 )
-from .tuples import TilePlaces, Unit
+from .tuples import Factors, TilePlaces, Unit
 from .vector import at
 
 GROUP_BYTES = 2**19                         # of packed tiles that a block of rows meets one after the other
@@ -85,20 +89,29 @@ def store_four(context, address, below):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def add_four(context, a, a_below, b, b_beside):  # type: ignore[no-untyped-def]
-    """Add the four products of two tiles of A, `a_below` bytes apart, and two of B to the four tiles of sums."""
+def load_two(context, a, a_below):  # type: ignore[no-untyped-def]
+    """Load two tiles of A, `a_below` bytes apart, for `add_four`."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        places = []
-        for start, further in (values[:2], values[2:]):
-            first = builder.inttoptr(start, BYTES)
-            places += [first, at(builder, first, further)]
-        for tile in (4, 6, 7, 5):
-            load_tile(builder, tile, places[tile - 4])
+        first = builder.inttoptr(values[0], BYTES)
+        load_tile(builder, 4, first)
+        load_tile(builder, 5, at(builder, first, values[1]))
+        return context.get_dummy_value()
+
+    return types.void(a, a_below), emit
+
+
+@intrinsic
+def add_four(context, b, b_beside):  # type: ignore[no-untyped-def]
+    """Add the four products of the two tiles of A and two of B, `b_beside` bytes apart, to the four tiles of sums."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        first = builder.inttoptr(values[0], BYTES)
+        load_tile(builder, 6, first)
+        load_tile(builder, 7, at(builder, first, values[1]))
         for total, x, y in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
             dot_tile(builder, total, x, y)
         return context.get_dummy_value()
 
-    return types.void(a, a_below, b, b_beside), emit
+    return types.void(b, b_beside), emit
 
 
 def _four(builder: Any, values: Any) -> list[Any]:
@@ -110,29 +123,34 @@ def _four(builder: Any, values: Any) -> list[Any]:
 
 @numba.njit(error_model="numpy")
 def pack_unit(k, v, start, n, head, slot, packed):  # type: ignore[no-untyped-def]
-    """Pack keys and values start..start+n of a head as tile number `slot`."""
-    size = len(packed.values) // len(packed.finite)
-    pack_transposed(k, start, n, head, ALL, packed.keys, slot * (len(packed.keys) // len(packed.finite)))
-    packed.finite[slot] = pack_interleaved(v, start, n, head, FINITE, packed.values, slot * size, STRIPS * TILE)
-
-
-@numba.njit(error_model="numpy")
-def is_odd(bits):  # type: ignore[no-untyped-def]
-    """Whether a bfloat16 is infinite or NaN."""
-    return bits & np.uint16(0x7F80) == np.uint16(0x7F80)
+    """Pack keys and values start..start+n of a head as tile number `slot`; `finite` says if none of them is odd."""
+    slots = len(packed.finite)
+    factors, values = spans_of(k.array)
+    even = pack_transposed(k, start, n, head, factors, packed.keys, slot * (len(packed.keys) // slots))
+    even &= pack_interleaved(v, start, n, head, values, packed.values, slot * (len(packed.values) // slots),
+                             STRIPS * tile_size(v.array))
+    packed.finite[slot] = even
 
 
 @numba.njit
-def places_of(work, packed):  # type: ignore[no-untyped-def]
-    """Give the addresses of what a thread works on."""
+def places_of(work, packed, pieces):  # type: ignore[no-untyped-def]
+    """Give the addresses of what a thread works on; for `pieces` see `TilePlaces`."""
     return TilePlaces(address(work.queries), address(work.s), address(work.p), address(work.acc), address(work.tops),
                       address(work.sums), address(work.row_max), address(work.row_sum), address(work.shrink),
                       address(work.shift), address(work.low), address(work.high), address(packed.keys),
-                      address(packed.values))
+                      address(packed.values), pieces)
+
+
+@numba.njit
+def factors_of(block, rows, group):  # type: ignore[no-untyped-def]
+    """Say where the numbers of Q and K of a range of rows of a head are."""
+    q, k = block.q, block.k
+    return Factors(address(q.array) + rows.head * group * q.head * 4, q.token, q.head,
+                   address(k.array) + rows.head * k.head * 4, k.token, k.shape[2], rows.first, group)
 
 
 @numba.njit(error_model="numpy")
-def unit_of(places, block, start, n, slot):  # type: ignore[no-untyped-def]
+def unit_of(places, block, start, n, slot, odd):  # type: ignore[no-untyped-def]
     """Say what a block of rows sees of n columns from `start` on, packed as tile `slot`, as a `Unit`."""
     first, last, inner_first, inner_last = n, 0, 0, n
     for r in range(block * BLOCK, (block + 1) * BLOCK):
@@ -141,14 +159,14 @@ def unit_of(places, block, start, n, slot):  # type: ignore[no-untyped-def]
             first, last = min(first, a), max(last, b)
         inner_first, inner_last = max(inner_first, a), min(inner_last, b)
     if first >= last:
-        return Unit(block, start, slot, 0, 0, False)
+        return Unit(block, start, slot, 0, 0, False, False)
     first_strip, last_strip = first // DEPTH, -(-last // DEPTH)
     partial = inner_first > first_strip * DEPTH or inner_last < last_strip * DEPTH
-    return Unit(block, start, slot, first_strip, last_strip, partial)
+    return Unit(block, start, slot, first_strip, last_strip, partial, odd)
 
 
 @numba.njit(error_model="numpy")
-def advance(new, scored, weighed, number, places, depth, width, scale, capping):  # type: ignore[no-untyped-def]
+def advance(new, scored, weighed, number, places, factors, depth, width, scale, capping):  # type: ignore[no-untyped-def]
     """Do one step of the pipeline: scores of unit `new`, weights of `scored`, the product with values of `weighed`.
 
     `number` is that of the step; `depth` and `width` are tiles of a key's numbers, and pairs of tiles of a value's. A
@@ -157,43 +175,51 @@ def advance(new, scored, weighed, number, places, depth, width, scale, capping):
     mine, other = number % 2, (number + 1) % 2
     if weighed.first < weighed.last and any_shrinks(places, mine * BLOCK):
         shrink_block(weighed, mine, places, 2 * width)
+    pieces = len(places.pieces)
+    size = pieces * TILE_BYTES
     most = QUADS * (scored.last - scored.first)
-    slots = (new.last - new.first) * depth + (weighed.last - weighed.first) * width
+    slots = ((new.last - new.first) * depth + (weighed.last - weighed.first) * width) * (pieces * (pieces + 1) // 2)
     credit = done = 0
 
-    deep = depth * TILE_BYTES                                   # of the numbers of 16 rows or keys
+    deep = depth * size                                         # of the numbers of 16 rows or keys
     queries = places.queries + 2 * new.block * deep
     keys = places.keys + new.slot * (KEYS // ROWS) * deep
     scores = places.s + mine * S_SIZE * 4
     for j in range(new.first, new.last):
         zero_four()
         for d in range(depth):
-            add_four(queries + d * TILE_BYTES, deep, keys + 2 * j * deep + d * TILE_BYTES, deep)
-            credit += most
-            while credit >= slots:
-                soften(done, scored, other, places, scale)
-                done += 1
-                credit -= slots
+            for piece in range(pieces):
+                load_two(queries + d * size + piece * TILE_BYTES, deep)
+                for other_piece in range(pieces - piece):
+                    add_four(keys + 2 * j * deep + d * size + other_piece * TILE_BYTES, deep)
+                    credit += most
+                    while credit >= slots:
+                        soften(done, scored, other, places, scale)
+                        done += 1
+                        credit -= slots
         store_four(scores + 2 * j * TILE_BYTES, KEYS // ROWS * TILE_BYTES)
         if j > new.first:
-            end_strip(j - 1, new, mine, places, capping)
+            end_strip(j - 1, new, mine, places, factors, capping)
     if new.first < new.last:
-        end_strip(new.last - 1, new, mine, places, capping)
+        end_strip(new.last - 1, new, mine, places, factors, capping)
         raise_block(places, new.block * BLOCK, mine * BLOCK, scale)
 
-    wide = STRIPS * TILE_BYTES                                  # of the keys of 16 columns or rows
-    weights = places.p + mine * P_SIZE * 2
+    wide = STRIPS * size                                        # of the keys of 16 columns or rows
+    weights = places.p + mine * P_SIZE * 2 * pieces
     values = places.values + weighed.slot * 2 * width * wide
     sums = places.acc + 4 * weighed.block * width * TILE_BYTES
     for c in range(width if weighed.first < weighed.last else 0):
         load_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
         for j in range(weighed.first, weighed.last):
-            add_four(weights + j * TILE_BYTES, wide, values + 2 * c * wide + j * TILE_BYTES, wide)
-            credit += most
-            while credit >= slots:
-                soften(done, scored, other, places, scale)
-                done += 1
-                credit -= slots
+            for piece in range(pieces):
+                load_two(weights + j * size + piece * TILE_BYTES, wide)
+                for other_piece in range(pieces - piece):
+                    add_four(values + 2 * c * wide + j * size + other_piece * TILE_BYTES, wide)
+                    credit += most
+                    while credit >= slots:
+                        soften(done, scored, other, places, scale)
+                        done += 1
+                        credit -= slots
         store_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
 
     if most:
@@ -205,7 +231,7 @@ def advance(new, scored, weighed, number, places, depth, width, scale, capping):
 @numba.njit(error_model="numpy", forceinline=True)
 def soften(number, unit, half, places, scale):  # type: ignore[no-untyped-def]
     """Do step `number` of a unit's softmax."""
-    weigh_quad(places, half * S_SIZE, half * P_SIZE, half * BLOCK, number % QUADS * QUAD,
+    weigh_quad(places, half * S_SIZE, half * P_SIZE * len(places.pieces), half * BLOCK, number % QUADS * QUAD,
                unit.first + number // QUADS, scale)
 
 
@@ -217,13 +243,34 @@ def soften_all(count, unit, half, places, scale):  # type: ignore[no-untyped-def
 
 
 @numba.njit(error_model="numpy", forceinline=True)
-def end_strip(strip, unit, half, places, capping):  # type: ignore[no-untyped-def]
+def end_strip(strip, unit, half, places, factors, capping):  # type: ignore[no-untyped-def]
     """Do what the scores of a strip need before their weights are made."""
+    if len(places.pieces) > 1 and unit.odd:
+        add_odd_scores(strip, unit, half, places, factors)
     if capping[1] != 0:
         cap_strip(strip, half, places, capping)
     if unit.partial:
         hide_strip(strip, unit, half, places)
     find_tops(places, half * S_SIZE, 2 * strip, strip == unit.first)
+
+
+@numba.njit(error_model="numpy")
+def add_odd_scores(strip, unit, half, places, factors):  # type: ignore[no-untyped-def]
+    """Add to scores, where a row sees the key, the products of float32 of which one is not in the tiles."""
+    for r in range(BLOCK):
+        row = unit.block * BLOCK + r
+        low, high = integer_at(places.low, row) - unit.start, integer_at(places.high, row) - unit.start
+        query, member = (factors.first + row) // factors.group, (factors.first + row) % factors.group
+        q_at = query * factors.q_token + member * factors.q_head
+        for j in range(max(low, strip * DEPTH), min(high, (strip + 1) * DEPTH)):
+            k_at = (unit.start + j) * factors.k_token
+            total = np.float32(0)
+            for d in range(factors.dim):
+                x, y = single_at(factors.q, q_at + d), single_at(factors.k, k_at + d)
+                if not (abs(x) < MOST_FACTOR and abs(y) < MOST_FACTOR):
+                    total += x * y
+            tile = r // ROWS * (KEYS // ROWS) + j // ROWS
+            add_single_at(places.s, half * S_SIZE + tile * SQUARE + r % ROWS * ROWS + j % ROWS, total)
 
 
 @numba.njit(error_model="numpy")
@@ -258,22 +305,24 @@ def shrink_block(unit, half, places, tiles):  # type: ignore[no-untyped-def]
 @numba.njit(error_model="numpy")
 def add_odd(unit, half, head, work, v):  # type: ignore[no-untyped-def]
     """Add weights times the values of `head` that are not in the packed tile, where a row sees them."""
-    tiles = 2 * steps(v.shape[2])
-    for j in range(unit.first * DEPTH, unit.last * DEPTH):
+    tiles, size = 2 * steps(v.shape[2]), tile_size(v.array)
+    p = work.p[half * P_SIZE * (size // TILE):]
+    for j in range(unit.first * DEPTH, min(unit.last * DEPTH, v.shape[0] - unit.start)):
         key = unit.start + j
-        if key >= v.shape[0]:
-            break
         place = place_of(v, key, head)
         for c in range(v.shape[2]):
-            bits = v.array[place + c]
-            if not is_odd(bits):
+            x = v.array[place + c]
+            if not is_odd(x):
                 continue
             for r in range(BLOCK):
                 row = unit.block * BLOCK + r
                 if work.low[row] <= key < work.high[row]:
-                    p = work.p[half * P_SIZE + (r // ROWS * STRIPS + j // DEPTH) * TILE + r % ROWS * DEPTH + j % DEPTH]
+                    weight = np.float32(0)
+                    for at in range((r // ROWS * STRIPS + j // DEPTH) * size + r % ROWS * DEPTH + j % DEPTH,
+                                    (r // ROWS * STRIPS + j // DEPTH + 1) * size, TILE):
+                        weight += widen(p[at])
                     acc_at = ((2 * unit.block + r // ROWS) * tiles + c // ROWS) * SQUARE + r % ROWS * ROWS + c % ROWS
-                    work.acc[acc_at] += widen(p) * widen(bits)
+                    work.acc[acc_at] += weight * widen(x)
 
 
 @numba.njit(error_model="numpy")
@@ -281,9 +330,13 @@ def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-
     """Take up rows of a key head into the work space; those after the last see nothing."""
     tiles = 2 * steps(block.v.shape[2])
     height = -(-rows.n_rows // BLOCK) * BLOCK
-    depth = steps(block.k.shape[2])
-    work.queries[:height * depth * DEPTH] = 0
-    pack_rows(block.q, rows.first, rows.n_rows, rows.head, group, ALL, work.queries, 0)
+    size = 2 * steps(block.k.shape[2]) * tile_size(block.q.array)
+    span, _ = spans_of(block.q.array)
+    for first in range(0, rows.n_rows, BLOCK):
+        place = first // BLOCK * size
+        work.queries[place:place + size] = 0
+        work.uneven[first // BLOCK] = not pack_rows(block.q, rows.first + first, min(BLOCK, rows.n_rows - first),
+                                                    rows.head, group, span, work.queries, place)
     work.acc[:height * tiles * ROWS] = 0
     work.sums[:] = 0
     for r in range(height):

@@ -23,15 +23,17 @@ import numpy as np
 
 from .amx import DEPTH, ROWS
 from .pack import place_of, transpose_square, widen
+from .pieces import ALL, FINITE
 from .tile_gradient_rows import PLACE, query_column, query_lane
 from .tile_gradients import size_of
-from .tile_pack import ALL, FINITE, interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
+from .tile_pack import interleave_rows, pack_interleaved, pack_rows, steps, transpose_words
 from .tile_squares import SIDE
 from .tuples import Contiguous, Strided
 
 MOST_ROWS = 256
 MOST_KEYS = 128
 LOWEST, LOWEST_DOUT, HIGHEST = (int(np.float32(2.0**e).view(np.uint32)) for e in (-20, -40, 40))
+LEAST_SCALE = 2.0**-20
 MOST_DELTA = np.float32(2.0**100)
 
 

@@ -25,13 +25,11 @@ from numba.extending import intrinsic
 from .amx import DEPTH, I16, I32, ROWS, SINGLES, TILE, lanes
 from .pack import place_of
 from .pieces import joined_row, odd_singles, odd_words, split, tile_size
-from .tuples import Contiguous, Span, Strided
+from .tuples import Contiguous, Strided
 from .vector import at, constant, dtype_of, load, loop, store, unpack
 
 WORD_ROW = ir.VectorType(I16, DEPTH)
 PAIR_ROW = ir.VectorType(I32, ROWS)
-ALL = Span(0, 256)          # exponents: nothing is odd
-FINITE = Span(0, 255)       # infinity and NaN are
 
 
 @intrinsic

@@ -22,6 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .amx import DEPTH, I16, I64, ROWS, TILE, to_row
+from .pieces import joined_row, split
 from .tuples import TilePlaces
 from .vector import Vectors, at, constant, loop, store, unpack
 
@@ -83,7 +84,9 @@ def raise_block(context, places, row, line, scale):  # type: ignore[no-untyped-d
 
 @intrinsic
 def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
-    """Weights of QUAD rows from row `in_block` of a block on, for a strip of keys: rounded in p, added to the sums.
+    """Weights of QUAD rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
+
+    In p they are rounded, or in pieces.
 
     The scaled score is rounded as the maximum was, so that it gives no more than 1, however large.
     """
@@ -95,13 +98,18 @@ def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # ty
         scale = v.splat(scale)
         offset = b.add(s_at, b.mul(strip, constant(2 * SQUARE)))
         scores = [at(b, place, offset) for place in _score_rows(b, work.s, in_block)]
-        weights = at(b, _weight_row(b, work.p, in_block), b.add(p_at, b.mul(strip, constant(TILE))))
+        pieces = signature.args[0].types[TilePlaces._fields.index("pieces")].count
+        weights = at(b, _weight_row(b, work.p, in_block, pieces), b.add(p_at, b.mul(strip, constant(pieces * TILE))))
         sums = _sums(b, work.sums, in_block)
         shift = at(b, at(b, work.shift, line), in_block)
         subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD)]
         for i in range(QUAD):
             halves = [v.exp(b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
-            store(b, to_row(b, *halves), weights, constant(i * DEPTH))
+            if pieces == 1:
+                store(b, to_row(b, *halves), weights, constant(i * DEPTH))
+            else:
+                for piece, pair in enumerate(zip(*(split(b, half) for half in halves), strict=True)):
+                    store(b, joined_row(b, *pair), weights, constant(piece * TILE + i * DEPTH))
             v.store(b.fadd(v.load(sums[i]), b.fadd(*halves)), sums[i])
         return context.get_dummy_value()
 
@@ -207,10 +215,21 @@ def single_at(context, address, i):  # type: ignore[no-untyped-def]
     return types.float32(address, i), emit
 
 
+@intrinsic
+def add_single_at(context, address, i, x):  # type: ignore[no-untyped-def]
+    """Add to float32 number i from an address on."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        place = at(builder, builder.inttoptr(values[0], ir.FloatType().as_pointer()), values[1])
+        builder.store(builder.fadd(builder.load(place), values[2]), place)
+        return context.get_dummy_value()
+
+    return types.void(address, i, x), emit
+
+
 def pointers(builder: ir.IRBuilder, places: TilePlaces) -> TilePlaces:
     """Make pointers of addresses."""
     words = {"queries": I16, "p": I16, "keys": I16, "values": I16, "low": I64, "high": I64}
-    return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer())
+    return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer()) if name != "pieces" else x
                         for name, x in zip(TilePlaces._fields, places, strict=True)))
 
 
@@ -222,11 +241,11 @@ def _score_rows(builder: ir.IRBuilder, s: Any, in_block: Any) -> list[Any]:
     return [at(b, first, i * ROWS) for i in range(QUAD)]
 
 
-def _weight_row(builder: ir.IRBuilder, p: Any, in_block: Any) -> Any:
-    """Give where a row of weights begins; a strip is TILE numbers further on."""
+def _weight_row(builder: ir.IRBuilder, p: Any, in_block: Any, pieces: int) -> Any:
+    """Give where a row of weights begins; a strip is `pieces` tiles further on."""
     b = builder
     half, row = b.lshr(in_block, constant(4)), b.and_(in_block, constant(ROWS - 1))
-    return at(b, p, b.add(b.mul(half, constant(STRIPS * TILE)), b.mul(row, constant(DEPTH))))
+    return at(b, p, b.add(b.mul(half, constant(STRIPS * pieces * TILE)), b.mul(row, constant(DEPTH))))
 
 
 def _sums(builder: ir.IRBuilder, sums: Any, in_block: Any) -> Sequence[Any]:

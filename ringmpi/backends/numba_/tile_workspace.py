@@ -28,30 +28,33 @@ class PackedTiles(PackedKV):
     Parameters
     ----------
     dim, dim_v : int
+    pieces : int
+        Of bfloat16, that a number is: 1, or 3 for float32.
     """
 
-    def __init__(self, dim: int, dim_v: int) -> None:
+    def __init__(self, dim: int, dim_v: int, pieces: int) -> None:
+        self.pieces = pieces
         self.words = np.dtype(np.uint16)
         self.depth, self.width = -(-dim // DEPTH), -(-dim_v // DEPTH)          # in tiles, and in pairs of tiles
         self.rows, self.tile = MOST_BLOCKS * BLOCK, KEYS
         self.cached = 0                                  # each thread packs none of its own
-        self._sizes = KEYS // ROWS * self.depth * TILE, 2 * self.width * STRIPS * TILE
+        self._sizes = KEYS // ROWS * self.depth * TILE * pieces, 2 * self.width * STRIPS * TILE * pieces
         self._arrays = np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.bool_)
 
 
 class TileScratch:
     """What a thread needs to fold packed tiles into some blocks of rows."""
 
-    def __init__(self, dim: int, dim_v: int) -> None:
-        packed = PackedTiles(dim, dim_v)
+    def __init__(self, dim: int, dim_v: int, pieces: int) -> None:
+        packed = PackedTiles(dim, dim_v, pieces)
         n = packed.rows
 
         def singles(*shape: int) -> Array:
             return aligned(int(np.prod(shape)), np.float32)
 
         self.work = TileWork(
-            queries=aligned(n * packed.depth * DEPTH, np.uint16), s=singles(2, BLOCK, KEYS),
-            p=aligned(2 * BLOCK * KEYS + ASIDE, np.uint16)[ASIDE:], acc=singles(n // ROWS, 2 * packed.width, SQUARE),
+            queries=aligned(n * packed.depth * DEPTH * pieces, np.uint16), uneven=np.zeros(n // BLOCK, np.bool_),
+            s=singles(2, BLOCK, KEYS), p=aligned(2 * BLOCK * KEYS * pieces + ASIDE, np.uint16)[ASIDE:], acc=singles(n // ROWS, 2 * packed.width, SQUARE),
             tops=singles(BLOCK, ROWS), sums=singles(BLOCK, ROWS), row_max=singles(n), row_sum=singles(n),
             shrink=singles(2, BLOCK), shift=singles(2, BLOCK), low=aligned(n, np.int64), high=aligned(n, np.int64))
 

@@ -217,12 +217,14 @@ class ForwardWork(NamedTuple):
 class TileWork(NamedTuple):
     """What a thread works on in the forward pass on the tile unit, made by `tile_workspace.TileScratch`.
 
-    Rows are in blocks of 32. All arrays but the last two have one axis; tiles are 1 KiB, see `amx`.
+    Rows are in blocks of 32. All arrays have one axis; tiles are 1 KiB, see `amx`; float32 has three of Q and weights.
 
     Attributes
     ----------
     queries : uint16
         Tiles of A: for 16 rows all their depth.
+    uneven : (blocks,) bool
+        Whether there are odd numbers in a block's rows of Q.
     s : float32
         Scores of two units: for 16 rows all their keys, in tiles of 16 × 16.
     p : uint16
@@ -239,6 +241,7 @@ class TileWork(NamedTuple):
     """
 
     queries: Any
+    uneven: Any
     s: Any
     p: Any
     acc: Any
@@ -255,7 +258,8 @@ class TileWork(NamedTuple):
 class TilePlaces(NamedTuple):
     """Addresses of the arrays of a `TileWork` and of `ForwardTiles`, int64.
 
-    Numba counts references to the arrays that a function is given, which takes longer than a unit's products.
+    Numba counts references to the arrays that a function is given, which takes longer than a unit's products. `pieces`
+    is a tuple of as many numbers as a tile has pieces: their count is part of its type, which kernels are compiled for.
     """
 
     queries: Any
@@ -272,6 +276,24 @@ class TilePlaces(NamedTuple):
     high: Any
     keys: Any
     values: Any
+    pieces: Any
+
+
+class Factors(NamedTuple):
+    """Where Q and K of a key head are: the addresses of their first numbers, and elements from a token to the next.
+
+    Row r is query (first + r) // group of member (first + r) % group, whose numbers begin `q_head` elements after
+    those of the member before; a query and a key have `dim`.
+    """
+
+    q: Any
+    q_token: Any
+    q_head: Any
+    k: Any
+    k_token: Any
+    dim: Any
+    first: Any
+    group: Any
 
 
 class Unit(NamedTuple):
@@ -285,6 +307,8 @@ class Unit(NamedTuple):
         Strips of 32 keys that some row sees something of; first == last: there is no unit.
     partial : bool
         Whether some row does not see all of them.
+    odd : bool
+        Whether some of its scores are of numbers that are not in the tiles.
     """
 
     block: Any
@@ -293,6 +317,7 @@ class Unit(NamedTuple):
     first: Any
     last: Any
     partial: Any
+    odd: Any
 
 
 class BackwardWork(NamedTuple):
