@@ -15,7 +15,7 @@ from .tile_gradient_rows import PLACE
 from .tile_rows import BLOCK, KEYS, SQUARE, STRIPS
 from .tile_squares import SIDE
 from .tuples import BackwardTiles, GradientTiles, KeySums, SpareWork, TileGradientWork, TileWork
-from .workspace import Array, BackwardMemory, BackwardScratch, PackedKV, aligned, in_vectors
+from .workspace import Arena, Array, BackwardMemory, BackwardScratch, PackedKV, aligned, in_vectors
 from .vector import machine
 
 MOST_BLOCKS = 16            # of rows, that meet a packed tile while it is in cache
@@ -110,17 +110,19 @@ class _Spare:
 
 def _work(width: int, width_v: int, rows: int, keys: int, pieces: int) -> TileGradientWork:
     """Make what a thread needs for a tile of rows."""
-    def bits(numbers: int) -> Array:
-        return aligned(numbers * pieces, np.uint16)
+    arena = Arena(rows * (2 * 2 * pieces * (width + width_v) + 3 * 2 * pieces * keys + 12 * (width + width_v) + 32) + 2**17,
+                  len(TileGradientWork._fields))
 
-    lse, delta = (aligned(rows, np.float32) for _ in range(2))
-    low, high = (aligned(rows, np.int64) for _ in range(2))
-    low_here, high_here = (aligned(rows, np.int32) for _ in range(2))
+    def bits(numbers: int) -> Array:
+        return arena.take(numbers * pieces, np.uint16)
+
+    lse, delta = (arena.take(rows, np.float32) for _ in range(2))
+    low, high = (arena.take(rows, np.int64) for _ in range(2))
+    low_here, high_here = (arena.take(rows, np.int32) for _ in range(2))
     return TileGradientWork(
-        lines=aligned(rows * max(width, width_v), np.uint16 if pieces == 1 else np.float32),
-        queries=bits(rows * width), douts=bits(rows * width_v),
-        query_pairs=bits(rows * width), dout_pairs=bits(rows * width_v), s=aligned(8 * PLACE, np.float32),
-        p=bits(rows * keys), ds=bits(rows * keys), ds_pairs=bits(rows * keys), dq=aligned(rows * width, np.float32),
-        dq_lines=aligned((rows, width), np.float32), lse=lse, delta=delta, low=low, high=high,
-        odd=aligned(rows, np.bool_), low_here=low_here, high_here=high_here, key_here=aligned(keys, np.int32),
-        seen=aligned((rows // SIDE, 4), np.int64))
+        s=arena.take(8 * PLACE, np.float32), queries=bits(rows * width), douts=bits(rows * width_v),
+        p=bits(rows * keys), ds=bits(rows * keys), ds_pairs=bits(rows * keys), dq=arena.take(rows * width, np.float32),
+        query_pairs=bits(rows * width), dout_pairs=bits(rows * width_v), lse=lse, delta=delta, low=low, high=high,
+        odd=arena.take(rows, np.bool_), low_here=low_here, high_here=high_here, key_here=arena.take(keys, np.int32),
+        seen=arena.take((rows // SIDE, 4), np.int64), dq_lines=arena.take((rows, width), np.float32),
+        lines=arena.take(rows * max(width, width_v), np.uint16 if pieces == 1 else np.float32))
