@@ -229,8 +229,8 @@ class NumbaBackend(Backend):
     def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score, backward: bool = False) -> bool:
         """Whether the CPU's tiles multiply: for scores that are plain or capped, a matter that all ranks agree on.
 
-        Not those of scale 0, with which an infinite product is NaN. For the scales of float32 see `pieces`, and backward
-        `tile_gradient_load`.
+        Not those of scale 0, with which an infinite product is NaN. For the scales of float32 see `pieces`, and
+        backward `tile_gradient_load`.
         """
         if score.positional or score.scale == 0 or acc_dtype != np.float32:
             return False

@@ -2,18 +2,22 @@
 
 A row or a key of float32 is *odd* where its largest number leaves the range in which three pieces are as exact as
 float32, unless all are 0: of Q, K and V 2^-20 to 2^40, of dO 2^-40 to 2^40; and where a number, or lse or delta, is not
-finite. The tile unit takes what is below 2^-126 for 0, and so do pieces, products and sums lose up to 2^-126 each. With
-scales of 2^-20 to 2^20 (`backend`) that is, of what the largest weight gives, which is at least 1 / n:
+finite. The tile unit takes what is below 2^-126 for 0: so a number in pieces is off by 2^-125 at most, however small it
+is, and each product, and each addition to a sum, by 2^-126. That is nothing beside the largest number of its row, and
+so beside what the row's products are known to in float32, 2^-24 of the sizes of their factors:
 
-    score:    2^-126 · 2^41 · 2^20 · 6 dim                              below 2^-52
-    P:        2^-125 of 1 / n
-    dP, dS:   2^-125 of 2^-40 · 2^-20 · 1 / n, scaled by 2^-20 or more  2^-45 · n
-    dV:       2^-123 · n of 2^-40 / n,    dQ, dK: 2^-123 · n of 2^-100 / n
+    score:    (6 dim · 2^-126 + 2 dim · 2^-125 · 2^40) · 2^20, 2^-56 of dim 128, where a weight needs 2^-24
+    P:        2^-125, of weights that sum to 1, the largest of which is 1 / n at least
+    dP:       6 dim_v · 2^-126 + dim_v · 2^-125 (|dO| + |V|), of |dO| |V| of 2^-60 and more
+    dS:       2^-125, of the largest, |dO| |V| scale / n
+    dV, dK, dQ: 6 n · 2^-126 and n times the errors above times |dO|, |Q|, |K|
 
-so that dQ and dK of such numbers may be off by 2^-23 n² in the worst of all corners, by 2^-70 where scales are usual and
-dO above 2^-20. A weight or a gradient that is smaller than that beside the others of its row loses as much as they do,
-which is nothing: what is lost does not depend on how large they are. It is odd numbers that take the exact way, a pair at
-a time, so no row and no key depends on which others stand beside it.
+With dO, V, Q and K of 2^-20, a scale of 2^-4 and 2^13 keys dS is 2^-57 and dQ, dK are 2^-77, so that 2^-125 is 2^-48 of
+them. In the corner of all ranges at once, and there alone, it is more than 2^-24. A weight far below the others of its
+row loses no more than they do, and adds as little.
+
+Odd rows and keys go another way, pair by pair (`tile_gradient_odd`), so no row and no key depends on which others stand
+beside it.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def _put_rounded(builder: Any, work: Any, place: Places, numbers: list[list[tupl
 
     # Pairs of keys, column by column, in the order in which `query_column` says.
     for half in (0, 1):
-        numbers = [8 * (c // 8) + 4 * half + c % 8 // 2 + 2 * ROWS * (c % 2) for c in range(2 * ROWS)]
-        store(b, b.shuffle_vector(*ds, lanes(numbers)), work.ds_pairs, place.pairs[half])
+        order = [8 * (c // 8) + 4 * half + c % 8 // 2 + 2 * ROWS * (c % 2) for c in range(2 * ROWS)]
+        store(b, b.shuffle_vector(*ds, lanes(order)), work.ds_pairs, place.pairs[half])
 
 
 def _put_pieces(builder: Any, work: Any, place: Places, numbers: list[list[tuple[Any, Any]]]) -> None:

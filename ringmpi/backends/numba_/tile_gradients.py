@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numba
 
-from .amx import DEPTH, ROWS
+from .amx import ROWS, TILE
 from .tile_gradient_rows import (
     PLACE,
     differentiate_capped_square,
@@ -24,7 +24,7 @@ from .tile_gradient_rows import (
     differentiate_square,
     query_lane,
 )
-from .tile_squares import SIDE, TILE, add_square, square
+from .tile_squares import SIDE, add_square, square
 from .tuples import Square, SquarePlace, Strided
 
 

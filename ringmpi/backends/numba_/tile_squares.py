@@ -53,7 +53,8 @@ def _square(a: Any, b: Any, c: Any, depth: Any, pieces: Any, fresh: bool) -> Any
         left, right = ([at(builder, x.array, x.at), at(builder, x.array, builder.add(x.at, x.row))] for x in (a, b))
         with loop(builder, constant(0), values[3]) as step:
             place = builder.mul(step, constant(len(pieces) * TILE))
-            _add_products(builder, *([at(builder, x, place) for x in both] for both in (left, right)), len(pieces))
+            tiles = [[at(builder, x, place) for x in both] for both in (left, right)]
+            _add_products(builder, tiles[0], tiles[1], len(pieces))
         for tile, corner in enumerate(corners):
             store_tile(builder, tile, corner, row_bytes)
         return context.get_dummy_value()

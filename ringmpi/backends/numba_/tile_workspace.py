@@ -15,8 +15,8 @@ from .tile_gradient_rows import PLACE
 from .tile_rows import BLOCK, KEYS, SQUARE, STRIPS
 from .tile_squares import SIDE
 from .tuples import BackwardTiles, GradientTiles, KeySums, SpareWork, TileGradientWork, TileWork
-from .workspace import Arena, Array, BackwardMemory, BackwardScratch, PackedKV, aligned, in_vectors
 from .vector import machine
+from .workspace import Arena, Array, BackwardMemory, BackwardScratch, PackedKV, aligned, in_vectors
 
 MOST_BLOCKS = 16            # of rows, that meet a packed tile while it is in cache
 ASIDE = 256                 # numbers between two arrays, so that the same rows of them are in other lines of the cache
@@ -80,11 +80,13 @@ class TileBackwardBuffers(BackwardMemory):
         sizes = tuple(tile * width * pieces for width in (*widths, widths[0]))
         super().__init__(rows, tile, GradientTiles, np.uint16, (*sizes, tile), FLOAT32, widths)
         self.scratch = [_work(*widths, rows, tile, pieces) for _ in range(threads)]
-        self._spares = [_Spare(dim, dim_v, -(-rows // GROUP) * GROUP, tile) for _ in range(threads if pieces > 1 else 0)]
+        spares = threads if pieces > 1 else 0
+        self._spares = [_Spare(dim, dim_v, -(-rows // GROUP) * GROUP, tile) for _ in range(spares)]
 
-    def reserve(self, heads: int, tiles: int) -> GradientTiles:
+    def reserve(self, heads: int, tiles: int) -> BackwardTiles | GradientTiles:
         """Give tiles for the kernels; see `BackwardMemory.reserve`."""
-        return super().reserve(heads, tiles)._replace(pieces=self.pieces)
+        packed = super().reserve(heads, tiles)
+        return packed._replace(pieces=self.pieces) if isinstance(packed, GradientTiles) else packed
 
     def spare(self, thread: int, block: KernelArguments) -> SpareWork | None:
         """Give what a thread needs for odd rows and keys of a block; None where no number is odd."""
@@ -110,7 +112,8 @@ class _Spare:
 
 def _work(width: int, width_v: int, rows: int, keys: int, pieces: int) -> TileGradientWork:
     """Make what a thread needs for a tile of rows."""
-    arena = Arena(rows * (2 * 2 * pieces * (width + width_v) + 3 * 2 * pieces * keys + 12 * (width + width_v) + 32) + 2**17,
+    item, both = 2 * pieces, width + width_v
+    arena = Arena(rows * ((2 * item + 12) * both + 3 * item * keys + 64) + 4 * keys + 32 * PLACE,
                   len(TileGradientWork._fields))
 
     def bits(numbers: int) -> Array:

@@ -163,8 +163,8 @@ class GradientTiles(NamedTuple):
     tile, tiles : int
         As in `ForwardTiles`.
     pieces : tuple of int
-        The numbers of the pieces that a number is in, the same everywhere: 0 of bfloat16; 0, 1 and 2 of float32. How many
-        there are is known when the kernels are compiled.
+        The numbers of the pieces that a number is in: 0 of bfloat16; 0, 1 and 2 of float32. How many there are is
+        known when the kernels are compiled.
     """
 
     keys: Any
@@ -415,7 +415,7 @@ class TileGradientWork(NamedTuple):
 
 
 class SpareWork(NamedTuple):
-    """What a thread needs beside a `TileGradientWork` for odd rows and keys: the other kernels' tile, work and score."""
+    """What a thread needs beside a `TileGradientWork` for odd rows and keys: what the other kernels work on."""
 
     packed: Any
     work: Any
