@@ -394,9 +394,10 @@ def _backward_on_tiles(digest: str) -> tuple[Any, ...]:
                 some, odd = find_seen(whole, at, n, slot, work, packed)
                 if some:
                     differentiate_packed(here, slot, work, packed, sums, at - origin, gradient, score)
-                if spare is not None and odd:
-                    differentiate_odd(here, first, count, group, slot, block, gradient, work, packed, sums,
-                                      at - origin, spare)
+                if spare is not None:           # noqa: SIM102 (without, none of this is compiled)
+                    if odd:
+                        differentiate_odd(here, first, count, group, slot, block, gradient, work, packed, sums,
+                                          at - origin, spare)
             store_gradient_rows(gradient, first, count, whole, head, group, work, packed)
         release()
 
