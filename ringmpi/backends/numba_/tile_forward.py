@@ -38,6 +38,8 @@ from .tile_rows import (
     hide,
     integer_at,
     raise_block,
+    row_from_tiles,
+    row_to_tiles,
     scale_row,
     single_at,
     weigh_quad,
@@ -281,15 +283,23 @@ def add_odd(unit, half, head, work, v):  # type: ignore[no-untyped-def]
                     work.acc[acc_at] += widen(p) * widen(bits)
 
 
+@numba.njit
+def row_address(acc, query, head):  # type: ignore[no-untyped-def]
+    """Address of a row's first number, the others after it."""
+    return address(acc) + query * acc.strides[0] + head * acc.strides[1]
+
+
 @numba.njit(error_model="numpy")
 def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-def]
     """Take up rows of a key head into the work space; those after the last see nothing."""
     tiles = 2 * steps(block.v.shape[2])
     height = -(-rows.n_rows // BLOCK) * BLOCK
     depth = steps(block.k.shape[2])
-    work.queries[:height * depth * DEPTH] = 0
+    if rows.n_rows < height:
+        work.queries[:height * depth * DEPTH] = 0
     pack_rows(block.q, rows.first, rows.n_rows, rows.head, group, work.queries, 0)
-    work.acc[:height * tiles * ROWS] = 0
+    if rows.n_rows < height or state.acc.shape[2] < tiles * ROWS:
+        work.acc[:height * tiles * ROWS] = 0
     work.sums[:] = 0
     for r in range(height):
         if r >= rows.n_rows:
@@ -303,12 +313,8 @@ def load_tile_rows(block, state, rows, group, work):  # type: ignore[no-untyped-
         work.high[r] = max(block.begin[query], block.end[query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
-        given = state.acc[query, h]
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
-        for first in range(0, len(given), ROWS):
-            for c in range(min(ROWS, len(given) - first)):
-                work.acc[place + c] = given[first + c]
-            place += SQUARE
+        row_to_tiles(row_address(state.acc, query, h), address(work.acc) + 4 * place, state.acc.shape[2])
 
 
 @numba.njit(error_model="numpy")
@@ -320,11 +326,7 @@ def store_tile_rows(state, rows, group, work):  # type: ignore[no-untyped-def]
             continue
         query, member = divmod(rows.first + r, group)
         h = rows.head * group + member
-        row = state.acc[query, h]
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
-        for first in range(0, len(row), ROWS):
-            for c in range(min(ROWS, len(row) - first)):
-                row[first + c] = work.acc[place + c] + 0                   # -0 becomes 0
-            place += SQUARE
+        row_from_tiles(address(work.acc) + 4 * place, row_address(state.acc, query, h), state.acc.shape[2])
         state.row_sum[query, h] = work.row_sum[r]
         state.row_max[query, h] = work.row_max[r]

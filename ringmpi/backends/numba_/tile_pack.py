@@ -69,6 +69,19 @@ def interleave_rows(context, x, y, other, rows, numbers):  # type: ignore[no-unt
     return types.boolean(x, y, other, rows, numbers), emit
 
 
+@intrinsic
+def copy_words(context, x, y, numbers):  # type: ignore[no-untyped-def]
+    """One row of A, at `y`, `Contiguous`, from up to 32 bfloat16 (uint16) at `x`, `Strided`."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        rows = builder.select(builder.icmp_signed(">", values[2], constant(0)), constant(1), constant(0))
+        source = _Square(context, builder, signature.args[0], values[0], rows, values[2], 1)
+        y = unpack(context, builder, signature.args[1], values[1])
+        store(builder, source.row(0), at(builder, y.array, y.at), constant(0))
+        return context.get_dummy_value()
+
+    return types.void(x, y, numbers), emit
+
+
 @numba.njit(error_model="numpy")
 def steps(numbers):  # type: ignore[no-untyped-def]
     """Tiles, side by side, that hold so many numbers along the depth."""
@@ -87,10 +100,8 @@ def pack_rows(x, first, count, head, group, out, out_at):  # type: ignore[no-unt
         place = out_at + r // ROWS * depth * TILE + r % ROWS * DEPTH
         source = place_of(x, (first + min(r, count - 1)) // group, head * group + (first + min(r, count - 1)) % group)
         for d in range(depth):
-            n = min(DEPTH, numbers - d * DEPTH) if r < count else 0
-            row = out[place + d * TILE:place + d * TILE + DEPTH]
-            row[:n] = x.array[source + d * DEPTH:source + d * DEPTH + n]
-            row[n:] = 0
+            copy_words(Strided(x.array, source + d * DEPTH, 0), Contiguous(out, place + d * TILE),
+                       min(DEPTH, numbers - d * DEPTH) if r < count else 0)
 
 
 @numba.njit(error_model="numpy")

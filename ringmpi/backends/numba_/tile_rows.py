@@ -14,7 +14,7 @@ others of its block see.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from .amx import DEPTH, I16, I64, ROWS, TILE, to_row
 from .tuples import TilePlaces
-from .vector import Vectors, at, constant, loop, store, unpack
+from .vector import Vectors, at, constant, load, loop, store, unpack
 
 QUAD = 4                    # rows that go side by side
 BLOCK = 2 * ROWS            # rows of a block: two tiles
@@ -190,6 +190,26 @@ def scale_row(context, places, acc_at, factor, tiles):  # type: ignore[no-untype
 
 
 @intrinsic
+def row_to_tiles(context, row, tiles, count):  # type: ignore[no-untyped-def]
+    """Copy a row of `count` numbers to tiles, 16 to each; `row` and `tiles` are addresses of float32."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        _copy_row(builder, values, (1, SQUARE // ROWS), lambda x, zero: x)
+        return context.get_dummy_value()
+
+    return types.void(row, tiles, count), emit
+
+
+@intrinsic
+def row_from_tiles(context, tiles, row, count):  # type: ignore[no-untyped-def]
+    """Copy it back; -0 becomes 0."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        _copy_row(builder, values, (SQUARE // ROWS, 1), builder.fadd)
+        return context.get_dummy_value()
+
+    return types.void(tiles, row, count), emit
+
+
+@intrinsic
 def integer_at(context, address, i):  # type: ignore[no-untyped-def]
     """Give int64 number i from an address on."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
@@ -212,6 +232,20 @@ def pointers(builder: ir.IRBuilder, places: TilePlaces) -> TilePlaces:
     words = {"queries": I16, "p": I16, "keys": I16, "values": I16, "low": I64, "high": I64}
     return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer())
                         for name, x in zip(TilePlaces._fields, places, strict=True)))
+
+
+def _copy_row(builder: ir.IRBuilder, values: Any, spread: tuple[int, int], change: Callable[[Any, Any], Any]) -> None:
+    """Copy `count` numbers, each 16 of them `spread` times 16 after those before; `change` is given them and 0."""
+    b, single = builder, ir.FloatType()
+    places = [b.inttoptr(x, single.as_pointer()) for x in values[:2]]
+    whole, rest = b.lshr(values[2], constant(4)), b.and_(values[2], constant(ROWS - 1))
+    kind = ir.VectorType(single, ROWS)
+    with loop(b, constant(0), whole) as i:
+        source, target = (at(b, x, b.mul(i, constant(n * ROWS))) for x, n in zip(places, spread, strict=True))
+        store(b, change(load(b, source, constant(0), kind), ir.Constant(kind, [0.0] * ROWS)), target, constant(0))
+    source, target = (at(b, x, b.mul(whole, constant(n * ROWS))) for x, n in zip(places, spread, strict=True))
+    with loop(b, constant(0), rest) as i:
+        b.store(change(b.load(at(b, source, i)), ir.Constant(single, 0.0)), at(b, target, i))
 
 
 def _score_rows(builder: ir.IRBuilder, s: Any, in_block: Any) -> list[Any]:
