@@ -15,7 +15,7 @@ from ringmpi.backends import open_backend
 from ringmpi.backends.numba_ import amx, tile_pack
 from ringmpi.backends.numba_.arguments import tokens
 from ringmpi.backends.numba_.steps import uncounted_task
-from ringmpi.backends.numba_.vector import at, data, machine
+from ringmpi.backends.numba_.vector import Vectors, at, data, machine
 from ringmpi.backends.numba_.workspace import aligned
 from ringmpi.dtypes import BFLOAT16
 from ringmpi.score import Score
@@ -297,3 +297,30 @@ def fold_all(backend, products, q, k, v, begin, scale):
     out, lse = np.empty((len(q), 1, v.shape[2]), np.float32), np.empty((len(q), 1), np.float32)
     backend.finish(state, high > low, out, lse)
     return out, lse
+
+
+@needs_tiles
+def test_exp_beside_numpy():
+    """Exactly 1 at 0, 0 below the normal numbers, NaN for NaN."""
+    @intrinsic
+    def exp_of(context, x, out):
+        def emit(context, builder, signature, values):
+            x, out = (data(context, builder, kind, value) for kind, value in zip(signature.args, values, strict=True))
+            v = Vectors(builder, types.float32)
+            v.store(amx.exp(v, v.load(x)), out)
+            return context.get_dummy_value()
+
+        return types.void(x, out), emit
+
+    @numba.njit
+    def run(x, out):
+        for i in range(0, len(x), 16):
+            exp_of(x[i:i + 16], out[i:i + 16])
+
+    x = np.linspace(-87.3, 0, 2**14, dtype=np.float32)
+    x[:6] = 0, -np.inf, np.nan, -87.5, -100, -1e30
+    out = np.empty_like(x)
+    run(x, out)
+    np.testing.assert_array_equal(out[:6], np.float32([1, 0, np.nan, 0, 0, 0]))
+    y = x[6:].astype("f8")
+    assert (np.abs(out[6:] / np.exp(y) - 1) <= 2e-7 + 8e-8 * np.abs(y)).all()

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import DEPTH, I16, I64, ROWS, TILE, to_row
+from .amx import DEPTH, I16, I64, ROWS, TILE, exp, to_row
 from .tuples import TilePlaces
 from .vector import Vectors, at, constant, load, loop, store, unpack
 
@@ -100,7 +100,7 @@ def weigh_quad(context, places, s_at, p_at, line, in_block, strip, scale):  # ty
         shift = at(b, at(b, work.shift, line), in_block)
         subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD)]
         for i in range(QUAD):
-            halves = [v.exp(b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
+            halves = [exp(v, b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
             store(b, to_row(b, *halves), weights, constant(i * DEPTH))
             v.store(b.fadd(v.load(sums[i]), b.fadd(*halves)), sums[i])
         return context.get_dummy_value()
