@@ -188,12 +188,8 @@ def _cpu_info(name: str) -> str:
 
 def resident_bytes(peak: bool = False) -> int:
     """Give the resident memory of this process in bytes, now or at its `peak`. Local."""
-    field = "VmHWM:" if peak else "VmRSS:"
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    said = _status_bytes("VmHWM:" if peak else "VmRSS:")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if said is None else said
 
 
 def node_memory() -> tuple[int, str]:
@@ -206,11 +202,16 @@ def node_memory() -> tuple[int, str]:
 
 def shared_bytes() -> int:
     """Give the bytes of this process's resident memory that are of files: processes of a node share them. Local."""
+    return _status_bytes("RssFile:") or 0
+
+
+def _status_bytes(field: str) -> int | None:
+    """Read a field of what the kernel says of this process; None if it says nothing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
-    except (OSError, StopIteration):
-        return 0
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def slurm_memory() -> tuple[int, str] | None:

@@ -184,7 +184,7 @@ def _single(path, kind):
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         for name, x in rows.items():
             file[name] = x
-        digests = [{name: digest_rows(x[start:start + 32]) for name, x in rows.items()} for start in (0, 32)]
+        digests = [{name: digest_rows([x[start:start + 32]]) for name, x in rows.items()} for start in (0, 32)]
         ranges = [Range(start, start + 32, **each) for start, each in zip((0, 32), digests, strict=True)]
         write_sealed_together(file, NAME, seal(ranges, {"options": {}}))
         file.attrs["complete"] = True

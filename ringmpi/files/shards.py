@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
 from . import single as single_file
-from .hdf5 import create_dataset, write_file, write_rows
+from .hdf5 import OutputDataset, create_dataset, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
 from .opening import check_regular, open_file, reading
@@ -264,14 +264,17 @@ def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], f
             shape = manifest.shapes[name]
             dtype = DTYPES[manifest.dtypes[name]]
             target = create_dataset(file, name, shape, dtype)
-            sha256 = hashlib.sha256()
-            for start, stop in row_ranges(shape, dtype):
-                rows = manifest.rows(name, start, stop)
-                sha256.update(rows.reshape(-1).view(np.uint8).data)
-                write_rows(target, start, rows)
-            digests[name] = sha256.hexdigest()
+            digests[name] = single_file.digest_rows(_copied(manifest, name, target))
         write_sealed(file, single_file.NAME, single_file.seal([Range(0, shape[0], **digests)], manifest.record))
         set_attributes(file, manifest.record)
+
+
+def _copied(manifest: Manifest, name: str, target: OutputDataset) -> Iterator[Array]:
+    """Copy the rows of `out` or `lse`, and give them, some at a time."""
+    for start, stop in row_ranges(manifest.shapes[name], DTYPES[manifest.dtypes[name]]):
+        rows = manifest.rows(name, start, stop)
+        write_rows(target, start, rows)
+        yield rows
 
 
 def _check_written(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,12 @@ def seal(ranges: Sequence[Range], record: Mapping[str, Any]) -> bytes:
     return json.dumps({"ranges": [asdict(each) for each in ranges], "record": dict(record)}).encode()
 
 
-def digest_rows(rows: Array) -> str:
-    """Give the SHA-256 digest of rows, by their bytes in memory. Local."""
-    return hashlib.sha256(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data).hexdigest()
+def digest_rows(parts: Iterable[Array]) -> str:
+    """Give the SHA-256 digest of rows that come in parts, by their bytes in memory. Local."""
+    sha256 = hashlib.sha256()
+    for rows in parts:
+        sha256.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+    return sha256.hexdigest()
 
 
 def is_single(path: str | os.PathLike[str]) -> bool:
@@ -146,8 +149,6 @@ def _check(single: SingleFile) -> None:
 
 
 def _digest_in_file(dataset: h5py.Dataset, start: int, stop: int) -> str:
-    sha256 = hashlib.sha256()
     dtype = read_rows(dataset, 0, 0).dtype
-    for first, last in row_ranges((stop - start, *dataset.shape[1:]), dtype, AT_A_TIME):
-        sha256.update(read_rows(dataset, start + first, start + last).reshape(-1).view(np.uint8).data)
-    return sha256.hexdigest()
+    ranges = row_ranges((stop - start, *dataset.shape[1:]), dtype, AT_A_TIME)
+    return digest_rows(read_rows(dataset, start + first, start + last) for first, last in ranges)

@@ -97,7 +97,7 @@ class Together:
                     _check_space(path, n_q, rows)
                     self._disk = NewFile(path)
             temporary = path.parent / run.allgather_text(self._disk.temporary.name if self._disk else "")[0]
-            mine = Range(start, start + len(rows["out"]), digest_rows(rows["out"]), digest_rows(rows["lse"]))
+            mine = Range(start, start + len(rows["out"]), digest_rows([rows["out"]]), digest_rows([rows["lse"]]))
             ranges = [Range(**json.loads(text)) for text in run.allgather_text(json.dumps(asdict(mine)))]
             _write(run, path, temporary, rows, ranges, record)
             with run.raise_on_all():

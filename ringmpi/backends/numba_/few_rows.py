@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 from .pack import lanes, place_of, widen
 from .product import ROWS, Operand, operands
 from .tuples import Strided
-from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefetch, splat, store
+from .vector import Vectors, at, cases, constant, dot_pairs, load, loop, machine, prefetch, splat, store
 
 STRIP = 16              # keys of a head that rows meet before those of the next head: the tokens lie in a page each
 AHEAD = 16              # tokens that are asked for ahead
@@ -193,16 +193,7 @@ def _ask(builder: ir.IRBuilder, pointer: Any) -> None:
 
 def _cases(builder: ir.IRBuilder, rows: Any, lanes: int) -> Iterator[int]:
     """Emit a switch over how many rows go together; gives each number where its code goes."""
-    done = builder.append_basic_block("done")
-    cases = builder.switch(builder.trunc(rows, ir.IntType(8)), done)
-    for number in TOGETHER:
-        if number <= lanes:
-            case = builder.append_basic_block(f"rows{number}")
-            cases.add_case(ir.Constant(ir.IntType(8), number), case)
-            builder.position_at_end(case)
-            yield number
-            builder.branch(done)
-    builder.position_at_end(done)
+    return cases(builder, rows, [number for number in TOGETHER if number <= lanes])
 
 
 @numba.njit

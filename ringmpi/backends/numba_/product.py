@@ -14,7 +14,6 @@ float32. C is summed from zero and then added, so rounding grows with the depth 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -22,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vector import Vectors, at, constant, dot_pairs, load, loop, machine, prefetch, splat, unpack
+from .vector import Vectors, at, cases, constant, dot_pairs, load, loop, machine, prefetch, splat, unpack
 
 ROWS = 6
 UNROLLED = 4            # steps of the depth in a round of the loop of a product
@@ -58,7 +57,7 @@ def add_product(context, a, b, c, depth, prefetched, shrink, vectors):  # type: 
         a, b, c = operands(context, builder, signature, values, 3)
         factors = unpack(context, builder, signature.args[5], values[5])
         factors_at = at(builder, factors.array, factors.at)
-        for width in _widths(builder, values[6]):
+        for width in cases(builder, values[6], range(1, VECTORS + 1)):
             block = Registers(builder, b, Vectors(builder, c.dtype), width)
             total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
             block.add(c, total, [builder.load(at(builder, factors_at, i)) for i in range(ROWS)])
@@ -72,7 +71,7 @@ def add_transposed_product(context, a, b, c, depth, prefetched, vectors):  # typ
     """C[ROWS, n] = C + A[depth, ROWS]ᵀ · B[depth, n]; else as `add_product`, of floats alone."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         a, b, c = operands(context, builder, signature, values, 3)
-        for width in _widths(builder, values[5]):
+        for width in cases(builder, values[5], range(1, VECTORS + 1)):
             block = Registers(builder, b, Vectors(builder, c.dtype), width)
             block.add(c, block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2), transposed=True))
         return context.get_dummy_value()
@@ -153,16 +152,3 @@ class Registers:
                 place = builder.add(start, constant(j * v.lanes))
                 old = v.load(c.pointer, place)
                 v.store(v.fma(old, factor, x) if shrink else builder.fadd(old, x), c.pointer, place)
-
-
-def _widths(builder: ir.IRBuilder, vectors: Any) -> Iterator[int]:
-    """Emit a switch over the number of vectors in a panel; gives each number where its code goes."""
-    done = builder.append_basic_block("done")
-    cases = builder.switch(builder.trunc(vectors, ir.IntType(8)), done)
-    for width in range(1, VECTORS + 1):
-        case = builder.append_basic_block(f"vectors{width}")
-        cases.add_case(ir.Constant(ir.IntType(8), width), case)
-        builder.position_at_end(case)
-        yield width
-        builder.branch(done)
-    builder.position_at_end(done)

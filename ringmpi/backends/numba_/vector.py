@@ -9,7 +9,7 @@ No CPU is named here. The compiler is asked how wide its vectors are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -402,6 +402,19 @@ def loop(builder: ir.IRBuilder, start: Any, stop: Any) -> Iterator[Any]:
     """Emit ``for i in range(start, stop)`` over int64; gives i."""
     with cgutils.for_range_slice(builder, start, stop, ir.Constant(I64, 1), intp=I64) as (index, _):
         yield index
+
+
+def cases(builder: ir.IRBuilder, value: Any, numbers: Iterable[int]) -> Iterator[int]:
+    """Emit a switch over small numbers that `value` may be; gives each where its code goes."""
+    done = builder.append_basic_block("done")
+    switch = builder.switch(builder.trunc(value, ir.IntType(8)), done)
+    for number in numbers:
+        case = builder.append_basic_block(f"case{number}")
+        switch.add_case(ir.Constant(ir.IntType(8), number), case)
+        builder.position_at_end(case)
+        yield number
+        builder.branch(done)
+    builder.position_at_end(done)
 
 
 def constant(x: int) -> ir.Constant:
