@@ -400,8 +400,8 @@ def test_a_dry_run_says_time_and_output_and_what_is_never_made():
 
 
 @pytest.mark.parametrize(("said", "ranks"), [
-    ({"SLURM_MEM_PER_NODE": "800"}, 4), ({"SLURM_MEM_PER_CPU": "80", "SLURM_CPUS_ON_NODE": "10"}, 4),
-    ({"SLURM_MEM_PER_NODE": "400", "SLURM_NNODES": "2"}, 2)])
+    ({"SLURM_MEM_PER_NODE": "700"}, 4), ({"SLURM_MEM_PER_CPU": "70", "SLURM_CPUS_ON_NODE": "10"}, 4),
+    ({"SLURM_MEM_PER_NODE": "360", "SLURM_NNODES": "2"}, 2)])
 def test_a_dry_run_knows_what_slurm_gives(monkeypatch, said, ranks):
     """To all ranks of a node together; it says how many nodes would do."""
     code("make", "random", "in.h5", "--tokens", 2**16, "--heads", 8, "--kv-heads", 2, "--force")
@@ -410,7 +410,7 @@ def test_a_dry_run_knows_what_slurm_gives(monkeypatch, said, ranks):
         monkeypatch.setenv(name, value)
     wrong = without_mpi(*dry, "4")
     assert wrong.returncode == 4, wrong.stderr
-    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [48]00 MiB .SLURM_.* ask for "
+    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [37][06]0 MiB .SLURM_.* ask for "
                       r"more .Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
     assert found, wrong.stderr
     needed, asked, more, nodes = (int(text.replace(",", "")) for text in found.groups())

@@ -11,7 +11,7 @@ from ringmpi.engine import rates_of_this_machine
 from ringmpi.environment import rates_file
 from ringmpi.errors import OptionError
 from ringmpi.job.inputs import Sizes
-from ringmpi.job.memory import predict_memory, schedule_of
+from ringmpi.job.memory import Process, predict_memory, schedule_of
 from ringmpi.job.options import Options
 from ringmpi.schedules.base import Route
 from ringmpi.schedules.calibration import Measured, _least_squares, fit
@@ -124,7 +124,7 @@ def test_a_memory_limit_is_kept_or_names_the_smallest_need():
 def test_a_job_keeps_within_its_limit():
     sizes = Sizes(4096, 4096, 8, 8, 64, 64, "float32")
     assert schedule_of(sizes, 4, Options(schedule="mesh")) == Schedule(queries=2, keys=2)
-    parts = predict_memory(sizes, 4, Options(schedule="ring"), resident=0)
+    parts = predict_memory(sizes, 4, Options(schedule="ring"), Process(0, 0))
     arrays = estimate(SHAPE, Schedule(keys=4), Machine(4, 4)).memory
     assert arrays <= parts["total"]
     with pytest.raises(OptionError, match=rf"expected {arrays} bytes"):

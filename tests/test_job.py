@@ -18,7 +18,7 @@ from ringmpi.cli import main
 from ringmpi.files.opening import open_file
 from ringmpi.files.shards import verify
 from ringmpi.job.inputs import Sizes
-from ringmpi.job.memory import predict_memory
+from ringmpi.job.memory import Process, predict_memory
 from ringmpi.job.options import Options
 from ringmpi.schedules.rates import Rates
 
@@ -467,10 +467,10 @@ def test_too_little_memory_is_known_before_anything_is_read(source, tmp_path):
 def test_heads_of_keys_that_several_ranks_have_take_memory_on_each():
     """One head of the keys among four ranks is as much on each as four heads are."""
     one, four = (predict_memory(Sizes(4096, 4096, 8, kv_heads, 64, 64, "float32"), 4,
-                                Options(backend="numpy", schedule="4x1x1:ring"), resident=0) for kv_heads in (1, 4))
+                                Options(backend="numpy", schedule="4x1x1:ring"), Process(0, 0)) for kv_heads in (1, 4))
     assert one["exchange of heads"] == four["exchange of heads"]
     one, two = (predict_memory(Sizes(4096, 4096, 8, kv_heads, 64, 64, "float32"), 4,
-                               Options(backend="numpy", schedule="2x1x2:gather"), resident=0) for kv_heads in (1, 2))
+                               Options(backend="numpy", schedule="2x1x2:gather"), Process(0, 0)) for kv_heads in (1, 2))
     assert one["K/V buffers"] == two["K/V buffers"]
 
 

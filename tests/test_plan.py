@@ -15,7 +15,7 @@ from ringmpi.backends import backend_class
 from ringmpi.cli import main
 from ringmpi.commands.units import bandwidth, duration, size_text, time_text
 from ringmpi.job.inputs import Sizes
-from ringmpi.job.memory import predict_memory
+from ringmpi.job.memory import Process, predict_memory
 from ringmpi.job.options import Options
 from ringmpi.schedules.rates import CPU, LinkRate
 
@@ -90,7 +90,7 @@ def test_memory_is_that_of_a_dry_run():
     own = backend_class("cuda").scratch_bytes(*shapes, items, items)
     for candidate in got["candidates"]:
         options = Options(schedule=candidate["schedule"], backend="cuda")
-        parts = predict_memory(Sizes(8192, 8192, 8, 2, 64, 64, "float32"), 8, options)
+        parts = predict_memory(Sizes(8192, 8192, 8, 2, 64, 64, "float32"), 8, options, Process(0, 0))
         assert candidate["memory"] == parts["total"] - sum(own.values())
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from ..backends import GPU_NAMES
 from ..checks import check_threads
 from ..dtypes import DTYPES, accumulator
-from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, shared_bytes, slurm_memory
+from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, slurm_memory
 from ..job.inputs import Sizes, open_input
-from ..job.memory import count_pairs, predict_memory, predict_seconds
+from ..job.memory import count_pairs, measure_process, predict_memory, predict_seconds
 from ..job.options import Options
 from ..job.outputs import check_paths
 from ..job.parallel import check_driver
@@ -43,7 +43,8 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     schedule = schedule_within(sizes, ranks, options)
-    parts = predict_memory(sizes, ranks, options)
+    process = measure_process(options)
+    parts = predict_memory(sizes, ranks, options, process)
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     chosen = options.schedule == "auto" and options.order != "canonical"
@@ -53,8 +54,8 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
         print(line)
     room = slurm_memory()
     if room is not None and options.backend not in GPU_NAMES:
-        shared = shared_bytes()
-        check_node(sizes, options, shared + here * (parts["total"] - shared), room[0], here, room[1])
+        needed = process.shared + here * (parts["total"] - process.shared)
+        check_node(sizes, options, process, needed, *room, ranks=here)
     return 0
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..environment import launched_sizes, resident_bytes
-from ..job.memory import count_pairs, predict_memory, predict_seconds
+from ..environment import launched_sizes
+from ..job.memory import count_pairs, measure_process, predict_memory, predict_seconds
 from ..job.report import Start
 from ..phases import Listener
 
@@ -153,7 +153,7 @@ def describe(start: Start, pairs: list[int]) -> list[str]:
     """Describe a job, where it runs and what it will need; ask about a single rank that may be an accident. Local."""
     sizes = start.sizes
     ranks = len(start.hosts)
-    memory = predict_memory(sizes, ranks, start.options, resident_bytes())["total"] / 2**20
+    memory = predict_memory(sizes, ranks, start.options, measure_process(start.options))["total"] / 2**20
     seconds = predict_seconds(pairs, sizes, start.threads, start.backend)
     time_needed = f", {_rough(seconds)}" if seconds else ""
     lines = [f"{_many(ranks, 'rank')} on {_hosts(start.hosts)}, {_each(start.threads)} ({start.backend}); "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +12,7 @@ from ..backends import GPU_NAMES, backend_class, check_canonical, open_backend
 from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
 from ..engine import rates_of_this_machine
-from ..environment import affinity, cycles_per_second, resident_bytes, vector_bytes
+from ..environment import affinity, cycles_per_second, resident_bytes, shared_bytes, vector_bytes
 from ..layout import Contiguous, make
 from ..mask import Mask
 from ..problem import masked
@@ -27,7 +29,28 @@ MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 rank
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
 
 
-def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | None = None) -> dict[str, int]:
+class Process(NamedTuple):
+    """What a rank takes besides arrays, in bytes: the process with its libraries and machine code.
+
+    Parameters
+    ----------
+    total : int
+    shared : int
+        Of it what is of files: the processes of a node have these pages together.
+    """
+
+    total: int
+    shared: int
+
+
+def measure_process(options: Options) -> Process:
+    """Measure this process, and add what MPI and machine code will take where they are not loaded yet. Local."""
+    backend = _class_of(options.backend, options.order == "canonical")        # its modules are loaded then, and count
+    to_come = backend.library_bytes + (0 if "mpi4py.MPI" in sys.modules else MPI_BYTES)
+    return Process(resident_bytes() + to_come, shared_bytes())
+
+
+def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process) -> dict[str, int]:
     """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
 
     Parameters
@@ -36,8 +59,8 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     ranks : int
     options : Options
         Any layout but contiguous copies a shard three times while it is redistributed.
-    resident : int, optional
-        Bytes of this process, if MPI and the modules are loaded; by default they are guessed.
+    process : Process
+        What `measure_process` says of a rank's process.
 
     Returns
     -------
@@ -56,7 +79,6 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     scratch = backend.scratch_bytes(*shapes, DTYPES[sizes.dtype], acc_dtype)
     if options.backend in GPU_NAMES:
         return {**held, **scratch, "total": sum(held.values()) + sum(scratch.values())}
-    base = (resident_bytes() + MPI_BYTES if resident is None else resident) + backend.library_bytes
     parts = {
         **held,
         "columns": 8 * 8 * n_q * schedule.heads * schedule.queries,
@@ -66,7 +88,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, resident: int | N
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
               (1 + copies) * out + parts["lse"])
-    return {**parts, "process and libraries": base, "total": max(phases) + base}
+    return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..backends import GPU_NAMES
-from ..environment import boot_id, node_memory, resident_bytes, shared_bytes
+from ..environment import boot_id, node_memory
 from ..errors import OptionError, ResourceError
 from ..schedules.spec import Schedule
 from .inputs import Sizes
-from .memory import predict_memory, schedule_of
+from .memory import Process, measure_process, predict_memory, schedule_of
 from .options import Options
 from .run import Run
 
@@ -36,13 +36,13 @@ def check_room(run: Run, sizes: Sizes, options: Options) -> None:
     """
     with run.raise_on_all():
         schedule_within(sizes, run.comm.size, options)
+        process = measure_process(options)
+        needed = predict_memory(sizes, run.comm.size, options, process)["total"]
     if options.backend in GPU_NAMES:
         return
-    needed = predict_memory(sizes, run.comm.size, options, resident_bytes())["total"]
-    shared = shared_bytes()
     room, source = node_memory()
     everyone = [json.loads(text) for text in
-                run.allgather_text(json.dumps([socket.gethostname(), boot_id(), needed, shared, room, source]))]
+                run.allgather_text(json.dumps([socket.gethostname(), boot_id(), needed, process.shared, room, source]))]
 
     nodes = defaultdict(list)
     for host, boot, *numbers in everyone:
@@ -51,14 +51,17 @@ def check_room(run: Run, sizes: Sizes, options: Options) -> None:
         room, source = min((room, source) for *_, room, source in ranks)
         most = max(shared for _, shared, *_ in ranks)
         here = most + sum(needed - shared for needed, shared, *_ in ranks)
-        check_node(sizes, options, here, room, len(ranks), f"{source} on {host}")
+        check_node(sizes, options, process, here, room, f"{source} on {host}", len(ranks))
 
 
-def check_node(sizes: Sizes, options: Options, needed: int, room: int, ranks: int, source: str) -> None:
+def check_node(sizes: Sizes, options: Options, process: Process, needed: int, room: int, source: str,
+               ranks: int) -> None:
     """Raise `ResourceError` if `ranks` ranks on a node need more than the `room` that `source` says it has. Local.
 
     Parameters
     ----------
+    process : Process
+        What each of them takes besides arrays.
     needed, room : int
         Bytes; a tenth less than is needed may do.
     """
@@ -67,11 +70,10 @@ def check_node(sizes: Sizes, options: Options, needed: int, room: int, ranks: in
 
     def fits(nodes: int) -> bool:
         try:
-            total = predict_memory(sizes, nodes * ranks, options, resident_bytes())["total"]
+            total = predict_memory(sizes, nodes * ranks, options, process)["total"]
         except OptionError:                   # the schedule is of another number of ranks
             return False
-        shared = shared_bytes()
-        return (shared + ranks * (total - shared)) * (1 - TOLERANCE) <= room
+        return (process.shared + ranks * (total - process.shared)) * (1 - TOLERANCE) <= room
 
     nodes = _smallest(fits, -(-sizes.n_q // ranks))
     spread = (f"{nodes * ranks:,} ranks on {nodes:,} nodes" if nodes and ranks > 1 else
