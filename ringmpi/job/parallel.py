@@ -193,9 +193,10 @@ def _opened(run: Run, path: Path, temporary: Path) -> Iterator[h5py.File]:
 def _step(run: Run, path: Path) -> Iterator[None]:
     """Run a block in which all ranks call HDF5 together: all raise or none.
 
-    A rank that HDF5 does not come back from is ended after the timeout.
+    A rank that HDF5 does not come back from is ended after the timeout. A signal waits for the end of the
+    block: a rank that did not come to HDF5 would leave the others there.
     """
-    with run.raise_on_all(), phase(f"writing {path}", run.timeout):
+    with run.raise_on_all(), phase(f"writing {path}", run.timeout, whole=True):
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
