@@ -118,6 +118,8 @@ GROUPS = {
         Row("request-late", "the last ring step, and all that follows", "SIGUSR1, or SIGTERM", "0", RESULT, "",
             (*at(LATE[2:3], ("SIGTERM", "SIGUSR1")), *at(LATE, ("SIGTERM", "SIGUSR1")),
              *at((PUBLISHING,), ("SIGTERM", "SIGUSR1"), (0,)))),
+        Row("request-launcher", "a ring step but the last", "SIGUSR1 to ``mpiexec``, which forwards it", "75",
+            CHECKPOINT, test="test_checkpoints.py::test_a_request_to_the_launcher"),
         Row("request-early", "before MPI has started", "SIGUSR1", "138", OLD,
             "was killed by SIGUSR1 while|died while",
             at(((place, 1) for place in BEFORE_MPI), ("SIGUSR1",)), kept=True),

@@ -110,6 +110,25 @@ def test_stopped_on_request_and_gone_on_with(case, tmp_path, name):
     assert is_right(case, tmp_path)
 
 
+# To mpiexec, which forwards it; the rank stays in the step until it must have come to all.
+TO_THE_LAUNCHER = """
+import psutil
+above = psutil.Process().parents()
+next(one for one in above if one.name().startswith(("mpiexec", "prterun", "hydra"))
+     and not one.parent().name().startswith(("mpiexec", "hydra"))).send_signal(signal.SIGUSR1)
+time.sleep(1)
+"""
+
+
+def test_a_request_to_the_launcher(case, tmp_path):
+    result = interrupt(case, tmp_path, 1, 0, TO_THE_LAUNCHER)
+    assert result.code in ROWS["request-launcher"].codes, result.text
+    assert len(complete(tmp_path)) == 1
+    result = attend(case, tmp_path, "--resume", "require")
+    assert result.code == 0, result.text
+    assert is_right(case, tmp_path)
+
+
 def test_checkpoints_on_the_way_are_gone_when_the_output_is_there(case, tmp_path):
     killed = attend(case, tmp_path, "--checkpoint-every", "1e-9",
                     start=["-c", AT_STEP, 2, 2, "os.kill(os.getpid(), signal.SIGKILL)"])
