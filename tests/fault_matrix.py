@@ -127,7 +127,7 @@ GROUPS = {
             "ended by SIGTERM|was killed by SIGTERM|died while",
             at(((place, 1) for place in BEFORE_MPI), ("SIGTERM",)), kept=True),
         Row("twice", "a ring step, writing a checkpoint", "SIGTERM, and once more a second later", "143", CHECKPOINT,
-            "ended by SIGTERM while", at((SAVING, STEP), ("SIGTERM SIGTERM",)), kept=True, options=ON_THE_WAY),
+            "ended by SIGTERM while", at((SAVING, ("step 1", 1)), ("SIGTERM SIGTERM",)), kept=True, options=ON_THE_WAY),
         Row("int", "any time until OUT.h5 gets its name", "SIGINT", "130", CHECKPOINT, "ended by SIGINT while",
             at((SAVING, *READING, *RESUMING, ("step 1", 1), *LATE[1:3]), ("SIGINT",)), kept=True, options=ON_THE_WAY),
         Row("kill", "any time until OUT.h5 gets its name", "SIGKILL", "137 or 5", CHECKPOINT,
