@@ -90,7 +90,7 @@ def at(places, acts, ranks=(1, 0)):
 # The calls of the system by which a checkpoint is published, on rank 0 and on another, and those by which OUT.h5 is.
 SAVED = tuple([Fault(rank, f"{when} {name} generations", number, "SIGKILL")]
               for rank, name, number in (
-                  (1, "link", 1), (0, "link", 2), (0, "link", 1), (0, "mkdir", 1), (0, "mkdir", 2),
+                  (0, "link", 2), (1, "link", 1), (0, "link", 1), (0, "mkdir", 1), (0, "mkdir", 2),
                   *((rank, "fsync", n) for rank in (0, 1) for n in (1, 2)), *((0, "fsync", n) for n in (3, 4, 5)),
                   *((0, "unlink", n) for n in range(1, 6)), (1, "unlink", 1), (0, "rmdir", 1))
               for when in ("before", "after"))
