@@ -163,11 +163,11 @@ GROUPS = {
             tuple([Fault(1, place, number, act)] for place, number, act in (
                 ("before pwrite new_file", 2, "ENOSPC"), ("before pwrite new_file", 1, "EIO"),
                 ("before fsync new_file", 1, "EIO"), ("before link new_file", 1, "EDQUOT"),
-                ("before fsync shards", 2, "EIO")))),
+                ("before fsync shards", 3, "EIO")))),
         Row("full-out", "writing OUT.h5 over the shards", "ENOSPC, EIO, EDQUOT", "6", NOTHING,
             "can't be written: .*Errno",
-            tuple([Fault(0, place, 2, act)] for place, act in (
-                ("before link new_file", "ENOSPC"), ("before fsync new_file", "EIO")))),
+            tuple([Fault(0, place, number, act)] for place, number, act in (
+                ("before link new_file", 2, "ENOSPC"), ("before fsync new_file", 3, "EIO")))),
         Row("full-kept", "writing a shard or OUT.h5, with ``--checkpoint``", "ENOSPC, EIO", "6", CHECKPOINT,
             "can't be written: .*Errno", tuple([Fault(rank, "before link shards", 1, act)] for rank, act in (
                 (1, "ENOSPC"), (0, "EIO"))), kept=True, options=ON_THE_WAY),
