@@ -139,7 +139,7 @@ def checkpoints(folder, tokens=65536):
     """One checkpoint on the way, of a rank's states; and the fingerprints that it takes."""
     _input(folder, tokens)
     _attend(folder)
-    for _ in range(3):
+    for _ in range(2):
         _, plain, _ = _attend(folder)
         _, kept, text = _attend(folder, "--checkpoint", folder / "kept", "--checkpoint-every", "0.001",
                                 start=("-c", TIMED))
