@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
+OPENMPI_LOST = 14
 PAGE = Path(__file__).parents[1] / "docs" / "faults.rst"
 BEGIN, END = ".. The table is written by: python tests/fault_matrix.py\n", ".. End of the table.\n"
 
@@ -66,9 +67,13 @@ class Row(NamedTuple):
 
 
 def launched(code):
-    """What mpiexec says of an exit code, or of the end by a signal: MPICH's joins signals by which ranks end."""
+    """What mpiexec says of an exit code, or of the end by a signal: MPICH's joins signals by which ranks end.
+
+    Of a rank that is killed Open MPI itself may be the first to hear, and ends the others with a code of its own.
+    """
     number = code - 128
-    return {code, number, number | signal.SIGKILL} if number > 0 else {code}
+    lost = {OPENMPI_LOST} if number == signal.SIGKILL else set()
+    return {code, number, number | signal.SIGKILL, *lost} if number > 0 else {code}
 
 
 BEFORE_MPI = ("phase running attend", "phase starting MPI")
