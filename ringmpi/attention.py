@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
@@ -370,15 +369,24 @@ class RingAttention:
         schedule = one.schedule() if self._chooses else None
         if schedule is None or schedule == plan.grid.schedule:
             return call, plan, one
+        self._chooses = False
         for other in dict.fromkeys([schedule, Schedule(keys=self._comm.size)]):      # a ring can go on from most
-            self.schedule = other
-            self._chooses = False
-            self._plan = None
-            with suppress(OptionError):     # these ranks can't be placed in it, or it takes too much memory
+            if self._can_place(other):
+                self.schedule = other
+                self._plan = None
                 return admit()
         self._chooses = True
-        self._plan = None
-        return admit()
+        return call, plan, one
+
+    def _can_place(self, schedule: Schedule) -> bool:
+        """Say whether these ranks, and their memory, allow a schedule for the call at hand. Collective over *comm*."""
+        if self._records is None:
+            raise InternalError("a call without records")
+        try:
+            self._place(schedule, self._records)
+        except OptionError:
+            return False
+        return True
 
     def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
               ) -> Array | tuple[Array, Array]:

@@ -16,7 +16,7 @@ _DOING = ContextVar("doing", default="preparing")
 
 
 @contextmanager
-def phase(doing: str, limit: float | None = None) -> Iterator[None]:
+def phase(doing: str, limit: float | None = None, whole: bool = False) -> Iterator[None]:
     """Announce what this process does within a block; after the block it does again what it did before. Local.
 
     Parameters
@@ -25,10 +25,12 @@ def phase(doing: str, limit: float | None = None) -> Iterator[None]:
         Completes a sentence that begins with "rank 3 died while": ``"reading in.h5"``.
     limit : float, optional
         Seconds that it may take, for calls in which Python sees neither a clock nor a signal, such as MPI_Init.
+    whole : bool
+        Let a signal wait for the end of the block, which other ranks take part in, and not end the process at once.
     """
     before = _DOING.get()
     _DOING.set(doing)
-    LOGGER.debug("%s", doing, extra={"limit": limit})
+    LOGGER.debug("%s", doing, extra={"limit": limit, "whole": whole})
     try:
         yield
     finally:
@@ -42,10 +44,10 @@ class Listener(logging.Handler):
     Parameters
     ----------
     hear : callable
-        Gets what is done from now on, and the seconds that it may take: None for no limit.
+        Gets what is done from now on, the seconds that it may take, None for no limit, and whether signals wait for it.
     """
 
-    def __init__(self, hear: Callable[[str, float | None], None]) -> None:
+    def __init__(self, hear: Callable[[str, float | None, bool], None]) -> None:
         super().__init__()
         self._hear = hear
         self._level = LOGGER.level
@@ -63,4 +65,4 @@ class Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass on one phase."""
-        self._hear(record.getMessage(), getattr(record, "limit", None))
+        self._hear(record.getMessage(), getattr(record, "limit", None), getattr(record, "whole", False))

@@ -59,6 +59,7 @@ class Process:
         self._requested = False
         self._terminated = math.inf               # when a first SIGTERM came, which was taken for a request
         self._pending: int | None = None          # a signal that came where nothing may be raised
+        self._whole = False                       # whether it is to wait for the end of what is done now
         self._watchdog = Watchdog(f"rank {rank} on {socket.gethostname()}", patience)
         # a fault prints the Python stack; a signal raises `Stopped`, even where Python would drop it
         if sys.__stderr__ is not None:
@@ -94,12 +95,18 @@ class Process:
             signal.signal(REQUEST, self._on_request)
         return lambda: self._requested
 
-    def enter(self, doing: str, limit: float | None) -> None:
-        """Note what is done from now on. If that has a limit, no Python runs, and signals end the process at once."""
+    def enter(self, doing: str, limit: float | None, whole: bool = False) -> None:
+        """Note what is done from now on. If that has a limit, no Python runs, and signals end the process at once.
+
+        They wait for the end of what is to be done `whole`.
+        """
+        self._whole = False
         self._raise_pending()                     # a signal that interrupted what was done so far
+        self._whole = whole
         self.doing = doing
         self._watchdog.note(doing, limit)
-        self._handle(signal.SIG_DFL if limit or self.stopped else self._on_signal)   # a second one ends it at once
+        at_once = self.stopped or (limit and not whole)           # a second one ends it at once
+        self._handle(signal.SIG_DFL if at_once else self._on_signal)
 
     def settle(self) -> None:
         """Let SIGTERM change nothing any more: all is done but for MPI's end. Local.
@@ -139,6 +146,9 @@ class Process:
             self._terminated = min(self._terminated, time.monotonic())
             if time.monotonic() - self._terminated < TWICE_SECONDS:
                 return
+        if self._whole:
+            self._pending = number
+            return
         if _is_called_by_hdf5(frame):
             self._postpone(number)
             return

@@ -26,8 +26,8 @@ left = [int(number)]
 
 
 @contextmanager
-def phase(doing, limit=None):
-    with original(doing, limit):
+def phase(doing, limit=None, whole=False):
+    with original(doing, limit, whole):
         if doing.startswith("compiling"):
             sys.modules["ringmpi.engine"].COMPILE_TIMEOUT = COMPILE_SECONDS
         if doing.startswith(start) and rank == chosen:

@@ -13,6 +13,7 @@ from unittest import mock
 
 import launch
 from attack_cases import DONE, HERE, Case, arrays, left_over, make_input, new_folder
+from fault_matrix import NOTHING, ROWS, launched
 
 # How the name of a phase begins, the how many-th of that name it is, and the backend that has it.
 PHASES = {
@@ -30,13 +31,14 @@ PHASES = {
     "finalizing MPI": ("finalizing MPI", 1, "numpy"),
 }
 STOP_AND_GO = "SIGSTOP, SIGCONT"
-SIGNALS = ("SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP", STOP_AND_GO)
+ROW = {"SIGTERM": ROWS["plain-term"], "SIGINT": ROWS["plain-int"], "SIGKILL": ROWS["plain-kill"],
+       "SIGSTOP": ROWS["plain-stop"], STOP_AND_GO: ROWS["plain-cont"]}
+SIGNALS = tuple(ROW)
 STOPPED_SECONDS = 0.5
 TIMEOUT = 3.0                  # of a job one rank of which stays stopped
 LONG_TIMEOUT = 60.0            # of the others, which must not need it
 MARGIN = 25.0                  # seconds for starting, and for all others that have this machine
 GRACE = 5.0                    # seconds in which what outlives the launcher has to end
-LOST = {5}                     # another rank was quicker to say that this one is lost
 
 
 class Attack(NamedTuple):
@@ -54,23 +56,16 @@ class Attack(NamedTuple):
 
     @property
     def codes(self):
-        """The exit codes that README allows."""
-        killed = {signal.SIGKILL, 128 + signal.SIGKILL}
-        if self.name == STOP_AND_GO:
-            return {DONE}
+        """The exit codes that the matrix allows."""
         late = {DONE} if self.delay is not None else set()
-        if self.name == "SIGSTOP":
-            return LOST | killed | late
-        numbers = [getattr(signal, self.name)]
-        if self.phase == "before MPI" and self.name != "SIGKILL":
-            numbers.append(signal.SIGTERM)               # whatever ends it there
-        # MPICH's mpiexec joins the signals by which ranks end: that of this rank and its own
-        return {code for number in numbers for code in (number, number | signal.SIGKILL, 128 + number)} | late | LOST
+        # whatever ends it there, it ends by SIGTERM
+        early = launched(128 + signal.SIGTERM) if self.phase == "before MPI" and self.name == "SIGINT" else set()
+        return ROW[self.name].codes | late | early
 
     @property
     def tidy(self):
         """Whether nothing but a whole output may be left: the rank hears of it, before the last exchange of all."""
-        return self.name in ("SIGTERM", "SIGINT") and self.delay is None and self.phase != "publishing"
+        return ROW[self.name].left == NOTHING and self.delay is None and self.phase != "publishing"
 
 
 def matrix(ranks=(2, 3), seed=0):

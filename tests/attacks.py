@@ -25,6 +25,7 @@ from pathlib import Path
 from unittest import mock
 
 import attack_mutations
+import attack_seals
 import attack_signals
 from attack_cases import (
     DONE,
@@ -249,7 +250,7 @@ def races(folder, rounds=30):
 FAMILIES = {"faults": faults, "ranks": ranks, "limits": limits, "disks": disks, "flips": flips, "races": races,
             "signals": attack_signals.signals, "inputs": attack_mutations.inputs, "outputs": attack_mutations.outputs,
             "singles": attack_mutations.singles, "caches": attack_mutations.caches,
-            "checkpoints": attack_mutations.checkpoints}
+            "checkpoints": attack_mutations.checkpoints, "seals": attack_seals.seals, "rates": attack_seals.rates}
 
 
 def report(name, cases: Iterator[Case]):

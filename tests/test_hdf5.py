@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
@@ -256,6 +257,33 @@ def test_what_reads_otherwise_does_not_appear(path, monkeypatch):
     with pytest.raises(OutputError, match="what was read back is not what was written"):
         save(path, np.random.default_rng(0).standard_normal((300_000, 2)))
     assert not list(path.parent.iterdir())
+
+
+def test_what_looks_at_a_file_while_it_is_flushed(path, monkeypatch):
+    """It sees all of it, under its temporary name, before the flush is done; what it raises keeps it from appearing."""
+    looking, seen = threading.Event(), []
+
+    def look(temporary):
+        looking.set()
+        seen.append((temporary, path.exists(), temporary.read_bytes()))
+
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (looking.wait(10), fsync(descriptor)))
+    with write_file(path, beside=look) as file:
+        file["x"] = np.arange(5)
+    (temporary, there, data), = seen
+    assert looking.is_set()
+    assert not there
+    assert temporary != path
+    assert data == path.read_bytes()
+
+    def refuse(temporary):
+        raise ShardError("can't be read")
+
+    with pytest.raises(OutputError, match="was read back is not what was written"), \
+            write_file(path.with_name("y.h5"), beside=refuse) as file:
+        file["x"] = np.arange(5)
+    assert sorted(found.name for found in path.parent.iterdir()) == [path.name]
 
 
 def test_external_link(path, tmp_path):

@@ -90,6 +90,17 @@ def test_a_job_that_was_stopped_on_request_is_queued_again(tmp_path, name, code)
     assert ("scontrol requeue 7" in words) == (code == 75)
 
 
+@pytest.mark.parametrize("name", ["cpu.sbatch", "gpu.sbatch", "array.sbatch"])
+@pytest.mark.parametrize("arguments", [[], ["in-%a.h5"], ["--causal", "in-%a.h5", "out-%a.h5"],
+                                       ["in-%a.h5", "--causal", "out-%a.h5"]])
+def test_files_come_before_options(tmp_path, name, arguments):
+    """Else the checkpoints of all jobs would lie in one folder of a strange name."""
+    said = submitted(tmp_path, name, *arguments)
+    assert said.returncode == 2
+    assert f"{name}: expected IN.h5 OUT.h5, and options after them, got: {' '.join(arguments)}" in said.stderr
+    assert not said.stdout
+
+
 def test_tasks_of_an_array_have_outputs_of_their_own(tmp_path):
     said = submitted(tmp_path, "array.sbatch", "in-%a.h5", "out.h5")
     assert said.returncode == 2

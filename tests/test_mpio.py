@@ -6,6 +6,8 @@ What needs no such h5py is tested everywhere: that there is none is an error, an
 import hashlib
 import json
 import os
+import socket
+import time
 
 import h5py
 import launch
@@ -155,6 +157,23 @@ def test_a_job_that_is_ended_while_it_writes(source, tmp_path):
     assert result.code != 124, result.text
     if (tmp_path / "out.h5").exists():
         assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
+
+
+@parallel
+@pytest.mark.parametrize("step", ["_create", "_write_rows"])
+def test_a_signal_to_a_rank_that_writes(source, tmp_path, step):
+    """It waits until all have come back from HDF5; a job with checkpoints finishes what it has begun."""
+    code = PHASE.replace("NAME_OF_STEP", step).replace("ACT", "os.kill(os.getpid(), signal.SIGTERM)")
+    start = time.monotonic()
+    result = together(3, source, tmp_path / "out.h5", folder=tmp_path, start=["-c", code], timeout=60)
+    assert result.code in (15, 143), result.text
+    assert f"rank 1 on {socket.gethostname()} ended by SIGTERM while writing {tmp_path / 'out.h5'}" in result.text
+    assert nothing_left(tmp_path / "out.h5")
+    assert time.monotonic() - start < 30            # not the timeout
+    result = together(3, source, tmp_path / "out.h5", "--checkpoint", tmp_path / "kept", folder=tmp_path,
+                      start=["-c", code], timeout=60)
+    assert result.code == 0, result.text
+    assert main(["check", str(source), str(tmp_path / "out.h5")]) == 0
 
 
 def merged(source, folder):

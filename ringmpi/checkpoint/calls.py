@@ -30,7 +30,7 @@ from ..schedules.waits import LEAVE, PAUSE
 from ..softmax import State
 from ..trace import Trace
 from .folded import Folded
-from .identity import difference, name_of
+from .identity import difference, problem_name
 from .moved import Before, Moved
 from .plan import ResumablePlan, nothing_folded
 from .resumable import Outcome, on_host, pass_of
@@ -49,7 +49,7 @@ class Kept:
     ----------
     folder : path
     problem : str
-        What it is of; see `identity.name_of`.
+        What it is of; see `identity.problem_name`.
     """
 
     folder: Path
@@ -178,7 +178,7 @@ class ResumableCall:
         """What is kept of the call, as far as it knows. Local."""
         if self._keeping is None or "problem" not in self._search.content:
             return None
-        return Kept(self._keeping.folder, name_of(self._search.content["problem"]))
+        return Kept(self._keeping.folder, problem_name(self._search.content["problem"]))
 
     def _generation(self) -> Generation | None:
         return self._search.generation(self.saver.problem)

@@ -55,7 +55,7 @@ def describe_placement(problem: Problem, plan: Plan, call: Call, comm: Comm, tim
             "blocks": blocks or own, "moved": blocks is not None}
 
 
-def name_of(problem: Mapping[str, Any]) -> str:
+def problem_name(problem: Mapping[str, Any]) -> str:
     """Give a name to a problem, by which its generations are told from those of others. Local."""
     return _digest(problem)[:16]
 

@@ -22,7 +22,7 @@ from ..plan import Plan
 from ..problem import Problem
 from ..softmax import State
 from .folded import Folded
-from .identity import describe_placement, describe_problem, name_of
+from .identity import describe_placement, describe_problem, problem_name
 from .moved import Moved
 from .plan import nothing_folded
 from .resumable import on_host
@@ -103,7 +103,7 @@ class Saver:
         """
         content = self.content()
         with phase(f"saving a checkpoint in {folder}"):
-            made = self._prepare(folder, name_of(content["problem"]))
+            made = self._prepare(folder, problem_name(content["problem"]))
             try:
                 shards = self._write(made, states, folded, pairs)
                 with self._comm.raise_on_all(self._timeout):

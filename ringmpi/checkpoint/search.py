@@ -14,7 +14,7 @@ from ..files.generations import generations_of, newest
 from ..files.paths import as_path
 from ..files.states import Generation, read_manifest
 from ..mpi.comm import Comm
-from .identity import difference, name_of
+from .identity import difference, problem_name
 
 RESUME = ("auto", "never", "require")
 
@@ -94,7 +94,7 @@ class Search:
         if not self._ask_rank_0(keeping, lambda: next(iter(generations_of(folder)), None)):
             return None
         problem = describe()                # even if none is complete: those of this call go when its result is there
-        name = self._ask_rank_0(keeping, lambda: newest(folder, name_of(problem)) or newest(folder))
+        name = self._ask_rank_0(keeping, lambda: newest(folder, problem_name(problem)) or newest(folder))
         if not name:
             return None
         path = folder / name

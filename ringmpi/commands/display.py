@@ -87,7 +87,7 @@ class Display:
         if self._bar is not None:
             self._bar.n = self._pairs
 
-    def _enter(self, doing: str, limit: float | None) -> None:
+    def _enter(self, doing: str, *_: object) -> None:
         self._doing = doing
         self._since = time.monotonic()
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ..errors import OutputError, RingError
 from .new_file import new_file
 from .paths import file_kind, flush_to_disk, writing
-from .states import FORMAT, MANIFEST, MANIFEST_BYTES, name_of, pieces_of, reading
+from .states import FORMAT, MANIFEST, MANIFEST_BYTES, pieces_of, reading_bytes, state_file
 
 NAME = re.compile(r"([0-9a-f]{16})-([0-9]{8,15})-[0-9a-f]{12}")
 TRIES = 5                      # to make a folder in one that another job removes, as it has become empty
@@ -35,7 +35,7 @@ def generations_of(folder: Path, problem: str = "") -> list[Path]:
     ShardError
         If `folder` can't be read.
     """
-    with reading(folder):
+    with reading_bytes(folder):
         if not os.path.lexists(folder):
             return []
         found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.name.startswith(problem)
@@ -122,7 +122,7 @@ class NewGeneration:
         """
         sha256 = hashlib.sha256()
         size = 0
-        with new_file(self.path / name_of(rank)) as file:
+        with new_file(self.path / state_file(rank)) as file:
             for view in pieces_of(arrays):
                 file.write(view)
                 file.check()
@@ -139,7 +139,7 @@ class NewGeneration:
             If it can't be written, or a file of a rank is gone. When it is there nothing fails any more.
         """
         for rank, shard in enumerate(content["shards"]):
-            path = self.path / name_of(rank)
+            path = self.path / state_file(rank)
             with writing(path):
                 if not path.is_file() or path.stat().st_size != shard["size"]:
                     raise OutputError(f"{path}: is gone; did something remove it?")
@@ -160,7 +160,7 @@ class NewGeneration:
         if _is_complete(self.path):
             return
         with suppress(OSError):
-            (self.path / name_of(rank)).unlink(missing_ok=True)
+            (self.path / state_file(rank)).unlink(missing_ok=True)
         with suppress(OSError):               # not empty: another rank is yet to come
             self.path.rmdir()
 

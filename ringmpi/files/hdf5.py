@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,7 +224,8 @@ def write_array(file: OutputFile, name: str, values: NDArray[Any] | np.bytes_) -
 
 
 @contextmanager
-def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | None = None) -> Iterator[OutputFile]:
+def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | None = None,
+               beside: Callable[[Path], None] | None = None) -> Iterator[OutputFile]:
     """Write an HDF5 file that appears under its name only when it is whole. Local.
 
     It is written under a temporary name beside its own, the attribute `complete` last; then it is flushed to disk,
@@ -238,6 +240,8 @@ def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | 
         Replace a file of that name.
     check : callable, optional
         Looks at the finished file, under its temporary name; what it raises keeps the file from appearing.
+    beside : callable, optional
+        Does so too, in a thread, while the file is flushed and read back: a digest takes as long as that.
 
     Raises
     ------
@@ -254,18 +258,31 @@ def write_file(path: Path, force: bool = False, check: Callable[[Path], None] | 
                 file.flush()
                 file.attrs["complete"] = True
                 file.flush()
-            disk.finish()
         except (OSError, RuntimeError) as error:
             if isinstance(error, RingError):
                 raise
             disk.check()              # what the system said first, in place of what HDF5 makes of it
             raise OutputError(f"{path}: can't be written: {error}") from error
         try:
-            _read_back(disk.temporary, file.written)
+            with _beside(beside, disk.temporary):
+                disk.finish()
+                _read_back(disk.temporary, file.written)
             if check is not None:
                 check(disk.temporary)
         except ShardError as error:
             raise OutputError(f"{not_what_was_written(path)} ({error})") from error
+
+
+@contextmanager
+def _beside(look: Callable[[Path], None] | None, path: Path) -> Iterator[None]:
+    """Let something look at a file in a thread while a block runs; raise what it raises, unless the block does."""
+    if look is None:
+        yield
+        return
+    with ThreadPoolExecutor(1, "ringmpi-digest") as pool:
+        looked = pool.submit(look, path)
+        yield
+        looked.result()
 
 
 def _read_back(path: Path, written: list[Written]) -> None:

@@ -81,14 +81,14 @@ class Generation:
         ShardError
             If it is missing, or has another size.
         """
-        path = self.path / name_of(rank)
+        path = self.path / state_file(rank)
         with _opened(path) as file:
             self._check_size(path, file, rank, size)
             return np.memmap(file, np.uint8, "r", shape=(size,))
 
     def _read(self, rank: int, pieces: Iterable[memoryview], size: int) -> None:
         """Fill pieces, one after the other, and check what was read."""
-        path = self.path / name_of(rank)
+        path = self.path / state_file(rank)
         sha256 = hashlib.sha256()
         with _opened(path) as file:
             self._check_size(path, file, rank, size)
@@ -150,8 +150,8 @@ def are_counts(values: Any) -> bool:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the system's errors of a block that only reads into `ShardError`."""
+def reading_bytes(path: Path) -> Iterator[None]:
+    """Turn the system's errors of a block that reads files of bytes, or folders, into `ShardError`."""
     try:
         yield
     except RingError:
@@ -164,14 +164,14 @@ def reading(path: Path) -> Iterator[None]:
 def _opened(path: Path) -> Iterator[FileIO]:
     """Open a regular file to read."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW       # a link may lead anywhere
-    with reading(path), FileIO(os.open(path, flags)) as file:
+    with reading_bytes(path), FileIO(os.open(path, flags)) as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise ShardError(f"{path}: expected a regular file, got a {file_kind(mode)}")
         yield file
 
 
-def name_of(rank: int) -> str:
+def state_file(rank: int) -> str:
     """Give the name of a rank's file. Local."""
     return f"{rank:05d}.state"
 

@@ -24,7 +24,7 @@ from ..schedules.redistribution import redistribute
 from .checkpoints import Checkpoints
 from .inputs import Input, open_input, read_shard
 from .options import Options
-from .outputs import Shards, check_paths
+from .outputs import Result, Shards, check_paths
 from .parallel import DRIVER, Together
 from .report import Display, Report, gather_report, gather_start, make_record, write_record
 from .room import check_room
@@ -86,7 +86,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     stop = requests() if keeping and requests else None
     if survive:
         check_survival()
-    output: Shards | Together | None = None
+    output: Result | None = None
     lost: Exception | None = None
     while True:
         try:
@@ -120,7 +120,7 @@ class _Job:
     survive: bool
 
 
-def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Checkpoints) -> Report:
+def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) -> Report:
     """Attend from file to file on the ranks that there are."""
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
     with run.comm.telling(), ExitStack() as files:
@@ -148,7 +148,7 @@ def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Ch
     return report
 
 
-def _without_the_lost(run: Run, output: Shards | Together | None, error: Exception) -> Run:
+def _without_the_lost(run: Run, output: Result | None, error: Exception) -> Run:
     """Begin anew with the ranks that are left; or raise `error` if nobody has died."""
     world = survivors(run.timeout)
     if world is None:
@@ -164,7 +164,7 @@ def _without_the_lost(run: Run, output: Shards | Together | None, error: Excepti
     return left
 
 
-def _agree_on_output(run: Run, job: _Job, checkpoints: Checkpoints) -> Shards | Together:
+def _agree_on_output(run: Run, job: _Job, checkpoints: Checkpoints) -> Result:
     """Check that all ranks were asked for the same; give this run's folder of shards a name that no other run has."""
     run.comm.check_same_options({
         "input": job.source, "output": job.target, "force": job.force, "survive": job.survive, **asdict(job.options),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,29 +66,24 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool,
         check_record(json_path)
 
 
-class Shards:
-    """A result that becomes a file for each rank, and OUT.h5 over them. Its methods are collective over *comm*.
+class Result(Protocol):
+    """A result in the making, on all ranks: what a job asks of `Shards`, and of `parallel.Together`."""
 
-    Parameters
-    ----------
-    run : Run
-    output : Output
-    """
-
-    def __init__(self, run: Run, output: Output) -> None:
-        self._run = run
-        self._output = output
-        self._shard: Shard | None = None
-        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        self._record: dict[str, Any] = {}
+    @property
+    def path(self) -> Path:
+        """Of OUT.h5."""
 
     def prepare(self) -> None:
-        """Make this run's folder on rank 0; for a block in which all raise or none. Local."""
-        if self._run.comm.rank == 0:
-            self._output.prepare()
+        """Check that it can be made, on rank 0; for a block in which all raise or none. Local.
+
+        Raises
+        ------
+        OptionError, OutputError
+            If it can't.
+        """
 
     def write(self, n_q: int, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
-        """Write this rank's rows.
+        """Write this rank's rows; nothing has the name OUT.h5 yet. Collective over *comm*.
 
         Parameters
         ----------
@@ -104,6 +99,49 @@ class Shards:
         OutputError
             If a rank can't write; the same on every rank.
         """
+
+    def publish(self) -> None:
+        """Let rank 0 give OUT.h5 its name: then the result exists. Collective over *comm*.
+
+        Raises
+        ------
+        OutputError
+            If it can't be given; the same on every rank, and nothing is left.
+        """
+
+    def is_published(self) -> bool:
+        """Say whether OUT.h5 is there, and shows what this run has written. Local."""
+
+    def discard(self) -> None:
+        """Remove what this rank wrote; not once all have, unless all know that nothing appeared. Local."""
+
+    def discard_of_all(self) -> None:
+        """Remove what any rank wrote. One rank, when the others do nothing more for this run."""
+
+
+class Shards:
+    """A result that becomes a file for each rank, and OUT.h5 over them; see `Result`.
+
+    Parameters
+    ----------
+    run : Run
+    output : Output
+    """
+
+    def __init__(self, run: Run, output: Output) -> None:
+        self._run = run
+        self._output = output
+        self._shard: Shard | None = None
+        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._record: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Make this run's folder."""
+        if self._run.comm.rank == 0:
+            self._output.prepare()
+
+    def write(self, n_q: int, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
+        """Write this rank's shard."""
         run = self._run
         start = Contiguous.even(n_q, run.comm.size).starts[run.comm.rank]
         with run.timer.phase("write", f"writing {self._output.path}"), run.raise_on_all():
@@ -112,13 +150,7 @@ class Shards:
         self._record = record
 
     def publish(self) -> None:
-        """Gather the shards of all ranks; rank 0 writes OUT.h5 over them.
-
-        Raises
-        ------
-        OutputError
-            If OUT.h5 can't be written; the same on every rank, and no shard is left.
-        """
+        """Gather the shards of all ranks; rank 0 writes OUT.h5 over them."""
         run, output = self._run, self._output
         try:
             everyone = run.allgather_text(json.dumps(asdict(self._shard) if self._shard else {}))

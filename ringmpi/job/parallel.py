@@ -49,7 +49,7 @@ def check_driver(name: str) -> None:
 
 
 class Together:
-    """A result that becomes one file; see `Shards` for what the methods do.
+    """A result that becomes one file; see `outputs.Result`.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Together:
             check_writable(self._path, self._force)
             self._replaced = shown_by(self._path)
 
-    def write(self, n_q: int, rows: Mapping[str, Array], record: Mapping[str, Any]) -> None:
+    def write(self, n_q: int, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
         """Write all rows, flush them to disk and read them back; the file has a temporary name.
 
         Raises
@@ -193,9 +193,10 @@ def _opened(run: Run, path: Path, temporary: Path) -> Iterator[h5py.File]:
 def _step(run: Run, path: Path) -> Iterator[None]:
     """Run a block in which all ranks call HDF5 together: all raise or none.
 
-    A rank that HDF5 does not come back from is ended after the timeout.
+    A rank that HDF5 does not come back from is ended after the timeout. A signal waits for the end of the block: a rank
+    that did not come to HDF5 would leave the others there.
     """
-    with run.raise_on_all(), phase(f"writing {path}", run.timeout):
+    with run.raise_on_all(), phase(f"writing {path}", run.timeout, whole=True):
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
