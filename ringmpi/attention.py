@@ -112,7 +112,7 @@ class RingAttention:
         times the keys that a query sees. Calls of few rows, slopes, dropout, scale 0 and a float64 accumulator are
         widened where there are tiles. ``"auto"`` is what the variable RINGMPI_BFLOAT16_PRODUCTS says, else tiles where
         all ranks have them, else widened; RINGMPI_CPU_TILES=0 takes a rank's tiles away. ``attention.backend.products``
-        says what was agreed. float32 goes there in three pieces of bfloat16, forward, where all ranks have tiles, with
+        says what was agreed. float32 goes there in three pieces of bfloat16, where all ranks have tiles, with
         float32's accuracy: ``attention.backend.float32_products`` is ``"pieces"`` then, else ``"fma"``.
 
     Attributes

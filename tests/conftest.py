@@ -57,7 +57,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def small_blocks_in_pieces(request, monkeypatch):
     """Let tests of kernels have float32 in pieces where it would take longer: their blocks are small."""
-    if request.path.name in ("test_pieces.py", "test_kernels.py"):
+    if request.path.name in ("test_pieces.py", "test_kernels.py", "test_gradient_kernels.py"):
         monkeypatch.setattr("ringmpi.backends.numba_.backend.PIECE_USES", 0)
 
 

@@ -15,8 +15,8 @@ PRODUCTS = ("tiles", "widen", "pairs")
 NEEDS = {"tiles": "AMX that Linux lets this process use (`ringmpi info` says why not)", "pairs": "AVX512_BF16"}
 NAMES = ("auto", *PRODUCTS)
 
-# float32 is multiplied on the tile unit too, in three pieces of bfloat16, as exactly as by multiply-adds. The backward
-# pass takes multiply-adds, and so do few rows, and scores with slopes or dropout.
+# float32 is multiplied on the tile unit too, in three pieces of bfloat16, as exactly as by multiply-adds. Calls of few
+# pairs for each row and key take multiply-adds, and so do scores with slopes or dropout.
 FLOAT32_PRODUCTS = ("pieces", "fma")
 
 

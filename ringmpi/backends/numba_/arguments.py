@@ -54,7 +54,9 @@ class KernelArguments:
         scale = acc_dtype.type(score.scale if score.plain else 1)
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
         self.capping = acc_dtype.type(score.scale / (score.softcap or 1)), acc_dtype.type(score.softcap)
-        self._score = None if score.plain else self._shared_score(score)
+        self._given = score
+        self._plain = score.plain
+        self._any_score: dict[str, Any] | None = None
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
         """Give the fields of `ScoreArguments` that all threads share; what the score does not have is zeros."""
@@ -79,10 +81,14 @@ class KernelArguments:
 
     def score_arguments(self, row_score: tuple[Array, ...]) -> ScoreArguments | None:
         """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain."""
-        if self._score is None:
-            return None
+        return None if self._plain else self.any_score(row_score)
+
+    def any_score(self, row_score: tuple[Array, ...]) -> ScoreArguments:
+        """Do what `score_arguments` does, for a plain score too."""
+        if self._any_score is None:
+            self._any_score = self._shared_score(self._given)
         slope, dropout_key, position = row_score
-        return ScoreArguments(**self._score, slope=slope, dropout_key=dropout_key, position=position)
+        return ScoreArguments(**self._any_score, slope=slope, dropout_key=dropout_key, position=position)
 
     def in_tiles(self, tile: int) -> tuple[int, int]:
         """Give the columns that some query sees, in whole tiles of the block."""

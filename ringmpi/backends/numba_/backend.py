@@ -51,6 +51,7 @@ from .pieces import MOST_SCALE, pieces_in
 from .product import ROWS
 from .seen import Seen, SeenBefore
 from .steps import Limits
+from .tile_gradient_load import LEAST_SCALE
 from .tile_workspace import PackedTiles, TileBackwardBuffers, TileScratch
 from .tuples import (
     ColumnRange,
@@ -125,7 +126,7 @@ class NumbaBackend(Backend):
             on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score, backward)
             if backward and on_tiles:
                 _prepare_tiles_backward(KernelArguments(accumulator, x, x, x, seen, score))
-            if backward and not (on_tiles and plain):                         # other scores are not for tiles
+            if backward and not (on_tiles and plain and dtype == BFLOAT16):   # neither other scores nor few pairs
                 _prepare_backward(KernelArguments(accumulator, x, x, x, seen, score))
             elif not backward:
                 _prepare_forward(self._arguments(accumulator, x, x, x, seen, score))
@@ -187,8 +188,11 @@ class NumbaBackend(Backend):
         def steps() -> Generator[int, None, None]:
             acc_dtype = gradient.lse.dtype
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
-            on_tiles = TileScore(*block.capping) if self._on_tiles(q.dtype, acc_dtype, score, True) else None
-            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype, on_tiles is not None)
+            on_tiles = None
+            if self._on_tiles(q.dtype, acc_dtype, score, True) and (self.canonical or _is_worth_pieces(block, q.dtype)):
+                on_tiles = TileScore(*block.capping)
+            buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype,
+                                             0 if on_tiles is None else pieces_in(q.dtype))
             none = np.zeros((1, 1, 1), acc_dtype)
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
@@ -231,12 +235,14 @@ class NumbaBackend(Backend):
     def _on_tiles(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], score: Score, backward: bool = False) -> bool:
         """Whether the CPU's tiles multiply: for scores that are plain or capped, a matter that all ranks agree on.
 
-        Not those of scale 0, with which an infinite product is NaN. float32 only forward; see `pieces` for its scales.
+        Not those of scale 0, with which an infinite product is NaN. For the scales of float32 see `pieces`, and
+        backward `tile_gradient_load`.
         """
         if score.positional or score.scale == 0 or acc_dtype != np.float32:
             return False
         if dtype == np.float32:
-            return self.float32_products == "pieces" and not backward and abs(score.scale) <= MOST_SCALE
+            least = LEAST_SCALE if backward else 0.0
+            return self.float32_products == "pieces" and least <= abs(score.scale) <= MOST_SCALE
         return bool(self.products == "tiles" and dtype == BFLOAT16)
 
     @property
@@ -265,13 +271,13 @@ class NumbaBackend(Backend):
             self._units_key = key
         return self._units
 
-    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], on_tiles: bool
+    def _reserve_backward(self, dim: int, dim_v: int, acc_dtype: np.dtype[Any], pieces: int
                           ) -> BackwardBuffers | TileBackwardBuffers:
         """Make the work space for blocks like this one, unless the last one was."""
-        key = dim, dim_v, acc_dtype, on_tiles, self._tile
+        key = dim, dim_v, acc_dtype, pieces, self._tile
         if self._buffers is None or self._backward_key != key:
             self._buffers = None                         # the old memory goes before the new comes
-            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile) if on_tiles else
+            self._buffers = (TileBackwardBuffers(dim, dim_v, self.threads, self._tile, pieces) if pieces else
                              BackwardBuffers(dim, dim_v, acc_dtype, self.threads, self._tile))
             self._backward_key = key
         return self._buffers
@@ -296,14 +302,16 @@ def _limits() -> Limits:
 
 
 def _is_for_tiles(block: KernelArguments, dtype: np.dtype[Any]) -> bool:
-    """Whether tiles take less time: not for so few rows that they read keys where they are.
-
-    float32 has to be split: each row and key that is must meet enough of the others.
-    """
+    """Whether tiles take less time forward: not for so few rows of bfloat16 that they read keys where they are."""
     if dtype == np.float32:
-        return bool(block.pairs >= PIECE_USES * (block.rows + block.last - block.first))
+        return _is_worth_pieces(block, dtype)
     most = PackedKV(*_forward_key(block), 0).rows
     return bool(block.rows > most)
+
+
+def _is_worth_pieces(block: KernelArguments, dtype: np.dtype[Any]) -> bool:
+    """Whether each row and key meets enough of the others for what splitting it takes; bfloat16 is not split."""
+    return dtype == BFLOAT16 or bool(block.pairs >= PIECE_USES * (block.rows + block.last - block.first))
 
 
 def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]:
@@ -333,7 +341,7 @@ def _prepare_forward(block: KernelArguments) -> None:
 def _prepare_tiles_backward(block: KernelArguments) -> None:
     """Compile the backward pass on tiles for a block of one key and one query."""
     q = block.arrays.q
-    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1)
+    buffers = TileBackwardBuffers(q.shape[2], q.shape[2], 1, pieces=pieces_in(q.array.dtype))
     tiles = buffers.reserve(1, 1)
     sums = buffers.reserve_sums(1, buffers.tile)
     one = np.zeros((1, 1), np.float32)
@@ -342,7 +350,7 @@ def _prepare_tiles_backward(block: KernelArguments) -> None:
     compile_for(pack_tiles_backward, block.arrays.k, block.arrays.v, 0, 1, 0, 1, tiles)
     compile_for(backward_on_tiles, GradientArrays(q, one, one, many, np.float32(1), True, True), block.arrays,
                 TileScore(*block.capping), RowRange(0, 1, 0, 1), columns, tiles, KeySums(sums.dk[0], sums.dv[0]),
-                buffers.scratch[0])
+                buffers.scratch[0], buffers.spare(0, block))
     compile_for(add_sums, many, many, sums, 0, columns, np.zeros((1, 2), np.int64))
 
 

@@ -24,7 +24,7 @@ from ..team import Task, Team
 from .arguments import KernelArguments
 from .compiled import add_sums, backward_keys, backward_on_tiles, pack_backward, pack_tiles_backward
 from .product import ROWS
-from .steps import TASKS, TILE_SPEED, Limits, equal_parts, speed, uncounted_task
+from .steps import PIECES_SPEED, TASKS, TILE_SPEED, Limits, equal_parts, speed, uncounted_task
 from .tile_workspace import TileBackwardBuffers
 from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, KeySums, RowRange, TileScore
 from .workspace import BackwardBuffers
@@ -146,7 +146,8 @@ class Backward:
 
         # A step is some tiles of rows, or one tile of rows and some of its columns.
         pairs = self.limits.step_flop * speed(block.acc_dtype) / (5 * block.numbers)
-        pairs *= 1 if self.on_tiles is None else TILE_SPEED
+        if isinstance(self.buffers, TileBackwardBuffers):
+            pairs *= TILE_SPEED if len(self.buffers.pieces) == 1 else PIECES_SPEED
         tall = height * max(1, int(pairs * len(rows) / (area * height)))
         wide = max(1, int(pairs / (height * tile))) * tile if tall == height else last - first + tile
         for row in range(rows.start, rows.stop, tall):
@@ -166,7 +167,7 @@ class Backward:
                        thread: int) -> None:
         if isinstance(self.buffers, TileBackwardBuffers):
             backward_on_tiles(self.gradient, self.block.arrays, self.on_tiles, rows, columns, tiles, sums,
-                              self.buffers.scratch[thread])
+                              self.buffers.scratch[thread], self.buffers.spare(thread, self.block))
             return
         mine = self.buffers.scratch[thread]
         backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score), rows, columns,

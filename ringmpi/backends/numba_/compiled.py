@@ -27,6 +27,8 @@ from . import (
     score_rows,
     softmax_rows,
     tile_forward,
+    tile_gradient_load,
+    tile_gradient_odd,
     tile_gradient_rows,
     tile_gradients,
     tile_pack,
@@ -67,13 +69,9 @@ from .tile_forward import (
     store_tile_rows,
     unit_of,
 )
-from .tile_gradients import (
-    differentiate_packed,
-    find_seen,
-    load_gradient_rows,
-    pack_gradient_tile,
-    store_gradient_rows,
-)
+from .tile_gradient_load import load_gradient_rows, pack_gradient_tile, store_gradient_rows
+from .tile_gradient_odd import differentiate_odd
+from .tile_gradients import differentiate_packed, find_seen
 from .tile_pack import steps
 from .tile_rows import BLOCK, KEYS
 from .tile_squares import SIDE
@@ -92,7 +90,7 @@ from .tuples import (
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
            backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows,
-           tile_gradients)
+           tile_gradients, tile_gradient_load, tile_gradient_odd)
 
 
 def _digest() -> str:
@@ -387,8 +385,8 @@ def _backward_on_tiles(digest: str) -> tuple[Any, ...]:
             at = start + slot % packed.tiles * packed.tile
             pack_gradient_tile(k, v, at, min(packed.tile, stop - at), slot // packed.tiles, slot, packed)
 
-    def backward_on_tiles(gradient, block, score, rows, columns, packed, sums, work):  # type: ignore[no-untyped-def]
-        """Do what `backward_keys` does; `score` is a `TileScore`."""
+    def backward_on_tiles(gradient, block, score, rows, columns, packed, sums, work, spare):  # type: ignore[no-untyped-def]
+        """Do what `backward_keys` does; `score` is a `TileScore`, `spare` a `SpareWork`, or None for bfloat16."""
         digest                          # noqa: B018
         head = rows.head
         tile = packed.tile
@@ -399,15 +397,19 @@ def _backward_on_tiles(digest: str) -> tuple[Any, ...]:
         for first in range(rows.first, rows.first + rows.n_rows, height):
             count = min(height, rows.first + rows.n_rows - first)
             whole = -(-count // SIDE) * SIDE
-            load_gradient_rows(block, gradient, first, count, whole, head, group, work)
+            load_gradient_rows(block, gradient, first, count, whole, head, group, work, packed)
             a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
             for at in range(a - (a - origin) % tile, b, tile):
                 n = min(tile, columns.stop - at)
-                if find_seen(whole, at, n, work):
-                    slot = head * packed.tiles + (at - origin) // tile
-                    differentiate_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, gradient,
-                                         score)
-            store_gradient_rows(gradient, first, count, whole, head, group, work)
+                slot, here = head * packed.tiles + (at - origin) // tile, Tile(whole, head, at, n)
+                some, odd = find_seen(whole, at, n, slot, work, packed)
+                if some:
+                    differentiate_packed(here, slot, work, packed, sums, at - origin, gradient, score)
+                if spare is not None:           # noqa: SIM102 (without, none of this is compiled)
+                    if odd:
+                        differentiate_odd(here, first, count, group, slot, block, gradient, work, packed, sums,
+                                          at - origin, spare)
+            store_gradient_rows(gradient, first, count, whole, head, group, work, packed)
         release()
 
     return pack_tiles_backward, backward_on_tiles

@@ -158,15 +158,22 @@ class GradientTiles(NamedTuple):
         K and V as rows.
     k_turned : array of one axis
         Kᵀ as rows, cleaned: for 16 numbers all keys of a tile.
+    odd : (keys of all tiles,)
+        Whether a key is odd; see `tile_gradient_load`.
     tile, tiles : int
         As in `ForwardTiles`.
+    pieces : tuple of int
+        The numbers of the pieces that a number is in: 0 of bfloat16; 0, 1 and 2 of float32. How many there are is
+        known when the kernels are compiled.
     """
 
     keys: Any
     values: Any
     k_turned: Any
+    odd: Any
     tile: Any
     tiles: Any
+    pieces: Any = (0,)
 
 
 class ForwardWork(NamedTuple):
@@ -360,7 +367,7 @@ class TileGradientWork(NamedTuple):
     Attributes
     ----------
     lines : array of one axis
-        A copy of rows of Q or dO, bits of bfloat16, as all but sums are.
+        A copy of rows of Q or dO, as they came; what follows, but for sums, is bits of bfloat16.
     queries, douts : arrays of one axis
         Q and dO transposed: for 16 rows all their numbers; see `tile_pack`.
     query_pairs, dout_pairs : arrays of one axis
@@ -374,12 +381,17 @@ class TileGradientWork(NamedTuple):
     dq : array of one axis
         Tiles of dQᵀ, in float32: for 16 numbers all rows.
     dq_lines : (rows, width) float32
-        The same by rows; see `tile_gradients.query_column` for their order.
+        The same by rows; see `tile_gradient_rows.query_column` for their order.
     lse, delta : (rows,)
+        In the order of `tile_gradient_rows.query_lane`.
     low, high : (rows,) int64
         The columns that a row sees.
+    odd : (rows,) bool
+        Whether a row is odd; see `tile_gradient_load`.
     low_here, high_here : (rows,) int32
-        Those of the tile.
+        Those of the tile, in the order of lse.
+    key_here : (keys,) int32
+        Number of a key in the tile; -1 if it is odd.
     seen : (squares of rows, 4) int64
         See `tile_gradients.find_seen`.
     """
@@ -399,9 +411,20 @@ class TileGradientWork(NamedTuple):
     delta: Any
     low: Any
     high: Any
+    odd: Any
     low_here: Any
     high_here: Any
+    key_here: Any
     seen: Any
+
+
+class SpareWork(NamedTuple):
+    """What a thread needs beside a `TileGradientWork` for odd rows and keys: what the other kernels work on."""
+
+    packed: Any
+    work: Any
+    sums: Any
+    score: Any
 
 
 class TileScore(NamedTuple):

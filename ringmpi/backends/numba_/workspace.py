@@ -19,6 +19,8 @@ from .vector import machine
 
 Array = NDArray[Any]
 LINE = 64            # bytes of a cache line, and of the longest vector
+LARGE_PAGE = 2**21
+APART = 1088         # bytes between two arrays of one size, so that their rows are in other lines of the cache
 SPARE = 16           # numbers after the rows' own: a vector of them is stored at once
 
 
@@ -29,6 +31,25 @@ def aligned(shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
     buffer = np.empty(size + LINE, np.uint8)
     start = -buffer.ctypes.data % LINE
     return buffer[start:start + size].view(dtype).reshape(shape)
+
+
+class Arena:
+    """Arrays that lie side by side in memory of large pages, which NumPy asks for from 4 MiB on.
+
+    What a thread works on fits the second-level cache; on small pages, which lie anywhere, some of it pushes out the
+    rest. What it reads from memory takes two hundred small pages for a tile of keys.
+    """
+
+    def __init__(self, nbytes: int, arrays: int) -> None:
+        self._buffer = aligned(max(nbytes + arrays * (APART + LINE) + LARGE_PAGE, 2 * LARGE_PAGE), np.uint8)
+        self._at = -self._buffer.ctypes.data % LARGE_PAGE
+
+    def take(self, shape: int | tuple[int, ...], dtype: DTypeLike) -> Array:
+        """Give the next array, not initialised."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        start = self._at
+        self._at += -(-size // LINE) * LINE + APART
+        return self._buffer[start:start + size].view(dtype).reshape(shape)
 
 
 def in_vectors(numbers: int, acc_dtype: np.dtype[Any]) -> int:
@@ -140,7 +161,8 @@ class BackwardMemory:
         if len(self._packed[0]) < sizes[0]:
             stored = self._packed[0].dtype
             self._packed = ()                          # the old memory goes before the new comes
-            self._packed = tuple(aligned(size, stored) for size in sizes)
+            arena = Arena(sum(sizes) * stored.itemsize, len(sizes))
+            self._packed = tuple(arena.take(size, stored) for size in sizes)
         return self._kind(*(x[:size] for x, size in zip(self._packed, sizes, strict=True)), self.tile, tiles)
 
     def reserve_sums(self, count: int, keys: int) -> KeySums:
@@ -148,7 +170,8 @@ class BackwardMemory:
         if len(self._sums[0]) < count * keys * self.widths[0]:
             acc_dtype = self._sums[0].dtype
             self._sums = ()
-            self._sums = tuple(aligned(count * keys * width, acc_dtype) for width in self.widths)
+            arena = Arena(count * keys * sum(self.widths) * acc_dtype.itemsize, 2)
+            self._sums = tuple(arena.take(count * keys * width, acc_dtype) for width in self.widths)
         return KeySums(*(x[:count * keys * width].reshape(count, keys, width)
                          for x, width in zip(self._sums, self.widths, strict=True)))
 
