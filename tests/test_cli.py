@@ -410,8 +410,8 @@ def test_a_dry_run_knows_what_slurm_gives(monkeypatch, said, ranks):
         monkeypatch.setenv(name, value)
     wrong = without_mpi(*dry, "4")
     assert wrong.returncode == 4, wrong.stderr
-    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [37][06]0 MiB .SLURM_.* ask for "
-                      r"more .Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
+    found = re.search(rf"memory of a node: expected ([\d,]+) MiB for {ranks} ranks, got [37][06]0 MiB .SLURM_.* ask "
+                      r"for more .Slurm: --mem=(\d+)M., or take ([\d,]+) ranks on (\d+) nodes", wrong.stderr)
     assert found, wrong.stderr
     needed, asked, more, nodes = (int(text.replace(",", "")) for text in found.groups())
     assert abs(needed - asked) <= 1

@@ -9,6 +9,13 @@ from ..errors import OptionError
 from ..schedules.spec import ORDERS, check_memory_limit, check_schedule
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+OF_ARRAYS = {
+    "spans": "inside a span everybody sees everybody, whatever the rest says: ranges (n_spans, 2)",
+    "prompts": "each document sees a prompt besides itself: ranges of keys (n_documents, 2), -1 for none",
+    "parents": "each document sees what it goes on from: numbers of documents (n_documents,), -1 for none",
+    "document_ids": "documents as a number for each key (n_k,), below 0 for padding",
+    "q_documents": "the documents in the queries, where they differ from those in the keys: offsets [0, ...]",
+}
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "tiles", "widen", "pairs")
 
@@ -89,6 +96,9 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="the first N keys are visible whatever --window says (default: 0)")
     group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
+    for name, text in OF_ARRAYS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=default(False),
+                           help=f"{text}, in dataset `{name}`")
     group.add_argument("--scale", type=float, default=default(None), metavar="X",
                        help="factor of the scores (default: 1/sqrt(dim))")
     group.add_argument("--softcap", type=above_zero, default=default(None), metavar="X",

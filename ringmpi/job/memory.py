@@ -14,7 +14,7 @@ from ..dtypes import DTYPES, accumulator
 from ..engine import rates_of_this_machine
 from ..environment import affinity, cycles_per_second, resident_bytes, shared_bytes, vector_bytes
 from ..layout import Contiguous, make
-from ..mask import Mask
+from ..mask import ARRAYS, Mask
 from ..problem import masked
 from ..schedules.cost import choose
 from ..schedules.machine import Machine
@@ -113,7 +113,7 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
         check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
     shape = shape_of(sizes, options)
     if among is None:
-        given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": None}
+        given = {part.name: getattr(options, part.name) for part in fields(Mask)} | dict.fromkeys(ARRAYS)
         shape = masked(shape, Mask(**given), make(options.layout, sizes.n_q, ranks),
                        make(options.layout, sizes.n_k, ranks))
     return choose(shape, machine, options.memory_limit, among=among)

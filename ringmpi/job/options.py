@@ -21,6 +21,11 @@ class Options:
     prefix: int | None = None
     first: int = 0
     q_offset: int | None = None
+    spans: bool = False
+    prompts: bool = False
+    parents: bool = False
+    document_ids: bool = False
+    q_documents: bool = False
     scale: float | None = None
     softcap: float | None = None
     alibi: bool = False
