@@ -54,16 +54,19 @@ def make_layout(kind, length, size):
     return Contiguous(counts)
 
 
-def make_mask(kind, n_k):
+def make_mask(kind, n_k, n_q=None):
+    """Options of a mask of each kind, for as many queries as keys unless it is said."""
     inner = sorted({n_k // 5, n_k // 3, n_k // 2} - {0, n_k})
     documents = [0, *inner, n_k] if n_k else [0]
     padded = [0, *inner, *inner[:2], n_k - n_k // 9]              # empty documents, and tokens in none
-    return {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
+    made = {"full": {}, "causal": {"causal": True}, "window": {"window": (n_k // 4, 3)},
             "documents": {"documents": sorted(padded)}, "prefix": {"causal": True, "prefix": n_k // 3},
             "first": {"window": (n_k // 6, 0), "first": 3},
             "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
             "trees": trees(documents) | {"causal": True}, "numbered": numbered(n_k) | {"window": (n_k // 3, n_k // 9)},
             }[kind]
+    packed = "documents" in made or "document_ids" in made
+    return made | ({"q_offset": n_k - n_q} if packed and n_q not in (None, n_k) else {})
 
 
 def trees(documents):

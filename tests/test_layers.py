@@ -15,6 +15,8 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "keywords", "phases", "trace", "watchdog"},
     {"dtypes", "environment", "layout", "softmax"},
+    {"intervals"},
+    {"documents"},
     {"files", "mask", "mpi", "parts", "process", "score"},
     {"compiler", "hdf5"},
     {"device"},
