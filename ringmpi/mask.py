@@ -28,7 +28,8 @@ RANGES = ("prompts", "spans")  # of them, whose items are half-open ranges
 FAR = 2**61                   # farther than any sequence is long; sums of two stay within int64
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """Take an integer, or raise `OptionError`. Local."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -40,8 +41,9 @@ def _whole(name: str, value: Any) -> int:
     return int(number)
 
 
-def _natural(name: str, value: Any) -> int:
-    number = _whole(name, value)
+def natural(name: str, value: Any) -> int:
+    """Take an integer from 0 on, cut off where nothing is longer, or raise `OptionError`. Local."""
+    number = whole(name, value)
     if number < 0:
         raise OptionError(f"mask: {name} expects an integer >= 0, got {number}")
     return min(number, FAR)
@@ -162,9 +164,9 @@ class Mask:
         fix(self, "causal", bool(self.causal))
         fix(self, "window", self._checked_window())
         fix(self, "documents", _offsets("documents", self.documents))
-        fix(self, "prefix", None if self.prefix is None else _natural("prefix", self.prefix))
-        fix(self, "first", _natural("first", self.first))
-        fix(self, "q_offset", None if self.q_offset is None else _whole("q_offset", self.q_offset))
+        fix(self, "prefix", None if self.prefix is None else natural("prefix", self.prefix))
+        fix(self, "first", natural("first", self.first))
+        fix(self, "q_offset", None if self.q_offset is None else whole("q_offset", self.q_offset))
         fix(self, "spans", _spans(self.spans))
         fix(self, "prompts", _integers("prompts", self.prompts, "(n_documents, 2)"))
         fix(self, "parents", _integers("parents", self.parents, "(n_documents,)"))
@@ -191,7 +193,7 @@ class Mask:
         pair = self.window if isinstance(self.window, Sequence) else (self.window, self.window)
         if len(pair) != 2:
             raise OptionError(f"mask: window expects (left, right) or one integer, got {self.window!r}")
-        left, right = (None if side is None else _natural("window", side) for side in pair)
+        left, right = (None if side is None else natural("window", side) for side in pair)
         return (left, right)
 
     def describe(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The truth: a dense float64 softmax, and a dense boolean mask written straight from the definitions."""
 
 import itertools
+import math
 
 import numpy as np
 
@@ -185,3 +186,24 @@ def product(weights, values, see):
         return weights @ values
     with np.errstate(all="ignore"):
         return np.array([w[seen] @ values[seen] for w, seen in zip(weights, see, strict=True)])
+
+
+def near(shape, window, periodic, edges, causal):
+    """Dense boolean mask of a grid's points, point by point and axis by axis."""
+    points = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=-1)
+    see = np.ones((len(points), len(points)), bool)
+    for axis, size in enumerate(shape):
+        before, after = window[axis] if isinstance(window[axis], tuple) else (window[axis],) * 2
+        for number, point in enumerate(points):
+            here = point[axis]
+            first = 0 if before is None else here - before
+            last = here if causal and axis == 0 else size - 1 if after is None else here + after
+            seen = range(first, last + 1)
+            if periodic[axis]:
+                seen = range(size) if None in (before, after) else {other % size for other in seen}
+            elif edges == "shifted" and not (causal and axis == 0):
+                width = min(len(seen), size)
+                start = min(max(first, 0), size - width)
+                seen = range(start, start + width)
+            see[number] &= np.isin(points[:, axis], list(seen))
+    return see

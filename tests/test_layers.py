@@ -23,7 +23,7 @@ LAYERS = [
     {"arrays", "backends"},
     {"checks"},
     {"call", "schedules"},
-    {"tiles"},
+    {"neighbourhood", "tiles"},
     {"engine", "plan", "simulation"},
     {"problem", "replicated"},
     {"forward"},

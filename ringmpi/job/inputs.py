@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..files.opening import open_file
 from ..layout import Contiguous
 from ..mask import ARRAYS, RANGES, Mask
 from ..schedules.redistribution import redistribute
+from .masks import make_mask
 from .options import Options
 from .run import Run
 
@@ -102,19 +103,7 @@ def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> Mask:
     most = max(sizes.n_q + 1, sizes.n_k + 1, MOST_OFFSETS)
     arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",))
               for name in ARRAYS if getattr(options, name)}
-    return make_mask(options, arrays, sizes)
-
-
-def make_mask(options: Options, arrays: Mapping[str, NDArray[np.int64]], sizes: Sizes) -> Mask:
-    """Make the mask that the options and arrays of these names describe. Local.
-
-    Raises
-    ------
-    MaskError, OptionError
-        If they make none for so many queries and keys.
-    """
-    given = {part.name: getattr(options, part.name) for part in fields(Mask)} | dict.fromkeys(ARRAYS) | dict(arrays)
-    mask = Mask(**given)
+    mask = make_mask(options, arrays)
     mask.check(sizes.n_q, sizes.n_k)
     return mask
 

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from ..errors import ShardError
 from ..schedules.spec import ORDERS
 
+GRID_EDGES = ("cut", "shifted")
 OUTPUT_DRIVERS = ("shards", "mpio")
 
 
@@ -26,6 +27,10 @@ class Options:
     parents: bool = False
     document_ids: bool = False
     q_documents: bool = False
+    grid: str | None = None
+    grid_window: str | None = None
+    grid_periodic: str | None = None
+    grid_edges: str = GRID_EDGES[0]
     scale: float | None = None
     softcap: float | None = None
     alibi: bool = False
