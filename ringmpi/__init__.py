@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .kv.cache import KVCache
     from .layout import Contiguous, Custom, Layout, Striped, Zigzag
     from .mask import Mask
+    from .neighbourhood import Grid
     from .schedules.redistribution import redistribute
     from .schedules.spec import Schedule
     from .trace import Step, Trace
@@ -43,6 +44,7 @@ _HOME = {
     "kv.cache": ("KVCache",),
     "layout": ("Contiguous", "Custom", "Layout", "Striped", "Zigzag"),
     "mask": ("Mask",),
+    "neighbourhood": ("Grid",),
     "schedules.redistribution": ("redistribute",),
     "schedules.spec": ("Schedule",),
     "trace": ("Step", "Trace"),
@@ -50,10 +52,10 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "InternalError", "KVCache", "LaunchError",
-    "Layout", "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError", "RingAttention",
-    "RingError", "RingTimeout", "Schedule", "ShapeError", "ShardError", "Step", "Striped", "Trace", "Zigzag",
-    "redistribute", "ring_attention", "ring_attention_backward",
+    "BackendError", "CommError", "Contiguous", "Custom", "DtypeError", "Grid", "InternalError", "KVCache",
+    "LaunchError", "Layout", "Mask", "MaskError", "OptionError", "OutputError", "RankLost", "ResourceError",
+    "RingAttention", "RingError", "RingTimeout", "Schedule", "ShapeError", "ShardError", "Step", "Striped", "Trace",
+    "Zigzag", "redistribute", "ring_attention", "ring_attention_backward",
 ]
 
 try:

@@ -9,21 +9,27 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .documents import Documents, NumberedTokens
 from .errors import MaskError, OptionError
+from .intervals import Interval, compact, intersect, unite
 from .keywords import explained
 from .layout import Integers
 
-Interval = tuple[Integers, Integers]
+# Options that are arrays, which a job reads from the datasets of these names.
+ARRAYS = ("documents", "q_documents", "document_ids", "prompts", "parents", "spans")
+RANGES = ("prompts", "spans")  # of them, whose items are half-open ranges
 FAR = 2**61                   # farther than any sequence is long; sums of two stay within int64
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """Take an integer, or raise `OptionError`. Local."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -35,11 +41,55 @@ def _whole(name: str, value: Any) -> int:
     return int(number)
 
 
-def _natural(name: str, value: Any) -> int:
-    number = _whole(name, value)
+def natural(name: str, value: Any) -> int:
+    """Take an integer from 0 on, cut off where nothing is longer, or raise `OptionError`. Local."""
+    number = whole(name, value)
     if number < 0:
         raise OptionError(f"mask: {name} expects an integer >= 0, got {number}")
     return min(number, FAR)
+
+
+def _integers(name: str, value: Any, shape: str) -> Integers | None:
+    """Take an array of integers of a shape that is written as ``(n, 2)``, or None."""
+    if value is None:
+        return None
+    axes = shape.strip("(),").split(", ")
+    array = np.asarray(value)
+    if array.size == 0:
+        array = array.astype(np.int64).reshape(0, *map(int, axes[1:])) if array.ndim <= len(axes) else array
+    if array.dtype.kind not in "iu" or array.ndim != len(axes) or (len(axes) > 1 and array.shape[1] != int(axes[1])):
+        raise MaskError(f"{name}: expected integers of shape {shape}, got {array.dtype} of shape {array.shape}")
+    integers: Integers = array.astype(np.int64)
+    integers.flags.writeable = False
+    return integers
+
+
+def _offsets(name: str, value: Any) -> Integers | None:
+    """Take offsets that start at 0 and never decrease, or None."""
+    offsets = _integers(name, value, "(n_documents + 1,)")
+    if offsets is not None and (offsets.size == 0 or offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1])):
+        raise MaskError(f"{name}: offsets must start at 0 and never decrease, got "
+                        f"{np.array2string(offsets, threshold=8)}")
+    return offsets
+
+
+def _spans(value: Any) -> Integers | None:
+    """Take half-open ranges that do not overlap, in ascending order and without empty ones, or None."""
+    spans = _integers("spans", value, "(n_spans, 2)")
+    if spans is None:
+        return None
+    low, high = spans.T
+    if (low < 0).any() or (high < low).any():
+        wrong = np.flatnonzero((low < 0) | (high < low))[0]
+        raise MaskError(f"spans: expected 0 <= start <= stop, got {spans[wrong].tolist()}")
+    some = spans[high > low]
+    ordered: Integers = some[np.argsort(some[:, 0], kind="stable")]
+    overlap = np.flatnonzero(ordered[1:, 0] < ordered[:-1, 1])
+    if len(overlap):
+        one, other = ordered[overlap[0]:overlap[0] + 2].tolist()
+        raise MaskError(f"spans: expected ranges that do not overlap, got {one} and {other}")
+    ordered.flags.writeable = False
+    return ordered
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +101,9 @@ class Mask:
 
         j <= i  or  j < prefix                      (if causal)
         i - left <= j <= i + right  or  j < first   (if window)
-        j is in the document of i                   (if documents)
+        j is in the document of i, in one that it goes on from, or in its prompt      (if documents)
+
+    and whatever else holds, if i and j are in one of the spans.
 
     Parameters
     ----------
@@ -69,14 +121,30 @@ class Mask:
     first : int
         The first keys are visible in spite of `window` (attention sinks). Widens only `window`.
     q_offset : int, optional
-        Position of query 0 among the keys, instead of aligning the ends.
+        Position of query 0 among the keys, instead of aligning the ends. With documents, and another number of queries
+        than of keys, it has to be said, or `q_documents`.
+    spans : integer array of shape (n_spans, 2), optional
+        Half-open ranges of positions that do not overlap. Inside a span everybody sees everybody, whatever the rest
+        says: an image within causal text, the question of each document.
+    prompts : integer array of shape (n_documents, 2), optional
+        A half-open range of keys that each document sees besides itself, -1 and -1 for none: many answers to one
+        prompt, which is there once, see it and not each other. `causal` and `window` hold for them by their positions.
+    parents : integer array of shape (n_documents,), optional
+        The document that each goes on from, -1 for a root: a document sees its ancestors too.
+    document_ids : integer array of shape (n_k,), optional
+        Instead of `documents` a number for each key: equal numbers are one document, in however many places; below 0
+        is padding.
+    q_documents : integer array of shape (n_documents + 1,), optional
+        Offsets of the documents in the queries, as flash-attn's ``cu_seqlens_q``, where they differ from those in the
+        keys: the last query of a document is aligned with its last key.
 
     Raises
     ------
     OptionError
-        If a number is negative or no integer.
+        If a number is negative or no integer, or two options do not go together.
     MaskError
-        If the document offsets do not start at 0, or decrease.
+        If the document offsets do not start at 0, or decrease; if spans overlap; if prompts or parents are not those
+        of the documents, or a document would be its own ancestor.
     """
 
     causal: bool = False
@@ -85,15 +153,39 @@ class Mask:
     prefix: int | None = None
     first: int = 0
     q_offset: int | None = None
+    spans: Any = None
+    prompts: Any = None
+    parents: Any = None
+    document_ids: Any = None
+    q_documents: Any = None
 
     def __post_init__(self) -> None:
         fix = object.__setattr__
         fix(self, "causal", bool(self.causal))
         fix(self, "window", self._checked_window())
-        fix(self, "documents", self._checked_documents())
-        fix(self, "prefix", None if self.prefix is None else _natural("prefix", self.prefix))
-        fix(self, "first", _natural("first", self.first))
-        fix(self, "q_offset", None if self.q_offset is None else _whole("q_offset", self.q_offset))
+        fix(self, "documents", _offsets("documents", self.documents))
+        fix(self, "prefix", None if self.prefix is None else natural("prefix", self.prefix))
+        fix(self, "first", natural("first", self.first))
+        fix(self, "q_offset", None if self.q_offset is None else whole("q_offset", self.q_offset))
+        fix(self, "spans", _spans(self.spans))
+        fix(self, "prompts", _integers("prompts", self.prompts, "(n_documents, 2)"))
+        fix(self, "parents", _integers("parents", self.parents, "(n_documents,)"))
+        fix(self, "document_ids", _integers("document_ids", self.document_ids, "(n_k,)"))
+        fix(self, "q_documents", _offsets("q_documents", self.q_documents))
+        self._check_together()
+        _ = self._packed                      # prompts and parents are checked there
+
+    def _check_together(self) -> None:
+        """Raise `OptionError` about options of documents that do not go together."""
+        for name in ("prompts", "parents", "q_documents"):
+            if getattr(self, name) is not None and self.documents is None:
+                raise OptionError(f"mask: {name} belongs to documents: expected their offsets, documents=, got none")
+        for one, other in (("documents", "document_ids"), ("q_documents", "q_offset")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise OptionError(f"mask: expected {one} or {other}, got both")
+        if self.q_documents is not None and len(self.q_documents) != len(self.documents):
+            raise MaskError(f"q_documents: expected an offset for each of documents, {len(self.documents)}, got "
+                            f"{len(self.q_documents)}")
 
     def _checked_window(self) -> tuple[int | None, int | None] | None:
         if self.window is None:
@@ -101,29 +193,18 @@ class Mask:
         pair = self.window if isinstance(self.window, Sequence) else (self.window, self.window)
         if len(pair) != 2:
             raise OptionError(f"mask: window expects (left, right) or one integer, got {self.window!r}")
-        left, right = (None if side is None else _natural("window", side) for side in pair)
+        left, right = (None if side is None else natural("window", side) for side in pair)
         return (left, right)
-
-    def _checked_documents(self) -> Integers | None:
-        if self.documents is None:
-            return None
-        offsets = np.asarray(self.documents)
-        if offsets.ndim != 1 or offsets.size == 0 or offsets.dtype.kind not in "iu":
-            raise MaskError("documents: expected integer offsets of shape (n_documents + 1,), "
-                            f"got {offsets.dtype} of shape {offsets.shape}")
-        if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]):
-            raise MaskError("documents: offsets must start at 0 and never decrease, "
-                            f"got {np.array2string(offsets, threshold=8)}")
-        offsets = offsets.astype(np.int64)
-        offsets.flags.writeable = False
-        return offsets
 
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values, document offsets as their number and digest. Local."""
-        options = asdict(self)
-        if self.documents is not None:
-            digest = hashlib.sha256(self.documents.tobytes()).hexdigest()
-            options["documents"] = f"{len(self.documents) - 1} documents, sha256 {digest}"
+        options = {part.name: getattr(self, part.name) for part in fields(self)}
+        for name in ARRAYS:
+            if options[name] is not None:
+                array = options[name]
+                number = len(array) - 1 if name in ("documents", "q_documents") else len(array)
+                digest = hashlib.sha256(array.tobytes()).hexdigest()
+                options[name] = f"{number} {name}, sha256 {digest}"
         return options
 
     def __eq__(self, other: object) -> bool:
@@ -132,15 +213,55 @@ class Mask:
     def __hash__(self) -> int:
         return hash(str(self.describe()))
 
-    def check(self, n_k: int) -> None:
-        """Raise `MaskError` unless the mask fits `n_k` keys. Local."""
-        if self.documents is not None and self.documents[-1] > n_k:
-            raise MaskError(f"documents: the last offset must be at most the number of keys, {n_k}, got "
-                            f"{self.documents[-1]}")
+    def check(self, n_q: int, n_k: int) -> None:
+        """Raise `MaskError` unless the mask fits so many queries and keys. Local."""
+        for name, last, most, of in (("documents", self.documents, n_k, "keys"),
+                                     ("q_documents", self.q_documents, n_q, "queries")):
+            if last is not None and last[-1] > most:
+                raise MaskError(f"{name}: the last offset must be at most the number of {of}, {most}, got {last[-1]}")
+        if self.document_ids is not None and len(self.document_ids) != n_k:
+            raise MaskError(f"document_ids: expected one for each of {n_k} keys, got {len(self.document_ids)}")
+        if self.prompts is not None and self.prompts.max(initial=0) > n_k:
+            raise MaskError(f"prompts: expected ranges of {n_k} keys, got one that ends at {self.prompts.max()}")
+        if self.spans is not None and self.spans.max(initial=0) > n_k:
+            raise MaskError(f"spans: expected ranges of {n_k} keys, got one that ends at {self.spans.max()}")
+        if self._packed is not None and n_q != n_k and self.q_offset is None and self.q_documents is None:
+            raise MaskError(f"documents: expected as many queries as keys, got {n_q} and {n_k}; say where the queries "
+                            f"are: q_documents=, or q_offset={n_k - n_q} if the last one stands at the last key")
 
-    def offset(self, n_q: int, n_k: int) -> int:
-        """Position of query 0 among the keys. Local."""
-        return n_k - n_q if self.q_offset is None else self.q_offset
+    @property
+    def left(self) -> int | None:
+        """How many keys before it a query may see at most, but for the `first`; None: any."""
+        return None if self.window is None or self.q_offset is not None or self.spans is not None else self.window[0]
+
+    @cached_property
+    def _packed(self) -> Documents | NumberedTokens | None:
+        """The documents, if there are any."""
+        if self.document_ids is not None:
+            return NumberedTokens(self.document_ids)
+        return None if self.documents is None else Documents(self.documents, self.prompts, self.parents)
+
+    def positions(self, queries: ArrayLike, n_q: int, n_k: int) -> Integers:
+        """Give the positions of queries among the keys. Local.
+
+        Parameters
+        ----------
+        queries : integer array of shape (n,)
+            Their global numbers ``0 .. n_q-1``.
+        n_q, n_k : int
+            Queries and keys in all.
+        """
+        numbers = np.asarray(queries, np.int64)
+        if self.q_documents is None:
+            return numbers + (n_k - n_q if self.q_offset is None else self.q_offset)
+        _, ends = self._numbered(numbers)
+        return numbers + ends
+
+    def farthest(self, n_q: int, n_k: int) -> int:
+        """Give a number that no position is beyond, of a key or a query, on either side. Local."""
+        if self.q_documents is not None:
+            return n_q + n_k
+        return max(n_q, n_k) + abs(n_k - n_q if self.q_offset is None else self.q_offset)
 
     def bounds(self, queries: ArrayLike, n_q: int, n_k: int) -> list[Interval]:
         """Give the intervals of key positions that the queries see. Local.
@@ -159,28 +280,44 @@ class Mask:
             be any number of pairs, each with an interval for every query. The intervals of a query are disjoint, for
             a key in two of them would count twice, and ascend; one that is empty has ``hi == lo``.
         """
-        i = np.asarray(queries, np.int64) + self.offset(n_q, n_k)
-        low, high = self._document(i, n_k)
+        i = self.positions(queries, n_q, n_k)
+        seen = self._near(i, n_k)
+        if self._packed is not None:
+            number = self._packed.of_positions(i) if self.q_documents is None else self._numbered(queries)[0]
+            seen = intersect(self._packed.seen(number, n_k), seen)
+        if self.spans is not None:
+            seen = unite(seen, self._span(i, n_k))
+        return seen if len(seen) <= 2 else compact(seen)
+
+    def _near(self, i: Integers, n_k: int) -> list[Interval]:
+        """Give what `causal` and `window` let be seen."""
+        low, high = np.zeros_like(i), np.full_like(i, n_k)
         if self.causal:
             high = np.minimum(high, np.maximum(i + 1, self.prefix or 0))
         if self.window is None:
             return [_interval(low, high)]
         left, right = self.window
-        near = (low if left is None else np.maximum(low, i - left),
+        near = (low if left is None else np.maximum(low, np.minimum(i - left, n_k)),
                 high if right is None else np.minimum(high, i + right + 1))
         if not self.first:
             return [_interval(*near)]
-        return [_interval(low, np.minimum(high, self.first)), _interval(np.maximum(near[0], self.first), near[1])]
+        return [_interval(low, np.minimum(high, self.first)),
+                _interval(np.maximum(near[0], min(self.first, n_k)), near[1])]
 
-    def _document(self, i: Integers, n_k: int) -> Interval:
-        if self.documents is None:
-            return np.zeros_like(i), np.full_like(i, n_k)
-        offsets = self.documents
-        number = np.searchsorted(offsets, i, side="right")            # of offsets up to i: empty documents are passed
-        inside = (number > 0) & (number < len(offsets))
-        edges = np.concatenate([[0], offsets, [0]])
-        low, high = (np.where(inside, edges[n], 0) for n in (number, number + 1))
-        return np.minimum(low, n_k), np.minimum(high, n_k)
+    def _numbered(self, queries: ArrayLike) -> Interval:
+        """Give, by `q_documents`, the document of each query, -1 for none, and how far its keys are on."""
+        numbers = np.asarray(queries, np.int64)
+        which = np.searchsorted(self.q_documents, numbers, side="right") - 1
+        outside = which == len(self.q_documents) - 1
+        ends = self.documents - self.q_documents                       # of document d: of offset d + 1
+        return np.where(outside, -1, which), ends[np.where(outside, which, which + 1)]
+
+    def _span(self, i: Integers, n_k: int) -> Interval:
+        """Give the span that each position is in."""
+        which = np.searchsorted(self.spans[:, 0], i, side="right") - 1
+        low, high = np.append(self.spans, [[0, 0]], axis=0)[which].T   # -1: the empty one
+        inside = i < high
+        return np.where(inside, np.minimum(low, n_k), 0), np.where(inside, np.minimum(high, n_k), 0)
 
 
 Mask.__init__ = explained()(Mask.__init__)  # type: ignore[method-assign]      # the one that dataclass makes

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .intervals import Interval
 from .layout import Integers
-from .mask import Interval
 from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare

@@ -90,12 +90,12 @@ class Problem:
         q_layout = resolve(self.layout, records.n_q, "q")
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         if not kv_layout.grows:               # else the last document may go on
-            self.mask.check(kv_layout.length)
+            self.mask.check(q_layout.length, kv_layout.length)
         self.check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
         heads = records.common("heads")
         if self.alibi is not None and len(self.alibi) != heads:
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
-        farthest = max(kv_layout.length, q_layout.length) + abs(self.mask.offset(q_layout.length, kv_layout.length))
+        farthest = self.mask.farthest(q_layout.length, kv_layout.length)
         if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
             raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
         return q_layout, kv_layout
@@ -160,7 +160,7 @@ class Problem:
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
         score = self._score(dim, share)
         if score.positional:
-            score = replace(score, queries=positions + self.mask.offset(q_layout.length, kv_layout.length))
+            score = replace(score, queries=self.mask.positions(positions, q_layout.length, kv_layout.length))
 
         # The keys: a block for each rank that shares them.
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .intervals import Interval
 from .layout import Contiguous, Integers
-from .mask import Interval, Mask
+from .mask import Mask
 from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid
@@ -151,7 +152,7 @@ class KeyPlan:
         seen = self._prefetched[1] if self._prefetched[0] == source else self._columns(source)
         score = self.score
         if score.positional:
-            score = replace(score, queries=self._queries(source) + self.mask.offset(*self.lengths))
+            score = replace(score, queries=self.mask.positions(self._queries(source), *self.lengths))
         for part, intervals in zip(self.parts, seen, strict=True):
             of_part = score.of_keys(part.positions()) if score.positional else score
             for rows in self._cuts(intervals):

@@ -38,7 +38,7 @@ class Problem:
         self.acc = accumulator(self.q.dtype, kind)
         self.dout = rng.standard_normal((self.n_q, heads[0], dims[1])).astype(self.q.dtype)
         self.dlse = rng.standard_normal((self.n_q, heads[0])).astype(self.acc)
-        self.mask = Grid() if mask == "grid" else Mask(**make_mask(mask, self.n_k))
+        self.mask = Grid() if mask == "grid" else Mask(**make_mask(mask, self.n_k, self.n_q))
         self.score, self.sinks = Score(scale), None
         if scored:
             self.sinks = rng.standard_normal(heads[0])

@@ -1,6 +1,7 @@
 """The truth: a dense float64 softmax, and a dense boolean mask written straight from the definitions."""
 
 import itertools
+import math
 
 import numpy as np
 
@@ -9,10 +10,10 @@ from ringmpi.score import dropout_keys, random_words
 
 
 def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None,
-            rows=slice(None)):
+            spans=None, prompts=None, parents=None, document_ids=None, q_documents=None, rows=slice(None)):
     """Dense boolean mask of shape (n_q, n_k), or of some of its rows."""
-    offset = n_k - n_q if q_offset is None else q_offset
-    i, j = np.arange(n_q)[rows][:, None] + offset, np.arange(n_k)[None, :]
+    positions, numbers = places(n_q, n_k, documents, document_ids, q_documents, q_offset)
+    i, number, j = positions[rows][:, None], numbers[rows], np.arange(n_k)[None, :]
     see = np.ones((len(i), n_k), bool)
     if causal:
         see &= (j <= i) | (j < (prefix or 0))
@@ -26,10 +27,42 @@ def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None,
         see &= near | (j < first)
     if documents is not None:
         same = np.zeros_like(see)
-        for a, b in itertools.pairwise(documents):
-            same |= (a <= i) & (i < b) & (a <= j) & (j < b)          # the last one may go on beyond the keys
+        for d, (a, b) in enumerate(itertools.pairwise(documents)):
+            member = j[0]
+            member = (a <= member) & (member < b)                    # the last one may go on beyond the keys
+            if prompts is not None:
+                member |= (prompts[d][0] <= j[0]) & (j[0] < prompts[d][1])
+            above = -1 if parents is None else parents[d]
+            while above >= 0:
+                member |= (documents[above] <= j[0]) & (j[0] < documents[above + 1])
+                above = parents[above]
+            same |= (number == d)[:, None] & member
         see &= same
+    if document_ids is not None:
+        see &= (number[:, None] == np.asarray(document_ids)) & (number[:, None] >= 0)
+    for a, b in () if spans is None else spans:
+        see |= (a <= i) & (i < b) & (a <= j) & (j < b)
     return see
+
+
+def places(n_q, n_k, documents=None, document_ids=None, q_documents=None, q_offset=None):
+    """Position of each query among the keys, and the number of its document, -1 for none."""
+    positions = np.arange(n_q) + (n_k - n_q if q_offset is None else q_offset)
+    numbers = np.full(n_q, -1)
+    if q_documents is not None:
+        t = np.arange(n_q)
+        positions = t + documents[-1] - q_documents[-1]
+        for d, (a, b) in enumerate(itertools.pairwise(q_documents)):
+            inside = (a <= t) & (t < b)
+            positions = np.where(inside, documents[d + 1] - (b - t), positions)
+            numbers[inside] = d
+    elif document_ids is not None:
+        inside = (positions >= 0) & (positions < n_k)
+        numbers[inside] = np.asarray(document_ids)[positions[inside]]
+    else:
+        for d, (a, b) in enumerate(itertools.pairwise([] if documents is None else documents)):
+            numbers[(a <= positions) & (positions < b)] = d
+    return positions, numbers
 
 
 def random_qkv(seed, n_q, n_k, heads, kv_heads, dim, dim_v, dtype):
@@ -153,3 +186,24 @@ def product(weights, values, see):
         return weights @ values
     with np.errstate(all="ignore"):
         return np.array([w[seen] @ values[seen] for w, seen in zip(weights, see, strict=True)])
+
+
+def near(shape, window, periodic, edges, causal):
+    """Dense boolean mask of a grid's points, point by point and axis by axis."""
+    points = np.stack(np.unravel_index(np.arange(math.prod(shape)), shape), axis=-1)
+    see = np.ones((len(points), len(points)), bool)
+    for axis, size in enumerate(shape):
+        before, after = window[axis] if isinstance(window[axis], tuple) else (window[axis],) * 2
+        for number, point in enumerate(points):
+            here = point[axis]
+            first = 0 if before is None else here - before
+            last = here if causal and axis == 0 else size - 1 if after is None else here + after
+            seen = range(first, last + 1)
+            if periodic[axis]:
+                seen = range(size) if None in (before, after) else {other % size for other in seen}
+            elif edges == "shifted" and not (causal and axis == 0):
+                width = min(len(seen), size)
+                start = min(max(first, 0), size - width)
+                seen = range(start, start + width)
+            see[number] &= np.isin(points[:, axis], list(seen))
+    return see

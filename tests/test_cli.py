@@ -22,6 +22,7 @@ from ringmpi.files.shards import Output, read_manifest
 from ringmpi.job.attend import attend
 from ringmpi.job.options import Options
 from ringmpi.job.run import PhaseTimer
+from ringmpi.mask import ARRAYS
 from ringmpi.mpi import world as mpi_world
 from ringmpi.mpi.library import load
 from ringmpi.process import STOPS
@@ -133,26 +134,54 @@ MASKS = {
     "first": (["--window", "5,0", "--first", "3"], {"window": (5, 0), "first": 3}),
     "prefix": (["--causal", "--prefix", "30"], {"causal": True, "prefix": 30}),
     "offset": (["--causal", "--q-offset", "-7"], {"causal": True, "q_offset": -7}),
-    "documents": (["--documents"], {"documents": True}),
+    "documents": (["--documents", "--q-offset", "30"], {"documents": [0, 20, 50, 90], "q_offset": 30}),
+    "trees": (["--documents", "--q-offset", "30", "--causal", "--prompts", "--parents", "--spans"],
+              {"documents": [0, 20, 50, 90], "q_offset": 30, "causal": True, "prompts": [(-1, -1), (3, 9), (-1, -1)],
+               "parents": [-1, -1, 0], "spans": [(60, 70), (10, 13)]}),
+    "numbered": (["--document-ids", "--q-offset", "10"],
+                 {"document_ids": np.arange(90) // 10 % 4 - 1, "q_offset": 10}),
+    "offsets of queries": (["--causal", "--documents", "--q-documents"],
+                           {"causal": True, "documents": [0, 20, 50, 90], "q_documents": [0, 20, 25, 58]}),
     "everything": (["--causal", "--window", "20,5", "--first", "2", "--prefix", "11", "--documents",
                     "--q-offset", "13"],
-                   {"causal": True, "window": (20, 5), "first": 2, "prefix": 11, "documents": True, "q_offset": 13}),
+                   {"causal": True, "window": (20, 5), "first": 2, "prefix": 11, "documents": [0, 30, 55, 81, 90],
+                    "q_offset": 13}),
 }
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_option_does_what_it_says(name):
     options, mask = MASKS[name]
-    assert code("make", "random", "in.h5", "--tokens", 90, "--queries", 60, "--heads", 2, "--dim", 8, "--documents", 4,
-                "--dtype", "float64") == 0
+    assert code("make", "random", "in.h5", "--tokens", 90, "--queries", 60, "--heads", 2, "--dim", 8, "--dtype",
+                "float64") == 0
+    with h5py.File("in.h5", "r+") as file:
+        for array in set(mask) & set(ARRAYS):
+            file[array] = mask[array]
     assert code("attend", "in.h5", "out.h5", *options, "--scale", "0.7", "--quiet") == 0
     with h5py.File("in.h5") as file, h5py.File("out.h5") as result:
         q, k, v = (file[x][...] for x in "qkv")
-        documents = file["documents"][...] if mask.pop("documents", False) else None
-        mask["documents"] = documents
         want, want_lse = oracle.attend(q, k, v, oracle.visible(60, 90, **mask), 0.7)
         assert oracle.error(result["out"][...], want) < 1e-13
         assert oracle.error(result["lse"][...], want_lse) < 1e-13
+    assert code("check", "in.h5", "out.h5") == 0
+
+
+@pytest.mark.parametrize(("name", "array", "message"), [
+    ("spans", [3, 4], r"expected shape \(ranges, ends\)"), ("spans", [[1, 2, 3]], "expected pairs of integers"),
+    ("spans", [[0, 8], [7, 9]], r"do not overlap, got \[0, 8\] and \[7, 9\]"), ("spans", [[80, 91]], "ends at 91"),
+    ("spans", [[0.5, 1]], "expected integers"), ("document_ids", [1, 2, 3], "expected one for each of 90 keys, got 3"),
+    ("parents", [-1, -1], "each of 3 documents"), ("parents", [1, 2, 0], "its own ancestor"),
+    ("prompts", [[0, 95]] * 3, "ends at 95"),
+    ("q_documents", [0, 20, 40, 91], "at most the number of queries, 90, got 91")])
+def test_arrays_of_a_mask_that_make_no_sense(name, array, message, capsys):
+    assert code("make", "random", "in.h5", "--tokens", 90, "--heads", 2, "--dim", 8) == 0
+    with h5py.File("in.h5", "r+") as file:
+        file[name] = array
+        file["documents"] = [0, 20, 50, 90]
+    packed = [] if name == "document_ids" else ["--documents"]
+    assert code("attend", "in.h5", "out.h5", *packed, "--" + name.replace("_", "-")) == 3
+    assert re.search(message, capsys.readouterr().err)
+    assert not Path("out.h5").exists()
 
 
 def test_more_threads_than_anybody_means_are_refused(capsys):

@@ -21,8 +21,24 @@ def masks(draw, n_k):
         "first": draw(st.integers(0, 8)),
         "q_offset": draw(st.none() | st.integers(-10, 40)),
     }
-    if draw(st.booleans()):
-        options["documents"] = [0, *sorted(draw(st.lists(st.integers(0, n_k + 15) | st.just(n_k), max_size=5)))]
+    kind = draw(st.sampled_from(["", "documents", "document_ids", "q_documents"]))
+    if kind.endswith("documents"):
+        documents = [0, *sorted(draw(st.lists(st.integers(0, n_k + 15) | st.just(n_k), max_size=5)))]
+        number = len(documents) - 1
+        ranges = st.just((-1, -1)) | st.tuples(st.integers(0, n_k), st.integers(0, n_k)).map(sorted)
+        options["documents"] = documents
+        options["prompts"] = draw(st.none() | st.lists(ranges, min_size=number, max_size=number))
+        # a permutation of trees, so that parents may be packed behind
+        order = draw(st.permutations(range(number)))
+        chosen = [draw(st.sampled_from([-1, *order[:at]])) for at in range(number)]
+        options["parents"] = draw(st.sampled_from([None, [chosen[order.index(d)] for d in range(number)]]))
+        if kind == "q_documents":
+            many = draw(st.lists(st.integers(0, 12), min_size=number, max_size=number))
+            options |= {"q_offset": None, "q_documents": np.concatenate([[0], np.cumsum(many, dtype=int)])}
+    elif kind:
+        options["document_ids"] = draw(st.lists(st.integers(-1, 4), min_size=n_k, max_size=n_k))
+    edges = sorted(draw(st.lists(st.integers(0, n_k), max_size=6)))
+    options["spans"] = draw(st.none() | st.permutations([*zip(edges[::2], edges[1::2], strict=False)]))
     return options
 
 
@@ -30,13 +46,15 @@ def masks(draw, n_k):
 def test_bounds_are_the_dense_mask(data, n_q, n_k):
     options = data.draw(masks(n_k))
     mask = Mask(**options)
-    if options.get("documents", [0])[-1] <= n_k:
-        mask.check(n_k)
+    fits = options.get("documents", [0])[-1] <= n_k and options.get("q_documents", [0])[-1] <= n_q
+    said = n_q == n_k or options["q_offset"] is not None or "q_documents" in options
+    if fits and (said or not {"documents", "document_ids"} & set(options)):
+        mask.check(n_q, n_k)
     intervals = mask.bounds(np.arange(n_q), n_q, n_k)
     got = np.zeros((n_q, n_k), int)
     j = np.arange(n_k)
     for low, high in intervals:
-        assert (low <= high).all()
+        assert ((low >= 0) & (low <= high) & (high <= n_k)).all()
         got += (j >= low[:, None]) & (j < high[:, None])
     assert got.max(initial=0) <= 1, "intervals overlap"
     assert (got.astype(bool) == oracle.visible(n_q, n_k, **options)).all()
@@ -62,12 +80,12 @@ def test_documents_must_not_decrease(documents):
 
 def test_documents_must_end_among_the_keys():
     with pytest.raises(MaskError, match="must be at most the number of keys, 10, got 11"):
-        Mask(documents=[0, 4, 11]).check(10)
+        Mask(documents=[0, 4, 11]).check(10, 10)
 
 
 def test_documents_may_be_empty_and_leave_padding():
     mask = Mask(documents=[0, 0, 2, 2, 2, 5, 5], causal=True, window=(1, 0), first=1)
-    mask.check(8)
+    mask.check(8, 8)
     seen = sum(((np.arange(8) >= low[:, None]) & (np.arange(8) < high[:, None]) for low, high in
                 mask.bounds(np.arange(8), 8, 8)), np.zeros((8, 8), bool))
     assert [np.flatnonzero(row).tolist() for row in seen] == [[0], [0, 1], [2], [2, 3], [3, 4], [], [], []]

@@ -44,7 +44,7 @@ class Problem:
         self.layouts = layout, kv_layout or layout
         wanted = ("softcap", "alibi", "dropout", "sinks") if function == "all" else (function,)
         self.sinks = rng.standard_normal(heads[0]) if "sinks" in wanted else None
-        self.options = {"mask": Mask(**make_mask(mask, n_k)), "timeout": 60, "backend": "numba",
+        self.options = {"mask": Mask(**make_mask(mask, n_k, n_q)), "timeout": 60, "backend": "numba",
                         "softcap": 1.5 if "softcap" in wanted else None, "dropout": 0.3 if "dropout" in wanted else 0.0,
                         "alibi": 2.0 ** -np.arange(1, heads[0] + 1) / 64 if "alibi" in wanted else None}
 

@@ -9,9 +9,10 @@ from ringmpi.dtypes import DTYPES
 pytestmark = pytest.mark.mpi
 
 CASES = covering({
-    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all"], "dtype": list(DTYPES),
-    "layout": ["striped", "uneven", "empty", "zigzag"], "kv_layout": ["custom", "uneven", "striped", None],
-    "heads": [(4, 4), (8, 2), (3, 1)], "function": ["plain", "all"], "batch": [None, 2],
+    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees", "numbered"],
+    "dtype": list(DTYPES), "layout": ["striped", "uneven", "empty", "zigzag"],
+    "kv_layout": ["custom", "uneven", "striped", None], "heads": [(4, 4), (8, 2), (3, 1)],
+    "function": ["plain", "all"], "batch": [None, 2],
     "lengths": [(610, 790), (1, 1500), (1000, 3), (192, 192), (0, 5)]})
 
 

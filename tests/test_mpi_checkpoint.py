@@ -104,6 +104,7 @@ CASES = [
     {"mask": "documents", "layout": "empty", "backend": "numpy", "dtype": "float16", "heads": (3, 1)},
     {"mask": "first", "layout": "custom", "backend": "numba", "dtype": "float64", "softcap": 5.0,
      "alibi": [0.1, 0.2, 0.3, 0.4]},
+    {"mask": "trees", "layout": "uneven", "backend": "numba"},
 ]
 
 
@@ -215,6 +216,7 @@ OTHERS = [
      "batch": 2, "sinks": True},
     {"mask": "window", "layout": "uneven", "backend": "numba", "heads": (6, 2), "dropout": 0.2},
     {"mask": "prefix", "layout": "contiguous", "backend": "numba", "length": 2},           # fewer tokens than ranks
+    {"mask": "numbered", "layout": "striped", "backend": "numba"},
 ]
 
 

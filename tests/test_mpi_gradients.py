@@ -44,8 +44,8 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     q_layout, kv_layout = make_layout(layout, n_q, comm.size), make_layout(layout, length, comm.size)
     mine, theirs = q_layout.positions(comm.rank), kv_layout.positions(comm.rank)
     named = layout in ("striped", "zigzag")
-    offset = Mask(**mask).offset(n_q, length)
-    score, sinks = functions(function, heads[0], np.arange(n_q) + offset, np.arange(length), seed)
+    positions = Mask(**mask).positions(np.arange(n_q), n_q, length)
+    score, sinks = functions(function, heads[0], positions, np.arange(length), seed)
     if "dropout_keys" in score:
         score["dropout_keys"] = dropout_keys(seed, 1, heads[0])[0]
     options = {"mask": Mask(**mask), "layout": layout if named else q_layout, "softcap": score.get("softcap"),

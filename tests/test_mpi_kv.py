@@ -128,7 +128,11 @@ def test_prefill_and_steps(comm, dtype, backend):
 
 
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"causal": True, "window": (9, 0), "first": 3},
-                                  {"causal": True, "documents": [0, 20, 41, 50]}, {"window": (5, 3)}])
+                                  {"causal": True, "documents": [0, 20, 41, 50]}, {"window": (5, 3)},
+                                  {"causal": True, "window": (9, 0), "spans": [(2, 44), (47, 50)]},
+                                  {"causal": True, "documents": [0, 20, 41, 45, 50], "parents": [-1, 0, 0, 2],
+                                   "prompts": [(-1, -1), (-1, -1), (21, 23), (30, 40)]},
+                                  {"causal": True, "document_ids": [3, 3, -1, 4, 5] * 10}])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_masks_and_scores(comm, mask, sharded):
     q, k, v = tokens(2, 50, "float64")

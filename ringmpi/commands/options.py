@@ -6,9 +6,17 @@ import argparse
 from typing import Any
 
 from ..errors import OptionError
+from ..job.options import GRID_EDGES
 from ..schedules.spec import ORDERS, check_memory_limit, check_schedule
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+OF_ARRAYS = {
+    "spans": "inside a span everybody sees everybody, whatever the rest says: ranges (n_spans, 2)",
+    "prompts": "each document sees a prompt besides itself: ranges of keys (n_documents, 2), -1 for none",
+    "parents": "each document sees what it goes on from: numbers of documents (n_documents,), -1 for none",
+    "document_ids": "documents as a number for each key (n_k,), below 0 for padding",
+    "q_documents": "the documents in the queries, where they differ from those in the keys: offsets [0, ...]",
+}
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "tiles", "widen", "pairs")
 
@@ -89,6 +97,20 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="the first N keys are visible whatever --window says (default: 0)")
     group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
+    for name, text in OF_ARRAYS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=default(False),
+                           help=f"{text}, in dataset `{name}`")
+    group.add_argument("--grid", default=default(None), metavar="SHAPE",
+                       help="tokens are the points of a grid, as 721x1440, flattened in C order: a point sees the "
+                            "window around it, and with --causal nothing after it along the first axis")
+    group.add_argument("--grid-window", default=default(None), metavar="WINDOW[,...]",
+                       help="points seen along each axis, 20 on either side or 20:0 before and after; one window is "
+                            "for every axis, an empty one is no limit")
+    group.add_argument("--grid-periodic", default=default(None), metavar="AXIS[,...]",
+                       help="axes, from 0, along which the last point is beside the first")
+    group.add_argument("--grid-edges", choices=GRID_EDGES, default=default(GRID_EDGES[0]),
+                       help="at other edges a window is cut off, or shifted so that every point sees as many "
+                            "(default: cut)")
     group.add_argument("--scale", type=float, default=default(None), metavar="X",
                        help="factor of the scores (default: 1/sqrt(dim))")
     group.add_argument("--softcap", type=above_zero, default=default(None), metavar="X",

@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from .options import DTYPES, above_zero, add_attention, memory_limit, natural, positive, refuse_idle_options, schedule
+from .options import (
+    DTYPES,
+    OF_ARRAYS,
+    above_zero,
+    add_attention,
+    memory_limit,
+    natural,
+    positive,
+    refuse_idle_options,
+    schedule,
+)
 from .units import bandwidth, duration, time_text
 
 if TYPE_CHECKING:
@@ -157,8 +167,9 @@ def _refuse(arguments: argparse.Namespace) -> None:
         error("expected IN.h5, or --tokens and what else differs from the defaults")
     if arguments.input is not None and said:
         error(f"--{said[0].replace('_', '-')}: IN.h5 says that; leave one of them out")
-    if arguments.documents and arguments.input is None:
-        error("--documents: they are read from IN.h5, which is not given")
+    for name in ("documents", *OF_ARRAYS):
+        if getattr(arguments, name) and arguments.input is None:
+            error(f"--{name.replace('_', '-')}: read from IN.h5, which is not given")
     for name in ("jitter", "slow_rank", "slow_link", "schedule"):
         if getattr(arguments, name) and not arguments.simulate:
             error(f"--{name.replace('_', '-')}: says what to simulate, and --simulate is not given")
@@ -192,14 +203,17 @@ def _question(arguments: argparse.Namespace) -> Question:
         from ..job.inputs import open_input
         with open_input(arguments.input, options) as data:
             return Question(data.sizes, options, data.mask, _machine(arguments))
-    from ..job.inputs import Sizes, make_mask
+    from ..job.inputs import Sizes
+    from ..job.masks import make_mask
     heads, dim = arguments.heads or 8, arguments.dim or 64
     kv_heads = arguments.kv_heads or heads
     if heads % kv_heads:
         arguments.error(f"--heads must be a multiple of --kv-heads, got {heads} and {kv_heads}")
     sizes = Sizes(arguments.queries or arguments.tokens, arguments.tokens, heads, kv_heads, dim,
                   arguments.dim_v or dim, arguments.dtype or "float32")
-    return Question(sizes, options, make_mask(options, None, sizes.n_k), _machine(arguments))
+    mask = make_mask(options)
+    mask.check(sizes.n_q, sizes.n_k)
+    return Question(sizes, options, mask, _machine(arguments))
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:

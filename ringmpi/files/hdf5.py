@@ -70,13 +70,19 @@ def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
                          f"got {dataset.shape}")
 
 
-def read_integers(file: h5py.File, name: str, most: int = 2**20) -> NDArray[np.int64]:
-    """Read a one-dimensional dataset of at most `most` integers, with the checks of `open_dataset`. Local.
+def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str, ...] = ("offsets",)
+                  ) -> NDArray[np.int64]:
+    """Read a dataset of at most `most` integers along its first axis, with the checks of `open_dataset`. Local.
+
+    Parameters
+    ----------
+    axes : tuple of str
+        What the axes are called; pairs have the second one.
 
     Raises
     ------
     ShardError, DtypeError, ShapeError
-        If it is not there, not to be trusted, not of integers, too long or not one-dimensional.
+        If it is not there, not to be trusted, not of integers, too long or of other axes.
     """
     where = f"{file.filename}: dataset {name!r}"
     with reading(where):
@@ -85,7 +91,9 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20) -> NDArray[np.i
             raise ShardError(f"{where}: expected a plain dataset")
         if dataset.dtype.kind not in "iu":
             raise DtypeError(f"{where}: expected integers, got {dataset.dtype}")
-        check_axes(dataset, ("offsets",))
+        check_axes(dataset, axes)
+        if dataset.shape[1:] not in ((), (2,)):
+            raise ShapeError(f"{where}: expected pairs of integers, got shape {dataset.shape}")
         if len(dataset) > most:
             raise ShapeError(f"{where}: expected at most {most:,} integers, got {len(dataset):,}")
         check_storage(dataset, where)

@@ -19,7 +19,7 @@ from ..errors import ShapeError
 from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..files.single import SingleFile
-from ..mask import Interval
+from ..intervals import Interval
 from ..score import Score
 from ..softmax import State, finish
 from .inputs import Input, open_input
@@ -134,7 +134,7 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     """Attend in float64 from the sampled rows of q."""
     sizes = data.sizes
     scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
-    positions = sample + data.mask.offset(sizes.n_q, sizes.n_k)
+    positions = data.mask.positions(sample, sizes.n_q, sizes.n_k)
     score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions)
     bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
     q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, r
 from ..files.item_types import RAW_DTYPE, stored_dtype
 from ..files.opening import open_file
 from ..layout import Contiguous
-from ..mask import Mask
+from ..mask import ARRAYS, RANGES, Mask
 from ..schedules.redistribution import redistribute
+from .masks import make_mask
 from .options import Options
 from .run import Run
 
@@ -81,7 +82,7 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
         for dataset in (q, k, v):
             check_axes(dataset, ("tokens", "heads", "dim"))
         sizes = _sizes(path, q, k, v, options)
-        mask = _read_mask(file, options, sizes.n_k)
+        mask = _read_mask(file, options, sizes)
         alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
         sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
         yield Input(path, q, k, v, sizes, mask, alibi, sinks)
@@ -97,23 +98,13 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
     return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], v.shape[2], str(dtypes[0]))
 
 
-def _read_mask(file: h5py.File, options: Options, n_k: int) -> Mask:
-    """Make the mask that the options and the file's `documents` describe."""
-    return make_mask(options, read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS)) if options.documents else
-                     None, n_k)
-
-
-def make_mask(options: Options, documents: NDArray[np.int64] | None, n_k: int) -> Mask:
-    """Make the mask that the options and offsets of documents describe. Local.
-
-    Raises
-    ------
-    MaskError, OptionError
-        If they make none for so many keys.
-    """
-    given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": documents}
-    mask = Mask(**given)
-    mask.check(n_k)
+def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> Mask:
+    """Make the mask that the options and the file's datasets describe."""
+    most = max(sizes.n_q + 1, sizes.n_k + 1, MOST_OFFSETS)
+    arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",))
+              for name in ARRAYS if getattr(options, name)}
+    mask = make_mask(options, arrays)
+    mask.check(sizes.n_q, sizes.n_k)
     return mask
 
 

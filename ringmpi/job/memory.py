@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..schedules.rates import CPU, GPU, Rates
 from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from ..schedules.traffic import Shape
 from .inputs import Sizes
+from .masks import make_mask
 from .options import Options
 
 MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 ranks
@@ -113,8 +113,7 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
         check_heads(schedule, sizes.heads, sizes.kv_heads if canonical else 0)
     shape = shape_of(sizes, options)
     if among is None:
-        given = {part.name: getattr(options, part.name) for part in fields(Mask)} | {"documents": None}
-        shape = masked(shape, Mask(**given), make(options.layout, sizes.n_q, ranks),
+        shape = masked(shape, make_mask(options), make(options.layout, sizes.n_q, ranks),
                        make(options.layout, sizes.n_k, ranks))
     return choose(shape, machine, options.memory_limit, among=among)
 

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 from ..errors import ShardError
 from ..schedules.spec import ORDERS
 
+GRID_EDGES = ("cut", "shifted")
 OUTPUT_DRIVERS = ("shards", "mpio")
 
 
@@ -21,6 +22,15 @@ class Options:
     prefix: int | None = None
     first: int = 0
     q_offset: int | None = None
+    spans: bool = False
+    prompts: bool = False
+    parents: bool = False
+    document_ids: bool = False
+    q_documents: bool = False
+    grid: str | None = None
+    grid_window: str | None = None
+    grid_periodic: str | None = None
+    grid_edges: str = GRID_EDGES[0]
     scale: float | None = None
     softcap: float | None = None
     alibi: bool = False

@@ -49,7 +49,7 @@ class Contents:
         self._reordered = 0           # a checksum of what `reorder` was told
         self._capacity = sizes.capacity
         self._first = mask.first
-        left = None if mask.window is None or mask.q_offset is not None else mask.window[0]
+        left = mask.left
         self._left = left
         self._kept = None if left is None else left + sizes.rollback        # tokens before the last that were appended
         self._rank, self._size = rank, size

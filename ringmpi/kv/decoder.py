@@ -189,10 +189,10 @@ class _Step:
         n_q = self.shape[1]
         numbers = np.arange(first, first + n_q, dtype=np.int64)
         bounds = self._problem.mask.bounds(numbers, total, length)
-        score = self._score(numbers + self._problem.mask.offset(total, length))
+        score = self._score(self._problem.mask.positions(numbers, total, length))
         seen = np.zeros(n_q, np.bool_)
         for chunk in store.chunks:
-            if score.positional or chunk.bound_by is not self:
+            if score.positional or chunk.bound_by is not self or len(chunk.bound) != len(bounds):
                 self._bind(chunk, len(bounds), score)
             for number, (low, high) in enumerate(bounds):
                 begin, end = (chunk.positions.searchsorted(x) for x in (low, high))

@@ -1,0 +1,49 @@
+"""Intervals of numbers: for each of n rows any number of them, half open, disjoint and ascending."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from .layout import Integers
+
+Interval: TypeAlias = tuple[Integers, Integers]
+"""Ends (low, high), int64 of shape (n,) each: an interval for each row, empty where they are equal."""
+
+
+def intersect(some: Sequence[Interval], others: Sequence[Interval]) -> list[Interval]:
+    """Give what is in an interval of both. Local."""
+    pairs = ((np.maximum(low, a), np.minimum(high, b)) for low, high in some for a, b in others)
+    return [(low, np.maximum(low, high)) for low, high in pairs]
+
+
+def unite(some: Sequence[Interval], other: Interval) -> list[Interval]:
+    """Give what is in one of `some` intervals or in the `other`. Local."""
+    low, high = other
+    before = [(a, np.maximum(a, np.minimum(b, low))) for a, b in some]
+    after = [(np.minimum(b, np.maximum(a, high)), b) for a, b in some]
+    wide = high > low                            # an empty one cuts nothing
+    before = [(a, np.where(wide, x, b)) for (a, x), (_, b) in zip(before, some, strict=True)]
+    after = [(np.where(wide, x, b), b) for (x, _), (_, b) in zip(after, some, strict=True)]
+    return [*before, other, *after]
+
+
+def compact(some: Sequence[Interval]) -> list[Interval]:
+    """Join intervals that touch, and give no more of them than the row with most has, at least one. Local."""
+    count = len(some[0][0])
+    rows = np.arange(count)
+    lows, highs = (np.zeros((len(some) + 1, count), np.int64) for _ in range(2))
+    last = np.zeros(count, np.int64)             # filled of `lows` and `highs`, whose first is for none
+    for low, high in some:
+        there = high > low
+        touching = there & (last > 0) & (highs[last, rows] == low)
+        last += there & ~touching
+        lows[last[there & ~touching], rows[there & ~touching]] = low[there & ~touching]
+        highs[last[there], rows[there]] = high[there]
+    most = int(last.max(initial=1))
+    for number in range(1, most + 1):            # what a row has fewer is empty, behind its last
+        missing = last < number
+        lows[number, missing] = highs[number, missing] = highs[number - 1, missing]
+    return [(lows[number], highs[number]) for number in range(1, max(1, most) + 1)]
