@@ -34,11 +34,13 @@ def check_room(run: Run, sizes: Sizes, options: Options) -> None:
     ResourceError
         If a node has too little; it says what would do. The same on every rank.
     """
+    needed = 0
     with run.raise_on_all():
         schedule_within(sizes, run.comm.size, options)
+        if options.backend not in GPU_NAMES:
+            needed = predict_memory(sizes, run.comm.size, options, resident_bytes())["total"]
     if options.backend in GPU_NAMES:
         return
-    needed = predict_memory(sizes, run.comm.size, options, resident_bytes())["total"]
     shared = shared_bytes()
     room, source = node_memory()
     everyone = [json.loads(text) for text in
