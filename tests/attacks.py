@@ -249,7 +249,7 @@ def races(folder, rounds=30):
 FAMILIES = {"faults": faults, "ranks": ranks, "limits": limits, "disks": disks, "flips": flips, "races": races,
             "signals": attack_signals.signals, "inputs": attack_mutations.inputs, "outputs": attack_mutations.outputs,
             "singles": attack_mutations.singles, "caches": attack_mutations.caches,
-            "checkpoints": attack_mutations.checkpoints}
+            "checkpoints": attack_mutations.checkpoints, "streams": attack_mutations.streams}
 
 
 def report(name, cases: Iterator[Case]):

@@ -367,16 +367,19 @@ def test_the_fewest_pieces_within_the_limit():
         one = planner(limit)
         pieces = one.plan()
         assert one.predict(pieces)["total"] <= limit * 2**20
-        number, blocks = one.passes(Mask(causal=True), pieces)
-        assert blocks <= number * -(-sizes.n_k // pieces.block)
+        seen = one.passes(Mask(causal=True), pieces)
+        number = len(seen)
+        assert max(seen) <= -(-sizes.n_k // pieces.block)
+        assert seen == sorted(seen)
         fewer = Pieces(0, pieces.group, -(-pieces.piece * number // max(1, number - 1)), pieces.block)
         assert number == 1 or one.predict(fewer)["total"] > limit * 2**20
-    assert [planner(limit).passes(Mask(), planner(limit).plan())[0] for limit in (400, 512, 1024)] == [3, 2, 1]
+    assert [len(planner(limit).passes(Mask(), planner(limit).plan())) for limit in (400, 512, 1024)] == [3, 2, 1]
 
 
 def test_dry_run(case, tmp_path, capsys):
     assert main(["attend", str(case[0]), str(tmp_path / "out.h5"), *OPTIONS, "--stream", "--memory-limit", "400MiB",
                  "--dry-run", "--expect-ranks", "3"]) == 0
     said = capsys.readouterr().out
-    for text in ("a piece of queries", "K/V blocks", "1 of 301 queries", "1 block of", "1.0 times its share", "2 hops"):
+    for text in ("a piece of queries", "K/V blocks", "1 of 301 queries", "1 block of", "1.0 times its share", "2 hops",
+                 "0.1 MiB for a piece"):
         assert text in said, said

@@ -82,13 +82,16 @@ def _describe_passes(sizes: Sizes, ranks: int, options: Options, mask: Mask) -> 
     """Say how often keys and values are read and sent where they do not stay."""
     planner = planner_of(sizes, ranks, options)
     pieces = planner.plan()
-    number, blocks = planner.passes(mask, pieces)
-    each = -(-sizes.n_k // pieces.block)
-    read = blocks * min(pieces.block, sizes.n_k) * planner.block_bytes // ranks
-    yield f"{'pieces':24}{number:12,} of {min(pieces.piece, sizes.n_q):,} queries, by each of which up to {each:,} " \
-          f"block{'s'[:each > 1]} of {pieces.block:,} keys go: {blocks:,} in all"
-    yield f"{'K/V read':24}{read / 2**20:12.1f} MiB by a rank, {blocks / max(1, each):.1f} times its share of the input"
-    yield f"{'K/V traffic':24}{read * (ranks - 1) / 2**20:12.1f} MiB sent by a rank, in {ranks - 1} hops each time"
+    seen = planner.passes(mask, pieces)
+    most, total = max(seen, default=0), sum(seen)
+    block = min(pieces.block, sizes.n_k) * planner.block_bytes / ranks / 2**20
+    share = max(1, -(-sizes.n_k // pieces.block))
+    yield f"{'pieces':24}{len(seen):12,} of {min(pieces.piece, sizes.n_q):,} queries, by each of which go up to " \
+          f"{most:,} block{'s'[:most != 1]} of {pieces.block:,} keys: {total:,} in all"
+    yield f"{'K/V read':24}{total * block:12.1f} MiB by a rank, {total / share:.1f} times its share of the input; up " \
+          f"to {most * block:,.1f} MiB for a piece"
+    yield f"{'K/V traffic':24}{total * block * (ranks - 1):12.1f} MiB sent by a rank, in {ranks - 1} hops each time; " \
+          f"up to {most * block * (ranks - 1):,.1f} MiB for a piece"
 
 
 def _describe_result(sizes: Sizes, options: Options) -> Iterator[str]:

@@ -145,9 +145,18 @@ class Output:
         except ShardError as error:
             raise OutputError(f"{path}: can't be read back: {error}") from error
 
-    def keep(self) -> None:
-        """Let what this rank has written stay when the output is discarded: a checkpoint refers to it. Each rank."""
+    def keep(self, shards: Iterable[Shard] = ()) -> None:
+        """Let what this rank has written stay when the output is discarded: a checkpoint refers to it. Each rank.
+
+        Parameters
+        ----------
+        shards : iterable of Shard
+            That are in use, of this run and of others: `ringmpi clean` takes none of a folder that was just touched.
+        """
         self._made = []
+        for folder in {(self.path.parent / shard.file).parent for shard in shards}:
+            with suppress(OSError):
+                os.utime(folder)
 
     def publish(self, shards: Iterable[Shard], shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
                 record: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""What a job that streams has done, in a checkpoint: shards that are there, and the states of the piece it is at."""
+"""The checkpoints of a job that streams: what each is of, writing one, and going on from one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +14,23 @@ from numpy.typing import NDArray
 
 from ..checkpoint.calls import Kept
 from ..checkpoint.fingerprint import CHUNK_BYTES, fingerprint
-from ..checkpoint.identity import add_up, describe_input, difference, name_of
+from ..checkpoint.identity import add_up, describe_input, name_of
 from ..checkpoint.saving import write_generation
 from ..checkpoint.search import Keeping, Search, unless_required
 from ..engine import Engine
-from ..errors import ShardError
 from ..files.generations import NewGeneration
 from ..files.hdf5 import read_rows
 from ..files.item_types import RAW_DTYPE
-from ..files.manifest import Shard, check_shards
 from ..files.rows import row_ranges
-from ..files.shards import folder_of_shards, verify_shard
-from ..files.states import Generation, are_counts
+from ..files.states import Generation
 from ..layout import Contiguous
 from ..problem import Problem
-from .inputs import Input, Sizes
+from .done import Done, done_of
+from .inputs import Input
 from .outputs import Rows
 from .pieces import Pieces
 from .run import Run
 from .stream_plan import Planner
-
-
-@dataclass(frozen=True)
-class Done:
-    """What has been done; the same on all ranks but for `pairs`.
-
-    Attributes
-    ----------
-    shards : list of Shard
-        Of pieces that are complete, in the order of their rows.
-    block : int
-        The block that the piece after them has yet to meet; 0: it has met none.
-    pairs : int
-        That this rank has computed.
-    """
-
-    shards: list[Shard] = field(default_factory=list)
-    block: int = 0
-    pairs: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Queries whose results are in shards: the first ones."""
-        return self.shards[-1].stop if self.shards else 0
 
 
 class Journal:
@@ -77,8 +51,7 @@ class Journal:
                  ) -> None:
         self._run = run
         self._keeping = keeping
-        self._folder = Path(os.path.realpath(target.parent))
-        self._shards = folder_of_shards(target).name
+        self._target = target
         self._problem = problem
         self._placement = placement
         self._found: Generation | None = None
@@ -102,49 +75,9 @@ class Journal:
             with unless_required(keeping, run.comm, run.timeout):
                 self._found = Search(run.comm, run.timeout, keeping).generation(lambda: self._problem)
                 if self._found is not None:
-                    done, pieces = self._take(self._found, planner)
+                    with run.raise_on_all():
+                        done, pieces = done_of(self._found, planner, self._target, self._placement, run.comm.rank)
         return done, pieces
-
-    def _take(self, found: Generation, planner: Planner) -> tuple[Done, Pieces | None]:
-        """Take what a generation says, when it is sure that it can have been, and that all of it is there."""
-        comm = self._run.comm
-        done = Done()
-        with self._run.raise_on_all():
-            done, pieces = self._read(found, planner.sizes)
-            for shard in done.shards[comm.rank::comm.size]:
-                verify_shard(found.path, self._folder, shard)
-            mine = found.content["shards"]
-            if not difference(found.content["placement"], self._placement) and planner.fits(pieces, done.rows):
-                if len(mine) != comm.size or done.block * pieces.block >= planner.sizes.n_k + pieces.block:
-                    raise _strange(found)
-                self._verify_states(found, done, planner.states_bytes(pieces, done.rows, comm.rank))
-                return replace(done, pairs=mine[comm.rank]["pairs"]), pieces
-        everyone = sum(part["pairs"] for part in mine)
-        return replace(done, block=0, pairs=everyone * (comm.rank == 0)), None
-
-    def _read(self, found: Generation, sizes: Sizes) -> tuple[Done, Pieces]:
-        """Read what has been done, if it makes sense."""
-        content = found.content
-        try:
-            shards = [Shard(**shard) for shard in content["output"]]
-            pieces = Pieces(**content["pieces"])
-            pairs = [part["pairs"] for part in content["shards"]]
-            right = (are_counts([content["block"], *pieces.as_dict().values(), *pairs])
-                     and check_shards(shards) <= sizes.n_q and sum(pairs) <= sizes.n_q * sizes.n_k
-                     and all(shard.file.split("/")[0] == self._shards for shard in shards))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            right = False
-        if not right:
-            raise _strange(found)
-        return Done(shards, content["block"]), pieces
-
-    def _verify_states(self, found: Generation, done: Done, expected: int) -> None:
-        """Raise `ShardError` unless the states of the piece that was left are there, where one was."""
-        rank = self._run.comm.rank
-        size = found.content["shards"][rank]["size"]
-        if size != (expected if done.block else 0):
-            raise _strange(found)
-        found.verify(rank)
 
     def read(self, states: Sequence[NDArray[Any]]) -> None:
         """Read the states of the piece that was left into arrays.
@@ -211,7 +144,3 @@ def _fingerprint(dataset: h5py.Dataset, dtype: np.dtype[Any], rank: int, size: i
         x = read_rows(dataset, start + first, start + last, RAW_DTYPE)
         total += fingerprint(x[None], np.arange(start + first, start + last), engine.backend)
     return total % 2**64
-
-
-def _strange(found: Generation) -> ShardError:
-    return ShardError(f"{found.path}: does not say what has been done as this version of ringmpi does")

@@ -30,8 +30,9 @@ from ..schedules.waits import LEAVE, PAUSE
 from ..softmax import State
 from ..trace import Exchange, Step, Trace
 from .checkpoints import Checkpoints
+from .done import Done
 from .inputs import Input
-from .journal import Done, Journal, describe_job
+from .journal import Journal, describe_job
 from .options import Options
 from .outputs import rows_of_results
 from .pieces import Block, Groups, Pieces
@@ -216,7 +217,7 @@ class Stream:
         except BaseException:                 # another rank may have made it complete
             self._output.keep()
             raise
-        self._output.keep()
+        self._output.keep(done.shards if self._run.comm.rank == 0 else ())
 
     def _leave(self, done: Done, states: Sequence[Array]) -> None:
         """Write a checkpoint, and end the job on all ranks."""

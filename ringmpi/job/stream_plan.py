@@ -119,10 +119,10 @@ class Planner:
         first = replace(pieces, start=rows).of_queries(self.sizes, self.ranks, self.options.layout)[:1]
         return sum(piece.counts[rank] for piece in first) * self._state
 
-    def passes(self, mask: Mask, pieces: Pieces) -> tuple[int, int]:
-        """Give the number of pieces, and how many blocks they see one after the other, by samples of queries."""
-        starts = range(pieces.start, self.sizes.n_q, pieces.piece)
-        return len(starts), sum(int(self._seen(mask, pieces, start).sum()) for start in starts)
+    def passes(self, mask: Mask, pieces: Pieces) -> list[int]:
+        """Give the number of blocks that each piece sees, by samples of queries."""
+        return [int(self._seen(mask, pieces, start).sum())
+                for start in range(pieces.start, self.sizes.n_q, pieces.piece)]
 
     @cached_property
     def _process(self) -> int:
