@@ -382,5 +382,5 @@ def streams(folder, seeds=SEEDS):
     """The same of a job that streams, and of the shards that its checkpoint names."""
     made, shard, read = streamed(folder)
     manifest = made / "manifest.json"
-    yield from _damaged({"states": made / "00000.state", "manifest": manifest, "sealed": manifest, "shard": shard}, read,
-                        seeds)
+    files = {"states": made / "00000.state", "manifest": manifest, "sealed": manifest, "shard": shard}
+    yield from _damaged(files, read, seeds)

@@ -1,13 +1,15 @@
 """`ringmpi attend --stream`: pieces and blocks give what is right, within the limit, and go on when stopped."""
 
+import hashlib
 import json
 import re
 
+import attack_mutations
 import launch
 import numpy as np
 import oracle
 import pytest
-from attack_cases import arrays, left_over
+from attack_cases import REFUSED, arrays, left_over
 from cases import make_mask
 from job_files import read_arrays, write_arrays
 from oracle import random_qkv
@@ -206,6 +208,28 @@ def test_killed_when_all_is_computed(case, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_killed_when_the_output_is_there(case, tmp_path):
+    """What the next job goes on with is what OUT.h5 shows, which it replaces: the shards stay."""
+    dies = ("from ringmpi.job.checkpoints import Checkpoints\n"
+            "Checkpoints.clear = lambda *_: os.kill(os.getpid(), signal.SIGKILL)")
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", ranks=3, at=(0, 1, dies))
+    assert result.code not in (0, STOPPED), result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", "--force", ranks=3,
+                    at=(0, 1, "raise SystemExit('nothing is left to compute')"))
+    assert result.code == 0, result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+
+
+def test_what_a_killed_one_has_left_is_collected(case, tmp_path):
+    result = attend(case[0], tmp_path / "out.h5", *OPTIONS, ranks=3,
+                    at=(1, 9, "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert result.code not in (0, STOPPED), result.text
+    assert (tmp_path / "out.h5.shards").exists()
+    assert main(["clean", str(tmp_path / "out.h5"), "--older-than", "0"]) == 0
+    assert not [name for name in left_over(tmp_path) if not name.startswith("said")]
+
+
 def test_other_ranks_go_on_with_what_is_finished(case, tmp_path):
     killed(case, tmp_path, options=["--checkpoint-every", 1e-9])
     result = attend(case[0], tmp_path / "out.h5", "--causal", "--layout", "zigzag", "--backend", "numpy",
@@ -248,6 +272,72 @@ def test_another_job_or_damage_is_not_gone_on_with(case, tmp_path):
     assert arrays(tmp_path / "out.h5") == case[1]
 
 
+def test_damaged_states_are_found_before_anything_is_computed(case, tmp_path):
+    killed(case, tmp_path, options=["--checkpoint-every", 1e-9])
+    [states] = (tmp_path / "c").glob("*/00001.state")
+    data = bytearray(states.read_bytes())
+    data[-1] ^= 1
+    states.write_bytes(data)
+    for resume, code, text in (("require", 3, "00001.state: is damaged"), ("auto", 0, "and all is computed")):
+        result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", "--resume", resume,
+                        ranks=3)
+        assert result.code == code, result.text
+        assert text in result.text
+    assert arrays(tmp_path / "out.h5") == case[1]
+
+
+ODD = {
+    "a shard elsewhere": lambda x: x["output"][0].update(file="../out.h5.shards/000000000000/00000.h5"),
+    "a shard of another output": lambda x: x["output"][0].update(file="other.h5.shards/000000000000/00000.h5"),
+    "a gap": lambda x: x["output"].pop(0),
+    "a shard that is not there": lambda x: x["output"].append({**x["output"][1], "file": "out.h5.shards/0/1.h5",
+                                                               "start": 32, "stop": 64}),
+    "more rows": lambda x: x["output"][1].update(stop=2**40),
+    "a block that is not there": lambda x: x.update(block=3),
+    "no block": lambda x: x.update(block=None),
+    "states of another size": lambda x: x.update(block=0),
+    "ranks that are not there": lambda x: x["shards"].append(x["shards"][0]),
+    "more pairs": lambda x: x["shards"][0].update(pairs=2**61),
+    "fewer than no pairs": lambda x: x["shards"][1].update(pairs=-1),
+    "other names": lambda x: x["pieces"].update(blocks=1),
+    "text": lambda x: x["pieces"].update(piece="32"),
+    "nothing": lambda x: x.pop("output"),
+}
+OTHERS = {
+    "piece": (0, 1, 16, 24, 2**40), "group": (0, 1, 32), "block": (0, 1, 2**40), "tile": (0, 2), "start": (1, 48),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_checkpoint_that_makes_no_sense(tmp_path, name):
+    """Its digest is right, and what it says is not: no file elsewhere is opened, nothing is computed with it."""
+    made, _, read = attack_mutations.streamed(tmp_path)
+    assert read() != REFUSED
+    reseal(made, ODD[name])
+    assert read() == REFUSED
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OTHERS for value in OTHERS[name]])
+def test_pieces_that_this_job_would_not_plan(tmp_path, name, value):
+    """They may be without end, or take memory without end: it goes on after the last piece that is done, with its own.
+
+    Pieces of 16 are among those that it might have planned.
+    """
+    made, _, read = attack_mutations.streamed(tmp_path)
+    reseal(made, lambda x: x["pieces"].update({name: value}))
+    found = read()
+    assert (found == REFUSED) if (name, value) == ("piece", 16) else found[1] == "None"
+
+
+def reseal(made, change):
+    """Let a manifest say something else, with the right digest."""
+    manifest = made / "manifest.json"
+    content = json.loads(manifest.read_bytes().partition(b"\n")[2])
+    change(content)
+    text = json.dumps(content).encode()
+    manifest.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+
+
 def test_without_a_checkpoint_nothing_is_left(case, tmp_path):
     result = attend(case[0], tmp_path / "out.h5", *OPTIONS, ranks=3,
                     at=(1, 9, "raise __import__('ringmpi').errors.ShardError('no more')"))
@@ -281,12 +371,20 @@ def test_a_rank_that_cannot_write(case, tmp_path):
     (["--schedule", "queries"], 2, "got 1x2x1:ring; 1x1x2:ring would do"),
     (["--schedule", "1x1x2:window"], 2, "1x1x2:ring would do"),
     (["--backend", "cuda"], 2, "--stream: computes on CPUs so far"),
+    (["--output-driver", "mpio"], 2, "--stream: writes shards as it goes, got --output-driver mpio"),
 ])
 def test_what_it_refuses(case, tmp_path, options, code, text):
     result = attend(case[0], tmp_path / "out.h5", *options)
     assert result.code == code, result.text
     assert result.text.count(text) == 1, result.text
     assert not [name for name in left_over(tmp_path) if not name.startswith("said")]
+
+
+def test_survive_is_refused(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["attend", "in.h5", "out.h5", "--stream", "--survive"])
+    assert error.value.code == 2
+    assert "--survive: does not go together with --stream" in capsys.readouterr().err
 
 
 def test_a_limit_that_is_too_small_says_which_would_do(tmp_path):
@@ -381,5 +479,5 @@ def test_dry_run(case, tmp_path, capsys):
                  "--dry-run", "--expect-ranks", "3"]) == 0
     said = capsys.readouterr().out
     for text in ("a piece of queries", "K/V blocks", "1 of 301 queries", "1 block of", "1.0 times its share", "2 hops",
-                 "0.1 MiB for a piece"):
+                 "up to 0.0 MiB for a piece"):
         assert text in said, said

@@ -61,8 +61,8 @@ def find_leftovers(path: Path) -> list[Leftover]:
     """Find what runs that did not end well left beside an output, which may be there or not. Local.
 
     Folders in which something lies that a run does not write are none of them, nor is what an output of another name in
-    the same folder shows: an OUT.h5 that was renamed still has its shards in ``OUT.h5.shards``. Where one shows some of a
-    folder, as of a job that streamed, was killed and gone on with, the other shards in it are.
+    the same folder shows: an OUT.h5 that was renamed still has its shards in ``OUT.h5.shards``. Where some shards of a
+    folder are shown, as of a job that streamed, was killed and gone on with, the others are leftovers.
 
     Parameters
     ----------
