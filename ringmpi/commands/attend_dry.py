@@ -86,8 +86,8 @@ def _describe_passes(sizes: Sizes, ranks: int, options: Options, mask: Mask) -> 
     most, total = max(seen, default=0), sum(seen)
     block = min(pieces.block, sizes.n_k) * planner.block_bytes / ranks / 2**20
     share = max(1, -(-sizes.n_k // pieces.block))
-    yield f"{'pieces':24}{len(seen):12,} of {min(pieces.piece, sizes.n_q):,} queries, by each of which go up to " \
-          f"{most:,} block{'s'[:most != 1]} of {pieces.block:,} keys: {total:,} in all"
+    yield f"{'pieces':24}{len(seen):12,} of {min(pieces.piece, sizes.n_q):,} queries, which meet up to {most:,} " \
+          f"block{'s'[:most != 1]} of {pieces.block:,} keys: {total:,} in all"
     yield f"{'K/V read':24}{total * block:12.1f} MiB by a rank, {total / share:.1f} times its share of the input; up " \
           f"to {most * block:,.1f} MiB for a piece"
     yield f"{'K/V traffic':24}{total * block * (ranks - 1):12.1f} MiB sent by a rank, in {ranks - 1} hops each time; " \
