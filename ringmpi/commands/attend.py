@@ -81,7 +81,7 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.output_driver != OUTPUT_DRIVERS[0]:
         error("--survive: ranks that write one file together can't go on without each other; leave out --output-driver")
     if arguments.survive and arguments.stream:
-        error("--survive: does not go together with --stream; give the same command on the ranks that are left, and with "
+        error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:

@@ -84,7 +84,11 @@ class Stream:
 
     def __init__(self, run: Run, attention: RingAttention, data: Input, options: Options, output: Output,
                  checkpoints: Checkpoints) -> None:
-        self._run, self._attention, self._data, self._options, self._output = run, attention, data, options, output
+        self._run = run
+        self._attention = attention
+        self._data = data
+        self._options = options
+        self._output = output
         self._checkpoints = checkpoints
         self._journal: Journal | None = None
         self._engine = attention._engine
