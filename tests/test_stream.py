@@ -73,6 +73,8 @@ CASES = [
     (4, "window", "striped", "float16", (8, 2), 400, 217, "numpy"),
     (3, "first", "contiguous", "float32", (4, 4), 130, 300, "numpy"),
     (2, "full", "zigzag", "float32", (1, 1), 5, 77, "numba"),
+    (2, "full", "striped", "float32", (2, 2), 0, 5, "numpy"),
+    (2, "full", "striped", "float32", (2, 2), 5, 0, "numpy"),
 ]
 
 

@@ -124,7 +124,7 @@ class _Job:
 def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Checkpoints) -> Report:
     """Attend from file to file on the ranks that there are."""
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
-    attend = _stream if job.options.stream else _attend_at_once
+    compute = _stream if job.options.stream else _attend_at_once
     with run.comm.telling(), ExitStack() as files:
         if job.options.stream:
             job = replace(job, options=with_limit(run, job.options))
@@ -136,7 +136,7 @@ def _attend_once(run: Run, job: _Job, output: Shards | Together, checkpoints: Ch
             output.prepare()
         try:
             with _make_attention(run, data, job.options, job.threads) as attention:
-                record = attend(run, attention, data, job, output, checkpoints)
+                record = compute(run, attention, data, job, output, checkpoints)
         except BaseException:
             output.discard()                  # rank 0 can't have published: it needs this rank's rows
             raise
