@@ -209,6 +209,7 @@ def test_killed_when_all_is_computed(case, tmp_path):
     assert result.code == 0, result.text
     assert arrays(tmp_path / "out.h5") == case[1]
     assert not (tmp_path / "c").exists()
+    assert len(list((tmp_path / "out.h5.shards").iterdir())) == 1
 
 
 def test_killed_when_the_output_is_there(case, tmp_path):

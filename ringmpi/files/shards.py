@@ -203,6 +203,8 @@ class Output:
     def clear_replaced(self) -> None:
         """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all ranks know that."""
         remove_shards(self.path, self._replaced, self._shown)
+        with suppress(OSError):               # not empty, but where runs before this one had written all
+            self.folder.rmdir()
 
     def discard(self) -> None:
         """Remove what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
