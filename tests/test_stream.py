@@ -27,6 +27,7 @@ from ringmpi.layout import Contiguous, make
 from ringmpi.mask import Mask
 
 STOPPED = 75
+MORE = pytest.mark.exhaustive
 LIMIT = 700                    # MiB, for jobs that are cut by `SMALL` and not by it
 # Groups, pieces and blocks of some tokens, whatever fits; a rank gets a signal at the n-th block that it takes.
 SMALL = """
@@ -69,10 +70,10 @@ CASES = [
     (1, "causal", "striped", "float32", (4, 2), 301, 301, "numpy"),
     (2, "causal", "striped", "float32", (4, 2), 301, 301, "numba"),
     (3, "all", "zigzag", "bfloat16", (3, 1), 202, 331, "numpy"),
-    (4, "documents", "contiguous", "float64", (2, 2), 259, 259, "numpy"),
+    pytest.param(4, "documents", "contiguous", "float64", (2, 2), 259, 259, "numpy", marks=MORE),
     (4, "window", "striped", "float16", (8, 2), 400, 217, "numpy"),
-    (3, "first", "contiguous", "float32", (4, 4), 130, 300, "numpy"),
-    (2, "full", "zigzag", "float32", (1, 1), 5, 77, "numba"),
+    pytest.param(3, "first", "contiguous", "float32", (4, 4), 130, 300, "numpy", marks=MORE),
+    pytest.param(2, "full", "zigzag", "float32", (1, 1), 5, 77, "numba", marks=MORE),
     (2, "full", "striped", "float32", (2, 2), 0, 5, "numpy"),
     (2, "full", "striped", "float32", (2, 2), 5, 0, "numpy"),
 ]
@@ -137,7 +138,7 @@ def test_like_all_at_once(case, tmp_path):
         assert np.abs(x - y).max() < 2e-6 * np.abs(y).max()
 
 
-@pytest.mark.parametrize("carrier", ["gather", "broadcast", "two-way"])
+@pytest.mark.parametrize("carrier", ["gather", *(pytest.param(name, marks=MORE) for name in ("broadcast", "two-way"))])
 def test_carriers(case, tmp_path, carrier):
     result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--schedule", f"1x1x3:{carrier}", ranks=3)
     assert result.code == 0, result.text
@@ -159,7 +160,7 @@ def test_canonical_order_has_the_bits_of_any_other_job(tmp_path):
     assert arrays(tmp_path / "out.h5") == arrays(tmp_path / "one.h5")
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGUSR1", pytest.param("SIGTERM", marks=MORE)])
 def test_stopped_on_request_and_gone_on_with(case, tmp_path, name):
     """Twice, by another rank each time, in the middle of a piece: the same bits."""
     for rank, number in ((1, 5), (2, 9)):
