@@ -70,14 +70,19 @@ class Journal:
             If a checkpoint is required, and there is none, it is damaged, or of another job; the same on every rank.
         """
         run, keeping = self._run, self._keeping
-        done, pieces = Done(), None
         if keeping.resume != "never":
             with unless_required(keeping, run.comm, run.timeout):
                 self._found = Search(run.comm, run.timeout, keeping).generation(lambda: self._problem)
-                if self._found is not None:
-                    with run.raise_on_all():
-                        done, pieces = done_of(self._found, planner, self._target, self._placement, run.comm.rank)
-        return done, pieces
+                return self._take(planner)
+        return Done(), None
+
+    def _take(self, planner: Planner) -> tuple[Done, Pieces | None]:
+        """Take what has been found, if all ranks find that it makes sense and is there."""
+        done: tuple[Done, Pieces | None] = Done(), None
+        with self._run.raise_on_all():
+            if self._found is not None:
+                done = done_of(self._found, planner, self._target, self._placement, self._run.comm.rank)
+        return done
 
     def read(self, states: Sequence[NDArray[Any]]) -> None:
         """Read the states of the piece that was left into arrays.
