@@ -15,8 +15,9 @@ from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
-from .checkpoint.calls import Kept, Left, ResumableCall, Stop, save_left
+from .checkpoint.calls import Kept, Left, ResumableCall, save_left
 from .checkpoint.search import Keeping, Search, find
+from .checkpoint.watch import Stop
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import InternalError, OptionError, RingError

@@ -123,13 +123,17 @@ class ForwardPass:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
         self._reset(states, None if plan.replicated else call.sinks)
-        for work, part in self._rounds(self._works((k, v)), rows):
+        self._meet(states, rows, (k, v))
+        return states
+
+    def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
+        """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
+        for work, part in self._rounds(self._works(keys), rows):
             k, v = work.arrays
             self._run(work, (
-                backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin, end,
-                                   score)
-                for i, columns, begin, end, score in self.plan.tasks(work, part, call.dropout_keys)))
-        return states
+                self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
+                                        end, score)
+                for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys)))
 
     def _bring_home(self, states: Sequence[State]) -> list[State]:
         """Put together what several ranks have made of the same rows; give the states that this rank finishes.

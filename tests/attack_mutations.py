@@ -300,22 +300,87 @@ def checkpoints(folder, seeds=SEEDS):
 
     What a manifest with a right digest says may be believed if it makes sense: then nothing but numbers is other.
     """
-    import hashlib
     made = _checkpoint(Path(folder) / "c")
-    right = _read_checkpoint(made.parent)
-    assert len(right) == 5
     manifest = made / "manifest.json"
-    whole = {path: path.read_bytes() for path in (made / "00000.state", manifest)}
+    files = {"states": made / "00000.state", "manifest": manifest, "sealed": manifest}
+    yield from _damaged(files, lambda: _read_checkpoint(made.parent), seeds)
+
+
+def _damaged(files, read, seeds):
+    """Damage the files of a checkpoint in turn, `sealed` under a right digest."""
+    import hashlib
+    right = read()
+    assert right != REFUSED
+    whole = {name: path.read_bytes() for name, path in files.items()}
     for seed in seeds:
-        path = (made / "00000.state", manifest, manifest)[seed % 3]
-        if seed % 3 < 2:
-            data = mutated(whole[path], seed)
-        else:
-            text = mutated(whole[path].partition(b"\n")[2], seed)
-            data = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
-        path.write_bytes(data)
-        outcome = in_child(lambda: _outcome(lambda: _read_checkpoint(made.parent), right))
-        path.write_bytes(whole[path])
-        known = (REFUSED, RIGHT, OTHER) if seed % 3 == 2 else (REFUSED, RIGHT)
-        yield Case(f"seed {seed}", f"{('states', 'manifest', 'sealed')[seed % 3]}: {outcome}",
-                   "" if outcome in known else outcome)
+        name = list(files)[seed % len(files)]
+        data = mutated(whole[name] if name != "sealed" else whole[name].partition(b"\n")[2], seed)
+        if name == "sealed":
+            data = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+        files[name].write_bytes(data)
+        outcome = in_child(lambda: _outcome(read, right))
+        files[name].write_bytes(whole[name])
+        known = (REFUSED, RIGHT, OTHER) if name == "sealed" else (REFUSED, RIGHT)
+        yield Case(f"seed {seed}", f"{name}: {outcome}", "" if outcome in known else outcome)
+
+
+def streamed(folder):
+    """Write a checkpoint of a job that streams on two ranks: a piece is done, another has met a block of its two.
+
+    Returns
+    -------
+    path, path, callable
+        Of the generation and of a shard; what reads all that a rank takes of it, or gives REFUSED.
+    """
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from ringmpi.backends.numpy_ import NumpyBackend
+    from ringmpi.errors import RingError
+    from ringmpi.files.generations import NewGeneration, newest
+    from ringmpi.files.shards import Output
+    from ringmpi.files.states import read_manifest
+    from ringmpi.job import stream_plan
+    from ringmpi.job.done import done_of
+    from ringmpi.job.inputs import Sizes
+    from ringmpi.job.options import Options
+    from ringmpi.job.pieces import Pieces
+    folder = Path(folder)
+    planner = stream_plan.Planner(Sizes(64, 64, 2, 2, 8, 8, "float32"), 2, Options(stream=True, memory_limit=2**27),
+                                  NumpyBackend, 2**26)
+    planner.__dict__["group"] = 16
+    random_numbers = np.random.default_rng(0)
+    rows = {"out": random_numbers.random((32, 2, 8), np.float32), "lse": random_numbers.random((32, 2), np.float32)}
+    output = Output(folder / "out.h5", "0" * 12, force=False)
+    output.prepare()
+    shards = [output.write(start, start, *(x[start:start + 16] for x in rows.values())) for start in (0, 16)]
+    made = NewGeneration.prepare(folder / "c", "0" * 16, "0" * 12)
+    states = [random_numbers.random((16, 2, *more), np.float32) for more in ((8,), (), ())]
+    made.publish({"problem": {"tokens": 64}, "placement": {"ranks": 2}, "block": 1,
+                  "shards": [{**made.write(rank, states), "pairs": 3} for rank in range(2)],
+                  "pieces": asdict(Pieces(0, 16, 32, planner.plan().block)), "output": [asdict(x) for x in shards]})
+
+    def read():
+        found = newest(made.path.parent)
+        try:
+            generation = read_manifest(found) if found else None
+            if generation is None or generation.content["problem"] != {"tokens": 64}:
+                return REFUSED
+            done, pieces = done_of(generation, planner, output.path, {"ranks": 2}, 0)
+            there = [np.empty_like(x) for x in states]
+            if pieces and done.block:
+                generation.read(0, there)
+            return [str(done), str(pieces), *(x.tobytes() for x in there)]
+        except RingError:
+            return REFUSED
+
+    return made.path, folder / shards[0].file, read
+
+
+def streams(folder, seeds=SEEDS):
+    """The same of a job that streams, and of the shards that its checkpoint names."""
+    made, shard, read = streamed(folder)
+    manifest = made / "manifest.json"
+    files = {"states": made / "00000.state", "manifest": manifest, "sealed": manifest, "shard": shard}
+    yield from _damaged(files, read, seeds)

@@ -250,7 +250,8 @@ def races(folder, rounds=30):
 FAMILIES = {"faults": faults, "ranks": ranks, "limits": limits, "disks": disks, "flips": flips, "races": races,
             "signals": attack_signals.signals, "inputs": attack_mutations.inputs, "outputs": attack_mutations.outputs,
             "singles": attack_mutations.singles, "caches": attack_mutations.caches,
-            "checkpoints": attack_mutations.checkpoints, "seals": attack_seals.seals, "rates": attack_seals.rates}
+             "checkpoints": attack_mutations.checkpoints, "streams": attack_mutations.streams,
+             "seals": attack_seals.seals, "rates": attack_seals.rates}
 
 
 def report(name, cases: Iterator[Case]):

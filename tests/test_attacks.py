@@ -47,3 +47,8 @@ def test_damaged_checkpoints(tmp_path):
     ended = outcomes(attack_mutations.checkpoints(tmp_path, range(210)), 210)
     assert {f"{what}: {REFUSED}" for what in ("states", "manifest", "sealed")} <= ended
     assert ROWS["seeds"].codes == {ShardError.exit_code}
+
+
+def test_damaged_checkpoints_of_streams(tmp_path):
+    ended = outcomes(attack_mutations.streams(tmp_path, range(240)), 240)
+    assert {f"{what}: {REFUSED}" for what in ("states", "manifest", "sealed", "shard")} <= ended

@@ -11,8 +11,8 @@ import pytest
 from ringmpi import ShardError
 from ringmpi.cli import main
 from ringmpi.files.leftovers import find_leftovers
-from ringmpi.files.manifest import read_manifest
-from ringmpi.files.shards import Output, verify
+from ringmpi.files.manifest import Shard, read_manifest
+from ringmpi.files.shards import Output, digest, verify
 
 OLD = "0123456789ab", "0123456789ac", "0123456789ad"
 ROWS = np.ones((4, 1, 2), "f4")
@@ -129,6 +129,42 @@ def test_what_is_not_of_a_run_stays(path):
     assert [found.path.name for found in find_leftovers(path)] == [OLD[2], f".out.h5.{OLD[0]}.tmp"]
     assert main(["clean", str(path), "--older-than", "1"]) == 0
     assert there(path) == [name for name in before if not name.startswith(".")]
+
+
+def test_of_a_run_that_was_gone_on_with_the_rest_goes(tmp_path):
+    """A job that streams was killed when it had written a shard that no checkpoint names; the next one shows others."""
+    path = tmp_path / "out.h5"
+    first = write(path, OLD[0], publish=False)
+    rest = first.write(1, 4, ROWS, ROWS[..., 0])
+    (first.folder / f".00002.h5.{OLD[0]}.tmp").write_bytes(b"half")
+    second = Output(path, OLD[1], force=False)
+    second.prepare()
+    like = {"out": ((8, *ROWS.shape[1:]), ROWS.dtype), "lse": ((8, 1), ROWS.dtype)}
+    shards = [read_shard(first.folder / "00000.h5", path), second.write(1, 4, ROWS, ROWS[..., 0])]
+    second.publish(shards, like, {})
+    assert [found.path.name for found in find_leftovers(path)] == [f".00002.h5.{OLD[0]}.tmp", "00001.h5"]
+    assert main(["clean", str(path)]) == 0
+    assert (path.parent / rest.file).exists()              # it may be at work
+    age(tmp_path)
+    assert main(["clean", str(path)]) == 0
+    assert [len(list(output.folder.iterdir())) for output in (first, second)] == [1, 1]
+    verify(path)
+
+
+def read_shard(file, path):
+    return Shard(file.relative_to(path.parent).as_posix(), 0, 4, file.stat().st_size, digest(file))
+
+
+def test_shards_that_a_checkpoint_names_are_in_use(tmp_path):
+    """What a job has written is a day old; the one that goes on with it says at each checkpoint that it needs it."""
+    path = tmp_path / "out.h5"
+    first = write(path, OLD[0], publish=False)
+    age(tmp_path)
+    second = Output(path, OLD[1], force=False)
+    second.prepare()
+    second.keep([read_shard(first.folder / "00000.h5", path)])
+    assert main(["clean", str(path)]) == 0
+    assert (first.folder / "00000.h5").exists()
 
 
 def test_a_folder_of_shards_that_is_a_link_is_refused(path, capsys):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..call import Call
 from ..engine import Engine
-from ..errors import OptionError, OutputError, RingError, ShardError
+from ..errors import OptionError, RingError, ShardError
 from ..files.generations import clear
 from ..files.paths import as_path
 from ..files.states import Generation
@@ -26,7 +23,6 @@ from ..mpi.comm import Comm
 from ..plan import Plan
 from ..problem import Problem
 from ..schedules.spec import Schedule, check_schedule, resolve
-from ..schedules.waits import LEAVE, PAUSE
 from ..softmax import State
 from ..trace import Trace
 from .folded import Folded
@@ -35,10 +31,8 @@ from .moved import Before, Moved
 from .plan import ResumablePlan, nothing_folded
 from .resumable import Outcome, on_host, pass_of
 from .saving import Saver
-from .search import Keeping, Search
-
-LOGGER = logging.getLogger("ringmpi.checkpoint")
-Stop = Callable[[], object]
+from .search import Keeping, Search, unless_required
+from .watch import Stop, Watch
 
 
 @dataclass(frozen=True)
@@ -139,14 +133,10 @@ class ResumableCall:
         keeping = self._keeping
         if keeping is None or keeping.resume == "never":
             return
-        try:
+        with unless_required(keeping, self._comm, self._timeout):
             generation = self._generation()
             if generation is not None:
                 self._take(generation)
-        except (ShardError, OptionError) as error:
-            if keeping.resume == "require":
-                raise
-            self._warn(f"no checkpoint is used, and all is computed: {error}")
 
     def attend(self, trace: Trace, progress: Progress | None, stop: Stop | None) -> tuple[Outcome, Left | None]:
         """Attend; give the results, or what was left. Collective over *comm*."""
@@ -157,8 +147,7 @@ class ResumableCall:
             if self._keeping is not None:
                 self.saver.save(self._keeping.folder, states, folded, (before + trace.pairs, total))
 
-        watch = _Watch(stop, self._keeping.every if self._keeping else None, save,
-                       self._comm.rank == 0)
+        watch = Watch(stop, self._keeping.every if self._keeping else None, save, self._comm.rank == 0)
         if progress is not None and before:
             progress(before, total)
         one = pass_of(self._problem.canonical)(self._call, self._pass_plan, self._engine, trace, progress,
@@ -234,43 +223,6 @@ class ResumableCall:
         with backend.current(), on_host(self._engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator),
                                         backend) as states:
             yield states
-
-    def _warn(self, text: str) -> None:
-        """Warn on rank 0. Collective over *comm*: where warnings are errors, all ranks raise it."""
-        with self._comm.raise_on_all(self._timeout):
-            if self._comm.rank == 0:
-                warnings.warn(text, stacklevel=2)
-
-
-class _Watch:
-    """What a rank wishes for; see `Wishes`."""
-
-    def __init__(self, stop: Stop | None, every: float | None, save: Callable[[Sequence[State], Folded], None],
-                 speaks: bool) -> None:
-        self._stop = stop
-        self._every = every
-        self._save = save
-        self._speaks = speaks
-        self._stops = False
-        self._last = time.monotonic()
-
-    def stop(self) -> bool:
-        if not self._stops and self._stop is not None:
-            self._stops = bool(self._stop())
-        return self._stops
-
-    def after_step(self) -> int:
-        if self.stop():
-            return LEAVE
-        return PAUSE if self._every is not None and time.monotonic() - self._last >= self._every else 0
-
-    def pause(self, states: Sequence[State], folded: Folded) -> None:
-        try:
-            self._save(states, folded)
-        except OutputError as error:               # the run is worth more than one checkpoint of it
-            if self._speaks:                       # not a warning, which may be an error of this rank alone
-                LOGGER.warning("%s; no checkpoint was written, the last one is as it was", error)
-        self._last = time.monotonic()
 
 
 def save_left(comm: Comm, timeout: float, left: Left | None, path: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import __version__
+from ..backends.base import Backend
 from ..call import Call
 from ..engine import Engine
 from ..layout import resolve
@@ -28,15 +30,34 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     What the ranks hold is not part of it, so that other ranks can go on.
     """
     counts, prints = _sum_up(problem, call, engine, comm, timeout)
-    sinks = _sinks(call, comm, timeout)
     batch, _, heads, dim = call.q.shape
-    backends = set(comm.allgather_text(engine.backend.name, timeout))        # "auto" may find others elsewhere
+    sizes = {"tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
+             "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
+             "accumulator": str(plan.accumulator), "seed": call.seed}
+    return describe_input(problem, sizes, call.sinks, prints, engine.backend, comm, timeout)
+
+
+def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[Any] | None, prints: Sequence[str],
+                   backend: Backend, comm: Comm, timeout: float) -> dict[str, Any]:
+    """Say what is computed, of which numbers, as plain values. Collective over *comm*.
+
+    Parameters
+    ----------
+    problem : Problem
+    sizes : mapping
+        Of the input, by name, and its dtypes.
+    sinks : array or None
+    prints : sequence of str
+        Of q, k and v; see `add_up`.
+    backend : Backend
+    comm, timeout
+    """
+    digest = _digest_of_sinks(sinks, comm, timeout)
+    backends = set(comm.allgather_text(backend.name, timeout))               # "auto" may find others elsewhere
     options = {name: str(value) for name, value in problem.describe().items() if name not in OF_THE_PLACEMENT}
-    return {"version of ringmpi": __version__, **options, "tokens of q": counts[0], "tokens of k and v": counts[1],
-            "batch": batch, "heads": heads, "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3],
-            "dtype": str(call.q.dtype), "accumulator": str(plan.accumulator), "seed": call.seed,
-            "sinks (by their digest)": sinks, "backend": " and ".join(sorted(backends)),
-            "bfloat16_products": engine.backend.products, "float32_products": engine.backend.float32_products,
+    return {"version of ringmpi": __version__, **options, **sizes, "sinks (by their digest)": digest,
+            "backend": " and ".join(sorted(backends)), "bfloat16_products": backend.products,
+            "float32_products": backend.float32_products,
             **{f"{name} (by its fingerprint)": value for name, value in zip("qkv", prints, strict=True)}}
 
 
@@ -81,11 +102,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _sinks(call: Call, comm: Comm, timeout: float) -> str | None:
+def _digest_of_sinks(sinks: NDArray[Any] | None, comm: Comm, timeout: float) -> str | None:
     """Give the digest of the sinks, of all that there are if ranks have others; the same on all."""
-    if call.sinks is None:
+    if sinks is None:
         return None
-    mine = hashlib.sha256(np.ascontiguousarray(call.sinks).data).hexdigest()
+    mine = hashlib.sha256(np.ascontiguousarray(sinks).data).hexdigest()
     texts = comm.allgather_text(mine, timeout)
     return mine if len(set(texts)) == 1 else hashlib.sha256(" ".join(texts).encode()).hexdigest()
 
@@ -99,6 +120,11 @@ def _sum_up(problem: Problem, call: Call, engine: Engine, comm: Comm, timeout: f
         layouts = [resolve(problem.layout, n_q, "q"), *[resolve(problem.kv_layout, n_k, "k and v")] * 2]
         prints = np.array([fingerprint(x, layout.positions(comm.rank), engine.backend)
                            for x, layout in zip((call.q, call.k, call.v), layouts, strict=True)], np.uint64)
+    return [sum(n_q), sum(n_k)], add_up(prints, comm, timeout, failures)
+
+
+def add_up(prints: NDArray[np.uint64], comm: Comm, timeout: float, failures: list[Exception]) -> list[str]:
+    """Add up the parts of all ranks to fingerprints, unless a rank has failed. Collective over *comm*."""
     rows = comm.exchange("", timeout, prints.view(np.uint8), failures=failures)
     total = np.stack([row.view(np.uint64) for row in rows]).sum(axis=0, dtype=np.uint64)
-    return [sum(n_q), sum(n_k)], [f"{int(x):016x}" for x in total]
+    return [f"{int(x):016x}" for x in total]

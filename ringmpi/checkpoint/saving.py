@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,42 +101,67 @@ class Saver:
         OutputError
             If a rank can't write; the same on every rank. The last generation is as it was.
         """
-        content = self.content()
-        with phase(f"saving a checkpoint in {folder}"):
-            made = self._prepare(folder, problem_name(content["problem"]))
-            try:
-                shards = self._write(made, states, folded, pairs)
-                with self._comm.raise_on_all(self._timeout):
-                    if self._comm.rank == 0:
-                        made.publish({**content, "shards": shards})
-                done, total = (sum(pairs) for pairs in zip(*(shard["pairs"] for shard in shards), strict=True))
-                self.share = done / max(1, total)
-            except RingError as error:
-                if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all know that it is not complete
-                    made.discard(self._comm.rank)
-                raise
-
-    def _prepare(self, folder: Path, problem: str) -> NewGeneration:
-        """Have rank 0 make a folder for a generation."""
-        name = ""
-        with self._comm.noting() as failures:
-            if self._comm.rank == 0:
-                name = NewGeneration.prepare(folder, problem, uuid.uuid4().hex[:12]).path.name
-        names = self._comm.exchange("", self._timeout, _encoded(name), failures=failures)
-        return NewGeneration(folder / names[0].tobytes().decode())
-
-    def _write(self, made: NewGeneration, states: Sequence[State], folded: Folded, pairs: tuple[int, int]
-               ) -> list[dict[str, Any]]:
-        """Write this rank's part; give what all ranks say of theirs."""
         backend = self._about[-1].backend
-        mine: dict[str, Any] = {}
-        with self._comm.noting() as failures, backend.current():
-            left, groups = self.before.table(folded)
-            with on_host(states, backend) as arrays:
-                mine = made.write(self._comm.rank, [*(x for state in arrays for x in state), left, groups])
-            mine |= {"pairs": list(pairs), "groups": len(left)}
-        rows = self._comm.exchange("", self._timeout, _encoded(json.dumps(mine)), failures=failures)
-        return [json.loads(row.tobytes()) for row in rows]
+
+        def write(made: NewGeneration) -> dict[str, Any]:
+            with backend.current():
+                left, groups = self.before.table(folded)
+                with on_host(states, backend) as arrays:
+                    mine = made.write(self._comm.rank, [*(x for state in arrays for x in state), left, groups])
+            return {**mine, "pairs": list(pairs), "groups": len(left)}
+
+        shards = write_generation(self._comm, self._timeout, folder, self.content(), write)
+        done, total = (sum(pairs) for pairs in zip(*(shard["pairs"] for shard in shards), strict=True))
+        self.share = done / max(1, total)
+
+
+def write_generation(comm: Comm, timeout: float, folder: Path, content: Mapping[str, Any],
+                     write: Callable[[NewGeneration], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write a generation: after it another job can go on from there. Collective over *comm*.
+
+    Parameters
+    ----------
+    content : mapping
+        What the manifest says, its `problem` among it.
+    write : callable
+        Writes this rank's part, and says of it what the manifest is to say. Local.
+
+    Returns
+    -------
+    list of dict
+        What the manifest says of the part of each rank.
+
+    Raises
+    ------
+    OutputError
+        If a rank can't write; the same on every rank. The last generation is as it was.
+    """
+    with phase(f"saving a checkpoint in {folder}"):
+        made = _prepare(comm, timeout, folder, problem_name(content["problem"]))
+        try:
+            mine: dict[str, Any] = {}
+            with comm.noting() as failures:
+                mine = write(made)
+            rows = comm.exchange("", timeout, _encoded(json.dumps(mine)), failures=failures)
+            shards = [json.loads(row.tobytes()) for row in rows]
+            with comm.raise_on_all(timeout):
+                if comm.rank == 0:
+                    made.publish({**content, "shards": shards})
+        except RingError as error:
+            if not isinstance(error, (RingTimeout, RankLost, CommError)):      # all know that it is not complete
+                made.discard(comm.rank)
+            raise
+    return shards
+
+
+def _prepare(comm: Comm, timeout: float, folder: Path, problem: str) -> NewGeneration:
+    """Have rank 0 make a folder for a generation."""
+    name = ""
+    with comm.noting() as failures:
+        if comm.rank == 0:
+            name = NewGeneration.prepare(folder, problem, uuid.uuid4().hex[:12]).path.name
+    names = comm.exchange("", timeout, _encoded(name), failures=failures)
+    return NewGeneration(folder / names[0].tobytes().decode())
 
 
 def _encoded(text: str) -> NDArray[np.uint8]:

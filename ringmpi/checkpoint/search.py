@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,25 @@ class Search:
                 name = found.name if found else ""
         rows = self._comm.exchange("", self._timeout, np.frombuffer(name.encode(), np.uint8), failures=failures)
         return rows[0].tobytes().decode()
+
+
+@contextmanager
+def unless_required(keeping: Keeping, comm: Comm, timeout: float) -> Iterator[None]:
+    """Run a block that goes on from a checkpoint; where it can't, warn that all is computed. Collective over *comm*.
+
+    Raises
+    ------
+    ShardError, OptionError
+        What the block raises, the same on every rank, if a checkpoint is required.
+    """
+    try:
+        yield
+    except (ShardError, OptionError) as error:
+        if keeping.resume == "require":
+            raise
+        with comm.raise_on_all(timeout):           # where warnings are errors, all ranks raise it
+            if comm.rank == 0:
+                warnings.warn(f"no checkpoint is used, and all is computed: {error}", stacklevel=4)
 
 
 def find(comm: Comm, timeout: float, path: Any) -> Keeping:

@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--output-driver", choices=OUTPUT_DRIVERS, default=OUTPUT_DRIVERS[0],
                      help="shards: a file for each rank, and OUT.h5 shows them as one; mpio: all ranks write one file "
                           "together, by an h5py that was built with MPI (default: shards)")
+    run.add_argument("--stream", action="store_true",
+                     help="read keys and values block by block as they are needed, and queries in pieces: for what "
+                          "does not fit in memory. --memory-limit is of the whole process of a rank then (default: 0.8 "
+                          "of what the node, or Slurm, lets its ranks have)")
     add_checkpoints(run)
     run.add_argument("--survive", action="store_true",
                      help="experimental: when ranks die, go on with those that are left, from the last checkpoint or "
@@ -76,6 +80,9 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     refuse_idle_options(error, arguments)
     if arguments.survive and arguments.output_driver != OUTPUT_DRIVERS[0]:
         error("--survive: ranks that write one file together can't go on without each other; leave out --output-driver")
+    if arguments.survive and arguments.stream:
+        error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
+              "--checkpoint it goes on after the last piece of queries that is done")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

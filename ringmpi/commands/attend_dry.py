@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..backends import GPU_NAMES
 from ..checks import check_threads
 from ..dtypes import DTYPES, accumulator
 from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, slurm_memory
 from ..job.inputs import Sizes, open_input
-from ..job.memory import count_pairs, measure_process, predict_memory, predict_seconds
+from ..job.memory import count_pairs, measure_process, planner_of, predict_memory, predict_seconds
 from ..job.options import Options
 from ..job.outputs import check_paths
 from ..job.parallel import check_driver
 from ..job.room import check_node, schedule_within
+from ..job.stream_plan import Planner, usual_limit
 from ..mask import Mask
 from ..schedules.movers import carrier_class
 from ..schedules.spec import Schedule
@@ -42,14 +44,18 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
 
     print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
           f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
+    if options.stream and options.memory_limit is None:
+        options = replace(options, memory_limit=usual_limit(here))
     schedule = schedule_within(sizes, ranks, options)
     process = measure_process(options)
     parts = predict_memory(sizes, ranks, options, process)
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
-    chosen = options.schedule == "auto" and options.order != "canonical"
+    chosen = options.schedule == "auto" and options.order != "canonical" and not options.stream
     print(f"{'schedule':24}{schedule!s:>12}{' chosen as if all ranks were on this node' if chosen else ''}")
-    for line in (*_describe_traffic(parts, schedule), *_describe_result(sizes, options),
+    traffic = (_describe_passes(planner_of(sizes, ranks, options, process), mask) if options.stream else
+               _describe_traffic(parts, schedule))
+    for line in (*traffic, *_describe_result(sizes, options),
                  *_describe_time(sizes, options, mask, ranks, threads)):
         print(line)
     room = slurm_memory()
@@ -72,6 +78,22 @@ def _describe_traffic(parts: dict[str, int], schedule: Schedule) -> Iterator[str
         yield f"{'query traffic':24}{queries / 2**20:12.1f} MiB, queries to {sharing - 1} ranks and their states home"
     if schedule.heads > 1:
         yield f"{'head traffic':24}{heads / 2**20:12.1f} MiB, more where several ranks have a head of the keys"
+
+
+def _describe_passes(planner: Planner, mask: Mask) -> Iterator[str]:
+    """Say how often keys and values are read and sent where they do not stay."""
+    sizes, ranks = planner.sizes, planner.ranks
+    pieces = planner.plan()
+    seen = planner.passes(mask, pieces)
+    most, total = max(seen, default=0), sum(seen)
+    block = min(pieces.block, sizes.n_k) * planner.block_bytes / ranks / 2**20
+    share = max(1, -(-sizes.n_k // pieces.block))
+    yield f"{'pieces':24}{len(seen):12,} of {min(pieces.piece, sizes.n_q):,} queries, which meet up to {most:,} " \
+          f"block{'s'[:most != 1]} of {pieces.block:,} keys: {total:,} in all"
+    yield f"{'K/V read':24}{total * block:12.1f} MiB by a rank, {total / share:.1f} times its share of the input; up " \
+          f"to {most * block:,.1f} MiB for a piece"
+    yield f"{'K/V traffic':24}{total * block * (ranks - 1):12.1f} MiB sent by a rank, in {ranks - 1} hops each time; " \
+          f"up to {most * block * (ranks - 1):,.1f} MiB for a piece"
 
 
 def _describe_result(sizes: Sizes, options: Options) -> Iterator[str]:

@@ -61,7 +61,8 @@ def find_leftovers(path: Path) -> list[Leftover]:
     """Find what runs that did not end well left beside an output, which may be there or not. Local.
 
     Folders in which something lies that a run does not write are none of them, nor is what an output of another name in
-    the same folder shows: an OUT.h5 that was renamed still has its shards in ``OUT.h5.shards``.
+    the same folder shows: an OUT.h5 that was renamed still has its shards in ``OUT.h5.shards``. Where some shards of a
+    folder are shown, as of a job that streamed, was killed and gone on with, the others are leftovers.
 
     Parameters
     ----------
@@ -82,10 +83,14 @@ def find_leftovers(path: Path) -> list[Leftover]:
             raise OutputError(f"{shards}: refused: a symbolic link; shards lie beside {path.name}")
         shown = _shown(path) if shards.is_dir() else set()
         for folder in sorted(shards.iterdir()) if shards.is_dir() else ():
-            if RUN.fullmatch(folder.name) and not folder.is_symlink() and folder.is_dir() and folder.name not in shown:
+            if RUN.fullmatch(folder.name) and not folder.is_symlink() and folder.is_dir():
                 files = sorted(folder.iterdir())
-                if all(_is_plain(file) and SHARD.fullmatch(file.name) for file in files):
+                ours = [file for file in files if SHARD.fullmatch(file.name) and _is_plain(file)]
+                left = [file for file in ours if (folder.name, file.name) not in shown]
+                if len(left) == len(files):
                     found.append(_leftover(folder, tuple(files)))
+                elif len(left) < len(ours):   # a job that streamed was killed here, and one after it went on
+                    found += [_leftover(file, (file,)) for file in left]
         temporary = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.tmp")
         found += [_leftover(file, (file,)) for file in sorted(path.parent.iterdir())
                   if temporary.fullmatch(file.name) and _is_plain(file)]
@@ -98,8 +103,8 @@ def remove_empty(path: Path) -> None:
         (path.parent / f"{path.name}.shards").rmdir()
 
 
-def _shown(path: Path) -> set[str]:
-    """Give the names of the folders of ``OUT.h5.shards`` that outputs beside it show."""
+def _shown(path: Path) -> set[tuple[str, str]]:
+    """Give the files in ``OUT.h5.shards`` that outputs beside it show, each by its folder's name and its own."""
     names = set()
     for file in sorted(path.parent.iterdir()):
         named_so = file.name == path.name or file.suffix == path.suffix != ""
@@ -109,7 +114,7 @@ def _shown(path: Path) -> set[str]:
             manifest = read_manifest(file)
             if manifest.path.parent == Path(os.path.realpath(path.parent)):      # else it shows what lies elsewhere
                 parts = [shard.file.split("/") for shard in manifest.shards]
-                names |= {run for folder, run, _ in parts if folder == f"{path.name}.shards"}
+                names |= {(run, file) for folder, run, file in parts if folder == f"{path.name}.shards"}
     return names
 
 

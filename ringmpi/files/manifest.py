@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     return manifest
 
 
-def _check_manifest(manifest: Manifest) -> None:
-    """Raise ValueError unless shards lie where ours lie and tile the rows."""
+def check_shards(shards: Iterable[Shard]) -> int:
+    """Raise ValueError unless shards lie where ours lie, and their rows follow each other; give how many. Local."""
     at = 0
-    for shard in manifest.shards:
+    for shard in shards:
         parts = shard.file.split("/")
         if (len(parts) != 3 or not parts[0].endswith(".shards") or "\0" in shard.file
                 or not set(parts).isdisjoint({"", ".", ".."})):
@@ -140,6 +141,12 @@ def _check_manifest(manifest: Manifest) -> None:
         if not isinstance(shard.sha256, str):
             raise ValueError(f"shard {shard.file!r} has no digest")
         at = shard.stop
+    return at
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError unless it is one of ours."""
+    at = check_shards(manifest.shards)
     out, lse = (manifest.shapes[name] for name in ("out", "lse"))
     if not _are_counts(*out, *lse) or len(out) != 3 or lse != out[:2] or out[0] != at:
         raise ValueError(f"out and lse have no {at} rows of heads")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Output:
         self.folder = folder_of_shards(self.path) / run
         self.force = force
         self._replaced: Manifest | None = None
+        self._made: list[Path] = []           # what this rank has written, and nothing refers to
+        self._shown: set[str] = set()         # what OUT.h5 shows, once it is there
 
     def prepare(self) -> None:
         """Check that output can be written, make this run's folder, and note what would be replaced. One rank.
@@ -100,20 +102,59 @@ class Output:
         OutputError
             If it can't be written; nothing is left of it.
         """
-        path = self._shard(rank)
+        like = {name: (rows.shape[1:], rows.dtype) for name, rows in (("out", out), ("lse", lse))}
+        with self.new_shard(rank, start, start + len(out), like) as shard:
+            shard.write(0, out, lse)
+        return shard.made
+
+    @contextmanager
+    def new_shard(self, number: int, start: int, stop: int, like: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+                  ) -> Iterator[NewShard]:
+        """Write a shard in a block, some rows at a time; after the block it is there, and has a digest. Each rank.
+
+        Parameters
+        ----------
+        number : int
+            Its own in this run.
+        start, stop : int
+            Its rows.
+        like : mapping
+            Shape and dtype of a row of `out` and of `lse`.
+
+        Raises
+        ------
+        OutputError
+            If it can't be written; nothing is left of it.
+        """
+        path = self._shard(number)
         with writing(path):
             self._make_folder()               # again, if `ringmpi clean` took it, empty, for one that was left
         digests: list[str] = []
         with write_file(path, beside=lambda temporary: digests.append(digest(temporary))) as file:
-            for name, rows in (("out", out), ("lse", lse)):
-                write_rows(create_dataset(file, name, rows.shape, rows.dtype), 0, rows)
-            file.attrs.update(rank=rank, start=start, stop=start + len(out))
+            shard = NewShard({name: create_dataset(file, name, (stop - start, *shape), dtype)
+                              for name, (shape, dtype) in like.items()})
+            yield shard
+            file.attrs.update(rank=number, start=start, stop=stop)
+        self._made.append(path)
         name = path.relative_to(self.path.parent).as_posix()
         with writing(path):
             for folder in (self.folder, self.folder.parent):
                 flush_to_disk(folder)
             size = path.stat().st_size
-        return Shard(name, start, start + len(out), size, digests[0])
+        shard.made = Shard(name, start, stop, size, digests[0])
+
+    def keep(self, shards: Iterable[Shard] = ()) -> None:
+        """Let what this rank has written stay when the output is discarded: a checkpoint refers to it. Each rank.
+
+        Parameters
+        ----------
+        shards : iterable of Shard
+            That are in use, of this run and of others: `ringmpi clean` takes none of a folder that was just touched.
+        """
+        self._made = []
+        for folder in {(self.path.parent / shard.file).parent for shard in shards}:
+            with suppress(OSError):
+                os.utime(folder)
 
     def publish(self, shards: Iterable[Shard], shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
                 record: Mapping[str, Any]) -> None:
@@ -134,6 +175,7 @@ class Output:
         """
         shards = list(shards)
         self._check_shards(shards)
+        self._shown = {shard.file for shard in shards}
         manifest = json.dumps({
             "shards": [asdict(shard) for shard in shards], "shapes": {n: s for n, (s, _) in shapes.items()},
             "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "record": record}).encode()
@@ -158,18 +200,49 @@ class Output:
 
     def clear_replaced(self) -> None:
         """Remove the shards of the OUT.h5 that was replaced. The rank that published, when all ranks know that."""
-        remove_shards(self.path, self._replaced)
+        remove_shards(self.path, self._replaced, self._shown)
+        with suppress(OSError):               # not empty, but where runs before this one had written all
+            self.folder.rmdir()
 
-    def discard(self, rank: int) -> None:
+    def discard(self) -> None:
         """Remove what this rank wrote, and the folders if they are empty. Each rank, if nobody published."""
-        with suppress(OSError):
-            self._shard(rank).unlink(missing_ok=True)
+        self._remove(self._made)
+
+    def discard_of_all(self) -> None:
+        """Remove what any rank wrote, and the folders. One rank, when the others do nothing more for this run."""
+        with suppress(OSError):               # it is gone
+            self._remove(self.folder.iterdir())
+
+    def _remove(self, files: Iterable[Path]) -> None:
+        for path in files:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder.parent):
             with suppress(OSError):           # not empty, or another rank was quicker
                 folder.rmdir()
 
-    def _shard(self, rank: int) -> Path:
-        return self.folder / f"{rank:05d}.h5"
+    def _shard(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.h5"
+
+
+class NewShard:
+    """A shard in the making: see `Output.new_shard`.
+
+    Attributes
+    ----------
+    made : Shard
+        Once it is there.
+    """
+
+    made: Shard
+
+    def __init__(self, datasets: Mapping[str, OutputDataset]) -> None:
+        self._datasets = datasets
+
+    def write(self, at: int, out: Array, lse: Array) -> None:
+        """Write rows from the row `at` of this shard on. Local."""
+        for name, rows in (("out", out), ("lse", lse)):
+            write_rows(self._datasets[name], at, rows)
 
 
 def shown_by(path: Path) -> Manifest | None:
@@ -179,11 +252,12 @@ def shown_by(path: Path) -> Manifest | None:
     return None
 
 
-def remove_shards(path: Path, replaced: Manifest | None) -> None:
-    """Remove the shards that the file of that name showed before it was replaced. Local."""
+def remove_shards(path: Path, replaced: Manifest | None, shown: Container[str] = ()) -> None:
+    """Remove the shards that the file of that name showed before it was replaced, and does not now. Local."""
     for shard in replaced.shards if replaced else ():
         file = path.parent / shard.file
-        if file.parent.parent == folder_of_shards(path):      # else they belong to an output that was renamed
+        # Others belong to an output that was renamed.
+        if shard.file not in shown and file.parent.parent == folder_of_shards(path):
             with suppress(OSError):
                 file.unlink()
                 file.parent.rmdir()
@@ -227,19 +301,38 @@ def verify(path: str | os.PathLike[str]) -> Manifest:
     probe(manifest.path)
     with open_file(manifest.path) as file:
         check_view(file, manifest)
-    folder = manifest.path.parent
     for shard in manifest.shards:
-        file = folder / shard.file
-        rows = f"(rows {shard.start}..{shard.stop})"
-        with reading(file):
-            if not os.path.lexists(file):
-                raise ShardError(f"{path}: shard {shard.file} {rows} is missing")
-            if file.resolve() != file:
-                raise ShardError(f"{path}: refused: shard {shard.file} {rows} is a link to {file.resolve()}")
-            check_regular(file)
-            if file.stat().st_size != shard.size or digest(file) != shard.sha256:
-                raise ShardError(f"{path}: shard {shard.file} {rows} is damaged: it is not what was written")
+        verify_shard(path, manifest.path.parent, shard)
     return manifest
+
+
+def verify_shard(path: str | os.PathLike[str], folder: Path, shard: Shard) -> None:
+    """Check every byte of a shard. Local.
+
+    Parameters
+    ----------
+    path : path
+        Of what says that the shard is there, for errors.
+    folder : path
+        In which OUT.h5 lies or is to lie, with no symbolic link in it.
+    shard : Shard
+        One of those that `check_shards` has seen.
+
+    Raises
+    ------
+    ShardError
+        If it is missing, has another size or another digest, or is a link to elsewhere.
+    """
+    file = folder / shard.file
+    rows = f"(rows {shard.start}..{shard.stop})"
+    with reading(file):
+        if not os.path.lexists(file):
+            raise ShardError(f"{path}: shard {shard.file} {rows} is missing")
+        if file.resolve() != file:
+            raise ShardError(f"{path}: refused: shard {shard.file} {rows} is a link to {file.resolve()}")
+        check_regular(file)
+        if file.stat().st_size != shard.size or digest(file) != shard.sha256:
+            raise ShardError(f"{path}: shard {shard.file} {rows} is damaged: it is not what was written")
 
 
 def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], force: bool = False) -> None:

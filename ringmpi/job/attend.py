@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ..attention import RingAttention
 from ..backends import choose_gpu_early
-from ..checkpoint.calls import Stop
 from ..checkpoint.search import Keeping
-from ..errors import OutputError
+from ..checkpoint.watch import Stop
+from ..errors import InternalError, OutputError
 from ..files.shards import Output
 from ..mpi import comm as mpi
 from ..mpi.world import check_survival, is_loss, survivors
@@ -29,6 +29,7 @@ from .parallel import DRIVER, Together
 from .report import Display, Report, gather_report, gather_start, make_record, write_record
 from .room import check_room
 from .run import Run
+from .stream import Stream, with_limit
 
 Array = NDArray[Any]
 
@@ -123,7 +124,10 @@ class _Job:
 def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) -> Report:
     """Attend from file to file on the ranks that there are."""
     # Read, redistribute, attend, redistribute back and write, or leave nothing behind.
+    compute = _stream if job.options.stream else _attend_at_once
     with run.comm.telling(), ExitStack() as files:
+        if job.options.stream:
+            job = replace(job, options=with_limit(run, job.options))
         data = _open_on_all(run, files, job.source, job.options)
         check_room(run, data.sizes, job.options)
         with run.raise_on_all():
@@ -132,9 +136,7 @@ def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) 
             output.prepare()
         try:
             with _make_attention(run, data, job.options, job.threads) as attention:
-                out, lse = _compute(run, attention, data, job, checkpoints)
-            record = make_record(run.comm.size, attention, job.options, job.command)
-            output.write(data.sizes.n_q, {"out": out, "lse": lse}, record)
+                record = compute(run, attention, data, job, output, checkpoints)
         except BaseException:
             output.discard()                  # rank 0 can't have published: it needs this rank's rows
             raise
@@ -191,14 +193,43 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
 
 
-def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpoints: Checkpoints
-             ) -> tuple[Array, Array]:
-    """Give this rank's rows of the result, in the order of the input."""
+def _start(run: Run, attention: RingAttention, data: Input, job: _Job) -> Display | None:
+    """Describe the job; give what shows how it goes, on rank 0."""
     display = job.display if run.comm.rank == 0 else None
     start = gather_start(run, data, job.options, attention)
     if display is not None:
         display.start(start)
+    return display
 
+
+def _stream(run: Run, attention: RingAttention, data: Input, job: _Job, output: Result,
+            checkpoints: Checkpoints) -> dict[str, Any]:
+    """Attend with a piece of the queries and a block of the keys at a time, and write; say how it was made."""
+    if not isinstance(output, Shards):
+        raise InternalError("a job that streams writes shards")
+    display = _start(run, attention, data, job)
+    stream = Stream(run, attention, data, job.options, output.output, checkpoints)
+    with display.attending(run.comm.progress_of_all) if display else nullcontext():
+        shards = stream.attend()
+    run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")
+    record = make_record(run.comm.size, attention, job.options, job.command)
+    output.take(shards if run.comm.rank == 0 else [], data.sizes.n_q, stream.rows, record)
+    return record
+
+
+def _attend_at_once(run: Run, attention: RingAttention, data: Input, job: _Job, output: Result,
+                    checkpoints: Checkpoints) -> dict[str, Any]:
+    """Attend with all that is in the input, and write; say how it was made."""
+    out, lse = _compute(run, attention, data, job, checkpoints)
+    record = make_record(run.comm.size, attention, job.options, job.command)
+    output.write(data.sizes.n_q, {"out": out, "lse": lse}, record)
+    return record
+
+
+def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpoints: Checkpoints
+             ) -> tuple[Array, Array]:
+    """Give this rank's rows of the result, in the order of the input."""
+    display = _start(run, attention, data, job)
     arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, data.v)]
     out, lse = _attend(run, attention, arrays, data.sinks, display, checkpoints)
     del arrays

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..attention import RingAttention
 from ..call import Inputs
-from ..checkpoint.calls import Kept, Stop
+from ..checkpoint.calls import Kept
 from ..checkpoint.search import Keeping
+from ..checkpoint.watch import Stop
 from ..errors import Interrupted
 from ..forward import Progress
 from .run import Run
@@ -24,24 +25,31 @@ class Checkpoints:
         Where; None: nothing is kept.
     stop : callable, optional
         Asked on this rank whether to stop.
+
+    Attributes
+    ----------
+    keeping, stop
+        As given.
+    kept : Kept or None
+        What goes when the output is there.
     """
 
     def __init__(self, run: Run, keeping: Keeping | None, stop: Stop | None) -> None:
         self._run = run
-        self._keeping = keeping
-        self._stop = stop
-        self._kept: Kept | None = None
+        self.keeping = keeping
+        self.stop = stop
+        self.kept: Kept | None = None
 
     def options(self) -> dict[str, Any]:
         """Give what must be the same on all ranks. Local."""
-        keeping = self._keeping
+        keeping = self.keeping
         return {"checkpoint": keeping and keeping.folder, "checkpoint_every": keeping and keeping.every,
-                "resume": keeping and keeping.resume, "stop": self._stop is not None}
+                "resume": keeping and keeping.resume, "stop": self.stop is not None}
 
     @property
     def folder(self) -> Path | None:
         """Where they are kept, if they are."""
-        return self._keeping.folder if self._keeping else None
+        return self.keeping.folder if self.keeping else None
 
     def attend(self, attention: RingAttention, arrays: list[Any], sinks: Any, progress: Progress) -> tuple[Any, Any]:
         """Attend; give out and lse. Collective over *comm*.
@@ -53,22 +61,22 @@ class Checkpoints:
         OutputError
             If that can't be written.
         """
-        keeping = self._keeping
+        keeping = self.keeping
         if keeping is None:
             out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=progress)
             return out, lse
         inputs = Inputs(arrays[0], arrays[1], arrays[2], sinks)
-        result = attention._call_resumable(inputs, True, False, progress, self._stop, keeping)
+        result = attention._call_resumable(inputs, True, False, progress, self.stop, keeping)
         if result is None:
             attention.save(keeping.folder)
             share = attention._left.saver.share if attention._left else 0.0
             raise Interrupted(f"stopped on request: {share:.0%} is computed, and in the checkpoint in "
                               f"{keeping.folder}; the same command goes on from there")
-        self._kept = attention._kept
+        self.kept = attention._kept
         out, lse = result
         return out, lse
 
     def clear(self) -> None:
         """Remove them, when the output is there. Local; rank 0 does."""
-        if self._kept is not None and self._run.comm.rank == 0:
-            self._kept.clear()
+        if self.kept is not None and self._run.comm.rank == 0:
+            self.kept.clear()

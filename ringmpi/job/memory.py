@@ -24,6 +24,7 @@ from ..schedules.traffic import Shape
 from .inputs import Sizes
 from .masks import make_mask
 from .options import Options
+from .stream_plan import Planner, schedule_to_stream
 
 MPI_BYTES = 18 * 2**20         # measured with the mpich wheel, from 2 to 8 ranks
 SAMPLES = 2**20                # queries whose keys are counted, where there are more
@@ -69,6 +70,9 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process)
         its libraries included. With the CUDA backend: of each array in the GPU's memory, and their sum; CUDA's own
         memory comes on top.
     """
+    if options.stream:
+        planner = planner_of(sizes, ranks, options, process)
+        return planner.predict(planner.plan())
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)
     shapes = (n_q, sizes.heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim), (n_k, sizes.kv_heads, sizes.dim_v)
@@ -91,6 +95,12 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process)
     return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 
+def planner_of(sizes: Sizes, ranks: int, options: Options, process: Process) -> Planner:
+    """Give what plans the pieces of a job that streams, for ranks whose processes are as was measured. Local."""
+    backend = _class_of(options.backend, options.order == "canonical")
+    return Planner(sizes, ranks, options, backend, process.total)
+
+
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     """Give the schedule of a job; ``"auto"`` as it would choose if all ranks were on this node. Local.
 
@@ -101,6 +111,8 @@ def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:
     OptionError
         If the heads do not allow it, or it takes more than the options' limit.
     """
+    if options.stream:
+        return schedule_to_stream(options, ranks)
     on_gpu = options.backend in GPU_NAMES
     text = rates_of_this_machine(on_gpu)
     cores = len(affinity())

@@ -43,6 +43,7 @@ class Options:
     bfloat16_products: str = "auto"
     schedule: str = "auto"
     memory_limit: int | None = None
+    stream: bool = False
     order: str = ORDERS[0]
     output_driver: str = OUTPUT_DRIVERS[0]
     q: str = "q"

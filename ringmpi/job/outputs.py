@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES, accumulator
 from ..errors import CommError, OptionError, RankLost, RingError, RingTimeout
 from ..files.generations import check_folder
 from ..files.manifest import Shard
@@ -20,9 +21,11 @@ from ..files.record import check_record
 from ..files.shards import Output, folder_of_shards
 from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
+from .inputs import Sizes
 from .run import Run
 
 Array = NDArray[Any]
+Rows = tuple[tuple[int, ...], np.dtype[Any]]          # shape and dtype of a row
 
 
 def check_paths(source: Path, target: Path, json_path: Path | None, force: bool, checkpoints: Path | None = None
@@ -125,36 +128,56 @@ class Shards:
     Parameters
     ----------
     run : Run
+
+    Attributes
+    ----------
     output : Output
+        In the making.
     """
 
     def __init__(self, run: Run, output: Output) -> None:
         self._run = run
-        self._output = output
-        self._shard: Shard | None = None
+        self.output = output
+        self._mine: Sequence[Shard] = ()
         self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self._record: dict[str, Any] = {}
 
     def prepare(self) -> None:
         """Make this run's folder."""
         if self._run.comm.rank == 0:
-            self._output.prepare()
+            self.output.prepare()
 
     def write(self, n_q: int, rows: Mapping[str, Array], record: dict[str, Any]) -> None:
         """Write this rank's shard."""
         run = self._run
         start = Contiguous.even(n_q, run.comm.size).starts[run.comm.rank]
-        with run.timer.phase("write", f"writing {self._output.path}"), run.raise_on_all():
-            self._shard = self._output.write(run.comm.rank, start, rows["out"], rows["lse"])
-        self._shapes = {name: ((n_q, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
+        with run.timer.phase("write", f"writing {self.output.path}"), run.raise_on_all():
+            shard = self.output.write(run.comm.rank, start, rows["out"], rows["lse"])
+        self.take([shard], n_q, {name: (mine.shape[1:], mine.dtype) for name, mine in rows.items()}, record)
+
+    def take(self, mine: Sequence[Shard], n_q: int, like: Mapping[str, Rows], record: dict[str, Any]) -> None:
+        """Take shards that have been written for those of the result. Local.
+
+        Parameters
+        ----------
+        mine : sequence of Shard
+            That this rank brings, and no other.
+        n_q : int
+            Rows of all ranks.
+        like : mapping
+            See `rows_of_results`.
+        record : dict
+            How the result was made.
+        """
+        self._mine = mine
+        self._shapes = {name: ((n_q, *shape), dtype) for name, (shape, dtype) in like.items()}
         self._record = record
 
     def publish(self) -> None:
-        """Gather the shards of all ranks; rank 0 writes OUT.h5 over them."""
-        run, output = self._run, self._output
+        """Gather the shards of all ranks; rank 0 writes OUT.h5 over them. After an error those of a checkpoint stay."""
+        run, output = self._run, self.output
         try:
-            everyone = run.allgather_text(json.dumps(asdict(self._shard) if self._shard else {}))
-            shards = [Shard(**json.loads(text)) for text in everyone]
+            shards = gather_shards(run, self._mine)
             with run.timer.phase("write", f"writing {output.path}"), run.raise_on_all():
                 if run.comm.rank == 0:
                     output.publish(shards, self._shapes, self._record)
@@ -168,17 +191,36 @@ class Shards:
     @property
     def path(self) -> Path:
         """Of OUT.h5."""
-        return self._output.path
+        return self.output.path
 
     def is_published(self) -> bool:
         """Say whether OUT.h5 is there, and shows what this run has written. Local."""
-        return self._output.is_published()
+        return self.output.is_published()
 
     def discard_of_all(self) -> None:
         """Remove what any rank wrote. One rank, when the others do nothing more for this run."""
-        for rank in range(self._run.comm.size):
-            self._output.discard(rank)
+        self.output.discard_of_all()
 
     def discard(self) -> None:
         """Remove what this rank wrote; not once all have, unless all know that nothing appeared. Local."""
-        self._output.discard(self._run.comm.rank)
+        self.output.discard()
+
+
+def rows_of_results(sizes: Sizes, wanted: str | None) -> dict[str, Rows]:
+    """Give shape and dtype of a row of `out` and of `lse`. Local.
+
+    Parameters
+    ----------
+    sizes : Sizes
+    wanted : str, optional
+        Accumulator asked for.
+    """
+    dtype = DTYPES[sizes.dtype]
+    return {"out": ((sizes.heads, sizes.dim_v), dtype), "lse": ((sizes.heads,), accumulator(dtype, wanted))}
+
+
+def gather_shards(run: Run, mine: Sequence[Shard]) -> list[Shard]:
+    """Gather the shards of all ranks, in the order of their rows. Collective over *comm*."""
+    texts = run.allgather_text(json.dumps([asdict(shard) for shard in mine]))
+    return sorted((Shard(**shard) for text in texts for shard in json.loads(text)),
+                  key=lambda shard: (shard.start, shard.stop))

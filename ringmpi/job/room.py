@@ -34,10 +34,12 @@ def check_room(run: Run, sizes: Sizes, options: Options) -> None:
     ResourceError
         If a node has too little; it says what would do. The same on every rank.
     """
+    needed = 0
     with run.raise_on_all():
         schedule_within(sizes, run.comm.size, options)
         process = measure_process(options)
-        needed = predict_memory(sizes, run.comm.size, options, process)["total"]
+        if options.backend not in GPU_NAMES:
+            needed = predict_memory(sizes, run.comm.size, options, process)["total"]
     if options.backend in GPU_NAMES:
         return
     room, source = node_memory()
