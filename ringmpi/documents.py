@@ -46,6 +46,11 @@ class Documents:
         number = np.searchsorted(self.offsets, positions, side="right") - 1           # empty documents are passed
         return np.where((number >= 0) & (number < len(self.offsets) - 1), number, -1)
 
+    @property
+    def most(self) -> int:
+        """How many intervals a document sees at most."""
+        return self._stretches.most
+
     def seen(self, numbers: Integers, n_k: int) -> list[Interval]:
         """Give the keys that documents see, of `n_k` there are; -1 sees none. Local."""
         return self._stretches.seen(numbers, n_k)
@@ -74,6 +79,11 @@ class NumberedTokens:
         outside = len(self._of_tokens) - 1
         return self._of_tokens[np.where((positions >= 0) & (positions < outside), positions, outside)]
 
+    @property
+    def most(self) -> int:
+        """How many intervals a document sees at most."""
+        return self._stretches.most
+
     def seen(self, numbers: Integers, n_k: int) -> list[Interval]:
         """Give the keys that documents see, of `n_k` there are; -1 sees none. Local."""
         return self._stretches.seen(numbers, n_k)
@@ -87,6 +97,11 @@ class Stretches:
     count : int
         Numbers there are.
     owners, lows, highs : int64 array of shape (n,)
+
+    Attributes
+    ----------
+    most : int
+        Intervals of the number that has most, at least 1.
     """
 
     def __init__(self, count: int, owners: Integers, lows: Integers, highs: Integers) -> None:
@@ -100,6 +115,7 @@ class Stretches:
         begins = np.flatnonzero(new)
         last = np.append(begins[1:], len(owners))[:len(begins)] - 1
         owners, lows, highs = owners[begins], lows[begins], reach[last]
+        self.most = max(1, int(np.bincount(owners, minlength=1).max()))
         self._none = count                           # a number that has no interval
         self._first = np.searchsorted(owners, np.arange(count + 2))
         self._lows, self._highs = (np.concatenate([x, [0]]) for x in (lows, highs))

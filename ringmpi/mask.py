@@ -234,6 +234,12 @@ class Mask:
         """How many keys before it a query may see at most, but for the `first`; None: any."""
         return None if self.window is None or self.q_offset is not None or self.spans is not None else self.window[0]
 
+    @property
+    def most(self) -> int:
+        """How many intervals a query has at most."""
+        both = (2 if self.window is not None and self.first else 1) + (self._packed.most - 1 if self._packed else 0)
+        return both + (0 if self.spans is None else 2)
+
     @cached_property
     def _packed(self) -> Documents | NumberedTokens | None:
         """The documents, if there are any."""

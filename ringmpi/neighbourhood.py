@@ -90,6 +90,13 @@ class Grid(Mask):
         """A point may see any other before it."""
         return
 
+    @property
+    def most(self) -> int:
+        """How many intervals a point has at most."""
+        widths = [size if None in pair else min(size, sum(pair) + 1)  # type: ignore[arg-type]
+                  for size, pair in zip(self.shape, self.sides, strict=True)]
+        return max(1, math.prod(widths[:-1])) * (2 if self.periodic[-1] else 1)
+
     def bounds(self, queries: ArrayLike, n_q: int, n_k: int) -> list[Interval]:
         """Give the intervals of key positions that the queries see; see `Mask.bounds`. Local.
 

@@ -33,7 +33,9 @@ def test_bounds_are_the_dense_mask(options):
     got = np.zeros((n, n), int)
     j = np.arange(n)
     last = np.zeros(n, int)
-    for low, high in mask.bounds(j, n, n):
+    intervals = mask.bounds(j, n, n)
+    assert len(intervals) <= mask.most
+    for low, high in intervals:
         assert ((last <= low) & (low <= high) & (high <= n)).all()
         got += (j >= low[:, None]) & (j < high[:, None])
         last = high

@@ -51,6 +51,7 @@ def test_bounds_are_the_dense_mask(data, n_q, n_k):
     if fits and (said or not {"documents", "document_ids"} & set(options)):
         mask.check(n_q, n_k)
     intervals = mask.bounds(np.arange(n_q), n_q, n_k)
+    assert len(intervals) <= mask.most
     got = np.zeros((n_q, n_k), int)
     j = np.arange(n_k)
     for low, high in intervals:

@@ -53,7 +53,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     chosen = options.schedule == "auto" and options.order != "canonical" and not options.stream
     print(f"{'schedule':24}{schedule!s:>12}{' chosen as if all ranks were on this node' if chosen else ''}")
-    traffic = (_describe_passes(planner_of(sizes, ranks, options, process), mask) if options.stream else
+    traffic = (_describe_passes(planner_of(sizes, ranks, options, process, mask), mask) if options.stream else
                _describe_traffic(parts, schedule))
     for line in (*traffic, *_describe_result(sizes, options),
                  *_describe_time(sizes, options, mask, ranks, threads)):

@@ -95,10 +95,13 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process)
     return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 
-def planner_of(sizes: Sizes, ranks: int, options: Options, process: Process) -> Planner:
-    """Give what plans the pieces of a job that streams, for ranks whose processes are as was measured. Local."""
+def planner_of(sizes: Sizes, ranks: int, options: Options, process: Process, mask: Mask | None = None) -> Planner:
+    """Give what plans the pieces of a job that streams, for ranks whose processes are as was measured. Local.
+
+    Without the mask, what its arrays let be seen is not looked at.
+    """
     backend = _class_of(options.backend, options.order == "canonical")
-    return Planner(sizes, ranks, options, backend, process.total)
+    return Planner(sizes, ranks, options, backend, process.total, (mask or make_mask(options)).most)
 
 
 def schedule_of(sizes: Sizes, ranks: int, options: Options) -> Schedule:

@@ -157,7 +157,7 @@ class Stream:
                 self.rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
                 plain=options.softcap is None and not options.alibi, backward=False)
         process = int(run.comm.allgather(np.array([resident_bytes()]), run.timeout).max())
-        return Planner(sizes, run.comm.size, options, type(self._backend), process)
+        return Planner(sizes, run.comm.size, options, type(self._backend), process, self._data.mask.most)
 
     def _attend_piece(self, piece: Groups, done: Done) -> Done:
         """Attend with the queries of a piece, and write its results."""

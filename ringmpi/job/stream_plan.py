@@ -72,6 +72,8 @@ class Planner:
         Of the backend.
     process : int
         Bytes of this process, with all libraries.
+    intervals : int
+        That a query sees at most.
     """
 
     sizes: Sizes
@@ -79,6 +81,7 @@ class Planner:
     options: Options
     backend: type[Backend]
     process: int
+    intervals: int = 1
 
     def plan(self, start: int = 0) -> Pieces:
         """Plan the fewest pieces of the queries from `start` on.
@@ -158,9 +161,8 @@ class Planner:
     def _row(self) -> int:
         """Bytes for each query of a piece: itself, its state, and what it sees."""
         sizes = self.sizes
-        intervals = 2 if self.options.window is not None and self.options.first else 1
         return (sizes.heads * sizes.dim * DTYPES[sizes.dtype].itemsize + self._state
-                + ROW_BYTES * (1 + intervals))
+                + ROW_BYTES * (1 + self.intervals))
 
     @cached_property
     def _key(self) -> int:
