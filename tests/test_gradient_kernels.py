@@ -144,6 +144,26 @@ def test_pieces_are_taken(in_pieces, monkeypatch):
     assert all((got[name] != want[name]).any() for name in got)
 
 
+def test_few_pairs_take_multiply_adds(in_pieces, monkeypatch):
+    """Where splitting takes longer than it saves; they are compiled beforehand too."""
+    from ringmpi.backends.numba_ import compiled as compiled_
+    monkeypatch.setattr(numba_, "PIECE_USES", 640)
+    backend = open_backend("numba", 1)
+    backend.prepare(np.dtype("f4"), np.dtype("f4"), 16, 16, backward=True)
+    backend.close()
+    before = [len(f.signatures) for f in (compiled_.backward_keys, compiled_.backward_on_tiles)]
+    for n, same in ((100, True), (1400, False)):
+        q, k, v = data(0, n, n, 1, 1, 16, 16, "float32")
+        begin, end = np.zeros(n, int), np.full(n, n)
+        gradient, _ = known(q, k, v, begin, end, 0.2)
+        got = differentiate(gradient, q, k, v, begin, end, 0.2)
+        with monkeypatch.context() as fma:
+            fma.setattr(numba_.NumbaBackend, "float32_products", "fma")
+            want = differentiate(gradient, q, k, v, begin, end, 0.2)
+        assert all((got[name] == want[name]).all() == same for name in got)
+    assert [len(f.signatures) for f in (compiled_.backward_keys, compiled_.backward_on_tiles)] == before
+
+
 def cancelling(q, k, v, dout):
     """Scores and products dout·v of which all but the last digits cancel: between the first and the last number.
 

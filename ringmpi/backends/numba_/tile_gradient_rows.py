@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from .amx import ROWS, TILE, lanes, to_row
 from .pieces import joined_pairs, split
 from .tile_squares import SIDE
-from .vector import Vectors, at, constant, load, loop, store, unpack
+from .vector import Vectors, at, constant, load, store, unpack
 
 PLACE = TILE // 2           # float32 in a tile
 
@@ -31,25 +31,25 @@ class Places(NamedTuple):
 
 
 @intrinsic
-def differentiate_square(context, work, place, score, scale, pieces):  # type: ignore[no-untyped-def]
-    """Make P and dS of the S and dP in `work.s`, of a score that is plain; all pairs are seen.
+def differentiate_keys(context, work, place, score, scale, pieces, pair):  # type: ignore[no-untyped-def]
+    """Make P and dS of keys 2·pair and 2·pair + 1 of a square, of a score that is plain; all pairs are seen.
 
     `work` is a `TileGradientWork`, `place` a `SquarePlace`, `score` a `TileScore`; dS is `scale` times the gradient of
     the score. `pieces` is the tuple of their numbers.
     """
-    return _differentiate(work, place, score, scale, pieces, masked=False, capped=False)
+    return _differentiate(work, place, score, scale, pieces, pair, masked=False, capped=False)
 
 
 @intrinsic
-def differentiate_masked_square(context, work, place, score, scale, pieces):  # type: ignore[no-untyped-def]
-    """Do what `differentiate_square` does where not all pairs are seen; of the others both are 0."""
-    return _differentiate(work, place, score, scale, pieces, masked=True, capped=False)
+def differentiate_masked_keys(context, work, place, score, scale, pieces, pair):  # type: ignore[no-untyped-def]
+    """Do what `differentiate_keys` does where not all pairs are seen; of the others both are 0."""
+    return _differentiate(work, place, score, scale, pieces, pair, masked=True, capped=False)
 
 
 @intrinsic
-def differentiate_capped_square(context, work, place, score, scale, pieces):  # type: ignore[no-untyped-def]
-    """Do what `differentiate_masked_square` does, of a score that has a cap."""
-    return _differentiate(work, place, score, scale, pieces, masked=True, capped=True)
+def differentiate_capped_keys(context, work, place, score, scale, pieces, pair):  # type: ignore[no-untyped-def]
+    """Do what `differentiate_masked_keys` does, of a score that has a cap."""
+    return _differentiate(work, place, score, scale, pieces, pair, masked=True, capped=True)
 
 
 @numba.njit
@@ -66,16 +66,16 @@ def query_column(r, pieces):  # type: ignore[no-untyped-def]
     return query_lane(r, pieces)
 
 
-def _differentiate(work: Any, place: Any, score: Any, scale: Any, pieces: Any, masked: bool, capped: bool) -> Any:
+def _differentiate(work: Any, place: Any, score: Any, scale: Any, pieces: Any, pair: Any, masked: bool,
+                   capped: bool) -> Any:
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         work, place, score = (unpack(context, builder, signature.args[i], values[i]) for i in range(3))
         pass_ = _Pass(Vectors(builder, types.float32), work, place, score, values[3], masked, capped)
         pass_.put = _put_rounded if len(pieces) == 1 else _put_pieces
-        with loop(builder, constant(0), constant(SIDE // 2)) as pair:
-            pass_.keys(pair)
+        pass_.keys(values[5])
         return context.get_dummy_value()
 
-    return types.void(work, place, score, scale, pieces), emit
+    return types.void(work, place, score, scale, pieces, pair), emit
 
 
 def _put_rounded(builder: Any, work: Any, place: Places, numbers: list[list[tuple[Any, Any]]]) -> None:
@@ -107,7 +107,7 @@ def _put_pieces(builder: Any, work: Any, place: Places, numbers: list[list[tuple
 
 
 class _Pass:
-    """Emits the pass over a square, two keys at a time, which `put` stores."""
+    """Emits the pass over two keys of a square, which `put` stores."""
 
     put: Any
 
@@ -131,7 +131,7 @@ class _Pass:
         b = self.v.builder
         place = self.place
         down, row = b.lshr(pair, constant(3)), b.shl(b.and_(pair, constant(7)), constant(1))
-        source = b.add(b.mul(down, constant(2 * PLACE)), b.mul(row, constant(ROWS)))
+        source = b.add(place.s, b.add(b.mul(down, constant(2 * PLACE)), b.mul(row, constant(ROWS))))
         first = b.add(place.key, b.shl(pair, constant(1)))
         numbers = [[self.numbers(b.add(source, constant(h * PLACE + k * ROWS)), b.add(first, constant(k)), h)
                     for h in (0, 1)] for k in (0, 1)]

@@ -1,6 +1,6 @@
 """The backward pass on the CPU's tiles: a packed tile of keys differentiated for a tile of rows.
 
-    for each square of 32 keys × 32 rows:        Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, Pᵀ and dSᵀ from them, as bfloat16
+    for each square of 32 keys × 32 rows:        Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ; meanwhile Pᵀ and dSᵀ of the square before
     for each 32 rows, over the keys they see:    dQᵀ += Kᵀ·dSᵀ
     for each 32 keys, over the rows they see:    dV += Pᵀ·dO, dK += dSᵀ·Q
 
@@ -17,15 +17,19 @@ from __future__ import annotations
 import numba
 
 from .amx import ROWS, TILE
+from .forward_tile import address
+from .tile_forward import add_four, load_two, store_four, zero_four
 from .tile_gradient_rows import (
     PLACE,
-    differentiate_capped_square,
-    differentiate_masked_square,
-    differentiate_square,
+    differentiate_capped_keys,
+    differentiate_keys,
+    differentiate_masked_keys,
     query_lane,
 )
-from .tile_squares import SIDE, add_square, square
+from .tile_squares import SIDE, add_square, ask
 from .tuples import Square, SquarePlace, Strided
+
+LINE = 64                   # bytes of a cache line
 
 
 @numba.njit
@@ -43,28 +47,82 @@ def differentiate_packed(tile, slot, work, packed, sums, sums_at, gradient, scor
     height, keys, size, pieces = len(work.lse), packed.tile, size_of(packed), packed.pieces
     depth, depth_v = len(work.queries) * ROWS // (height * size), len(work.douts) * ROWS // (height * size)
     keys_at = slot * keys // ROWS * depth * size
-    values_at = slot * keys // ROWS * depth_v * size
-    for b in range(tile.rows // SIDE):
+    blocks = tile.rows // SIDE
+    slots = (depth + depth_v) * (len(pieces) * (len(pieces) + 1) // 2)
+    following = after(slot + 1, sums_at + keys, blocks * keys // 2, packed, sums)
+    waiting, steps, asked = SquarePlace(0, 0, 0, 0, 0, 0, 0, False), 0, 0
+
+    # The products of a square, and P and dS of the one before between them; then those of the last alone.
+    for b in range(blocks):
         first, last, inner_first, inner_last = work.seen[b]
         for k in range(first // SIDE, -(-last // SIDE)):
-            square(Strided(packed.keys, keys_at + 2 * k * depth * size, depth * size),
-                   Strided(work.queries, 2 * b * depth * size, depth * size), Square(work.s, 0, ROWS, 2 * PLACE, PLACE),
-                   depth, pieces)
-            square(Strided(packed.values, values_at + 2 * k * depth_v * size, depth_v * size),
-                   Strided(work.douts, 2 * b * depth_v * size, depth_v * size),
-                   Square(work.s, 4 * PLACE, ROWS, 2 * PLACE, PLACE), depth_v, pieces)
+            inner = inner_first <= k * SIDE and (k + 1) * SIDE <= inner_last
             place = SquarePlace(b * SIDE, k * SIDE, (2 * k * (height // SIDE) + b) * size, height // SIDE * size,
-                                (2 * b * (keys // SIDE) + k) * size, keys // SIDE * size)
-            if score.cap != 0:
-                differentiate_capped_square(work, place, score, gradient.scale, pieces)
-            elif inner_first <= k * SIDE and (k + 1) * SIDE <= inner_last:
-                differentiate_square(work, place, score, gradient.scale, pieces)
-            else:
-                differentiate_masked_square(work, place, score, gradient.scale, pieces)
+                                (2 * b * (keys // SIDE) + k) * size, keys // SIDE * size, 8 * PLACE - waiting.s, inner)
+            credit = done = 0
+            for product in range(2):
+                deep = depth_v if product else depth
+                below = 2 * deep * size
+                a = address(packed.values if product else packed.keys) + (slot * keys // ROWS + 2 * k) * below
+                x = address(work.douts if product else work.queries) + 2 * b * below
+                zero_four()
+                for d in range(deep):
+                    for piece in range(len(pieces)):
+                        load_two(a + 2 * (d * size + piece * TILE), below)
+                        for other in range(len(pieces) - piece):
+                            add_four(x + 2 * (d * size + other * TILE), below)
+                            credit += steps
+                            while credit >= slots:
+                                differentiate_pair(work, waiting, score, gradient.scale, pieces, done)
+                                ask_for(following, asked)
+                                asked += 1
+                                done += 1
+                                credit -= slots
+                store_four(address(work.s) + 4 * (place.s + 4 * product * PLACE), 8 * PLACE)
+            waiting, steps = place, SIDE // 2
+    for pair in range(steps):
+        differentiate_pair(work, waiting, score, gradient.scale, pieces, pair)
     if gradient.of_queries:
         add_to_queries(tile.rows, work, packed, keys_at)
     if gradient.of_keys:
         add_to_keys(tile.rows, work, packed, sums, sums_at)
+
+
+@numba.njit(error_model="numpy")
+def after(slot, sums_at, steps, packed, sums):  # type: ignore[no-untyped-def]
+    """Give address and bytes of each part of a packed tile and of the sums of its keys, and what goes in a step."""
+    slots = len(packed.odd) // packed.tile
+    key, value = 2 * len(packed.keys) // slots, 2 * len(packed.values) // slots
+    row, row_v = 4 * sums.dk.shape[1], 4 * sums.dv.shape[1]
+    return (part_of(packed.keys, slot * key, key, steps), part_of(packed.k_turned, slot * key, key, steps),
+            part_of(packed.values, slot * value, value, steps),
+            part_of(sums.dk, sums_at * row, packed.tile * row, steps),
+            part_of(sums.dv, sums_at * row_v, packed.tile * row_v, steps))
+
+
+@numba.njit(error_model="numpy")
+def part_of(array, at, size, steps):  # type: ignore[no-untyped-def]
+    """Give the address and the bytes of a part of an array, and the bytes of one of so many steps, in whole lines."""
+    return address(array) + at, size, -(-size // (LINE * steps)) * LINE
+
+
+@numba.njit(error_model="numpy", forceinline=True)
+def ask_for(parts, step):  # type: ignore[no-untyped-def]
+    """Ask for what goes in a step of some parts: what is to be read soon comes from far in time."""
+    for first, size, each in parts:
+        for place in range(first + step * each, first + min((step + 1) * each, size), LINE):
+            ask(place)
+
+
+@numba.njit(error_model="numpy", forceinline=True)
+def differentiate_pair(work, place, score, scale, pieces, pair):  # type: ignore[no-untyped-def]
+    """Make P and dS of two keys of a square."""
+    if score.cap != 0:
+        differentiate_capped_keys(work, place, score, scale, pieces, pair)
+    elif place.inner:
+        differentiate_keys(work, place, score, scale, pieces, pair)
+    else:
+        differentiate_masked_keys(work, place, score, scale, pieces, pair)
 
 
 @numba.njit(error_model="numpy")

@@ -1,4 +1,4 @@
-"""The product of the tile unit: C = A·B or C = C + A·B for 32 × 32 numbers of C, two tiles by two.
+"""The product of the tile unit: C = C + A·B for 32 × 32 numbers of C, two tiles by two.
 
 At each step of the depth, 32 bfloat16, two tiles of A and two of B are loaded for four products, so that the loads take
 half of the time of the products where they come from the first-level cache. Of numbers in three pieces six products
@@ -13,8 +13,8 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import TILE, dot_tile, load_tile, store_tile, zero_tile
-from .vector import at, constant, loop, unpack
+from .amx import TILE, dot_tile, load_tile, store_tile
+from .vector import at, constant, loop, prefetch, unpack
 
 SIDE = 32                   # numbers of C
 A, B = (4, 5), (6, 7)       # tiles; C is tiles 0 to 3, row by row
@@ -23,32 +23,29 @@ FLOAT_BYTES = 4
 
 
 @intrinsic
-def square(context, a, b, c, depth, pieces):  # type: ignore[no-untyped-def]
-    """C = A·B over `depth` tiles; a and b are `Strided` of bfloat16 bits, c is a `Square`.
+def ask(context, address):  # type: ignore[no-untyped-def]
+    """Ask for the line of an address to come to the second-level cache; any address is allowed."""
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        prefetch(builder, values[0])
+        return context.get_dummy_value()
 
-    Tiles of A, and of B, that follow each other along the depth lie side by side, each with all its pieces, of which
-    `pieces` is the tuple of numbers; `row` elements after them those of the other 16 rows of A, or columns of B.
-    """
-    return _square(a, b, c, depth, pieces, fresh=True)
+    return types.void(address), emit
 
 
 @intrinsic
 def add_square(context, a, b, c, depth, pieces):  # type: ignore[no-untyped-def]
-    """C = C + A·B; else as `square`."""
-    return _square(a, b, c, depth, pieces, fresh=False)
+    """C = C + A·B over `depth` tiles; a and b are `Strided` of bfloat16 bits, c is a `Square`.
 
-
-def _square(a: Any, b: Any, c: Any, depth: Any, pieces: Any, fresh: bool) -> Any:
+    Tiles of A, and of B, that follow each other along the depth lie side by side, each with all its pieces, of which
+    `pieces` is the tuple of numbers; `row` elements after them those of the other 16 rows of A, or columns of B.
+    """
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         a, b, c = (unpack(context, builder, signature.args[i], values[i]) for i in range(3))
         corners = [at(builder, at(builder, at(builder, c.array, c.at), builder.mul(c.down, constant(i))),
                       builder.mul(c.right, constant(j))) for i in (0, 1) for j in (0, 1)]
         row_bytes = builder.mul(c.row, constant(FLOAT_BYTES))
         for tile, corner in enumerate(corners):
-            if fresh:
-                zero_tile(builder, tile)
-            else:
-                load_tile(builder, tile, corner, row_bytes)
+            load_tile(builder, tile, corner, row_bytes)
 
         left, right = ([at(builder, x.array, x.at), at(builder, x.array, builder.add(x.at, x.row))] for x in (a, b))
         with loop(builder, constant(0), values[3]) as step:

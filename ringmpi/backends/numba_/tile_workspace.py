@@ -114,7 +114,7 @@ class _Spare:
 def _work(width: int, width_v: int, rows: int, keys: int, pieces: int) -> TileGradientWork:
     """Make what a thread needs for a tile of rows."""
     item, both = 2 * pieces, width + width_v
-    arena = Arena(rows * ((2 * item + 12) * both + 3 * item * keys + 64) + 4 * keys + 32 * PLACE,
+    arena = Arena(rows * ((2 * item + 12) * both + 3 * item * keys + 64) + 4 * keys + 64 * PLACE,
                   len(TileGradientWork._fields))
 
     def bits(numbers: int) -> Array:
@@ -124,7 +124,7 @@ def _work(width: int, width_v: int, rows: int, keys: int, pieces: int) -> TileGr
     low, high = (arena.take(rows, np.int64) for _ in range(2))
     low_here, high_here = (arena.take(rows, np.int32) for _ in range(2))
     return TileGradientWork(
-        s=arena.take(8 * PLACE, np.float32), queries=bits(rows * width), douts=bits(rows * width_v),
+        s=arena.take(16 * PLACE, np.float32), queries=bits(rows * width), douts=bits(rows * width_v),
         p=bits(rows * keys), ds=bits(rows * keys), ds_pairs=bits(rows * keys), dq=arena.take(rows * width, np.float32),
         query_pairs=bits(rows * width), dout_pairs=bits(rows * width_v), lse=lse, delta=delta, low=low, high=high,
         odd=arena.take(rows, np.bool_), low_here=low_here, high_here=high_here, key_here=arena.take(keys, np.int32),

@@ -372,8 +372,8 @@ class TileGradientWork(NamedTuple):
         Q and dO transposed: for 16 rows all their numbers; see `tile_pack`.
     query_pairs, dout_pairs : arrays of one axis
         The same interleaved, cleaned: for 16 numbers all rows.
-    s : (2048,)
-        S of a square, then dP; four tiles each, of keys × rows.
+    s : (4096,)
+        S of a square, then dP, of two squares; four tiles each, of keys × rows.
     p, ds : (keys · rows,)
         As rows: for 16 keys all rows.
     ds_pairs : (keys · rows,)
@@ -538,7 +538,8 @@ class SquarePlace(NamedTuple):
     """A square of 32 rows from `row` on and 32 keys from `key` on, and where it is in a `TileGradientWork`.
 
     Its first 16 keys are from element `at` of p and ds on, the others `down` after them; its first 16 rows from element
-    `pairs_at` of ds_pairs on, the others `pairs_next` after them.
+    `pairs_at` of ds_pairs on, the others `pairs_next` after them. Its S and dP are from element `s` of s on. `inner`:
+    every row sees all of its keys.
     """
 
     row: Any
@@ -547,6 +548,8 @@ class SquarePlace(NamedTuple):
     down: Any
     pairs_at: Any
     pairs_next: Any
+    s: Any
+    inner: Any
 
 
 class Prefetch(NamedTuple):
