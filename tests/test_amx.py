@@ -290,6 +290,23 @@ def test_a_cut_for_one_order_is_not_taken_for_another():
         np.testing.assert_array_equal(first, last)
 
 
+@needs_tiles
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Rows whose weights become too large again and again, far beyond any exponent, among others that see the same."""
+    rng = np.random.default_rng(1)
+    q, k, v = (rng.standard_normal((n, 1, 40)) for n in (300, 1100, 1100))
+    q[::3, 0, 0], k[:, 0, 0] = 30, np.linspace(0, 40, 1100)
+    q[1::3, 0, 0] = 0
+    q, k, v = (x.astype(BFLOAT16) for x in (q, k, v))
+    order = rng.permutation(300)
+    backend = open_backend("numba", 1)
+    got, again = (fold_all(backend, "tiles", x, k, v, 50, 0.2) for x in (q, q[order]))
+    plain = fold_all(backend, "widen", q, k, v, 50, 0.2)
+    for x, y, z in zip(got, again, plain, strict=True):
+        np.testing.assert_array_equal(x[order], y)
+        np.testing.assert_allclose(x, z, atol=2e-2, rtol=1e-5)
+
+
 def fold_all(backend, products, q, k, v, begin, scale):
     """Every row sees all keys from `begin` on."""
     backend.settle(products, [backend.ways])

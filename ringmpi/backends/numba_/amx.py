@@ -85,6 +85,11 @@ def load_tile(builder: ir.IRBuilder, tile: int, pointer: Any, row_bytes: Any = R
     _emit(builder, "tileloadd64", [_name(tile), builder.bitcast(pointer, BYTES), _bytes(row_bytes)])
 
 
+def load_passing_tile(builder: ir.IRBuilder, tile: int, pointer: Any) -> None:
+    """Load a tile that is not needed again soon, as it should not drive out of the cache what is; see `load_tile`."""
+    _emit(builder, "tileloaddt164", [_name(tile), builder.bitcast(pointer, BYTES), _bytes(ROW_BYTES)])
+
+
 def store_tile(builder: ir.IRBuilder, tile: int, pointer: Any, row_bytes: Any = ROW_BYTES) -> None:
     """Store a tile; see `load_tile`."""
     _emit(builder, "tilestored64", [_name(tile), builder.bitcast(pointer, BYTES), _bytes(row_bytes)])

@@ -38,7 +38,7 @@ from . import (
     vector,
     weights,
 )
-from .amx import DEPTH, configure, release
+from .amx import configure, release
 from .backward_tile import backward_packed, load_backward_rows, pack_tile, store_backward_rows
 from .cache import KernelCache, warn_once
 from .few_rows import MOST
@@ -53,28 +53,14 @@ from .forward_tile import (
     work_from,
 )
 from .pack import lanes, pack_keys, pack_values
-from .pieces import all_pieces, tile_size
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
-from .tile_forward import (
-    GROUP_BYTES,
-    add_odd,
-    advance,
-    factors_of,
-    load_tile_rows,
-    pack_unit,
-    places_of,
-    round_sums,
-    sizes_of,
-    store_tile_rows,
-    unit_of,
-)
+from .tile_forward import load_tile_rows, pack_unit, sizes_of, store_tile_rows
 from .tile_gradient_load import load_gradient_rows, pack_gradient_tile, store_gradient_rows
 from .tile_gradient_odd import differentiate_odd
 from .tile_gradients import differentiate_packed, find_seen
-from .tile_pack import steps
-from .tile_rows import BLOCK, KEYS
 from .tile_squares import SIDE
+from .tile_units import fold_units
 from .tuples import (
     BlockArrays,
     ColumnRange,
@@ -85,7 +71,6 @@ from .tuples import (
     Tile,
     TileWork,
     Tokens,
-    Unit,
 )
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
@@ -282,41 +267,7 @@ def _forward_on_tiles(digest: str) -> tuple[Any, ...]:
             rows, columns = RowRange(x[0], x[1], x[2], x[3]), ColumnRange(x[4], x[5], x[6], x[7] != 0, x[8] != 0)
             if columns.fresh:
                 load_tile_rows(block, state, rows, group, work, sizes)
-
-            places, factors = places_of(work, packed, all_pieces(block.k.array)), factors_of(block, rows, group)
-            scale = max(block.scale, np.float32(1e-45))               # 0 · -inf would be NaN
-            depth, width = steps(block.k.shape[2]), steps(block.v.shape[2])
-            a, b = visible(work.low, work.high, rows.n_rows, columns.start, columns.stop)
-            a -= (a - columns.origin) % packed.tile
-            tiles, blocks = -(-(b - a) // packed.tile), -(-rows.n_rows // BLOCK)
-            together = max(1, GROUP_BYTES // (KEYS // DEPTH * 4 * tile_size(block.k.array) * (depth + width)))
-
-            # Some tiles that fit the cache, with a block of rows after the other; two steps more until all is done.
-            configure()
-            none = Unit(0, 0, 0, 0, 0, False, False)
-            scored = weighed = none
-            number = 0
-            for i in range(tiles * blocks + 2):
-                new = none
-                if i < tiles * blocks:
-                    first = i // (together * blocks) * together
-                    size = min(together, tiles - first)
-                    inside = i - first * blocks
-                    at = a + (first + inside % size) * packed.tile
-                    slot = rows.head * packed.tiles + (at - columns.origin) // packed.tile
-                    odd = work.uneven[inside // size] or not packed.finite[slot]
-                    new = unit_of(places, inside // size, at, min(packed.tile, columns.stop - at), slot, odd)
-                    if new.first == new.last:
-                        continue
-                advance(new, scored, weighed, number, places, factors, depth, width, scale, capping)
-                if weighed.first < weighed.last and not packed.finite[weighed.slot]:
-                    add_odd(weighed, number % 2, rows.head, work, block.v)
-                if sizes.small and weighed.first < weighed.last:
-                    round_sums(weighed.block, work, 2 * width)
-                weighed, scored = scored, new
-                number += 1
-            release()
-
+            fold_units(block, rows, columns, group, packed, work, sizes, capping)
             if columns.final:
                 store_tile_rows(state, rows, group, work, sizes)
 

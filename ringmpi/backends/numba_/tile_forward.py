@@ -1,13 +1,12 @@
-"""The forward pass on the tile unit: units of 32 rows × 192 keys, three of them at work at a time.
+"""The forward pass of float32 in pieces on the tile unit: units of 32 rows × 192 keys, three of them at work at a time.
 
     unit t:        S = Q·K           tile unit
     unit t - 1:    P and its sums    vector units, in steps between the products of the others
     unit t - 2:    acc += P·V        tile unit
 
-In float32 the product of a unit is summed by itself before it is added to acc, so that long sums keep their digits.
-Some packed tiles, which fit the second-level cache, meet a block of rows one after the other, whose acc and Q stay in
-the first; then they meet the next block of the task. What no row of a block sees of a tile is left out, in strips of 32
-keys; what not every row of it sees is hidden in S. A unit of scores is 24 KiB, of weights 12; there are two of each.
+The product of a unit is summed by itself before it is added to acc, so that long sums keep their digits. What no row
+of a block sees of a tile is left out, in strips of 32 keys; what not every row of it sees is hidden in S. For bfloat16
+see `tile_strips`; packing, rows and odd numbers are here for both.
 
 Odd numbers are zeros in the packed tiles; what they give is added one by one, where a row sees them. So they reach
 nothing else, and what a row becomes does not depend on where its block or its keys were cut. Odd are values that are
@@ -24,7 +23,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_tile, store_tile, zero_tile
+from .amx import BYTES, DEPTH, ROWS, TILE, TILE_BYTES, dot_tile, load_passing_tile, load_tile, store_tile, zero_tile
 from .forward_tile import address
 from .pack import place_of, widen
 from .pieces import FINITE, LIFT, MOST_FACTOR, MOST_VALUE, is_odd, span_of, tile_size
@@ -33,7 +32,6 @@ from .tile_rows import (
     BLOCK,
     KEYS,
     PAIR,
-    QUAD,
     SQUARE,
     STRIPS,
     add_part,
@@ -45,6 +43,8 @@ from .tile_rows import (
     hide,
     integer_at,
     raise_block,
+    row_from_tiles,
+    row_to_tiles,
     scale_row,
     single_at,
     weigh_few,
@@ -53,7 +53,6 @@ from .tuples import Factors, Sizes, Span, TilePlaces, Unit
 from .vector import at
 
 SMALL = np.float32(2.0**-100)
-GROUP_BYTES = 2**19                         # of packed tiles that a block of rows meets one after the other
 S_SIZE = BLOCK * KEYS                       # numbers of a unit
 P_SIZE = BLOCK * KEYS
 
@@ -117,6 +116,20 @@ def add_four(context, b, b_beside):  # type: ignore[no-untyped-def]
     return types.void(b, b_beside), emit
 
 
+@intrinsic
+def add_passing(context, b, b_beside):  # type: ignore[no-untyped-def]
+    """Do what `add_four` does, with tiles of B that are not needed again soon."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        first = builder.inttoptr(values[0], BYTES)
+        load_passing_tile(builder, 6, first)
+        load_passing_tile(builder, 7, at(builder, first, values[1]))
+        for total, x, y in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)):
+            dot_tile(builder, total, x, y)
+        return context.get_dummy_value()
+
+    return types.void(b, b_beside), emit
+
+
 def _four(builder: Any, values: Any) -> list[Any]:
     start, below = values
     first = builder.inttoptr(start, BYTES)
@@ -156,16 +169,18 @@ def factors_of(block, rows, group):  # type: ignore[no-untyped-def]
 def unit_of(places, block, start, n, slot, odd):  # type: ignore[no-untyped-def]
     """Say what a block of rows sees of n columns from `start` on, packed as tile `slot`, as a `Unit`."""
     first, last, inner_first, inner_last = n, 0, 0, n
+    fresh = False
     for r in range(block * BLOCK, (block + 1) * BLOCK):
         a, b = max(integer_at(places.low, r) - start, 0), min(integer_at(places.high, r) - start, n)
         if a < b:
             first, last = min(first, a), max(last, b)
+            fresh |= single_at(places.row_max, r) == -np.inf
         inner_first, inner_last = max(inner_first, a), min(inner_last, b)
     if first >= last:
-        return Unit(block, start, slot, 0, 0, False, False)
+        return Unit(block, start, slot, 0, 0, False, False, False)
     first_strip, last_strip = first // DEPTH, -(-last // DEPTH)
     partial = inner_first > first_strip * DEPTH or inner_last < last_strip * DEPTH
-    return Unit(block, start, slot, first_strip, last_strip, partial, odd)
+    return Unit(block, start, slot, first_strip, last_strip, partial, odd, fresh)
 
 
 @numba.njit(error_model="numpy")
@@ -180,7 +195,7 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
         shrink_block(weighed, mine, places, 2 * width)
     pieces = len(places.pieces)
     size = pieces * TILE_BYTES
-    most = BLOCK // rows_a_step(places) * (scored.last - scored.first)
+    most = BLOCK // PAIR * (scored.last - scored.first)
     slots = ((new.last - new.first) * depth + (weighed.last - weighed.first) * width) * (pieces * (pieces + 1) // 2)
     credit = done = 0
 
@@ -210,12 +225,8 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
     wide = STRIPS * size                                        # of the keys of 16 columns or rows
     weights = places.p + mine * P_SIZE * 2 * pieces
     values = places.values + weighed.slot * 2 * width * wide
-    sums = places.acc + 4 * weighed.block * width * TILE_BYTES
     for c in range(width if weighed.first < weighed.last else 0):
-        if pieces == 1:
-            load_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
-        else:
-            zero_four()
+        zero_four()
         for j in range(weighed.first, weighed.last):
             for piece in range(pieces):
                 load_two(weights + j * size + piece * TILE_BYTES, wide)
@@ -226,13 +237,10 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
                         soften(done, scored, other, places, scale)
                         done += 1
                         credit -= slots
-        if pieces == 1:
-            store_four(sums + 2 * c * TILE_BYTES, 2 * width * TILE_BYTES)
-        else:
-            store_four(places.part + c % 2 * 4 * TILE_BYTES, 2 * TILE_BYTES)
-            if c > 0:
-                add_part(places, c - 1, 4 * weighed.block * width, 2 * width)
-    if pieces > 1 and weighed.first < weighed.last:
+        store_four(places.part + c % 2 * 4 * TILE_BYTES, 2 * TILE_BYTES)
+        if c > 0:
+            add_part(places, c - 1, 4 * weighed.block * width, 2 * width)
+    if weighed.first < weighed.last:
         add_part(places, width - 1, 4 * weighed.block * width, 2 * width)
 
     if most:
@@ -244,15 +252,8 @@ def advance(new, scored, weighed, number, places, factors, depth, width, scale, 
 @numba.njit(error_model="numpy", forceinline=True)
 def soften(number, unit, half, places, scale):  # type: ignore[no-untyped-def]
     """Do step `number` of a unit's softmax."""
-    few = rows_a_step(places)
-    weigh_few(places, half * S_SIZE, half * P_SIZE * len(places.pieces), half * BLOCK, number * few % BLOCK,
-              unit.first + number * few // BLOCK, scale)
-
-
-@numba.njit(forceinline=True)
-def rows_a_step(places):  # type: ignore[no-untyped-def]
-    """Rows whose weights of a strip are made at a time."""
-    return QUAD if len(places.pieces) == 1 else PAIR
+    weigh_few(places, half * S_SIZE, half * P_SIZE * len(places.pieces), half * BLOCK, number * PAIR % BLOCK,
+              unit.first + number * PAIR // BLOCK, scale)
 
 
 @numba.njit(error_model="numpy")
@@ -265,7 +266,7 @@ def soften_all(count, unit, half, places, scale):  # type: ignore[no-untyped-def
 @numba.njit(error_model="numpy", forceinline=True)
 def end_strip(strip, unit, half, places, factors, capping):  # type: ignore[no-untyped-def]
     """Do what the scores of a strip need before their weights are made."""
-    if len(places.pieces) > 1 and unit.odd:
+    if unit.odd:
         add_odd_scores(strip, unit, half, places, factors)
     if capping[1] != 0:
         cap_strip(strip, half, places, capping)
@@ -375,6 +376,12 @@ def round_sums(block, work, tiles):  # type: ignore[no-untyped-def]
             work.acc[i] = (x + whole) - whole
 
 
+@numba.njit
+def row_address(acc, query, head):  # type: ignore[no-untyped-def]
+    """Address of a row's first number, the others after it."""
+    return address(acc) + query * acc.strides[0] + head * acc.strides[1]
+
+
 @numba.njit(error_model="numpy")
 def load_tile_rows(block, state, rows, group, work, sizes):  # type: ignore[no-untyped-def]
     """Take up rows of a key head into the work space; those after the last see nothing."""
@@ -384,16 +391,18 @@ def load_tile_rows(block, state, rows, group, work, sizes):  # type: ignore[no-u
     span = span_of(block.q.array)
     for first in range(0, rows.n_rows, BLOCK):
         place = first // BLOCK * size
-        work.queries[place:place + size] = 0
+        if rows.n_rows - first < BLOCK:
+            work.queries[place:place + size] = 0
         work.uneven[first // BLOCK] = not pack_rows(block.q, rows.first + first, min(BLOCK, rows.n_rows - first),
                                                     rows.head, group, span, work.queries, place)
-    work.acc[:height * tiles * ROWS] = 0
+    if rows.n_rows < height or state.acc.shape[2] < tiles * ROWS:
+        work.acc[:height * tiles * ROWS] = 0
     work.sums[:] = 0
     for r in range(height):
         if r >= rows.n_rows:
             work.low[r] = work.high[r] = 0
             work.row_max[r] = -np.inf
-            work.row_sum[r] = 0
+            work.row_sum[r] = work.shift[r] = 0
             continue
         query, member = divmod(rows.first + r, group)
         h = rows.head * group + member
@@ -401,12 +410,9 @@ def load_tile_rows(block, state, rows, group, work, sizes):  # type: ignore[no-u
         work.high[r] = max(block.begin[query], block.end[query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
-        given = state.acc[query, h]
+        work.shift[r] = -work.row_max[r] if work.row_max[r] != -np.inf else 0
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
-        for first in range(0, len(given), ROWS):
-            for c in range(min(ROWS, len(given) - first)):
-                work.acc[place + c] = given[first + c] * sizes.factor
-            place += SQUARE
+        row_to_tiles(row_address(state.acc, query, h), address(work.acc) + 4 * place, state.acc.shape[2], sizes.factor)
 
 
 @numba.njit(error_model="numpy")
@@ -418,11 +424,8 @@ def store_tile_rows(state, rows, group, work, sizes):  # type: ignore[no-untyped
             continue
         query, member = divmod(rows.first + r, group)
         h = rows.head * group + member
-        row = state.acc[query, h]
         place = r // ROWS * tiles * SQUARE + r % ROWS * ROWS
-        for first in range(0, len(row), ROWS):
-            for c in range(min(ROWS, len(row) - first)):
-                row[first + c] = work.acc[place + c] / sizes.factor + 0    # -0 becomes 0
-            place += SQUARE
+        row_from_tiles(address(work.acc) + 4 * place, row_address(state.acc, query, h), state.acc.shape[2],
+                       sizes.factor)
         state.row_sum[query, h] = work.row_sum[r]
         state.row_max[query, h] = work.row_max[r]

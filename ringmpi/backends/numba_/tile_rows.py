@@ -14,19 +14,19 @@ others of its block see.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .amx import DEPTH, I16, I64, ROWS, TILE, to_row
+from .amx import DEPTH, I16, I64, ROWS, SINGLES, TILE
 from .pieces import joined_row, split
 from .tuples import TilePlaces
-from .vector import Vectors, at, constant, loop, store, unpack
+from .vector import Vectors, at, constant, load, loop, splat, store, unpack
 
-QUAD = 4                    # rows that go side by side; PAIR where weights go in pieces, which takes more registers
+QUAD = 4                    # rows that go side by side; PAIR where they go in pieces, which takes more registers
 PAIR = 2
 BLOCK = 2 * ROWS            # rows of a block: two tiles
 KEYS = 192                  # keys of a unit: as in canonical order
@@ -85,9 +85,7 @@ def raise_block(context, places, row, line, scale):  # type: ignore[no-untyped-d
 
 @intrinsic
 def weigh_few(context, places, s_at, p_at, line, in_block, strip, scale):  # type: ignore[no-untyped-def]
-    """Weights of QUAD or PAIR rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
-
-    In p they are rounded, or in pieces.
+    """Weights of PAIR rows from row `in_block` of a block on, for a strip of keys: in p, and added to the sums.
 
     The scaled score is rounded as the maximum was, so that it gives no more than 1, however large.
     """
@@ -103,14 +101,11 @@ def weigh_few(context, places, s_at, p_at, line, in_block, strip, scale):  # typ
         weights = at(b, _weight_row(b, work.p, in_block, pieces), b.add(p_at, b.mul(strip, constant(pieces * TILE))))
         sums = _sums(b, work.sums, in_block)
         shift = at(b, at(b, work.shift, line), in_block)
-        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(QUAD if pieces == 1 else PAIR)]
-        for i in range(QUAD if pieces == 1 else PAIR):
+        subtract = [v.splat(b.load(at(b, shift, i))) for i in range(PAIR)]
+        for i in range(PAIR):
             halves = [v.exp(b.fsub(b.fmul(v.load(scores[i], half * SQUARE), scale), subtract[i])) for half in (0, 1)]
-            if pieces == 1:
-                store(b, to_row(b, *halves), weights, constant(i * DEPTH))
-            else:
-                for piece, pair in enumerate(zip(*(split(b, half) for half in halves), strict=True)):
-                    store(b, joined_row(b, *pair), weights, constant(piece * TILE + i * DEPTH))
+            for piece, pair in enumerate(zip(*(split(b, half) for half in halves), strict=True)):
+                store(b, joined_row(b, *pair), weights, constant(piece * TILE + i * DEPTH))
             v.store(b.fadd(v.load(sums[i]), b.fadd(*halves)), sums[i])
         return context.get_dummy_value()
 
@@ -148,6 +143,19 @@ def any_shrinks(context, places, line):  # type: ignore[no-untyped-def]
         return b.icmp_unsigned("!=", b.bitcast(b.or_(*others), I16), ir.Constant(I16, 0))
 
     return types.boolean(places, line), emit
+
+
+@intrinsic
+def any_fresh(context, places, row):  # type: ignore[no-untyped-def]
+    """Whether a row of a block, from `row` on, has seen nothing."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        b = builder
+        work = pointers(b, unpack(context, b, signature.args[0], values[0]))
+        v = Vectors(b, types.float32)
+        place = at(b, work.row_max, values[1])
+        return v.any(b.or_(*(b.fcmp_ordered("==", v.load(place, i), v.number(HIDDEN)) for i in (0, ROWS))))
+
+    return types.boolean(places, row), emit
 
 
 @intrinsic
@@ -196,6 +204,27 @@ def scale_row(context, places, acc_at, factor, tiles):  # type: ignore[no-untype
         return context.get_dummy_value()
 
     return types.void(places, acc_at, factor, tiles), emit
+
+
+@intrinsic
+def row_to_tiles(context, row, tiles, count, factor):  # type: ignore[no-untyped-def]
+    """Copy a row of `count` numbers times a factor to tiles, 16 to each; `row` and `tiles` are addresses of float32."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        _copy_row(builder, values, (1, SQUARE // ROWS), lambda x, factor, zero: builder.fmul(x, factor))
+        return context.get_dummy_value()
+
+    return types.void(row, tiles, count, factor), emit
+
+
+@intrinsic
+def row_from_tiles(context, tiles, row, count, factor):  # type: ignore[no-untyped-def]
+    """Copy it back, divided by the factor; -0 becomes 0."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        _copy_row(builder, values, (SQUARE // ROWS, 1),
+                  lambda x, factor, zero: builder.fadd(builder.fdiv(x, factor), zero))
+        return context.get_dummy_value()
+
+    return types.void(tiles, row, count, factor), emit
 
 
 @intrinsic
@@ -251,6 +280,21 @@ def pointers(builder: ir.IRBuilder, places: TilePlaces) -> TilePlaces:
     words = {"queries": I16, "p": I16, "keys": I16, "values": I16, "low": I64, "high": I64}
     return TilePlaces(*(builder.inttoptr(x, words.get(name, ir.FloatType()).as_pointer()) if name != "pieces" else x
                         for name, x in zip(TilePlaces._fields, places, strict=True)))
+
+
+def _copy_row(builder: ir.IRBuilder, values: Any, spread: tuple[int, int], change: Callable[..., Any]) -> None:
+    """Copy `count` numbers, each 16 of them `spread` times 16 after those before; `change` gets them, a factor, 0."""
+    b, single = builder, ir.FloatType()
+    places = [b.inttoptr(x, single.as_pointer()) for x in values[:2]]
+    whole, rest = b.lshr(values[2], constant(4)), b.and_(values[2], constant(ROWS - 1))
+    factors = splat(b, values[3], ROWS)
+    with loop(b, constant(0), whole) as i:
+        source, target = (at(b, x, b.mul(i, constant(n * ROWS))) for x, n in zip(places, spread, strict=True))
+        store(b, change(load(b, source, constant(0), SINGLES), factors, ir.Constant(SINGLES, [0.0] * ROWS)), target,
+              constant(0))
+    source, target = (at(b, x, b.mul(whole, constant(n * ROWS))) for x, n in zip(places, spread, strict=True))
+    with loop(b, constant(0), rest) as i:
+        b.store(change(b.load(at(b, source, i)), values[3], ir.Constant(single, 0.0)), at(b, target, i))
 
 
 def _score_rows(builder: ir.IRBuilder, s: Any, in_block: Any) -> list[Any]:

@@ -57,7 +57,7 @@ class TileScratch:
             s=singles(2, BLOCK, KEYS), p=aligned(2 * BLOCK * KEYS * pieces + ASIDE, np.uint16)[ASIDE:],
             acc=singles(n // ROWS, 2 * packed.width, SQUARE), part=singles(2, 4, SQUARE),
             tops=singles(BLOCK, ROWS), sums=singles(BLOCK, ROWS), row_max=singles(n), row_sum=singles(n),
-            shrink=singles(2, BLOCK), shift=singles(2, BLOCK), low=aligned(n, np.int64), high=aligned(n, np.int64))
+            shrink=singles(2, BLOCK), shift=singles(n), low=aligned(n, np.int64), high=aligned(n, np.int64))
 
 
 class TileBackwardBuffers(BackwardMemory):

@@ -236,8 +236,9 @@ class TileWork(NamedTuple):
     tops, sums : float32
         Largest score and sum of weights of a block's rows, for 16 lanes each.
     row_max, row_sum : (rows,)
-    shrink, shift : (2 · 32,)
-        Of the rows of two units; see `tile_rows.raise_block`.
+    shrink : (2 · 32,)
+    shift : (rows,)
+        Of the rows of two units; see `tile_rows.raise_block`. Of bfloat16, see `tile_strip_rows`.
     low, high : (rows,) int64
         The columns that a row sees.
     """
@@ -313,6 +314,8 @@ class Unit(NamedTuple):
         Whether some row does not see all of them.
     odd : bool
         Whether some of its scores are of numbers that are not in the tiles.
+    fresh : bool
+        Whether it is the first that some row sees anything of.
     """
 
     block: Any
@@ -322,6 +325,7 @@ class Unit(NamedTuple):
     last: Any
     partial: Any
     odd: Any
+    fresh: Any
 
 
 class BackwardWork(NamedTuple):
