@@ -110,7 +110,8 @@ def test_python_m():
 def test_make_attend_check_merge(capsys, dtype):
     assert code("make", "random", "in.h5", "--tokens", 300, "--queries", 200, "--heads", 4, "--kv-heads", 2,
                 "--dim", 16, "--dim-v", 24, "--dtype", dtype, "--documents", 3) == 0
-    options = ["--causal", "--window", "50,", "--first", "2", "--documents", "--prefix", "9", "--scale", "0.3"]
+    options = ["--causal", "--window", "50,", "--first", "2", "--documents", "--q-offset", "100", "--prefix", "9",
+               "--scale", "0.3"]
     assert code("attend", "in.h5", "out.h5", *options, "--layout", "zigzag", "--json", "run.json") == 0
     assert "200 tokens on 1 rank: " in capsys.readouterr().out
     assert code("check", "in.h5", "out.h5", "--rows", "40") == 0

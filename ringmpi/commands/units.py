@@ -30,7 +30,7 @@ def duration(text: str) -> float:
 def time_text(seconds: float) -> str:
     """Write a time with three digits: 2.13 ms."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
+        if seconds >= 0.9995 * size:                # 1 s, not 1,000 ms
             return f"{_three(seconds / size)} {unit}"
     return f"{_three(seconds / 1e-9)} ns"
 

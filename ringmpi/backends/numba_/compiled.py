@@ -34,6 +34,9 @@ from . import (
     tile_pack,
     tile_rows,
     tile_squares,
+    tile_strip_rows,
+    tile_strips,
+    tile_units,
     tuples,
     vector,
     weights,
@@ -74,8 +77,8 @@ from .tuples import (
 )
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
-           backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_squares, tile_gradient_rows,
-           tile_gradients, tile_gradient_load, tile_gradient_odd)
+           backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_strip_rows, tile_strips,
+           tile_units, tile_squares, tile_gradient_rows, tile_gradients, tile_gradient_load, tile_gradient_odd)
 
 
 def _digest() -> str:
