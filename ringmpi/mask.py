@@ -229,6 +229,13 @@ class Mask:
             raise MaskError(f"documents: expected as many queries as keys, got {n_q} and {n_k}; say where the queries "
                             f"are: q_documents=, or q_offset={n_k - n_q} if the last one stands at the last key")
 
+    def check_growing(self) -> None:
+        """Raise `OptionError` unless the mask has a meaning for a sequence that grows. Local."""
+        for name in ("document_ids", "q_documents"):
+            if getattr(self, name) is not None:
+                raise OptionError(f"mask: {name} is of a sequence that is there as a whole, and this one grows; "
+                                  "expected documents, whose last one may go on")
+
     @property
     def left(self) -> int | None:
         """How many keys before it a query may see at most, but for the `first`; None: any."""

@@ -85,6 +85,11 @@ class Grid(Mask):
             raise MaskError(f"grid: expected as many queries and keys as {'x'.join(map(str, self.shape))} has points, "
                             f"{points}, got {n_q} and {n_k}")
 
+    def check_growing(self) -> None:
+        """Raise `OptionError`: a grid has all its points. Local."""
+        raise OptionError("grid: its points are a sequence that is there as a whole, and this one grows; "
+                          "expected a Mask")
+
     @property
     def left(self) -> None:
         """A point may see any other before it."""

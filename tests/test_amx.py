@@ -307,6 +307,17 @@ def test_a_row_does_not_depend_on_its_neighbours():
         np.testing.assert_allclose(x, z, atol=2e-2, rtol=1e-5)
 
 
+@needs_tiles
+def test_values_as_large_as_without_a_rise():
+    """A key far above the first that a row sees, and values that any weight beyond 1 would take out of range."""
+    q, k, v = np.ones((64, 1, 1)), np.zeros((192, 1, 1)), np.full((192, 1, 8), 1e38)
+    k[100] = 10.5
+    backend = open_backend("numba", 1)
+    for x, y in zip(*(fold_all(backend, way, *(x.astype(BFLOAT16) for x in (q, k, v)), 0, 1.0)
+                      for way in ("tiles", "widen")), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-2)
+
+
 def fold_all(backend, products, q, k, v, begin, scale):
     """Every row sees all keys from `begin` on."""
     backend.settle(products, [backend.ways])

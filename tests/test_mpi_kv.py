@@ -18,6 +18,7 @@ from test_mpi_gradients import expect
 from ringmpi import (
     Contiguous,
     DtypeError,
+    Grid,
     KVCache,
     Mask,
     OptionError,
@@ -131,8 +132,7 @@ def test_prefill_and_steps(comm, dtype, backend):
                                   {"causal": True, "documents": [0, 20, 41, 50]}, {"window": (5, 3)},
                                   {"causal": True, "window": (9, 0), "spans": [(2, 44), (47, 50)]},
                                   {"causal": True, "documents": [0, 20, 41, 45, 50], "parents": [-1, 0, 0, 2],
-                                   "prompts": [(-1, -1), (-1, -1), (21, 23), (30, 40)]},
-                                  {"causal": True, "document_ids": [3, 3, -1, 4, 5] * 10}])
+                                   "prompts": [(-1, -1), (-1, -1), (21, 23), (30, 40)]}])
 @pytest.mark.parametrize("sharded", [False, True])
 def test_masks_and_scores(comm, mask, sharded):
     q, k, v = tokens(2, 50, "float64")
@@ -548,6 +548,12 @@ def test_documents_longer_than_the_cache(comm):
         assert oracle.error(alike, oracle.attend(q[:4], k, v, see, 0.25)[0]) < 1e-13
         mine = make("contiguous", 4, comm.size).positions(comm.rank)
         assert oracle.error(cache.attend(q[mine], sharded=True), alike[mine]) < 1e-13
+
+
+@pytest.mark.parametrize("mask", [Grid((4, 5), 1), Mask(document_ids=[0] * 50),
+                                  Mask(documents=[0, 5, 10], q_documents=[0, 1, 2])])
+def test_masks_of_a_whole_sequence_are_refused(comm, mask):
+    expect(comm, lambda: KVCache(comm, mask=mask, **SIZES), OptionError, "grows; expected")
 
 
 @pytest.mark.parametrize(("batch", "few"), [(None, True), (2, False)])

@@ -24,7 +24,7 @@ from ringmpi.job.inputs import Sizes
 from ringmpi.job.options import Options
 from ringmpi.job.pieces import Block, Groups, Pieces
 from ringmpi.layout import Contiguous, make
-from ringmpi.mask import Mask
+from ringmpi.mask import ARRAYS, Mask
 
 STOPPED = 75
 MORE = pytest.mark.exhaustive
@@ -74,6 +74,8 @@ CASES = [
     (4, "window", "striped", "float16", (8, 2), 400, 217, "numpy"),
     pytest.param(3, "first", "contiguous", "float32", (4, 4), 130, 300, "numpy", marks=MORE),
     pytest.param(2, "full", "zigzag", "float32", (1, 1), 5, 77, "numba", marks=MORE),
+    (2, "trees", "zigzag", "float32", (2, 2), 290, 290, "numba"),
+    pytest.param(3, "numbered", "striped", "float64", (2, 1), 130, 300, "numpy", marks=MORE),
     (2, "full", "striped", "float32", (2, 2), 0, 5, "numpy"),
     (2, "full", "striped", "float32", (2, 2), 5, 0, "numpy"),
 ]
@@ -84,17 +86,17 @@ def flags_of(mask):
     flags = ["--causal"] if mask.get("causal") else []
     if "window" in mask:
         flags += ["--window=" + ",".join("" if x is None else str(x) for x in mask["window"])]
-    flags += [x for name in ("prefix", "first") if name in mask for x in (f"--{name}", str(mask[name]))]
-    return flags + (["--documents"] if "documents" in mask else [])
+    flags += [f"--{name.replace('_', '-')}={mask[name]}" for name in ("prefix", "first", "q_offset") if name in mask]
+    return flags + [f"--{name.replace('_', '-')}" for name in ARRAYS if name in mask]
 
 
 @pytest.mark.parametrize(("ranks", "kind", "layout", "dtype", "heads", "n_q", "n_k", "backend"), CASES)
 def test_it_is_right(tmp_path, ranks, kind, layout, dtype, heads, n_q, n_k, backend):
     """Pieces and blocks that divide nothing: what a dense softmax gives, with sinks."""
-    mask = make_mask(kind, n_k)
+    mask = make_mask(kind, n_k, n_q)
     q, k, v = random_qkv(1, n_q, n_k, *heads, 16, 12, dtype)
     sinks = np.linspace(-1, 1, heads[0])
-    more = {"documents": np.array(mask["documents"])} if "documents" in mask else {}
+    more = {name: np.array(mask[name]) for name in ARRAYS if name in mask}
     write_input(tmp_path / "in.h5", {"q": q, "k": k, "v": v}, {"sinks": sinks, **more})
     result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *flags_of(mask), "--sinks", "--layout", layout,
                     "--backend", backend, ranks=ranks)
@@ -162,10 +164,10 @@ def test_canonical_order_has_the_bits_of_any_other_job(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGUSR1", pytest.param("SIGTERM", marks=MORE)])
 def test_stopped_on_request_and_gone_on_with(case, tmp_path, name):
-    """Twice, by another rank each time, in the middle of a piece: the same bits."""
-    for rank, number in ((1, 5), (2, 9)):
-        result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", ranks=3,
-                        at=(rank, number, f"os.kill(os.getpid(), signal.{name})"))
+    """By another rank each time, before the first piece and the second, and in the middle of some: the same bits."""
+    for rank, number, resume in ((0, 1, "auto"), (0, 3, "require"), (1, 5, "require"), (2, 9, "require")):
+        result = attend(case[0], tmp_path / "out.h5", *OPTIONS, "--checkpoint", tmp_path / "c", "--resume", resume,
+                        ranks=3, at=(rank, number, f"os.kill(os.getpid(), signal.{name})"))
         assert result.code == STOPPED, result.text
         assert "the same command goes on from there" in result.text
         assert "overflow" not in result.text

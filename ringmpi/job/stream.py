@@ -211,9 +211,13 @@ class Stream:
         return keys[0], keys[1]
 
     def _save(self, done: Done, states: Sequence[Array] = ()) -> None:
-        """Write a checkpoint, if any are kept: then what it refers to stays, whatever becomes of this job."""
+        """Write a checkpoint, if any are kept: then what it refers to stays, whatever becomes of this job.
+
+        States that have met no block yet are not kept: the piece begins again.
+        """
         if self._journal is None:
             return
+        states = states if done.block else ()
         try:
             self._journal.write(done, self._pieces, states)
         except OutputError:                   # all know that there is none

@@ -76,6 +76,7 @@ class Core:
             self.passed_on = {**options, "mask": mask}
             self.problem = Problem.check(mask, "contiguous", None, options["scale"], options["softcap"],
                                          options["alibi"], 0.0, options["accumulator"])
+            self.problem.mask.check_growing()
             self.sizes = Sizes.check(**sizes)
             self.accumulator = accumulator_of(self.sizes.dtype, options["accumulator"])
             self.problem.check_range(np.finfo(self.accumulator))

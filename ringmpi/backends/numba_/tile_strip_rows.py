@@ -12,6 +12,7 @@ to a scaled score: -row_max, or 0 where that is -inf.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +23,7 @@ from .amx import BYTES, DEPTH, I16, I32, ROWS, TILE, TILE_BYTES, load_tile, stor
 from .tile_rows import ABOVE, BLOCK, HIDDEN, KEYS, QUAD, SQUARE, STRIPS, pointers
 from .vector import LOG2E, Vectors, at, call, constant, store, unpack
 
-MOST = float(KEYS)          # that a row's weights of a unit sum to
+MOST = KEYS * math.exp(-ABOVE)         # that a row's weights of a unit sum to: those of as many of the strip's largest
 STRIP_BYTES = 4 * TILE_BYTES
 QUARTERS = BLOCK // QUAD    # steps of the softmax of a strip
 
