@@ -20,7 +20,9 @@ from ringmpi.backends.numba_ import amx, backward, vector
 from ringmpi.backends.numba_ import backend as numba_
 from ringmpi.backends.numba_.backward_tile import backward_tile_shape
 from ringmpi.backends.numba_.product import ROWS, VECTORS
+from ringmpi.backends.numba_.tile_gradient_load import gradient_tile_shape
 from ringmpi.dtypes import DTYPES, accumulator
+from ringmpi.environment import cache_bytes
 from ringmpi.score import Score, random_words
 from ringmpi.softmax import Gradient, State
 
@@ -220,6 +222,18 @@ def test_pieces_of_extremes_are_as_exact_as_multiply_adds(kind, in_pieces, monke
         errors[way] = {name: oracle.error(x, want[name]) for name, x in got.items()}
     for name, x in errors["pieces"].items():
         assert x <= max(BOUND["float32"], 1.5 * errors["fma"][name]), (name, errors)
+
+
+def test_odd_rows_beside_tiles_that_are_no_whole_panels(in_pieces):
+    """Odd rows go by multiply-adds, which write whole panels of scores."""
+    widths = [(a, b) for a in range(32, 257, 32) for b in range(32, 257, 32)
+              if gradient_tile_shape(a, b, 3, cache_bytes(2))[1] % 64]
+    assert widths
+    for dim, dim_v in widths[::max(1, len(widths) // 4)]:
+        q, k, v = data(dim, 257, 200, 1, 1, dim, dim_v, "float32")
+        q[::2] *= np.float32(2.0**-30)
+        k[3] *= np.float32(2.0**-30)
+        check(q, k, v, np.zeros(257, int), np.full(257, 200), scale=dim**-0.5)
 
 
 def test_small_numbers_of_pieces_vanish_below_what_float32_knows():

@@ -98,10 +98,10 @@ class _Spare:
     """Makes a thread's `SpareWork`."""
 
     def __init__(self, dim: int, dim_v: int, rows: int, tile: int) -> None:
+        panel = VECTORS * machine().vector_bytes // FLOAT32.itemsize
+        tile = -(-tile // panel) * panel              # whole panels are written
         self._scratch = BackwardScratch(dim, dim_v, FLOAT32, rows, tile)
         widths = in_vectors(dim, FLOAT32), in_vectors(dim_v, FLOAT32)
-        panel = VECTORS * machine().vector_bytes // FLOAT32.itemsize
-        tile = -(-tile // panel) * panel
         sizes = tile * dim, tile * dim_v, tile * widths[0]
         self._packed = BackwardTiles(*(aligned(size, np.float32) for size in sizes), tile, 1)
         self._sums = KeySums(*(aligned((tile + GROUP, width), np.float32) for width in widths))
