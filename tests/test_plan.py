@@ -126,7 +126,7 @@ def test_a_file_says_the_same_as_its_sizes(tmp_path):
     file = record("in.h5", "--ranks", 4, "--causal")
     sizes = record("--tokens", 512, "--queries", 256, "--heads", 4, "--kv-heads", 2, "--ranks", 4, "--causal")
     assert file["candidates"] == sizes["candidates"]
-    short = record("in.h5", "--ranks", 4, "--documents")
+    short = record("in.h5", "--ranks", 4, "--documents", "--q-offset", 256)
     assert short["candidates"] != file["candidates"]
 
 
@@ -182,7 +182,7 @@ def test_jitter_is_the_same_for_the_same_seed():
     (("--tokens", 64, "--ranks", 4, "--link", "0GB/s"), "expected a bandwidth like"),
     (("--tokens", 64, "--ranks", 4, "--latency", "2"), "expected a time like 2us, 0.5ms or 1s, got '2'"),
     (("--tokens", 64, "--ranks", 4, "--heads", 8, "--kv-heads", 3), "must be a multiple of --kv-heads"),
-    (("--tokens", 64, "--ranks", 4, "--documents"), "--documents: they are read from IN.h5"),
+    (("--tokens", 64, "--ranks", 4, "--documents"), "--documents: read from IN.h5, which is not given"),
     (("--tokens", 64, "--ranks", 4, "--jitter", 0.1), "--jitter: says what to simulate"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--backward"), "--simulate simulates the forward pass"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-rank", "3"), "expected RANK:TIMES"),

@@ -162,7 +162,7 @@ class Planner:
         """Bytes for each query of a piece: itself, its state, and what it sees."""
         sizes = self.sizes
         return (sizes.heads * sizes.dim * DTYPES[sizes.dtype].itemsize + self._state
-                + ROW_BYTES * (1 + self.intervals))
+                + ROW_BYTES * (1 + self.intervals * (2 if self.intervals > 2 else 1)))        # many are made in steps
 
     @cached_property
     def _key(self) -> int:
