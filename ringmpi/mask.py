@@ -54,11 +54,16 @@ def _integers(name: str, value: Any, shape: str) -> Integers | None:
     if value is None:
         return None
     axes = shape.strip("(),").split(", ")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:                # rows of unequal lengths
+        raise MaskError(f"{name}: expected integers of shape {shape}: {error}") from None
     if array.size == 0:
         array = array.astype(np.int64).reshape(0, *map(int, axes[1:])) if array.ndim <= len(axes) else array
     if array.dtype.kind not in "iu" or array.ndim != len(axes) or (len(axes) > 1 and array.shape[1] != int(axes[1])):
         raise MaskError(f"{name}: expected integers of shape {shape}, got {array.dtype} of shape {array.shape}")
+    if array.max(initial=0) > np.iinfo(np.int64).max:
+        raise MaskError(f"{name}: expected integers below 2^63, got {array.max()}")
     integers: Integers = array.astype(np.int64)
     integers.flags.writeable = False
     return integers

@@ -49,16 +49,17 @@ class Grid(Mask):
                  causal: bool = False) -> None:
         super().__init__()
         fix = object.__setattr__
-        sizes = shape if isinstance(shape, Sequence) else (shape,)
+        sizes = _each(shape, 1)
         if not 1 <= len(sizes) <= MOST_AXES:
             raise OptionError(f"grid: expected a shape of 1 to {MOST_AXES} axes, got {shape!r}")
         fix(self, "shape", tuple(natural("grid shape", size) for size in sizes))
         axes = len(self.shape)
-        each = window if isinstance(window, Sequence) and not isinstance(window, str) else [window] * axes
-        around = periodic if isinstance(periodic, Sequence) and not isinstance(periodic, str) else [periodic] * axes
+        each, around = _each(window, axes), _each(periodic, axes)
         for name, given in (("window", each), ("periodic", around)):
             if len(given) != axes:
                 raise OptionError(f"grid: expected a {name} for each of {axes} axes, got {len(given)}")
+        if not all(isinstance(one, (bool, np.bool_)) for one in around):
+            raise OptionError(f"grid: periodic expects True or False for each axis, got {periodic!r}")
         if edges not in EDGES:
             raise OptionError(f"grid: edges expects one of {', '.join(EDGES)}, got {edges!r}")
         if causal and around[0]:
@@ -72,6 +73,11 @@ class Grid(Mask):
     sides: tuple[tuple[int | None, int | None], ...]
     periodic: tuple[bool, ...]
     edges: str
+
+    def __repr__(self) -> str:
+        """Write it as it is made. Local."""
+        return (f"Grid({self.shape}, {list(self.sides)}, periodic={self.periodic}, edges={self.edges!r}, "
+                f"causal={self.causal})")
 
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values. Local."""
@@ -157,9 +163,14 @@ def _places(runs: list[Interval]) -> Iterator[Integers]:
         yield place
 
 
+def _each(value: Any, axes: int) -> list[Any]:
+    """Give what is said of each axis, or of all alike."""
+    return list(value) if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) else [value] * axes
+
+
 def _sides(window: Any) -> tuple[int | None, int | None]:
     """Take a window along one axis."""
-    pair = window if isinstance(window, Sequence) and not isinstance(window, str) else (window, window)
+    pair = _each(window, 2)
     if len(pair) != 2:
         raise OptionError(f"grid: a window along an axis expects (before, after) or one integer, got {window!r}")
     before, after = (None if side is None else natural("grid window", side) for side in pair)

@@ -15,11 +15,13 @@ import numpy as np
 import oracle
 import pytest
 
-from ringmpi import InternalError, LaunchError, ResourceError
+from ringmpi import Grid, InternalError, LaunchError, OptionError, ResourceError
 from ringmpi.backends.numba_ import amx
 from ringmpi.cli import COMMANDS, main
+from ringmpi.commands.options import add_attention
 from ringmpi.files.shards import Output, read_manifest
 from ringmpi.job.attend import attend
+from ringmpi.job.masks import make_mask
 from ringmpi.job.options import Options
 from ringmpi.job.run import PhaseTimer
 from ringmpi.mask import ARRAYS
@@ -167,8 +169,35 @@ def test_every_mask_option_does_what_it_says(name):
     assert code("check", "in.h5", "out.h5") == 0
 
 
+@pytest.mark.parametrize(("options", "grid"), [
+    (["--grid", "6x7", "--grid-window", "2:0"], ((6, 7), [(2, 0), (2, 0)])),
+    (["--grid", "42", "--grid-window", "3:1", "--grid-periodic", "0"], (42, [(3, 1)], True)),
+    (["--grid", "2x3x7", "--grid-window", "1,,0:2", "--grid-edges", "shifted", "--causal"],
+     ((2, 3, 7), [1, None, (0, 2)], False, "shifted", True)), (["--grid", "6x7"], ((6, 7), None))])
+def test_a_grid_by_its_options(options, grid):
+    """One window for every axis, and one for each."""
+    assert make_mask(Options.from_record(vars(parsed(options)))) == Grid(*grid)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--grid", "6x"], "numbers from 0 on"), (["--grid", "6x7", "--grid-window", "1:2:3"], "before:after"),
+    (["--grid", "6x7", "--grid-window", "1,2,3"], "each of 2 axes"), (["--grid", "6x7", "--q-offset", "0"], "q_offset"),
+    (["--grid-periodic", "1"], "belongs to a grid"), (["--grid-edges", "shifted"], "belongs to a grid"),
+    (["--grid", "6x7", "--grid-periodic", "2"], "axes from 0 to 1"), (["--grid", "6x7", "--spans"], "spans")])
+def test_options_of_a_grid_that_make_no_sense(options, message):
+    with pytest.raises(OptionError, match=message):
+        make_mask(Options.from_record(vars(parsed(options))))
+
+
+def parsed(options):
+    parser = argparse.ArgumentParser()
+    add_attention(parser)
+    return parser.parse_args(options)
+
+
 @pytest.mark.parametrize(("name", "array", "message"), [
-    ("spans", [3, 4], r"expected shape \(ranges, ends\)"), ("spans", [[1, 2, 3]], "expected pairs of integers"),
+    ("document_ids", np.full(90, 2**63, "u8"), "below 2.63"), ("spans", [3, 4], r"expected shape \(ranges, ends\)"),
+    ("spans", [[1, 2, 3]], "expected pairs of integers"),
     ("spans", [[0, 8], [7, 9]], r"do not overlap, got \[0, 8\] and \[7, 9\]"), ("spans", [[80, 91]], "ends at 91"),
     ("spans", [[0.5, 1]], "expected integers"), ("document_ids", [1, 2, 3], "expected one for each of 90 keys, got 3"),
     ("parents", [-1, -1], "each of 3 documents"), ("parents", [1, 2, 0], "its own ancestor"),

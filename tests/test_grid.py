@@ -58,6 +58,7 @@ def test_a_line_is_a_window():
     ({"shape": (4, -1), "window": 1}, "grid shape"), ({"shape": (4, 4), "window": (1, 2, 3)}, "each of 2 axes, got 3"),
     ({"shape": 9, "window": -1}, "grid window"), ({"shape": 9, "window": [(1, 2, 3)]}, "before, after"),
     ({"shape": (4, 4), "window": 1, "periodic": [True]}, "periodic for each of 2"),
+    ({"shape": 9, "window": 1, "periodic": "no"}, "True or False"),
     ({"shape": 9, "window": 1, "edges": "round"}, "cut, shifted"), ({"shape": 9, "window": "3"}, "grid window"),
     ({"shape": 9, "window": 1, "periodic": True, "causal": True}, "first axis, which is periodic")])
 def test_what_makes_no_sense(options, message):
@@ -68,7 +69,9 @@ def test_what_makes_no_sense(options, message):
 def test_points_are_the_tokens():
     with pytest.raises(MaskError, match="as many queries and keys as 4x5 has points, 20, got 20 and 21"):
         Grid((4, 5), 1).check(20, 21)
-    assert Grid((4, 5), 1) == Grid([4, 5], (1, 1))
+    assert Grid((4, 5), 1) == Grid(np.array([4, 5]), (1, 1), np.array([False, False]))
+    assert repr(Grid((4, 5), [(1, 0), None], causal=True)) == (
+        "Grid((4, 5), [(1, 0), (None, None)], periodic=(False, False), edges='cut', causal=True)")
     assert Grid((4, 5), 1) != Grid((5, 4), 1)
     assert len({Grid(4, 1), Grid(4, 1), Mask()}) == 2
 

@@ -79,6 +79,12 @@ def test_documents_must_not_decrease(documents):
         Mask(documents=documents)
 
 
+@pytest.mark.parametrize("options", [{"spans": [[0, 1], [2]]}, {"document_ids": np.array([2**63, 3], np.uint64)}])
+def test_arrays_that_are_none(options):
+    with pytest.raises(MaskError, match=next(iter(options))):
+        Mask(**options)
+
+
 def test_documents_must_end_among_the_keys():
     with pytest.raises(MaskError, match="must be at most the number of keys, 10, got 11"):
         Mask(documents=[0, 4, 11]).check(10, 10)

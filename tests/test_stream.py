@@ -486,9 +486,9 @@ def test_the_fewest_pieces_within_the_limit():
 
 def test_dry_run(case, tmp_path):
     """In a process of its own: what it takes is part of the limit."""
-    said = subprocess.run([sys.executable, "-m", "ringmpi", "attend", case[0], tmp_path / "out.h5", *OPTIONS, "--stream",
-                           "--memory-limit", "400MiB", "--dry-run", "--expect-ranks", "3"], capture_output=True,
-                          text=True, timeout=60, check=True).stdout
+    said = subprocess.run([sys.executable, "-m", "ringmpi", "attend", case[0], tmp_path / "out.h5", *OPTIONS,
+                           "--stream", "--memory-limit", "400MiB", "--dry-run", "--expect-ranks", "3"],
+                          capture_output=True, text=True, timeout=60, check=True).stdout
     for text in ("a piece of queries", "K/V blocks", "1 of 301 queries", "1 block of", "1.0 times its share", "2 hops",
                  "up to 0.0 MiB for a piece"):
         assert text in said, said

@@ -97,7 +97,10 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
         if len(dataset) > most:
             raise ShapeError(f"{where}: expected at most {most:,} integers, got {len(dataset):,}")
         check_storage(dataset, where)
-        return np.asarray(dataset[...], np.int64)
+        numbers = dataset[...]
+        if numbers.max(initial=0) > np.iinfo(np.int64).max:
+            raise ShardError(f"{where}: expected integers below 2^63, got {numbers.max()}")
+        return np.asarray(numbers, np.int64)
 
 
 def read_floats(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:

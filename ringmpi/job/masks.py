@@ -35,7 +35,8 @@ def make_mask(options: Options, arrays: Mapping[str, NDArray[np.int64]] | None =
 
 def _make_grid(options: Options) -> Grid:
     """Make the window over a grid."""
-    said = [name for name in NOT_IN_A_GRID if getattr(options, name)]
+    usual = Options()
+    said = [name for name in NOT_IN_A_GRID if getattr(options, name) != getattr(usual, name)]
     if said:
         raise OptionError(f"grid: does not go together with {', '.join(said)}")
     shape = [_number("grid", text) for text in str(options.grid).split("x")]
@@ -43,13 +44,15 @@ def _make_grid(options: Options) -> Grid:
     axes = [_number("grid_periodic", text) for text in (options.grid_periodic or "").split(",") if text]
     if not set(axes) <= set(range(len(shape))):
         raise OptionError(f"grid_periodic: expected axes from 0 to {len(shape) - 1}, got {options.grid_periodic}")
-    return Grid(shape, sides[0] if len(sides) == 1 else sides, [axis in axes for axis in range(len(shape))],
+    return Grid(shape, sides * len(shape) if len(sides) == 1 else sides, [axis in axes for axis in range(len(shape))],
                 options.grid_edges, options.causal)
 
 
 def _window(text: str) -> tuple[int | None, ...] | int | None:
     """Read a window along an axis: ``3``, ``3:0``, and nothing for no limit."""
     sides = [_number("grid_window", side) if side else None for side in text.split(":")]
+    if len(sides) > 2:
+        raise OptionError(f"grid_window: expected a number, or before:after, got {text!r}")
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
