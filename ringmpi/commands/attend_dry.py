@@ -48,7 +48,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
         options = replace(options, memory_limit=usual_limit(here))
     schedule = schedule_within(sizes, ranks, options)
     process = measure_process(options)
-    parts = predict_memory(sizes, ranks, options, process)
+    parts = predict_memory(sizes, ranks, options, process, mask)
     for name, size in parts.items():
         print(f"{name:24}{size / 2**20:12.1f} MiB a rank")
     chosen = options.schedule == "auto" and options.order != "canonical" and not options.stream

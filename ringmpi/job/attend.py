@@ -129,7 +129,7 @@ def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) 
         if job.options.stream:
             job = replace(job, options=with_limit(run, job.options))
         data = _open_on_all(run, files, job.source, job.options)
-        check_room(run, data.sizes, job.options)
+        check_room(run, data.sizes, job.options, data.mask)
         with run.raise_on_all():
             if run.comm.rank == 0:
                 check_paths(job.source, job.target, job.json_path, job.force, checkpoints.folder)

@@ -51,7 +51,8 @@ def measure_process(options: Options) -> Process:
     return Process(resident_bytes() + to_come, shared_bytes())
 
 
-def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process) -> dict[str, int]:
+def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process, mask: Mask | None = None
+                   ) -> dict[str, int]:
     """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
 
     Parameters
@@ -62,6 +63,8 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process)
         Any layout but contiguous copies a shard three times while it is redistributed.
     process : Process
         What `measure_process` says of a rank's process.
+    mask : Mask, optional
+        By which a job that streams plans; without, what its arrays let be seen is not looked at.
 
     Returns
     -------
@@ -71,7 +74,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process)
         memory comes on top.
     """
     if options.stream:
-        planner = planner_of(sizes, ranks, options, process)
+        planner = planner_of(sizes, ranks, options, process, mask)
         return planner.predict(planner.plan())
     n_q, n_k = -(-sizes.n_q // ranks), -(-sizes.n_k // ranks)
     acc_dtype = accumulator(DTYPES[sizes.dtype], options.accumulator)

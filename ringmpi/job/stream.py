@@ -163,13 +163,15 @@ class Stream:
         """Attend with the queries of a piece, and write its results."""
         run, sizes, backend = self._run, self._data.sizes, self._backend
         n_q, n_k = sizes.n_q, sizes.n_k
-        bounds = self._data.mask.bounds(piece.positions(run.comm.rank), n_q, n_k)
-        sees = np.full(piece.counts[run.comm.rank], self._data.sinks is not None)
-        for low, high in bounds:
-            sees |= high > low
-        mine = np.packbits(self._pieces.seen(bounds, n_k))
-        del bounds
-        every = run.comm.exchange("", run.timeout, mine)
+        sees, mine = np.zeros(0, bool), np.zeros(len(self._blocks), bool)
+        with run.comm.noting() as failures:
+            bounds = self._data.mask.bounds(piece.positions(run.comm.rank), n_q, n_k)
+            sees = np.full(piece.counts[run.comm.rank], self._data.sinks is not None)
+            for low, high in bounds:
+                sees |= high > low
+            mine = self._pieces.seen(bounds, n_k)
+            del bounds
+        every = run.comm.exchange("", run.timeout, np.packbits(mine), failures=failures)
         seen = np.unpackbits(np.bitwise_or.reduce(every), count=len(self._blocks))
         left = [number for number in np.flatnonzero(seen).tolist() if number >= done.block]
         if left:
