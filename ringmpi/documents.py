@@ -11,84 +11,6 @@ from .layout import Integers
 MOST_PAIRS = 2**24             # of a document and an ancestor: 256 MiB
 
 
-class Documents:
-    """Documents packed one behind the other, and which of them, or which other keys, each sees besides itself. Local.
-
-    Parameters
-    ----------
-    offsets : int64 array of shape (n_documents + 1,)
-    prompts : int64 array of shape (n_documents, 2), optional
-        A half-open range of keys for each, -1 and -1 for none.
-    parents : int64 array of shape (n_documents,), optional
-        The document that each goes on from, -1 for none.
-
-    Raises
-    ------
-    MaskError
-        If there are not as many, a range is none, or a document is its own ancestor.
-    """
-
-    def __init__(self, offsets: Integers, prompts: Integers | None = None, parents: Integers | None = None) -> None:
-        self.offsets = offsets
-        number = len(offsets) - 1
-        pieces = [(np.arange(number), offsets[:-1], offsets[1:])]
-        if prompts is not None:
-            _check_prompts(prompts, number)
-            some = np.flatnonzero(prompts[:, 1] > prompts[:, 0])
-            pieces.append((some, prompts[some, 0], prompts[some, 1]))
-        if parents is not None:
-            children, ancestors = _ancestors(parents, number)
-            pieces.append((children, offsets[ancestors], offsets[ancestors + 1]))
-        self._stretches = Stretches(number, *(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
-
-    def of_positions(self, positions: Integers) -> Integers:
-        """Give the number of the document at each position among the keys, -1 for none. Local."""
-        number = np.searchsorted(self.offsets, positions, side="right") - 1           # empty documents are passed
-        return np.where((number >= 0) & (number < len(self.offsets) - 1), number, -1)
-
-    @property
-    def most(self) -> int:
-        """How many intervals a document sees at most."""
-        return self._stretches.most
-
-    def seen(self, numbers: Integers, n_k: int) -> list[Interval]:
-        """Give the keys that documents see, of `n_k` there are; -1 sees none. Local."""
-        return self._stretches.seen(numbers, n_k)
-
-
-class NumberedTokens:
-    """Documents given by a number for each token; one whose number comes again lies in several places. Local.
-
-    Parameters
-    ----------
-    numbers : int64 array of shape (n_k,)
-        Below 0 for padding, which is in no document.
-    """
-
-    def __init__(self, numbers: Integers) -> None:
-        known, which = np.unique(numbers, return_inverse=True)
-        self._of_tokens = np.append(np.where(numbers < 0, -1, which), -1)
-        begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
-        owners = self._of_tokens[begins]
-        lows, highs = begins, np.append(begins[1:], len(numbers))
-        there = owners >= 0
-        self._stretches = Stretches(len(known), owners[there], lows[there], highs[there])
-
-    def of_positions(self, positions: Integers) -> Integers:
-        """Give the number of the document at each position among the keys, -1 for none. Local."""
-        outside = len(self._of_tokens) - 1
-        return self._of_tokens[np.where((positions >= 0) & (positions < outside), positions, outside)]
-
-    @property
-    def most(self) -> int:
-        """How many intervals a document sees at most."""
-        return self._stretches.most
-
-    def seen(self, numbers: Integers, n_k: int) -> list[Interval]:
-        """Give the keys that documents see, of `n_k` there are; -1 sees none. Local."""
-        return self._stretches.seen(numbers, n_k)
-
-
 class Stretches:
     """Intervals that belong to numbers from 0 on, each number's put in order and joined where they meet. Local.
 
@@ -129,6 +51,66 @@ class Stretches:
             which = np.where(first + more < stop, first + more, len(self._lows) - 1)
             found.append((np.minimum(self._lows[which], n_k), np.minimum(self._highs[which], n_k)))
         return found
+
+
+class Documents(Stretches):
+    """Documents packed one behind the other, and which of them, or which other keys, each sees besides itself. Local.
+
+    Parameters
+    ----------
+    offsets : int64 array of shape (n_documents + 1,)
+    prompts : int64 array of shape (n_documents, 2), optional
+        A half-open range of keys for each, -1 and -1 for none.
+    parents : int64 array of shape (n_documents,), optional
+        The document that each goes on from, -1 for none.
+
+    Raises
+    ------
+    MaskError
+        If there are not as many, a range is none, or a document is its own ancestor.
+    """
+
+    def __init__(self, offsets: Integers, prompts: Integers | None = None, parents: Integers | None = None) -> None:
+        self.offsets = offsets
+        number = len(offsets) - 1
+        pieces = [(np.arange(number), offsets[:-1], offsets[1:])]
+        if prompts is not None:
+            _check_prompts(prompts, number)
+            some = np.flatnonzero(prompts[:, 1] > prompts[:, 0])
+            pieces.append((some, prompts[some, 0], prompts[some, 1]))
+        if parents is not None:
+            children, ancestors = _ancestors(parents, number)
+            pieces.append((children, offsets[ancestors], offsets[ancestors + 1]))
+        super().__init__(number, *(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+
+    def of_positions(self, positions: Integers) -> Integers:
+        """Give the number of the document at each position among the keys, -1 for none. Local."""
+        number = np.searchsorted(self.offsets, positions, side="right") - 1           # empty documents are passed
+        return np.where((number >= 0) & (number < len(self.offsets) - 1), number, -1)
+
+
+class NumberedTokens(Stretches):
+    """Documents given by a number for each token; one whose number comes again lies in several places. Local.
+
+    Parameters
+    ----------
+    numbers : int64 array of shape (n_k,)
+        Below 0 for padding, which is in no document.
+    """
+
+    def __init__(self, numbers: Integers) -> None:
+        known, which = np.unique(numbers, return_inverse=True)
+        self._of_tokens = np.append(np.where(numbers < 0, -1, which), -1)
+        begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 1))
+        owners = self._of_tokens[begins]
+        lows, highs = begins, np.append(begins[1:], len(numbers))
+        there = owners >= 0
+        super().__init__(len(known), owners[there], lows[there], highs[there])
+
+    def of_positions(self, positions: Integers) -> Integers:
+        """Give the number of the document at each position among the keys, -1 for none. Local."""
+        outside = len(self._of_tokens) - 1
+        return self._of_tokens[np.where((positions >= 0) & (positions < outside), positions, outside)]
 
 
 def _check_prompts(prompts: Integers, number: int) -> None:
