@@ -28,6 +28,7 @@ def alone():
     ("causal", r"mask=ringmpi\.Mask\(causal=True\)"), ("is_causal", r"mask=ringmpi\.Mask\(causal=True\)"),
     ("softmax_scale", "here that is scale="), ("window_size", r"Mask\(window=\(left, right\)\)"),
     ("dropout_p", "dropout="), ("cu_seqlens", "documents=offsets"), ("attn_mask", "prefix and first"),
+    ("cu_seqlens_q", "q_documents=offsets"), ("document_ids", r"Mask\(document_ids="),
     ("backends", "did you mean backend="), ("colour", "it takes accumulator, alibi, ")])
 def test_keywords_of_others_are_answered_with_ours(alone, name, ours):
     match = rf"got an unexpected keyword argument '{name}'.*{ours}"

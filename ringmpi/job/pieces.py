@@ -38,7 +38,10 @@ class Groups(Layout):
 
     def __init__(self, start: int, full: Layout, number: int, rest: Layout, length: int) -> None:
         super().__init__([number * many + few for many, few in zip(full.counts, rest.counts, strict=True)])
-        self.start, self.full, self.number, self.rest = start, full, number, rest
+        self.start = start
+        self.full = full
+        self.number = number
+        self.rest = rest
         self.stop = start + self.length
         self.length = length
 

@@ -107,7 +107,9 @@ class Stream:
         Interrupted
             If a rank was asked to stop, the same on every rank: then there is a checkpoint.
         """
-        run, sizes, options = self._run, self._data.sizes, self._options
+        run = self._run
+        sizes = self._data.sizes
+        options = self._options
         attention = self._attention
         attention.schedule = schedule_to_stream(options, run.comm.size)
         planner = self._planner()             # before the input is read for its fingerprints
@@ -134,7 +136,9 @@ class Stream:
 
     def _find(self, planner: Planner) -> tuple[Done, Pieces | None]:
         """Say what has been done by a job before this one, if any of it is kept; see `Journal.find`."""
-        run, options, keeping = self._run, self._options, self._checkpoints.keeping
+        run = self._run
+        options = self._options
+        keeping = self._checkpoints.keeping
         if keeping is None:
             return Done(), None
         problem = describe_job(run, self._data, self._output.path, self._attention._problem, self._engine, self.rows)
@@ -151,7 +155,9 @@ class Stream:
 
     def _planner(self) -> Planner:
         """Make what plans pieces, by the rank whose process is largest when all is compiled, which may take much."""
-        run, sizes, options = self._run, self._data.sizes, self._options
+        run = self._run
+        sizes = self._data.sizes
+        options = self._options
         with run.timer.phase("attend", "compiling kernels"):
             self.total.compile_seconds += self._engine.prepare(
                 self.rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
@@ -161,7 +167,9 @@ class Stream:
 
     def _attend_piece(self, piece: Groups, done: Done) -> Done:
         """Attend with the queries of a piece, and write its results."""
-        run, sizes, backend = self._run, self._data.sizes, self._backend
+        run = self._run
+        sizes = self._data.sizes
+        backend = self._backend
         n_q, n_k = sizes.n_q, sizes.n_k
         sees, mine = np.zeros(0, bool), np.zeros(len(self._blocks), bool)
         with run.comm.noting() as failures:
