@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .environment import launched_rank, launched_together
-from .errors import CommError, Interrupted, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
+from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
 from .files.streams import standard_output
 from .phases import phase
 from .process import Process
@@ -103,7 +103,7 @@ def _run_and_leave(process: Process) -> int:
     name, options = _parse(sys.argv[1:])
     process.log_to_stderr(getattr(options, "quiet", False))
     code = _run(name, options, process)
-    if code == Interrupted.exit_code:
+    if code:
         process.settle()
     code = _exit_code_of(lambda: _leave(code, getattr(options, "timeout", TIMEOUT)), process)
     process.enter("ending", END_SECONDS)
