@@ -557,7 +557,8 @@ class RingAttention:
         way = "forward" if inputs.out is None else "backward"
         call, records = self._agree(call, failures, RESUMABLE if resumable else way)
         if self._plan is None or self._plan.key != records.key or (
-                resumable and self._chooses and self._plan.grid.schedule.queries > 1):
+                resumable and (self._plan.sent is not None or
+                               (self._chooses and self._plan.grid.schedule.queries > 1))):
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(records, resumable)
         if self.backend.device:           # its memory runs out sooner than the host's: all ranks fail if one does
@@ -584,12 +585,12 @@ class RingAttention:
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None
-        needs = np.zeros(self.schedule.keys, bool)
+        needs = np.zeros(0, bool)
         with self._comm.noting() as failures:
             if self._comm.rank == 0:
                 records.warn_of_order()
             tile = self.backend.canonical_tile if self._problem.canonical else 0
-            plan = self._problem.plan(records, layouts, grid, self._comm.rank, tile)
+            plan = self._problem.plan(records, layouts, grid, self._comm.rank, tile, resumable)
             needs = plan.needs
         bits = self._comm.exchange("", self.timeout, np.packbits(needs), failures=failures)
         if plan is None:

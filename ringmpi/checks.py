@@ -17,6 +17,8 @@ from .dtypes import check_dtype
 from .environment import most_threads
 from .errors import DtypeError, OptionError, ShapeError
 from .mask import Mask
+from .mask_base import BaseMask
+from .mask_batch import BatchMask
 from .mpi.comm import TIMEOUT
 
 Array = NDArray[Any]
@@ -76,12 +78,14 @@ def check_timeout(timeout: Any) -> tuple[float, str]:
     return TIMEOUT, f"timeout: expected seconds > 0, got {shown(timeout)}"
 
 
-def check_mask(mask: Any) -> Mask:
-    """Return the mask, which may be None, or raise `OptionError`. Local."""
+def check_mask(mask: Any) -> BaseMask:
+    """Return the mask, which may be None or a list, one for each element of a batch, or raise `OptionError`. Local."""
     if mask is None:
         return Mask()
-    if not isinstance(mask, Mask):
-        raise OptionError(f"mask: expected a ringmpi.Mask, got {shown(mask)}")
+    if isinstance(mask, (list, tuple)):
+        return BatchMask(mask)
+    if not isinstance(mask, BaseMask):
+        raise OptionError(f"mask: expected a ringmpi.Mask, or a list of them, got {shown(mask)}")
     return mask
 
 

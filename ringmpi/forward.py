@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -91,8 +92,8 @@ class ForwardPass:
             with self.engine.raise_on_all(), backend.current():
                 self._reserve(way)
                 if way == "forward":
-                    seen = plan.sees | (self.call.sinks is not None)       # a sink is seen by all
-                    plan.seen = backend.to_device(seen)
+                    has_sinks = self.call.sinks is not None                # which are seen by all
+                    plan.seen = plan.of_elements([backend.to_device(sees | has_sinks) for sees in plan.sees])
                     self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
             plan.ready.add(way)
         trace.setup_seconds = trace.now() - trace.compile_seconds
@@ -128,7 +129,7 @@ class ForwardPass:
 
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
         """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
-        for work, part in self._rounds(self._works(keys), rows):
+        for work, part in self._pieces(self._works(keys), rows):
             k, v = work.arrays
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
@@ -155,7 +156,34 @@ class ForwardPass:
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
         """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
         plan = self.plan
-        return self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace)
+        blocks = Blocks(self._sent(keys), plan.shapes)
+        return self._whole(self.movers.carrier.forward(blocks, plan.route, self.trace), keys)
+
+    def _sent(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        """Give what travels of this rank's block: the arrays themselves, or copies of those columns."""
+        if self.plan.sent is None:
+            return arrays
+        copies = []
+        for x, shape in zip(arrays, self.plan.shapes[self.plan.member], strict=True):
+            copies.append(self.backend.empty(shape, x.dtype))
+            for target, columns in self._places():
+                assign(copies[-1][:, target], x[:, columns])
+        return copies
+
+    def _places(self) -> Iterator[tuple[slice, slice]]:
+        """Yield where runs of columns of this rank's block are in what travels, and in the block."""
+        start = 0
+        for columns in self.plan.sent or ():
+            stop = start + columns.stop - columns.start
+            yield slice(start, stop), columns
+            start = stop
+
+    def _whole(self, works: Iterator[Work], keys: Sequence[Array], shares: Sequence[Array] = ()) -> Iterator[Work]:
+        """Let this rank's own work be with all of its block, whatever travels of it."""
+        plan = self.plan
+        for work in works:
+            own = plan.sent is not None and work.source == plan.member
+            yield replace(work, arrays=tuple(keys), gradients=tuple(shares)) if own else work
 
     def _replicated(self) -> Replicated:
         """Give what puts results of rows together that all ranks have."""
@@ -172,8 +200,8 @@ class ForwardPass:
 
     def _finish(self, states: Sequence[State], out: Array, lse: Array) -> None:
         """Normalise states into results, and let go of them."""
-        for state, out_i, lse_i in zip(states, out, lse, strict=True):
-            self.backend.finish(state, self.plan.seen, out_i, lse_i)
+        for state, seen, out_i, lse_i in zip(states, self.plan.seen, out, lse, strict=True):
+            self.backend.finish(state, seen, out_i, lse_i)
         self.call.states = []                  # the next call's, of whichever object
 
     def _finish_for_all(self, states: Sequence[State]) -> None:
@@ -185,6 +213,12 @@ class ForwardPass:
         self._finish(states, out, lse)
         self.movers.heads.to_tokens("results", [(lse, plan.q_tokens), (out, plan.q_tokens)],
                                     [(self.call.lse, put_heads), (self.call.out, put_heads)], self.trace)
+
+    def _pieces(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
+        """Yield each item of work with pieces of the rows to compute, for which what they see is made at a time."""
+        for work, part in self._rounds(works, rows):
+            for piece in self.plan.pieces(part):
+                yield work, piece
 
     def _rounds(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Yield each item of work with the rows to compute; this rank's own first, while those of others come."""

@@ -19,6 +19,28 @@ def intersect(some: Sequence[Interval], others: Sequence[Interval]) -> list[Inte
     return [(low, np.maximum(low, high)) for low, high in pairs]
 
 
+def within(some: Sequence[Interval], stretches: Interval) -> list[Interval]:
+    """Give what is in an interval and in one of many stretches, the same for all rows. Local.
+
+    Parameters
+    ----------
+    some : sequence of Interval
+    stretches : (starts, stops)
+        int64 arrays of shape (stretches,), disjoint and ascending, none of them empty.
+    """
+    starts, stops = stretches
+    found = []
+    for low, high in some:
+        first = np.searchsorted(stops, low, side="right")
+        last = np.searchsorted(starts, high, side="left")
+        for more in range(max(1, int((last - first).max(initial=0)))):
+            there = first + more < last
+            which = np.where(there, first + more, -1)
+            begin = np.where(there, np.maximum(low, np.append(starts, 0)[which]), low)
+            found.append((begin, np.where(there, np.minimum(high, np.append(stops, 0)[which]), begin)))
+    return found
+
+
 def unite(some: Sequence[Interval], other: Interval) -> list[Interval]:
     """Give what is in one of `some` intervals or in the `other`. Local."""
     low, high = other
@@ -47,3 +69,8 @@ def compact(some: Sequence[Interval]) -> list[Interval]:
         missing = last < number
         lows[number, missing] = highs[number, missing] = highs[number - 1, missing]
     return [(lows[number], highs[number]) for number in range(1, max(1, most) + 1)]
+
+
+def part_of_rows(some: Sequence[Interval], rows: slice) -> list[Interval]:
+    """Give the intervals of some rows. Local."""
+    return [(low[rows], high[rows]) for low, high in some]

@@ -7,46 +7,24 @@ and every schedule, and no kernel knows what a mask is.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from .documents import Documents, NumberedTokens
 from .errors import MaskError, OptionError
-from .intervals import Interval, compact, intersect, unite
+from .intervals import Interval, compact, intersect, unite, within
 from .keywords import explained
 from .layout import Integers
+from .mask_base import BaseMask, natural, whole
 
 # Options that are arrays, which a job reads from the datasets of these names.
-ARRAYS = ("documents", "q_documents", "document_ids", "prompts", "parents", "spans")
+ARRAYS = ("documents", "q_documents", "document_ids", "prompts", "parents", "spans", "key_mask")
 RANGES = ("prompts", "spans")  # of them, whose items are half-open ranges
-FAR = 2**61                   # farther than any sequence is long; sums of two stay within int64
-
-
-def whole(name: str, value: Any) -> int:
-    """Take an integer, or raise `OptionError`. Local."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise OptionError(f"mask: {name} expects an integer, got {value!r}")
-    if number < -FAR or (number > FAR and name == "q_offset"):
-        raise OptionError(f"mask: {name} expects an integer within ±2^61, got {number}")
-    return int(number)
-
-
-def natural(name: str, value: Any) -> int:
-    """Take an integer from 0 on, cut off where nothing is longer, or raise `OptionError`. Local."""
-    number = whole(name, value)
-    if number < 0:
-        raise OptionError(f"mask: {name} expects an integer >= 0, got {number}")
-    return min(number, FAR)
 
 
 def _integers(name: str, value: Any, shape: str) -> Integers | None:
@@ -97,8 +75,35 @@ def _spans(value: Any) -> Integers | None:
     return ordered
 
 
+def _keys(value: Any) -> int | Integers | None:
+    """Take a number of keys, or one for each element of a batch, or None."""
+    if value is None or np.ndim(value) == 0:
+        return None if value is None else natural("keys", value)
+    lengths = _integers("keys", value, "(batch,)")
+    if lengths is not None and lengths.min(initial=0) < 0:
+        raise OptionError(f"mask: keys expects integers >= 0, got {lengths.min()}")
+    return lengths
+
+
+def _flags(value: Any) -> NDArray[np.bool_] | None:
+    """Take which keys there are, as booleans or 0 and 1, or None."""
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value)
+    except ValueError as error:                # rows of unequal lengths
+        raise MaskError(f"key_mask: expected booleans of shape (n_k,): {error}") from None
+    if array.ndim != 1 or not (array.dtype.kind == "b" or array.size == 0 or
+                               (array.dtype.kind in "iu" and np.isin(array, (0, 1)).all())):
+        raise MaskError(f"key_mask: expected booleans of shape (n_k,), True for keys that may be seen, got "
+                        f"{array.dtype} of shape {array.shape}")
+    flags: NDArray[np.bool_] = array.astype(np.bool_)
+    flags.flags.writeable = False
+    return flags
+
+
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(BaseMask):
     """What a query at aligned position i sees of the keys j. Local.
 
     Query number t stands at ``i = t + offset``; `q_offset` sets the offset, by default the last query is
@@ -108,7 +113,7 @@ class Mask:
         i - left <= j <= i + right  or  j < first   (if window)
         j is in the document of i, in one that it goes on from, or in its prompt      (if documents)
 
-    and whatever else holds, if i and j are in one of the spans.
+    and whatever else holds, if i and j are in one of the spans. Nobody sees a key that `keys` or `key_mask` leave out.
 
     Parameters
     ----------
@@ -142,6 +147,12 @@ class Mask:
     q_documents : integer array of shape (n_documents + 1,), optional
         Offsets of the documents in the queries, as flash-attn's ``cu_seqlens_q``, where they differ from those in the
         keys: the last query of a document is aligned with its last key.
+    keys : int, or integer array of shape (batch,), optional
+        How many keys there are, or how many for each element of the batch: those from there on are padding, which
+        nobody sees.
+    key_mask : bool array of shape (n_k,), optional
+        False for keys that nobody sees. Each run of others costs a pass over them: `key_bias` is faster if they are
+        many.
 
     Raises
     ------
@@ -149,7 +160,7 @@ class Mask:
         If a number is negative or no integer, or two options do not go together.
     MaskError
         If the document offsets do not start at 0, or decrease; if spans overlap; if prompts or parents are not those
-        of the documents, or a document would be its own ancestor.
+        of the documents, or a document would be its own ancestor; if `key_mask` is not of booleans.
     """
 
     causal: bool = False
@@ -163,6 +174,8 @@ class Mask:
     parents: Any = None
     document_ids: Any = None
     q_documents: Any = None
+    keys: Any = None
+    key_mask: Any = None
 
     def __post_init__(self) -> None:
         fix = object.__setattr__
@@ -177,6 +190,8 @@ class Mask:
         fix(self, "parents", _integers("parents", self.parents, "(n_documents,)"))
         fix(self, "document_ids", _integers("document_ids", self.document_ids, "(n_k,)"))
         fix(self, "q_documents", _offsets("q_documents", self.q_documents))
+        fix(self, "keys", _keys(self.keys))
+        fix(self, "key_mask", _flags(self.key_mask))
         self._check_together()
         _ = self._packed                      # prompts and parents are checked there
 
@@ -210,13 +225,9 @@ class Mask:
                 number = len(array) - 1 if name in ("documents", "q_documents") else len(array)
                 digest = hashlib.sha256(array.tobytes()).hexdigest()
                 options[name] = f"{number} {name}, sha256 {digest}"
+        if self.keys is not None and not isinstance(self.keys, int):
+            options["keys"] = self.keys.tolist()
         return options
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mask) and self.describe() == other.describe()
-
-    def __hash__(self) -> int:
-        return hash(str(self.describe()))
 
     def check(self, n_q: int, n_k: int) -> None:
         """Raise `MaskError` unless the mask fits so many queries and keys. Local."""
@@ -226,6 +237,10 @@ class Mask:
                 raise MaskError(f"{name}: the last offset must be at most the number of {of}, {most}, got {last[-1]}")
         if self.document_ids is not None and len(self.document_ids) != n_k:
             raise MaskError(f"document_ids: expected one for each of {n_k} keys, got {len(self.document_ids)}")
+        if self.key_mask is not None and len(self.key_mask) != n_k:
+            raise MaskError(f"key_mask: expected one for each of {n_k} keys, got {len(self.key_mask)}")
+        if self.keys is not None and np.max(self.keys, initial=0) > n_k:
+            raise MaskError(f"keys: expected at most the {n_k} keys there are, got {np.max(self.keys)}")
         if self.prompts is not None and self.prompts.max(initial=0) > n_k:
             raise MaskError(f"prompts: expected ranges of {n_k} keys, got one that ends at {self.prompts.max()}")
         if self.spans is not None and self.spans.max(initial=0) > n_k:
@@ -236,7 +251,7 @@ class Mask:
 
     def check_growing(self) -> None:
         """Raise `OptionError` unless the mask has a meaning for a sequence that grows. Local."""
-        for name in ("document_ids", "q_documents"):
+        for name in ("document_ids", "q_documents", "keys", "key_mask"):
             if getattr(self, name) is not None:
                 raise OptionError(f"mask: {name} is of a sequence that is there as a whole, and this one grows; "
                                   "expected documents, whose last one may go on")
@@ -250,7 +265,22 @@ class Mask:
     def most(self) -> int:
         """How many intervals a query has at most."""
         both = (2 if self.window is not None and self.first else 1) + (self._packed.most - 1 if self._packed else 0)
-        return both + (0 if self.spans is None else 2)
+        both += 0 if self.spans is None else 2
+        return both if self._runs is None else both * max(1, len(self._runs[0]))
+
+    def of_elements(self, batch: int) -> list[tuple[BaseMask, Sequence[int]]]:
+        """Give the masks of a batch, and which of its elements each is for; see `BaseMask.of_elements`. Local."""
+        if self.keys is None or isinstance(self.keys, int):
+            return [(self, range(batch))]
+        lengths, numbers = np.unique(self.keys, return_inverse=True)
+        return [(replace(self, keys=int(length)), np.flatnonzero(numbers == number).tolist())
+                for number, length in enumerate(lengths)]
+
+    def check_batch(self, batch: int | None) -> None:
+        """Raise `MaskError` unless `keys` fits a batch; see `BaseMask.check_batch`. Local."""
+        if self.keys is not None and not isinstance(self.keys, int) and batch != len(self.keys):
+            raise MaskError(f"keys: expected a number for each element of the batch, got {len(self.keys)} and "
+                            f"{'arrays without a batch axis' if batch is None else f'a batch of {batch}'}")
 
     @cached_property
     def _packed(self) -> Documents | NumberedTokens | None:
@@ -259,16 +289,22 @@ class Mask:
             return NumberedTokens(self.document_ids)
         return None if self.documents is None else Documents(self.documents, self.prompts, self.parents)
 
-    def positions(self, queries: ArrayLike, n_q: int, n_k: int) -> Integers:
-        """Give the positions of queries among the keys. Local.
+    @cached_property
+    def _runs(self) -> Interval | None:
+        """The stretches of keys that there are, by `key_mask` and `keys`: their starts and stops; None: all keys."""
+        if self.key_mask is None and self.keys is None:
+            return None
+        if self.key_mask is None:
+            return np.zeros(1, np.int64), np.array([self.keys], np.int64)
+        edges = np.flatnonzero(np.diff(self.key_mask.astype(np.int8), prepend=0, append=0))
+        starts, stops = edges[::2], edges[1::2]
+        if self.keys is None:
+            return starts, stops
+        there = starts < self.keys
+        return starts[there], np.minimum(stops[there], self.keys)
 
-        Parameters
-        ----------
-        queries : integer array of shape (n,)
-            Their global numbers ``0 .. n_q-1``.
-        n_q, n_k : int
-            Queries and keys in all.
-        """
+    def positions(self, queries: ArrayLike, n_q: int, n_k: int) -> Integers:
+        """Give the positions of queries among the keys; see `BaseMask.positions`. Local."""
         numbers = np.asarray(queries, np.int64)
         if self.q_documents is None:
             return numbers + (n_k - n_q if self.q_offset is None else self.q_offset)
@@ -282,22 +318,7 @@ class Mask:
         return max(n_q, n_k) + abs(n_k - n_q if self.q_offset is None else self.q_offset)
 
     def bounds(self, queries: ArrayLike, n_q: int, n_k: int) -> list[Interval]:
-        """Give the intervals of key positions that the queries see. Local.
-
-        Parameters
-        ----------
-        queries : integer array of shape (n,)
-            Global numbers ``0 .. n_q-1`` of the queries asked about.
-        n_q, n_k : int
-            Queries and keys in all.
-
-        Returns
-        -------
-        list of (lo, hi)
-            Pairs of int64 arrays of shape (n,), within ``0 .. n_k``: a query sees ``lo <= j < hi`` of each. There may
-            be any number of pairs, each with an interval for every query. The intervals of a query are disjoint, for
-            a key in two of them would count twice, and ascend; one that is empty has ``hi == lo``.
-        """
+        """Give the intervals of key positions that the queries see; see `BaseMask.bounds`. Local."""
         i = self.positions(queries, n_q, n_k)
         seen = self._near(i, n_k)
         if self._packed is not None:
@@ -305,6 +326,8 @@ class Mask:
             seen = intersect(self._packed.seen(number, n_k), seen)
         if self.spans is not None:
             seen = unite(seen, self._span(i, n_k))
+        if self._runs is not None:
+            seen = within(seen, self._runs)
         return seen if len(seen) <= 2 else compact(seen)
 
     def _near(self, i: Integers, n_k: int) -> list[Interval]:

@@ -12,13 +12,13 @@ from numpy.typing import ArrayLike
 from .errors import MaskError, OptionError
 from .intervals import Interval, compact
 from .layout import Integers
-from .mask import Mask, natural
+from .mask_base import BaseMask, natural
 
 MOST_AXES = 4
 EDGES = "cut", "shifted"
 
 
-class Grid(Mask):
+class Grid(BaseMask):
     """What a point of a grid sees: the points within a window around it, axis by axis. Taken wherever a mask is. Local.
 
     Queries and keys are the points of the grid, flattened in C order (the last axis is contiguous).
@@ -47,12 +47,10 @@ class Grid(Mask):
 
     def __init__(self, shape: Any, window: Any, periodic: Any = False, edges: str = EDGES[0],
                  causal: bool = False) -> None:
-        super().__init__()
-        fix = object.__setattr__
         sizes = _each(shape, 1)
         if not 1 <= len(sizes) <= MOST_AXES:
             raise OptionError(f"grid: expected a shape of 1 to {MOST_AXES} axes, got {shape!r}")
-        fix(self, "shape", tuple(natural("grid shape", size) for size in sizes))
+        self.shape = tuple(natural("grid shape", size) for size in sizes)
         axes = len(self.shape)
         each, around = _each(window, axes), _each(periodic, axes)
         for name, given in (("window", each), ("periodic", around)):
@@ -64,15 +62,10 @@ class Grid(Mask):
             raise OptionError(f"grid: edges expects one of {', '.join(EDGES)}, got {edges!r}")
         if causal and around[0]:
             raise OptionError("grid: causal goes along the first axis, which is periodic: expected one or the other")
-        fix(self, "sides", tuple(_sides(one) for one in each))
-        fix(self, "periodic", tuple(bool(one) for one in around))
-        fix(self, "edges", edges)
-        fix(self, "causal", bool(causal))
-
-    shape: tuple[int, ...]
-    sides: tuple[tuple[int | None, int | None], ...]
-    periodic: tuple[bool, ...]
-    edges: str
+        self.sides = tuple(_sides(one) for one in each)
+        self.periodic = tuple(bool(one) for one in around)
+        self.edges = edges
+        self.causal = bool(causal)
 
     def __repr__(self) -> str:
         """Write it as it is made. Local."""
@@ -97,11 +90,6 @@ class Grid(Mask):
                           "expected a Mask")
 
     @property
-    def left(self) -> None:
-        """A point may see any other before it."""
-        return
-
-    @property
     def most(self) -> int:
         """How many intervals a point has at most."""
         widths = [size if None in pair else min(size, sum(pair) + 1)  # type: ignore[arg-type]
@@ -109,7 +97,7 @@ class Grid(Mask):
         return max(1, math.prod(widths[:-1])) * (2 if self.periodic[-1] else 1)
 
     def bounds(self, queries: ArrayLike, n_q: int, n_k: int) -> list[Interval]:
-        """Give the intervals of key positions that the queries see; see `Mask.bounds`. Local.
+        """Give the intervals of key positions that the queries see; see `BaseMask.bounds`. Local.
 
         One for each line of points that the window has along the last axis, and on a periodic one two.
         """

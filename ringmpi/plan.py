@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .intervals import Interval
+from .bounds import Bounds
+from .excerpts import Excerpt, excerpts, runs, touched
+from .intervals import Interval, part_of_rows
 from .layout import Integers
 from .parts import Part
 from .schedules.base import Route, Work
@@ -21,6 +23,8 @@ from .tiles import KeyPlan
 
 KEPT_BYTES = 2**20                # of the columns of all blocks, which are kept for the next call
 Array = Any                       # of NumPy, or of CuPy on a GPU
+T = TypeVar("T")
+Columns = list[list[Interval]]    # for each part of a block, the columns of it that rows see in each interval
 
 
 class Task(NamedTuple):
@@ -45,14 +49,14 @@ class Plan:
     key : bytes
         Of the shapes of all ranks that it is for.
     grid : Grid
-    bounds : list of (lo, hi)
-        Intervals of key positions that the rows see; see `Mask.bounds`.
+    bounds : list of Bounds
+        What the rows see, for each mask that elements of the batch have.
     row_counts : list of int
         Rows of each rank that shares queries, in their order.
     parts : list
-        For each rank that shares keys, the parts of its block.
+        For each rank that shares keys, the parts of its block: of this rank's all, of another's what travels.
     shapes : list
-        For each rank that shares keys, the shapes of its k and v.
+        For each rank that shares keys, the shapes of its k and v, as far as they travel.
     share : HeadShare
         The heads that this rank computes with.
     q_tokens, kv_tokens : Tokens
@@ -66,22 +70,28 @@ class Plan:
         heads that this rank computes with, dim, dim_v.
     replicated : bool
         Whether all ranks have the same queries: each folds its own keys into all rows.
+    member : int
+        Of those that share keys, this rank.
+    sections : int
+        Into which each block is cut: those travel that members other than its owner need. 1: blocks travel as they are.
     of_keys : KeyPlan, optional
         In canonical order, what goes for the gradients of keys and values, and how tokens get into blocks.
     route : Route
         Which rank that shares keys computes with which block; agreed on once the plans are made.
-    seen : array of shape (own rows,), bool
-        Which of the first rows, which this rank finishes, have a result, where the backend computes, once there has
-        been a forward pass.
+    sent : list of slice, optional
+        The columns of this rank's block that travel; None: all of them.
+    seen : list of arrays of shape (own rows,), bool
+        For each element of the batch, which of the first rows, which this rank finishes, have a result, where the
+        backend computes, once there has been a forward pass.
     ready : set of str
         What the backend and the carrier have been made ready for: ``"forward"``, ``"backward"``.
     """
 
     key: bytes
     grid: Grid
-    bounds: list[Interval]
+    bounds: list[Bounds]
     row_counts: list[int]
-    parts: list[list[Part]]
+    parts: list[list[Part | Excerpt]]
     shapes: list[list[tuple[int, ...]]]
     share: HeadShare
     q_tokens: Tokens
@@ -91,22 +101,24 @@ class Plan:
     dtype: np.dtype[Any]
     dims: tuple[int, int, int]
     replicated: bool
+    member: int = 0
+    sections: int = 1
     of_keys: KeyPlan | None = None
+    sent: list[slice] | None = None
     route: Route = field(init=False)
-    seen: Array = None
+    seen: list[Array] = field(default_factory=list)
     ready: set[str] = field(default_factory=set)
-    _prefetched: tuple[int, list[list[Interval]]] = (-1, [])
-    _kept: dict[int, list[list[Interval]]] = field(default_factory=dict)
+    _kept: dict[tuple[int, int], Columns] = field(default_factory=dict)      # by the number of the bounds, and source
 
     @property
     def batch(self) -> int:
         """Elements of the batch."""
         return self.shapes[0][0][0]
 
-    @cached_property
+    @property
     def rows(self) -> int:
         """The queries that this rank computes with."""
-        return len(self.bounds[0][0])
+        return self.bounds[0].rows
 
     @cached_property
     def own_rows(self) -> int:
@@ -116,38 +128,85 @@ class Plan:
     @cached_property
     def pairs(self) -> int:
         """Visible query-key pairs of this rank, all batches."""
-        return self.batch * int(self._pairs.sum())
+        return sum(len(bounds.elements) * int(pairs.sum())
+                   for bounds, pairs in zip(self.bounds, self._pairs, strict=True))
 
     @property
     def needs(self) -> NDArray[np.bool_]:
-        """Which of the blocks that come by this rank needs: of keys, then of queries if any come by."""
-        return np.concatenate([self._pairs > 0, *([self.of_keys.needs] if self.of_keys else [])])
+        """Which sections of the blocks that come by this rank needs: of keys, then of queries if any come by."""
+        return np.concatenate([self._survey[1].ravel(), *([self.of_keys.needs] if self.of_keys else [])])
 
     def take_needs(self, needs: NDArray[np.bool_]) -> None:
         """Take what each rank that shares keys needs, in the order of the group: the routes of blocks. Local."""
         size = len(self.parts)
-        self.route = Route(needs[:, :size], [parts[-1].columns.stop for parts in self.parts])
+        needed = needs[:, :size * self.sections].reshape(len(needs), size, self.sections)
+        self._cut_blocks(needed)
+        self.route = Route(needed.any(axis=2), [shapes[0][1] for shapes in self.shapes])
         if self.of_keys:
             self.of_keys.route = Route(needs[:, size:], [part.columns.stop for part in self.of_keys.sources])
 
-    @cached_property
-    def _pairs(self) -> Integers:
-        """Visible pairs of the rows with each block."""
-        return np.array([sum(int((end - begin).sum()) for columns in self._columns(source) for begin, end in columns)
-                         for source in range(len(self.parts))], np.int64)
+    def _cut_blocks(self, needed: NDArray[np.bool_]) -> None:
+        """Let only those sections of blocks travel that others need, if they are half of the largest block at most.
+
+        An owner copies what travels: that and the buffers then take no more memory than buffers for whole blocks.
+        """
+        if self.sections == 1:
+            return
+        members = np.arange(len(needed))
+        others = needed.copy()
+        others[members, members] = False
+        tokens = [shapes[0][1] for shapes in self.shapes]
+        kept = [runs(some, count) for some, count in zip(others.any(axis=0), tokens, strict=True)]
+        counts = [sum(run.stop - run.start for run in some) for some in kept]
+        if 2 * max(counts) > max(tokens):
+            return
+        self.sent = kept[self.member]
+        self.parts = [parts if source == self.member else list(excerpts(parts, kept[source]))
+                      for source, parts in enumerate(self.parts)]
+        self.shapes = [[(shape[0], count, *shape[2:]) for shape in shapes]
+                       for shapes, count in zip(self.shapes, counts, strict=True)]
+        self._kept = {}
 
     @property
-    def sees(self) -> NDArray[np.bool_]:
-        """Which of the rows that this rank finishes see any key."""
-        seen = np.zeros(self.own_rows, bool)
-        for low, high in self.bounds:
-            seen |= (high > low)[:self.own_rows]
-        return seen
+    def _pairs(self) -> Integers:
+        """Visible pairs of the rows with each block, ``[bounds, source]``."""
+        return self._survey[0]
+
+    @cached_property
+    def _survey(self) -> tuple[Integers, NDArray[np.bool_]]:
+        """Visible pairs of the rows with each block, and which sections of it they see: ``[source, section]``."""
+        pairs = np.zeros((len(self.bounds), len(self.parts)), np.int64)
+        sees = np.zeros((len(self.parts), self.sections), np.bool_)
+        for number, bounds in enumerate(self.bounds):
+            for rows in bounds.pieces(slice(None)):
+                seen = bounds.of(rows)
+                for source, parts in enumerate(self.parts):
+                    columns = self._left(source, rows, self._make_columns(source, seen))
+                    pairs[number, source] += sum(int((end - begin).sum()) for intervals in columns
+                                                 for begin, end in intervals)
+                    sees[source] |= touched(parts, columns, self.sections)
+        return pairs, sees
+
+    @property
+    def sees(self) -> list[NDArray[np.bool_]]:
+        """For each of the bounds, which of the rows that this rank finishes see any key."""
+        return [bounds.sees[:self.own_rows] for bounds in self.bounds]
+
+    def of_elements(self, each: Sequence[T]) -> list[T]:
+        """Give for each element of the batch what there is for its bounds. Local."""
+        found = {number: one for bounds, one in zip(self.bounds, each, strict=True) for number in bounds.elements}
+        return [found[number] for number in range(self.batch)]
+
+    def pieces(self, rows: slice) -> list[slice]:
+        """Cut rows into pieces for which what they see is made at a time. Local."""
+        return min(self.bounds, key=lambda bounds: bounds.most_rows).pieces(rows)
 
     def prefetch_columns(self, source: int | None) -> None:
         """Have the columns of the next block ready: a GPU computes now, and would wait for them later. Local."""
-        if source is not None and self._prefetched[0] != source:
-            self._prefetched = source, self._columns(source)
+        if source is not None:
+            for number, bounds in enumerate(self.bounds):
+                if bounds.kept:
+                    self._whole(number, source)
 
     def tasks(self, work: Work, rows: slice, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
         """Give what a backend has to do with some rows, and the block or columns of a block that came by. Local.
@@ -159,38 +218,54 @@ class Plan:
         dropout_keys : uint32 array of shape (batch, all heads)
         """
         source = work.source
-        columns = self._prefetched[1] if self._prefetched[0] == source else self._columns(source)
         first, last, _ = work.columns.indices(self.parts[source][-1].columns.stop)
-        for part, intervals in zip(self.parts[source], columns, strict=True):
-            cut = slice(max(first, part.columns.start), min(last, part.columns.stop))
-            if cut.start >= cut.stop:
-                continue
-            inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
-            score = self._score_of(part, inside, rows)
-            for begin, end in intervals:
-                if cut != part.columns:
-                    begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
-                for number in range(self.batch):
-                    yield Task(number, slice(cut.start - first, cut.stop - first), begin[rows], end[rows],
-                               score.of_dropout_keys(dropout_keys[number, self.share.queries]))
+        for which, bounds in enumerate(self.bounds):
+            for part, intervals in zip(self.parts[source], self._columns(which, source, rows), strict=True):
+                cut = slice(max(first, part.columns.start), min(last, part.columns.stop))
+                if cut.start >= cut.stop:
+                    continue
+                inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
+                score = self._score_of(bounds, part, inside, rows)
+                for begin, end in intervals:
+                    if cut != part.columns:
+                        begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
+                    for number in bounds.elements:
+                        yield Task(number, slice(cut.start - first, cut.stop - first), begin, end,
+                                   score.of_dropout_keys(dropout_keys[number, self.share.queries]))
 
-    def _columns(self, source: int) -> list[list[Interval]]:
-        """Turn each interval of positions into columns of each part of a block; those of small shards are kept."""
-        if source in self._kept:
-            return self._kept[source]
-        columns = [[(part.count_below(low), part.count_below(high)) for low, high in self.bounds]
-                   for part in self.parts[source]]
-        if self._keeps:
-            self._kept[source] = columns
+    def _columns(self, number: int, source: int, rows: slice) -> Columns:
+        """Give the columns of each part of a block that some rows see, by the bounds of a number."""
+        bounds = self.bounds[number]
+        columns = ([part_of_rows(intervals, rows) for intervals in self._whole(number, source)] if bounds.kept
+                   else self._make_columns(source, bounds.of(rows)))
+        return self._left(source, rows, columns)
+
+    def _left(self, source: int, rows: slice, columns: Columns) -> Columns:
+        """Take away what rows have met of a block before."""
         return columns
+
+    def _whole(self, number: int, source: int) -> Columns:
+        """Give the columns of a block for all rows; those of small blocks are kept, else those of two."""
+        if (number, source) not in self._kept:
+            while not self._keeps and len(self._kept) >= 2 * len(self.bounds):
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[number, source] = self._make_columns(source, self.bounds[number].of(slice(None)))
+        return self._kept[number, source]
+
+    def _make_columns(self, source: int, seen: Sequence[Interval]) -> Columns:
+        """Turn intervals of positions into columns of each part of a block; none that are empty for all rows."""
+        return [[(begin, end) for low, high in seen
+                 if ((end := part.count_below(high)) > (begin := part.count_below(low))).any()]
+                for part in self.parts[source]]
 
     @cached_property
     def _keeps(self) -> bool:
         """Whether the columns of all blocks take little memory."""
-        return 16 * self.rows * len(self.bounds) * sum(map(len, self.parts)) <= KEPT_BYTES
+        intervals = sum(len(bounds.of(slice(None))) for bounds in self.bounds if bounds.kept)
+        return 16 * self.rows * intervals * sum(map(len, self.parts)) <= KEPT_BYTES
 
-    def _score_of(self, part: Part, inside: slice, rows: slice) -> Score:
+    def _score_of(self, bounds: Bounds, part: Part, inside: slice, rows: slice) -> Score:
         """Give the score for some rows and columns of a part of a block."""
         if not self.score.positional:
             return self.score
-        return replace(self.score, queries=self.score.queries[rows]).of_keys(part.positions()[inside])
+        return replace(self.score, queries=bounds.positions(rows)).of_keys(part.positions()[inside])

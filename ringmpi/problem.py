@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .bounds import bounds_of
 from .call import Records
 from .checks import check_dropout, check_mask, check_order, check_scale, check_slopes, check_softcap
 from .dtypes import accumulator
 from .errors import OptionError, ShapeError
+from .excerpts import sections
 from .layout import REPLICATED, Layout, Replicated, check_spec, resolve
-from .mask import Mask
+from .mask_base import BaseMask
 from .parts import Part, increasing
 from .plan import Plan
 from .schedules.grid import Grid, HeadShare, share_heads
@@ -35,7 +37,7 @@ SAMPLED_QUERIES = 64           # ... and so many queries of each
 class Problem:
     """What is computed, by the caller's options; the same on all ranks."""
 
-    mask: Mask
+    mask: BaseMask
     layout: str | Layout
     kv_layout: str | Layout
     scale: float | None
@@ -91,6 +93,7 @@ class Problem:
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         if not kv_layout.grows:               # else the last document may go on
             self.mask.check(q_layout.length, kv_layout.length)
+        self.mask.check_batch(records.common("batch") if records.common("batched") else None)
         self.check_range(np.finfo(accumulator(records.dtype, self.accumulator)))
         heads = records.common("heads")
         if self.alibi is not None and len(self.alibi) != heads:
@@ -131,7 +134,8 @@ class Problem:
         check_heads(schedule, records.common("heads"), records.common("kv_heads") if self.canonical else 0)
         return Grid(schedule, tuple(nodes), axes(self.shape(records), schedule))
 
-    def plan(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int, tile: int = 0) -> Plan:
+    def plan(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int, tile: int = 0,
+             whole: bool = False) -> Plan:
         """Make the plan of `rank`, but for the route, which is agreed on. Local.
 
         Parameters
@@ -139,6 +143,8 @@ class Problem:
         records, layouts, grid, rank
         tile : int
             In canonical order, the tokens of a tile: keys come in blocks of whole tiles, whatever their layout.
+        whole : bool
+            Whether blocks of keys travel as they are, not only what other ranks need of them.
         """
         batch, heads, kv_heads, dim, dim_v = map(records.common, ("batch", "heads", "kv_heads", "dim", "dim_v"))
         q_layout, kv_layout = layouts
@@ -157,10 +163,8 @@ class Problem:
         row_ranks = [r for place in places for r in grid.group("heads", queries.ranks[place]).ranks]
         row_counts = [sum(q_layout.counts[r] for r in grid.group("heads", other).ranks) for other in queries.ranks]
         positions = np.concatenate([q_layout.positions(r) for r in row_ranks])
-        bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
+        bounds = bounds_of(self.mask, positions, (q_layout.length, kv_layout.length), batch)
         score = self._score(dim, share)
-        if score.positional:
-            score = replace(score, queries=self.mask.positions(positions, q_layout.length, kv_layout.length))
 
         # The keys: a block for each rank that shares them.
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
@@ -170,6 +174,7 @@ class Problem:
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
+                    keys.index, 1 if whole or tile or keys.size == 1 else sections(keys.size),
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None)
 
     def _score(self, dim: int, share: HeadShare) -> Score:
@@ -204,8 +209,9 @@ def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:
     return Part(slice(0, sum(layout.counts[rank] for rank in ranks)), list(ranks), layout)
 
 
-def masked(shape: Shape, mask: Mask, q_layout: Layout, kv_layout: Layout) -> Shape:
+def masked(shape: Shape, mask: BaseMask, q_layout: Layout, kv_layout: Layout) -> Shape:
     """Say what a mask lets be seen on some layouts, by samples of ranks and queries. Local."""
+    masks = [one for one, _ in mask.of_elements(1)]
     size = len(q_layout.counts)
     ranks = np.unique(np.linspace(0, size - 1, min(size, SAMPLED_RANKS)).astype(int)).tolist()
     pairs, needed, length = [], [], max(1, kv_layout.length)
@@ -213,8 +219,8 @@ def masked(shape: Shape, mask: Mask, q_layout: Layout, kv_layout: Layout) -> Sha
         positions = q_layout.positions(rank)
         step = max(1, len(positions) // SAMPLED_QUERIES)
         positions = np.unique(np.concatenate([positions[::step], positions[-1:]]))
-        bounds = mask.bounds(positions, q_layout.length, kv_layout.length)
-        seen = sum((high - low for low, high in bounds), np.zeros(len(positions)))
+        bounds = [pair for one in masks for pair in one.bounds(positions, q_layout.length, kv_layout.length)]
+        seen = sum((high - low for low, high in bounds), np.zeros(len(positions))) / max(1, len(masks))
         pairs.append(float(seen.mean()) * q_layout.counts[rank] if len(positions) else 0.0)
         needed += [len(positions) > 0 and any(
             (kv_layout.count_below(high, other) > kv_layout.count_below(low, other)).any() for low, high in bounds)

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .bounds import Bounds, bounds_of
 from .intervals import Interval
 from .layout import Contiguous, Integers
-from .mask import Mask
+from .mask_base import BaseMask
 from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid
@@ -74,7 +75,7 @@ class KeyPlan:
 
     Attributes
     ----------
-    mask : Mask
+    mask : BaseMask
     lengths : (int, int)
         Queries and keys in all.
     tile : int
@@ -96,7 +97,7 @@ class KeyPlan:
         Which rank that shares keys computes with which block of queries; agreed on once the plans are made.
     """
 
-    mask: Mask
+    mask: BaseMask
     lengths: tuple[int, int]
     tile: int
     sources: list[Part]
@@ -109,7 +110,7 @@ class KeyPlan:
     keys: Move
     queries: Move
     route: Route = field(init=False)
-    _prefetched: tuple[int, list[list[Interval]]] = (-1, [])
+    _kept: dict[int, list[Bounds]] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -119,24 +120,32 @@ class KeyPlan:
     @property
     def pairs(self) -> int:
         """Visible query-key pairs of this rank's keys, all batches."""
-        return self.batch * int(self._pairs.sum())
+        counts = [len(elements) for _, elements in self.mask.of_elements(self.batch)]
+        return int((self._pairs @ counts).sum())
 
     @property
     def needs(self) -> NDArray[np.bool_]:
         """Which of the blocks that come by see any key of this rank."""
-        needs: NDArray[np.bool_] = self._pairs > 0
+        needs: NDArray[np.bool_] = (self._pairs > 0).any(axis=1)
         return needs
 
     @cached_property
     def _pairs(self) -> Integers:
-        """Visible pairs of each block with the keys."""
-        return np.array([sum(int((end - begin).sum()) for intervals in self._columns(source)
-                             for begin, end in intervals) for source in range(len(self.sources))], np.int64)
+        """Visible pairs of each block with the keys, ``[source, bounds]``."""
+        return np.array([[self._count(bounds) for bounds in self._make_bounds(source)]
+                         for source in range(len(self.sources))], np.int64)
+
+    def _count(self, bounds: Bounds) -> int:
+        """Count the visible pairs of a block with the keys."""
+        return sum(int((end - begin).sum()) for rows in bounds.pieces(slice(None))
+                   for intervals in self._columns(bounds, rows) for begin, end in intervals)
 
     def prefetch_columns(self, source: int | None) -> None:
-        """Have the columns that the next block sees ready. Local."""
-        if source is not None and self._prefetched[0] != source:
-            self._prefetched = source, self._columns(source)
+        """Have what the next block sees ready. Local."""
+        if source is not None and source not in self._kept:
+            self._kept = {source: self._make_bounds(source)}
+            for bounds in self._kept[source]:
+                bounds.prepare()
 
     def tasks(self, work: Work, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
         """Give what a backend has to do with a block of queries that came by. Local.
@@ -148,19 +157,22 @@ class KeyPlan:
         work : Work
         dropout_keys : uint32 array of shape (batch, all heads)
         """
-        source = work.source
-        seen = self._prefetched[1] if self._prefetched[0] == source else self._columns(source)
-        score = self.score
-        if score.positional:
-            score = replace(score, queries=self.mask.positions(self._queries(source), *self.lengths))
-        for part, intervals in zip(self.parts, seen, strict=True):
-            of_part = score.of_keys(part.positions()) if score.positional else score
-            for rows in self._cuts(intervals):
-                of_rows = replace(of_part, queries=of_part.queries[rows]) if score.positional else score
-                for begin, end in intervals:
-                    for number in range(self.batch):
-                        yield Task(number, rows, part.columns, begin[rows], end[rows],
-                                   of_rows.of_dropout_keys(dropout_keys[number, self.heads]))
+        for bounds in self._kept.get(work.source) or self._make_bounds(work.source):
+            for piece in bounds.pieces(slice(None), self.tile):
+                for part, intervals in zip(self.parts, self._columns(bounds, piece), strict=True):
+                    for some in self._cuts(intervals):
+                        rows = slice(piece.start + some.start, piece.start + some.stop)
+                        score = self._score_of(bounds, part, rows)
+                        for begin, end in intervals:
+                            for number in bounds.elements:
+                                yield Task(number, rows, part.columns, begin[some], end[some],
+                                           score.of_dropout_keys(dropout_keys[number, self.heads]))
+
+    def _score_of(self, bounds: Bounds, part: Part, rows: slice) -> Score:
+        """Give the score for rows and a part of the keys."""
+        if not self.score.positional:
+            return self.score
+        return replace(self.score, queries=bounds.positions(rows)).of_keys(part.positions())
 
     def _cuts(self, intervals: Sequence[Interval]) -> list[slice]:
         """Cut the queries of a block tile by tile if a key may be in several of their intervals."""
@@ -171,11 +183,11 @@ class KeyPlan:
         step = max(1, count) if apart else self.tile
         return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
-    def _queries(self, source: int) -> Integers:
-        """Give the positions of the queries of a block."""
-        return self.sources[source].positions()
+    def _make_bounds(self, source: int) -> list[Bounds]:
+        """Say what the queries of a block see."""
+        return bounds_of(self.mask, self.sources[source].positions(), self.lengths, self.batch)
 
-    def _columns(self, source: int) -> list[list[Interval]]:
-        """Give, for each part of the keys, the columns of it that the queries of a block see in each interval."""
-        bounds = self.mask.bounds(self._queries(source), *self.lengths)
-        return [[(part.count_below(low), part.count_below(high)) for low, high in bounds] for part in self.parts]
+    def _columns(self, bounds: Bounds, rows: slice) -> list[list[Interval]]:
+        """Give, for each part of the keys, the columns of it that rows see in each interval."""
+        return [[(part.count_below(low), part.count_below(high)) for low, high in bounds.of(rows)]
+                for part in self.parts]

@@ -13,7 +13,7 @@ FACTORS = {
     "backend": ["numpy", "numba"],
     "dtype": list(DTYPES),
     "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
-    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees", "numbered"],
+    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees", "numbered", "holes"],
     "heads": [(4, 4), (8, 2), (3, 1)],
     "length": [1, 2, "P-1", 1003, 4097],
     "dim_v": [16, 9],
@@ -64,6 +64,7 @@ def make_mask(kind, n_k, n_q=None):
             "first": {"window": (n_k // 6, 0), "first": 3},
             "all": {"causal": True, "window": (n_k // 4, None), "documents": documents, "prefix": n_k // 3, "first": 5},
             "trees": trees(documents) | {"causal": True}, "numbered": numbered(n_k) | {"window": (n_k // 3, n_k // 9)},
+            "holes": {"window": (n_k // 2, n_k // 5), "keys": n_k - n_k // 8, "key_mask": holes(n_k)},
             }[kind]
     packed = "documents" in made or "document_ids" in made
     return made | ({"q_offset": n_k - n_q} if packed and n_q not in (None, n_k) else {})
@@ -83,6 +84,13 @@ def numbered(n_k):
     numbers = np.arange(n_k) // max(1, n_k // 10) % 3
     numbers[n_k // 2:n_k // 2 + n_k // 20] = -1
     return {"document_ids": numbers.tolist(), "spans": [(n_k // 4, n_k // 4 + n_k // 5)]}
+
+
+def holes(n_k):
+    """Most keys, but some of the first, and some in the middle."""
+    there = np.arange(n_k) >= n_k // 50
+    there[n_k // 3:n_k // 3 + n_k // 15] = False
+    return there.tolist()
 
 
 def of_size(case, size):

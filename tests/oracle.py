@@ -10,7 +10,8 @@ from ringmpi.score import dropout_keys, random_words
 
 
 def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None, first=0, q_offset=None,
-            spans=None, prompts=None, parents=None, document_ids=None, q_documents=None, rows=slice(None)):
+            spans=None, prompts=None, parents=None, document_ids=None, q_documents=None, keys=None, key_mask=None,
+            rows=slice(None)):
     """Dense boolean mask of shape (n_q, n_k), or of some of its rows."""
     positions, numbers = places(n_q, n_k, documents, document_ids, q_documents, q_offset)
     i, number, j = positions[rows][:, None], numbers[rows], np.arange(n_k)[None, :]
@@ -42,6 +43,10 @@ def visible(n_q, n_k, *, causal=False, window=None, documents=None, prefix=None,
         see &= (number[:, None] == np.asarray(document_ids)) & (number[:, None] >= 0)
     for a, b in () if spans is None else spans:
         see |= (a <= i) & (i < b) & (a <= j) & (j < b)
+    if keys is not None:
+        see &= j < keys
+    if key_mask is not None:
+        see &= np.asarray(key_mask, bool)
     return see
 
 

@@ -143,6 +143,7 @@ MASKS = {
                "parents": [-1, -1, 0], "spans": [(60, 70), (10, 13)]}),
     "numbered": (["--document-ids", "--q-offset", "10"],
                  {"document_ids": np.arange(90) // 10 % 4 - 1, "q_offset": 10}),
+    "holes": (["--key-mask", "--keys", "81"], {"key_mask": np.arange(90) % 11 > 1, "keys": 81}),
     "offsets of queries": (["--causal", "--documents", "--q-documents"],
                            {"causal": True, "documents": [0, 20, 50, 90], "q_documents": [0, 20, 25, 58]}),
     "everything": (["--causal", "--window", "20,5", "--first", "2", "--prefix", "11", "--documents",
@@ -183,7 +184,8 @@ def test_a_grid_by_its_options(options, grid):
     (["--grid", "6x"], "numbers from 0 on"), (["--grid", "6x7", "--grid-window", "1:2:3"], "before:after"),
     (["--grid", "6x7", "--grid-window", "1,2,3"], "each of 2 axes"), (["--grid", "6x7", "--q-offset", "0"], "q_offset"),
     (["--grid-periodic", "1"], "belongs to a grid"), (["--grid-edges", "shifted"], "belongs to a grid"),
-    (["--grid", "6x7", "--grid-periodic", "2"], "axes from 0 to 1"), (["--grid", "6x7", "--spans"], "spans")])
+    (["--grid", "6x7", "--grid-periodic", "2"], "axes from 0 to 1"), (["--grid", "6x7", "--spans"], "spans"),
+    (["--keys", "91"], "at most the 90 keys"), (["--grid", "6x7", "--keys", "5"], "keys")])
 def test_options_of_a_grid_that_make_no_sense(options, message):
     with pytest.raises(OptionError, match=message):
         make_mask(Options.from_record(vars(parsed(options))))
@@ -201,7 +203,8 @@ def parsed(options):
     ("spans", [[0, 8], [7, 9]], r"do not overlap, got \[0, 8\] and \[7, 9\]"), ("spans", [[80, 91]], "ends at 91"),
     ("spans", [[0.5, 1]], "expected integers"), ("document_ids", [1, 2, 3], "expected one for each of 90 keys, got 3"),
     ("parents", [-1, -1], "each of 3 documents"), ("parents", [1, 2, 0], "its own ancestor"),
-    ("prompts", [[0, 95]] * 3, "ends at 95"),
+    ("prompts", [[0, 95]] * 3, "ends at 95"), ("key_mask", np.arange(90), "expected booleans"),
+    ("key_mask", [True, False], "each of 90 keys, got 2"), ("spans", [[True, False]], "expected integers"),
     ("q_documents", [0, 20, 40, 91], "at most the number of queries, 90, got 91")])
 def test_arrays_of_a_mask_that_make_no_sense(name, array, message, capsys):
     assert code("make", "random", "in.h5", "--tokens", 90, "--heads", 2, "--dim", 8) == 0

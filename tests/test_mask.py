@@ -39,6 +39,8 @@ def masks(draw, n_k):
         options["document_ids"] = draw(st.lists(st.integers(-1, 4), min_size=n_k, max_size=n_k))
     edges = sorted(draw(st.lists(st.integers(0, n_k), max_size=6)))
     options["spans"] = draw(st.none() | st.permutations([*zip(edges[::2], edges[1::2], strict=False)]))
+    options["keys"] = draw(st.none() | st.integers(0, n_k))
+    options["key_mask"] = draw(st.none() | st.lists(st.booleans(), min_size=n_k, max_size=n_k))
     return options
 
 

@@ -9,7 +9,7 @@ from ringmpi.dtypes import DTYPES
 pytestmark = pytest.mark.mpi
 
 CASES = covering({
-    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees", "numbered"],
+    "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees", "numbered", "holes"],
     "dtype": list(DTYPES), "layout": ["striped", "uneven", "empty", "zigzag"],
     "kv_layout": ["custom", "uneven", "striped", None], "heads": [(4, 4), (8, 2), (3, 1)],
     "function": ["plain", "all"], "batch": [None, 2],

@@ -82,8 +82,8 @@ class Folded:
         """Say whether any piece has still to meet anything of the blocks that this rank needs. Local."""
         return bool((self.left[:, needed, 0] < self.left[:, needed, 1]).any())
 
-    def cut(self, source: int, part: int, columns: slice, begin: NDArray[np.int64], end: NDArray[np.int64]
-            ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def cut(self, source: int, part: int, columns: slice, rows: slice, begin: NDArray[np.int64],
+            end: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Take what has been met away from an interval of columns of each row, in a part of a block. Local.
 
         Parameters
@@ -93,13 +93,16 @@ class Folded:
             Its number.
         columns : slice
             Of the block, that are in the part.
+        rows : slice
         begin, end : int64 arrays of shape (rows,)
             Of the part.
         """
         begin, end = begin.copy(), end.copy()
-        for rows, (first, last) in zip(self.rows, self.left[:, source] - columns.start, strict=True):
+        offset = rows.start or 0
+        for piece, (first, last) in zip(self.rows, self.left[:, source] - columns.start, strict=True):
+            some = slice(max(0, piece.start - offset), max(0, piece.stop - offset))
             for edges in (begin, end):
-                np.clip(edges[rows], first, last, out=edges[rows])
+                np.clip(edges[some], first, last, out=edges[some])
         return begin, end
 
     def table(self, folded: Folded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

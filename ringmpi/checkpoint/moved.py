@@ -122,8 +122,7 @@ class Moved:
         shapes: list[list[tuple[int, ...]]] = [
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
         tokens = Tokens([sum(blocks.counts[number] for number in self._mine)], plan.kv_tokens.parts)
-        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _prefetched=(-1, []),
-                        _kept={})
+        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _kept={})
         moved.route = plan.route
         return moved
 
@@ -185,12 +184,12 @@ class Moved:
         tokens = self._before.blocks.counts
         return all((self._left[:, number] == (0, tokens[number])).all() for number in self._held[source])
 
-    def cut(self, source: int, part: int, columns: slice, begin: Integers, end: Integers
+    def cut(self, source: int, part: int, columns: slice, rows: slice, begin: Integers, end: Integers
             ) -> tuple[Integers, Integers]:
         """Take what had been met away from an interval of columns of each row; see `Folded.cut`. Local."""
         if not self._held[source]:
             return begin, end
-        first, last = self._left[self._groups, self._held[source][part]].T
+        first, last = self._left[self._groups[rows], self._held[source][part]].T
         return np.clip(begin, first, last), np.clip(end, first, last)
 
     def table(self, folded: Folded) -> tuple[Integers, Integers]:

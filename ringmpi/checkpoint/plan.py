@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from ..backends.base import Backend
-from ..layout import Integers
 from ..mpi.comm import Comm
-from ..plan import Plan
+from ..plan import Columns, Plan
 from ..schedules.base import Work
 from .folded import Folded, cut_rows
 from .moved import Moved
 
 UNSEEN = np.iinfo(np.int64).max
-Columns = list[list[tuple[Integers, Integers]]]
 
 
 @dataclass
@@ -30,17 +28,16 @@ class ResumablePlan(Plan):
     """
 
     before: Folded | Moved | None = None
-    _left: dict[int, tuple[Columns, Columns]] = field(default_factory=dict)       # columns of two blocks, all and left
 
     @classmethod
     def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
         """Make one of a plan, with its route, which is to be agreed on anew if anything has been met. Local."""
         given = {part.name: getattr(plan, part.name) for part in fields(Plan) if part.init}
-        given |= {"ready": set(), "_prefetched": (-1, []), "_kept": {}}      # which are not shared
+        given |= {"ready": set(), "_kept": {}}      # which are not shared
         made = cls(**given, before=before.copy() if isinstance(before, Folded) else before)
         made.route = plan.route
         if all(map(before.is_whole, range(len(plan.parts)))):
-            made._pairs = plan._pairs          # which need not be counted anew
+            made._survey = plan._survey        # which need not be counted anew
         return made
 
     def agree_on_route(self, comm: Comm, timeout: float) -> None:
@@ -59,32 +56,25 @@ class ResumablePlan(Plan):
         """
         if len(pieces) == 1:
             return True
+        if not all(bounds.kept for bounds in self.bounds):
+            return False
         start, stop, _ = work.columns.indices(self.parts[work.source][-1].columns.stop)
-        for part, intervals in zip(self.parts[work.source], self._both(work.source)[0], strict=True):
-            for begin, end in intervals:
-                begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start) for x in (begin, end))
-                first = np.where(begin < end, begin, UNSEEN)
-                if len({first[rows].min(initial=UNSEEN) for rows in pieces} - {UNSEEN}) > 1:
-                    return False
+        for which in range(len(self.bounds)):
+            for part, intervals in zip(self.parts[work.source], self._whole(which, work.source), strict=True):
+                for begin, end in intervals:
+                    begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start)
+                                  for x in (begin, end))
+                    first = np.where(begin < end, begin, UNSEEN)
+                    if len({first[rows].min(initial=UNSEEN) for rows in pieces} - {UNSEEN}) > 1:
+                        return False
         return True
 
-    def _columns(self, source: int) -> Columns:
-        """Turn each interval of positions into columns that are left; keep those of two blocks, for all pieces."""
-        return self._both(source)[1]
-
-    def _both(self, source: int) -> tuple[Columns, Columns]:
-        if source not in self._left:
-            while len(self._left) > 1:
-                self._left.pop(next(iter(self._left)))
-            columns = super()._columns(source)
-            self._left[source] = columns, self._left_of(source, columns)
-        return self._left[source]
-
-    def _left_of(self, source: int, columns: Columns) -> Columns:
+    def _left(self, source: int, rows: slice, columns: Columns) -> Columns:
+        """Take away what rows have met of a block before."""
         before = self.before
         if before is None or before.is_whole(source):
             return columns
-        return [[before.cut(source, number, part.columns, begin, end) for begin, end in intervals]
+        return [[before.cut(source, number, part.columns, rows, begin, end) for begin, end in intervals]
                 for number, (part, intervals) in enumerate(zip(self.parts[source], columns, strict=True))]
 
 

@@ -17,7 +17,7 @@ from ..job.outputs import check_paths
 from ..job.parallel import check_driver
 from ..job.room import check_node, schedule_within
 from ..job.stream_plan import Planner, usual_limit
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..schedules.movers import carrier_class
 from ..schedules.spec import Schedule
 from .units import size_text, time_text
@@ -80,7 +80,7 @@ def _describe_traffic(parts: dict[str, int], schedule: Schedule) -> Iterator[str
         yield f"{'head traffic':24}{heads / 2**20:12.1f} MiB, more where several ranks have a head of the keys"
 
 
-def _describe_passes(planner: Planner, mask: Mask) -> Iterator[str]:
+def _describe_passes(planner: Planner, mask: BaseMask) -> Iterator[str]:
     """Say how often keys and values are read and sent where they do not stay."""
     sizes, ranks = planner.sizes, planner.ranks
     pieces = planner.plan()
@@ -106,7 +106,7 @@ def _describe_result(sizes: Sizes, options: Options) -> Iterator[str]:
     yield f"{'matrix of scores':24}{size_text(rows * sizes.n_k * wide):>12} of all ranks, which is never made"
 
 
-def _describe_time(sizes: Sizes, options: Options, mask: Mask, ranks: int, threads: int) -> Iterator[str]:
+def _describe_time(sizes: Sizes, options: Options, mask: BaseMask, ranks: int, threads: int) -> Iterator[str]:
     """Say how long the slowest rank would compute on CPUs like this one, where that can be said."""
     pairs = count_pairs(mask, sizes, ranks, options.layout)
     seconds = 0.0 if options.backend in GPU_NAMES else predict_seconds(pairs, sizes, [threads] * ranks, options.backend)

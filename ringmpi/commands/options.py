@@ -16,6 +16,7 @@ OF_ARRAYS = {
     "parents": "each document sees what it goes on from: numbers of documents (n_documents,), -1 for none",
     "document_ids": "documents as a number for each key (n_k,), below 0 for padding",
     "q_documents": "the documents in the queries, where they differ from those in the keys: offsets [0, ...]",
+    "key_mask": "nobody sees keys whose flag is false or 0: booleans (n_k,)",
 }
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "tiles", "widen", "pairs")
@@ -97,6 +98,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
                        help="the first N keys are visible whatever --window says (default: 0)")
     group.add_argument("--q-offset", type=int, default=default(None), metavar="N",
                        help="position of query 0 among the keys (default: the last query is aligned with the last key)")
+    group.add_argument("--keys", type=natural, default=default(None), metavar="N",
+                       help="keys from number N on are padding, which nobody sees (default: none)")
     for name, text in OF_ARRAYS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", default=default(False),
                            help=f"{text}, in dataset `{name}`")

@@ -70,14 +70,16 @@ def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
                          f"got {dataset.shape}")
 
 
-def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str, ...] = ("offsets",)
-                  ) -> NDArray[np.int64]:
+def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str, ...] = ("offsets",),
+                  booleans: bool = False) -> NDArray[np.int64]:
     """Read a dataset of at most `most` integers along its first axis, with the checks of `open_dataset`. Local.
 
     Parameters
     ----------
     axes : tuple of str
         What the axes are called; pairs have the second one.
+    booleans : bool
+        Whether they may be booleans too, for 0 and 1.
 
     Raises
     ------
@@ -89,8 +91,8 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
         dataset = resolve_path(file, name)
         if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual:
             raise ShardError(f"{where}: expected a plain dataset")
-        if dataset.dtype.kind not in "iu":
-            raise DtypeError(f"{where}: expected integers, got {dataset.dtype}")
+        if dataset.dtype.kind not in ("biu" if booleans else "iu"):
+            raise DtypeError(f"{where}: expected integers{' or booleans' * booleans}, got {dataset.dtype}")
         check_axes(dataset, axes)
         if dataset.shape[1:] not in ((), (2,)):
             raise ShapeError(f"{where}: expected pairs of integers, got shape {dataset.shape}")

@@ -20,7 +20,8 @@ from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, r
 from ..files.item_types import RAW_DTYPE, stored_dtype
 from ..files.opening import open_file
 from ..layout import Contiguous
-from ..mask import ARRAYS, RANGES, Mask
+from ..mask import ARRAYS, RANGES
+from ..mask_base import BaseMask
 from ..schedules.redistribution import redistribute
 from .masks import make_mask
 from .options import Options
@@ -51,7 +52,7 @@ class Input:
     path : path
     q, k, v : h5py.Dataset of shape (tokens, heads, dim)
     sizes : Sizes
-    mask : Mask
+    mask : BaseMask
     alibi, sinks : float64 array of shape (heads,), optional
         One number for each head, if the options ask for them.
     """
@@ -61,7 +62,7 @@ class Input:
     k: h5py.Dataset
     v: h5py.Dataset
     sizes: Sizes
-    mask: Mask
+    mask: BaseMask
     alibi: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
 
@@ -98,11 +99,11 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
     return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], v.shape[2], str(dtypes[0]))
 
 
-def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> Mask:
+def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> BaseMask:
     """Make the mask that the options and the file's datasets describe."""
     most = max(sizes.n_q + 1, sizes.n_k + 1, MOST_OFFSETS)
-    arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",))
-              for name in ARRAYS if getattr(options, name)}
+    arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",),
+                                  booleans=name == "key_mask") for name in ARRAYS if getattr(options, name)}
     mask = make_mask(options, arrays)
     mask.check(sizes.n_q, sizes.n_k)
     return mask

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from ..errors import OptionError
 from ..mask import ARRAYS, Mask
+from ..mask_base import BaseMask
 from ..neighbourhood import Grid
 from .options import GRID_EDGES, Options
 
-NOT_IN_A_GRID = ("window", "prefix", "first", "q_offset", *ARRAYS)
+NOT_IN_A_GRID = ("window", "prefix", "first", "q_offset", "keys", *ARRAYS)
 
 
-def make_mask(options: Options, arrays: Mapping[str, NDArray[np.int64]] | None = None) -> Mask:
+def make_mask(options: Options, arrays: Mapping[str, NDArray[np.int64]] | None = None) -> BaseMask:
     """Make the mask that the options and arrays of these names describe. Local.
 
     Raises

@@ -13,7 +13,7 @@ from ..dtypes import DTYPES, accumulator
 from ..engine import rates_of_this_machine
 from ..environment import affinity, cycles_per_second, resident_bytes, shared_bytes, vector_bytes
 from ..layout import Contiguous, make
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..problem import masked
 from ..schedules.cost import choose
 from ..schedules.machine import Machine
@@ -51,7 +51,7 @@ def measure_process(options: Options) -> Process:
     return Process(resident_bytes() + to_come, shared_bytes())
 
 
-def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process, mask: Mask | None = None
+def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process, mask: BaseMask | None = None
                    ) -> dict[str, int]:
     """Predict the arrays of the rank with most tokens, in bytes; the peak is `total`. Local.
 
@@ -63,7 +63,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process,
         Any layout but contiguous copies a shard three times while it is redistributed.
     process : Process
         What `measure_process` says of a rank's process.
-    mask : Mask, optional
+    mask : BaseMask, optional
         By which a job that streams plans; without, what its arrays let be seen is not looked at.
 
     Returns
@@ -98,7 +98,7 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process,
     return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 
-def planner_of(sizes: Sizes, ranks: int, options: Options, process: Process, mask: Mask | None = None) -> Planner:
+def planner_of(sizes: Sizes, ranks: int, options: Options, process: Process, mask: BaseMask | None = None) -> Planner:
     """Give what plans the pieces of a job that streams, for ranks whose processes are as was measured. Local.
 
     Without the mask, what its arrays let be seen is not looked at.
@@ -164,7 +164,7 @@ def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend:
     return max(flop * mine / (speed * number) for mine, number in zip(pairs, threads, strict=True))
 
 
-def count_pairs(mask: Mask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
+def count_pairs(mask: BaseMask, sizes: Sizes, ranks: int, layout: str) -> list[int]:
     """Count the visible pairs of each rank, by a sample of the queries where there are many. Local."""
     step = max(1, sizes.n_q // SAMPLES)
     queries = np.arange(0, sizes.n_q, step)

@@ -27,6 +27,8 @@ class Options:
     parents: bool = False
     document_ids: bool = False
     q_documents: bool = False
+    keys: int | None = None
+    key_mask: bool = False
     grid: str | None = None
     grid_window: str | None = None
     grid_periodic: str | None = None

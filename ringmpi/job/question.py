@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..layout import make
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..problem import masked
 from ..schedules.cost import choose
 from ..schedules.machine import Machine
@@ -24,7 +24,7 @@ class Question:
 
     sizes: Sizes
     options: Options
-    mask: Mask
+    mask: BaseMask
     machine: Machine
 
     def shape(self, ranks: int) -> Shape:

@@ -17,7 +17,7 @@ from .. import __version__
 from ..attention import RingAttention
 from ..environment import resident_bytes
 from ..files.record import write_json
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..mpi.clocks import clock_offset
 from ..mpi.world import library
 from .inputs import Input, Sizes
@@ -32,7 +32,7 @@ class Start:
     source: Path
     sizes: Sizes
     options: Options
-    mask: Mask
+    mask: BaseMask
     backend: str
     hosts: list[str]
     threads: list[int]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ..backends import GPU_NAMES
 from ..environment import boot_id, node_memory
 from ..errors import OptionError, ResourceError
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..schedules.spec import Schedule
 from .inputs import Sizes
 from .memory import Process, measure_process, predict_memory, schedule_of
@@ -22,7 +22,7 @@ from .run import Run
 TOLERANCE = 0.10               # by which a job may take less than is predicted
 
 
-def check_room(run: Run, sizes: Sizes, options: Options, mask: Mask) -> None:
+def check_room(run: Run, sizes: Sizes, options: Options, mask: BaseMask) -> None:
     """Check that what all ranks of each node will take is there. Collective over *comm*.
 
     What a node has is what Slurm gives the job on it, else the node's own memory. On GPUs nothing is checked here: what

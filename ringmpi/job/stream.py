@@ -266,7 +266,7 @@ class Stream:
             records = Records([table.view(np.uint8)])
             layouts = problem.resolve(records)
             grid = problem.grid(attention.schedule, run.comm.nodes, records)
-            plan = problem.plan(records, layouts, grid, run.comm.rank)
+            plan = problem.plan(records, layouts, grid, run.comm.rank, whole=True)
             needs = plan.needs
         every = run.comm.exchange("", run.timeout, np.packbits(needs), failures=failures)
         if plan is None:

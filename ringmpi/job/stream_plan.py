@@ -15,7 +15,7 @@ from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
 from ..environment import node_memory
 from ..errors import OptionError
-from ..mask import Mask
+from ..mask_base import BaseMask
 from ..schedules.movers import carrier_class
 from ..schedules.spec import Schedule, check_schedule, resolve
 from .inputs import Sizes
@@ -122,7 +122,7 @@ class Planner:
         first = replace(pieces, start=rows).of_queries(self.sizes, self.ranks, self.options.layout)[:1]
         return sum(piece.counts[rank] for piece in first) * self._state
 
-    def passes(self, mask: Mask, pieces: Pieces) -> list[int]:
+    def passes(self, mask: BaseMask, pieces: Pieces) -> list[int]:
         """Give the number of blocks that each piece sees, by samples of queries."""
         return [int(self._seen(mask, pieces, start).sum())
                 for start in range(pieces.start, self.sizes.n_q, pieces.piece)]
@@ -205,7 +205,7 @@ class Planner:
         rows = -(-min(self.group, self.sizes.n_q) // self.ranks)
         return next(limit for limit in itertools.count(self._process // 2**20) if self._rows(limit * 2**20) >= rows)
 
-    def _seen(self, mask: Mask, pieces: Pieces, start: int) -> NDArray[np.bool_]:
+    def _seen(self, mask: BaseMask, pieces: Pieces, start: int) -> NDArray[np.bool_]:
         sizes = self.sizes
         stop = min(start + pieces.piece, sizes.n_q)
         queries = np.append(np.arange(start, stop, max(1, (stop - start) // SAMPLES)), stop - 1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..call import Array
 from ..errors import OptionError, RingError
 from ..layout import Layout
-from ..mask import Mask
+from ..mask_base import BaseMask
 from .sizes import Sizes
 from .store import Empty, KVStore
 
@@ -26,7 +26,7 @@ class Contents:
     Parameters
     ----------
     sizes : Sizes
-    mask : Mask
+    mask : BaseMask
         Keys that no later query sees through its window are dropped, but for those that the sizes let `crop` go back
         by.
     rank, size : int
@@ -43,7 +43,7 @@ class Contents:
     store : KVStore
     """
 
-    def __init__(self, sizes: Sizes, mask: Mask, rank: int, size: int, empty: Empty) -> None:
+    def __init__(self, sizes: Sizes, mask: BaseMask, rank: int, size: int, empty: Empty) -> None:
         self.length = 0
         self.dropped = 0
         self._reordered = 0           # a checksum of what `reorder` was told

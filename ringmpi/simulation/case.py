@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..layout import Layout, make
 from ..mask import Mask
+from ..mask_base import BaseMask
 from ..schedules.cargo import halves
 from ..schedules.cost import FEW_ROWS, STEPS, kernel_seconds
 from ..schedules.grid import Grid, share_heads
@@ -156,8 +157,8 @@ class Case:
         return 1 / self.schedule.queries if rows * self.shape.heads >= FEW_ROWS * self.shape.kv_heads else 0.0
 
 
-def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | None = None, layout: str = "contiguous",
-            trouble: Trouble | None = None) -> Case:
+def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: BaseMask | None = None,
+            layout: str = "contiguous", trouble: Trouble | None = None) -> Case:
     """Say what a forward pass has to do. Local.
 
     Parameters
@@ -165,7 +166,7 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
     shape : Shape
     schedule : Schedule
     machine : Machine
-    mask : Mask, optional
+    mask : BaseMask, optional
         Everything is seen by default.
     layout : str
         Of queries and keys.
@@ -202,7 +203,7 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: Mask | Non
                 tokens * a_token, seconds, even)
 
 
-def _unequal(shape: Shape, machine: Machine, places: Integers, layouts: tuple[Layout, Layout], mask: Mask
+def _unequal(shape: Shape, machine: Machine, places: Integers, layouts: tuple[Layout, Layout], mask: BaseMask
              ) -> tuple[Numbers | None, float]:
     """Give `Case.seconds` and `Case.even`."""
     heads, _, keys = places.shape
@@ -223,7 +224,7 @@ def _unequal(shape: Shape, machine: Machine, places: Integers, layouts: tuple[La
     return (None if even_blocks and even > 0 and (seconds == even).all() else seconds), even
 
 
-def _pairs(mask: Mask, q_layout: Layout, k_layout: Layout) -> Numbers:
+def _pairs(mask: BaseMask, q_layout: Layout, k_layout: Layout) -> Numbers:
     """Count visible pairs, ``[rank that has queries, rank that has keys]``; by a sample where there are many."""
     ranks, n_q, n_k = q_layout.size, q_layout.length, k_layout.length
     if mask == Mask():
