@@ -156,19 +156,52 @@ class ForwardPass:
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
         """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
         plan = self.plan
-        blocks = Blocks(self._sent(keys), plan.shapes)
-        return self._whole(self.movers.carrier.forward(blocks, plan.route, self.trace), keys)
+        return self._carry(Blocks(keys, plan.shapes))
 
-    def _sent(self, arrays: Sequence[Array]) -> Sequence[Array]:
-        """Give what travels of this rank's block: the arrays themselves, or copies of those columns."""
-        if self.plan.sent is None:
-            return arrays
+    def _carry(self, keys: Blocks, shares: Blocks | None = None) -> Iterator[Work]:
+        """Yield the work with every block that comes by, and bring gradients home.
+
+        This rank's own work is with all of its block, whatever travels of it.
+
+        Parameters
+        ----------
+        keys : Blocks
+            k and v, or what else of each key travels.
+        shares : Blocks, optional
+            The gradients of what is to be differentiated, that are summed up: a backward pass.
+        """
+        plan, carrier = self.plan, self.movers.carrier
+        sent = keys, shares
+        if plan.sent is not None:
+            sent = Blocks(self._excerpt(keys.own), keys.shapes), shares and Blocks(self._cleared(shares), shares.shapes)
+        works = (carrier.forward(sent[0], plan.route, self.trace) if sent[1] is None else
+                 carrier.backward(sent[0], sent[1], plan.route, self.trace))
+        for work in works:
+            own = plan.sent is not None and work.source == plan.member
+            yield replace(work, arrays=tuple(keys.own), gradients=tuple(shares.own if shares else ())) if own else work
+        if plan.sent is not None and shares is not None and sent[1] is not None:
+            for x, home in zip(shares.own, sent[1].own, strict=True):
+                for place, columns in self._places():
+                    for element, part in zip(x, home, strict=True):
+                        self.backend.add(element[columns], part[place])
+
+    def _excerpt(self, arrays: Sequence[Array]) -> list[Array]:
+        """Copy the columns of this rank's block that travel."""
+        count = self.plan.shapes[self.plan.member][0][1]
         copies = []
-        for x, shape in zip(arrays, self.plan.shapes[self.plan.member], strict=True):
-            copies.append(self.backend.empty(shape, x.dtype))
-            for target, columns in self._places():
-                assign(copies[-1][:, target], x[:, columns])
+        for x in arrays:
+            copies.append(self.backend.empty((len(x), count, *x.shape[2:]), x.dtype))
+            for place, columns in self._places():
+                assign(copies[-1][:, place], x[:, columns])
         return copies
+
+    def _cleared(self, shares: Blocks) -> list[Array]:
+        """Make arrays of zeros for the gradients of the columns that travel."""
+        arrays = [self.backend.empty(shape, dtype)
+                  for shape, dtype in zip(shares.shapes[self.plan.member], shares.dtypes, strict=True)]
+        for x in arrays:
+            self.backend.clear(x)
+        return arrays
 
     def _places(self) -> Iterator[tuple[slice, slice]]:
         """Yield where runs of columns of this rank's block are in what travels, and in the block."""
@@ -177,13 +210,6 @@ class ForwardPass:
             stop = start + columns.stop - columns.start
             yield slice(start, stop), columns
             start = stop
-
-    def _whole(self, works: Iterator[Work], keys: Sequence[Array], shares: Sequence[Array] = ()) -> Iterator[Work]:
-        """Let this rank's own work be with all of its block, whatever travels of it."""
-        plan = self.plan
-        for work in works:
-            own = plan.sent is not None and work.source == plan.member
-            yield replace(work, arrays=tuple(keys), gradients=tuple(shares)) if own else work
 
     def _replicated(self) -> Replicated:
         """Give what puts results of rows together that all ranks have."""

@@ -73,17 +73,7 @@ class Pass(ForwardPass):
         """
         plan = self.plan
         backend = self.backend
-        carrier, blocks = self.movers.carrier, Blocks(self._sent(keys), plan.shapes)
-        travelling: Sequence[Array] = shares or ()
-        if shares is None:
-            works = carrier.forward(blocks, plan.route, self.trace)
-        else:
-            if plan.sent is not None:
-                travelling = [backend.empty(shape, plan.accumulator) for shape in plan.shapes[plan.member]]
-                for x in travelling:
-                    backend.clear(x)
-            works = carrier.backward(blocks, Blocks(travelling, plan.shapes), plan.route, self.trace)
-        works = self._whole(works, keys, shares or ())
+        works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
         for work, part in self._pieces(works, rows):
             k, v = work.arrays
             dk, dv = work.gradients or (None, None)
@@ -92,14 +82,6 @@ class Pass(ForwardPass):
                                  None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
                                  begin, end, score)
                 for i, columns, begin, end, score in plan.tasks(work, part, self.call.dropout_keys)))
-        for target, columns in self._places():                   # what has come home of what others need
-            for x, y in zip(shares or (), travelling, strict=True):
-                self._add_columns(x, columns, y[:, target])
-
-    def _add_columns(self, x: Array, columns: slice, y: Array) -> None:
-        """Add to some columns of an array."""
-        for element, part in zip(x, y, strict=True):
-            self.backend.add(element[columns], part)
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""

@@ -109,6 +109,7 @@ class Plan:
     seen: list[Array] = field(default_factory=list)
     ready: set[str] = field(default_factory=set)
     _kept: dict[tuple[int, int], Columns] = field(default_factory=dict)      # by the number of the bounds, and source
+    _unseen: set[tuple[int, int, int, int]] = field(default_factory=set)     # and pieces of rows: start, stop
 
     @property
     def batch(self) -> int:
@@ -182,9 +183,11 @@ class Plan:
                 seen = bounds.of(rows)
                 for source, parts in enumerate(self.parts):
                     columns = self._left(source, rows, self._make_columns(source, seen))
-                    pairs[number, source] += sum(int((end - begin).sum()) for intervals in columns
-                                                 for begin, end in intervals)
+                    count = sum(int((end - begin).sum()) for intervals in columns for begin, end in intervals)
+                    pairs[number, source] += count
                     sees[source] |= touched(parts, columns, self.sections)
+                    if not count:
+                        self._unseen.add((number, source, rows.start, rows.stop))
         return pairs, sees
 
     @property
@@ -236,6 +239,8 @@ class Plan:
     def _columns(self, number: int, source: int, rows: slice) -> Columns:
         """Give the columns of each part of a block that some rows see, by the bounds of a number."""
         bounds = self.bounds[number]
+        if (number, source, rows.start, rows.stop) in self._unseen:
+            return [[] for _ in self.parts[source]]
         columns = ([part_of_rows(intervals, rows) for intervals in self._whole(number, source)] if bounds.kept
                    else self._make_columns(source, bounds.of(rows)))
         return self._left(source, rows, columns)

@@ -122,7 +122,7 @@ class Moved:
         shapes: list[list[tuple[int, ...]]] = [
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
         tokens = Tokens([sum(blocks.counts[number] for number in self._mine)], plan.kv_tokens.parts)
-        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _kept={})
+        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _kept={}, _unseen=set())
         moved.route = plan.route
         return moved
 

@@ -33,7 +33,7 @@ class ResumablePlan(Plan):
     def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
         """Make one of a plan, with its route, which is to be agreed on anew if anything has been met. Local."""
         given = {part.name: getattr(plan, part.name) for part in fields(Plan) if part.init}
-        given |= {"ready": set(), "_kept": {}}      # which are not shared
+        given |= {"ready": set(), "_kept": {}, "_unseen": set()}      # which are not shared
         made = cls(**given, before=before.copy() if isinstance(before, Folded) else before)
         made.route = plan.route
         if all(map(before.is_whole, range(len(plan.parts)))):

@@ -1,0 +1,31 @@
+"""Which documents of a packed archive a question looks at: attention with its weights summed by document.
+
+    mpiexec -n 2 python docs/examples/archive.py
+
+Documents of unequal lengths lie one behind the other over all ranks. A question, whose queries all ranks have, attends
+to all of them, and `mass_by_group` says how much of its attention each document got.
+"""
+
+import numpy as np
+import ringmpi.analysis
+from mpi4py import MPI
+
+import ringmpi
+
+HEADS = 2
+DIM = 32
+DOCUMENTS = 40
+ANSWER = 27                    # the document that the question is about
+
+comm = MPI.COMM_WORLD
+rng = np.random.default_rng(0)                        # the same on all ranks, which then keep their own part
+lengths = rng.integers(50, 400, DOCUMENTS)
+number = np.repeat(np.arange(DOCUMENTS), lengths)     # of each token's document
+topics = rng.standard_normal((DOCUMENTS, HEADS, DIM))
+keys = topics[number] + 0.5 * rng.standard_normal((len(number), HEADS, DIM))
+values = rng.standard_normal((len(number), HEADS, DIM))
+question = topics[ANSWER] + 0.5 * rng.standard_normal((3, HEADS, DIM))          # three tokens
+mine = slice(len(number) * comm.rank // comm.size, len(number) * (comm.rank + 1) // comm.size)
+
+out, lse = ringmpi.ring_attention(question, keys[mine], values[mine], comm=comm, layout="replicated", return_lse=True)
+mass = ringmpi.analysis.mass_by_group(question, keys[mine], lse, number[mine], comm=comm, layout="replicated")
