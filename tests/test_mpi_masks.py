@@ -83,12 +83,14 @@ def test_errors_are_the_same_on_all_ranks(comm):
 
 
 @pytest.mark.parametrize("kind", ["causal", "trees", "holes", "grid"])
-@pytest.mark.parametrize("options", [{}, {"order": "canonical"}, {"schedule": "gather", "backend": "numpy"}], ids=str)
+@pytest.mark.parametrize("options", [{"schedule": "ring"}, {"schedule": "broadcast", "order": "canonical"},
+                                     {"schedule": "gather", "backend": "numpy"}], ids=str)
 def test_intervals_made_piece_by_piece(comm, monkeypatch, kind, options):
     """The result is that of intervals that are there at once, and no more are made at a time than a piece has."""
     made, bounds = [], (Grid if kind == "grid" else Mask).bounds
     mask = GRID if kind == "grid" else Mask(**make_mask(kind, N))
     see = seen(None) if kind == "grid" else oracle.visible(N, N, **make_mask(kind, N))
+    options = options | {"schedule": f"1x1x{comm.size}:{options['schedule']}"}
     at_once = passes(comm, mask, [see], "contiguous", **options)
     monkeypatch.setattr(module, "LEAST_ROWS", 3)
     monkeypatch.setattr(module, "PIECE_BYTES", 0)
@@ -108,7 +110,7 @@ def test_only_what_others_see_travels(comm, carrier, mask):
     rng = np.random.default_rng(2)
     dout, dlse = rng.standard_normal((700, 2, 4)), rng.standard_normal((700, 2))
     want = oracle.dense(q, k, v, oracle.visible(700, 700, **mask), 8**-0.5, dout=dout, dlse=dlse)
-    with RingAttention(comm, mask=Mask(**mask), layout=shards, schedule=carrier) as attention:
+    with RingAttention(comm, mask=Mask(**mask), layout=shards, schedule=f"1x1x{comm.size}:{carrier}") as attention:
         out = attention(q[mine], k[mine], v[mine])
         gradients = attention.backward(dout[mine], dlse[mine])
         stopped = attention(q[mine], k[mine], v[mine], stop=lambda: False)           # whole blocks travel
