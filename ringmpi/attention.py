@@ -10,17 +10,17 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .backends import check_name
+from .backends import GPU_NAMES, check_name
 from .backends.base import Backend
 from .backends.products import wish
-from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
+from .call import NO_RECORD, Array, Call, Direction, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
 from .checkpoint.calls import Kept, Left, ResumableCall, save_left
 from .checkpoint.search import Keeping, Search, find
 from .checkpoint.watch import Stop
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
-from .errors import InternalError, OptionError, RingError
+from .errors import BackendError, InternalError, OptionError, RingError
 from .forward import Progress
 from .keywords import explained
 from .layout import Layout
@@ -34,10 +34,12 @@ from .schedules.cost import candidates, choose
 from .schedules.gpu_transport import Transport, check_transport
 from .schedules.grid import Grid
 from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolve
+from .tangents import TangentPass
 from .trace import Trace
 
 CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
 RESUMABLE = "forward, with stop= or from a checkpoint"
+NEW_CALLS = "forward", RESUMABLE       # others are about one of these
 
 
 class RingAttention:
@@ -505,6 +507,83 @@ class RingAttention:
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse))
             return self._pass(call, plan, progress).backward(*cotangents)
 
+    def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
+            v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
+            seed: int = 0) -> tuple[Array, Array, Array, Array]:
+        """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
+
+        Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the product
+        of the Jacobian with a vector. It takes a forward pass and one more round of the keys, which travel with their
+        tangents, in NumPy; no array of n_q x n_k is made. On the host; any mask, layout, schedule and score function,
+        but not with ``order="canonical"``. The object forgets the last call.
+
+        Parameters
+        ----------
+        q, k, v, sinks, seed
+            See `__call__`.
+        q_dot, k_dot, v_dot : arrays of the shapes and dtype of q, k and v, or None
+            Of this rank's shards; None for zeros.
+        sinks_dot : array of shape (heads,), optional
+            The same on all ranks.
+
+        Returns
+        -------
+        out, lse
+            See `__call__`.
+        out_dot, lse_dot : arrays of the shapes and dtypes of out and lse
+            A query that sees no key has 0.
+
+        Raises
+        ------
+        OptionError, BackendError
+            In canonical order and on GPUs; the same on every rank, before any block of tangents is sent.
+        RingError
+            See `__call__`.
+        """
+        inputs, direction = Inputs(q, k, v, sinks, seed), Direction(q_dot, k_dot, v_dot, sinks_dot)
+        out, lse = self._call(inputs, True, False, None, True)
+        return out, lse, *self._differentiate_along(self._last_number, direction, inputs._replace(out=out, lse=lse))
+
+    def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
+        """Give out_dot and lse_dot of a call in a direction; see `_differentiate_call`. Collective over *comm*."""
+        with self._comm.one_call():
+            self._last = None
+            call, plan, _ = self._admit(inputs, number, direction=direction)
+            return TangentPass(call, plan, self._engine, self.trace, None).jvp()
+
+    def _differentiate_twice(self, number: int, dout: Any, dlse: Any, direction: Direction, inputs: Inputs
+                             ) -> tuple[Array, ...]:
+        """Give the gradients of ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot``. Collective over *comm*.
+
+        Parameters
+        ----------
+        number, dout, dlse, inputs
+            Of the backward pass that gave dq, dk, dv and dsinks; see `_differentiate_call`.
+        direction : Direction
+            The cotangents of these.
+
+        Returns
+        -------
+        tuple of arrays
+            By dout, dlse, q, k, v, and sinks if there are any.
+        """
+        with self._comm.one_call():
+            self._last = None
+            call, plan, cotangents = self._admit(inputs, number, (dout, dlse), direction=direction)
+            return TangentPass(call, plan, self._engine, self.trace, None).differentiate_twice(*cotangents)
+
+    def _take_direction(self, call: Call, direction: Direction) -> None:
+        """Take the direction of a derivative; refuse what has none; note what all ranks must have alike. Local."""
+        if self._problem.canonical:
+            raise OptionError('order "canonical": expected a forward or backward pass; the jvp and second derivatives '
+                              'have no canonical order: take order="fastest"')
+        if call.on_gpu or self._options["backend"] in GPU_NAMES:
+            raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that computes "
+                               "there, got a GPU; copy the arrays to the host")
+        call.take_direction(direction)
+        if self._problem.replicated and call.direction is not None:
+            call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
+
     def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:
         kind = CanonicalPass if self._problem.canonical else Pass
         return kind(call, plan, self._engine, self.trace, progress)
@@ -525,7 +604,8 @@ class RingAttention:
         return dout, dlse
 
     def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True,
-               resumable: bool = False) -> tuple[Call, Plan, tuple[Array, Array | None]]:
+               resumable: bool = False, direction: Direction | None = None
+               ) -> tuple[Call, Plan, tuple[Array, Array | None]]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*.
 
         Parameters
@@ -539,12 +619,16 @@ class RingAttention:
             See `_call`.
         resumable : bool
             Whether the call may be left.
+        direction : Direction, optional
+            To differentiate in: the results, or their gradients if there are cotangents.
 
         Returns
         -------
         Call, Plan, (dout, dlse)
         """
         self._start()
+        ways = ("forward", "backward") if direction is None else ("jvp", "second derivative")
+        way = ways[inputs.out is not None if direction is None else cotangents[0] is not None]
         call: Call | None = None
         with self._comm.noting() as failures:
             self._check_open()
@@ -552,9 +636,10 @@ class RingAttention:
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
-            if inputs.out is not None:
+            if way in ("backward", "second derivative"):
                 cotangents = self._check_cotangents(call, *cotangents)
-        way = "forward" if inputs.out is None else "backward"
+            if direction is not None:
+                self._take_direction(call, direction)
         call, records = self._agree(call, failures, RESUMABLE if resumable else way)
         if self._plan is None or self._plan.key != records.key or (
                 resumable and self._chooses and self._plan.grid.schedule.queries > 1):
@@ -574,7 +659,7 @@ class RingAttention:
         if self._records is None or not self._records.say(rows):
             self._records = Records(rows)
         records = self._records
-        if way != "backward":
+        if way in NEW_CALLS:
             call.number = self._last_number = self._comm.calls
         return call, records
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import device
-from .arrays import as_array
+from .arrays import as_array, as_host_array
 from .backends.strided import in_place
 from .checks import check_arrays, check_like, check_seed, check_sinks
-from .dtypes import DTYPES, accumulator
+from .dtypes import DTYPES, accumulator, check_dtype
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
 from .score import dropout_keys
 from .softmax import State
@@ -29,7 +29,8 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
-         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB)",
+         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
+                       "and tangents of those",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
          "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
          "sinks": "sinks (0 none, 1 given)"}
@@ -49,6 +50,15 @@ class Inputs(NamedTuple):
     seed: Any = 0
     out: Any = None
     lse: Any = None
+
+
+class Direction(NamedTuple):
+    """A direction in which a call is differentiated: a tangent of each input; None where it does not change."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any = None
 
 
 @dataclass
@@ -78,6 +88,8 @@ class Call:
         Whether a schedule that is chosen by its cost is to suit a backward pass too.
     states : list of State
         One for each element of the batch, during the forward pass.
+    direction : Direction, optional
+        Arrays like q, k, v and sinks, if the call is differentiated in it.
     """
 
     q: Array
@@ -95,6 +107,7 @@ class Call:
     cotangents: int = 0
     trains: bool = False
     states: list[State] = field(default_factory=list)
+    direction: Direction | None = None
 
     @classmethod
     def check(cls, inputs: Inputs, dropout: float, wanted: DTypeLike | None) -> Call:
@@ -152,6 +165,38 @@ class Call:
                                    f"{'a GPU' if self.on_gpu else 'the host'}; copy it")
             taken.append(_batched(array, self.batched, self.gpu))
         return taken[0], taken[1]
+
+    def take_direction(self, direction: Direction) -> None:
+        """Take the direction in which a call on the host is differentiated, with a batch axis. Local.
+
+        Raises
+        ------
+        ShapeError, DtypeError, OptionError, BackendError
+            If it does not go with the inputs of the call.
+        """
+        taken = []
+        for name, x, like in zip("qkv", direction, (self.q, self.k, self.v), strict=False):
+            if x is None:
+                taken.append(np.zeros(like.shape, like.dtype))
+                continue
+            array = as_host_array(x, f"{name}_dot")
+            check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
+            taken.append(_batched(array, self.batched, self.gpu, strided=True))
+        self.direction = Direction(*taken, self._take_sinks_dot(direction.sinks))
+
+    def _take_sinks_dot(self, x: Any) -> NDArray[Any] | None:
+        """Take the tangent of the sinks; zeros if there is none and there are sinks."""
+        if self.sinks is None:
+            if x is not None:
+                raise OptionError("sinks_dot: expected none, as the call has no sinks; leave it out, or give sinks")
+            return None
+        if x is None:
+            return np.zeros_like(self.sinks)
+        array = as_host_array(x, "sinks_dot")
+        check_dtype(array.dtype, "sinks_dot")
+        if array.shape != self.sinks.shape:
+            raise ShapeError(f"sinks_dot: expected shape {self.sinks.shape}, as sinks have it, got {array.shape}")
+        return array.astype(self.sinks.dtype)
 
     @property
     def on_gpu(self) -> bool:
