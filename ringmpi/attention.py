@@ -39,7 +39,9 @@ from .trace import Trace
 
 CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
 RESUMABLE = "forward, with stop= or from a checkpoint"
-NEW_CALLS = "forward", RESUMABLE       # others are about one of these
+NEW_CALLS = "forward", RESUMABLE, "jvp"       # others are about one of these
+ALONG = "jvp of an earlier call"
+TWICE = "second derivative"
 
 
 class RingAttention:
@@ -507,15 +509,16 @@ class RingAttention:
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse))
             return self._pass(call, plan, progress).backward(*cotangents)
 
+    @explained()
     def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
             v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
             seed: int = 0) -> tuple[Array, Array, Array, Array]:
         """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
 
-        Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the product
-        of the Jacobian with a vector. It takes a forward pass and one more round of the keys, which travel with their
-        tangents, in NumPy; no array of n_q x n_k is made. On the host; any mask, layout, schedule and score function,
-        but not with ``order="canonical"``. The object forgets the last call.
+        Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the
+        product of the Jacobian with a vector. It takes a forward pass and one more round of the keys, which travel with
+        their tangents, in NumPy; no array of n_q x n_k is made. On the host; any mask, layout, schedule and score
+        function, but not with ``order="canonical"``. The object forgets the last call.
 
         Parameters
         ----------
@@ -536,13 +539,15 @@ class RingAttention:
         Raises
         ------
         OptionError, BackendError
-            In canonical order and on GPUs; the same on every rank, before any block of tangents is sent.
+            In canonical order and on GPUs; the same on every rank, before any block is sent.
         RingError
             See `__call__`.
         """
-        inputs, direction = Inputs(q, k, v, sinks, seed), Direction(q_dot, k_dot, v_dot, sinks_dot)
-        out, lse = self._call(inputs, True, False, None, True)
-        return out, lse, *self._differentiate_along(self._last_number, direction, inputs._replace(out=out, lse=lse))
+        with self._comm.one_call():
+            self._last = self._left = None
+            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed),
+                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot))
+            return TangentPass(call, plan, self._engine, self.trace, None).attend()
 
     def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
         """Give out_dot and lse_dot of a call in a direction; see `_differentiate_call`. Collective over *comm*."""
@@ -578,8 +583,8 @@ class RingAttention:
             raise OptionError('order "canonical": expected a forward or backward pass; the jvp and second derivatives '
                               'have no canonical order: take order="fastest"')
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
-            raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that computes "
-                               "there, got a GPU; copy the arrays to the host")
+            raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
+                               "computes there, got a GPU; copy the arrays to the host")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
@@ -627,8 +632,9 @@ class RingAttention:
         Call, Plan, (dout, dlse)
         """
         self._start()
-        ways = ("forward", "backward") if direction is None else ("jvp", "second derivative")
-        way = ways[inputs.out is not None if direction is None else cotangents[0] is not None]
+        way = "forward" if inputs.out is None else "backward"
+        if direction is not None:
+            way = "jvp" if inputs.out is None else ALONG if cotangents[0] is None else TWICE
         call: Call | None = None
         with self._comm.noting() as failures:
             self._check_open()
@@ -636,7 +642,7 @@ class RingAttention:
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
-            if way in ("backward", "second derivative"):
+            if way in ("backward", TWICE):
                 cotangents = self._check_cotangents(call, *cotangents)
             if direction is not None:
                 self._take_direction(call, direction)

@@ -1,8 +1,8 @@
 """Derivatives of a call in a direction: of its results (the JVP), and of its gradients, in two rounds of blocks.
 
 Let L = dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot be what the second derivative of a loss starts from: the
-gradients that a backward pass has given, times the cotangents of these, which make the direction. With p the weights, the
-sink's p_s among them, m what dropout multiplies them by, and t the change of the scores in the direction,
+gradients that a backward pass has given, times the cotangents of these, which make the direction. With p the weights,
+the sink's p_s among them, m what dropout multiplies them by, and t the change of the scores in the direction,
 
     lse_dot = sum(p t) + p_s sinks_dot          out_dot = sum(m p (t v + v_dot)) - lse_dot out
 
@@ -39,7 +39,15 @@ Loop = Callable[[int, slice, Keys, tuple[Array, ...], Task], Iterator[int]]
 
 
 class TangentPass(Pass):
-    """Derivatives of a call in its direction, on the host; see `Pass`. With any schedule, in any order but canonical."""
+    """Derivatives of a call in its direction, on the host, in any order but canonical; see `Pass`."""
+
+    def attend(self) -> tuple[Array, Array, Array, Array]:
+        """Give out and lse, and out_dot and lse_dot, as the caller's arrays are."""
+        out, lse = map(self.call.given, self.forward())
+        flop = self.trace.flop_per_pair
+        out_dot, lse_dot = self.jvp()
+        self.trace.flop_per_pair = (flop + self.trace.flop_per_pair) // 2        # a pair is visited twice
+        return out, lse, out_dot, lse_dot
 
     def jvp(self) -> tuple[Array, Array]:
         """Give out_dot and lse_dot as the caller has out and lse."""

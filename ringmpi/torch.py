@@ -39,9 +39,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
 
     On the host gradients can be differentiated once more (``torch.autograd.grad(..., create_graph=True)``), by all that
     they depend on, and ``torch.autograd.forward_ad`` gives the derivative of `out` and `lse` in a direction. These are
-    collective too, and take blocks of keys as ever, never n x n memory, but some 10 times as long as a backward pass, in
-    NumPy. On GPUs and with ``order="canonical"`` they are an error on all ranks before any block moves; so is a third
-    derivative, everywhere.
+    collective too, and go block by block: no n x n memory, but more time than a backward pass (docs/derivatives.rst).
+    On GPUs and with ``order="canonical"`` they are an error on all ranks before any block moves, and so is a third
+    derivative everywhere.
 
     Parameters
     ----------

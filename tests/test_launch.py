@@ -22,6 +22,7 @@ LAUNCHES = {
     "cuda": (("cuda",), (2,), (1, 3, 5)),
     "cuda_canonical": (("cuda_canonical",), (3,), (1, 2, 5)),
     "torch": (("torch",), (2,), (1, 4)),
+    "second": (("second",), (3,), (1, 2, 4, 7)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
 }
@@ -39,7 +40,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "ranks"), cases())
 def test_under_mpiexec(name, ranks, tmp_path):
-    if name == "torch" and find_spec("torch") is None:
+    if name in ("torch", "second") and find_spec("torch") is None:
         pytest.skip("torch is not installed")
     files = [HERE / f"test_mpi_{part}.py" for part in LAUNCHES[name][0]]
     result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", *files],

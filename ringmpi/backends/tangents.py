@@ -1,7 +1,7 @@
 """The arithmetic of second derivatives on the host, in NumPy, whichever backend has made the forward pass.
 
-In blocks, as everything else: no array of ``n_q × n_k`` is made. Not a path for speed: a tile has 5 products forward and
-10 backward, where a backward pass has 5.
+In blocks, as everything else: no array of ``n_q × n_k`` is made. Not a path for speed: a tile has 5 products forward
+and 10 backward, where a backward pass has 5.
 """
 
 from __future__ import annotations
