@@ -162,8 +162,10 @@ class TangentPass(Pass):
         keys = [(x, plan.kv_tokens) for x in (call.k, call.v, direction.k, direction.v)]
         inside = self.movers.heads.to_heads("heads", [*((x, plan.q_tokens) for x in rows), *keys], self.backend.empty,
                                             self.trace)
-        gathered = self.movers.queries.ask(inside[:len(rows)], plan.row_counts, self.backend.empty, self.trace)
-        return gathered, inside[len(rows):]
+        gathered, block = inside[:len(rows)], inside[len(rows):]
+        if len(plan.row_counts) > 1:
+            gathered = self.movers.queries.ask(gathered, plan.row_counts, self.backend.empty, self.trace)
+        return gathered, block
 
     def _meet_tangents(self, works: Iterator[Work], rows: Sequence[Array], loop: Loop) -> None:
         """Run a loop over every block that comes by."""
@@ -176,8 +178,10 @@ class TangentPass(Pass):
         """Add up what several ranks have made of the same rows, and exchange heads for tokens."""
         plan = self.plan
         own = [x[:, :plan.own_rows] for x in sums]
-        self.movers.queries.bring_home(what, [part for x in sums for part in x], plan.row_counts,
-                                       lambda parts: self._add([part for x in own for part in x], parts), self.trace)
+        if len(plan.row_counts) > 1:
+            targets = [part for x in own for part in x]
+            self.movers.queries.bring_home(what, [part for x in sums for part in x], plan.row_counts,
+                                           lambda parts: self._add(targets, parts), self.trace)
         self.movers.heads.to_tokens(what, [(x, plan.q_tokens) for x in own], [(x, put_heads) for x in results],
                                     self.trace)
         for x in results if plan.replicated else ():

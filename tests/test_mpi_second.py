@@ -16,7 +16,7 @@ from ringmpi.dtypes import DTYPES  # noqa: E402
 from ringmpi.layout import Replicated  # noqa: E402
 from ringmpi.score import dropout_keys, random_words  # noqa: E402
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:`torch.jit.script` is dep")]     # torch's forward mode
 
 SCALE = 0.4
 BOUND = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2.0**-5}
@@ -50,11 +50,12 @@ def dense(q, k, v, sinks, see, *, softcap=0.0, slopes=None, dropout=0.0, dropout
 
 def twice(arrays, cotangents, directions, see, score):
     """Second derivatives by torch: of the gradients along directions, by dout, dlse and the inputs."""
-    inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays if x is not None]
-    starts = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in cotangents]
+    inputs, starts, along = ([torch.from_numpy(x.astype(np.float64)) for x in some if x is not None]
+                             for some in (arrays, cotangents, directions))
+    for x in (*inputs, *starts):
+        x.requires_grad_()
     results = dense(*inputs[:3], inputs[3] if len(inputs) == 4 else None, see, **score)
     first = torch.autograd.grad(results, inputs, starts, create_graph=True)
-    along = [torch.tensor(x, dtype=torch.float64) for x in directions if x is not None]
     second = torch.autograd.grad(first, [*starts, *inputs], along, allow_unused=True)
     return {name: np.zeros(x.shape) if y is None else y.numpy()
             for name, x, y in zip(NAMES, [*starts, *inputs], second, strict=False)}
@@ -118,17 +119,16 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
         error = oracle.error(x, part, max(np.abs(whole).max(initial=0), largest if name in "qkv" else 0) or 1.0)
         assert error <= BOUND[dtype], (name, error)
     blind = ~see[mine].any(axis=1)
-    assert (got["q"].reshape(-1, *got["q"].shape[-3:])[:, blind] == 0).all()
+    assert (got["q"][..., blind, :, :] == 0).all()
     return trace, taken
 
 
-@pytest.mark.parametrize("backend", ["numpy", "numba"])
-def test_gradgradcheck(backend):
+def test_gradgradcheck():
     from mpi4py import MPI
     rng = torch.Generator().manual_seed(0)
     shapes = (1, 5, 4, 3), (1, 5, 2, 3), (1, 5, 2, 2), (4,)
     inputs = [torch.randn(shape, dtype=torch.float64, generator=rng).requires_grad_() for shape in shapes]
-    with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend=backend, softcap=2.0, dropout=0.2,
+    with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend="numpy", softcap=2.0, dropout=0.2,
                                alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
         def attend(*x):
             return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True)
@@ -166,7 +166,7 @@ def test_schedules(comm, schedule):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_narrower_dtypes(comm, dtype):
-    check(comm, "softcap", "striped", "causal", dtype=dtype, backend="numba")
+    check(comm, "softcap", "striped", "causal", dtype=dtype)
 
 
 def test_what_travels(comm):
@@ -267,7 +267,7 @@ def test_what_is_not_honoured_is_one_error_on_all_ranks(comm, monkeypatch):
     odd = comm.rank == comm.size - 1
     bad = {"q_dot: expected shape": (arrays[0][:, :1], arrays[1], arrays[2]),
            "v_dot: expected dtype": (None, None, arrays[2].astype("f4")),
-           "k_dot: expected an array": (None, "k", None)}
+           "k_dot: expected shape": (None, "k", None)}
     with ringmpi.RingAttention(comm, layout="striped") as attention:
         for text, tangents in bad.items():
             expect(comm, ringmpi.RingError, text,
