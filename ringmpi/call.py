@@ -182,7 +182,8 @@ class Call:
             array = as_host_array(x, f"{name}_dot")
             check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
             taken.append(_batched(array, self.batched, self.gpu, strided=True))
-        self.direction = Direction(*taken, self._take_sinks_dot(direction.sinks))
+        q_dot, k_dot, v_dot = taken
+        self.direction = Direction(q_dot, k_dot, v_dot, self._take_sinks_dot(direction.sinks))
 
     def _take_sinks_dot(self, x: Any) -> NDArray[Any] | None:
         """Take the tangent of the sinks; zeros if there is none and there are sinks."""

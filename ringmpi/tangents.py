@@ -142,8 +142,9 @@ class TangentPass(Pass):
 
         def loop(i: int, part: slice, block: Keys, shares: tuple[Array, ...], task: Task) -> Iterator[int]:
             gradient = SecondGradient(*(x[i, part] for x in (dout, delta, lse_dot, delta_dot, dq)))
-            return self._tangents.backward(gradient, Rows(q[i, part], q_dot[i, part], lse[i, part]), block,
-                                           *(x[i, task.columns] for x in shares), *task[2:])
+            dk_i, dv_i = (x[i, task.columns] for x in shares)
+            return self._tangents.backward(gradient, Rows(q[i, part], q_dot[i, part], lse[i, part]), block, dk_i, dv_i,
+                                           *task[2:])
 
         blocks, sums = Blocks(keys, self._shapes), Blocks((dk, dv), plan.shapes)
         self._meet_tangents(self.movers.carrier.backward(blocks, sums, plan.route, self.trace), rows, loop)
@@ -193,5 +194,6 @@ class TangentPass(Pass):
             return np.zeros_like(sinks)
         with np.errstate(all="ignore"):
             weights = np.exp(sinks - self.call.lse.astype(np.float64))
-            total = -(weights * ((self._direction.sinks - lse_dot) * delta + delta_dot)).sum(axis=(0, 1))
+            each = weights * ((self._direction.sinks - lse_dot) * delta + delta_dot)
+        total: NDArray[Any] = -each.sum(axis=(0, 1))
         return total.astype(sinks.dtype)

@@ -21,7 +21,6 @@ from .schedules.redistribution import redistribute_with_layouts
 try:
     import torch
     from torch import Tensor
-    from torch.autograd import forward_ad
 except ImportError as error:
     raise ImportError("ringmpi.torch needs PyTorch: pip install 'ringmpi[torch]'") from error
 
@@ -172,8 +171,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, result, log)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(q, k, v, sinks, result, log)
+        ctx.save_for_forward(q, k, v, sinks, result, log)         # which torch lets go of when `jvp` is done
         return result, log
 
     @staticmethod
@@ -276,9 +274,9 @@ def _cotangents(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 
 
 def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None) -> Direction:
-    tangents = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
-    return Direction(*(None if x is None else _plain(x, name) for name, x in tangents.items()),
-                     None if sinks_dot is None else _plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
+    given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
+    q_, k_, v_ = (None if x is None else _plain(x, name) for name, x in given.items())
+    return Direction(q_, k_, v_, None if sinks_dot is None else _plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
 
 
 def _like(x: Any, sinks: Tensor) -> Tensor:

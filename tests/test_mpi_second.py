@@ -16,7 +16,8 @@ from ringmpi.dtypes import DTYPES  # noqa: E402
 from ringmpi.layout import Replicated  # noqa: E402
 from ringmpi.score import dropout_keys, random_words  # noqa: E402
 
-pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:`torch.jit.script` is dep")]     # torch's forward mode
+# Of torch's own forward mode.
+pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")]
 
 SCALE = 0.4
 BOUND = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2.0**-5}
@@ -126,10 +127,10 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
 def test_gradgradcheck():
     from mpi4py import MPI
     rng = torch.Generator().manual_seed(0)
-    shapes = (1, 5, 4, 3), (1, 5, 2, 3), (1, 5, 2, 2), (4,)
+    shapes = (1, 4, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2), (2,)
     inputs = [torch.randn(shape, dtype=torch.float64, generator=rng).requires_grad_() for shape in shapes]
     with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend="numpy", softcap=2.0, dropout=0.2,
-                               alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
+                               alibi=[0.1, 0.4]) as attention:
         def attend(*x):
             return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True)
 
@@ -148,7 +149,7 @@ def test_layouts_and_masks(comm, layout, mask):
     check(comm, "all", layout, mask, heads=(3, 1), seed=2)
 
 
-@pytest.mark.parametrize(("n_q", "length"), [(29, 61), (61, 1), (0, 7), (7, 0), (300, 1100)])
+@pytest.mark.parametrize(("n_q", "length"), [(29, 61), (61, 1), (0, 7), (7, 0), (200, 600)])
 def test_numbers_of_tokens(comm, n_q, length):
     check(comm, "sinks", "uneven", "causal", n_q=n_q, length=length, backend="numba")
 
