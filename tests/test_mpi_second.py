@@ -180,19 +180,24 @@ def test_what_travels(comm):
 
 
 def test_nan_reaches_what_sees_it_and_nothing_else(comm):
-    """Of a value, and of a tangent of a key, one rank has."""
+    """Of a value, of a tangent of a key, and of a row of dout, which one rank has."""
     layout, n = "striped", 40
     rng = np.random.default_rng(1)
-    arrays = [rng.standard_normal((n, heads, 6)) for heads in (4, 2, 2) for _ in range(2)]
+    arrays = [rng.standard_normal((n, heads, 6)) for heads in (4, 4, 2, 2, 2, 2, 4)]
     mine = make_layout(layout, n, comm.size).positions(comm.rank)
-    for place, bad in ((4, 7), (3, 11)):
+    for place, bad in ((4, 7), (3, 11), (6, 30)):
         spoilt = [x.copy() for x in arrays]
         spoilt[place][bad, 1] = np.nan
-        q, q_dot, k, k_dot, v, v_dot = (x[mine] for x in spoilt)
+        q, q_dot, k, k_dot, v, v_dot, dout = (x[mine] for x in spoilt)
         with ringmpi.RingAttention(comm, mask=ringmpi.Mask(causal=True), layout=layout, backend="numpy") as attention:
             out, lse, out_dot, _ = attention.jvp(q, k, v, q_dot, k_dot, v_dot)
-            got = attention._differentiate_twice(0, np.ones_like(out), None, Direction(q_dot, k_dot, v_dot),
+            got = attention._differentiate_twice(0, dout, None, Direction(q_dot, k_dot, v_dot),
                                                  Inputs(q, k, v, None, 0, out, lse))
+        if place == 6:
+            for x in got[3:5]:
+                assert np.array_equal(np.isnan(x).all(axis=2), np.outer(mine <= bad, [True, False]))
+                assert np.array_equal(np.isnan(x).any(axis=2), np.outer(mine <= bad, [True, False]))
+            continue
         sees = mine >= bad
         for x in (out_dot, got[2]):
             assert np.isnan(x[sees][:, 2:]).any(axis=2).all()
