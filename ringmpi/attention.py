@@ -212,21 +212,26 @@ class RingAttention:
         return self._engine.transport
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[False] = False, keep: bool = True, progress: Progress | None = None) -> Array: ...
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: Literal[False] = False, keep: bool = True,
+                 progress: Progress | None = None) -> Array: ...
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop) -> Any: ...
 
     @explained()
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop | None = None) -> Any:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
@@ -247,6 +252,11 @@ class RingAttention:
             times the keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in
             float32; beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the
             room.
+        dim_v : int, optional
+            In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
+            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once. On the host, and forward alone: not with
+            ``order="canonical"`` or `stop`. Such a call has no `backward`: take ``v=k[..., :dim_v]``, which is not
+            copied, and add dv to those numbers of dk.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -282,8 +292,9 @@ class RingAttention:
             calls on it raise `CommError`.
         """
         if stop is not None or self._keeping is not None:
-            return self._call_resumable(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, stop, self._keeping)
-        return self._call(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, keep)
+            return self._call_resumable(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, stop,
+                                        self._keeping)
+        return self._call(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what has been computed of the last call, which was left by its `stop`. Collective over *comm*.
@@ -459,6 +470,9 @@ class RingAttention:
             self._check_open()
             if call is None:
                 raise no_call()
+            if call.in_keys:
+                raise OptionError("dim_v: expected v in a call that is differentiated; take v=k[..., :dim_v], which is "
+                                  "not copied, and add dv to those numbers of dk")
             dout, dlse = self._check_cotangents(call, dout, dlse)
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
@@ -577,6 +591,15 @@ class RingAttention:
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse), direction=direction)
             return TangentPass(call, plan, self._engine, self.trace, None).differentiate_twice(*cotangents)
 
+    def _check_values_in_keys(self, call: Call, resumable: bool) -> None:
+        """Refuse what has no values that are in the keys. Local."""
+        if self._problem.canonical or resumable:
+            raise OptionError(f"dim_v: expected {'no stop= and no checkpoint' if resumable else 'order fastest'}; take "
+                              "v=k[..., :dim_v]")
+        if call.on_gpu or self._options["backend"] in GPU_NAMES:
+            raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
+                               "v=k[..., :dim_v]")
+
     def _take_direction(self, call: Call, direction: Direction) -> None:
         """Take the direction of a derivative; refuse what has none; note what all ranks must have alike. Local."""
         if self._problem.canonical:
@@ -639,6 +662,8 @@ class RingAttention:
         with self._comm.noting() as failures:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
+            if call.in_keys:
+                self._check_values_in_keys(call, resumable)
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0

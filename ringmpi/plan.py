@@ -52,7 +52,7 @@ class Plan:
     parts : list
         For each rank that shares keys, the parts of its block.
     shapes : list
-        For each rank that shares keys, the shapes of its k and v.
+        For each rank that shares keys, the shapes of its k and v; of k alone if that has v in it.
     share : HeadShare
         The heads that this rank computes with.
     q_tokens, kv_tokens : Tokens

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 # Files that one launch runs, and on how many ranks, the most first, but for those that come early and compile kernels;
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
-    "attention": (("attention", "gradients", "redistribute"), (4, 2, 1), (3, 7)),
+    "attention": (("attention", "gradients", "redistribute", "latent"), (4, 2, 1), (3, 7)),
     "links": (("link", "gradient_ring", "messages", "schedules", "strided", "window"), (2, 4), (1, 3, 7)),
     "auto": (("auto",), (4,), (1, 2, 3, 6, 16)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
