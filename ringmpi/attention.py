@@ -10,17 +10,17 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .backends import check_name
+from .backends import GPU_NAMES, check_name
 from .backends.base import Backend
 from .backends.products import wish
-from .call import NO_RECORD, Array, Call, Inputs, Records, checksum, no_call
+from .call import NO_RECORD, Array, Call, Direction, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
 from .checkpoint.calls import Kept, Left, ResumableCall, save_left
 from .checkpoint.search import Keeping, Search, find
 from .checkpoint.watch import Stop
 from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
-from .errors import InternalError, OptionError, RingError
+from .errors import BackendError, InternalError, OptionError, RingError
 from .forward import Progress
 from .keywords import explained
 from .layout import Layout
@@ -34,10 +34,14 @@ from .schedules.cost import candidates, choose
 from .schedules.gpu_transport import Transport, check_transport
 from .schedules.grid import Grid
 from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolve
+from .tangents import TangentPass
 from .trace import Trace
 
 CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
 RESUMABLE = "forward, with stop= or from a checkpoint"
+NEW_CALLS = "forward", RESUMABLE, "jvp"       # others are about one of these
+ALONG = "jvp of an earlier call"
+TWICE = "second derivative"
 
 
 class RingAttention:
@@ -208,21 +212,26 @@ class RingAttention:
         return self._engine.transport
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[False] = False, keep: bool = True, progress: Progress | None = None) -> Array: ...
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
+                 return_lse: Literal[False] = False, keep: bool = True,
+                 progress: Progress | None = None) -> Array: ...
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
     @overload
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop) -> Any: ...
 
     @explained()
-    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, *, sinks: ArrayLike | None = None, seed: int = 0,
+    def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
+                 sinks: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop | None = None) -> Any:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
@@ -243,6 +252,11 @@ class RingAttention:
             times the keys that a query sees (over ``1 - dropout``) must be within the accumulator's dtype, 3.4e38 in
             float32; beyond it a result may be infinite or NaN, never a wrong number. ``accumulator="float64"`` has the
             room.
+        dim_v : int, optional
+            In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
+            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once. On the host, and forward alone: not with
+            ``order="canonical"`` or `stop`. Such a call has no `backward`: take ``v=k[..., :dim_v]``, which is not
+            copied, and add dv to those numbers of dk.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -278,8 +292,9 @@ class RingAttention:
             calls on it raise `CommError`.
         """
         if stop is not None or self._keeping is not None:
-            return self._call_resumable(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, stop, self._keeping)
-        return self._call(Inputs(q, k, v, sinks, seed), return_lse, keep, progress, keep)
+            return self._call_resumable(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, stop,
+                                        self._keeping)
+        return self._call(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what has been computed of the last call, which was left by its `stop`. Collective over *comm*.
@@ -455,6 +470,9 @@ class RingAttention:
             self._check_open()
             if call is None:
                 raise no_call()
+            if call.in_keys:
+                raise OptionError("dim_v: expected v in a call that is differentiated; take v=k[..., :dim_v], which is "
+                                  "not copied, and add dv to those numbers of dk")
             dout, dlse = self._check_cotangents(call, dout, dlse)
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
@@ -505,6 +523,95 @@ class RingAttention:
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse))
             return self._pass(call, plan, progress).backward(*cotangents)
 
+    @explained()
+    def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
+            v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
+            seed: int = 0) -> tuple[Array, Array, Array, Array]:
+        """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
+
+        Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the
+        product of the Jacobian with a vector. It takes a forward pass and one more round of the keys, which travel with
+        their tangents, in NumPy; no array of n_q x n_k is made. On the host; any mask, layout, schedule and score
+        function, but not with ``order="canonical"``. The object forgets the last call.
+
+        Parameters
+        ----------
+        q, k, v, sinks, seed
+            See `__call__`.
+        q_dot, k_dot, v_dot : arrays of the shapes and dtype of q, k and v, or None
+            Of this rank's shards; None for zeros.
+        sinks_dot : array of shape (heads,), optional
+            The same on all ranks.
+
+        Returns
+        -------
+        out, lse
+            See `__call__`.
+        out_dot, lse_dot : arrays of the shapes and dtypes of out and lse
+            A query that sees no key has 0.
+
+        Raises
+        ------
+        OptionError, BackendError
+            In canonical order and on GPUs; the same on every rank, before any block is sent.
+        RingError
+            See `__call__`.
+        """
+        with self._comm.one_call():
+            self._last = self._left = None
+            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed),
+                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot))
+            return TangentPass(call, plan, self._engine, self.trace, None).attend()
+
+    def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
+        """Give out_dot and lse_dot of a call in a direction; see `_differentiate_call`. Collective over *comm*."""
+        with self._comm.one_call():
+            self._last = None
+            call, plan, _ = self._admit(inputs, number, direction=direction)
+            return TangentPass(call, plan, self._engine, self.trace, None).jvp()
+
+    def _differentiate_twice(self, number: int, dout: Any, dlse: Any, direction: Direction, inputs: Inputs
+                             ) -> tuple[Array, ...]:
+        """Give the gradients of ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot``. Collective over *comm*.
+
+        Parameters
+        ----------
+        number, dout, dlse, inputs
+            Of the backward pass that gave dq, dk, dv and dsinks; see `_differentiate_call`.
+        direction : Direction
+            The cotangents of these.
+
+        Returns
+        -------
+        tuple of arrays
+            By dout, dlse, q, k, v, and sinks if there are any.
+        """
+        with self._comm.one_call():
+            self._last = None
+            call, plan, cotangents = self._admit(inputs, number, (dout, dlse), direction=direction)
+            return TangentPass(call, plan, self._engine, self.trace, None).differentiate_twice(*cotangents)
+
+    def _check_values_in_keys(self, call: Call, resumable: bool) -> None:
+        """Refuse what has no values that are in the keys. Local."""
+        if self._problem.canonical or resumable:
+            raise OptionError(f"dim_v: expected {'no stop= and no checkpoint' if resumable else 'order fastest'}; take "
+                              "v=k[..., :dim_v]")
+        if call.on_gpu or self._options["backend"] in GPU_NAMES:
+            raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
+                               "v=k[..., :dim_v]")
+
+    def _take_direction(self, call: Call, direction: Direction) -> None:
+        """Take the direction of a derivative; refuse what has none; note what all ranks must have alike. Local."""
+        if self._problem.canonical:
+            raise OptionError('order "canonical": expected a forward or backward pass; the jvp and second derivatives '
+                              'have no canonical order: take order="fastest"')
+        if call.on_gpu or self._options["backend"] in GPU_NAMES:
+            raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
+                               "computes there, got a GPU; copy the arrays to the host")
+        call.take_direction(direction)
+        if self._problem.replicated and call.direction is not None:
+            call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
+
     def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:
         kind = CanonicalPass if self._problem.canonical else Pass
         return kind(call, plan, self._engine, self.trace, progress)
@@ -525,7 +632,8 @@ class RingAttention:
         return dout, dlse
 
     def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True,
-               resumable: bool = False) -> tuple[Call, Plan, tuple[Array, Array | None]]:
+               resumable: bool = False, direction: Direction | None = None
+               ) -> tuple[Call, Plan, tuple[Array, Array | None]]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*.
 
         Parameters
@@ -539,22 +647,30 @@ class RingAttention:
             See `_call`.
         resumable : bool
             Whether the call may be left.
+        direction : Direction, optional
+            To differentiate in: the results, or their gradients if there are cotangents.
 
         Returns
         -------
         Call, Plan, (dout, dlse)
         """
         self._start()
+        way = "forward" if inputs.out is None else "backward"
+        if direction is not None:
+            way = "jvp" if inputs.out is None else ALONG if cotangents[0] is None else TWICE
         call: Call | None = None
         with self._comm.noting() as failures:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
+            if call.in_keys:
+                self._check_values_in_keys(call, resumable)
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
-            if inputs.out is not None:
+            if way in ("backward", TWICE):
                 cotangents = self._check_cotangents(call, *cotangents)
-        way = "forward" if inputs.out is None else "backward"
+            if direction is not None:
+                self._take_direction(call, direction)
         call, records = self._agree(call, failures, RESUMABLE if resumable else way)
         if self._plan is None or self._plan.key != records.key or (
                 resumable and (self._plan.sent is not None or
@@ -575,7 +691,7 @@ class RingAttention:
         if self._records is None or not self._records.say(rows):
             self._records = Records(rows)
         records = self._records
-        if way != "backward":
+        if way in NEW_CALLS:
             call.number = self._last_number = self._comm.calls
         return call, records
 

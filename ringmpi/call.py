@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from . import device
-from .arrays import as_array
+from .arrays import as_array, as_host_array
 from .backends.strided import in_place
-from .checks import check_arrays, check_like, check_seed, check_sinks
-from .dtypes import DTYPES, accumulator
+from .checks import check_arrays, check_integer, check_like, check_seed, check_sinks
+from .dtypes import DTYPES, accumulator, check_dtype
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
 from .score import dropout_keys
 from .softmax import State
@@ -29,10 +29,11 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 # What each rank says of its call: what must be the same on all ranks, and how an error calls it ...
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
-         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB)",
+         "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
+                       "and tangents of those",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
          "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
-         "sinks": "sinks (0 none, 1 given)"}
+         "sinks": "sinks (0 none, 1 given)", "in_keys": "values (0 by v, 1 by dim_v)"}
 OF_THE_CALL = ("number", "seed", "print", "cotangents")                  # which the plan does not go by
 # ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, and whether a schedule
 # that is chosen by its cost is to suit a backward pass too.
@@ -49,6 +50,16 @@ class Inputs(NamedTuple):
     seed: Any = 0
     out: Any = None
     lse: Any = None
+    dim_v: Any = None
+
+
+class Direction(NamedTuple):
+    """A direction in which a call is differentiated: a tangent of each input; None where it does not change."""
+
+    q: Any
+    k: Any
+    v: Any
+    sinks: Any = None
 
 
 @dataclass
@@ -63,6 +74,8 @@ class Call:
         Whether the caller's arrays have a batch axis.
     gpu : int
         Index of the GPU that the caller's arrays are on; ON_HOST for host arrays.
+    in_keys : bool
+        Whether v is the first numbers of k, and travels with it.
     seed : int
     dropout_keys : uint32 array
         See `score.dropout_keys`; empty without dropout.
@@ -78,6 +91,8 @@ class Call:
         Whether a schedule that is chosen by its cost is to suit a backward pass too.
     states : list of State
         One for each element of the batch, during the forward pass.
+    direction : Direction, optional
+        Arrays like q, k, v and sinks, if the call is differentiated in it.
     """
 
     q: Array
@@ -85,6 +100,7 @@ class Call:
     v: Array
     batched: bool
     gpu: int
+    in_keys: bool
     seed: int
     dropout_keys: NDArray[np.uint32]
     sinks: NDArray[Any] | None
@@ -95,6 +111,7 @@ class Call:
     cotangents: int = 0
     trains: bool = False
     states: list[State] = field(default_factory=list)
+    direction: Direction | None = None
 
     @classmethod
     def check(cls, inputs: Inputs, dropout: float, wanted: DTypeLike | None) -> Call:
@@ -113,10 +130,16 @@ class Call:
         ShapeError, DtypeError, OptionError, BackendError
             If the arrays do not go together, or are not in one place.
         """
-        given = {"q": inputs.q, "k": inputs.k, "v": inputs.v}
+        in_keys = inputs.dim_v is not None
+        if in_keys == (inputs.v is not None):
+            raise OptionError("v: expected values, or in their place dim_v, so many first numbers of each key, got "
+                              f"{'both' if in_keys else 'neither'}")
+        given = {"q": inputs.q, "k": inputs.k} | ({} if in_keys else {"v": inputs.v})
         if inputs.out is not None:
             given |= {"out": inputs.out, "lse": inputs.lse}
         arrays = {name: as_array(x, name) for name, x in given.items()}
+        if in_keys:
+            arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)
         q, k, v = (arrays[name] for name in "qkv")
         batched = check_arrays(q, k, v)
         gpu = _place(arrays)
@@ -127,9 +150,11 @@ class Call:
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
+        if in_keys:
+            arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
         batch, _, heads, _ = arrays["q"].shape
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
-        return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, seed, keys, sinks, arrays.get("out"),
+        return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, in_keys, seed, keys, sinks, arrays.get("out"),
                    arrays.get("lse"))
 
     def check_cotangents(self, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
@@ -152,6 +177,44 @@ class Call:
                                    f"{'a GPU' if self.on_gpu else 'the host'}; copy it")
             taken.append(_batched(array, self.batched, self.gpu))
         return taken[0], taken[1]
+
+    def take_direction(self, direction: Direction) -> None:
+        """Take the direction in which a call on the host is differentiated, with a batch axis. Local.
+
+        Raises
+        ------
+        ShapeError, DtypeError, OptionError, BackendError
+            If it does not go with the inputs of the call.
+        """
+        taken = []
+        for name, x, like in zip("qkv", direction, (self.q, self.k, self.v), strict=False):
+            if x is None:
+                taken.append(np.zeros(like.shape, like.dtype))
+                continue
+            array = as_host_array(x, f"{name}_dot")
+            check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
+            taken.append(_batched(array, self.batched, self.gpu, strided=True))
+        q_dot, k_dot, v_dot = taken
+        self.direction = Direction(q_dot, k_dot, v_dot, self._take_sinks_dot(direction.sinks))
+
+    def _take_sinks_dot(self, x: Any) -> NDArray[Any] | None:
+        """Take the tangent of the sinks; zeros if there is none and there are sinks."""
+        if self.sinks is None:
+            if x is not None:
+                raise OptionError("sinks_dot: expected none, as the call has no sinks; leave it out, or give sinks")
+            return None
+        if x is None:
+            return np.zeros_like(self.sinks)
+        array = as_host_array(x, "sinks_dot")
+        check_dtype(array.dtype, "sinks_dot")
+        if array.shape != self.sinks.shape:
+            raise ShapeError(f"sinks_dot: expected shape {self.sinks.shape}, as sinks have it, got {array.shape}")
+        return array.astype(self.sinks.dtype)
+
+    @property
+    def block(self) -> tuple[Array, ...]:
+        """Its k and v on this rank; k alone if that has v in it."""
+        return (self.k,) if self.in_keys else (self.k, self.v)
 
     @property
     def on_gpu(self) -> bool:
@@ -180,8 +243,8 @@ class Call:
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         return _record(self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim,
-                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, n_q, n_k, self.gpu,
-                       self.trains)
+                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys, n_q,
+                       n_k, self.gpu, self.trains)
 
 
 @functools.lru_cache(maxsize=64)
@@ -316,6 +379,12 @@ def _check_equal(table: NDArray[Any]) -> None:
             got, want = (list(DTYPES)[x] if name == "dtype" else x for x in (values[rank], values[0]))
             kind = DtypeError if name == "dtype" else OptionError if name in OF_THE_CALL else ShapeError
             raise kind(f"rank {rank}: expected the same {text} on every rank, got {got} here and {want} on rank 0")
+
+
+def _first_numbers(k: Array, dim_v: Any) -> Array:
+    """View so many first numbers of each key, which are values too."""
+    dim = k.shape[-1] if k.ndim else 0
+    return k[..., :check_integer("dim_v", dim_v, 1, max(1, dim) + 1)]
 
 
 def _place(arrays: dict[str, Array]) -> int:

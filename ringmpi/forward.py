@@ -102,11 +102,12 @@ class ForwardPass:
         """Make the carrier's buffers."""
         plan = self.plan
         gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
-        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2), gradient_sizes)
+        dtypes = [plan.dtype] * len(plan.shapes[0])
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, dtypes), gradient_sizes)
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values, all heads."""
-        return self.call.k, self.call.v
+        return self.call.block
 
     def _fold(self) -> list[State]:
         """Fold every block that comes by into the states of the rows, and give them."""
@@ -116,25 +117,29 @@ class ForwardPass:
         movers = self.movers
         heads, _, dim_v = plan.dims
         call.make_results(backend, plan.accumulator)
-        k, v = self._keys()
-        q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens)],
-                                        backend.empty, self.trace)
+        given = [(call.q, plan.q_tokens), *((x, plan.kv_tokens) for x in self._keys())]
+        q, *keys = movers.heads.to_heads("heads", given, backend.empty, self.trace)
         rows = [q]
         if len(plan.row_counts) > 1:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
         self._reset(states, None if plan.replicated else call.sinks)
-        self._meet(states, rows, (k, v))
+        self._meet(states, rows, keys)
         return states
 
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
         """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
         for work, part in self._pieces(self._works(keys), rows):
-            k, v = work.arrays
+            k, v = self._keys_and_values(work)
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
                                         end, score)
                 for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys)))
+
+    def _keys_and_values(self, work: Work) -> tuple[Array, Array]:
+        """Give k and v of a block that came by: v may be the first numbers of k."""
+        k, *others = work.arrays
+        return k, others[0] if others else k[..., :self.plan.dims[2]]
 
     def _bring_home(self, states: Sequence[State]) -> list[State]:
         """Put together what several ranks have made of the same rows; give the states that this rank finishes.

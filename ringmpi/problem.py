@@ -168,8 +168,9 @@ class Problem:
 
         # The keys: a block for each rank that shares them.
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
+        widths = (dim,) if records.common("in_keys") else (dim, dim_v)
         shapes: list[list[tuple[int, ...]]] = [
-            [(batch, part[-1].columns.stop, share.kv_heads, width) for width in (dim, dim_v)] for part in parts]
+            [(batch, part[-1].columns.stop, share.kv_heads, width) for width in widths] for part in parts]
         return Plan(records.key, grid, bounds, row_counts, parts, shapes, share,
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,

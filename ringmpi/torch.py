@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .arrays import Refused, first_line
 from .attention import RingAttention
-from .call import Inputs
+from .call import Direction, Inputs
 from .dtypes import BFLOAT16
 from .errors import DtypeError, OptionError, RingError
 from .keywords import explained
@@ -33,8 +33,14 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """Attend, and be differentiated by autograd: `q`, `k`, `v` and `sinks`, by `out` and `lse`. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
-    of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there, and asking
-    for one is an error. ``torch.compile`` leaves the call as it is, between two graphs.
+    of every rank must depend on its `out`, if only by ``0 * out.sum()``. ``torch.compile`` leaves the call as it is,
+    between two graphs.
+
+    On the host gradients can be differentiated once more (``torch.autograd.grad(..., create_graph=True)``), by all that
+    they depend on, and ``torch.autograd.forward_ad`` gives the derivative of `out` and `lse` in a direction. These are
+    collective too, and go block by block: no n x n memory, but more time than a backward pass (docs/derivatives.rst).
+    On GPUs and with ``order="canonical"`` they are an error on all ranks before any block moves, and so is a third
+    derivative everywhere.
 
     Parameters
     ----------
@@ -165,23 +171,117 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, result, log)
+        ctx.save_for_forward(q, k, v, sinks, result, log)         # which torch lets go of when `jvp` is done
         return result, log
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiate; on all ranks if on one."""
-        if torch.is_grad_enabled():           # create_graph: what follows would count as constant
-            raise RingError("ring_attention: there is no second derivative; leave out create_graph")
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        with ctx.source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), ctx.seed,
-                            _plain(out, "out"), _plain(lse, "lse"))
-            dout = torch.zeros_like(out) if dout is None else _plain(dout, "dout")
-            dlse = None if dlse is None else _plain(dlse, "dlse")
-            grads = attention._differentiate_call(ctx.number, dout, dlse, inputs)
-        dq, dk, dv = (_tensor(x) for x in grads[:3])
-        dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
+        """Differentiate; on all ranks if on one. With create_graph the gradients know what they are made of."""
+        call = _Call(ctx.source, ctx.seed, ctx.number)
+        dq, dk, dv, dsinks = _Differentiate.apply(call, dout, dlse, *ctx.saved_tensors)
         return dq, dk, dv, dsinks, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Differentiate in a direction."""
+        call = _Call(ctx.source, ctx.seed, ctx.number)
+        out_dot, lse_dot = _DifferentiateAlong.apply(call, *tangents[:4], *ctx.saved_tensors)
+        return out_dot, lse_dot
+
+
+class _Call(NamedTuple):
+    """A call of which a derivative is asked, and what it was given: arrays of tensors."""
+
+    source: _Source
+    seed: int
+    number: int
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> Inputs:
+        """Give what went in and came out."""
+        return Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), self.seed, _plain(out, "out"),
+                      _plain(lse, "lse"))
+
+
+class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
+    """The backward pass as autograd knows it: of q, k, v and sinks, which make out and lse, and of dout and dlse."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
+                ) -> tuple[Tensor | None, ...]:
+        """Differentiate; give dq, dk, dv and dsinks."""
+        out, sinks = saved[4], saved[3]
+        with call.source.open() as attention:
+            cotangents = _cotangents(out, dout, dlse)
+            grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved))
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dout, dlse, *saved)
+        dq, dk, dv = (_tensor(x) for x in grads[:3])
+        return dq, dk, dv, None if sinks is None else _like(grads[3], sinks)
+
+    @staticmethod
+    def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiate once more."""
+        dout, dlse, *_ = ctx.saved_tensors
+        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction, *ctx.saved_tensors)
+        return None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None
+
+
+class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
+    """The second derivative, which has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
+                sinks_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
+                ) -> tuple[Tensor | None, ...]:
+        """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
+        sinks, out = saved[3], saved[4]
+        with call.source.open() as attention:
+            grads = attention._differentiate_twice(call.number, *_cotangents(out, dout, dlse),
+                                                   _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
+        results = [_tensor(x) for x in grads[:5]]
+        return *results, None if sinks is None else _like(grads[5], sinks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        """Refuse."""
+        raise RingError("ring_attention: expected at most two derivatives, got a third, and there is none; leave out "
+                        "create_graph when you ask for the second")
+
+
+class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
+    """The derivative in a direction, forward; it has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
+                sinks_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
+        """Give out_dot and lse_dot."""
+        with call.source.open() as attention:
+            out_dot, lse_dot = attention._differentiate_along(
+                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
+        return _tensor(out_dot), _tensor(lse_dot)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> None:
+        """Refuse."""
+        raise RingError("ring_attention: expected a derivative in a direction alone, got a gradient of one; take "
+                        "torch.autograd.grad twice, the first time with create_graph=True")
+
+
+def _cotangents(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, Any]:
+    return (torch.zeros_like(out) if dout is None else _plain(dout, "dout"),
+            None if dlse is None else _plain(dlse, "dlse"))
+
+
+def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None) -> Direction:
+    given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
+    q_, k_, v_ = (None if x is None else _plain(x, name) for name, x in given.items())
+    return Direction(q_, k_, v_, None if sinks_dot is None else _plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
+
+
+def _like(x: Any, sinks: Tensor) -> Tensor:
+    """Give an array of this rank's share of a gradient as sinks are."""
+    return _tensor(x).to(sinks.device, sinks.dtype)
 
 
 def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:

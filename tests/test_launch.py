@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 # Files that one launch runs, and on how many ranks, the most first, but for those that come early and compile kernels;
 # with `-m exhaustive` on the second numbers.
 LAUNCHES = {
-    "attention": (("attention", "gradients", "masks", "redistribute"), (4, 2, 1), (3, 7)),
+    "attention": (("attention", "gradients", "masks", "redistribute", "latent"), (4, 2, 1), (3, 7)),
     "links": (("link", "gradient_ring", "messages", "schedules", "strided", "window"), (2, 4), (1, 3, 7)),
     "auto": (("auto",), (4,), (1, 2, 3, 6, 16)),
     "grids": (("grids",), (4,), (1, 2, 3, 6, 7, 8)),
@@ -22,6 +22,7 @@ LAUNCHES = {
     "cuda": (("cuda",), (2,), (1, 3, 5)),
     "cuda_canonical": (("cuda_canonical",), (3,), (1, 2, 5)),
     "torch": (("torch",), (2,), (1, 4)),
+    "second": (("second",), (3,), (1, 2, 4, 7)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
 }
@@ -39,7 +40,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "ranks"), cases())
 def test_under_mpiexec(name, ranks, tmp_path):
-    if name == "torch" and find_spec("torch") is None:
+    if name in ("torch", "second") and find_spec("torch") is None:
         pytest.skip("torch is not installed")
     files = [HERE / f"test_mpi_{part}.py" for part in LAUNCHES[name][0]]
     result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", *files],

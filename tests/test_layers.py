@@ -28,7 +28,7 @@ LAYERS = [
     {"problem", "replicated"},
     {"forward"},
     {"passes"},
-    {"canonical"},
+    {"canonical", "tangents"},
     {"checkpoint"},
     {"attention"},
     {"functional", "job", "kv", "torch"},
