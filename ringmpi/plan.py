@@ -56,7 +56,8 @@ class Plan:
     parts : list
         For each rank that shares keys, the parts of its block: of this rank's all, of another's what travels.
     shapes : list
-        For each rank that shares keys, the shapes of its k and v, as far as they travel; of k alone if that has v in it.
+        For each rank that shares keys, the shapes of its k and v, or of k alone if that has v in it, as far as they
+        travel.
     share : HeadShare
         The heads that this rank computes with.
     q_tokens, kv_tokens : Tokens
