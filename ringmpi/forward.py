@@ -129,7 +129,7 @@ class ForwardPass:
 
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
         """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
-        for work, part in self._pieces(self._works(keys), rows):
+        for work, part in self._cut_rows(self._works(keys), rows):
             k, v = self._keys_and_values(work)
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
@@ -245,7 +245,7 @@ class ForwardPass:
         self.movers.heads.to_tokens("results", [(lse, plan.q_tokens), (out, plan.q_tokens)],
                                     [(self.call.lse, put_heads), (self.call.out, put_heads)], self.trace)
 
-    def _pieces(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
+    def _cut_rows(self, works: Iterator[Work], rows: Sequence[Array]) -> Iterator[tuple[Work, slice]]:
         """Yield each item of work with pieces of the rows to compute, for which what they see is made at a time."""
         for work, part in self._rounds(works, rows):
             for piece in self.plan.pieces(part):

@@ -74,7 +74,7 @@ class Pass(ForwardPass):
         plan = self.plan
         backend = self.backend
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
-        for work, part in self._pieces(works, rows):
+        for work, part in self._cut_rows(works, rows):
             k, v = work.arrays
             dk, dv = work.gradients or (None, None)
             self._run(work, (

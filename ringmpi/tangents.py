@@ -170,7 +170,7 @@ class TangentPass(Pass):
 
     def _meet_tangents(self, works: Iterator[Work], rows: Sequence[Array], loop: Loop) -> None:
         """Run a loop over every block that comes by."""
-        for work, part in self._pieces(works, rows):
+        for work, part in self._cut_rows(works, rows):
             self._run(work, (
                 loop(task.element, part, Keys(*(x[task.element, task.columns] for x in work.arrays)), work.gradients,
                      task) for task in self.plan.tasks(work, part, self.call.dropout_keys)))

@@ -170,5 +170,5 @@ class PromptPass(ForwardPass):
             if number:
                 keys = [x if self.call.batched else x[None] for x in piece]
                 keys = [self.backend.to_device(x) for x in keys] if self.backend.device else keys
-            yield from self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace)
+            yield from self._carry(Blocks(keys, plan.shapes))
         self.plan = first
