@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .backends.base import Ended
 from .call import Array, Call
 from .engine import Engine
+from .left_out import bits_of, seen_by_heads
 from .plan import Plan
 from .replicated import Replicated, arrays_of, combine_parts, part_of
 from .schedules.base import Blocks, Work, block_sizes
@@ -53,6 +54,7 @@ class ForwardPass:
         self._prepare_pass("forward")
         with self.backend.current():
             with self._abandoned_on_error():
+                self._find_seen()
                 own = self._bring_home(self._fold())
             return self._results(own)
 
@@ -87,7 +89,7 @@ class ForwardPass:
         trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
-                                                         plain=plan.score.plain, backward=way == "backward")
+                                                         plain=plan.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
                 self._reserve(way)
                 if way == "forward":
@@ -100,12 +102,21 @@ class ForwardPass:
     def _reserve(self, way: str) -> None:
         """Make the carrier's buffers."""
         plan = self.plan
-        gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
-        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2), gradient_sizes)
+        gradients = [plan.accumulator] * len(plan.block_dtypes)
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, plan.block_dtypes),
+                                    block_sizes(plan.shapes, gradients) if way == "backward" else None)
+
+    def _find_seen(self) -> None:
+        """Find which rows see a key that the bias of their head does not leave out, if it leaves some out."""
+        call = self.call
+        call.seen = ()
+        if self.plan.left_out is not None and call.key_bias is not None and call.sinks is None:
+            call.seen = seen_by_heads(self.plan, self.plan.left_out, self.engine.share(bits_of(call.key_bias)),
+                                      call.key_bias.shape[2])
 
     def _keys(self) -> Sequence[Array]:
-        """Give this rank's block of keys and values, all heads."""
-        return self.call.k, self.call.v
+        """Give this rank's block of keys and values, all heads, and their bias if there is one."""
+        return self.call.keys
 
     def _fold(self) -> list[State]:
         """Fold every block that comes by into the states of the rows, and give them."""
@@ -115,21 +126,20 @@ class ForwardPass:
         movers = self.movers
         heads, _, dim_v = plan.dims
         call.make_results(backend, plan.accumulator)
-        k, v = self._keys()
-        q, k, v = movers.heads.to_heads("heads", [(call.q, plan.q_tokens), (k, plan.kv_tokens), (v, plan.kv_tokens)],
-                                        backend.empty, self.trace)
+        given = [(call.q, plan.q_tokens), *zip(self._keys(), plan.block_tokens, strict=True)]
+        q, *keys = movers.heads.to_heads("heads", given, backend.empty, self.trace)
         rows = [q]
         if len(plan.row_counts) > 1:
             rows = movers.queries.ask(rows, plan.row_counts, backend.empty, self.trace)
         states = call.states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
         self._reset(states, None if plan.replicated else call.sinks)
-        self._meet(states, rows, (k, v))
+        self._meet(states, rows, keys)
         return states
 
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
-        """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
+        """Fold every block that comes by into states of rows; `keys` are the arrays of this rank's block."""
         for work, part in self._rounds(self._works(keys), rows):
-            k, v = work.arrays
+            k, v, *_ = work.arrays
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
                                         end, score)
@@ -153,7 +163,7 @@ class ForwardPass:
         return own
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
-        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
+        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's block."""
         plan = self.plan
         return self.movers.carrier.forward(Blocks(keys, plan.shapes), plan.route, self.trace)
 
@@ -172,8 +182,9 @@ class ForwardPass:
 
     def _finish(self, states: Sequence[State], out: Array, lse: Array) -> None:
         """Normalise states into results, and let go of them."""
-        for state, out_i, lse_i in zip(states, out, lse, strict=True):
-            self.backend.finish(state, self.plan.seen, out_i, lse_i)
+        seen = self.call.seen or [self.plan.seen] * len(states)
+        for state, seen_i, out_i, lse_i in zip(states, seen, out, lse, strict=True):
+            self.backend.finish(state, seen_i, out_i, lse_i)
         self.call.states = []                  # the next call's, of whichever object
 
     def _finish_for_all(self, states: Sequence[State]) -> None:

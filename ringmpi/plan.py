@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .intervals import Interval
-from .layout import Integers
+from .layout import Integers, Layout
 from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
@@ -52,7 +52,7 @@ class Plan:
     parts : list
         For each rank that shares keys, the parts of its block.
     shapes : list
-        For each rank that shares keys, the shapes of its k and v.
+        For each rank that shares keys, the shapes of its k and v, and of its bias if there is one.
     share : HeadShare
         The heads that this rank computes with.
     q_tokens, kv_tokens : Tokens
@@ -68,6 +68,10 @@ class Plan:
         Whether all ranks have the same queries: each folds its own keys into all rows.
     of_keys : KeyPlan, optional
         In canonical order, what goes for the gradients of keys and values, and how tokens get into blocks.
+    bias_tokens : Tokens, optional
+        Those of a bias of the keys, of the ranks that share heads; None without one.
+    left_out : Layout, optional
+        That of the caller's keys, if a bias leaves some of them out.
     route : Route
         Which rank that shares keys computes with which block; agreed on once the plans are made.
     seen : array of shape (own rows,), bool
@@ -92,6 +96,8 @@ class Plan:
     dims: tuple[int, int, int]
     replicated: bool
     of_keys: KeyPlan | None = None
+    bias_tokens: Tokens | None = None
+    left_out: Layout | None = None
     route: Route = field(init=False)
     seen: Array = None
     ready: set[str] = field(default_factory=set)
@@ -102,6 +108,21 @@ class Plan:
     def batch(self) -> int:
         """Elements of the batch."""
         return self.shapes[0][0][0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are; see `Score.plain`."""
+        return self.score.plain and self.bias_tokens is None
+
+    @property
+    def block_tokens(self) -> list[Tokens]:
+        """Of each array of a block."""
+        return [self.kv_tokens] * 2 + ([self.bias_tokens] if self.bias_tokens else [])
+
+    @property
+    def block_dtypes(self) -> list[np.dtype[Any]]:
+        """Of each array of a block: a bias has the accumulator's, as all gradients have."""
+        return [self.dtype] * 2 + ([self.accumulator] if self.bias_tokens else [])
 
     @cached_property
     def rows(self) -> int:
@@ -159,6 +180,7 @@ class Plan:
         dropout_keys : uint32 array of shape (batch, all heads)
         """
         source = work.source
+        bias = work.arrays[2] if self.bias_tokens else None
         columns = self._prefetched[1] if self._prefetched[0] == source else self._columns(source)
         first, last, _ = work.columns.indices(self.parts[source][-1].columns.stop)
         for part, intervals in zip(self.parts[source], columns, strict=True):
@@ -170,9 +192,11 @@ class Plan:
             for begin, end in intervals:
                 if cut != part.columns:
                     begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
+                there = slice(cut.start - first, cut.stop - first)
                 for number in range(self.batch):
-                    yield Task(number, slice(cut.start - first, cut.stop - first), begin[rows], end[rows],
-                               score.of_dropout_keys(dropout_keys[number, self.share.queries]))
+                    of_element = score.of_dropout_keys(dropout_keys[number, self.share.queries])
+                    yield Task(number, there, begin[rows], end[rows],
+                               of_element.of_key_bias(None if bias is None else bias[number, there]))
 
     def _columns(self, source: int) -> list[list[Interval]]:
         """Turn each interval of positions into columns of each part of a block; those of small shards are kept."""

@@ -87,6 +87,8 @@ class Problem:
         OptionError, ShapeError, MaskError
             The same on all ranks.
         """
+        if self.canonical and records.common("key_bias"):
+            raise OptionError("key_bias: there is none in canonical order yet; take order='fastest'")
         q_layout = resolve(self.layout, records.n_q, "q")
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         if not kv_layout.grows:               # else the last document may go on
@@ -118,7 +120,7 @@ class Problem:
         return Shape(records.n_q[0] if replicated else sum(records.n_q), sum(records.n_k), heads, kv_heads, dim, dim_v,
                      records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
                      most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated,
-                     canonical=self.canonical)
+                     canonical=self.canonical, bias=records.common("key_bias"))
 
     def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
         """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.
@@ -166,11 +168,18 @@ class Problem:
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
         shapes: list[list[tuple[int, ...]]] = [
             [(batch, part[-1].columns.stop, share.kv_heads, width) for width in (dim, dim_v)] for part in parts]
+        bias_tokens, bias = None, records.common("key_bias")
+        if bias:
+            of_heads = [[share.queries if bias > 1 else slice(0, 1)] for share in shares]
+            bias_tokens = Tokens([kv_layout.counts[r] for r in beside.ranks], of_heads)
+            for shape in shapes:
+                shape.append((batch, shape[0][1], share.heads if bias > 1 else 1))
         return Plan(records.key, grid, bounds, row_counts, parts, shapes, share,
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
-                    self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None)
+                    self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
+                    bias_tokens, layouts[1] if records.leave_out else None)
 
     def _score(self, dim: int, share: HeadShare) -> Score:
         """Give the score of some heads, without positions."""

@@ -28,9 +28,9 @@ except ImportError as error:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @explained(RingAttention)
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
-                   sinks: Tensor | None = None, seed: int = 0, return_lse: bool = False,
-                   **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend, and be differentiated by autograd: `q`, `k`, `v` and `sinks`, by `out` and `lse`. Collective over *comm*.
+                   sinks: Tensor | None = None, key_bias: Tensor | None = None, seed: int = 0,
+                   return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend, and be differentiated by autograd: by `q`, `k`, `v`, `sinks` and `key_bias`. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
     of every rank must depend on its `out`, if only by ``0 * out.sum()``. A second derivative is not there, and asking
@@ -49,6 +49,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
+    key_bias : tensor of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
+        Added to the scores of this rank's keys, -inf to leave one out; its gradient is whole. See `RingAttention`.
     seed : int
         Of dropout; the same on all ranks. Take another one for each layer and step, ``layer + layers * step`` say.
     return_lse : bool
@@ -80,7 +82,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """
     if (comm is None) == (attention is None) or (options and attention is not None):
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
-    out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed, torch.is_grad_enabled())
+    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled())
     return (out, lse) if return_lse else out
 
 
@@ -155,16 +157,17 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     """Attention as autograd knows it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, source: _Source,
-                seed: int, records: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None,
+                source: _Source, seed: int, records: bool) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), seed)
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), seed,
+                            key_bias=_on_host(key_bias, "key_bias"))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, result, log)
+        ctx.save_for_backward(q, k, v, sinks, key_bias, result, log)
         return result, log
 
     @staticmethod
@@ -172,16 +175,17 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         """Differentiate; on all ranks if on one."""
         if torch.is_grad_enabled():           # create_graph: what follows would count as constant
             raise RingError("ring_attention: there is no second derivative; leave out create_graph")
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, key_bias, out, lse = ctx.saved_tensors
         with ctx.source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), ctx.seed,
-                            _plain(out, "out"), _plain(lse, "lse"))
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), ctx.seed,
+                            _plain(out, "out"), _plain(lse, "lse"), _on_host(key_bias, "key_bias"))
             dout = torch.zeros_like(out) if dout is None else _plain(dout, "dout")
             dlse = None if dlse is None else _plain(dlse, "dlse")
             grads = attention._differentiate_call(ctx.number, dout, dlse, inputs)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
-        dsinks = _tensor(grads[3]).to(sinks.device, sinks.dtype) if sinks is not None else None
-        return dq, dk, dv, dsinks, None, None, None
+        dsinks, dkey_bias = (None if x is None else _tensor(getattr(grads, name)).to(x.device, x.dtype)
+                             for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
+        return dq, dk, dv, dsinks, dkey_bias, None, None, None
 
 
 def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
@@ -196,8 +200,8 @@ def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) ->
         return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
 
 
-def _on_host(sinks: Tensor | None) -> Any:
-    return None if sinks is None else _plain(sinks, "sinks", lambda x: x.cpu())
+def _on_host(x: Tensor | None, name: str) -> Any:
+    return None if x is None else _plain(x, name, lambda x: x.cpu())
 
 
 def _tensor(x: Any) -> Tensor:

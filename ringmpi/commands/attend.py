@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..environment import command_line, stderr_is_terminal
 from ..job.options import OUTPUT_DRIVERS
+from ..schedules.spec import ORDERS
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
@@ -83,6 +84,10 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
+    others = {"--stream": arguments.stream, "--checkpoint": arguments.checkpoint is not None,
+              "--order canonical": arguments.order != ORDERS[0], "--backend cuda": arguments.backend == "cuda"}
+    for name in (name for name, given in others.items() if given and arguments.key_bias):
+        error(f"--key-bias: does not go together with {name} yet")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")
