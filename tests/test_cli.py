@@ -73,7 +73,6 @@ def test_help_needs_no_mpi(command):
     (["attend", "a", "b", "--first", "3", "--causal"], "--first widens only --window"),
     (["attend", "a", "b", "--timeout", "-1"], "seconds > 0"),
     (["attend", "a", "b", "--key-bias", "--stream"], "--key-bias: does not go together with --stream yet"),
-    (["attend", "a", "b", "--key-bias", "--checkpoint", "c"], "--key-bias: does not go together with --checkpoint"),
     (["attend", "a", "b", "--key-bias", "--order", "canonical"], "--key-bias: does not go together with --order"),
     (["attend", "a", "b", "--threads", "0"], "integer >= 1"),
     (["make", "random", "a"], "--tokens"),

@@ -95,8 +95,6 @@ class ResumableCall:
             other = Schedule(schedule.heads, 1, schedule.queries * schedule.keys)
             raise OptionError(f"stop and checkpoints: expected a schedule in which no queries travel, got {schedule}; "
                               f"{other} would do" + (", with queries that are dealt out" if plan.replicated else ""))
-        if plan.bias_tokens is not None:
-            raise OptionError("stop and checkpoints: expected a call without key_bias, which they do not keep yet")
         self._comm = comm
         self._timeout = timeout
         self._problem = problem

@@ -121,9 +121,10 @@ class Moved:
         parts = [_parts(blocks, numbers) for numbers in self._held]
         shapes: list[list[tuple[int, ...]]] = [
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
-        tokens = Tokens([sum(blocks.counts[number] for number in self._mine)], plan.kv_tokens.parts)
-        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _prefetched=(-1, []),
-                        _kept={})
+        counts = [sum(blocks.counts[number] for number in self._mine)]
+        tokens, of_bias = (x and Tokens(counts, x.parts) for x in (plan.kv_tokens, plan.bias_tokens))
+        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, bias_tokens=of_bias, ready=set(),
+                        _prefetched=(-1, []), _kept={})
         moved.route = plan.route
         return moved
 

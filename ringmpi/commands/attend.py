@@ -84,8 +84,8 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
-    others = {"--stream": arguments.stream, "--checkpoint": arguments.checkpoint is not None,
-              "--order canonical": arguments.order != ORDERS[0], "--backend cuda": arguments.backend == "cuda"}
+    others = {"--stream": arguments.stream, "--order canonical": arguments.order != ORDERS[0],
+              "--backend cuda": arguments.backend == "cuda"}
     for name in (name for name, given in others.items() if given and arguments.key_bias):
         error(f"--key-bias: does not go together with {name} yet")
     for name in ("checkpoint_every", "resume"):
