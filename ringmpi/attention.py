@@ -254,7 +254,7 @@ class RingAttention:
             which it must be finite in; or -inf, which leaves a key out: a query that sees no other has out 0 and lse
             -inf, and what k and v have there, NaN too, is of no account if all heads leave the key out. With a batch
             it has that axis too; ``np.broadcast_to(bias, (batch, n_k))`` is the same for all elements. On the host,
-            and with the backends that compute there, not in canonical order.
+            and with the backends that compute there.
         seed : int
             Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool

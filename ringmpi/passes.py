@@ -31,7 +31,7 @@ class Pass(ForwardPass):
         with self.engine.raise_on_all(), backend.current():
             dout = backend.to_device(dout)
             dlse = None if dlse is None else backend.to_device(dlse)
-            dq, *of_keys = (backend.empty(x.shape, plan.accumulator) for x in (call.q, *call.keys))
+            dq, *of_keys = (backend.empty(shape, plan.accumulator) for shape in (call.q.shape, *self._shapes_of_keys()))
             lse = self._known_lse()
             gradients = [backend.new_gradient(dout[i], call.out[i], lse[i], dlse if dlse is None else dlse[i],
                                               dq[i]) for i in range(plan.batch)]
@@ -46,7 +46,15 @@ class Pass(ForwardPass):
             dq, dk, dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, dk, dv))
             dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
             backend.synchronize()
-        return named((dq, dk, dv), dsinks, of_bias[0].reshape(call.bias_shape) if of_bias else None)
+        return named((dq, dk, dv), dsinks, self._gradient_of_bias(of_bias[0]) if of_bias else None)
+
+    def _shapes_of_keys(self) -> list[tuple[int, ...]]:
+        """Give the shapes of the gradients of this rank's block."""
+        return [x.shape for x in self.call.keys]
+
+    def _gradient_of_bias(self, total: Array) -> Array:
+        """Give what was summed up as the caller has the bias."""
+        return total.reshape(self.call.bias_shape)
 
     def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Sum up gradients of this rank's arrays: dq, and those of the arrays of its block."""

@@ -87,8 +87,6 @@ class Problem:
         OptionError, ShapeError, MaskError
             The same on all ranks.
         """
-        if self.canonical and records.common("key_bias"):
-            raise OptionError("key_bias: there is none in canonical order yet; take order='fastest'")
         q_layout = resolve(self.layout, records.n_q, "q")
         kv_layout = resolve(self.kv_layout, records.n_k, "k and v")
         if not kv_layout.grows:               # else the last document may go on
@@ -170,8 +168,7 @@ class Problem:
             [(batch, part[-1].columns.stop, share.kv_heads, width) for width in (dim, dim_v)] for part in parts]
         bias_tokens, bias = None, records.common("key_bias")
         if bias:
-            of_heads = [[share.queries if bias > 1 else slice(0, 1)] for share in shares]
-            bias_tokens = Tokens([kv_layout.counts[r] for r in beside.ranks], of_heads)
+            bias_tokens = Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, bias)
             for shape in shapes:
                 shape.append((batch, shape[0][1], share.heads if bias > 1 else 1))
         return Plan(records.key, grid, bounds, row_counts, parts, shapes, share,
@@ -205,7 +202,9 @@ class Problem:
                        Tokens.of_queries([tiled.counts[r] for r in beside.ranks], shares),
                        Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), share.queries,
                        self._score(dim, share), Move.between(kv_layout, blocks, rank),
-                       Move.between(q_layout, tiled, rank))
+                       Move.between(q_layout, tiled, rank),
+                       Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, records.common("key_bias")),
+                       Tokens.of_queries([kv_layout.counts[r] for r in beside.ranks], shares))
 
 
 def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:

@@ -92,6 +92,8 @@ class KeyPlan:
         Still without the positions of queries and keys, and without dropout keys.
     keys, queries : Move
         From the caller's layouts into blocks.
+    bias_tokens, of_heads : Tokens
+        Of the ranks that share heads, of a bias of the keys where they are, and of its gradient for each head.
     route : Route
         Which rank that shares keys computes with which block of queries; agreed on once the plans are made.
     """
@@ -108,6 +110,8 @@ class KeyPlan:
     score: Score
     keys: Move
     queries: Move
+    bias_tokens: Tokens
+    of_heads: Tokens
     route: Route = field(init=False)
     _prefetched: tuple[int, list[list[Interval]]] = (-1, [])
 

@@ -73,7 +73,7 @@ def test_help_needs_no_mpi(command):
     (["attend", "a", "b", "--first", "3", "--causal"], "--first widens only --window"),
     (["attend", "a", "b", "--timeout", "-1"], "seconds > 0"),
     (["attend", "a", "b", "--key-bias", "--stream"], "--key-bias: does not go together with --stream yet"),
-    (["attend", "a", "b", "--key-bias", "--order", "canonical"], "--key-bias: does not go together with --order"),
+    (["attend", "a", "b", "--key-bias", "--backend", "cuda"], "--key-bias: does not go together with --backend cuda"),
     (["attend", "a", "b", "--threads", "0"], "integer >= 1"),
     (["make", "random", "a"], "--tokens"),
     (["make", "noise", "a"], "invalid choice"),

@@ -337,8 +337,9 @@ class Backend:
             C-contiguous, updated in place.
         dv : array of shape (n_k, kv_heads, dim_v), accumulator dtype
             The same.
-        dkey_bias : array of the shape and dtype of ``score.key_bias``, if there is one
-            The same; of all heads together if these have one bias.
+        dkey_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, if ``score.key_bias`` is one
+            The same; for each head, whether they have the same bias or not, or of all of them together, which is not
+            asked for in canonical order.
 
         Yields
         ------

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..environment import command_line, stderr_is_terminal
 from ..job.options import OUTPUT_DRIVERS
-from ..schedules.spec import ORDERS
 from .options import add_attention, add_backend, add_order, positive, refuse_idle_options, seconds
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
-    others = {"--stream": arguments.stream, "--order canonical": arguments.order != ORDERS[0],
-              "--backend cuda": arguments.backend == "cuda"}
+    others = {"--stream": arguments.stream, "--backend cuda": arguments.backend == "cuda"}
     for name in (name for name, given in others.items() if given and arguments.key_bias):
         error(f"--key-bias: does not go together with {name} yet")
     for name in ("checkpoint_every", "resume"):

@@ -38,6 +38,8 @@ class KernelArguments:
         The columns that some query sees.
     pairs : int
         Of rows of a key head and columns that they see.
+    biased : bool
+        Whether the score has a bias of the keys.
     capping : tuple of two numbers
         scale / softcap and softcap; scale and 0 without.
     """
@@ -55,6 +57,7 @@ class KernelArguments:
         scale = acc_dtype.type(score.scale if score.plain else 1)
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
         self.capping = acc_dtype.type(score.scale / (score.softcap or 1)), acc_dtype.type(score.softcap)
+        self.biased = score.key_bias is not None
         self._given = score
         self._plain = score.plain
         self._any_score: dict[str, Any] | None = None

@@ -107,7 +107,7 @@ class Backward:
         seen = [block.seen(rows, start, stop) for rows in chunks]
         keys = self.buffers.tile * tiles.tiles + ROWS if self.gradient.of_keys else 0
         sums = self.buffers.reserve_sums(heads * len(chunks), keys)
-        biases = self._bias_sums(heads * len(chunks), keys)
+        biases = self._bias_sums(heads * len(chunks), self.buffers.tile * tiles.tiles + ROWS)
         yield from self.team.run([
             Task(area, itertools.chain(
                 [(partial(_clear, first - start, last - start, mine), 0)],
@@ -118,7 +118,7 @@ class Backward:
             for bias in [None if biases is None else biases[head * len(chunks) + chunk]]])
         if not self.gradient.of_keys:
             return
-        if biases is not None:
+        if biases is not None and self.dkey_bias is not None:
             self._add_bias(start, stop, biases.reshape(heads, len(chunks), *biases.shape[1:]))
 
         # Add up the chunks' sums, in their order.
@@ -129,10 +129,14 @@ class Backward:
             for head in range(heads) for columns in ranges])
 
     def _bias_sums(self, count: int, keys: int) -> Array | None:
-        """Give cleared sums of the gradient of a bias, (count, heads of a group or 1, keys), if it is wanted."""
-        if self.dkey_bias is None:
+        """Give cleared sums of the gradient of a bias, (count, heads of a group or 1, keys), if there is one.
+
+        The kernels sum that up, be it wanted or not.
+        """
+        if not self.block.biased:
             return None
-        return np.zeros((count, self.block.group if self.dkey_bias.shape[1] > 1 else 1, keys), self.block.acc_dtype)
+        apart = self.dkey_bias is not None and self.dkey_bias.shape[1] > 1
+        return np.zeros((count, self.block.group if apart else 1, keys), self.block.acc_dtype)
 
     def _add_bias(self, start: int, stop: int, sums: Array) -> None:
         """Add up the sums of the chunks, (key heads, chunks, heads of a group or 1, keys), and those of all heads."""
@@ -147,10 +151,11 @@ class Backward:
             area, _, _ = self.block.seen(rows, columns.start, columns.stop)
             for head in range(self.block.heads if area else 0):
                 mine = KeySums(*(x[head] for x in sums))
+                bias = self._bias_of(head, columns)
                 tasks.append(Task(area, itertools.chain(
                     [(partial(self._take_up, head, columns, mine), 0)],
-                    self._steps(head, rows, columns, area, tiles, mine),
-                    [(partial(self._put_back, head, columns, mine), 0)])))
+                    self._steps(head, rows, columns, area, tiles, mine, bias),
+                    [(partial(self._put_back, head, columns, mine, bias), 0)])))
         yield from self.team.run(tasks)
 
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: Tiles,
@@ -200,7 +205,20 @@ class Backward:
             mine[:, :x.shape[2]] = x[columns.start:columns.stop, head]
             mine[:, x.shape[2]:] = 0
 
-    def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
+    def _bias_of(self, head: int, columns: ColumnRange) -> Array | None:
+        """Give sums of the gradient of a bias that go on from what there is, for some keys and the heads of a group."""
+        if not self.block.biased:
+            return None
+        group, there = self.block.group, slice(columns.start - columns.origin, columns.stop - columns.origin)
+        sums = np.zeros((group, there.stop + self.buffers.tile), self.block.acc_dtype)
+        if self.dkey_bias is not None:
+            sums[:, there] = self.dkey_bias[columns.start:columns.stop, head * group:(head + 1) * group].T
+        return sums
+
+    def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, bias: Array | None, thread: int) -> None:
+        if bias is not None and self.dkey_bias is not None:
+            group, there = self.block.group, slice(columns.start - columns.origin, columns.stop - columns.origin)
+            self.dkey_bias[columns.start:columns.stop, head * group:(head + 1) * group] = bias[:, there].T + 0
         for x, total in zip((self.dk, self.dv), sums, strict=True):
             mine = total[columns.start - columns.origin:columns.stop - columns.origin]
             np.add(mine[:, :x.shape[2]], 0, out=x[columns.start:columns.stop, head])        # no -0
