@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from types import TracebackType
+from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
@@ -22,9 +23,10 @@ from .checks import check_threads, check_timeout
 from .engine import Engine, agreed
 from .errors import BackendError, InternalError, OptionError, RingError
 from .forward import Progress
+from .gradients import AnyGradients
 from .keywords import explained
 from .layout import Layout
-from .mask import Mask
+from .mask_base import BaseMask
 from .mpi.comm import TIMEOUT, digest_of, private_comm
 from .mpi.threads import check_thread
 from .passes import Pass
@@ -55,7 +57,7 @@ class RingAttention:
     ----------
     comm : MPI.Intracomm
         Any communicator of the caller. The library works on a private one that it caches on it.
-    mask : Mask, optional
+    mask : Mask, Grid, or a list of these, optional
         Which keys a query sees; all by default.
     layout, kv_layout : str or Layout
         How the shards of q (and of the result), and of k and v, are laid out: ``"contiguous"`` (in the order of
@@ -144,8 +146,9 @@ class RingAttention:
     """
 
     @explained()
-    def __init__(self, comm: Any, *, mask: Mask | None = None, layout: str | Layout = "contiguous",
-                 kv_layout: str | Layout | None = None, scale: float | None = None, softcap: float | None = None,
+    def __init__(self, comm: Any, *, mask: BaseMask | Sequence[BaseMask] | None = None,
+                 layout: str | Layout = "contiguous", kv_layout: str | Layout | None = None,
+                 scale: float | None = None, softcap: float | None = None,
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
@@ -213,25 +216,24 @@ class RingAttention:
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[False] = False, keep: bool = True,
-                 progress: Progress | None = None) -> Array: ...
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
+                 return_lse: Literal[False] = False, keep: bool = True, progress: Progress | None = None) -> Array: ...
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, seed: int = 0,
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
                  return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, seed: int = 0,
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop) -> Any: ...
 
     @explained()
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, seed: int = 0,
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
                  return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
                  stop: Stop | None = None) -> Any:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
@@ -260,6 +262,13 @@ class RingAttention:
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
+        key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), float, optional
+            Added to the scores of this rank's keys, after `softcap` and beside `alibi`, for each query head if it has
+            their axis: the log of a quadrature weight makes a sum over keys an integral. In the accumulator's dtype,
+            which it must be finite in; or -inf, which leaves a key out: a query that sees no other has out 0 and lse
+            -inf, and what k and v have there, NaN too, is of no account if all heads leave the key out. With a batch
+            it has that axis too; ``np.broadcast_to(bias, (batch, n_k))`` is the same for all elements. On the host,
+            and with the backends that compute there.
         seed : int
             Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool
@@ -292,9 +301,10 @@ class RingAttention:
             calls on it raise `CommError`.
         """
         if stop is not None or self._keeping is not None:
-            return self._call_resumable(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, stop,
-                                        self._keeping)
-        return self._call(Inputs(q, k, v, sinks, seed, dim_v=dim_v), return_lse, keep, progress, keep)
+            return self._call_resumable(Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias), return_lse, keep,
+                                        progress, stop, self._keeping)
+        return self._call(Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias), return_lse, keep, progress,
+                          keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what has been computed of the last call, which was left by its `stop`. Collective over *comm*.
@@ -427,7 +437,7 @@ class RingAttention:
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
 
     def backward(self, dout: ArrayLike, dlse: ArrayLike | None = None, *,
-                 progress: Progress | None = None) -> tuple[Array, ...]:
+                 progress: Progress | None = None) -> AnyGradients:
         """Give the gradients of the last call's inputs. Collective over *comm*.
 
         What went into the last call and came out of it, lse too, must be as it was: it is not copied. `backward_of`
@@ -450,6 +460,11 @@ class RingAttention:
         dsinks : array of shape (heads,), accumulator dtype
             If the call had sinks: this rank's queries' share, to be summed over the ranks as the gradient of every
             parameter that all of them have. In canonical order rank 0 has all of it, and the others 0.
+        dkey_bias : array of the shape of key_bias, accumulator dtype
+            If the call had one: of this rank's keys, with what all ranks make of them; after dsinks, or after dv
+            without these. A key that is left out has 0.
+
+        The gradients are a named tuple, with these names.
 
         Raises
         ------
@@ -463,7 +478,7 @@ class RingAttention:
         with self._comm.one_call():
             return self._backward_of_last(dout, dlse, progress)
 
-    def _backward_of_last(self, dout: Any, dlse: Any, progress: Progress | None) -> tuple[Array, ...]:
+    def _backward_of_last(self, dout: Any, dlse: Any, progress: Progress | None) -> AnyGradients:
         self._start()
         call, plan = self._last or (None, None)
         with self._comm.noting() as failures:
@@ -480,15 +495,15 @@ class RingAttention:
         return self._pass(call, plan, progress).backward(dout, dlse)
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
-                    dlse: ArrayLike | None = None, sinks: ArrayLike | None = None, seed: int = 0,
-                    progress: Progress | None = None) -> tuple[Array, ...]:
+                    dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
+                    key_bias: ArrayLike | None = None, seed: int = 0, progress: Progress | None = None) -> AnyGradients:
         """Give the gradients of any call with these options, by what went in and came out. Collective over *comm*.
 
         Parameters
         ----------
         dout
             See `backward`.
-        q, k, v, sinks, seed
+        q, k, v, sinks, key_bias, seed
             As they were given to the call.
         out, lse
             As it returned them.
@@ -497,7 +512,7 @@ class RingAttention:
 
         Returns
         -------
-        dq, dk, dv[, dsinks]
+        dq, dk, dv[, dsinks][, dkey_bias]
             See `backward`.
 
         Raises
@@ -505,10 +520,10 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        return self._differentiate_call(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse), progress)
+        return self._differentiate_call(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse, key_bias), progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
-                            progress: Progress | None = None) -> tuple[Array, ...]:
+                            progress: Progress | None = None) -> AnyGradients:
         """Differentiate the call of a number, by which ranks see that they mean the same one. Collective over *comm*.
 
         Parameters
@@ -608,6 +623,8 @@ class RingAttention:
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
+        if call.key_bias is not None:
+            raise OptionError("key_bias: expected none, as the jvp and second derivatives have none yet")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
@@ -698,6 +715,9 @@ class RingAttention:
     def _make_plan(self, records: Records, resumable: bool = False) -> Plan:
         """Plan for these shards, and a call that may be left if it is to be `resumable`. Collective over *comm*."""
         self._engine.move_to(records.gpus)
+        if records.common("key_bias") and not self.backend.biased:
+            raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba or numpy, "
+                               "and arrays on the host")
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None

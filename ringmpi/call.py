@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from . import device
 from .arrays import as_array, as_host_array
 from .backends.strided import in_place
-from .checks import check_arrays, check_integer, check_like, check_seed, check_sinks
+from .checks import check_arrays, check_integer, check_key_bias, check_like, check_seed, check_sinks
 from .dtypes import DTYPES, accumulator, check_dtype
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
 from .score import dropout_keys
@@ -33,11 +33,12 @@ EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
                        "and tangents of those",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
          "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
-         "sinks": "sinks (0 none, 1 given)", "in_keys": "values (0 by v, 1 by dim_v)"}
+         "sinks": "sinks (0 none, 1 given)", "in_keys": "values (0 by v, 1 by dim_v)",
+         "key_bias": "key_bias (0 none, 1 a number for each key, else so many, one for each head)"}
 OF_THE_CALL = ("number", "seed", "print", "cotangents")                  # which the plan does not go by
-# ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, and whether a schedule
-# that is chosen by its cost is to suit a backward pass too.
-RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains")])
+# ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, whether a schedule that is
+# chosen by its cost is to suit a backward pass too, and whether the bias leaves some key out.
+RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains", "leaves_out")])
 
 
 class Inputs(NamedTuple):
@@ -51,6 +52,7 @@ class Inputs(NamedTuple):
     out: Any = None
     lse: Any = None
     dim_v: Any = None
+    key_bias: Any = None
 
 
 class Direction(NamedTuple):
@@ -80,6 +82,12 @@ class Call:
     dropout_keys : uint32 array
         See `score.dropout_keys`; empty without dropout.
     sinks : array of shape (heads,), accumulator dtype, optional
+    key_bias : array of shape (batch, n_k, heads or 1), accumulator dtype, optional
+    bias_shape : tuple of int
+        That the caller's has.
+    seen : sequence of bool array of shape (rows, heads)
+        For each element of the batch, which rows see any key that the bias of their head does not leave out, if it
+        leaves some out; of the rows and heads that this rank finishes.
     out, lse : arrays
         The results; None before there are any.
     number : int
@@ -104,6 +112,9 @@ class Call:
     seed: int
     dropout_keys: NDArray[np.uint32]
     sinks: NDArray[Any] | None
+    key_bias: NDArray[Any] | None = None
+    bias_shape: tuple[int, ...] = ()
+    seen: Sequence[NDArray[np.bool_]] = ()
     out: Array = None
     lse: Array = None
     number: int = 0
@@ -148,14 +159,20 @@ class Call:
             check_like("out", arrays["out"], (*q.shape[:-1], v.shape[-1]), q.dtype)
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
+        key_bias = check_key_bias(inputs.key_bias, k.shape, q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
+        batch, _, heads, _ = arrays["q"].shape
+        bias_shape: tuple[int, ...] = ()
+        if key_bias is not None:
+            bias_shape = key_bias.shape
+            key_bias = key_bias.reshape(batch, k.shape[-3], heads if len(bias_shape) == k.ndim - 1 else 1)
+            arrays |= {name: _without_left_out(arrays[name], key_bias) for name in "kv"}
         if in_keys:
             arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
-        batch, _, heads, _ = arrays["q"].shape
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
-        return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, in_keys, seed, keys, sinks, arrays.get("out"),
-                   arrays.get("lse"))
+        return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, in_keys, seed, keys, sinks, key_bias,
+                   bias_shape, out=arrays.get("out"), lse=arrays.get("lse"))
 
     def check_cotangents(self, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; give it with a batch axis. Local.
@@ -212,14 +229,20 @@ class Call:
         return array.astype(self.sinks.dtype)
 
     @property
-    def block(self) -> tuple[Array, ...]:
-        """Its k and v on this rank; k alone if that has v in it."""
-        return (self.k,) if self.in_keys else (self.k, self.v)
-
-    @property
     def on_gpu(self) -> bool:
         """Whether the caller's arrays are on a GPU."""
         return self.gpu != ON_HOST
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the bias leaves some key of this rank out."""
+        return self.key_bias is not None and bool(np.isneginf(self.key_bias).any())
+
+    @property
+    def keys(self) -> tuple[Array, ...]:
+        """The block of this rank: k and v, or k alone if that has v in it, and their bias if there is one."""
+        values = () if self.in_keys else (self.v,)
+        return (self.k, *values) if self.key_bias is None else (self.k, *values, self.key_bias)
 
     def given(self, x: Array) -> Array:
         """View an array as the caller's are: with the batch axis, or without. Local."""
@@ -243,8 +266,9 @@ class Call:
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         return _record(self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim,
-                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys, n_q,
-                       n_k, self.gpu, self.trains)
+                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys,
+                       0 if self.key_bias is None else self.key_bias.shape[2], n_q, n_k, self.gpu, self.trains,
+                       self.leaves_out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -310,12 +334,17 @@ class Records:
         return bool(self._table["trains"].any())
 
     @property
+    def leave_out(self) -> bool:
+        """Whether the bias leaves some key out, of any rank."""
+        return bool(self._table["leaves_out"].any())
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Of q, k and v."""
         return list(DTYPES.values())[self.common("dtype")]
 
     def common(self, name: str) -> int:
-        """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v. Local."""
+        """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v, key_bias. Local."""
         return int(self._table[name][0])
 
     def of_keys(self, n_k: Sequence[int]) -> Records:
@@ -397,6 +426,16 @@ def _place(arrays: dict[str, Array]) -> int:
         raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; "
                            "copy them")
     return places[0]
+
+
+def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
+    """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite."""
+    left_out = np.isneginf(key_bias).all(axis=2)
+    if not isinstance(x, np.ndarray) or np.isfinite(x[left_out]).all():      # 0 x NaN is NaN: padding may be anything
+        return x
+    x = x.copy()
+    x[left_out] = 0
+    return x
 
 
 def _batched(x: Array, batched: bool, gpu: int, strided: bool = False) -> Array:

@@ -6,6 +6,7 @@ queries come by this rank's keys. So each sum is made by one rank, in the order 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,70 +36,87 @@ class CanonicalPass(Pass):
     def _reserve(self, way: str) -> None:
         """Make the carrier's buffers: for keys, and backward for queries too."""
         plan, of_keys = self.plan, self._of_keys
-        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, [plan.dtype] * 2))
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, plan.block_dtypes))
         if way == "backward":
             kinds = [plan.accumulator] * 2 + [plan.dtype] * 2
             self.movers.carrier.reserve(of_keys.route, block_sizes(of_keys.shapes, kinds))
 
     def _keys(self) -> Sequence[Array]:
-        """Give this rank's block of keys and values, all heads: whole tiles."""
-        return self.movers.tokens.move("keys", (self.call.k, self.call.v), self._of_keys.keys, self.backend.device,
+        """Give this rank's block of keys and values, all heads, and their bias if there is one: whole tiles."""
+        return self.movers.tokens.move("keys", self.call.keys, self._of_keys.keys, self.backend.device,
                                        self.trace)
 
     def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Sum up dq where the queries are, and then dk and dv where the keys are."""
-        dq, dk, dv = results
+        dq, *of_keys = results
         self._pairs += self._of_keys.pairs
         self.trace.flop_per_pair //= 2               # a pair is visited twice
         delta = self._delta(gradients)
         self._of_queries(dout, delta, dq)
-        self._of_all_keys(dout, delta, (dk, dv))
+        self._of_all_keys(dout, delta, of_keys)
 
     def _of_queries(self, dout: Array, delta: Array, dq: Array) -> None:
         """Sum up dq: blocks of keys come by."""
         call, plan = self.call, self.plan
-        given = [(x, plan.q_tokens) for x in (call.lse, delta, call.q, dout)]
-        given += [(x, plan.kv_tokens) for x in self._keys()]
+        given = [(x, plan.q_tokens) for x in (self._known_lse(), delta, call.q, dout)]
+        given += zip(self._keys(), plan.block_tokens, strict=True)
         lse, delta, q, dout, *keys = self._inside(given)
-        (sums,) = self._sums([(dq, q)])
+        (sums,) = self._sums([dq], [q.shape])
         self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], sums[i]) for i in range(plan.batch)], keys, None)
         self._outside([(sums, plan.q_tokens)], [dq])
 
     def _of_all_keys(self, dout: Array, delta: Array, results: Sequence[Array]) -> None:
-        """Sum up dk and dv: blocks of queries come by."""
+        """Sum up dk and dv, and the gradient of a bias: blocks of queries come by."""
         call, of_keys = self.call, self._of_keys
         backend = self.backend
-        rows = self.movers.tokens.move("queries", (call.lse, delta, call.q, dout), of_keys.queries, backend.device,
-                                       self.trace)
+        rows = self.movers.tokens.move("queries", (self._known_lse(), delta, call.q, dout), of_keys.queries,
+                                       backend.device, self.trace)
         if call.sinks is not None:
             self._dsinks = self._sum_of_sinks(call.sinks, *rows[:2])
-        *block, k, v = self._inside([*((x, of_keys.q_tokens) for x in rows), (call.k, of_keys.kv_tokens),
-                                     (call.v, of_keys.kv_tokens)])
-        dk, dv = self._sums(list(zip(results, (k, v), strict=True)))
-        blocks = Blocks(block, of_keys.shapes)
+        tokens = [of_keys.kv_tokens, of_keys.kv_tokens, of_keys.bias_tokens][:len(call.keys)]
+        inside = self._inside([*((x, of_keys.q_tokens) for x in rows), *zip(call.keys, tokens, strict=True)])
+        keys = inside[len(rows):]
+        sums = self._sums(results, [*(x.shape for x in keys[:2]), *((*x.shape[:2], self.plan.dims[0])
+                                                                   for x in keys[2:])])
+        blocks = Blocks(inside[:len(rows)], of_keys.shapes)
         for work in self.movers.carrier.forward(blocks, of_keys.route, self.trace):
-            self._run(work, self._loops(work, k, v, dk, dv), of_keys)
-        self._outside([(x, of_keys.kv_tokens) for x in (dk, dv)], results)
+            self._run(work, self._loops(work, keys, sums), of_keys)
+        tokens = [of_keys.kv_tokens, of_keys.kv_tokens, of_keys.of_heads][:len(call.keys)]
+        self._outside(list(zip(sums, tokens, strict=True)), results)
 
-    def _loops(self, work: Work, k: Array, v: Array, dk: Array, dv: Array) -> Iterator[Iterator[int]]:
-        """Give the loops of the backend over a block of queries."""
+    def _loops(self, work: Work, keys: Sequence[Array], sums: Sequence[Array]) -> Iterator[Iterator[int]]:
+        """Give the loops of the backend over a block of queries; `sums` are the gradients of `keys`."""
         lse, delta, q, dout = work.arrays
+        k, v, *of_bias = keys
         for i, rows, columns, begin, end, score in self._of_keys.tasks(work, self.call.dropout_keys):
             gradient = Gradient(dout[i, rows], lse[i, rows], delta[i, rows], None)
-            yield self.backend.backward(gradient, q[i, rows], k[i, columns], v[i, columns], dk[i, columns],
-                                        dv[i, columns], begin, end, score)
+            score = score.of_key_bias(of_bias[0][i, columns] if of_bias else None)
+            dk, dv, *dbias = (x[i, columns] for x in sums)
+            yield self.backend.backward(gradient, q[i, rows], k[i, columns], v[i, columns], dk, dv, begin, end, score,
+                                        *dbias)
 
     def _inside(self, given: Sequence[tuple[Array, Any]]) -> list[Array]:
         """Exchange tokens for heads, among ranks that share these."""
         return self.movers.heads.to_heads("heads", given, self.backend.empty, self.trace)
 
-    def _sums(self, pairs: Sequence[tuple[Array, Array]]) -> list[Array]:
+    def _shapes_of_keys(self) -> list[tuple[int, ...]]:
+        """Give the shapes of the gradients of this rank's block: that of a bias has all heads, added at last."""
+        *shapes, last = super()._shapes_of_keys()
+        return [*shapes, last if len(shapes) < 2 else (*last[:2], self.call.q.shape[2])]
+
+    def _gradient_of_bias(self, total: Array) -> Array:
+        """Give what was summed up as the caller has the bias: of all heads together if they have the same."""
+        if self.call.key_bias is not None and self.call.key_bias.shape[2] == 1:
+            total = functools.reduce(np.add, np.moveaxis(total, 2, 0))         # one head after the other, always
+        return super()._gradient_of_bias(total)
+
+    def _sums(self, results: Sequence[Array], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
         """Give cleared arrays for the gradients of arrays inside: the results themselves, if no heads are shared."""
         sums = []
-        for result, x in pairs:
+        for result, shape in zip(results, shapes, strict=True):
             target = result
             if self.movers.heads.group.size > 1:
-                target = self.backend.empty(x.shape, result.dtype)
+                target = self.backend.empty(shape, result.dtype)
                 self.backend.clear(target)
             sums.append(target)
         return sums

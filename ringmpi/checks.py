@@ -188,6 +188,40 @@ def check_sinks(sinks: Any, heads: int, kind: np.dtype[Any]) -> NDArray[Any] | N
     return numbers
 
 
+def check_key_bias(bias: Any, k: tuple[int, ...], heads: int, kind: np.dtype[Any]) -> NDArray[Any] | None:
+    """Return a bias of the keys in dtype `kind`, or None for none. Local.
+
+    Parameters
+    ----------
+    bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
+    k : tuple of int
+        Shape of the keys: ([batch,] n_k, kv_heads, dim).
+    heads : int
+        Of the queries.
+    kind : dtype
+
+    Raises
+    ------
+    ShapeError, DtypeError, OptionError, BackendError
+        If it is no array of floats of such a shape on the host, or one is NaN, infinite but for -inf, or no longer
+        finite in `kind`.
+    """
+    if bias is None:
+        return None
+    values = as_host_array(bias, "key_bias")
+    check_dtype(values.dtype, "key_bias")
+    keys = k[:-2]
+    if values.shape not in (keys, (*keys, heads)):
+        raise ShapeError(f"key_bias: expected shape {keys} or {(*keys, heads)} to go with k, got {values.shape}")
+    with np.errstate(over="ignore"):
+        numbers: NDArray[Any] = np.array(values, kind, order="C")
+    left_out = values == -np.inf
+    if not (np.isfinite(numbers) | left_out).all():
+        raise OptionError(f"key_bias: expected numbers that are finite in {kind}, or -inf for a key that is left out, "
+                          "got NaN, inf or a number too large for it")
+    return numbers
+
+
 def _check_constant(x: Any, name: str) -> None:
     """Raise `OptionError` for a tensor whose gradient somebody waits for."""
     wanted = False

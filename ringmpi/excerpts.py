@@ -29,7 +29,7 @@ class Excerpt(NamedTuple):
     """
 
     columns: slice
-    part: Part
+    part: Part | Excerpt
     starts: Integers
     stops: Integers
 
@@ -90,7 +90,7 @@ def runs(kept: NDArray[np.bool_], tokens: int) -> list[slice]:
     return [slice(int(at[first]), int(at[last])) for first, last in changes.reshape(-1, 2) if at[first] < at[last]]
 
 
-def excerpts(parts: Sequence[Part], kept: Sequence[slice]) -> list[Excerpt]:
+def excerpts(parts: Sequence[Part | Excerpt], kept: Sequence[slice]) -> list[Excerpt]:
     """Give what travels of the parts of a block, of which some runs of columns do. Local."""
     found: list[Excerpt] = []
     start = 0

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .backends.base import Ended
 from .call import Array, Call
 from .engine import Engine
+from .left_out import bits_of, seen_by_heads
 from .plan import Plan
 from .replicated import Replicated, arrays_of, combine_parts, part_of
 from .schedules.base import Blocks, Work, block_sizes
@@ -54,6 +55,7 @@ class ForwardPass:
         self._prepare_pass("forward")
         with self.backend.current():
             with self._abandoned_on_error():
+                self._find_seen()
                 own = self._bring_home(self._fold())
             return self._results(own)
 
@@ -88,7 +90,7 @@ class ForwardPass:
         trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
-                                                         plain=plan.score.plain, backward=way == "backward")
+                                                         plain=plan.plain, backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
                 self._reserve(way)
                 if way == "forward":
@@ -101,13 +103,21 @@ class ForwardPass:
     def _reserve(self, way: str) -> None:
         """Make the carrier's buffers."""
         plan = self.plan
-        gradient_sizes = block_sizes(plan.shapes, [plan.accumulator] * 2) if way == "backward" else None
-        dtypes = [plan.dtype] * len(plan.shapes[0])
-        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, dtypes), gradient_sizes)
+        gradients = [plan.accumulator] * len(plan.block_dtypes)
+        self.movers.carrier.reserve(plan.route, block_sizes(plan.shapes, plan.block_dtypes),
+                                    block_sizes(plan.shapes, gradients) if way == "backward" else None)
+
+    def _find_seen(self) -> None:
+        """Find which rows see a key that the bias of their head does not leave out, if it leaves some out."""
+        call = self.call
+        call.seen = ()
+        if self.plan.left_out is not None and call.key_bias is not None and call.sinks is None:
+            call.seen = seen_by_heads(self.plan, self.plan.left_out, self.engine.share(bits_of(call.key_bias)),
+                                      call.key_bias.shape[2])
 
     def _keys(self) -> Sequence[Array]:
-        """Give this rank's block of keys and values, all heads."""
-        return self.call.block
+        """Give this rank's block of keys and values, all heads, and their bias if there is one."""
+        return self.call.keys
 
     def _fold(self) -> list[State]:
         """Fold every block that comes by into the states of the rows, and give them."""
@@ -117,7 +127,7 @@ class ForwardPass:
         movers = self.movers
         heads, _, dim_v = plan.dims
         call.make_results(backend, plan.accumulator)
-        given = [(call.q, plan.q_tokens), *((x, plan.kv_tokens) for x in self._keys())]
+        given = [(call.q, plan.q_tokens), *zip(self._keys(), plan.block_tokens, strict=True)]
         q, *keys = movers.heads.to_heads("heads", given, backend.empty, self.trace)
         rows = [q]
         if len(plan.row_counts) > 1:
@@ -128,7 +138,7 @@ class ForwardPass:
         return states
 
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
-        """Fold every block that comes by into states of rows; `keys` are this rank's k and v."""
+        """Fold every block that comes by into states of rows; `keys` are the arrays of this rank's block."""
         for work, part in self._cut_rows(self._works(keys), rows):
             k, v = self._keys_and_values(work)
             self._run(work, (
@@ -138,8 +148,8 @@ class ForwardPass:
 
     def _keys_and_values(self, work: Work) -> tuple[Array, Array]:
         """Give k and v of a block that came by: v may be the first numbers of k."""
-        k, *others = work.arrays
-        return k, others[0] if others else k[..., :self.plan.dims[2]]
+        k = work.arrays[0]
+        return k, k[..., :self.plan.dims[2]] if self.plan.in_keys else work.arrays[1]
 
     def _bring_home(self, states: Sequence[State]) -> list[State]:
         """Put together what several ranks have made of the same rows; give the states that this rank finishes.
@@ -159,7 +169,7 @@ class ForwardPass:
         return own
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
-        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's k and v."""
+        """Yield the work of a forward pass with every block that comes by; `keys` are this rank's block."""
         plan = self.plan
         return self._carry(Blocks(keys, plan.shapes))
 
@@ -231,8 +241,9 @@ class ForwardPass:
 
     def _finish(self, states: Sequence[State], out: Array, lse: Array) -> None:
         """Normalise states into results, and let go of them."""
-        for state, seen, out_i, lse_i in zip(states, self.plan.seen, out, lse, strict=True):
-            self.backend.finish(state, seen, out_i, lse_i)
+        seen = self.call.seen or self.plan.seen
+        for state, seen_i, out_i, lse_i in zip(states, seen, out, lse, strict=True):
+            self.backend.finish(state, seen_i, out_i, lse_i)
         self.call.states = []                  # the next call's, of whichever object
 
     def _finish_for_all(self, states: Sequence[State]) -> None:

@@ -8,22 +8,26 @@ from numpy.typing import ArrayLike
 
 from .attention import RingAttention
 from .call import Array
+from .gradients import AnyGradients
 from .keywords import explained
 
 
 @overload
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: Literal[False] = False, **options: Any) -> Array: ...
+                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: Literal[False] = False,
+                   **options: Any) -> Array: ...
 
 
 @overload
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
+                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: Literal[True],
+                   **options: Any) -> tuple[Array, Array]: ...
 
 
 @explained(RingAttention)
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   seed: int = 0, return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
+                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: bool = False,
+                   **options: Any) -> Array | tuple[Array, Array]:
     """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
 
     Parameters
@@ -34,6 +38,8 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
     comm : MPI.Intracomm
     sinks : array of shape (heads,), optional
         A score of each head that joins the softmax, with no value.
+    key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
+        Added to the scores of this rank's keys; -inf leaves a key out.
     seed : int
         Of dropout.
     return_lse : bool
@@ -56,21 +62,21 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
     """
     with RingAttention(comm, **options) as attention:
         if return_lse:
-            return attention(q, k, v, sinks=sinks, seed=seed, return_lse=True)
-        return attention(q, k, v, sinks=sinks, seed=seed)
+            return attention(q, k, v, sinks=sinks, key_bias=key_bias, seed=seed, return_lse=True)
+        return attention(q, k, v, sinks=sinks, key_bias=key_bias, seed=seed)
 
 
 @explained(RingAttention)
 def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
                             *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                            seed: int = 0, **options: Any) -> tuple[Array, ...]:
+                            key_bias: ArrayLike | None = None, seed: int = 0, **options: Any) -> AnyGradients:
     """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
 
     Parameters
     ----------
     dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
         Gradient of `out`.
-    q, k, v, sinks, seed
+    q, k, v, sinks, key_bias, seed
         As they were given to `ring_attention`.
     out, lse
         As it returned them, with `return_lse`.
@@ -85,6 +91,8 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
     dq, dk, dv : arrays of the shapes and dtype of q, k and v
     dsinks : array of shape (heads,), accumulator dtype
         With `sinks`: this rank's share; see `RingAttention.backward`.
+    dkey_bias : array of the shape of key_bias, accumulator dtype
+        With `key_bias`.
 
     Raises
     ------
@@ -92,4 +100,5 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
         One of its children, the same on every rank.
     """
     with RingAttention(comm, **options) as attention:
-        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, seed=seed)
+        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, key_bias=key_bias,
+                                     seed=seed)

@@ -29,6 +29,7 @@ OURS = {
     **dict.fromkeys(("soft_cap", "logits_soft_cap", "logit_softcapping", "attn_logit_softcapping"), "softcap="),
     **dict.fromkeys(("dropout_p", "p_dropout", "attention_dropout"), "dropout="),
     **dict.fromkeys(("alibi_slopes", "slopes"), "alibi="),
+    **dict.fromkeys(("bias", "score_bias", "log_weights"), "key_bias=, in the call, a number for each key"),
     **dict.fromkeys(("s_aux", "attn_sink", "attention_sinks"), "sinks=, in the call"),
     **dict.fromkeys(("return_attn_probs", "return_softmax", "return_softmax_lse", "output_attentions"), _LSE),
     **dict.fromkeys(("enable_gqa", "num_key_value_groups"), "nothing: heads may be any multiple of kv_heads"),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .call import Array
 from .forward import ForwardPass, put_heads
+from .gradients import AnyGradients, named
 from .replicated import part_of
 from .schedules.base import Blocks
 from .schedules.links import assign
@@ -19,8 +20,8 @@ from .softmax import Gradient
 class Pass(ForwardPass):
     """One pass of a call, forward or backward; see `ForwardPass`."""
 
-    def backward(self, dout: Array, dlse: Array | None) -> tuple[Array, ...]:
-        """Differentiate; give dq, dk and dv as the caller has q, k and v, and dsinks if there are sinks."""
+    def backward(self, dout: Array, dlse: Array | None) -> AnyGradients:
+        """Differentiate; give gradients as the caller has q, k and v, and sinks and a bias if there are any."""
         call = self.call
         plan = self.plan
         backend = self.backend
@@ -30,30 +31,39 @@ class Pass(ForwardPass):
         with self.engine.raise_on_all(), backend.current():
             dout = backend.to_device(dout)
             dlse = None if dlse is None else backend.to_device(dlse)
-            dq, dk, dv = (backend.empty(x.shape, plan.accumulator) for x in (call.q, call.k, call.v))
-            gradients = [backend.new_gradient(dout[i], call.out[i], call.lse[i], dlse if dlse is None else dlse[i],
+            dq, *of_keys = (backend.empty(shape, plan.accumulator) for shape in (call.q.shape, *self._shapes_of_keys()))
+            lse = self._known_lse()
+            gradients = [backend.new_gradient(dout[i], call.out[i], lse[i], dlse if dlse is None else dlse[i],
                                               dq[i]) for i in range(plan.batch)]
-            for x in (dk, dv):
+            for x in of_keys:
                 backend.clear(x)
         with backend.current(), self._abandoned_on_error():
-            self._differentiate_call(dout, gradients, (dq, dk, dv))
+            self._differentiate_call(dout, gradients, (dq, *of_keys))
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
-            results = [call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, dk, dv)]
-            if call.sinks is not None:
-                results.append(self._gradient_of_sinks(call.sinks, gradients))
+            dk, dv, *of_bias = of_keys
+            dq, dk, dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, dk, dv))
+            dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
             backend.synchronize()
-        return tuple(results)
+        return named((dq, dk, dv), dsinks, self._gradient_of_bias(of_bias[0]) if of_bias else None)
+
+    def _shapes_of_keys(self) -> list[tuple[int, ...]]:
+        """Give the shapes of the gradients of this rank's block."""
+        return [x.shape for x in self.call.keys]
+
+    def _gradient_of_bias(self, total: Array) -> Array:
+        """Give what was summed up as the caller has the bias."""
+        return total.reshape(self.call.bias_shape)
 
     def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
-        """Sum up dq, dk and dv of this rank's arrays."""
+        """Sum up gradients of this rank's arrays: dq, and those of the arrays of its block."""
         call = self.call
         if self.movers.heads.group.size * len(self.plan.row_counts) > 1:
             self._differentiate_for_all(dout, gradients, results)
             return
-        dq, dk, dv = results
-        self._differentiate(call.q, gradients, (call.k, call.v), (dk, dv))
+        dq, *of_keys = results
+        self._differentiate(call.q, gradients, call.keys, of_keys)
         if self.plan.replicated:
             self._replicated().sum("dq", dq)
 
@@ -66,8 +76,8 @@ class Pass(ForwardPass):
         q : array of shape (batch, rows, heads, dim)
         gradients : sequence of Gradient
             Of the rows, one for each element of the batch.
-        keys, shares : (array, array)
-            k and v of this rank, and their gradients; without these, dq alone is summed up.
+        keys, shares : sequences of arrays
+            This rank's block, and their gradients; without these, dq alone is summed up.
         rows : sequence of arrays
             What `QueryExchange.hear` fills in.
         """
@@ -75,12 +85,12 @@ class Pass(ForwardPass):
         backend = self.backend
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
         for work, part in self._cut_rows(works, rows):
-            k, v = work.arrays
-            dk, dv = work.gradients or (None, None)
+            k, v, *_ = work.arrays
+            dk, dv, *of_bias = work.gradients or (None, None)
             self._run(work, (
                 backend.backward(part_of(gradients[i], part), q[i, part], k[i, columns], v[i, columns],
                                  None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
-                                 begin, end, score)
+                                 begin, end, score, *(x[i, columns] for x in of_bias))
                 for i, columns, begin, end, score in plan.tasks(work, part, self.call.dropout_keys)))
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
@@ -93,21 +103,27 @@ class Pass(ForwardPass):
         delta = self._delta(gradients)
 
         # What travels, the wider dtype first.
-        given = [(x, plan.q_tokens) for x in (call.lse, delta, call.q, dout)]
-        *asked, k, v = heads.to_heads("heads", [*given, (call.k, plan.kv_tokens), (call.v, plan.kv_tokens)],
-                                      backend.empty, self.trace)
+        given = [(x, plan.q_tokens) for x in (self._known_lse(), delta, call.q, dout)]
+        inside = heads.to_heads("heads", [*given, *zip(call.keys, plan.block_tokens, strict=True)], backend.empty,
+                                self.trace)
+        asked, keys = inside[:len(given)], inside[len(given):]
         rows = queries.ask(asked, plan.row_counts, backend.empty, self.trace)
         lse, delta, q, dout = rows
-        dq, dk, dv = (backend.empty(x.shape, acc_dtype) for x in (q, k, v))
-        for x in (dq, dk, dv):
+        dq, *of_keys = (backend.empty(x.shape, acc_dtype) for x in (q, *keys))
+        for x in (dq, *of_keys):
             backend.clear(x)
-        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i]) for i in range(plan.batch)], (k, v),
-                            (dk, dv), rows)
+        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i]) for i in range(plan.batch)], keys,
+                            of_keys, rows)
         own = slice(plan.own_rows)
         queries.bring_home("dq", list(dq), plan.row_counts, lambda parts: self._add(dq[:, own], parts), self.trace)
-        place = self._add_heads if plan.kv_tokens.repeats else put_heads
-        heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), (dk, plan.kv_tokens), (dv, plan.kv_tokens)],
-                        list(zip(results, (put_heads, place, place), strict=True)), self.trace)
+        places = [self._add_heads if tokens.repeats else put_heads for tokens in plan.block_tokens]
+        heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), *zip(of_keys, plan.block_tokens, strict=True)],
+                        list(zip(results, (put_heads, *places), strict=True)), self.trace)
+
+    def _known_lse(self) -> Array:
+        """Give lse, with inf for -inf of a row whose keys a bias leaves out: a weight is exp(-inf - inf) = 0 then."""
+        lse = self.call.lse
+        return lse if self.call.key_bias is None else np.where(np.isneginf(lse), lse.dtype.type(np.inf), lse)
 
     def _delta(self, gradients: Sequence[Gradient]) -> Array:
         """Give delta of all elements of the batch in one array."""

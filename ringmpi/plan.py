@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .bounds import Bounds
 from .excerpts import Excerpt, excerpts, runs, touched
 from .intervals import Interval, part_of_rows
-from .layout import Integers
+from .layout import Integers, Layout
 from .parts import Part
 from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
@@ -56,8 +56,8 @@ class Plan:
     parts : list
         For each rank that shares keys, the parts of its block: of this rank's all, of another's what travels.
     shapes : list
-        For each rank that shares keys, the shapes of its k and v, or of k alone if that has v in it, as far as they
-        travel.
+        For each rank that shares keys, the shapes of its k and v, or of k alone if that has v in it, and of its bias if
+        there is one; as far as they travel.
     share : HeadShare
         The heads that this rank computes with.
     q_tokens, kv_tokens : Tokens
@@ -77,6 +77,10 @@ class Plan:
         Into which each block is cut: those travel that members other than its owner need. 1: blocks travel as they are.
     of_keys : KeyPlan, optional
         In canonical order, what goes for the gradients of keys and values, and how tokens get into blocks.
+    bias_tokens : Tokens, optional
+        Those of a bias of the keys, of the ranks that share heads; None without one.
+    left_out : Layout, optional
+        That of the caller's keys, if a bias leaves some of them out.
     route : Route
         Which rank that shares keys computes with which block; agreed on once the plans are made.
     sent : list of slice, optional
@@ -92,7 +96,7 @@ class Plan:
     grid: Grid
     bounds: list[Bounds]
     row_counts: list[int]
-    parts: list[list[Part | Excerpt]]
+    parts: Sequence[Sequence[Part | Excerpt]]
     shapes: list[list[tuple[int, ...]]]
     share: HeadShare
     q_tokens: Tokens
@@ -105,6 +109,8 @@ class Plan:
     member: int = 0
     sections: int = 1
     of_keys: KeyPlan | None = None
+    bias_tokens: Tokens | None = None
+    left_out: Layout | None = None
     sent: list[slice] | None = None
     route: Route = field(init=False)
     seen: list[Array] = field(default_factory=list)
@@ -116,6 +122,31 @@ class Plan:
     def batch(self) -> int:
         """Elements of the batch."""
         return self.shapes[0][0][0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are; see `Score.plain`."""
+        return self.score.plain and self.bias_tokens is None
+
+    @property
+    def _without_bias(self) -> int:
+        """Arrays of a block besides the bias: k and v, or k alone."""
+        return len(self.shapes[0]) - (self.bias_tokens is not None)
+
+    @property
+    def in_keys(self) -> bool:
+        """Whether values are the first numbers of keys."""
+        return self._without_bias == 1
+
+    @property
+    def block_tokens(self) -> list[Tokens]:
+        """Of each array of a block."""
+        return [self.kv_tokens] * self._without_bias + ([self.bias_tokens] if self.bias_tokens else [])
+
+    @property
+    def block_dtypes(self) -> list[np.dtype[Any]]:
+        """Of each array of a block: a bias has the accumulator's, as all gradients have."""
+        return [self.dtype] * self._without_bias + ([self.accumulator] if self.bias_tokens else [])
 
     @property
     def rows(self) -> int:
@@ -143,7 +174,7 @@ class Plan:
         size = len(self.parts)
         needed = needs[:, :size * self.sections].reshape(len(needs), size, self.sections)
         self._cut_blocks(needed)
-        self.route = Route(needed.any(axis=2), [shapes[0][1] for shapes in self.shapes])
+        self.route = Route(np.any(needed, axis=2, keepdims=True)[:, :, 0], [shapes[0][1] for shapes in self.shapes])
         if self.of_keys:
             self.of_keys.route = Route(needs[:, size:], [part.columns.stop for part in self.of_keys.sources])
 
@@ -158,7 +189,7 @@ class Plan:
         others = needed.copy()
         others[members, members] = False
         tokens = [shapes[0][1] for shapes in self.shapes]
-        kept = [runs(some, count) for some, count in zip(others.any(axis=0), tokens, strict=True)]
+        kept = [runs(some, count) for some, count in zip(np.any(others, axis=0, keepdims=True)[0], tokens, strict=True)]
         counts = [sum(run.stop - run.start for run in some) for some in kept]
         if 2 * max(counts) > max(tokens):
             return
@@ -222,6 +253,7 @@ class Plan:
         dropout_keys : uint32 array of shape (batch, all heads)
         """
         source = work.source
+        bias = work.arrays[-1] if self.bias_tokens else None
         first, last, _ = work.columns.indices(self.parts[source][-1].columns.stop)
         for which, bounds in enumerate(self.bounds):
             for part, intervals in zip(self.parts[source], self._columns(which, source, rows), strict=True):
@@ -229,13 +261,15 @@ class Plan:
                 if cut.start >= cut.stop:
                     continue
                 inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
+                there = slice(cut.start - first, cut.stop - first)
                 score = self._score_of(bounds, part, inside, rows)
                 for begin, end in intervals:
                     if cut != part.columns:
                         begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
                     for number in bounds.elements:
-                        yield Task(number, slice(cut.start - first, cut.stop - first), begin, end,
-                                   score.of_dropout_keys(dropout_keys[number, self.share.queries]))
+                        of_element = score.of_dropout_keys(dropout_keys[number, self.share.queries])
+                        yield Task(number, there, begin, end,
+                                   of_element.of_key_bias(None if bias is None else bias[number, there]))
 
     def _columns(self, number: int, source: int, rows: slice) -> Columns:
         """Give the columns of each part of a block that some rows see, by the bounds of a number."""
@@ -270,7 +304,7 @@ class Plan:
         intervals = sum(len(bounds.of(slice(None))) for bounds in self.bounds if bounds.kept)
         return 16 * self.rows * intervals * sum(map(len, self.parts)) <= KEPT_BYTES
 
-    def _score_of(self, bounds: Bounds, part: Part, inside: slice, rows: slice) -> Score:
+    def _score_of(self, bounds: Bounds, part: Part | Excerpt, inside: slice, rows: slice) -> Score:
         """Give the score for some rows and columns of a part of a block."""
         if not self.score.positional:
             return self.score

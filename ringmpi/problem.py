@@ -121,7 +121,7 @@ class Problem:
         return Shape(records.n_q[0] if replicated else sum(records.n_q), sum(records.n_k), heads, kv_heads, dim, dim_v,
                      records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
                      most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated,
-                     canonical=self.canonical)
+                     canonical=self.canonical, bias=records.common("key_bias"))
 
     def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
         """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.
@@ -171,12 +171,18 @@ class Problem:
         widths = (dim,) if records.common("in_keys") else (dim, dim_v)
         shapes: list[list[tuple[int, ...]]] = [
             [(batch, part[-1].columns.stop, share.kv_heads, width) for width in widths] for part in parts]
+        bias_tokens, bias = None, records.common("key_bias")
+        if bias:
+            bias_tokens = Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, bias)
+            for shape in shapes:
+                shape.append((batch, shape[0][1], share.heads if bias > 1 else 1))
         return Plan(records.key, grid, bounds, row_counts, parts, shapes, share,
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
                     keys.index, 1 if whole or tile or keys.size == 1 else sections(keys.size),
-                    self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None)
+                    self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
+                    bias_tokens, layouts[1] if records.leave_out else None)
 
     def _score(self, dim: int, share: HeadShare) -> Score:
         """Give the score of some heads, without positions."""
@@ -202,7 +208,9 @@ class Problem:
                        Tokens.of_queries([tiled.counts[r] for r in beside.ranks], shares),
                        Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), share.queries,
                        self._score(dim, share), Move.between(kv_layout, blocks, rank),
-                       Move.between(q_layout, tiled, rank))
+                       Move.between(q_layout, tiled, rank),
+                       Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, records.common("key_bias")),
+                       Tokens.of_queries([kv_layout.counts[r] for r in beside.ranks], shares))
 
 
 def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:

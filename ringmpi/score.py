@@ -29,6 +29,7 @@ class Score:
         x = scale q·k
         x = softcap tanh(x / softcap)               if softcap     (Gemma Team 2024)
         x = x - slopes[h] |i - j|                   if slopes      (ALiBi: Press, Smith & Lewis 2022)
+        x = x + key_bias[j, h]                      if key_bias
         weight = exp(x - lse)                       what the sum, lse and the maximum are made of
         weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by; see `gain`
 
@@ -47,6 +48,8 @@ class Score:
     queries, keys : int64 arrays of shapes (n_q,) and (n_k,)
         Global positions within ±2^31; those of the queries are as the mask aligns them with the keys. Empty without
         slopes and dropout.
+    key_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, optional
+        Of the keys of a block: finite, or -inf for a key that is left out. One for all heads if there is one.
     """
 
     scale: float
@@ -56,11 +59,12 @@ class Score:
     dropout_keys: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
     queries: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     keys: Integers = field(default_factory=lambda: np.empty(0, np.int64))
+    key_bias: Array | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the score is ``scale q·k`` and every weight counts."""
-        return not self.softcap and self.slopes is None and not self.dropout
+        return not self.softcap and self.slopes is None and not self.dropout and self.key_bias is None
 
     @property
     def positional(self) -> bool:
@@ -84,6 +88,10 @@ class Score:
     def of_dropout_keys(self, dropout_keys: NDArray[np.uint32]) -> Score:
         """Give the score for the element of the batch that has these dropout keys. Local."""
         return replace(self, dropout_keys=dropout_keys) if self.dropout else self
+
+    def of_key_bias(self, key_bias: Array | None) -> Score:
+        """Give the score for a block, or columns of one, whose keys have this bias; itself without. Local."""
+        return self if key_bias is None else replace(self, key_bias=key_bias)
 
 
 def dropout_keys(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:

@@ -114,9 +114,9 @@ def finish(state: State, seen: NDArray[np.bool_], out: NDArray[Any], lse: NDArra
     ----------
     state : State
         Destroyed: `acc` is divided in place.
-    seen : bool array of shape (n_q,)
-        Which queries see any key. The others have out 0 and lse -inf; a query that does see keys, all with
-        score -inf, has out NaN, as a dense softmax has.
+    seen : bool array of shape (n_q,), or (n_q, heads) on the host
+        Which queries see any key, that their head's bias does not leave out. The others have out 0 and lse -inf; a
+        query that does see keys, all with score -inf, has out NaN, as a dense softmax has.
     out : array of shape (n_q, heads, dim_v), any dtype
         Written.
     lse : array of shape (n_q, heads), accumulator dtype

@@ -93,6 +93,8 @@ class KeyPlan:
         Still without the positions of queries and keys, and without dropout keys.
     keys, queries : Move
         From the caller's layouts into blocks.
+    bias_tokens, of_heads : Tokens
+        Of the ranks that share heads, of a bias of the keys where they are, and of its gradient for each head.
     route : Route
         Which rank that shares keys computes with which block of queries; agreed on once the plans are made.
     """
@@ -109,6 +111,8 @@ class KeyPlan:
     score: Score
     keys: Move
     queries: Move
+    bias_tokens: Tokens
+    of_heads: Tokens
     route: Route = field(init=False)
     _kept: dict[int, list[Bounds]] = field(default_factory=dict)
 
@@ -126,7 +130,7 @@ class KeyPlan:
     @property
     def needs(self) -> NDArray[np.bool_]:
         """Which of the blocks that come by see any key of this rank."""
-        needs: NDArray[np.bool_] = (self._pairs > 0).any(axis=1)
+        needs: NDArray[np.bool_] = np.any(self._pairs > 0, axis=1, keepdims=True)[:, 0]
         return needs
 
     @cached_property

@@ -28,9 +28,9 @@ except ImportError as error:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @explained(RingAttention)
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
-                   sinks: Tensor | None = None, seed: int = 0, return_lse: bool = False,
-                   **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend, and be differentiated by autograd: `q`, `k`, `v` and `sinks`, by `out` and `lse`. Collective over *comm*.
+                   sinks: Tensor | None = None, key_bias: Tensor | None = None, seed: int = 0,
+                   return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend, and be differentiated by autograd: by `q`, `k`, `v`, `sinks` and `key_bias`. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
     of every rank must depend on its `out`, if only by ``0 * out.sum()``. ``torch.compile`` leaves the call as it is,
@@ -55,6 +55,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
+    key_bias : tensor of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
+        Added to the scores of this rank's keys, -inf to leave one out; its gradient is whole. See `RingAttention`.
     seed : int
         Of dropout; the same on all ranks. Take another one for each layer and step, ``layer + layers * step`` say.
     return_lse : bool
@@ -86,7 +88,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """
     if (comm is None) == (attention is None) or (options and attention is not None):
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
-    out, lse = _Attend.apply(q, k, v, sinks, _Source(comm, attention, options), seed, torch.is_grad_enabled())
+    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled())
     return (out, lse) if return_lse else out
 
 
@@ -161,25 +163,25 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     """Attention as autograd knows it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, source: _Source,
-                seed: int, records: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None,
+                source: _Source, seed: int, records: bool) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), seed)
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), seed,
+                            key_bias=_on_host(key_bias, "key_bias"))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = _tensor(out), _tensor(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, result, log)
-        ctx.save_for_forward(q, k, v, sinks, result, log)         # which torch lets go of when `jvp` is done
+        ctx.save_for_backward(q, k, v, sinks, key_bias, result, log)
+        ctx.save_for_forward(q, k, v, sinks, key_bias, result, log)         # which torch lets go of when `jvp` is done
         return result, log
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate; on all ranks if on one. With create_graph the gradients know what they are made of."""
         call = _Call(ctx.source, ctx.seed, ctx.number)
-        dq, dk, dv, dsinks = _Differentiate.apply(call, dout, dlse, *ctx.saved_tensors)
-        return dq, dk, dv, dsinks, None, None, None
+        return *_Differentiate.apply(call, dout, dlse, *ctx.saved_tensors), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -196,20 +198,21 @@ class _Call(NamedTuple):
     seed: int
     number: int
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor) -> Inputs:
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
+               lse: Tensor) -> Inputs:
         """Give what went in and came out."""
-        return Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks), self.seed, _plain(out, "out"),
-                      _plain(lse, "lse"))
+        return Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), self.seed,
+                      _plain(out, "out"), _plain(lse, "lse"), key_bias=_on_host(key_bias, "key_bias"))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
-    """The backward pass as autograd knows it: of q, k, v and sinks, which make out and lse, and of dout and dlse."""
+    """The backward pass as autograd knows it: of what makes out and lse, and of dout and dlse."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
                 ) -> tuple[Tensor | None, ...]:
-        """Differentiate; give dq, dk, dv and dsinks."""
-        out, sinks = saved[4], saved[3]
+        """Differentiate; give dq, dk, dv, dsinks and dkey_bias."""
+        *_, sinks, key_bias, out, _ = saved
         with call.source.open() as attention:
             cotangents = _cotangents(out, dout, dlse)
             grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved))
@@ -217,14 +220,17 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
         dq, dk, dv = (_tensor(x) for x in grads[:3])
-        return dq, dk, dv, None if sinks is None else _like(grads[3], sinks)
+        dsinks, dkey_bias = (None if x is None else _like(getattr(grads, name), x)
+                             for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
+        return dq, dk, dv, dsinks, dkey_bias
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate once more."""
         dout, dlse, *_ = ctx.saved_tensors
-        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction, *ctx.saved_tensors)
-        return None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None
+        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:4], *ctx.saved_tensors)
+        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None,
+                None)
 
 
 class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
@@ -235,7 +241,7 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
                 sinks_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
                 ) -> tuple[Tensor | None, ...]:
         """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
-        sinks, out = saved[3], saved[4]
+        *_, sinks, _, out, _ = saved
         with call.source.open() as attention:
             grads = attention._differentiate_twice(call.number, *_cotangents(out, dout, dlse),
                                                    _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
@@ -296,8 +302,8 @@ def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) ->
         return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
 
 
-def _on_host(sinks: Tensor | None) -> Any:
-    return None if sinks is None else _plain(sinks, "sinks", lambda x: x.cpu())
+def _on_host(x: Tensor | None, name: str) -> Any:
+    return None if x is None else _plain(x, name, lambda x: x.cpu())
 
 
 def _tensor(x: Any) -> Tensor:

@@ -116,11 +116,22 @@ def error(got, want, scale=None):
 
 
 FUNCTIONS = ("plain", "softcap", "alibi", "dropout", "sinks", "all")
+BIASES = ("bias", "bias by head", "left out", "left out by head", "all and left out by head")
+
+
+def key_bias(kind, heads, n_k, seed=0, dtype=np.float32):
+    """A bias of the keys, (n_k, 1) or (n_k, heads), with two keys of five left out if `kind` says so."""
+    rng = np.random.default_rng(seed + 77)
+    bias = rng.standard_normal((n_k, heads if "by head" in kind else 1)).astype(dtype)
+    if "left out" in kind:
+        bias[rng.random(bias.shape) < 0.4] = -np.inf
+        bias[:n_k // 3] = -np.inf
+    return bias
 
 
 def functions(kind, heads, queries, keys, seed=0):
     """Arguments of `dense` and `Score` for a score function, by name, and sinks: strong enough to be seen."""
-    wanted = FUNCTIONS[1:-1] if kind == "all" else (kind,)
+    wanted = FUNCTIONS[1:-1] if kind.startswith("all") else (kind,)
     rng = np.random.default_rng(seed)
     score, sinks = {}, rng.standard_normal(heads)
     if "softcap" in wanted:
@@ -131,21 +142,29 @@ def functions(kind, heads, queries, keys, seed=0):
         score |= {"dropout": 0.3, "dropout_keys": dropout_keys(seed, 1, heads)[0]}
     if "slopes" in score or "dropout" in score:
         score |= {"queries": np.asarray(queries, np.int64), "keys": np.asarray(keys, np.int64)}
+    if kind in BIASES:
+        score["key_bias"] = key_bias(kind, heads, len(keys), seed)
     return score, sinks if "sinks" in wanted else None
 
 
 def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None, keys=None,
-          sinks=None, dout=None, dlse=None):
+          key_bias=None, sinks=None, dout=None, dlse=None):
     """Dense attention in float64, and its gradient where `dout` is given, from the definitions, head by head.
 
-    A dict of out and lse, and of dq, dk, dv and dsinks. Rows that see nothing: 0, -inf.
+    A dict of out and lse, and of dq, dk, dv, dsinks and dkey_bias. Rows that see nothing, or only keys that are left
+    out: 0, -inf.
     """
     group, (n_q, heads), dim_v = q.shape[1] // k.shape[1], q.shape[:2], v.shape[2]
     got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf)}
     if dout is not None:
         got |= {"dq": np.zeros(q.shape), "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
-    rows = see.any(axis=1) | (sinks is not None)
+        if key_bias is not None:
+            got["dkey_bias"] = np.zeros(key_bias.shape)
+    whole = see
     for h in range(heads):
+        bias = np.zeros(len(k)) if key_bias is None else key_bias[:, h % key_bias.shape[1]].astype(np.float64)
+        see = whole & (bias > -np.inf)
+        rows = see.any(axis=1) | (sinks is not None)
         # The scores, and how they change with the product of q and k.
         a, b, c = (x.astype(np.float64) for x in (q[:, h], k[:, h // group], v[:, h // group]))
         with np.errstate(all="ignore"):
@@ -155,6 +174,7 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout
             x = softcap * np.tanh(x / softcap)
         if slopes is not None:
             x = x - slopes[h] * np.abs(queries[:, None] - keys[None])
+        x = x + bias
         x = np.where(see, x, -np.inf)
         if sinks is not None:
             x = np.concatenate([x, np.full((n_q, 1), sinks[h])], axis=1)
@@ -180,6 +200,8 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout
         got["dq"][:, h] = (dx * slope) @ b
         got["dk"][:, h // group] += (dx * slope).T @ a
         got["dv"][:, h // group] += (p[:, :len(k)] * m).T @ g
+        if key_bias is not None:
+            got["dkey_bias"][:, h % key_bias.shape[1]] += np.where(see, dx, 0).sum(axis=0)
         if sinks is not None:
             got["dsinks"][h] = -(p[:, -1] * delta).sum()
     return got

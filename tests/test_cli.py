@@ -72,6 +72,8 @@ def test_help_needs_no_mpi(command):
     (["attend", "a", "b", "--prefix", "3"], "--prefix widens only --causal"),
     (["attend", "a", "b", "--first", "3", "--causal"], "--first widens only --window"),
     (["attend", "a", "b", "--timeout", "-1"], "seconds > 0"),
+    (["attend", "a", "b", "--key-bias", "--stream"], "--key-bias: does not go together with --stream yet"),
+    (["attend", "a", "b", "--key-bias", "--backend", "cuda"], "--key-bias: does not go together with --backend cuda"),
     (["attend", "a", "b", "--threads", "0"], "integer >= 1"),
     (["make", "random", "a"], "--tokens"),
     (["make", "noise", "a"], "invalid choice"),
@@ -660,6 +662,15 @@ def test_bench(capsys):
     rows = json.loads(Path("b.json").read_text())["rows"]
     assert {row["kernel"] for row in rows} >= {"numpy", "numba"}
     assert {row["pass"] for row in rows} == {"forward"}
+
+
+def test_bench_of_a_bias():
+    for kind in ("key", "head"):
+        assert code("bench", "kernel", "--shape", "64x64", "--dim", 8, "--repeat", 1, "--key-bias", kind, "--pass",
+                    "forward", "backward", "--kernels", "numba", "numpy", "--json", "b.json") == 0
+        rows = json.loads(Path("b.json").read_text())["rows"]
+        assert {row["kernel"] for row in rows} == {"numba", "numba, key_bias", "numpy", "numpy, key_bias"}
+        assert all(row["x plain"] == 1 for row in rows if "key_bias" not in row["kernel"])
 
 
 def test_rates_that_cannot_be_kept(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_block import BOUND, run
-from oracle import FUNCTIONS, case, dense, functions
+from oracle import BIASES, FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
 from ringmpi.backends.numba_ import amx
@@ -57,10 +57,38 @@ def test_dense_softmax(backend, dtype, kind, heads, kv_heads):
     check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
+def test_a_bias_of_the_keys(backend, dtype, kind, heads, kv_heads):
+    got = check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
+    left_out = np.isneginf(functions(kind, heads, [], np.arange(403))[0]["key_bias"])
+    assert got["dkey_bias"].shape == left_out.shape
+    assert (got["dkey_bias"][left_out] == 0).all()
+    assert (got["dk"][left_out.all(axis=1)] == 0).all()
+
+
+def test_what_only_sees_infinite_products_is_nan_and_what_sees_no_key_is_0(backend):
+    """A query that sees only keys that are left out, and one whose products are -inf, each with its own bias."""
+    q, k, v = (np.ones((n, 1, 8)) for n in (4, 30, 30))
+    k[10:20] = -np.inf
+    begin, end = np.array([0, 10, 0, 20]), np.array([10, 20, 20, 30])
+    bias = np.linspace(-1, 1, 30)[:, None]
+    bias[:10] = -np.inf
+    got = run(backend, q, k, v, begin, end, 0.3, {"key_bias": bias}, dout=q)
+    assert (got["out"][0] == 0).all()
+    assert np.isnan(got["out"][1:3]).all()
+    assert np.isfinite(got["out"][3]).all()
+    assert got["lse"][:3, 0].tolist() == [-np.inf] * 3
+    assert (got["dq"][0] == 0).all()
+    assert np.isnan(got["dq"][1:3]).all()
+    assert np.isfinite(got["dq"][3]).all()
+
+
 @settings(deadline=None, max_examples=40)
 @given(n_q=st.integers(0, 300), n_k=st.integers(0, 300), heads=st.sampled_from([(1, 1), (4, 2)]),
        dim=st.integers(1, 40), dim_v=st.integers(1, 40), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99),
-       blocks=st.integers(1, 4), kind=st.sampled_from(FUNCTIONS))
+       blocks=st.integers(1, 4), kind=st.sampled_from(FUNCTIONS + BIASES))
 def test_any_shape(backend, n_q, n_k, heads, dim, dim_v, dtype, seed, blocks, kind):
     check(backend, *case(seed, n_q, n_k, *heads, dim, dim_v, dtype), dtype, kind, blocks=blocks, seed=seed)
 
@@ -107,7 +135,7 @@ def test_nan_reaches_the_pairs_that_see_it_and_no_others(backend, dtype, where):
         assert (nan["dv"] == keys).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize("kind", ["plain", "all", "bias by head"])
 def test_central_differences(kind):
     """The oracle of the oracle: what backward says is how the result changes."""
     q, k, v, begin, end = case(8, 6, 9, 4, 2, 5, 3, "float64")

@@ -98,6 +98,41 @@ def test_scores_of_a_file(source, tmp_path):
     assert not (tmp_path / "new.h5").exists()
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_bias_of_the_keys_of_a_file(source, tmp_path, by_head):
+    """From its dataset, in another layout; `check` knows it from the record, and that another is wrong."""
+    q, k, v = read_arrays(source)
+    bias = oracle.key_bias("left out by head" if by_head else "left out", q.shape[1], len(k), dtype=np.float64)
+    with open_file(source) as file, h5py.File(tmp_path / "in.h5", "w") as copy:
+        for name in "qkv":
+            file.copy(name, copy)
+        copy["key_bias"] = bias if by_head else bias[:, 0]
+    flags = ["--causal", "--key-bias", "--layout", "zigzag" if by_head else "contiguous"]
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, folder=tmp_path)
+    assert result.code == 0, result.text
+    want = oracle.dense(q, k, v, oracle.visible(len(q), len(k), causal=True), 0.25, key_bias=bias)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert oracle.error(file["out"][...], want["out"]) < 2e-6
+        assert oracle.error(file["lse"][...], want["lse"]) < 2e-6
+    again = ["check", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--rows", "200"]
+    assert main(again) == 0
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["key_bias"][-30:] *= 1.001
+    assert main(again) == 1
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["key_bias"][-1] = np.nan
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "new.h5", *flags, folder=tmp_path)
+    assert result.code == 3, result.text
+    assert "dataset 'key_bias': expected finite numbers, or -inf to leave a key out, got nan" in result.text
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        del file["key_bias"]
+        file["key_bias"] = bias[:5]
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "new.h5", *flags, folder=tmp_path)
+    assert result.code == 3, result.text
+    assert f"dataset 'key_bias': expected shape ({len(k)},) or ({len(k)}, {q.shape[1]}), got" in result.text
+    assert not (tmp_path / "new.h5").exists()
+
+
 @pytest.mark.parametrize("options", [["--backend", "cuda"], ["--backend", "auto"]])
 def test_without_a_gpu(source, tmp_path, options):
     result = run(2, "attend", source, tmp_path / "out.h5", *options, "--gpu-transport", "direct", folder=tmp_path,

@@ -13,7 +13,7 @@ import ringmpi
 ROOT = Path(ringmpi.__file__).parent
 # Modules and packages: each imports only from lines above it, and within a package there is no circle.
 LAYERS = [
-    {"errors", "keywords", "phases", "trace", "watchdog"},
+    {"errors", "gradients", "keywords", "phases", "trace", "watchdog"},
     {"dtypes", "environment", "layout", "softmax"},
     {"intervals"},
     {"documents", "mask_base"},
@@ -25,7 +25,7 @@ LAYERS = [
     {"call", "schedules"},
     {"neighbourhood", "tiles"},
     {"engine", "plan", "simulation"},
-    {"problem", "replicated"},
+    {"left_out", "problem", "replicated"},
     {"forward"},
     {"passes"},
     {"canonical", "tangents"},

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import oracle
 import pytest
 from cases import covering, make_layout, make_mask, of_size
 from mpi4py import MPI
@@ -16,8 +17,8 @@ from ringmpi.schedules.spec import CARRIERS, divisors
 
 pytestmark = pytest.mark.mpi
 
-NAMES = "out", "lse", "dq", "dk", "dv", "dsinks"
-SHARDED = {"out": 0, "lse": 0, "dq": 0, "dk": 1, "dv": 1}         # as the queries are, or as the keys
+NAMES = "out", "lse", "dq", "dk", "dv", "dsinks", "dkey_bias"
+SHARDED = {"out": 0, "lse": 0, "dq": 0, "dk": 1, "dv": 1, "dkey_bias": 1}         # as the queries are, or as the keys
 # Each case has a mask, a dtype and layouts of its own; a tile has 192 tokens, so 3 ranks of 4 have some of 600.
 CASES = [
     {"mask": "full", "dtype": "float32", "layout": "striped"},
@@ -27,13 +28,16 @@ CASES = [
     {"mask": "all", "dtype": "bfloat16", "layout": "custom", "heads": (6, 1), "function": "sinks"},
     {"mask": "first", "dtype": "float32", "layout": "contiguous", "kv_layout": "uneven", "batch": 2, "function": "all"},
     {"mask": "causal", "dtype": "float16", "layout": "striped", "function": "dropout"},
+    {"mask": "window", "dtype": "float64", "layout": "striped", "kv_layout": "uneven", "bias": "left out"},
+    {"mask": "trees", "dtype": "float64", "layout": "uneven", "heads": (8, 2), "function": "all", "batch": 2,
+     "bias": "left out by head"},
 ]
 
 
 class Problem:
     """Whole arrays and options, the same on all ranks."""
 
-    def __init__(self, mask, dtype, layout, kv_layout=None, heads=(4, 2), function="plain", batch=None,
+    def __init__(self, mask, dtype, layout, kv_layout=None, heads=(4, 2), function="plain", batch=None, bias=None,
                  lengths=(610, 790), dims=(16, 24), seed=0):
         n_q, n_k = self.lengths = lengths
         rng = np.random.default_rng(seed)
@@ -42,6 +46,11 @@ class Problem:
             rng.standard_normal(shape if batch is None else (batch, *shape)).astype(DTYPES[dtype]) for shape in shapes)
         self.dlse = rng.standard_normal(self.dout.shape[:-1]).astype(accumulator(self.q.dtype))
         self.layouts = layout, kv_layout or layout
+        self.bias = None
+        if bias:
+            biases = [oracle.key_bias(bias, heads[0], n_k, seed + i) for i in range(batch or 1)]
+            self.bias = np.stack(biases) if batch else biases[0]
+            self.bias = self.bias if "by head" in bias else self.bias[..., 0]
         wanted = ("softcap", "alibi", "dropout", "sinks") if function == "all" else (function,)
         self.sinks = rng.standard_normal(heads[0]) if "sinks" in wanted else None
         self.options = {"mask": Mask(**make_mask(mask, n_k, n_q)), "timeout": 60, "backend": "numba",
@@ -62,8 +71,9 @@ class Problem:
         k, v = (x.take(theirs, axis) for x in (self.k, self.v))
         options = {"order": "canonical", "layout": layouts[0], "kv_layout": layouts[1], **self.options, **options}
         with RingAttention(comm, **options) as attention:
-            out, lse = attention(q, k, v, sinks=self.sinks, seed=5, return_lse=True)
-            got = dict(zip(NAMES, (out, lse, *attention.backward(dout, dlse)), strict=False))
+            bias = None if self.bias is None else self.bias.take(theirs, axis)
+            out, lse = attention(q, k, v, sinks=self.sinks, key_bias=bias, seed=5, return_lse=True)
+            got = {"out": out, "lse": lse, **attention.backward(dout, dlse)._asdict()}
             self.trace, self.schedule = attention.trace, attention.schedule
         if self.sinks is not None:
             got["dsinks"] = comm.allreduce(got["dsinks"])

@@ -49,7 +49,7 @@ class Case:
     """A call on this run's ranks: its arguments here, and its options."""
 
     def __init__(self, comm, layout="contiguous", mask="causal", heads=(4, 2), length=151, dtype="float32", batch=None,
-                 sinks=False, seed=0, **options):
+                 sinks=False, bias="", seed=0, **options):
         rng = np.random.default_rng(seed)
         q_layout = make_layout(layout, length, comm.size)
         mine = q_layout.positions(comm.rank)
@@ -57,6 +57,9 @@ class Case:
         self.whole = arrays
         self.arrays = [np.stack([x[n][mine] for x in arrays]) if batch else arrays[0][n][mine] for n in range(3)]
         self.given = {"sinks": rng.standard_normal(heads[0]).astype("f4")} if sinks else {}
+        if bias:
+            biases = [oracle.key_bias(bias, heads[0], length, seed + i)[mine] for i in range(batch or 1)]
+            self.given["key_bias"] = np.stack(biases) if batch else biases[0]
         named = layout in ("striped", "zigzag")
         self.options = {"mask": Mask(**make_mask(mask, length)), "layout": layout if named else q_layout,
                         "timeout": 60, "schedule": "ring"} | options
@@ -105,6 +108,7 @@ CASES = [
     {"mask": "first", "layout": "custom", "backend": "numba", "dtype": "float64", "softcap": 5.0,
      "alibi": [0.1, 0.2, 0.3, 0.4]},
     {"mask": "trees", "layout": "uneven", "backend": "numba"},
+    {"mask": "window", "layout": "uneven", "backend": "numba", "batch": 2, "bias": "left out by head"},
 ]
 
 
@@ -217,6 +221,7 @@ OTHERS = [
     {"mask": "window", "layout": "uneven", "backend": "numba", "heads": (6, 2), "dropout": 0.2},
     {"mask": "prefix", "layout": "contiguous", "backend": "numba", "length": 2},           # fewer tokens than ranks
     {"mask": "numbered", "layout": "striped", "backend": "numba"},
+    {"mask": "causal", "layout": "zigzag", "backend": "numba", "heads": (4, 2), "bias": "left out by head"},
 ]
 
 
@@ -322,6 +327,9 @@ def test_another_call_is_refused(comm, folder):
     with RingAttention.restore(folder / "c", comm, **case.options) as attention, pytest.raises(
             OptionError, match="of this call: sinks"):
         attention(*case.arrays, sinks=np.zeros(4))
+    with RingAttention.restore(folder / "c", comm, **case.options) as attention, pytest.raises(
+            OptionError, match="of this call: key_bias"):
+        attention(*case.arrays, key_bias=np.zeros(len(case.arrays[1])))
     assert states(folder / "c") == before
     assert same(case.go_on(folder / "c"), case.whole_run())
 

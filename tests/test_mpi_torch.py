@@ -59,10 +59,34 @@ def test_gradcheck(backend):
     from mpi4py import MPI
     q, k, v = tensors(0, 7)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    key_bias = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend=backend, softcap=2.0, dropout=0.2,
                                alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
         assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
-            *x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True), (q, k, v, sinks))
+            *x[:3], sinks=x[3], key_bias=x[4], attention=attention, seed=3, return_lse=True),
+            (q, k, v, sinks, key_bias))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_bias_of_the_keys(comm, by_head):
+    """Its gradient is whole on the rank that has the key, in its own dtype; keys that are left out have 0."""
+    n = 41
+    q, k, v = tensors(1, n, dtype=torch.float32, grad=False)
+    bias = torch.randn((n, 4) if by_head else n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    bias[5:9] = -torch.inf
+    dout = torch.randn(n, 4, 5, generator=torch.Generator().manual_seed(5))
+    mine = torch.from_numpy(make("striped", n, comm.size).positions(comm.rank))
+    part, exact = bias[mine].requires_grad_(), bias.clone().requires_grad_()
+    out = ringmpi.torch.ring_attention(q[mine], k[mine], v[mine], comm=comm, layout="striped", key_bias=part)
+    out.backward(dout[mine])
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k.double().repeat_interleave(2, dim=1)) * q.shape[2]**-0.5
+    weights = torch.softmax(scores + (exact.T[:, None] if by_head else exact), dim=2)
+    torch.einsum("hij,jhd->ihd", weights, v.double().repeat_interleave(2, dim=1)).backward(dout.double())
+    assert part.grad.dtype == torch.float64
+    assert part.grad.shape == part.shape
+    if len(mine):
+        assert (part.grad - exact.grad[mine]).abs().max() <= 5e-6 * exact.grad.abs().max()
+    assert (part.grad[part == -torch.inf] == 0).all()
 
 
 def test_canonical_order(comm):

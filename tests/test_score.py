@@ -53,3 +53,4 @@ def test_plain():
     assert not Score(0.3, softcap=1.0).plain
     assert not Score(0.3, slopes=np.ones(2)).plain
     assert not Score(0.3, dropout=0.1).plain
+    assert not Score(0.3, key_bias=np.zeros((3, 1))).plain

@@ -106,6 +106,7 @@ class Backend:
     float32_products = "fma"
     canonical = False
     canonical_tile = 0
+    biased = False                    # whether it takes a bias of the keys
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
@@ -306,13 +307,15 @@ class Backend:
         return gradient
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients of `q`, `k` and `v` what one block of K and V gives. Local.
 
         As FlashAttention-2 does (Dao 2023, algorithm 2): the weights are made again from the scores and lse. With
         p the weights before dropout, m what dropout multiplies them by, and x' the derivative of the score::
 
             dv = (m p)ᵀ dout        ds = p (m (dout · v) - delta) x'        dq = ds k        dk = dsᵀ q
+
+        The gradient of a key's bias is the sum of ``p (m (dout · v) - delta)`` over the queries.
 
         A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through; an infinity
         may not, where it makes a weight 0. A row whose delta is not finite makes NaN of dk and dv of all it sees.
@@ -334,6 +337,9 @@ class Backend:
             C-contiguous, updated in place.
         dv : array of shape (n_k, kv_heads, dim_v), accumulator dtype
             The same.
+        dkey_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, if ``score.key_bias`` is one
+            The same; for each head, whether they have the same bias or not, or of all of them together, which is not
+            asked for in canonical order.
 
         Yields
         ------

@@ -33,6 +33,7 @@ class NumpyBackend(Backend):
     """Attention in NumPy: a thread for each tile, whose products are BLAS; with few tiles BLAS has the others."""
 
     name = "numpy"
+    biased = True
     lane_flop = 4 * 0.4               # the second factor is the share reached: docs/performance.rst
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
@@ -57,12 +58,15 @@ class NumpyBackend(Backend):
                               for rows, head, area in tiles if area], k.shape[1])
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         area = int((end - begin).sum())       # all rows of a key head add to the same dk: one task
         block = _Block(q, k, v, begin, end, score)
-        yield from self._run([Task(area, _backward_steps(gradient, block, dk, dv, head)) for head in range(k.shape[1])
-                              if area], k.shape[1])
+        of_heads = None if dkey_bias is None else np.zeros((len(k), q.shape[1]), dkey_bias.dtype)
+        yield from self._run([Task(area, _backward_steps(gradient, block, dk, dv, of_heads, head))
+                              for head in range(k.shape[1]) if area], k.shape[1])
+        if of_heads is not None:
+            dkey_bias += of_heads if dkey_bias.shape[1] > 1 else of_heads.sum(axis=1, keepdims=True)
 
     def _run(self, tasks: list[Task], heads: int) -> Iterator[int]:
         """Do the tasks; their costs are pairs, each counted once for each of the heads."""
@@ -150,16 +154,16 @@ def _forward_steps(state: State, block: _Block, rows: slice, head: int, scratch:
         yield partial(_forward_tile, part, block.q[mine], block.k[keys], block.v[keys], tile, scratch), pairs
 
 
-def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDArray[Any], head: int
-                    ) -> Iterator[tuple[Callable[[int], None], int]]:
+def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDArray[Any], dbias: NDArray[Any] | None,
+                    head: int) -> Iterator[tuple[Callable[[int], None], int]]:
     """Do the backward pass of one key head, one tile after the other."""
     for rows in _slices(0, len(block.q), max(1, ROWS // block.group)):
         mine = rows, block.heads(head)
         part = Gradient(gradient.dout[mine], gradient.lse[mine], gradient.delta[mine], gradient.dq[mine])
         for tile, pairs in block.tiles(rows, head):
             keys = tile.columns, head
-            yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], dk[keys], dv[keys],
-                          tile), pairs
+            sums = dk[keys], dv[keys], None if dbias is None else dbias[tile.columns, block.heads(head)]
+            yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], *sums, tile), pairs
 
 
 def _slices(start: int, stop: int, width: int) -> list[slice]:
@@ -201,6 +205,8 @@ class Tile:
         if score.slopes is not None:
             i, j = self._positions()
             x -= score.slopes[self.heads, None].astype(x.dtype) * np.abs(i - j).astype(x.dtype)
+        if score.key_bias is not None:
+            x += score.key_bias[self.columns, self.heads if score.key_bias.shape[1] > 1 else slice(None)].T
         return derivative
 
     def dropout_factor(self, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -254,8 +260,11 @@ def _forward_tile(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any
 
 
 def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                   dv: NDArray[Any], tile: Tile, thread: int) -> None:
-    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v)."""
+                   dv: NDArray[Any], dbias: NDArray[Any] | None, tile: Tile, thread: int) -> None:
+    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim), dv (columns, dim_v) and dbias.
+
+    That is of shape (columns, group), if it is wanted.
+    """
     dtype = gradient.dq.dtype
     columns = len(k)
     q, k, v, dout = (for_products(x, dtype) for x in (q, k, v, gradient.dout))
@@ -277,6 +286,8 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
         ds *= factor
         ds -= delta
         ds *= weights
+        if dbias is not None:
+            dbias += ds.sum(axis=0, where=True if tile.full else ~tile.hidden).T
         if derivative is not None:
             ds *= derivative
         ds *= scale

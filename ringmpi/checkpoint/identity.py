@@ -34,7 +34,8 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     sizes = {"tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
              "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
              "accumulator": str(plan.accumulator), "seed": call.seed}
-    return describe_input(problem, sizes, call.sinks, prints, engine.backend, comm, timeout)
+    of_bias = {} if call.key_bias is None else {"key_bias (by its fingerprint)": prints[3]}
+    return {**describe_input(problem, sizes, call.sinks, prints[:3], engine.backend, comm, timeout), **of_bias}
 
 
 def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[Any] | None, prints: Sequence[str],
@@ -113,13 +114,16 @@ def _digest_of_sinks(sinks: NDArray[Any] | None, comm: Comm, timeout: float) -> 
 
 def _sum_up(problem: Problem, call: Call, engine: Engine, comm: Comm, timeout: float
             ) -> tuple[list[int], list[str]]:
-    """Give the tokens of q, and of k and v, of all ranks, and the fingerprints of all three."""
+    """Give the tokens of q, and of k and v, of all ranks, and the fingerprints of all three, and of a bias of keys."""
     n_q, n_k = comm.allgather(np.array([call.q.shape[1], call.k.shape[1]]), timeout).T.tolist()
-    prints = np.zeros(3, np.uint64)
+    arrays = [call.q, call.k, call.v]
+    if call.key_bias is not None:
+        arrays.append(call.key_bias[..., None])
+    prints = np.zeros(len(arrays), np.uint64)
     with comm.noting() as failures, engine.backend.current():
-        layouts = [resolve(problem.layout, n_q, "q"), *[resolve(problem.kv_layout, n_k, "k and v")] * 2]
+        layouts = [resolve(problem.layout, n_q, "q"), *[resolve(problem.kv_layout, n_k, "k and v")] * (len(arrays) - 1)]
         prints = np.array([fingerprint(x, layout.positions(comm.rank), engine.backend)
-                           for x, layout in zip((call.q, call.k, call.v), layouts, strict=True)], np.uint64)
+                           for x, layout in zip(arrays, layouts, strict=True)], np.uint64)
     return [sum(n_q), sum(n_k)], add_up(prints, comm, timeout, failures)
 
 

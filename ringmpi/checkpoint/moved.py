@@ -121,8 +121,11 @@ class Moved:
         parts = [_parts(blocks, numbers) for numbers in self._held]
         shapes: list[list[tuple[int, ...]]] = [
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
-        tokens = Tokens([sum(blocks.counts[number] for number in self._mine)], plan.kv_tokens.parts)
-        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, ready=set(), _kept={}, _unseen=set())
+        counts = [sum(blocks.counts[number] for number in self._mine)]
+        tokens = Tokens(counts, plan.kv_tokens.parts)
+        of_bias = plan.bias_tokens and Tokens(counts, plan.bias_tokens.parts)
+        moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, bias_tokens=of_bias, ready=set(),
+                        _kept={}, _unseen=set())
         moved.route = plan.route
         return moved
 

@@ -73,6 +73,7 @@ class ResumablePass(Pass):
         self._prepare_pass("forward")
         with self.backend.current():
             with self._abandoned_on_error():
+                self._find_seen()
                 states = self._fold()
                 needed = self.plan.route.needed[self.movers.carrier.group.index]
                 mine = np.array([self._folded.leaves(needed)], np.uint8)

@@ -93,6 +93,9 @@ def _add_kernel(kernel: argparse.ArgumentParser) -> None:
                         help="queries and keys (default: 8192x8192)")
     kernel.add_argument("--pass", nargs="+", choices=PASSES, default=["forward"], dest="passes",
                         help="backward: gradients of q, k and v from that of the result (default: forward)")
+    kernel.add_argument("--key-bias", choices=("key", "head"),
+                        help="numba and numpy once more, with a bias for each key, or each key and head (default: "
+                             "without alone)")
     kernel.add_argument("--all", action="store_true",
                         help="the whole grid: all dtypes, dim 64, 128, 80, masks, 16384x16384, 1x1048576, 16x262144")
     kernel.add_argument("--kv-heads", type=positive, metavar="H", help="key heads (default: as many as heads)")
@@ -241,6 +244,8 @@ def _check_kernels(arguments: argparse.Namespace) -> None:
             raise OptionError("--kernels: expected ringmpi among them with --backend cuda, which the others are beside")
         if arguments.threads:
             raise OptionError("--threads: counts CPU threads, which --backend cuda does not use")
+        if arguments.key_bias:
+            raise OptionError("--key-bias: there is none with --backend cuda yet")
         if arguments.bfloat16_products != "auto":
             raise OptionError("--bfloat16-products: says how CPUs multiply, and --backend cuda does not use them")
     _check_heads(arguments)

@@ -83,11 +83,11 @@ def chosen(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str, tuple
                                    for name, grid in GRID.items()))
 
 
-def prepare(backend: Backend, dtype: str, dim: int, passes: Sequence[str]) -> None:
-    """Compile what the passes need; the backward pass begins with a result of the forward pass."""
+def prepare(backend: Backend, dtype: str, dim: int, passes: Sequence[str], plain: bool = True) -> None:
+    """Compile what the passes need, for plain scores or others; a backward pass begins with a forward pass."""
     items = check_dtype(dtype, "--dtype")
     for direction in {"forward", *passes}:
-        backend.prepare(items, accumulator(items), dim, dim, backward=direction == "backward")
+        backend.prepare(items, accumulator(items), dim, dim, plain=plain, backward=direction == "backward")
 
 
 def timed(call: Callable[[], object]) -> Timed:

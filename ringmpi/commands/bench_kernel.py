@@ -43,6 +43,8 @@ def measure_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]]
             start = time.perf_counter()
             for backend in backends.values():
                 prepare(backend, dtype, dim, arguments.passes)
+                if arguments.key_bias:
+                    prepare(backend, dtype, dim, arguments.passes, plain=False)
             compile_seconds[dtype] = time.perf_counter() - start
         case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
         for direction in arguments.passes:
@@ -61,7 +63,15 @@ def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int,
     """Measure one pass of one case; give a row for each backend, and for torch."""
     from ..backends.numba_.peak import multiply_add_peak, read_bandwidth
     forward = direction == "forward"
-    runs = {name: timed((_forward if forward else _backward)(case, backend)) for name, backend in backends.items()}
+    run = _forward if forward else _backward
+    plain = Score(case.scale)
+    scores = {"": plain}
+    if arguments.key_bias:
+        biases = 1 if arguments.key_bias == "key" else case.heads
+        scores[", key_bias"] = plain.of_key_bias(np.random.default_rng(2).standard_normal(
+            (len(case.k), biases)).astype(accumulator(case.q.dtype)))
+    runs = {f"{name}{more}": timed(run(case, backend, score)) for name, backend in backends.items()
+            for more, score in scores.items()}
     peer = _torch(case, direction, threads) if "torch" in arguments.kernels else None
     if peer:
         runs["torch"] = timed(peer)
@@ -82,6 +92,7 @@ def _compare(case: Case, direction: str, backends: dict[str, Any], threads: int,
              "spread": spread(times[name], t),
              "GFLOP/s": flop / t / 1e9, "peak GFLOP/s": peak / 1e9, "of peak": flop / t / peak,
              "GB/s": case.bytes / t / 1e9, "of read": case.bytes / t / bandwidth if from_memory else None,
+             **({"x plain": medians.get(name.removesuffix(", key_bias"), t) / t} if arguments.key_bias else {}),
              "x torch": medians["torch"] / t if "torch" in medians else None} for name, t in medians.items()]
 
 
@@ -93,35 +104,36 @@ def _product(case: Case, backends: dict[str, Any]) -> str:
     return str(accumulator(case.q.dtype))
 
 
-def _forward(case: Case, backend: Any) -> Callable[[], object]:
+def _forward(case: Case, backend: Any, score: Score) -> Callable[[], object]:
     """Give a call that runs the forward pass of a backend."""
     state = State.empty(len(case.q), case.heads, case.dim, accumulator(case.q.dtype))
 
     def forward() -> None:
         state.reset()
-        for _ in backend.accumulate(state, case.q, case.k, case.v, case.begin, case.end, Score(case.scale)):
+        for _ in backend.accumulate(state, case.q, case.k, case.v, case.begin, case.end, score):
             pass
 
     return forward
 
 
-def _backward(case: Case, backend: Any) -> Callable[[], object]:
+def _backward(case: Case, backend: Any, score: Score) -> Callable[[], object]:
     """Give a call that runs the backward pass of a backend, from a result of the forward pass."""
     acc_dtype = accumulator(case.q.dtype)
     state = State.empty(len(case.q), case.heads, case.dim, acc_dtype)
     block = case.q, case.k, case.v
-    for _ in backend.accumulate(state, *block, case.begin, case.end, Score(case.scale)):
+    for _ in backend.accumulate(state, *block, case.begin, case.end, score):
         pass
     out = np.empty(case.dout.shape, case.q.dtype)
     lse = np.empty(case.q.shape[:2], acc_dtype)
     finish(state, case.end > case.begin, out, lse)
-    dq, dk, dv = (np.empty(x.shape, acc_dtype) for x in block)
+    dq, *of_keys = (np.empty(x.shape, acc_dtype) for x in block)
+    of_bias = [] if score.key_bias is None else [np.empty_like(score.key_bias)]
 
     def backward() -> None:
-        dk.fill(0)
-        dv.fill(0)
+        for x in (*of_keys, *of_bias):
+            x.fill(0)
         gradient = backend.new_gradient(case.dout, out, lse, None, dq)
-        for _ in backend.backward(gradient, *block, dk, dv, case.begin, case.end, Score(case.scale)):
+        for _ in backend.backward(gradient, *block, *of_keys, case.begin, case.end, score, *of_bias):
             pass
 
     return backward

@@ -123,6 +123,9 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     group.add_argument("--sinks", action="store_true", default=default(False),
                        help="one more score for each head that takes part in the softmax and has no value: (heads,) in "
                             "dataset `sinks`")
+    group.add_argument("--key-bias", action="store_true", default=default(False),
+                       help="add a number to the scores of each key, -inf to leave it out: (n_k,) or (n_k, heads) in "
+                            "dataset `key_bias`")
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")

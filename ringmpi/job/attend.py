@@ -22,7 +22,7 @@ from ..mpi import comm as mpi
 from ..mpi.world import check_survival, is_loss, survivors
 from ..schedules.redistribution import redistribute
 from .checkpoints import Checkpoints
-from .inputs import Input, open_input, read_shard
+from .inputs import Input, open_input, read_bias_shard, read_shard
 from .options import Options
 from .outputs import Result, Shards, check_paths
 from .parallel import DRIVER, Together
@@ -231,8 +231,9 @@ def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpo
     """Give this rank's rows of the result, in the order of the input."""
     display = _start(run, attention, data, job)
     arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, data.v)]
-    out, lse = _attend(run, attention, arrays, data.sinks, display, checkpoints)
-    del arrays
+    extra = {"sinks": data.sinks, "key_bias": read_bias_shard(run, attention, data.key_bias)}
+    out, lse = _attend(run, attention, arrays, extra, display, checkpoints)
+    del arrays, extra
     attention.close()                         # its buffers go before the result is copied
     with run.timer.phase("redistribute", "redistributing the result"):
         out = _redistribute_back(run, attention, out)
@@ -240,9 +241,9 @@ def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpo
     return out, lse
 
 
-def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array | None, display: Display | None,
-            checkpoints: Checkpoints) -> tuple[Array, Array]:
-    """Attend, and bring the result to the host."""
+def _attend(run: Run, attention: RingAttention, arrays: list[Any], extra: dict[str, Array | None],
+            display: Display | None, checkpoints: Checkpoints) -> tuple[Array, Array]:
+    """Attend, and bring the result to the host; `extra` are sinks and key_bias."""
     done = 0
 
     def report(pairs: int, total: int) -> None:
@@ -253,7 +254,7 @@ def _attend(run: Run, attention: RingAttention, arrays: list[Any], sinks: Array 
 
     shown = display.attending(run.comm.progress_of_all) if display else nullcontext()
     with run.timer.phase("attend", "attending"), shown:
-        out, lse = checkpoints.attend(attention, arrays, sinks, report)
+        out, lse = checkpoints.attend(attention, arrays, extra, report)
         with run.raise_on_all(), attention.backend.current():
             out, lse = attention.backend.to_numpy(out), attention.backend.to_numpy(lse)
     run.timer.move(attention.trace.compile_seconds, source="attend", target="compile")

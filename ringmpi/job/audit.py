@@ -22,7 +22,7 @@ from ..files.single import SingleFile
 from ..intervals import Interval
 from ..score import Score
 from ..softmax import State, finish
-from .inputs import Input, open_input
+from .inputs import Input, open_input, read_key_bias
 from .options import Options
 
 TOKENS_AT_A_TIME = 8192      # keys and values
@@ -113,6 +113,8 @@ class _Exact(NamedTuple):
         A bound of the scaled |scores|: the length of the query times that of the longest key.
     largest_bias : array of shape (rows, heads) or float
         A bound of what ALiBi subtracts from a score; 0 without it.
+    largest_key_bias : array of shape (rows, heads) or (heads,)
+        A bound of the bias of keys that have any weight; 0 without.
     """
 
     out: Array
@@ -120,6 +122,7 @@ class _Exact(NamedTuple):
     lse: Array
     largest_score: Array
     largest_bias: Array | float
+    largest_key_bias: Array
 
 
 def _check_belongs(result: Manifest | SingleFile, data: Input) -> None:
@@ -138,14 +141,15 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions)
     bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
     q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))
-    out, lse, longest_key = _attend(q, data, options.raw_dtype, bounds, score)
+    out, lse, longest_key, key_bias = _attend(q, data, options.raw_dtype, bounds, score)
 
+    largest_score = abs(scale) * _lengths(q) * longest_key
     largest_bias: Array | float = 0.0
     if data.alibi is not None:
         reach = np.maximum(positions, sizes.n_k - positions)[:, None]
         largest_bias = np.abs(data.alibi) * reach
-    return _Exact(out[..., :sizes.dim_v], out[..., sizes.dim_v:], lse, abs(scale) * _lengths(q) * longest_key,
-                  largest_bias)
+    return _Exact(out[..., :sizes.dim_v], out[..., sizes.dim_v:], lse, largest_score, largest_bias,
+                  key_bias.bound(largest_score, data.alibi is not None))
 
 
 def _score_rounding(exact: _Exact, softcap: float, eps: float) -> Array:
@@ -153,7 +157,7 @@ def _score_rounding(exact: _Exact, softcap: float, eps: float) -> Array:
     shift = 2 * eps * exact.largest_score + 4 * eps * softcap
     # A key whose bias is larger than this has no weight, however its score is rounded.
     largest_that_counts = 2 * exact.largest_score + 40
-    shift += 2 * eps * np.minimum(exact.largest_bias, largest_that_counts)
+    shift += 2 * eps * (np.minimum(exact.largest_bias, largest_that_counts) + exact.largest_key_bias)
     return shift
 
 
@@ -164,14 +168,18 @@ def _read_sample(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callab
 
 
 def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], score: Score
-            ) -> tuple[Array, Array, Array]:
-    """Attend in float64 to values (v, |v|) side by side; give out, lse, and the longest key of each query head."""
+            ) -> tuple[Array, Array, Array, _BiasSeen]:
+    """Attend in float64 to values (v, |v|) side by side.
+
+    Give out, lse, the longest key of each query head, and what there is to know of the bias of the keys.
+    """
     heads = q.shape[1]
     group = heads // data.sizes.kv_heads
     longest = np.zeros(heads)
     state = State.empty(len(q), heads, 2 * data.sizes.dim_v, np.float64)
     state.reset(data.sinks)
-    seen = np.full(len(q), data.sinks is not None)
+    seen = np.full((len(q), heads), data.sinks is not None)
+    biases = _BiasSeen(np.zeros(heads), np.full((len(q), heads), -np.inf))
     backend = open_backend("numpy", len(affinity()))
 
     # Some keys at a time: there may be more than fit in memory.
@@ -180,16 +188,51 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
         keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (data.k, data.v))
         values = np.concatenate([values, np.abs(values)], axis=2)
         longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
+        key_bias = None
+        if data.key_bias is not None:
+            key_bias = read_key_bias(data.key_bias, start, stop).astype(np.float64).reshape(stop - start, -1)
+            biases.take(key_bias)
+        there = np.ones((stop - start, 1), np.bool_) if key_bias is None else ~np.isneginf(key_bias)
+        below = np.cumsum(there, axis=0, dtype=np.int64)
+        below = np.concatenate([np.zeros((1, below.shape[1])), below])        # keys before each that are not left out
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
-            seen |= end > begin
-            for _ in backend.accumulate(state, q, keys, values, begin, end, score.of_keys(np.arange(start, stop))):
+            seen |= below[end] > below[begin]
+            if key_bias is not None:
+                biases.see(key_bias, begin, end)
+            block_score = score.of_keys(np.arange(start, stop)).of_key_bias(key_bias)
+            for _ in backend.accumulate(state, q, keys, values, begin, end, block_score):
                 pass
 
     out, lse = np.empty_like(state.acc), np.empty_like(state.row_max)
     finish(state, seen, out, lse)
     backend.close()
-    return out, lse, longest
+    return out, lse, longest, biases
+
+
+@dataclass
+class _BiasSeen:
+    """How large the biases of keys are: the largest size of each head's, and the largest that each row sees."""
+
+    most: Array
+    largest: Array
+
+    def take(self, bias: Array) -> None:
+        """Take a block's, (n_k, heads or 1)."""
+        self.most = np.maximum(self.most, np.abs(np.where(np.isneginf(bias), 0, bias)).max(axis=0))
+
+    def see(self, bias: Array, begin: NDArray[np.int64], end: NDArray[np.int64]) -> None:
+        """Let rows see columns begin..end of it."""
+        for row, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+            if first < last:
+                self.largest[row] = np.maximum(self.largest[row], bias[first:last].max(axis=0))
+
+    def bound(self, largest_score: Array, sloped: bool) -> Array:
+        """Bound the size of biases that count: a key far below the largest has no weight, unless slopes have a say."""
+        if sloped:
+            return self.most
+        return np.minimum(self.most, np.where(np.isneginf(self.largest), self.most, np.abs(self.largest))
+                          + 2 * largest_score + 40)
 
 
 def _lengths(x: Array) -> Array:

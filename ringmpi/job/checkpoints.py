@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class Checkpoints:
         """Where they are kept, if they are."""
         return self.keeping.folder if self.keeping else None
 
-    def attend(self, attention: RingAttention, arrays: list[Any], sinks: Any, progress: Progress) -> tuple[Any, Any]:
-        """Attend; give out and lse. Collective over *comm*.
+    def attend(self, attention: RingAttention, arrays: list[Any], extra: Mapping[str, Any], progress: Progress
+               ) -> tuple[Any, Any]:
+        """Attend to q, k and v; give out and lse. `extra` are sinks and key_bias. Collective over *comm*.
 
         Raises
         ------
@@ -63,9 +65,9 @@ class Checkpoints:
         """
         keeping = self.keeping
         if keeping is None:
-            out, lse = attention(*arrays, sinks=sinks, return_lse=True, keep=False, progress=progress)
+            out, lse = attention(*arrays, **extra, return_lse=True, keep=False, progress=progress)
             return out, lse
-        inputs = Inputs(arrays[0], arrays[1], arrays[2], sinks)
+        inputs = Inputs(arrays[0], arrays[1], arrays[2], **extra)
         result = attention._call_resumable(inputs, True, False, progress, self.stop, keeping)
         if result is None:
             attention.save(keeping.folder)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ..attention import RingAttention
 from ..checks import check_shapes
 from ..dtypes import accumulator
-from ..errors import DtypeError
+from ..errors import DtypeError, ShapeError, ShardError
 from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, read_rows, read_rows_into
 from ..files.item_types import RAW_DTYPE, stored_dtype
 from ..files.opening import open_file
@@ -41,6 +42,7 @@ class Sizes:
     dim: int
     dim_v: int
     dtype: str
+    key_bias: int = 0             # numbers of each key: 0 without, 1, or one for each head
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Input:
     mask : BaseMask
     alibi, sinks : float64 array of shape (heads,), optional
         One number for each head, if the options ask for them.
+    key_bias : h5py.Dataset of shape (n_k,) or (n_k, heads), optional
     """
 
     path: Path
@@ -65,6 +68,7 @@ class Input:
     mask: BaseMask
     alibi: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
+    key_bias: h5py.Dataset | None
 
 
 @contextmanager
@@ -83,10 +87,14 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
         for dataset in (q, k, v):
             check_axes(dataset, ("tokens", "heads", "dim"))
         sizes = _sizes(path, q, k, v, options)
+        key_bias = None
+        if options.key_bias:
+            key_bias = _open_key_bias(file, sizes)
+            sizes = replace(sizes, key_bias=math.prod(key_bias.shape[1:]))
         mask = _read_mask(file, options, sizes)
         alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
         sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
-        yield Input(path, q, k, v, sizes, mask, alibi, sinks)
+        yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias)
 
 
 def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, options: Options) -> Sizes:
@@ -97,6 +105,46 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
     check_shapes(q.shape, k.shape, v.shape)
     accumulator(dtypes[0], options.accumulator)
     return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], v.shape[2], str(dtypes[0]))
+
+
+def _open_key_bias(file: h5py.File, sizes: Sizes) -> h5py.Dataset:
+    """Find the bias of the keys, and check its shape."""
+    dataset = open_dataset(file, "key_bias")
+    shapes = (sizes.n_k,), (sizes.n_k, sizes.heads)
+    if dataset.shape not in shapes:
+        raise ShapeError(f"{file.filename}: dataset 'key_bias': expected shape {shapes[0]} or {shapes[1]}, got "
+                         f"{dataset.shape}")
+    return dataset
+
+
+def read_key_bias(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
+    """Read a bias of keys start..stop. Local.
+
+    Raises
+    ------
+    ShardError
+        If it is NaN or +inf somewhere.
+    """
+    numbers = read_rows(dataset, start, stop)
+    wrong = np.isnan(numbers) | (numbers == np.inf)
+    if wrong.any():
+        raise ShardError(f"{dataset.file.filename}: dataset 'key_bias': expected finite numbers, or -inf to leave a "
+                         f"key out, got {numbers[wrong][0]} for key {start + np.argwhere(wrong)[0][0]}")
+    return numbers
+
+
+def read_bias_shard(run: Run, attention: RingAttention, dataset: h5py.Dataset | None) -> Any:
+    """Read the bias of this rank's keys, in the layout of the attention, if there is one. Collective over *comm*."""
+    if dataset is None:
+        return None
+    layout = Contiguous.even(len(dataset), run.comm.size)
+    start, count = layout.starts[run.comm.rank], layout.counts[run.comm.rank]
+    with run.timer.phase("read", f"reading {dataset.file.filename}"), run.raise_on_all():
+        bias = read_key_bias(dataset, start, start + count)
+    if attention.layout == "contiguous":
+        return bias
+    with run.timer.phase("redistribute", f"redistributing {dataset.name}"):
+        return redistribute(bias, comm=run.world, target=attention.layout, timeout=run.timeout)
 
 
 def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> BaseMask:

@@ -140,7 +140,8 @@ def shape_of(sizes: Sizes, options: Options) -> Shape:
     """Say what is computed as far as its cost goes by it, but for what the mask lets be seen. Local."""
     dtype = DTYPES[sizes.dtype]
     return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
-                 accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical")
+                 accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical",
+                 bias=sizes.key_bias)
 
 
 def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:

@@ -37,6 +37,7 @@ class Options:
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    key_bias: bool = False
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None

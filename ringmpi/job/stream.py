@@ -20,7 +20,7 @@ from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
 from ..environment import resident_bytes
-from ..errors import InternalError, Interrupted, OutputError
+from ..errors import InternalError, Interrupted, OptionError, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
 from ..passes import Pass
@@ -48,6 +48,8 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
+    if options.key_bias:
+        raise OptionError("stream: there is no key_bias yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)

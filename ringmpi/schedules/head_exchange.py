@@ -42,6 +42,11 @@ class Tokens(NamedTuple):
         """Give those of keys and values. Local."""
         return cls(counts, [share.keys for share in shares])
 
+    @classmethod
+    def of_bias(cls, counts: Sequence[int], shares: Sequence[HeadShare], numbers: int) -> Tokens:
+        """Give those of a bias of the keys: so many numbers for each, 1 or as many as heads of the queries. Local."""
+        return cls(counts, [[share.queries if numbers > 1 else slice(0, 1)] for share in shares])
+
     @property
     def repeats(self) -> bool:
         """Whether a head is inside with several members, or several times."""

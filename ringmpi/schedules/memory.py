@@ -21,11 +21,14 @@ def arrays(shape: Shape, schedule: Schedule, on_gpu: bool) -> dict[str, int]:
     kv = keys * shape.width * shape.item
     sharing = 1 if shape.replicated else schedule.queries
     inside = kv * schedule.heads * kv_heads_inside(shape, schedule.heads).most // shape.kv_heads    # some have several
+    bias = shape.batch * n_k * shape.wide * shape.bias
+    inside += bias * schedule.heads // (1 if shape.bias == 1 else schedule.heads)
     buffers = carrier_class(schedule.carrier).buffer_blocks(schedule.keys, on_gpu)
     sizes = {
         "q": q,
         "k": keys * shape.dim * shape.item,
         "v": keys * shape.dim_v * shape.item,
+        **({"key_bias": bias} if bias else {}),
         "out": out,
         "lse": lse,
         "acc": sharing * acc,

@@ -37,6 +37,8 @@ class Shape:
     canonical : bool
         Whether sums are made in canonical order, for which keys are dealt out anew. That counts in memory alone: there
         is little else to choose from.
+    bias : int
+        Numbers of a key's bias: 0 without one, 1, or one for each head.
     """
 
     n_q: int
@@ -56,6 +58,7 @@ class Shape:
     most_k: int = 0
     replicated: bool = False
     canonical: bool = False
+    bias: int = 0
 
     @property
     def width(self) -> int:
@@ -117,7 +120,9 @@ def traffic(shape: Shape, schedule: Schedule, backward: bool = False) -> Traffic
     asked = row * (shape.dim * item + (shape.dim_v * item + 2 * wide if backward else 0))
     returned = row * (shape.dim * wide if backward else shape.dim_v * item + wide)
     brought = row * wide * (shape.dim if backward else shape.dim_v + 2)
-    block, gradients = (key * repeated.all * shape.width * size for size in (item, wide if backward else 0))
+    biases = key * wide * (shape.bias * h if shape.bias == 1 else shape.bias)
+    block = key * repeated.all * shape.width * item + biases
+    gradients = key * repeated.all * shape.width * wide + biases if backward else 0
     if shape.replicated:
         return Traffic(0, 0, 0, brought * others, block, gradients, 0)
     heads = away * (asked + block)

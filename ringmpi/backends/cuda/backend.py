@@ -177,7 +177,7 @@ class CudaBackend(Backend):
         yield from self._done(lambda: self._launch_forward(state, q, k, v, begin, end, score), begin, end)
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
         yield from self._done(lambda: self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
@@ -264,6 +264,8 @@ class CudaBackend(Backend):
         return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, self._kind(score)))
 
     def _kind(self, score: Score) -> Kind:
+        if score.key_bias is not None:
+            raise BackendError("backend cuda: there is no bias of the keys yet; take backend='numba'")
         return Kind(score.plain, self.canonical)
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class KernelArguments:
         The columns that some query sees.
     pairs : int
         Of rows of a key head and columns that they see.
+    biased : bool
+        Whether the score has a bias of the keys.
     capping : tuple of two numbers
         scale / softcap and softcap; scale and 0 without.
     """
@@ -54,6 +57,7 @@ class KernelArguments:
         scale = acc_dtype.type(score.scale if score.plain else 1)
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
         self.capping = acc_dtype.type(score.scale / (score.softcap or 1)), acc_dtype.type(score.softcap)
+        self.biased = score.key_bias is not None
         self._given = score
         self._plain = score.plain
         self._any_score: dict[str, Any] | None = None
@@ -71,24 +75,38 @@ class KernelArguments:
         if score.dropout:
             dropout_keys[:] = np.array(score.dropout_keys, np.uint32).astype(integer)
         queries = np.zeros(n_q, integer)
-        keys = np.zeros(n_k + machine().vector_bytes // self.acc_dtype.itemsize, integer)
+        spare = machine().vector_bytes // self.acc_dtype.itemsize
+        keys = np.zeros(n_k + spare, integer)
         if score.positional:
             queries[:] = score.queries
             keys[:n_k] = score.keys
+        bias = np.zeros((1, n_k + spare if score.key_bias is not None else 1), self.acc_dtype)
+        if score.key_bias is not None:
+            bias = np.zeros((score.key_bias.shape[1], n_k + spare), self.acc_dtype)
+            bias[:, :n_k] = score.key_bias.T
         return {"ratio": self.capping[0], "cap": self.capping[1], "sloped": score.slopes is not None,
+                "biased": score.key_bias is not None, "bias": bias.reshape(-1),
+                "only_biased": score.key_bias is not None and replace(score, key_bias=None).plain,
+                "bias_step": bias.shape[1] if len(bias) > 1 else 0,
                 "threshold": np.int64(score.threshold), "gain": number(score.gain if score.dropout else 0),
                 "slopes": slopes, "dropout_keys": dropout_keys, "queries": queries, "keys": keys}
 
-    def score_arguments(self, row_score: tuple[Array, ...]) -> ScoreArguments | None:
-        """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain."""
-        return None if self._plain else self.any_score(row_score)
+    def score_arguments(self, row_score: tuple[Array, ...], bias_sums: Array | None = None) -> ScoreArguments | None:
+        """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain.
 
-    def any_score(self, row_score: tuple[Array, ...]) -> ScoreArguments:
+        `bias_sums`, of shape (query heads of a key head or 1, keys), are a task's sums of the gradient of a bias.
+        """
+        return None if self._plain else self.any_score(row_score, bias_sums)
+
+    def any_score(self, row_score: tuple[Array, ...], bias_sums: Array | None = None) -> ScoreArguments:
         """Do what `score_arguments` does, for a plain score too."""
         if self._any_score is None:
             self._any_score = self._shared_score(self._given)
-        slope, dropout_key, position = row_score
-        return ScoreArguments(**self._any_score, slope=slope, dropout_key=dropout_key, position=position)
+        slope, dropout_key, position, bias_at, sums_at = row_score
+        sums = self._any_score["bias"][:1] if bias_sums is None else bias_sums.reshape(-1)
+        return ScoreArguments(**self._any_score, bias_sums=sums, slope=slope, dropout_key=dropout_key,
+                              sums_step=0 if bias_sums is None or len(bias_sums) == 1 else bias_sums.shape[1],
+                              position=position, bias_at=bias_at, sums_at=sums_at)
 
     def in_tiles(self, tile: int) -> tuple[int, int]:
         """Give the columns that some query sees, in whole tiles of the block."""

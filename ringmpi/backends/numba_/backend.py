@@ -80,6 +80,7 @@ class NumbaBackend(Backend):
 
     name = "numba"
     compiles = True
+    biased = True
     library_bytes = 46 * 2**20        # measured with Numba 0.68
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
     canonical_tile = CANONICAL_TILE
@@ -166,7 +167,11 @@ class NumbaBackend(Backend):
     def finish(self, state: State, seen: Any, out: Any, lse: Any) -> None:
         """Normalise a state into `out` and `lse`; see `Backend.finish`. Local."""
         wide = out if out.dtype == state.acc.dtype else state.acc
-        finish_rows(state.acc, state.row_max, state.row_sum, seen, wide, lse)
+        by_heads = seen.ndim == 2
+        finish_rows(state.acc, state.row_max, state.row_sum, np.ones(len(seen), bool) if by_heads else seen, wide, lse)
+        if by_heads:
+            wide[~seen] = 0
+            lse[~seen] = -np.inf
         if wide is not out:
             with np.errstate(over="ignore"):
                 out[...] = wide
@@ -181,7 +186,7 @@ class NumbaBackend(Backend):
                 out[...] = wide
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         wanted = self.wanted_gradients(gradient, dk, dv)
 
@@ -197,7 +202,8 @@ class NumbaBackend(Backend):
             arrays = GradientArrays(tokens(gradient.dout), writable(gradient.lse), writable(gradient.delta),
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
                                     *wanted)
-            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles).run()
+            return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles,
+                            dkey_bias).run()
 
         seen = self._seen.find(begin, end)
         return self._run(steps, seen, q.shape[1])
@@ -238,7 +244,7 @@ class NumbaBackend(Backend):
         Not those of scale 0, with which an infinite product is NaN. For the scales of float32 see `pieces`, and
         backward `tile_gradient_load`.
         """
-        if score.positional or score.scale == 0 or acc_dtype != np.float32:
+        if score.positional or score.key_bias is not None or score.scale == 0 or acc_dtype != np.float32:
             return False
         if dtype == np.float32:
             least = LEAST_SCALE if backward else 0.0

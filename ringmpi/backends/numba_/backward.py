@@ -30,6 +30,7 @@ from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, K
 from .workspace import BackwardBuffers
 
 Tiles = BackwardTiles | GradientTiles
+Array = Any
 SUMS_BYTES = 2**23          # of sums of dK and dV, for each thread
 
 
@@ -46,6 +47,7 @@ class Backward:
     dv: Any
     canonical: bool
     on_tiles: TileScore | None = None        # the score, where the CPU's tiles multiply; then so are the buffers
+    dkey_bias: Any = None      # array, or None
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
@@ -105,15 +107,19 @@ class Backward:
         seen = [block.seen(rows, start, stop) for rows in chunks]
         keys = self.buffers.tile * tiles.tiles + ROWS if self.gradient.of_keys else 0
         sums = self.buffers.reserve_sums(heads * len(chunks), keys)
+        biases = self._bias_sums(heads * len(chunks), self.buffers.tile * tiles.tiles + ROWS)
         yield from self.team.run([
             Task(area, itertools.chain(
                 [(partial(_clear, first - start, last - start, mine), 0)],
-                self._steps(head, rows, ColumnRange(start, first, last), area, tiles, mine)))
+                self._steps(head, rows, ColumnRange(start, first, last), area, tiles, mine, bias)))
             for head in range(heads)
             for chunk, (rows, (area, first, last)) in enumerate(zip(chunks, seen, strict=True)) if area
-            for mine in [KeySums(*(x[head * len(chunks) + chunk] for x in sums))]])
+            for mine in [KeySums(*(x[head * len(chunks) + chunk] for x in sums))]
+            for bias in [None if biases is None else biases[head * len(chunks) + chunk]]])
         if not self.gradient.of_keys:
             return
+        if biases is not None and self.dkey_bias is not None:
+            self._add_bias(start, stop, biases.reshape(heads, len(chunks), *biases.shape[1:]))
 
         # Add up the chunks' sums, in their order.
         spans = np.array([columns for _, *columns in seen], np.int64)
@@ -121,6 +127,21 @@ class Backward:
             uncounted_task(partial(self._add, head, columns, spans,
                                    KeySums(*(x[head * len(chunks):(head + 1) * len(chunks)] for x in sums))))
             for head in range(heads) for columns in ranges])
+
+    def _bias_sums(self, count: int, keys: int) -> Array | None:
+        """Give cleared sums of the gradient of a bias, (count, heads of a group or 1, keys), if there is one.
+
+        The kernels sum that up, be it wanted or not.
+        """
+        if not self.block.biased:
+            return None
+        apart = self.dkey_bias is not None and self.dkey_bias.shape[1] > 1
+        return np.zeros((count, self.block.group if apart else 1, keys), self.block.acc_dtype)
+
+    def _add_bias(self, start: int, stop: int, sums: Array) -> None:
+        """Add up the sums of the chunks, (key heads, chunks, heads of a group or 1, keys), and those of all heads."""
+        of_heads = sums[..., :stop - start].sum(axis=1).reshape(-1, stop - start)
+        self.dkey_bias[start:stop] += (of_heads if self.dkey_bias.shape[1] > 1 else of_heads.sum(axis=0)[None]).T
 
     def _columns(self, ranges: list[ColumnRange], tiles: Tiles, sums: KeySums) -> Generator[int, None, None]:
         """Differentiate all rows, with a task for each key head × range of columns."""
@@ -130,14 +151,15 @@ class Backward:
             area, _, _ = self.block.seen(rows, columns.start, columns.stop)
             for head in range(self.block.heads if area else 0):
                 mine = KeySums(*(x[head] for x in sums))
+                bias = self._bias_of(head, columns)
                 tasks.append(Task(area, itertools.chain(
                     [(partial(self._take_up, head, columns, mine), 0)],
-                    self._steps(head, rows, columns, area, tiles, mine),
-                    [(partial(self._put_back, head, columns, mine), 0)])))
+                    self._steps(head, rows, columns, area, tiles, mine, bias),
+                    [(partial(self._put_back, head, columns, mine, bias), 0)])))
         yield from self.team.run(tasks)
 
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: Tiles,
-               sums: KeySums) -> Iterator[tuple[Callable[[int], None], int]]:
+               sums: KeySums, bias: Array | None = None) -> Iterator[tuple[Callable[[int], None], int]]:
         """Do the backward pass of some columns for some rows, step by step; `area` is seen of them all."""
         block = self.block
         tile = self.buffers.tile
@@ -157,21 +179,21 @@ class Backward:
                 stop = min(start + wide, high)
                 done, _, _ = block.seen(some, start, stop)
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
-                              ColumnRange(origin, start, stop), tiles, sums), done
+                              ColumnRange(origin, start, stop), tiles, sums, bias), done
 
     def _pack(self, start: int, stop: int, first: int, last: int, tiles: Tiles, thread: int) -> None:
         pack = pack_backward if self.on_tiles is None else pack_tiles_backward
         pack(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
 
-    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: Tiles, sums: KeySums,
+    def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: Tiles, sums: KeySums, bias: Array | None,
                        thread: int) -> None:
         if isinstance(self.buffers, TileBackwardBuffers):
             backward_on_tiles(self.gradient, self.block.arrays, self.on_tiles, rows, columns, tiles, sums,
                               self.buffers.scratch[thread], self.buffers.spare(thread, self.block))
             return
         mine = self.buffers.scratch[thread]
-        backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score), rows, columns,
-                      tiles, sums, mine.work)
+        backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score, bias), rows,
+                      columns, tiles, sums, mine.work)
 
     def _add(self, head: int, columns: ColumnRange, spans: Integers, sums: KeySums, thread: int) -> None:
         add_sums(self.dk, self.dv, sums, head, columns, spans)
@@ -183,7 +205,20 @@ class Backward:
             mine[:, :x.shape[2]] = x[columns.start:columns.stop, head]
             mine[:, x.shape[2]:] = 0
 
-    def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, thread: int) -> None:
+    def _bias_of(self, head: int, columns: ColumnRange) -> Array | None:
+        """Give sums of the gradient of a bias that go on from what there is, for some keys and the heads of a group."""
+        if not self.block.biased:
+            return None
+        group, there = self.block.group, slice(columns.start - columns.origin, columns.stop - columns.origin)
+        sums = np.zeros((group, there.stop + self.buffers.tile), self.block.acc_dtype)
+        if self.dkey_bias is not None:
+            sums[:, there] = self.dkey_bias[columns.start:columns.stop, head * group:(head + 1) * group].T
+        return sums
+
+    def _put_back(self, head: int, columns: ColumnRange, sums: KeySums, bias: Array | None, thread: int) -> None:
+        if bias is not None and self.dkey_bias is not None:
+            group, there = self.block.group, slice(columns.start - columns.origin, columns.stop - columns.origin)
+            self.dkey_bias[columns.start:columns.stop, head * group:(head + 1) * group] = bias[:, there].T + 0
         for x, total in zip((self.dk, self.dv), sums, strict=True):
             mine = total[columns.start - columns.origin:columns.stop - columns.origin]
             np.add(mine[:, :x.shape[2]], 0, out=x[columns.start:columns.stop, head])        # no -0

@@ -6,6 +6,7 @@ row does not see becomes 0 in both, whatever stood there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .score_rows import ScoreEmitter, splats
+from .score_rows import ScoreEmitter, numbers_of, splats
 from .softmax_rows import Group
-from .vector import Vectors, at, dtype_of, unpack
+from .vector import Vectors, at, constant, dtype_of, unpack
 
 
 @intrinsic
@@ -42,14 +43,19 @@ def differentiate(context, work, row, row_keys, columns, outer, scale):  # type:
 
 
 @intrinsic
-def differentiate_scored(context, work, row, row_keys, columns, outer, scale, score):  # type: ignore[no-untyped-def]
-    """Do what `differentiate` does with the score of a `ScoreArguments`: dp becomes the gradient of the product."""
+def differentiate_scored(context, work, row, row_keys, columns, outer, scale, score, sums_at):  # type: ignore[no-untyped-def]
+    """Do what `differentiate` does with the score of a `ScoreArguments`: dp becomes the gradient of the product.
+
+    If it has a bias, the gradient of that, ``p (dp - delta)`` where seen, is added to its sums, in which `sums_at` is
+    the place of the tile's first key.
+    """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         rows, work = _rows(context, builder, signature, values)
         v = rows.v
         scale = v.splat(values[5])
         score = unpack(context, builder, signature.args[6], values[6])
         emitter = ScoreEmitter(v, score, values[1], rows.start)
+        sums = _BiasSums(rows, score, values[1], values[7])
         lse, delta, slope, dropout_key = (
             splats(v, x, values[1]) for x in (work.lse, work.delta, score.slope, score.dropout_key))
 
@@ -57,13 +63,78 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, scale, sc
             x, derivative = emitter.apply(s, i, j, slope)
             p = rows.weight(x, lse[i])
             dropped, dp = emitter.drop([p, dp], i, j, dropout_key)
-            ds = builder.fmul(builder.fmul(p, builder.fsub(dp, delta[i])), derivative)
-            return dropped, builder.fmul(ds, scale)
+            ds = builder.fmul(p, builder.fsub(dp, delta[i]))
+            sums.take(ds, i, j)
+            return dropped, builder.fmul(builder.fmul(ds, derivative), scale)
 
-        rows.over(both)
+        def add(j: Any) -> None:
+            with builder.if_then(score.biased):
+                sums.add(j)
+            sums.forget()
+
+        rows.over(both, add)
         return context.get_dummy_value()
 
-    return types.void(work, row, row_keys, columns, outer, scale, score), emit
+    return types.void(work, row, row_keys, columns, outer, scale, score, sums_at), emit
+
+
+@intrinsic
+def differentiate_biased(context, work, row, row_keys, columns, outer, scale, score, sums_at):  # type: ignore[no-untyped-def]
+    """Do what `differentiate_scored` does where there is a bias alone, to the same bits."""
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        rows, work = _rows(context, builder, signature, values)
+        v = rows.v
+        scale = v.splat(values[5])
+        score = unpack(context, builder, signature.args[6], values[6])
+        emitter = ScoreEmitter(v, score, values[1], rows.start)
+        sums = _BiasSums(rows, score, values[1], values[7])
+        lse, delta = splats(v, work.lse, values[1]), splats(v, work.delta, values[1])
+
+        def both(i: int, j: Any, s: Any, dp: Any) -> tuple[Any, Any]:
+            p = rows.weight(emitter.with_bias(builder.fmul(s, v.splat(score.ratio)), i, j), lse[i])
+            ds = builder.fmul(p, builder.fsub(dp, delta[i]))
+            sums.take(ds, i, j)
+            return p, builder.fmul(ds, scale)
+
+        def add(j: Any) -> None:
+            sums.add(j)
+            sums.forget()
+
+        rows.over(both, add)
+        return context.get_dummy_value()
+
+    return types.void(work, row, row_keys, columns, outer, scale, score, sums_at), emit
+
+
+class _BiasSums:
+    """Emits what adds a vector of each row of a group to sums of the gradient of a bias."""
+
+    def __init__(self, rows: _Rows, score: Any, row: Any, sums_at: Any) -> None:
+        builder = rows.v.builder
+        self._rows = rows
+        self._same = builder.icmp_signed("==", score.sums_step, constant(0))
+        self._places = [at(builder, at(builder, score.bias_sums, place), sums_at)
+                        for place in numbers_of(builder, score.sums_at, row)]
+        self._taken: list[Any] = []
+
+    def take(self, x: Any, i: int, j: Any) -> None:
+        """Take what row i has of the columns from j on."""
+        self._taken.append(self._rows.seen(x, i, j))
+
+    def add(self, j: Any) -> None:
+        """Emit the sums of what was taken: in one place for all rows, or in one for each."""
+        v, b = self._rows.v, self._rows.v.builder
+        with b.if_else(self._same) as (together, apart):
+            with together:
+                total = functools.reduce(b.fadd, self._taken)
+                v.store(b.fadd(v.load(self._places[0], j), total), self._places[0], j)
+            with apart:
+                for x, place in zip(self._taken, self._places, strict=True):
+                    v.store(b.fadd(v.load(place, j), x), place, j)
+
+    def forget(self) -> None:
+        """Begin with other columns."""
+        self._taken = []
 
 
 def _rows(context: Any, builder: Any, signature: Any, values: Any) -> tuple[_Rows, Any]:
@@ -82,6 +153,7 @@ class _Rows:
         self.start = columns.start
         self.group = Group(vectors, work, row, row_keys, columns)
         self.edges = [outer[0], *self.group.edges, outer[1]]
+        self.masked = False                # whether some rows may not see some of the columns at hand
         self.dp = [at(vectors.builder, work.dp, place) for place in self.group.places]
 
     def weight(self, x: Any, lse: Any) -> Any:
@@ -89,18 +161,23 @@ class _Rows:
         v = self.v
         return v.exp(v.smaller(v.number(0.0), v.builder.fsub(x, lse)))
 
-    def over(self, both: Callable[[int, Any, Any, Any], tuple[Any, Any]]) -> None:
-        """Emit ``s, dp = both(i, j, s, dp)`` over the vectors and the rows."""
+    def seen(self, x: Any, i: int, j: Any) -> Any:
+        """Give x of row i and the columns from j on, 0 where they are not seen."""
+        return self.v.where(self.v.inside(j, *self.group.seen[i]), x, self.v.number(0.0)) if self.masked else x
+
+    def over(self, both: Callable[[int, Any, Any, Any], tuple[Any, Any]],
+             after: Callable[[Any], None] | None = None) -> None:
+        """Emit ``s, dp = both(i, j, s, dp)`` over the vectors and the rows, and ``after(j)`` for each vector seen."""
         v = self.v
         zero = self.v.number(0.0)
         for number, part in enumerate(("unseen", "masked", "seen", "masked", "unseen")):
+            self.masked = part == "masked"
             with self.group.columns(*self.edges[number:number + 2]) as j:
                 for i, (s, dp) in enumerate(zip(self.group.s, self.dp, strict=True)):
                     x = y = zero
                     if part != "unseen":
                         x, y = both(i, j, v.load(s, j), v.load(dp, j))
-                    if part == "masked":
-                        inside = v.inside(j, *self.group.seen[i])
-                        x, y = v.where(inside, x, zero), v.where(inside, y, zero)
-                    v.store(x, s, j)
-                    v.store(y, dp, j)
+                    v.store(self.seen(x, i, j), s, j)
+                    v.store(self.seen(y, i, j), dp, j)
+                if after is not None and part != "unseen":
+                    after(j)

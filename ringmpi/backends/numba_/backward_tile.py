@@ -16,7 +16,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .backward_rows import differentiate, differentiate_scored
+from .backward_rows import differentiate, differentiate_biased, differentiate_scored
 from .forward_tile import address, score_panels
 from .pack import lanes, pack_keys, pack_queries, pack_values, panels
 from .product import ROWS, VECTORS, add_product, add_transposed_product
@@ -139,8 +139,10 @@ def backward_packed(tile, slot, work, packed, sums, sums_at, gradient, score):  
         columns = Columns(first, inner_first, inner_last, last, tile.start)
         if score is None:
             differentiate(work, g, s.shape[1], columns, outer, gradient.scale)
+        elif score.only_biased:
+            differentiate_biased(work, g, s.shape[1], columns, outer, gradient.scale, score, sums_at)
         else:
-            differentiate_scored(work, g, s.shape[1], columns, outer, gradient.scale, score)
+            differentiate_scored(work, g, s.shape[1], columns, outer, gradient.scale, score, sums_at)
 
     if gradient.of_queries:
         add_queries(tile.rows, work, Contiguous(packed.k_as_values, k_as_values_at), packed.tile)

@@ -25,7 +25,7 @@ from .score_rows import apply_dropout, apply_score
 from .softmax_rows import multiply_add, raise_maxima, weigh
 from .tuples import Columns, Contiguous, ForwardWork, Prefetch, Strided
 from .vector import machine
-from .weights import end_weights, weigh_products
+from .weights import end_weights, weigh_biased_products, weigh_products
 
 MOST_ROWS = 32 * ROWS
 MOST_KEYS = 128
@@ -61,7 +61,8 @@ def score_packed(tile, slot, work, block, packed, score):  # type: ignore[no-unt
         pack_keys(k, tile.start, tile.n, tile.head, packed.keys, keys_at)
     find_eager(tile, work, score)
     keys = Contiguous(packed.keys, keys_at)
-    weigh_panels(tile, work, work.p, keys, address(packed.values) + values_at * packed.values.itemsize, block.scale)
+    weigh_panels(tile, work, work.p, keys, address(packed.values) + values_at * packed.values.itemsize, block.scale,
+                 score)
     for g in range(0, tile.rows, ROWS):
         if work.eager[g]:
             end_weights(work, g)
@@ -88,7 +89,9 @@ def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-u
 @numba.njit(error_model="numpy")
 def find_eager(tile, work, score):  # type: ignore[no-untyped-def]
     """Say which groups' scores can become weights at once: all is seen, and there is something to subtract."""
-    whole = score is None and tile.n % (VECTORS * lanes(work.s)) == 0
+    whole = tile.n % (VECTORS * lanes(work.s)) == 0
+    if score is not None:
+        whole = whole and score.only_biased
     for g in range(0, tile.rows, ROWS):
         eager = whole and work.groups[g, 2] == 0 and work.groups[g, 3] == tile.n
         for r in range(g, g + ROWS):
@@ -97,7 +100,7 @@ def find_eager(tile, work, score):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(error_model="numpy")
-def weigh_panels(tile, work, p, keys, ahead, scale):  # type: ignore[no-untyped-def]
+def weigh_panels(tile, work, p, keys, ahead, scale, score):  # type: ignore[no-untyped-def]
     """Do what `score_panels` does, but make weights of the groups in `eager`; those that rise too high leave it."""
     queries = work.queries
     s = work.s
@@ -113,8 +116,13 @@ def weigh_panels(tile, work, p, keys, ahead, scale):  # type: ignore[no-untyped-
             prefetched = Prefetch(following + g // ROWS * depth * share, share)
             first = panel
             if work.eager[g]:
-                if not weigh_products(a, Contiguous(keys.array, keys.at + panel * depth), work, p, g, s.shape[1],
-                                      panel, depth, prefetched, scale):
+                b = Contiguous(keys.array, keys.at + panel * depth)
+                if score is None:
+                    too_high = weigh_products(a, b, work, p, g, s.shape[1], panel, depth, prefetched, scale)
+                else:
+                    too_high = weigh_biased_products(a, b, work, p, g, s.shape[1], panel, depth, prefetched,
+                                                     score.ratio, score, tile.start)
+                if not too_high:
                     continue
                 work.eager[g] = False
                 first = 0

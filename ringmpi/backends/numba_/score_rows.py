@@ -1,8 +1,8 @@
 """Score functions on a group of rows: products to scores before the softmax, weights to dropped weights after it.
 
-One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes and 100 for dropout:
-Philox is ten products of 32 by 32 bits. Which of them there are is known at run time alone, so each vector asks; the
-branches always go the same way.
+One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes, 2 for a bias and 100 for
+dropout: Philox is ten products of 32 by 32 bits. Which of them there are is known at run time alone, so each vector
+asks; the branches always go the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class ScoreEmitter:
         self.score = score
         self.keys = at(vectors.builder, score.keys, start)
         self.position = splats(vectors, score.position, row)
+        self.bias = [at(vectors.builder, at(vectors.builder, score.bias, place), start)
+                     for place in numbers_of(vectors.builder, score.bias_at, row)]
 
     def apply(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
         """Turn products into scores; give their derivative by scale·product too."""
@@ -46,13 +48,19 @@ class ScoreEmitter:
         has_cap = b.fcmp_unordered("!=", score.cap, ir.Constant(v.element, 0.0))
         x, derivative = self._if(has_cap, capped, [x, v.number(1.0)])
 
-        def biased() -> list[Any]:
+        def sloped() -> list[Any]:
             k = self._positions(j)
             later = b.icmp_signed(">", self.position[i], k)
             distance = b.select(later, b.sub(self.position[i], k), b.sub(k, self.position[i]))      # up to 2^32
             return [b.fsub(x, b.fmul(slope[i], b.uitofp(distance, v.kind)))]
 
-        return self._if(score.sloped, biased, [x])[0], derivative
+        x, = self._if(score.sloped, sloped, [x])
+        x, = self._if(score.biased, lambda: [self.with_bias(x, i, j)], [x])
+        return x, derivative
+
+    def with_bias(self, x: Any, i: int, j: Any) -> Any:
+        """Add the bias of the keys."""
+        return self.v.builder.fadd(x, self.v.load(self.bias[i], j))
 
     def drop(self, x: list[Any], i: int, j: Any, dropout_key: list[Any]) -> list[Any]:
         """Multiply vectors by 0 or the gain; as they are where the gain is 0."""
@@ -126,6 +134,8 @@ def load_row_scores(first, count, rows, head, group, score):  # type: ignore[no-
             score.slope[r] = score.slopes[h]
             score.dropout_key[r] = score.dropout_keys[h]
             score.position[r] = score.queries[i]
+            score.bias_at[r] = h * score.bias_step
+            score.sums_at[r] = (h - head * group) * score.sums_step
 
 
 def score_arguments_from(score, row):  # type: ignore[no-untyped-def]
@@ -139,15 +149,20 @@ def _score_arguments_from(score, row):  # type: ignore[no-untyped-def]
 
 
 def _rows_from(score, row):  # type: ignore[no-untyped-def]
-    return ScoreArguments(score.ratio, score.cap, score.sloped, score.threshold, score.gain, score.slopes,
-                          score.dropout_keys, score.queries, score.keys, score.slope[row:], score.dropout_key[row:],
-                          score.position[row:])
+    return ScoreArguments(score.ratio, score.cap, score.sloped, score.biased, score.only_biased, score.threshold,
+                          score.gain, score.slopes, score.dropout_keys, score.queries, score.keys, score.bias,
+                          score.bias_step, score.bias_sums, score.sums_step, score.slope[row:], score.dropout_key[row:],
+                          score.position[row:], score.bias_at[row:], score.sums_at[row:])
 
 
 def splats(v: Vectors, numbers: Any, row: Any) -> list[Any]:
     """Load the numbers of rows row..row + ROWS, each to every lane."""
-    b = v.builder
-    return [v.splat(b.load(at(b, numbers, b.add(row, constant(i))))) for i in range(ROWS)]
+    return [v.splat(number) for number in numbers_of(v.builder, numbers, row)]
+
+
+def numbers_of(builder: Any, numbers: Any, row: Any) -> list[Any]:
+    """Load the numbers of rows row..row + ROWS."""
+    return [builder.load(at(builder, numbers, builder.add(row, constant(i)))) for i in range(ROWS)]
 
 
 def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[int, Any, Any]]:

@@ -445,28 +445,49 @@ class ScoreArguments(NamedTuple):
     ----------
     ratio, cap : number
         scale / softcap and softcap; scale and 0 without.
-    sloped : bool
+    sloped, biased : bool
+    only_biased : bool
+        Whether there is a bias, and no softcap, slopes or dropout.
     threshold, gain : int64 and number
         Of dropout; gain is 0 without.
     slopes, dropout_keys : (heads,)
     queries, keys : (n_q,), (n_k + a vector,)
         Positions.
+    bias : (heads · (n_k + a vector),) or (n_k + a vector,)
+        Of the keys, head after head, or that of all heads.
+    bias_step : int
+        Numbers from a head's to the next; 0 if they have the same.
+    bias_sums : array of one axis
+        In the backward pass of a bias, sums of its gradient: those of a task's keys, for each query head of a key head
+        or for all of them.
+    sums_step : int
+        Numbers from a head's to the next; 0 if they have the same.
     slope, dropout_key, position : (rows,)
         Of a thread: those of the rows that it works on.
+    bias_at, sums_at : (rows,) int64
+        Where the bias of a row's head begins, and its sums.
     """
 
     ratio: Any
     cap: Any
     sloped: Any
+    biased: Any
+    only_biased: Any
     threshold: Any
     gain: Any
     slopes: Any
     dropout_keys: Any
     queries: Any
     keys: Any
+    bias: Any
+    bias_step: Any
+    bias_sums: Any
+    sums_step: Any
     slope: Any
     dropout_key: Any
     position: Any
+    bias_at: Any
+    sums_at: Any
 
 
 class Tile(NamedTuple):

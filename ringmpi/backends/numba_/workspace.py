@@ -122,7 +122,8 @@ class ForwardScratch:
 def row_score(rows: int, acc_dtype: np.dtype[Any]) -> tuple[Array, ...]:
     """Make the last fields of a `ScoreArguments`: what a score needs to know of each row of the work space."""
     integer = np.dtype(f"i{acc_dtype.itemsize}")
-    return aligned(rows, acc_dtype), aligned(rows, integer), aligned(rows, integer)
+    places = aligned(rows, np.int64), aligned(rows, np.int64)
+    return aligned(rows, acc_dtype), aligned(rows, integer), aligned(rows, integer), *places
 
 
 class BackwardMemory:

@@ -1,0 +1,60 @@
+"""Keys that a bias of -inf leaves out: which queries see others, by a bit that all ranks give for each key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import Layout
+from .plan import Plan
+
+Bits = NDArray[np.uint8]
+
+
+def bits_of(key_bias: NDArray[Any]) -> Bits:
+    """Say which keys of this rank are not left out, a bit for each. Local.
+
+    Parameters
+    ----------
+    key_bias : array of shape (batch, n_k, heads or 1)
+    """
+    return np.packbits(np.moveaxis(~np.isneginf(key_bias), 1, 2), axis=2).reshape(-1)
+
+
+def seen_by_heads(plan: Plan, layout: Layout, bits: Sequence[Bits], heads: int) -> list[NDArray[np.bool_]]:
+    """Say which rows see any key that is not left out. Local.
+
+    Parameters
+    ----------
+    plan : Plan
+    layout : Layout
+        Of the keys.
+    bits : for each rank, what `bits_of` gives
+    heads : int
+        That have a bias of their own; 1 if it is that of all.
+
+    Returns
+    -------
+    for each element of the batch, a bool array of shape (rows, heads)
+        Of the rows and heads that this rank finishes.
+    """
+    own = slice(plan.own_rows)
+    order = np.concatenate([layout.positions(rank) for rank in range(len(layout.counts))])
+    tables = [part.reshape(plan.batch, heads, -(-count // 8)) for part, count in zip(bits, layout.counts, strict=True)]
+    mine = range(1) if heads == 1 else range(plan.share.queries.start, plan.share.queries.stop)
+    found = []
+    for element, bounds in enumerate(plan.of_elements(plan.bounds)):
+        seen = np.zeros((plan.own_rows, len(mine)), bool)
+        for column, head in enumerate(mine):
+            below = np.zeros(layout.length + 1, np.int64)            # keys before a position that are not left out
+            below[1 + order] = np.concatenate([np.unpackbits(table[element, head], count=count)
+                                               for table, count in zip(tables, layout.counts, strict=True)])
+            np.cumsum(below, out=below)
+            for rows in bounds.pieces(own):
+                for low, high in bounds.of(rows):
+                    seen[rows, column] |= below[high] > below[low]
+        found.append(np.broadcast_to(seen, (plan.own_rows, plan.dims[0])))
+    return found
