@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from types import TracebackType
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
