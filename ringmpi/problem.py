@@ -158,7 +158,7 @@ class Problem:
         row_counts = [sum(q_layout.counts[r] for r in grid.group("heads", other).ranks) for other in queries.ranks]
         positions = np.concatenate([q_layout.positions(r) for r in row_ranks])
         bounds = self.mask.bounds(positions, q_layout.length, kv_layout.length)
-        score = self._score(dim, share)
+        score = self.score(dim, share)
         if score.positional:
             score = replace(score, queries=self.mask.positions(positions, q_layout.length, kv_layout.length))
 
@@ -172,8 +172,8 @@ class Problem:
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None)
 
-    def _score(self, dim: int, share: HeadShare) -> Score:
-        """Give the score of some heads, without positions."""
+    def score(self, dim: int, share: HeadShare) -> Score:
+        """Give the score of some heads, without positions. Local."""
         return Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0,
                      None if self.alibi is None else self.alibi[share.queries], self.dropout)
 
@@ -195,7 +195,7 @@ class Problem:
         return KeyPlan(self.mask, lengths, tile, sources, increasing(kv_layout, beside.ranks), shapes,
                        Tokens.of_queries([tiled.counts[r] for r in beside.ranks], shares),
                        Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), share.queries,
-                       self._score(dim, share), Move.between(kv_layout, blocks, rank),
+                       self.score(dim, share), Move.between(kv_layout, blocks, rank),
                        Move.between(q_layout, tiled, rank))
 
 
