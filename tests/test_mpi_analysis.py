@@ -13,8 +13,8 @@ pytestmark = pytest.mark.mpi
 
 LEVELS = {"backend": ["numba", "numpy"], "dtype": ["float32", "float64", "bfloat16"],
           "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
-          "mask": ["full", "causal", "window", "documents", "prefix", "first", "all", "trees"],
-          "heads": list(HEADS), "length": [1, "P-1", 203], "grid": range(12),
+          "mask": ["full", "causal", "window", "documents", "all", "trees"],
+          "heads": list(HEADS), "length": [1, "P-1", 203], "grid": range(8),
           "kind": ["plain", "softcap", "alibi", "sinks"]}
 CASES = covering(LEVELS, seed=3)
 
@@ -24,7 +24,7 @@ def test_dense_weights(comm, number):
     """All that is asked, on every schedule, layout and mask."""
     case = of_size(CASES[number], comm.size)
     possible = list(grids(comm.size, HEADS[case["heads"]]))
-    grid = possible[case["grid"] * len(possible) // 12]
+    grid = possible[case["grid"] * len(possible) // 8]
     heads, kv_heads = case["heads"]
     n, dtype = case["length"], case["dtype"]
     q, k, _ = random_qkv(number, n, n, heads, kv_heads, 16, 1, dtype)
@@ -93,7 +93,7 @@ def sharded(comm, seed=0, n=60, batch=()):
 
 def test_a_batch_is_its_elements(comm):
     q, k, _ = sharded(comm, batch=(2,))
-    options = {"comm": comm, "layout": "striped", "mask": Mask(causal=True), "timeout": 60}
+    options = {"comm": comm, "layout": "striped", "mask": Mask(causal=True), "timeout": 60, "schedule": "ring"}
     _, lse = ring_attention(q, k, k, return_lse=True, **options)
     for i in range(2):
         one = q[i], k[i], lse[i]
