@@ -78,7 +78,7 @@ def test_errors_leave_nothing(files, tmp_path):
     source, out = map(str, files)
     target = tmp_path / "weights.h5"
     for code, arguments in [
-            (3, [source, out, str(target), "--rows", "203"]), (3, [source, out, source, "--force"]),
+            (2, [source, out, str(target), "--rows", "203"]), (2, [source, out, source, "--force"]),
             (3, [str(tmp_path / "none.h5"), out, str(target)]), (3, [source, source, str(target)]),
             (6, [source, out, str(tmp_path / "no folder" / "weights.h5")])]:
         assert main(["analyse", *arguments, "--quiet", "--backend", "numpy"]) == code, arguments

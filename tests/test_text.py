@@ -68,7 +68,8 @@ def test_attention_predicts_the_repeated_text(tmp_path, monkeypatch):
     assert (guess[40:-1] == truth[40:]).all()
     assert (head[40:] == len(ORDERS) - 1).all()
     assert (head[:4] == -1).all()
-    assert main(["analyse", "in.h5", "out.h5", "weights.h5", "--top", "2", "--rows", "100", "--quiet"]) == 0
+    assert main(["analyse", "in.h5", "out.h5", "weights.h5", "--top", "2", "--rows", "100", "--quiet", "--backend",
+                 "numpy"]) == 0
     with open_file(tmp_path / "weights.h5") as file:
         assert file["top_positions"][100, -1, 0] == 101
         assert file["top_weights"][100, -1, 0] > 0.99

@@ -19,10 +19,10 @@ class Groups(NamedTuple):
 
     of: str
     numbers: Integers
-    count: int
+    total: int
 
 
-def check_groups(name: str, groups: Any, count: Any, tokens: int) -> Groups:
+def check_groups(name: str, groups: Any, total: Any, tokens: int) -> Groups:
     """Take the groups of a rank's tokens, or raise an error. Local.
 
     Parameters
@@ -30,7 +30,7 @@ def check_groups(name: str, groups: Any, count: Any, tokens: int) -> Groups:
     name : str
         Of the tokens: "queries" or "keys".
     groups : int array of shape (tokens,)
-    count : int
+    total : int
     tokens : int
 
     Raises
@@ -38,7 +38,7 @@ def check_groups(name: str, groups: Any, count: Any, tokens: int) -> Groups:
     ShapeError, DtypeError, OptionError
         If they are no numbers of groups, one for each token.
     """
-    count = check_integer("n_groups", count, 1)
+    total = check_integer("n_groups", total, 1)
     numbers = as_host_array(groups, "groups")
     if numbers.dtype.kind not in "iu":
         raise DtypeError(f"groups: expected integers, got {numbers.dtype}")
@@ -46,11 +46,11 @@ def check_groups(name: str, groups: Any, count: Any, tokens: int) -> Groups:
         raise ShapeError(f"groups: expected shape ({tokens},), a number for each of this rank's {name}, got "
                          f"{numbers.shape}")
     numbers = numbers.astype(np.int64)
-    wrong = (numbers < -1) | (numbers >= count)
+    wrong = (numbers < -1) | (numbers >= total)
     if wrong.any():
-        raise OptionError(f"groups: expected numbers from 0 to {count - 1}, or -1 for none, got "
+        raise OptionError(f"groups: expected numbers from 0 to {total - 1}, or -1 for none, got "
                           f"{numbers[wrong.argmax()]}")
-    return Groups(name, numbers, count)
+    return Groups(name, numbers, total)
 
 
 def members(numbers: Integers) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:

@@ -48,13 +48,13 @@ class WeightsPass(ForwardPass):
         """Give what each key of this rank weighs for the queries of each group, (batch, n_k, heads, groups)."""
         call, plan = self.call, self.plan
         batch, _, heads, _ = call.q.shape
-        result = np.zeros((batch, call.k.shape[1], heads, groups.count))
+        result = np.zeros((batch, call.k.shape[1], heads, groups.total))
         numbers = np.broadcast_to(groups.numbers[:, None], call.lse.shape)
         inside = self._enter([(numbers, plan.q_tokens)], [])
         of_queries, *_ = inside.rows
 
         sums = result
-        shapes = [[(*shape[:2], plan.dims[0], groups.count)] for shape, _ in plan.shapes]
+        shapes = [[(*shape[:2], plan.dims[0], groups.total)] for shape, _ in plan.shapes]
         if self.movers.heads.group.size > 1:
             sums = np.zeros(shapes[self.movers.carrier.group.index][0])
         blocks, of_keys = Blocks(inside.block, self._shapes(inside.block)), Blocks([sums], shapes)
@@ -87,12 +87,13 @@ class WeightsPass(ForwardPass):
                                         inside.lse[i, part], values, begin, end, score)
 
         inside = self._enter([], [])
-        return self._of_rows(inside, loops, [sums], _add)[0]
+        result: NDArray[np.float64] = self._of_rows(inside, loops, [sums], _add)[0]
+        return result
 
     def mass_by_group(self, groups: Groups) -> NDArray[np.float64]:
         """Give what the keys of each group weigh for each of this rank's queries, (batch, n_q, heads, groups)."""
         call = self.call
-        sums = self._zeros(groups.count)
+        sums = self._zeros(groups.total)
         numbers = np.ascontiguousarray(np.broadcast_to(groups.numbers[:, None], call.k.shape[:3]))
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
@@ -107,7 +108,8 @@ class WeightsPass(ForwardPass):
                 sums[i, part, :, group] += made[..., MASS]
 
         inside = self._enter([], [(numbers, self.plan.kv_tokens)])
-        return self._of_rows(inside, loops, [sums], _add)[0]
+        result: NDArray[np.float64] = self._of_rows(inside, loops, [sums], _add)[0]
+        return result
 
     def tops(self, count: int) -> tuple[Array, Integers]:
         """Give the highest scores of this rank's queries, and the positions of these keys: (batch, n_q, heads, n)."""

@@ -68,6 +68,9 @@ class Weights(RingAttention):
             raise
         self._problem = replace(self._problem, dropout=0.0)
 
+    def __enter__(self) -> Weights:
+        return self
+
     def key_mass(self, q: Any, k: Any, lse: Any, *, groups: Any = None, n_groups: Any = None, sinks: Any = None
                  ) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.key_mass` does. Collective over *comm*."""
@@ -92,9 +95,9 @@ class Weights(RingAttention):
     def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None) -> Top:
         """Do what `ringmpi.analysis.top` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
-            return NO_GROUPS._replace(count=check_integer("n", n, 1))
+            return NO_GROUPS._replace(total=check_integer("n", n, 1))
 
-        (scores, positions), call = self._over(f"top {n}", q, k, lse, sinks, lambda one, taken: one.tops(taken.count),
+        (scores, positions), call = self._over(f"top {n}", q, k, lse, sinks, lambda one, taken: one.tops(taken.total),
                                                take)
         with np.errstate(invalid="ignore"):
             made = np.exp(np.minimum(scores.astype(np.float64) - call.lse[..., None], 0)).astype(scores.dtype)

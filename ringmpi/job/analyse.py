@@ -154,12 +154,17 @@ class _Job:
         if question.max_score:
             self._write_small(file, "max_score", lambda: weights.max_score(*given[:2]))
         if question.top:
-            found: list[Array] = []
-            self._write(file, "top_weights", lambda: (found.extend(weights.top(*given[:2], question.top, self._lse)),
-                                                      found[0])[1])
-            self._write(file, "top_positions", lambda: found[1])
+            self._write_top(file, question.top)
         if question.rows:
             self._write_rows(file, np.array(question.rows))
+
+    def _write_top(self, file: OutputFile | None, n: int) -> None:
+        """Write the heaviest keys of each query."""
+        start = time.perf_counter()
+        found = self._weights.top(self._q, self._k, n, self._lse)
+        self._say(f"top {n}: {time.perf_counter() - start:.2f} s")
+        self._write(file, "top_weights", lambda: found.weights)
+        self._write(file, "top_positions", lambda: found.positions)
 
     def _write(self, file: OutputFile | None, name: str, make_shard: Callable[[], Array]) -> None:
         """Write what is made of the tokens, in the order of the input."""
