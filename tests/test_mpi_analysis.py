@@ -74,7 +74,8 @@ def test_dense_weights(comm, number):
     most = np.where(see[:, None], x, -np.inf).max(axis=(0, 2), initial=-np.inf)
     got = analysis.max_score(*given[:2], **options)
     assert (np.isinf(got) == np.isinf(most)).all()
-    assert np.abs(np.where(np.isinf(most), 0, got - most)).max() <= 10 * bound * 20
+    finite = np.isfinite(most)
+    assert np.abs(got[finite] - most[finite]).max(initial=0) <= 200 * bound
 
     chosen = np.random.default_rng(1).permutation(n)[:3]
     if n:

@@ -483,5 +483,5 @@ def test_sums_of_weights_are_refused(comm, emulated):
     with pytest.raises(BackendError, match="backend cuda sums up no weights yet; take backend='numba'"):
         analysis.entropy(q, k, lse, comm=comm, backend="cuda", timeout=60)
     with pytest.raises(BackendError, match="backend cuda sums up no weights yet; take backend='numba'"):
-        analysis.key_mass(FakeArray(q), FakeArray(k), lse, comm=comm, timeout=60)
+        analysis.key_mass(emulated.array(q), emulated.array(k), lse, comm=comm, timeout=60)
     assert analysis.key_mass(q, k, lse, comm=comm, timeout=60).shape == (8, 2)
