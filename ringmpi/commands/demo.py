@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..mpi.comm import Comm
     from .demo_text import Text
 
+PICTURES = (".png", ".svg", ".pdf")
 SEARCHED = 16                  # queries, about, of which the one that looked farthest back is quoted
 HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
 
@@ -31,6 +32,14 @@ HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  
 def contexts(text: str) -> list[int]:
     """Read N[,N...]: lengths of context in bytes."""
     return [positive(part) for part in text.split(",")]
+
+
+def picture(text: str) -> Path:
+    """Read the name of a picture."""
+    path = Path(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {text!r}")
+    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                         help="seconds to wait for another rank (default: 1800)")
-    parser.add_argument("--plot", type=Path, metavar="FILE",
-                        help="draw where the quoted query looked, .png or .svg; with matplotlib, the extra `plot` "
-                             "(default: no picture)")
+    parser.add_argument("--plot", type=picture, metavar="FILE",
+                        help="draw where the quoted query looked, .png, .svg or .pdf; with matplotlib, the extra "
+                             "`plot` (default: no picture)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
     parser.set_defaults(collective=True)
 
