@@ -65,8 +65,8 @@ except PackageNotFoundError:          # a checkout that is not installed
 
 
 def __getattr__(name: str) -> Any:
-    if name == "torch":                   # a module that needs PyTorch
-        return importlib.import_module(".torch", __name__)
+    if name in ("analysis", "torch"):     # modules with names of their own; the second needs PyTorch
+        return importlib.import_module(f".{name}", __name__)
     if name in _MODULE:
         return getattr(importlib.import_module(f".{_MODULE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

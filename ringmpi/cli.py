@@ -27,6 +27,7 @@ COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
     "make": "make an input file: random numbers, or real text",
     "check": "recompute sampled rows of a result in float64",
+    "analyse": "where the attention of a result went: sums over its weights",
     "merge": "copy a sharded result into one plain file",
     "clean": "remove what interrupted runs have left beside a result",
     "plan": "which schedule would be fast on a machine, and why",

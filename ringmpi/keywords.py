@@ -12,6 +12,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _DOCUMENTS = "mask=ringmpi.Mask(documents=offsets)"
 _LSE = "return_lse=True"
+_WEIGHTS = f"{_LSE}, and ringmpi.analysis for what the weights are: key_mass, rows, top, entropy"
 OURS = {
     **dict.fromkeys(("causal", "is_causal"), "mask=ringmpi.Mask(causal=True)"),
     **dict.fromkeys(("window", "window_size", "sliding_window", "local_window_size"),
@@ -31,7 +32,8 @@ OURS = {
     **dict.fromkeys(("alibi_slopes", "slopes"), "alibi="),
     **dict.fromkeys(("bias", "score_bias", "log_weights"), "key_bias=, in the call, a number for each key"),
     **dict.fromkeys(("s_aux", "attn_sink", "attention_sinks"), "sinks=, in the call"),
-    **dict.fromkeys(("return_attn_probs", "return_softmax", "return_softmax_lse", "output_attentions"), _LSE),
+    "return_softmax_lse": _LSE,
+    **dict.fromkeys(("return_attn_probs", "return_softmax", "output_attentions", "need_weights"), _WEIGHTS),
     **dict.fromkeys(("enable_gqa", "num_key_value_groups"), "nothing: heads may be any multiple of kv_heads"),
     **dict.fromkeys(("group", "process_group", "cp_group", "sp_group", "ring_pg", "axis_name", "mesh"),
                     "comm=, an MPI communicator"),

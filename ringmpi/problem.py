@@ -164,7 +164,7 @@ class Problem:
         row_counts = [sum(q_layout.counts[r] for r in grid.group("heads", other).ranks) for other in queries.ranks]
         positions = np.concatenate([q_layout.positions(r) for r in row_ranks])
         bounds = bounds_of(self.mask, positions, (q_layout.length, kv_layout.length), batch)
-        score = self._score(dim, share)
+        score = self.score(dim, share)
 
         # The keys: a block for each rank that shares them.
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
@@ -184,8 +184,8 @@ class Problem:
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
                     bias_tokens, layouts[1] if records.leave_out else None)
 
-    def _score(self, dim: int, share: HeadShare) -> Score:
-        """Give the score of some heads, without positions."""
+    def score(self, dim: int, share: HeadShare) -> Score:
+        """Give the score of some heads, without positions. Local."""
         return Score(1 / math.sqrt(dim) if self.scale is None else self.scale, self.softcap or 0.0,
                      None if self.alibi is None else self.alibi[share.queries], self.dropout)
 
@@ -207,7 +207,7 @@ class Problem:
         return KeyPlan(self.mask, lengths, tile, sources, increasing(kv_layout, beside.ranks), shapes,
                        Tokens.of_queries([tiled.counts[r] for r in beside.ranks], shares),
                        Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), share.queries,
-                       self._score(dim, share), Move.between(kv_layout, blocks, rank),
+                       self.score(dim, share), Move.between(kv_layout, blocks, rank),
                        Move.between(q_layout, tiled, rank),
                        Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, records.common("key_bias")),
                        Tokens.of_queries([kv_layout.counts[r] for r in beside.ranks], shares))

@@ -63,7 +63,7 @@ def test_help_needs_no_mpi(command):
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    ([], "expected a COMMAND: attend, make, check, merge, clean, plan, info, demo, bench"),
+    ([], "expected a COMMAND: attend, make, check, analyse, merge, clean, plan, info, demo, bench"),
     (["fly"], "invalid choice"),
     (["attend", "in.h5"], "OUT.h5"),
     (["attend", "a", "b", "--window", "3,4,5"], "expected LEFT"),
@@ -80,6 +80,9 @@ def test_help_needs_no_mpi(command):
     (["make", "random", "a", "--tokens", "5", "--heads", "3", "--kv-heads", "2"], "multiple of --kv-heads"),
     (["make", "text", "a", "--tokens", "5", "--queries", "6"], "--queries must be at most"),
     (["bench", "everything"], "invalid choice"),
+    (["analyse", "a", "b"], "RESULT.h5"),
+    (["analyse", "a", "b", "c", "--top", "0"], "integer >= 1"),
+    (["analyse", "a", "b", "c", "--rows", "1,x"], "integer >= 0"),
 ])
 def test_argument_errors_need_no_mpi(arguments, text):
     said = without_mpi(*arguments)

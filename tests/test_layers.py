@@ -31,6 +31,7 @@ LAYERS = [
     {"canonical", "tangents"},
     {"checkpoint"},
     {"attention"},
+    {"analysis"},
     {"functional", "job", "kv", "torch"},
     {"commands"},
     {"cli"},

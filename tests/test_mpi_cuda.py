@@ -12,12 +12,14 @@ from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
 
 from ringmpi import (
+    BackendError,
     Contiguous,
     KVCache,
     Mask,
     OptionError,
     RingAttention,
     Schedule,
+    analysis,
     device,
     redistribute,
     ring_attention,
@@ -472,3 +474,14 @@ def test_all_ranks_take_the_kernel_for_hopper_or_none(comm, emulated, monkeypatc
         monkeypatch.setenv("RINGMPI_HOPPER", str(int(asked[comm.rank])))
         with RingAttention(comm, backend="cuda") as attention:
             assert attention.backend.hopper is taken
+
+
+def test_sums_of_weights_are_refused(comm, emulated):
+    """The same error on all ranks, for arrays on the host and on a GPU; the communicator is as good as before."""
+    q, k, _ = random_qkv(1, 8, 8, 2, 1, 16, 16, "float32")
+    lse = np.zeros((8, 2), "f4")
+    with pytest.raises(BackendError, match="backend cuda sums up no weights yet; take backend='numba'"):
+        analysis.entropy(q, k, lse, comm=comm, backend="cuda", timeout=60)
+    with pytest.raises(BackendError, match="backend cuda sums up no weights yet; take backend='numba'"):
+        analysis.key_mass(emulated.array(q), emulated.array(k), lse, comm=comm, timeout=60)
+    assert analysis.key_mass(q, k, lse, comm=comm, timeout=60).shape == (8, 2)

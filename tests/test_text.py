@@ -12,7 +12,6 @@ from ringmpi.commands.demo_text import (
     hash_contexts,
     predict_bytes,
     read_text,
-    strongest_key,
     unpack_signs,
 )
 from ringmpi.files.hdf5 import read_integers, read_rows
@@ -69,9 +68,12 @@ def test_attention_predicts_the_repeated_text(tmp_path, monkeypatch):
     assert (guess[40:-1] == truth[40:]).all()
     assert (head[40:] == len(ORDERS) - 1).all()
     assert (head[:4] == -1).all()
-    column, weight = strongest_key(tmp_path / "in.h5", 100, 600, len(ORDERS) - 1)
-    assert column == 101
-    assert weight > 0.99
+    assert main(["analyse", "in.h5", "out.h5", "weights.h5", "--top", "2", "--rows", "100", "--quiet", "--backend",
+                 "numpy"]) == 0
+    with open_file(tmp_path / "weights.h5") as file:
+        assert file["top_positions"][100, -1, 0] == 101
+        assert file["top_weights"][100, -1, 0] > 0.99
+        assert file["rows"][0, -1, 101] == file["top_weights"][100, -1, 0]
     with open_file(tmp_path / "in.h5") as file:
         assert read_integers(file, "documents").tolist() == [0, 1000]
         assert file["text"][...].tobytes() == once + once

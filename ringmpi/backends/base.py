@@ -21,6 +21,7 @@ from ..softmax import Gradient, State, combine, finish, row_delta
 from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
+NO_WEIGHTS = "backend {} sums up no weights yet; take backend='numba' or 'numpy', with arrays on the host"
 
 
 class Bound:
@@ -108,6 +109,7 @@ class Backend:
     canonical_tile = 0
     biased = False                    # whether it takes a bias of the keys
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
+    gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
@@ -163,7 +165,7 @@ class Backend:
         return f"{cls.name} {importlib.metadata.version(cls.name)}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, backward: bool = False) -> None:
+                plain: bool = True, backward: bool = False, weights: bool = False) -> None:
         """Compile what inputs of this dtype and accumulator need, or load what was compiled before. Local.
 
         Parameters
@@ -174,6 +176,8 @@ class Backend:
             Whether scores will be plain; see `Score.plain`.
         backward : bool
             Whether to prepare `backward`; else `accumulate`.
+        weights : bool
+            Whether to prepare what sums weights up instead: `column_sums` and the like.
 
         Raises
         ------
@@ -363,6 +367,88 @@ class Backend:
                                f"alone or for dk and dv alone, got {names or 'none'} with "
                                f"canonical order {'on' if self.canonical else 'off'}")
         return wanted[0], wanted[1]
+
+    def column_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add to each key of a block what it weighs for all queries: the sums of the columns of the weights. Local.
+
+        A weight is ``exp(score - lse)``, before dropout. A key's sum does not depend on the number of threads.
+
+        Parameters
+        ----------
+        sums : float64 array of shape (n_k, heads)
+            Updated in place; the heads are those of the queries.
+        q, k, begin, end, score
+            As for `accumulate`.
+        lse : array of shape (n_q, heads), accumulator dtype
+            C-contiguous.
+
+        Yields
+        ------
+        int
+            As `accumulate` does. A pair that is not seen adds nothing, be it NaN.
+        """
+        raise BackendError(NO_WEIGHTS.format(self.name))
+
+    def row_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                 values: NDArray[np.float64], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add to each query of each head sums over the keys of a block: of p, -p log p and p times a value. Local.
+
+        Parameters
+        ----------
+        sums : float64 array of shape (n_q, heads, 3)
+            C-contiguous, updated in place.
+        q, k, lse, begin, end, score
+            As for `column_sums`.
+        values : float64 array of shape (n_k,)
+            Finite. What they are more than the first is taken in the accumulator's dtype.
+
+        Yields
+        ------
+        int
+            As `accumulate` does.
+        """
+        raise BackendError(NO_WEIGHTS.format(self.name))
+
+    def row_tops(self, scores: NDArray[Any], positions: Integers, q: NDArray[Any], k: NDArray[Any], keys: Integers,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Put the keys of a block that score most among those that each query has met so far. Local.
+
+        They are in the order of `heaviest.best`, so that it does not matter in which order blocks come.
+
+        Parameters
+        ----------
+        scores : array of shape (n_q, heads, n), accumulator dtype
+            C-contiguous, as positions are, and updated in place.
+        positions : int64 array of shape (n_q, heads, n)
+        q, k, begin, end, score
+            As for `accumulate`.
+        keys : int64 array of shape (n_k,)
+            Positions of the keys.
+
+        Yields
+        ------
+        int
+            As `accumulate` does.
+        """
+        raise BackendError(NO_WEIGHTS.format(self.name))
+
+    def row_weights(self, weights: NDArray[Any], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Write the weights of the keys that queries see, and leave the others as they are. Local.
+
+        Parameters
+        ----------
+        weights : array of shape (n_q, heads, n_k), accumulator dtype
+        q, k, lse, begin, end, score
+            As for `column_sums`.
+
+        Yields
+        ------
+        int
+            As `accumulate` does.
+        """
+        raise BackendError(NO_WEIGHTS.format(self.name))
 
     def clear(self, x: Any) -> None:
         """Fill an array with zeros. Local."""

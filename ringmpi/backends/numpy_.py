@@ -21,6 +21,7 @@ from ..layout import Integers
 from ..score import Score, random_words
 from ..softmax import Gradient, State
 from .base import Backend, Shape
+from .numpy_weights import add_columns, add_rows, keep_tops, write_weights
 from .strided import for_products
 from .team import Task, Team
 
@@ -34,6 +35,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     biased = True
+    gives_weights = True
     lane_flop = 4 * 0.4               # the second factor is the share reached: docs/performance.rst
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
@@ -67,6 +69,34 @@ class NumpyBackend(Backend):
                               for head in range(k.shape[1]) if area], k.shape[1])
         if of_heads is not None:
             dkey_bias += of_heads if dkey_bias.shape[1] > 1 else of_heads.sum(axis=1, keepdims=True)
+
+    def column_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add up what each key weighs for all queries; see `Backend.column_sums`. Local."""
+        return self._reduce(add_columns(sums, lse), _Block(q, k, k, begin, end, score), max(1, len(q)))
+
+    def row_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                 values: NDArray[np.float64], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add up sums over the keys for each query; see `Backend.row_sums`. Local."""
+        return self._reduce(add_rows(sums, lse, values), _Block(q, k, k, begin, end, score))
+
+    def row_tops(self, scores: NDArray[Any], positions: Integers, q: NDArray[Any], k: NDArray[Any], keys: Integers,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Keep the keys that score most for each query; see `Backend.row_tops`. Local."""
+        return self._reduce(keep_tops(scores, positions, keys), _Block(q, k, k, begin, end, score))
+
+    def row_weights(self, weights: NDArray[Any], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Write the weights of some queries; see `Backend.row_weights`. Local."""
+        return self._reduce(write_weights(weights, lse), _Block(q, k, k, begin, end, score))
+
+    def _reduce(self, reduce: Callable[..., None], block: _Block, queries: int = 0) -> Iterator[int]:
+        """Do something with each tile: in a task for each key head and so many queries, by default those of a tile."""
+        tasks = [Task(area, _tile_steps(reduce, block, rows, head))
+                 for rows in _slices(0, len(block.q), queries or max(1, ROWS // block.group))
+                 for area in (int((block.end[rows] - block.begin[rows]).sum()),) if area
+                 for head in range(block.k.shape[1])]
+        yield from self._run(tasks, block.k.shape[1])
 
     def _run(self, tasks: list[Task], heads: int) -> Iterator[int]:
         """Do the tasks; their costs are pairs, each counted once for each of the heads."""
@@ -164,6 +194,15 @@ def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDA
             keys = tile.columns, head
             sums = dk[keys], dv[keys], None if dbias is None else dbias[tile.columns, block.heads(head)]
             yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], *sums, tile), pairs
+
+
+def _tile_steps(reduce: Callable[..., None], block: _Block, rows: slice, head: int
+                ) -> Iterator[tuple[Callable[[int], None], int]]:
+    """Do something with the tiles of some rows of one key head, one after the other."""
+    height = max(1, ROWS // block.group)
+    for some in _slices(rows.start, rows.stop, height):
+        for tile, pairs in block.tiles(some, head):
+            yield partial(reduce, block.q[some, tile.heads], block.k[tile.columns, head], tile), pairs
 
 
 def _slices(start: int, stop: int, width: int) -> list[slice]:

@@ -6,6 +6,7 @@
     mpiexec -n 2 ringmpi bench auto --tokens 64 512 --heads 8/8 8/2
     mpiexec -n 2 ringmpi bench decode --keys 16 65536 --threads 1
     mpiexec -n 2 ringmpi bench small --shape 1x64 256x256
+    mpiexec -n 2 ringmpi bench weights --tokens 16384 --top 8
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -43,7 +44,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode|small")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode|small|weights")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
@@ -54,29 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                              "MPI calls; run it under mpiexec")
     small = kinds.add_parser("small", help="calls of few tokens, again and again, beside the cores' peak; run it under "
                                            "mpiexec")
+    weights = kinds.add_parser("weights", help="sums over attention weights, beside the forward pass; run it under "
+                                               "mpiexec")
     _add_kernel(kernel)
     _add_ring(ring)
     _add_auto(auto)
     _add_decode(decode)
     _add_small(small)
+    _add_weights(weights)
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
     network.add_argument("--save", type=Path, metavar="FILE",
                          help="where the rates go by which schedule auto chooses (default: RINGMPI_RATES, else "
                               "~/.cache/ringmpi/rates.json)")
     network.add_argument("--no-save", action="store_true", help="measure no rates, and leave the file as it is")
-    for sub in (network, auto):
+    for sub in (network, auto, weights):
         sub.add_argument("--backend", choices=("auto", "numba", "numpy"), default="auto",
                          help="where to compute (default: auto)")
 
     # Options that two or three of them have.
-    for sub in (kernel, ring, network, auto, decode, small):
+    for sub in (kernel, ring, network, auto, decode, small, weights):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network, auto, decode, small):
+    for sub in (ring, network, auto, decode, small, weights):
         sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                          help="seconds to wait for another rank (default: 1800)")
         sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network, auto, decode, small):
+    for sub in (kernel, ring, network, auto, decode, small, weights):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N",
                          help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
@@ -166,10 +170,21 @@ def _add_small(small: argparse.ArgumentParser) -> None:
     small.add_argument("--schedule", default="auto", metavar="NAME", help="who computes what (default: auto)")
 
 
+def _add_weights(weights: argparse.ArgumentParser) -> None:
+    weights.add_argument("--tokens", type=positive, default=16384, metavar="N", help="in all (default: 16384)")
+    weights.add_argument("--heads", type=_heads, default=(4, 4), metavar="Q/K",
+                         help="of queries and of keys (default: 4/4)")
+    weights.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
+    weights.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v (default: float32)")
+    weights.add_argument("--causal", action="store_true", help="no key after the query, striped")
+    weights.add_argument("--top", type=positive, default=8, metavar="N", help="heaviest keys (default: 8)")
+    weights.add_argument("--schedule", default="ring", metavar="NAME", help="who computes what (default: ring)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto,
-             "decode": _decode, "small": _small}[arguments.kind](arguments)
+             "decode": _decode, "small": _small, "weights": _weights}[arguments.kind](arguments)
     if table.rows:
         _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
@@ -223,6 +238,11 @@ def _decode(arguments: argparse.Namespace) -> Table:
 def _small(arguments: argparse.Namespace) -> Table:
     from .bench_small import measure_small
     return Table(measure_small(arguments), {"mask", "dtype", "ranks", "threads"}, {})
+
+
+def _weights(arguments: argparse.Namespace) -> Table:
+    from .bench_weights import measure_weights
+    return Table(measure_weights(arguments), {"mask", "dtype", "ranks"}, {})
 
 
 def _check_heads(arguments: argparse.Namespace) -> None:

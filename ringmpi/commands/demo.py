@@ -9,18 +9,22 @@ bytes of the text, see more and more of what comes before them.
 from __future__ import annotations
 
 import argparse
+import json
 import string
 import tempfile
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import BackendError
 from .options import add_backend, positive, seconds
 
 if TYPE_CHECKING:
     from ..mpi.comm import Comm
     from .demo_text import Text
 
+PICTURES = (".png", ".svg", ".pdf")
 SEARCHED = 16                  # queries, about, of which the one that looked farthest back is quoted
 HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
 
@@ -28,6 +32,14 @@ HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  
 def contexts(text: str) -> list[int]:
     """Read N[,N...]: lengths of context in bytes."""
     return [positive(part) for part in text.split(",")]
+
+
+def picture(text: str) -> Path:
+    """Read the name of a picture."""
+    path = Path(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected a name that ends in {', '.join(PICTURES)}, got {text!r}")
+    return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                         help="seconds to wait for another rank (default: 1800)")
+    parser.add_argument("--plot", type=picture, metavar="FILE",
+                        help="draw where the quoted query looked, .png, .svg or .pdf; with matplotlib, the extra "
+                             "`plot` (default: no picture)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
     parser.set_defaults(collective=True)
 
@@ -51,8 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files.paths import writing
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
+    if arguments.plot and find_spec("matplotlib") is None:
+        raise BackendError("--plot: matplotlib is not installed; pip install 'ringmpi[plot]'")
     choose_gpu_early(arguments.backend)
-    comm = mpi.private_comm(comm_world(arguments.timeout), arguments.timeout, exclusive=True)
+    world = comm_world(arguments.timeout)
+    comm = mpi.private_comm(world, arguments.timeout, exclusive=True)
     with tempfile.TemporaryDirectory() if comm.rank == 0 else nullcontext("") as temporary:
         folder = Path(comm.allgather_text(str(arguments.keep or temporary), arguments.timeout)[0])
         with comm.raise_on_all(arguments.timeout):
@@ -63,9 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         longest = max(arguments.contexts)
         for context in sorted(set(arguments.contexts)):
             text = _attend(arguments, comm, folder, context, longest - context)
-        with comm.raise_on_all(arguments.timeout):
-            if comm.rank == 0:
-                print(_quote(text, folder / f"text-{longest}.h5", folder / f"out-{longest}.h5", arguments.queries))
+        _quote(arguments, world, comm, folder, text)
     return 0
 
 
@@ -112,40 +128,62 @@ def _shares(text: Text, target: Path, queries: int) -> tuple[float, float]:
     return float((guess[:-1] == truth).mean()), float((head == len(ORDERS) - 1).mean())
 
 
-def _quote(text: Text | None, source: Path, target: Path, queries: int) -> str:
-    """Quote a query that found its longest context far back: where it was, and what came back."""
-    from .demo_text import predict_bytes
-    if text is None:
-        return ""
-    guess, head = predict_bytes(*_read_result(target))
-    first = len(text.data) - queries
-    found = _farthest(text, source, guess, head, first)
-    if found is None:
-        return "\nno query found its longest context"
-    row, column, weight = found
-    asks = text.data[first + row - 39:first + row + 1].tobytes()
-    back = text.data[column - 40:column + 40].tobytes()
-    return "\n".join((
-        f"\none retrieval: the query at {text.place(first + row)} ends in",
-        f"    {asks.decode(errors='replace')!r}",
-        f"attention put {weight:.0%} of its weight {first + row - column:,} bytes before, at {text.place(column)}:",
-        f"    {back[:40].decode(errors='replace')!r}",
-        f"and the byte that came back is {chr(guess[row])!r}, which is right; there it goes on",
-        f"    {back[40:].decode(errors='replace')!r}"))
+def _quote(arguments: argparse.Namespace, world: Any, comm: Comm, folder: Path, text: Text | None) -> None:
+    """Quote a query that found its longest context far back: where it looked, and what came back; draw it if asked."""
+    from .demo_look import Files, Looks, plot
+    from .demo_text import ORDERS
+    longest = max(arguments.contexts)
+    target = folder / f"out-{longest}.h5"
+    guess: Any = None
+    rows: list[int] = []
+    with comm.raise_on_all(arguments.timeout):
+        if text is not None:
+            guess, rows = _candidates(text, target, arguments.queries)
+    rows = json.loads(comm.allgather_text(json.dumps(rows), arguments.timeout)[0])
+    if not rows:
+        if comm.rank == 0:
+            print("\nno query found its longest context")
+        return
+
+    # Of some that were right, the one that looked farthest back.
+    files = Files(folder / f"text-{longest}.h5", target, longest)
+    looks = Looks(world, comm, files, longest, arguments.backend, arguments.threads, arguments.timeout)
+    found = {row: looks.top(row) for row in rows}
+    best = max(found, key=lambda row: longest + row - int(found[row].positions[len(ORDERS) - 1, 0]))
+    weights = looks.weights(best) if arguments.plot else None
+    with comm.raise_on_all(arguments.timeout):
+        if text is not None:
+            print(_quotation(text, longest + best, chr(guess[best]), *(x[-1].tolist() for x in found[best])))
+            if weights is not None:
+                plot(arguments.plot, weights, longest + best)
+                print(f"\n{arguments.plot}: its weights over all positions")
 
 
-def _farthest(text: Text, source: Path, guess: Any, head: Any, first: int) -> tuple[int, int, float] | None:
-    """Find a query that was right by its longest context, far back: its row, the key's position and its weight."""
+def _candidates(text: Text, target: Path, queries: int) -> tuple[Any, list[int]]:
+    """Give what all queries guessed, and about `SEARCHED` that were right by their longest context."""
     import numpy as np
 
-    from .demo_text import ORDERS, strongest_key
+    from .demo_text import ORDERS, predict_bytes
+    guess, head = predict_bytes(*_read_result(target))
     letters = np.frombuffer(string.ascii_letters.encode(), np.uint8)
-    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[first + 1:])
+    right = (head[:-1] == len(ORDERS) - 1) & (guess[:-1] == text.data[len(text.data) - queries + 1:])
     if (right & np.isin(guess[:-1], letters)).any():        # a letter tells a reader more than a space
         right &= np.isin(guess[:-1], letters)
-    best = None
-    for row in right.nonzero()[0][::max(1, int(right.sum()) // SEARCHED)].tolist():
-        column, weight = strongest_key(source, row, first + row, len(ORDERS) - 1)
-        if best is None or first + row - column > first + best[0] - best[1]:
-            best = row, column, weight
-    return best
+    return guess, right.nonzero()[0][::max(1, int(right.sum()) // SEARCHED)].tolist()
+
+
+def _quotation(text: Text, position: int, guess: str, weights: list[float], positions: list[int]) -> str:
+    """Say where a query looked, by its heaviest keys, and what came back."""
+    column = positions[0]
+    back = text.data[max(0, column - 40):column + 40].tobytes()
+    before = min(column, 40)
+    return "\n".join((
+        f"\none retrieval: the query at {text.place(position)} ends in",
+        f"    {text.data[position - 39:position + 1].tobytes().decode(errors='replace')!r}",
+        "attention put",
+        *(f"    {weight:6.1%} of its weight {position - key:,} bytes before, at {text.place(key)}"
+          for weight, key in zip(weights, positions, strict=True) if key >= 0),
+        "the first is where this stands:",
+        f"    {back[:before].decode(errors='replace')!r}",
+        f"and the byte that came back is {guess!r}, which is right; there it goes on",
+        f"    {back[before:].decode(errors='replace')!r}"))

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShardError
-from ..files.hdf5 import create_dataset, read_rows, write_array, write_file, write_rows
-from ..files.opening import open_file, reading
+from ..files.hdf5 import create_dataset, write_array, write_file, write_rows
+from ..files.opening import reading
 from ..files.rows import row_ranges
 
 ORDERS = (5, 8, 16, 32)        # bytes of context, one for each head
@@ -216,30 +216,3 @@ def predict_bytes(out: NDArray[Any], lse: NDArray[Any]) -> tuple[Bytes, NDArray[
     chosen = np.take_along_axis(out.astype(np.float32), np.maximum(head, 0)[:, None, None], axis=1)[:, 0]
     byte = np.argmax(chosen @ byte_codes().T.astype(np.float32), axis=1).astype(np.uint8)
     return np.where(head < 0, np.uint8(32), byte), head
-
-
-def strongest_key(source: Path, row: int, position: int, head: int) -> tuple[int, float]:
-    """Find the key that a query gives most weight to, by its scores with all keys up to its own. Local.
-
-    Parameters
-    ----------
-    source : path
-        Made by `write_text`.
-    row, position : int
-        Of the query: its row in q, and its position in the text.
-    head : int
-
-    Returns
-    -------
-    column : int
-        Position of the key, the last of several equal ones.
-    weight : float
-        Its share of the softmax.
-    """
-    with open_file(source) as file:
-        q = read_rows(file["q"], row, row + 1)[0, head].astype(np.float32)
-        scores = np.concatenate([
-            read_rows(file["k"], a, b)[:, head].astype(np.float32) @ q * DIM**-0.5
-            for a, b in row_ranges((position + 1, *file["k"].shape[1:]), np.dtype(np.float64))])
-    column = position - int(np.argmax(scores[::-1]))
-    return column, float(1 / np.exp(scores - scores[column]).sum())

@@ -207,7 +207,7 @@ class OutputDataset(h5py.Dataset):  # type: ignore[misc]
 
 
 def create_dataset(file: OutputFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OutputDataset:
-    """Make a dataset for floats, in chunks of about 1 MiB with a Fletcher32 checksum each. Local."""
+    """Make a dataset for floats or int64, in chunks of about 1 MiB with a Fletcher32 checksum each. Local."""
     row = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
     chunks = (min(shape[0], max(1, CHUNK_BYTES // row)), *shape[1:]) if 0 not in shape else None
     made = file.create_dataset(name, shape, file_type(dtype), chunks=chunks, fletcher32=bool(chunks))
@@ -313,8 +313,11 @@ def _read_back(path: Path, written: list[Written]) -> None:
 def _checksum_in_file(dataset: h5py.Dataset, start: int, stop: int) -> int:
     """Give the checksum of rows that are in a file, with little memory."""
     checksum = 0
-    for first, last in row_ranges((stop - start, *dataset.shape[1:]), stored_dtype(dataset), READ_BACK_BYTES):
-        checksum = _checksum(read_rows(dataset, start + first, start + last), checksum)
+    dtype = np.dtype(np.int64) if dataset.dtype.kind == "i" else stored_dtype(dataset)
+    for first, last in row_ranges((stop - start, *dataset.shape[1:]), dtype, READ_BACK_BYTES):
+        rows = np.empty((last - first, *dataset.shape[1:]), dtype)
+        read_rows_into(dataset, start + first, rows)
+        checksum = _checksum(rows, checksum)
     return checksum
 
 

@@ -84,7 +84,7 @@ class CudaBackend(Backend):
         self.hopper = all(ways)
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, backward: bool = False) -> None:
+                plain: bool = True, backward: bool = False, weights: bool = False) -> None:
         """Compile the kernels, or load them, and test each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "

@@ -43,14 +43,18 @@ from .compiled import (
     pack_forward,
     pack_tiles_backward,
     pack_units,
+    pack_weight_keys,
+    reduce_keys,
     survey_values,
 )
 from .forward import Forward
 from .forward_units import ForwardUnits
 from .pieces import MOST_SCALE, pieces_in
 from .product import ROWS
+from .reduction import Reduction, WeightMemory
 from .seen import Seen, SeenBefore
 from .steps import Limits
+from .sum_tile import ColumnTarget, RowTarget, TopTarget, WeightTarget
 from .tile_gradient_load import LEAST_SCALE
 from .tile_workspace import PackedTiles, TileBackwardBuffers, TileScratch
 from .tuples import (
@@ -85,6 +89,7 @@ class NumbaBackend(Backend):
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
     canonical_tile = CANONICAL_TILE
     rows_apart = True
+    gives_weights = True
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -99,6 +104,8 @@ class NumbaBackend(Backend):
         self._units_key: Any = None
         self._tile_scratch: list[TileScratch] = []
         self._units: PackedTiles | None = None
+        self._weights_key: Any = None
+        self._weights: WeightMemory | None = None
         self._backward_key: Any = None
         self._buffers: BackwardBuffers | TileBackwardBuffers | None = None
 
@@ -118,10 +125,14 @@ class NumbaBackend(Backend):
         return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, backward: bool = False) -> None:
+                plain: bool = True, backward: bool = False, weights: bool = False) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
         score = Score(1.0) if plain else Score(1.0, softcap=1.0)
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
+        if weights:
+            x = np.zeros((1, 1, 1), dtype)
+            _prepare_weights(KernelArguments(accumulator, x, x, x, seen, score))
+            return
         for some in (1,) if backward or not plain else (1, 2):                # an odd dim has no pairs
             x = np.zeros((1, 1, some), dtype)
             on_tiles = self._on_tiles(np.dtype(dtype), np.dtype(accumulator), score, backward)
@@ -208,6 +219,42 @@ class NumbaBackend(Backend):
         seen = self._seen.find(begin, end)
         return self._run(steps, seen, q.shape[1])
 
+    def column_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add up what each key weighs for all queries; see `Backend.column_sums`. Local."""
+        whole = sums if sums.flags.c_contiguous else np.zeros(sums.shape)
+        yield from self._reduce(ColumnTarget(whole), q, k, lse, begin, end, score)
+        if whole is not sums:
+            sums += whole
+
+    def row_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                 values: NDArray[np.float64], begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Add up sums over the keys for each query; see `Backend.row_sums`. Local."""
+        base = float(values[0]) if len(values) else 0.0
+        return self._reduce(RowTarget(sums, (values - base).astype(lse.dtype), base), q, k, lse, begin, end, score)
+
+    def row_tops(self, scores: NDArray[Any], positions: Integers, q: NDArray[Any], k: NDArray[Any], keys: Integers,
+                 begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Keep the keys that score most for each query; see `Backend.row_tops`. Local."""
+        none = np.zeros(scores.shape[:2], scores.dtype)
+        return self._reduce(TopTarget(scores, positions, writable(keys)), q, k, none, begin, end, score)
+
+    def row_weights(self, weights: NDArray[Any], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
+                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
+        """Write the weights of some queries; see `Backend.row_weights`. Local."""
+        return self._reduce(WeightTarget(weights), q, k, lse, begin, end, score)
+
+    def _reduce(self, target: Any, q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any], begin: Integers,
+                end: Integers, score: Score) -> Iterator[int]:
+        """Go through the weights of a block, and do with them what the target wants."""
+        def steps() -> Generator[int, None, None]:
+            block = KernelArguments(lse.dtype, q, k, k, seen, score)
+            memory = self._reserve_weights(k.shape[2], lse.dtype)
+            return Reduction(self._team, memory, block, _limits(), writable(lse), target).run()
+
+        seen = self._seen.find(begin, end)
+        return self._run(steps, seen, q.shape[1])
+
     def _run(self, begin_loop: Callable[[], Generator[int, None, None]], seen: Seen, heads: int) -> Iterator[int]:
         """Do the steps of a loop, one loop at a time; from rows × keys of all heads to pairs."""
         if seen.first == seen.last:
@@ -288,8 +335,18 @@ class NumbaBackend(Backend):
             self._backward_key = key
         return self._buffers
 
+    def _reserve_weights(self, dim: int, acc_dtype: np.dtype[Any]) -> WeightMemory:
+        """Make the work space for sums of weights of such blocks, unless the last one was."""
+        key = dim, acc_dtype
+        if self._weights is None or self._weights_key != key:
+            self._weights = None                         # the old memory goes before the new comes
+            self._weights = WeightMemory(dim, acc_dtype, self.threads)
+            self._weights_key = key
+        return self._weights
+
     def release(self) -> None:
         """Give the work space back. Local."""
+        self._weights_key = self._weights = None
         self._scratch = []
         self._forward_key = self._packed = None
         self._tile_scratch = []
@@ -324,6 +381,18 @@ def _forward_key(block: KernelArguments) -> tuple[int, int, np.dtype[Any], bool]
     """Give what the work space depends on: numbers or pairs of a key, of a value, their dtype, whether pairs."""
     k, v = block.arrays.k, block.arrays.v
     return k.shape[2], v.shape[2], block.acc_dtype, k.array.dtype == np.uint32
+
+
+def _prepare_weights(block: KernelArguments) -> None:
+    """Compile what sums weights up, in all ways, for a block of one key and one query."""
+    memory = WeightMemory(block.arrays.k.shape[2], block.acc_dtype, 1)
+    scratch, tiles = memory.scratch[0], memory.reserve(1, 1)
+    compile_for(pack_weight_keys, block.arrays.k, 0, 1, 0, 1, tiles)
+    one, positions = np.zeros((1, 1, 1), block.acc_dtype), np.zeros((1, 1, 1), np.int64)
+    for target in (ColumnTarget(np.zeros((1, 1))), RowTarget(np.zeros((1, 1, 3)), one[0, 0], 0.0),
+                   TopTarget(one, positions, positions[0, 0]), WeightTarget(one)):
+        compile_for(reduce_keys, block.arrays, block.score_arguments(scratch.row_score), one[0], target,
+                    RowRange(0, 1, 0, 1), ColumnRange(0, 0, 1), tiles, scratch.work)
 
 
 def _prepare_forward(block: KernelArguments) -> None:

@@ -26,6 +26,8 @@ from . import (
     product,
     score_rows,
     softmax_rows,
+    sum_rows,
+    sum_tile,
     tile_forward,
     tile_gradient_load,
     tile_gradient_odd,
@@ -46,11 +48,13 @@ from .backward_tile import backward_packed, load_backward_rows, pack_tile, store
 from .cache import KernelCache, warn_once
 from .few_rows import MOST
 from .forward_tile import (
+    address,
     any_sees,
     find_groups,
     fold_direct,
     fold_packed,
     load_forward_rows,
+    score_panels,
     store_forward_rows,
     visible,
     work_from,
@@ -58,6 +62,7 @@ from .forward_tile import (
 from .pack import lanes, pack_keys, pack_values
 from .product import ROWS
 from .score_rows import load_row_scores, score_arguments_from
+from .sum_tile import load_weight_rows, reduce_tile
 from .tile_forward import load_tile_rows, pack_unit, sizes_of, store_tile_rows
 from .tile_gradient_load import load_gradient_rows, pack_gradient_tile, store_gradient_rows
 from .tile_gradient_odd import differentiate_odd
@@ -67,6 +72,7 @@ from .tile_units import fold_units
 from .tuples import (
     BlockArrays,
     ColumnRange,
+    Contiguous,
     ForwardTiles,
     ForwardWork,
     RowRange,
@@ -78,7 +84,8 @@ from .tuples import (
 
 SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
            backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_strip_rows, tile_strips,
-           tile_units, tile_squares, tile_gradient_rows, tile_gradients, tile_gradient_load, tile_gradient_odd)
+           tile_units, tile_squares, tile_gradient_rows, tile_gradients, tile_gradient_load, tile_gradient_odd,
+           sum_rows, sum_tile)
 
 
 def _digest() -> str:
@@ -369,6 +376,46 @@ def _backward_on_tiles(digest: str) -> tuple[Any, ...]:
     return pack_tiles_backward, backward_on_tiles
 
 
+def _reductions(digest: str) -> tuple[Any, ...]:
+    """Make the functions of the passes over weights, as `_forward` does."""
+
+    def pack_weight_keys(k, start, stop, first, last, packed):  # type: ignore[no-untyped-def]
+        """Pack tiles first..last of columns start..stop, counted head by head, for `reduce_keys`."""
+        digest                          # noqa: B018
+        for slot in range(first, last):
+            at = start + slot % packed.tiles * packed.tile
+            pack_keys(k, at, min(packed.tile, stop - at), slot // packed.tiles, packed.keys,
+                      slot * packed.tile * k.shape[2])
+
+    def reduce_keys(block, score, lse, target, rows, columns, packed, work):  # type: ignore[no-untyped-def]
+        """Do with the weights of a range of queries and columns what the target wants; `rows` are of a query head.
+
+        Tiles of rows begin with the first row.
+        """
+        digest                          # noqa: B018
+        head = rows.head
+        tile = packed.tile
+        size = tile * block.k.shape[2]
+        first_slot = head // (block.q.shape[1] // block.k.shape[1]) * packed.tiles
+        height = len(work.s)
+        for first in range(rows.first, rows.first + rows.n_rows, height):
+            count = min(height, rows.first + rows.n_rows - first)
+            whole = -(-count // ROWS) * ROWS
+            load_weight_rows(block, lse, first, count, whole, head, work)
+            load_row_scores(first, count, whole, head, 1, score)
+            a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+            for at in range(a - (a - columns.origin) % tile, b, tile):
+                n = min(tile, columns.stop - at)
+                find_groups(whole, work.low, work.high, at, n, lanes(work.s), work.groups)
+                if any_sees(whole, work.groups):
+                    place = (first_slot + (at - columns.origin) // tile) * size
+                    score_panels(whole, n, work.queries, work.s, work.groups, Contiguous(packed.keys, place),
+                                 address(packed.keys) + (place + size) * packed.keys.itemsize)
+                    reduce_tile(Tile(whole, head, at, n), first, count, head, work, target, block.scale, score)
+
+    return pack_weight_keys, reduce_keys
+
+
 def compile_for(function: Any, *arguments: Any) -> None:
     """Call a function for the first time; where its machine code can't be saved, go on without. Local."""
     try:
@@ -403,5 +450,6 @@ def _compiled(functions: tuple[Any, ...]) -> Iterator[Any]:
 
 
 (pack_forward, forward_keys, merge_states, finish_rows, combine_rows, pack_backward, backward_keys, add_sums,
- survey_values, pack_units, forward_units, pack_tiles_backward, backward_on_tiles) = _compiled(
-    _forward(_digest()) + _backward(_digest()) + _forward_on_tiles(_digest()) + _backward_on_tiles(_digest()))
+ survey_values, pack_units, forward_units, pack_tiles_backward, backward_on_tiles, pack_weight_keys,
+ reduce_keys) = _compiled(_forward(_digest()) + _backward(_digest()) + _forward_on_tiles(_digest())
+                          + _backward_on_tiles(_digest()) + _reductions(_digest()))
