@@ -7,10 +7,10 @@ to all of them, and `mass_by_group` says how much of its attention each document
 """
 
 import numpy as np
-import ringmpi.analysis
 from mpi4py import MPI
 
 import ringmpi
+import ringmpi.analysis
 
 HEADS = 2
 DIM = 32
@@ -28,4 +28,14 @@ question = topics[ANSWER] + 0.5 * rng.standard_normal((3, HEADS, DIM))          
 mine = slice(len(number) * comm.rank // comm.size, len(number) * (comm.rank + 1) // comm.size)
 
 out, lse = ringmpi.ring_attention(question, keys[mine], values[mine], comm=comm, layout="replicated", return_lse=True)
-mass = ringmpi.analysis.mass_by_group(question, keys[mine], lse, number[mine], comm=comm, layout="replicated")
+mass = ringmpi.analysis.mass_by_group(question, keys[mine], lse, number[mine], DOCUMENTS, comm=comm,
+                                      layout="replicated")
+
+# By document, of all tokens and heads of the question together.
+share = mass.mean(axis=(0, 1))
+assert np.abs(share.sum() - 1) < 1e-12
+heaviest = np.argsort(share)[::-1][:3]
+assert heaviest[0] == ANSWER
+if comm.rank == 0:
+    print(f"{DOCUMENTS} documents of {len(number)} tokens on {comm.size} ranks: the question looked at " + ", ".join(
+        f"document {document} ({share[document]:.0%})" for document in heaviest))
