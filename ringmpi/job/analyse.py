@@ -99,8 +99,8 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
             written = open_result(result, run.comm.rank == 0)
             options = Options.from_record({**written.record.get("options", {}), **run_options, "order": "fastest"})
             if options.key_bias:
-                raise OptionError(f"{result}: expected a result without a bias of the keys, which no weights are summed "
-                                  "up with yet, got one of `ringmpi attend --key-bias`")
+                raise OptionError(f"{result}: expected a result without a bias of the keys, which no weights are "
+                                  "summed up with yet, got one of `ringmpi attend --key-bias`")
             data = files.enter_context(open_input(source, options))
             _check_belongs(written, data)
         run.comm.check_same_options(asdict(data.sizes) | asdict(options), timeout)
