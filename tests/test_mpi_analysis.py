@@ -92,20 +92,24 @@ def sharded(comm, seed=0, n=60, batch=()):
     return (x[..., mine, :, :] for x in (q, k, v))
 
 
-def test_a_batch_is_its_elements(comm):
+@pytest.mark.parametrize("masks", [[Mask(causal=True)] * 2, [Mask(causal=True), Mask(window=(9, 4), keys=41)]],
+                         ids=["one", "two"])
+def test_a_batch_is_its_elements(comm, masks):
     q, k, _ = sharded(comm, batch=(2,))
-    options = {"comm": comm, "layout": "striped", "mask": Mask(causal=True), "timeout": 60, "schedule": "ring"}
+    common = {"comm": comm, "layout": "striped", "timeout": 60, "schedule": "ring"}
+    options = common | {"mask": masks}
     _, lse = ring_attention(q, k, k, return_lse=True, **options)
     for i in range(2):
+        alone = common | {"mask": masks[i]}
         one = q[i], k[i], lse[i]
-        assert (analysis.key_mass(q, k, lse, **options)[i] == analysis.key_mass(*one, **options)).all()
-        assert (analysis.entropy(q, k, lse, **options)[i] == analysis.entropy(*one, **options)).all()
-        for both, alone in zip(analysis.top(q, k, 3, lse, **options), analysis.top(*one[:2], 3, lse[i], **options),
+        assert (analysis.key_mass(q, k, lse, **options)[i] == analysis.key_mass(*one, **alone)).all()
+        assert (analysis.entropy(q, k, lse, **options)[i] == analysis.entropy(*one, **alone)).all()
+        for both, single in zip(analysis.top(q, k, 3, lse, **options), analysis.top(*one[:2], 3, lse[i], **alone),
                                strict=True):
-            assert (both[i] == alone).all()
-        assert (analysis.max_score(q, k, **options)[i] == analysis.max_score(*one[:2], **options)).all()
+            assert (both[i] == single).all()
+        assert (analysis.max_score(q, k, **options)[i] == analysis.max_score(*one[:2], **alone)).all()
         for (there, whole), (here, part) in zip(analysis.rows(q, k, lse, [5, 0], **options),
-                                                analysis.rows(*one, [5, 0], **options), strict=True):
+                                                analysis.rows(*one, [5, 0], **alone), strict=True):
             assert (there == here).all()
             assert (whole[i] == part).all()
 
