@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention import RingAttention
+from ..bounds import bounds_of
 from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
@@ -175,11 +176,10 @@ class Stream:
         n_q, n_k = sizes.n_q, sizes.n_k
         sees, mine = np.zeros(0, bool), np.zeros(len(self._blocks), bool)
         with run.comm.noting() as failures:
-            bounds = self._data.mask.bounds(piece.positions(run.comm.rank), n_q, n_k)
-            sees = np.full(piece.counts[run.comm.rank], self._data.sinks is not None)
-            for low, high in bounds:
-                sees |= high > low
-            mine = self._pieces.seen(bounds, n_k)
+            [bounds] = bounds_of(self._data.mask, piece.positions(run.comm.rank), (n_q, n_k), 1)
+            sees = bounds.sees | (self._data.sinks is not None)
+            for rows in bounds.pieces(slice(None)):
+                mine |= self._pieces.seen(bounds.of(rows), n_k)
             del bounds
         every = run.comm.exchange("", run.timeout, np.packbits(mine), failures=failures)
         seen = np.unpackbits(np.bitwise_or.reduce(every), count=len(self._blocks))

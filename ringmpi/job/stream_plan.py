@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..backends import GPU_NAMES
 from ..backends.base import Backend
+from ..bounds import PIECE_BYTES
 from ..dtypes import DTYPES, accumulator
 from ..environment import node_memory
 from ..errors import OptionError
@@ -30,6 +31,8 @@ SLACK_BYTES = 2**23            # for what is not counted: lists, messages, what 
 BLOCKS_SHARE = 16              # of the limit, that blocks of keys and values may take: one part of so many
 BLOCK_FLOP = 2**42             # that a rank does with a block at most: it stops between two of them
 FEW_KEYS = 512                 # of a rank in a block, at least: computing with fewer takes longer than seeing which
+FEW_INTERVALS = 2              # whose bytes go with the query
+BOUNDS_COPIES = 5              # of a piece's: while they are put in order, and turned into columns
 ROW_BYTES = 64                 # of a query, for what it sees of each block, and again for each interval of the mask
 SAMPLES = 2**12                # queries of a piece, by which a dry run says what it sees
 
@@ -162,7 +165,7 @@ class Planner:
         """Bytes for each query of a piece: itself, its state, and what it sees."""
         sizes = self.sizes
         return (sizes.heads * sizes.dim * DTYPES[sizes.dtype].itemsize + self._state
-                + ROW_BYTES * (1 + self.intervals * (2 if self.intervals > 2 else 1)))        # many are made in steps
+                + ROW_BYTES * (1 + min(self.intervals, FEW_INTERVALS)))
 
     @cached_property
     def _key(self) -> int:
@@ -182,7 +185,15 @@ class Planner:
         dtype = DTYPES[sizes.dtype]
         scratch = self.backend.scratch_bytes((self.group, sizes.heads, sizes.dim), k, v, dtype,
                                              accumulator(dtype, self.options.accumulator))
-        return sum(scratch.values()) + FILE_BYTES + SLACK_BYTES + 4 * max(GROUP_BYTES, self.group * self._row)
+        return (sum(scratch.values()) + FILE_BYTES + SLACK_BYTES + 4 * max(GROUP_BYTES, self.group * self._row)
+                + self._bounds)
+
+    @property
+    def _bounds(self) -> int:
+        """Bytes of many intervals, which are made piece by piece."""
+        if self.intervals <= FEW_INTERVALS:
+            return 0
+        return BOUNDS_COPIES * min(PIECE_BYTES, 16 * self.intervals * -(-self.sizes.n_q // self.ranks))
 
     def _rows(self, limit: int) -> int:
         """Give the queries of a rank for which there is room."""
