@@ -122,7 +122,8 @@ class Moved:
         shapes: list[list[tuple[int, ...]]] = [
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
         counts = [sum(blocks.counts[number] for number in self._mine)]
-        tokens, of_bias = (x and Tokens(counts, x.parts) for x in (plan.kv_tokens, plan.bias_tokens))
+        tokens = Tokens(counts, plan.kv_tokens.parts)
+        of_bias = None if plan.bias_tokens is None else Tokens(counts, plan.bias_tokens.parts)
         moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, bias_tokens=of_bias, ready=set(),
                         _prefetched=(-1, []), _kept={})
         moved.route = plan.route
