@@ -520,7 +520,8 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        return self._differentiate_call(0, dout, dlse, Inputs(q, k, v, sinks, seed, out, lse, key_bias), progress)
+        inputs = Inputs(q, k, v, sinks, seed, out, lse, key_bias=key_bias)
+        return self._differentiate_call(0, dout, dlse, inputs, progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
                             progress: Progress | None = None) -> AnyGradients:

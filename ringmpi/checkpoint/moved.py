@@ -123,7 +123,7 @@ class Moved:
             [(shape[0], part[-1].columns.stop, *shape[2:]) for shape in plan.shapes[0]] for part in parts]
         counts = [sum(blocks.counts[number] for number in self._mine)]
         tokens = Tokens(counts, plan.kv_tokens.parts)
-        of_bias = plan.bias_tokens and Tokens(counts, plan.bias_tokens.parts)
+        of_bias = None if plan.bias_tokens is None else Tokens(counts, plan.bias_tokens.parts)
         moved = replace(plan, parts=parts, shapes=shapes, kv_tokens=tokens, bias_tokens=of_bias, ready=set(),
                         _kept={}, _unseen=set())
         moved.route = plan.route

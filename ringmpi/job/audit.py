@@ -188,12 +188,13 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
         keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (data.k, data.v))
         values = np.concatenate([values, np.abs(values)], axis=2)
         longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
-        key_bias = None
+        key_bias: Array | None = None
+        kept = np.ones((stop - start, 1), bool)
         if data.key_bias is not None:
             key_bias = read_key_bias(data.key_bias, start, stop).astype(np.float64).reshape(stop - start, -1)
             biases.take(key_bias)
-        there = np.ones((stop - start, 1), np.bool_) if key_bias is None else ~np.isneginf(key_bias)
-        below = np.cumsum(there, axis=0, dtype=np.int64)
+            kept = ~np.isneginf(key_bias)
+        below = np.cumsum(kept, axis=0)
         below = np.concatenate([np.zeros((1, below.shape[1])), below])        # keys before each that are not left out
         for low, high in bounds:
             begin, end = (np.clip(x, start, stop) - start for x in (low, high))
