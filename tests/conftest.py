@@ -47,6 +47,11 @@ LAUNCHES = ["::test_under_mpiexec", "::test_ranks_that_share_the_gpu"]
 NO_PYTEST_MPI = "needs ranks, and pytest-mpi is not installed: pip install pytest-mpi"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, default=1, metavar="N",
+                     help="with -m exhaustive: every Nth of these tests alone (default: 1, all)")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: more of the same, or slow to compile; runs with -m exhaustive")
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; runs with -m gpu")
@@ -104,6 +109,10 @@ def pytest_collection_modifyitems(config, items):
         unasked.append("mpi")
     dropped = [item for item in items if any(map(item.get_closest_marker, unasked))]
     items[:] = [item for item in items if not any(map(item.get_closest_marker, unasked))]
+    if asked == "exhaustive":
+        sample = items[::max(1, config.getoption("--sample"))]
+        dropped += [item for item in items if item not in sample]
+        items[:] = sample
     config.hook.pytest_deselected(items=dropped)
     if asked == "gpu" and (reason := reason_missing()):
         for item in items:

@@ -194,6 +194,24 @@ sys.exit(main())
     verify(tmp_path / "out.h5")
 
 
+def test_the_exit_code_of_an_error_that_all_ranks_know(source, tmp_path):
+    """A launcher ends the others when the first rank exits with it: they have the same code nevertheless."""
+    code = START + """
+from ringmpi.mpi import world
+leave = world.leave
+def act(timeout):
+    leave(timeout)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+world.leave = act
+sys.argv[sys.argv.index("attend") + 1] = "missing.h5"
+sys.exit(main())
+"""
+    result, _ = attend(code, source, tmp_path)
+    assert result.code == 3, result.text
+    assert "missing.h5: no such file" in result.text
+
+
 def test_a_signal_between_two_calls(source, tmp_path):
     """The others are told even though no exchange is under way, and remove what they wrote."""
     code = START + """
