@@ -691,8 +691,8 @@ class RingAttention:
                 self._take_direction(call, direction)
         call, records = self._agree(call, failures, RESUMABLE if resumable else way)
         if self._plan is None or self._plan.key != records.key or (
-                resumable and (self._plan.sent is not None or
-                               (self._chooses and self._plan.grid.schedule.queries > 1))):
+                self._plan.whole not in (None, resumable)) or (
+                resumable and self._chooses and self._plan.grid.schedule.queries > 1):
             self._plan = None             # the old plan's memory goes before the new one's comes
             self._plan = self._make_plan(records, resumable)
         if self.backend.device:           # its memory runs out sooner than the host's: all ranks fail if one does
@@ -726,14 +726,15 @@ class RingAttention:
         with self._comm.noting() as failures:
             if self._comm.rank == 0:
                 records.warn_of_order()
+                self._problem.warn_of_intervals()
             tile = self.backend.canonical_tile if self._problem.canonical else 0
             plan = self._problem.plan(records, layouts, grid, self._comm.rank, tile, resumable)
             needs = plan.needs
         bits = self._comm.exchange("", self.timeout, np.packbits(needs), failures=failures)
         if plan is None:
             raise InternalError("a plan is missing")
-        needed = np.unpackbits(np.stack(bits), axis=1, count=len(needs)).astype(bool)
-        plan.take_needs(needed[list(grid.group("keys", self._comm.rank).ranks)])
+        of_members = np.stack([bits[rank] for rank in grid.group("keys", self._comm.rank).ranks])
+        plan.take_needs(np.unpackbits(of_members, axis=1, count=len(needs)).view(np.bool_))
         return plan
 
     def _choose(self, records: Records, layouts: tuple[Layout, Layout], resumable: bool) -> Grid:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from .intervals import Interval, part_of_rows
 from .layout import Integers
+from .mask import Mask
 from .mask_base import BaseMask
 
 PIECE_BYTES = 2**24           # of intervals: more of them are made piece by piece, each time that they are needed
@@ -23,7 +24,8 @@ def rows_of_piece(mask: BaseMask) -> int:
 
 def bounds_of(mask: BaseMask, queries: Integers, lengths: tuple[int, int], batch: int) -> list[Bounds]:
     """Give what rows see, for each mask that elements of the batch have. Local."""
-    return [Bounds(one, queries, lengths, elements) for one, elements in mask.of_elements(batch)]
+    masks = mask.of_elements(batch) or [(Mask(), ())]                # a batch of none
+    return [Bounds(one, queries, lengths, elements) for one, elements in masks]
 
 
 class Bounds:

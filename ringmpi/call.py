@@ -412,8 +412,9 @@ def _check_equal(table: NDArray[Any]) -> None:
 
 def _first_numbers(k: Array, dim_v: Any) -> Array:
     """View so many first numbers of each key, which are values too."""
-    dim = k.shape[-1] if k.ndim else 0
-    return k[..., :check_integer("dim_v", dim_v, 1, max(1, dim) + 1)]
+    if not k.ndim:                        # which is refused by its shape
+        return k
+    return k[..., :check_integer("dim_v", dim_v, 1, max(1, k.shape[-1]) + 1)]
 
 
 def _place(arrays: dict[str, Array]) -> int:

@@ -13,7 +13,8 @@ from .layout import Integers
 from .parts import Part
 
 MOST_SECTIONS = 256           # of a block ...
-MOST_BITS = 2**15             # ... and of all blocks that a rank says what it needs of
+MOST_BITS = 2**15             # ... of all blocks, that a rank says what it needs of ...
+MOST_OF_ALL = 2**26           # ... and of all blocks and ranks
 
 
 class Excerpt(NamedTuple):
@@ -52,7 +53,7 @@ class Excerpt(NamedTuple):
 
 def sections(members: int) -> int:
     """Say into how many sections each block is cut, where so many members have one. Local."""
-    return max(1, min(MOST_SECTIONS, MOST_BITS // members))
+    return max(1, min(MOST_SECTIONS, MOST_BITS // members, MOST_OF_ALL // members**2))
 
 
 def edges(tokens: int, count: int) -> Integers:
@@ -76,11 +77,22 @@ def touched(parts: Sequence[Part | Excerpt], columns: Sequence[Sequence[Interval
     ends = edges(parts[-1].columns.stop, count)[1:]
     for part, intervals in zip(parts, columns, strict=True):
         for begin, end in intervals:
-            some = end > begin
-            first = np.searchsorted(ends, begin[some] + part.columns.start, side="right")
-            last = np.searchsorted(ends, end[some] + part.columns.start, side="left")
+            begin, end = _widest(begin, end)
+            first = np.searchsorted(ends, begin + part.columns.start, side="right")
+            last = np.searchsorted(ends, end + part.columns.start, side="left")
             changes += np.bincount(first, minlength=count + 1) - np.bincount(last + 1, minlength=count + 1)[:count + 1]
     return np.cumsum(changes[:-1]) > 0
+
+
+def _widest(begin: Integers, end: Integers) -> Interval:
+    """Give the intervals that are not empty; one alone if it covers all others, as that of the last causal query."""
+    some = end > begin
+    if not some.any():
+        return begin[:0], end[:0]
+    widest = int((end - begin).argmax())
+    if begin[widest] == begin[some].min() and end[widest] == end[some].max():
+        return begin[widest:widest + 1], end[widest:widest + 1]
+    return begin[some], end[some]
 
 
 def runs(kept: NDArray[np.bool_], tokens: int) -> list[slice]:

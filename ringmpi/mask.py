@@ -77,8 +77,10 @@ def _spans(value: Any) -> Integers | None:
 
 def _keys(value: Any) -> int | Integers | None:
     """Take a number of keys, or one for each element of a batch, or None."""
-    if value is None or np.ndim(value) == 0:
-        return None if value is None else natural("keys", value)
+    if value is None:
+        return None
+    if not isinstance(value, (Sequence, np.ndarray)) or (isinstance(value, np.ndarray) and not value.ndim):
+        return natural("keys", value)
     lengths = _integers("keys", value, "(batch,)")
     if lengths is not None and lengths.min(initial=0) < 0:
         raise OptionError(f"mask: keys expects integers >= 0, got {lengths.min()}")
@@ -225,7 +227,7 @@ class Mask(BaseMask):
                 number = len(array) - 1 if name in ("documents", "q_documents") else len(array)
                 digest = hashlib.sha256(array.tobytes()).hexdigest()
                 options[name] = f"{number} {name}, sha256 {digest}"
-        if self.keys is not None and not isinstance(self.keys, int):
+        if self.per_element:
             options["keys"] = self.keys.tolist()
         return options
 
@@ -268,9 +270,14 @@ class Mask(BaseMask):
         both += 0 if self.spans is None else 2
         return both if self._runs is None else both * max(1, len(self._runs[0]))
 
+    @property
+    def per_element(self) -> bool:
+        """Whether elements of a batch have masks of their own, by `keys`."""
+        return self.keys is not None and not isinstance(self.keys, int)
+
     def of_elements(self, batch: int) -> list[tuple[BaseMask, Sequence[int]]]:
         """Give the masks of a batch, and which of its elements each is for; see `BaseMask.of_elements`. Local."""
-        if self.keys is None or isinstance(self.keys, int):
+        if not self.per_element:
             return [(self, range(batch))]
         lengths, numbers = np.unique(self.keys, return_inverse=True)
         return [(replace(self, keys=int(length)), np.flatnonzero(numbers == number).tolist())
@@ -278,7 +285,7 @@ class Mask(BaseMask):
 
     def check_batch(self, batch: int | None) -> None:
         """Raise `MaskError` unless `keys` fits a batch; see `BaseMask.check_batch`. Local."""
-        if self.keys is not None and not isinstance(self.keys, int) and batch != len(self.keys):
+        if self.per_element and batch != len(self.keys):
             raise MaskError(f"keys: expected a number for each element of the batch, got {len(self.keys)} and "
                             f"{'arrays without a batch axis' if batch is None else f'a batch of {batch}'}")
 

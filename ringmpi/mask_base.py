@@ -53,6 +53,11 @@ class BaseMask:
         """How many intervals a query has at most."""
         raise NotImplementedError
 
+    @property
+    def per_element(self) -> bool:
+        """Whether elements of a batch have masks of their own."""
+        return False
+
     def of_elements(self, batch: int) -> list[tuple[BaseMask, Sequence[int]]]:
         """Give the masks of a batch, and which of its elements each is for. Local."""
         return [(self, range(batch))]

@@ -28,9 +28,12 @@ class BatchMask(BaseMask):
 
     def __init__(self, masks: Sequence[BaseMask]) -> None:
         for number, mask in enumerate(masks):
-            if not isinstance(mask, BaseMask) or isinstance(mask, BatchMask):
+            if not isinstance(mask, BaseMask):
                 raise OptionError(f"mask: expected a mask for each element of the batch, got {mask!r} for element "
                                   f"{number}")
+            if mask.per_element:
+                raise OptionError("mask: expected a mask for one element of the batch, got one for several for element "
+                                  f"{number}; keys= is a number there")
         self._size = len(masks)
         self._elements: dict[BaseMask, list[int]] = {}
         for number, mask in enumerate(masks):
@@ -58,6 +61,11 @@ class BatchMask(BaseMask):
     def most(self) -> int:
         """How many intervals a query has at most."""
         return max((mask.most for mask in self._elements), default=1)
+
+    @property
+    def per_element(self) -> bool:
+        """Whether elements of a batch have masks of their own."""
+        return True
 
     def of_elements(self, batch: int) -> list[tuple[BaseMask, Sequence[int]]]:
         """Give the masks, and which elements each is for. Local."""

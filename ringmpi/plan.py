@@ -73,6 +73,8 @@ class Plan:
         Whether all ranks have the same queries: each folds its own keys into all rows.
     member : int
         Of those that share keys, this rank.
+    whole : bool, optional
+        Whether blocks travel as they are; None where they always do.
     sections : int
         Into which each block is cut: those travel that members other than its owner need. 1: blocks travel as they are.
     of_keys : KeyPlan, optional
@@ -107,6 +109,7 @@ class Plan:
     dims: tuple[int, int, int]
     replicated: bool
     member: int = 0
+    whole: bool | None = None
     sections: int = 1
     of_keys: KeyPlan | None = None
     bias_tokens: Tokens | None = None
@@ -217,7 +220,9 @@ class Plan:
                     columns = self._left(source, rows, self._make_columns(source, seen))
                     count = sum(int((end - begin).sum()) for intervals in columns for begin, end in intervals)
                     pairs[number, source] += count
-                    sees[source] |= touched(parts, columns, self.sections)
+                    if not sees[source].all():
+                        # of its own block a rank need not say what it sees
+                        sees[source] |= count > 0 if source == self.member else touched(parts, columns, self.sections)
                     if not count:
                         self._unseen.add((number, source, rows.start, rows.stop))
         return pairs, sees

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from .schedules.traffic import Shape, axes
 from .score import MOST_POSITION, Score
 from .tiles import KeyPlan, Tiled
 
+MANY_INTERVALS = 1024          # of a query: each takes a pass over a block
 SAMPLED_RANKS = 16             # whose queries, and whose keys, tell what is seen, where there are more ...
 SAMPLED_QUERIES = 64           # ... and so many queries of each
 
@@ -114,6 +116,13 @@ class Problem:
         if self.alibi is not None and np.abs(self.alibi).max(initial=0.0) > most / MOST_POSITION:
             raise OptionError(f"alibi: {self.alibi.tolist()} is too large for the accumulator's dtype, {kind.dtype}")
 
+    def warn_of_intervals(self) -> None:
+        """Warn if a query may have very many intervals. Local."""
+        if self.mask.most > MANY_INTERVALS:
+            warnings.warn(f"mask: a query may see up to {self.mask.most} stretches of keys, which are met one after "
+                          "another; where key_mask leaves out many, key_bias=-inf is faster", RuntimeWarning,
+                          stacklevel=2)
+
     def shape(self, records: Records) -> Shape:
         """Say what is computed as far as its cost goes by it, but for what the mask lets be seen. Local."""
         heads, kv_heads, dim, dim_v, batch = map(records.common, ("heads", "kv_heads", "dim", "dim_v", "batch"))
@@ -167,6 +176,7 @@ class Problem:
         score = self.score(dim, share)
 
         # The keys: a block for each rank that shares them.
+        uncut = bool(tile) or keys.size == 1
         parts = [increasing(kv_layout, grid.group("heads", other).ranks) for other in keys.ranks]
         widths = (dim,) if records.common("in_keys") else (dim, dim_v)
         shapes: list[list[tuple[int, ...]]] = [
@@ -180,7 +190,7 @@ class Problem:
                     Tokens.of_queries([q_layout.counts[r] for r in beside.ranks], shares),
                     Tokens.of_keys([kv_layout.counts[r] for r in beside.ranks], shares), score,
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
-                    keys.index, 1 if whole or tile or keys.size == 1 else sections(keys.size),
+                    keys.index, None if uncut else whole, 1 if uncut or whole else sections(keys.size),
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
                     bias_tokens, layouts[1] if records.leave_out else None)
 

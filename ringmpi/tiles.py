@@ -124,7 +124,7 @@ class KeyPlan:
     @property
     def pairs(self) -> int:
         """Visible query-key pairs of this rank's keys, all batches."""
-        counts = [len(elements) for _, elements in self.mask.of_elements(self.batch)]
+        counts = [len(bounds.elements) for bounds in self._make_bounds(0)]
         return int((self._pairs @ counts).sum())
 
     @property

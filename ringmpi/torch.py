@@ -252,7 +252,7 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
         """Refuse."""
         raise RingError("ring_attention: expected at most two derivatives, got a third, and there is none; leave out "
-                        "create_graph when you ask for the second")
+                        "create_graph when you ask for the second, and take torch.autograd.functional.vhp, not hvp")
 
 
 class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]

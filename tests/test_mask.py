@@ -81,7 +81,9 @@ def test_documents_must_not_decrease(documents):
         Mask(documents=documents)
 
 
-@pytest.mark.parametrize("options", [{"spans": [[0, 1], [2]]}, {"document_ids": np.array([2**63, 3], np.uint64)}])
+@pytest.mark.parametrize("options", [{"keys": [[1], [1, 2]]}, {"keys": [[1, 2]]}, {"key_mask": [[True], [True, False]]},
+                                     {"key_mask": [0, 2]}, {"spans": [[0, 1], [2]]},
+                                     {"document_ids": np.array([2**63, 3], np.uint64)}])
 def test_arrays_that_are_none(options):
     with pytest.raises(MaskError, match=next(iter(options))):
         Mask(**options)

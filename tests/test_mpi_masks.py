@@ -71,6 +71,7 @@ def test_errors_are_the_same_on_all_ranks(comm):
             ([Mask()], MaskError, "got 1 masks and a batch of 2"), ([Mask(), 3], OptionError, "got 3 for element 1"),
             ([Mask(), [Mask()]], OptionError, "for element 1"),
             ([Mask(), Mask(keys=rows + 1)], MaskError, r"element 1 of the batch"),
+            ([Mask(keys=[1, 2]), Mask()], OptionError, "for several for element 0"),
             (Mask(keys=[1, 2, 3]), MaskError, "got 3 and a batch of 2"),
             (Mask(key_mask=[True]), MaskError, f"each of {rows} keys, got 1")):
         with pytest.raises(error, match=text):
@@ -80,6 +81,32 @@ def test_errors_are_the_same_on_all_ranks(comm):
     for mask in ([Mask()], Mask(keys=3), Mask(key_mask=[True])):
         with pytest.raises(OptionError, match="this one grows"):
             KVCache(comm, kv_heads=1, dim=4, mask=mask)
+
+
+@pytest.mark.parametrize("mask", [[], Mask(keys=[]), [Mask(causal=True)] * 0], ids=str)
+def test_a_batch_of_none(comm, mask):
+    x = np.ones((0, 5, 2, 4))
+    with RingAttention(comm, mask=mask) as attention:
+        assert attention(x, x, x).shape == x.shape
+        assert [dx.shape for dx in attention.backward(x)] == [x.shape] * 3
+
+
+def test_bits_do_not_depend_on_calls_before(comm):
+    """Blocks travel in part, but as they are in a call that may be left: each call has the plan that it needs."""
+    n = 400 * comm.size
+    mask = Mask(key_mask=(np.arange(n) < 400) | (np.arange(n) % 400 < 10))
+    schedule = f"2x1x{comm.size // 2}:two-way" if comm.size % 2 == 0 else f"1x1x{comm.size}:two-way"
+    q, k, v = random_qkv(comm.rank, 7, 400, 2, 2, 8, 8, "float64")
+    with RingAttention(comm, mask=mask, schedule=schedule) as attention:
+        first = attention(q, k, v)
+        stopped = attention(q, k, v, stop=lambda: False)
+        assert oracle.error(stopped, first) < 1e-13
+        assert (attention(q, k, v) == first).all()
+    if comm.size % 2 == 0:                    # groups of keys that send different columns agree nevertheless
+        with RingAttention(comm, mask=mask, schedule=f"1x2x{comm.size // 2}:ring") as attention:
+            attention(q, k, v)
+            with pytest.raises(OptionError, match="no queries travel"):
+                attention(q, k, v, stop=lambda: False)
 
 
 @pytest.mark.parametrize("kind", ["causal", "trees", "holes", "grid"])

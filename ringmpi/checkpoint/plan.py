@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ..backends.base import Backend
+from ..errors import InternalError
 from ..mpi.comm import Comm
 from ..plan import Columns, Plan
 from ..schedules.base import Work
@@ -33,7 +34,9 @@ class ResumablePlan(Plan):
     def of(cls, plan: Plan, before: Folded | Moved) -> ResumablePlan:
         """Make one of a plan, with its route, which is to be agreed on anew if anything has been met. Local."""
         given = {part.name: getattr(plan, part.name) for part in fields(Plan) if part.init}
-        given |= {"ready": set(), "_kept": {}, "_unseen": set()}      # which are not shared
+        if plan.sent is not None:
+            raise InternalError("a call that may be left needs blocks that travel as they are")
+        given |= {"sections": 1, "ready": set(), "_kept": {}, "_unseen": set()}      # which are not shared
         made = cls(**given, before=before.copy() if isinstance(before, Folded) else before)
         made.route = plan.route
         if all(map(before.is_whole, range(len(plan.parts)))):
