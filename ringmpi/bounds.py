@@ -43,8 +43,12 @@ class Bounds:
 
     Attributes
     ----------
+    rows : int
+        The rows there are.
     most_rows : int
         Of a piece.
+    kept : bool
+        Whether all intervals are made once, for they take little memory.
     """
 
     def __init__(self, mask: BaseMask, queries: Integers, lengths: tuple[int, int], elements: Sequence[int]) -> None:
@@ -52,17 +56,9 @@ class Bounds:
         self._mask = mask
         self._queries = queries
         self._lengths = lengths
+        self.rows = len(queries)
         self.most_rows = rows_of_piece(mask)
-
-    @property
-    def rows(self) -> int:
-        """The rows there are."""
-        return len(self._queries)
-
-    @property
-    def kept(self) -> bool:
-        """Whether all intervals are made once, for they take little memory."""
-        return self.rows <= self.most_rows
+        self.kept = self.rows <= self.most_rows
 
     def pieces(self, rows: slice, tile: int = 1) -> list[slice]:
         """Cut rows into pieces, each of whole tiles but the last, for which intervals are made at a time. Local."""

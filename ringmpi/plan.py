@@ -131,22 +131,22 @@ class Plan:
         """Whether scores are; see `Score.plain`."""
         return self.score.plain and self.bias_tokens is None
 
-    @property
+    @cached_property
     def _without_bias(self) -> int:
         """Arrays of a block besides the bias: k and v, or k alone."""
         return len(self.shapes[0]) - (self.bias_tokens is not None)
 
-    @property
+    @cached_property
     def in_keys(self) -> bool:
         """Whether values are the first numbers of keys."""
         return self._without_bias == 1
 
-    @property
+    @cached_property
     def block_tokens(self) -> list[Tokens]:
         """Of each array of a block."""
         return [self.kv_tokens] * self._without_bias + ([self.bias_tokens] if self.bias_tokens else [])
 
-    @property
+    @cached_property
     def block_dtypes(self) -> list[np.dtype[Any]]:
         """Of each array of a block: a bias has the accumulator's, as all gradients have."""
         return [self.dtype] * self._without_bias + ([self.accumulator] if self.bias_tokens else [])
@@ -239,7 +239,12 @@ class Plan:
 
     def pieces(self, rows: slice) -> list[slice]:
         """Cut rows into pieces for which what they see is made at a time. Local."""
-        return min(self.bounds, key=lambda bounds: bounds.most_rows).pieces(rows)
+        return [rows] if self._all_kept else min(self.bounds, key=lambda bounds: bounds.most_rows).pieces(rows)
+
+    @cached_property
+    def _all_kept(self) -> bool:
+        """Whether what all rows see is there at once."""
+        return all(bounds.kept for bounds in self.bounds)
 
     def prefetch_columns(self, source: int | None) -> None:
         """Have the columns of the next block ready: a GPU computes now, and would wait for them later. Local."""

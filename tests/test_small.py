@@ -190,5 +190,5 @@ def test_a_second_call_runs_little_python_whatever_the_options(shape):
             for _ in range(2):
                 attention(q, k, v)
             counts.append(calls_of_python(lambda: attention(q, k, v)))
-    assert max(counts) <= 235
+    assert max(counts) <= 250
     assert len(set(counts)) == 1

@@ -59,7 +59,7 @@ class ResumablePlan(Plan):
         """
         if len(pieces) == 1:
             return True
-        if not all(bounds.kept for bounds in self.bounds):
+        if not self._all_kept:
             return False
         start, stop, _ = work.columns.indices(self.parts[work.source][-1].columns.stop)
         for which in range(len(self.bounds)):
