@@ -42,19 +42,19 @@ def seen_by_heads(plan: Plan, layout: Layout, bits: Sequence[Bits], heads: int) 
         Of the rows and heads that this rank finishes.
     """
     own = slice(plan.own_rows)
-    order = np.concatenate([layout.positions(rank) for rank in range(len(layout.counts))])
     tables = [part.reshape(plan.batch, heads, -(-count // 8)) for part, count in zip(bits, layout.counts, strict=True)]
     mine = range(1) if heads == 1 else range(plan.share.queries.start, plan.share.queries.stop)
     found = []
     for element, bounds in enumerate(plan.of_elements(plan.bounds)):
         seen = np.zeros((plan.own_rows, len(mine)), bool)
         for column, head in enumerate(mine):
-            below = np.zeros(layout.length + 1, np.int64)            # keys before a position that are not left out
-            below[1 + order] = np.concatenate([np.unpackbits(table[element, head], count=count)
-                                               for table, count in zip(tables, layout.counts, strict=True)])
+            # Keys before a position that are not left out.
+            below = np.zeros(layout.length + 1, np.int32 if layout.length < 2**31 else np.int64)
+            for rank, (table, count) in enumerate(zip(tables, layout.counts, strict=True)):
+                below[1:][layout.positions(rank)] = np.unpackbits(table[element, head], count=count)
             np.cumsum(below, out=below)
             for rows in bounds.pieces(own):
                 for low, high in bounds.of(rows):
-                    seen[rows, column] |= below[high] > below[low]
+                    seen[rows, column] |= np.greater(below[high], below[low])
         found.append(np.broadcast_to(seen, (plan.own_rows, plan.dims[0])))
     return found

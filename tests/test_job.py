@@ -107,6 +107,10 @@ def test_a_bias_of_the_keys_of_a_file(source, tmp_path, by_head):
         for name in "qkv":
             file.copy(name, copy)
         copy["key_bias"] = bias if by_head else bias[:, 0]
+        gone = np.flatnonzero(np.isneginf(bias).all(axis=1))           # what is there is of no account
+        assert len(gone) or by_head
+        for i, number in zip(gone[:2], (np.nan, 1e30), strict=False):
+            copy["k"][i] = copy["v"][i] = number
     flags = ["--causal", "--key-bias", "--layout", "zigzag" if by_head else "contiguous"]
     result = run(2, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, folder=tmp_path)
     assert result.code == 0, result.text

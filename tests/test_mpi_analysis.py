@@ -178,6 +178,11 @@ def test_errors_are_the_same_on_all_ranks(comm):
                 q, k, lse, groups[:-1] if last else groups, 3, **options)),
             (OptionError, "n_groups: expected an integer", lambda: analysis.mass_by_group(q, k, lse, groups, 0,
                                                                                           **options)),
+            (OptionError, "n_groups: expected groups too", lambda: analysis.key_mass(q, k, lse, n_groups=3, **options)),
+            (OptionError, "got 18446744073709551615", lambda: analysis.key_mass(
+                q, k, lse, groups=np.full(len(q), 2**64 - 1, "u8"), n_groups=3, **options)),
+            (OptionError, "n: expected an integer >= 1 and < 2147483648",
+             lambda: analysis.top(q, k, 2**40, lse, **options)),
             (OptionError, "n: expected an integer >= 1", lambda: analysis.top(q, k, 0, lse, **options)),
             (OptionError, "chosen: expected positions from 0 to 59, got 60",
              lambda: analysis.rows(q, k, lse, [3, 60], **options)),

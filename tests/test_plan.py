@@ -183,6 +183,7 @@ def test_jitter_is_the_same_for_the_same_seed():
     (("--tokens", 64, "--ranks", 4, "--latency", "2"), "expected a time like 2us, 0.5ms or 1s, got '2'"),
     (("--tokens", 64, "--ranks", 4, "--heads", 8, "--kv-heads", 3), "must be a multiple of --kv-heads"),
     (("--tokens", 64, "--ranks", 4, "--documents"), "--documents: read from IN.h5, which is not given"),
+    (("--tokens", 64, "--ranks", 4, "--key-bias"), "--key-bias: read from IN.h5, which is not given"),
     (("--tokens", 64, "--ranks", 4, "--jitter", 0.1), "--jitter: says what to simulate"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--backward"), "--simulate simulates the forward pass"),
     (("--tokens", 64, "--ranks", 4, "--simulate", "--slow-rank", "3"), "expected RANK:TIMES"),

@@ -13,6 +13,8 @@ from ..checks import check_integer
 from ..errors import DtypeError, OptionError, ShapeError
 from ..layout import Integers
 
+MOST = 2**31                  # groups, or keys for each query
+
 
 class Groups(NamedTuple):
     """Groups of this rank's queries or keys: the number of each token's group, or -1 for none; how many there are."""
@@ -38,19 +40,19 @@ def check_groups(name: str, groups: Any, total: Any, tokens: int) -> Groups:
     ShapeError, DtypeError, OptionError
         If they are no numbers of groups, one for each token.
     """
-    total = check_integer("n_groups", total, 1)
+    total = check_integer("n_groups", total, 1, MOST)
     numbers = as_host_array(groups, "groups")
     if numbers.dtype.kind not in "iu":
         raise DtypeError(f"groups: expected integers, got {numbers.dtype}")
     if numbers.shape != (tokens,):
         raise ShapeError(f"groups: expected shape ({tokens},), a number for each of this rank's {name}, got "
                          f"{numbers.shape}")
-    numbers = numbers.astype(np.int64)
-    wrong = (numbers < -1) | (numbers >= total)
+    too_large = numbers >= total                  # as they are: an uint64 may be beyond int64
+    wrong = too_large | (numbers.astype(np.int64) < -1)
     if wrong.any():
         raise OptionError(f"groups: expected numbers from 0 to {total - 1}, or -1 for none, got "
                           f"{numbers[wrong.argmax()]}")
-    return Groups(name, numbers, total)
+    return Groups(name, numbers.astype(np.int64), total)
 
 
 def members(numbers: Integers) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from ..call import Array
 from ..forward import ForwardPass, put_heads
 from ..layout import Integers
 from ..plan import Task
+from ..replicated import SHARED_BYTES
 from ..schedules.base import Blocks, Work, block_sizes
 from ..schedules.head_exchange import Tokens
 from ..schedules.links import Shape
@@ -20,6 +22,7 @@ from ..score import Score
 from .groups import Groups, members
 
 MASS, ENTROPY, POSITION = range(3)          # of the sums of `Backend.row_sums`
+Made = TypeVar("Made")
 Loops = Callable[[Work, slice, Task], Iterator[Iterator[int]]]
 
 
@@ -48,17 +51,19 @@ class WeightsPass(ForwardPass):
         """Give what each key of this rank weighs for the queries of each group, (batch, n_k, heads, groups)."""
         call, plan = self.call, self.plan
         batch, _, heads, _ = call.q.shape
-        result = np.zeros((batch, call.k.shape[1], heads, groups.total))
+        shapes = [[(*shape[:2], plan.dims[0], groups.total)] for shape, *_ in plan.shapes]
+
+        def make() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            result = np.zeros((batch, call.k.shape[1], heads, groups.total))
+            if self.movers.heads.group.size == 1:
+                return result, result
+            return result, np.zeros((batch, plan.parts[plan.member][-1].columns.stop, plan.dims[0], groups.total))
+
+        result, sums = self._get_ready([plan.dtype], make, shapes)
         numbers = np.broadcast_to(groups.numbers[:, None], call.lse.shape)
         inside = self._enter([(numbers, plan.q_tokens)], [])
         of_queries, *_ = inside.rows
-
-        sums = result
-        shapes = [[(*shape[:2], plan.dims[0], groups.total)] for shape, _ in plan.shapes]
-        if self.movers.heads.group.size > 1:
-            sums = np.zeros((batch, plan.parts[plan.member][-1].columns.stop, plan.dims[0], groups.total))
-        blocks, of_keys = Blocks(inside.block, self._shapes(inside.block)), Blocks([sums], shapes)
-        self._get_ready(blocks, of_keys)
+        blocks, of_keys = Blocks(inside.block, self._shapes(1)), Blocks([sums], shapes)
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
@@ -77,7 +82,7 @@ class WeightsPass(ForwardPass):
 
     def row_sums(self) -> NDArray[np.float64]:
         """Give the sums of `Backend.row_sums` of this rank's queries, (batch, n_q, heads, 3); values are positions."""
-        sums = self._zeros(3)
+        sums = self._get_ready([self.plan.dtype], lambda: self._zeros(3))
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
@@ -92,7 +97,7 @@ class WeightsPass(ForwardPass):
     def mass_by_group(self, groups: Groups) -> NDArray[np.float64]:
         """Give what the keys of each group weigh for each of this rank's queries, (batch, n_q, heads, groups)."""
         call = self.call
-        sums = self._zeros(groups.total)
+        sums = self._get_ready([np.dtype(np.int64), self.plan.dtype], lambda: self._zeros(groups.total))
         numbers = np.ascontiguousarray(np.broadcast_to(groups.numbers[:, None], call.k.shape[:3]))
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
@@ -113,7 +118,8 @@ class WeightsPass(ForwardPass):
     def tops(self, count: int) -> tuple[Array, Integers]:
         """Give the highest scores of this rank's queries, and the positions of these keys: (batch, n_q, heads, n)."""
         plan = self.plan
-        scores, positions = new_tops((plan.batch, plan.rows, plan.dims[0], count), plan.accumulator)
+        scores, positions = self._get_ready(
+            [plan.dtype], lambda: new_tops((plan.batch, plan.rows, plan.dims[0], count), plan.accumulator))
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
@@ -150,21 +156,36 @@ class WeightsPass(ForwardPass):
                 asked = self.movers.queries.ask(asked, plan.row_counts, self.backend.empty, self.trace)
         return Inside(list(asked), list(arrays[len(rows):]))
 
-    def _shapes(self, block: Sequence[Array]) -> list[list[Shape]]:
-        """Give the shapes of the arrays of each member's block: groups of keys, if any, and k."""
-        return [[shape[:3]] * (len(block) - 1) + [shape] for shape, _ in self.plan.shapes]
+    def _shapes(self, count: int) -> list[list[Shape]]:
+        """Give the shapes of so many arrays of each member's block: groups of keys, if any, and k."""
+        return [[shape[:3]] * (count - 1) + [shape] for shape, *_ in self.plan.shapes]
 
-    def _get_ready(self, blocks: Blocks, of_keys: Blocks | None) -> None:
-        """Compile what such a pass needs, and make its buffers."""
+    def _get_ready(self, dtypes: Sequence[np.dtype[Any]], make: Callable[[], Made],
+                   sums: Sequence[Sequence[Shape]] | None = None) -> Made:
+        """Compile what such a pass needs, make its buffers, and give what is made: before anything travels.
+
+        Parameters
+        ----------
+        dtypes : sequence of dtype
+            Of the arrays of a block.
+        make : callable
+            Makes the arrays of results.
+        sums : for each member, the shapes of the sums that come home, optional
+        """
         plan, trace = self.plan, self.trace
         heads, dim, _ = plan.dims
         trace.flop_per_pair = 2 * heads * dim
         trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim, plain=plan.score.plain,
                                                      weights=True)
-        sizes = [block_sizes(x.shapes, x.dtypes) for x in (blocks, of_keys) if x]
+        sizes = [block_sizes(self._shapes(len(dtypes)), dtypes)]
+        if sums is not None:
+            sizes.append(block_sizes(sums, [np.dtype(np.float64)]))
+        made: list[Made] = []
         with self.engine.raise_on_all():
             self.movers.carrier.reserve(plan.route, *sizes)
+            made.append(make())
         trace.setup_seconds = trace.now() - trace.compile_seconds
+        return made[0]
 
     def _go_through(self, works: Iterator[Work], inside: Inside, loops: Loops) -> None:
         """Run the loops of each task of each block that comes by."""
@@ -185,8 +206,7 @@ class WeightsPass(ForwardPass):
             Takes such arrays of the same rows, and puts into the first what others have made of other keys.
         """
         plan, heads = self.plan, self.movers.heads
-        blocks = Blocks(inside.block, self._shapes(inside.block))
-        self._get_ready(blocks, None)
+        blocks = Blocks(inside.block, self._shapes(len(inside.block)))
         with self._abandoned_on_error():
             self._go_through(self._carry(blocks), inside, loops)
             own = [x[:, :plan.own_rows] for x in results]
@@ -207,6 +227,13 @@ class WeightsPass(ForwardPass):
     def _combine_replicated(self, own: Sequence[Array],
                             combine: Callable[[Sequence[Array], Sequence[Array]], None]) -> None:
         """Put together what all ranks have made of rows that all have, in the order of the ranks: the same on all."""
+        size = self.movers.carrier.comm.size
+        step = max(1, SHARED_BYTES // max(1, size * sum(x[:, :1].nbytes for x in own)))
+        for start in range(0, own[0].shape[1], step):
+            self._combine_rows([x[:, start:start + step] for x in own], combine)
+
+    def _combine_rows(self, own: Sequence[Array], combine: Callable[[Sequence[Array], Sequence[Array]], None]) -> None:
+        """Do that with some of the rows."""
         mine = [np.ascontiguousarray(x) for x in own]
         shares = [self.engine.share(x.reshape(-1).view(np.uint8)) for x in mine]
         for rank in range(len(shares[0])):

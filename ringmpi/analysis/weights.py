@@ -20,7 +20,7 @@ from ..dtypes import accumulator
 from ..errors import BackendError, InternalError, OptionError
 from ..layout import Integers
 from ..schedules.grid import share_heads
-from .groups import Groups, check_groups
+from .groups import MOST, Groups, check_groups
 from .passes import ENTROPY, MASS, POSITION, WeightsPass
 from .rows import ChosenRows, check_chosen, check_range, held, put_together
 
@@ -78,6 +78,8 @@ class Weights(RingAttention):
         def take(call: Call) -> Groups:
             n_q = call.q.shape[1]
             if groups is None:
+                if n_groups is not None:
+                    raise OptionError(f"n_groups: expected groups too, a number for each query, got {n_groups} alone")
                 return Groups("queries", np.zeros(n_q, np.int64), 1)
             return check_groups("queries", groups, n_groups, n_q)
 
@@ -96,7 +98,7 @@ class Weights(RingAttention):
     def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None) -> Top:
         """Do what `ringmpi.analysis.top` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
-            return NO_GROUPS._replace(total=check_integer("n", n, 1))
+            return NO_GROUPS._replace(total=check_integer("n", n, 1, MOST))
 
         (scores, positions), call = self._over(f"top {n}", q, k, lse, sinks, lambda one, taken: one.tops(taken.total),
                                                take)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..analysis import Weights
+from ..analysis.rows import check_range
 from ..errors import OptionError, ShapeError, ShardError
 from ..files.hdf5 import OutputFile, create_dataset, read_integers, write_file, write_rows
 from ..files.manifest import Manifest, read_manifest
@@ -103,6 +104,7 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
                                   "summed up with yet, got one of `ringmpi attend --key-bias`")
             data = files.enter_context(open_input(source, options))
             _check_belongs(written, data)
+            check_range(np.array(question.rows, np.int64), data.sizes.n_q)
         run.comm.check_same_options(asdict(data.sizes) | asdict(options), timeout)
         with Weights(run.world, mask=data.mask, layout=options.layout, scale=options.scale, softcap=options.softcap,
                      alibi=data.alibi, backend=options.backend, threads=threads, timeout=timeout,

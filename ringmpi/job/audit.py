@@ -186,14 +186,16 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
     for start in range(0, data.sizes.n_k, TOKENS_AT_A_TIME):
         stop = min(start + TOKENS_AT_A_TIME, data.sizes.n_k)
         keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (data.k, data.v))
-        values = np.concatenate([values, np.abs(values)], axis=2)
-        longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
         key_bias: Array | None = None
         kept = np.ones((stop - start, 1), bool)
         if data.key_bias is not None:
             key_bias = read_key_bias(data.key_bias, start, stop).astype(np.float64).reshape(stop - start, -1)
             biases.take(key_bias)
             kept = ~np.isneginf(key_bias)
+            left_out = ~kept.any(axis=1)             # what is there is of no account, NaN too
+            keys[left_out] = values[left_out] = 0
+        values = np.concatenate([values, np.abs(values)], axis=2)
+        longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
         below = np.cumsum(kept, axis=0)
         below = np.concatenate([np.zeros((1, below.shape[1])), below])        # keys before each that are not left out
         for low, high in bounds:

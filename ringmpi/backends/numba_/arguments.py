@@ -83,7 +83,8 @@ class KernelArguments:
         bias = np.zeros((1, n_k + spare if score.key_bias is not None else 1), self.acc_dtype)
         if score.key_bias is not None:
             bias = np.zeros((score.key_bias.shape[1], n_k + spare), self.acc_dtype)
-            bias[:, :n_k] = score.key_bias.T
+            seen = slice(self.first, self.last)              # of a block it may be little
+            bias[:, seen] = score.key_bias[seen].T
         return {"ratio": self.capping[0], "cap": self.capping[1], "sloped": score.slopes is not None,
                 "biased": score.key_bias is not None, "bias": bias.reshape(-1),
                 "only_biased": score.key_bias is not None and replace(score, key_bias=None).plain,
