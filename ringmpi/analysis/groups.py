@@ -57,6 +57,8 @@ def check_groups(name: str, groups: Any, total: Any, tokens: int) -> Groups:
 
 def members(numbers: Integers) -> Iterator[tuple[int, slice | NDArray[np.int64]]]:
     """Give the groups that there are among some tokens, and the tokens of each: a slice if it is one. Local."""
+    if not len(numbers):                      # the rows of a rank that has none
+        return
     order = np.argsort(numbers, kind="stable")
     found, starts = np.unique(numbers[order], return_index=True)
     for group, tokens in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
