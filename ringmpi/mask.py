@@ -299,16 +299,15 @@ class Mask(BaseMask):
     @cached_property
     def _runs(self) -> Interval | None:
         """The stretches of keys that there are, by `key_mask` and `keys`: their starts and stops; None: all keys."""
-        if self.key_mask is None and self.keys is None:
-            return None
+        keys = None if self.per_element else self.keys                   # else each of `of_elements` has its own
         if self.key_mask is None:
-            return np.zeros(1, np.int64), np.array([self.keys], np.int64)
+            return None if keys is None else (np.zeros(1, np.int64), np.array([keys], np.int64))
         edges = np.flatnonzero(np.diff(self.key_mask.astype(np.int8), prepend=0, append=0))
         starts, stops = edges[::2], edges[1::2]
-        if self.keys is None:
+        if keys is None:
             return starts, stops
-        there = starts < self.keys
-        return starts[there], np.minimum(stops[there], self.keys)
+        there = starts < keys
+        return starts[there], np.minimum(stops[there], keys)
 
     def positions(self, queries: ArrayLike, n_q: int, n_k: int) -> Integers:
         """Give the positions of queries among the keys; see `BaseMask.positions`. Local."""

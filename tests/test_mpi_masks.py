@@ -62,6 +62,9 @@ def test_keys_of_each_element(comm):
     lengths = [60, 0, 17, 60]
     see = [oracle.visible(N, N, window=(9, 3), keys=length) for length in lengths]
     passes(comm, Mask(window=(9, 3), keys=lengths), see, "striped")
+    there = np.arange(N) % 5 > 0
+    passes(comm, Mask(causal=True, keys=lengths, key_mask=there),
+           [oracle.visible(N, N, causal=True, keys=length, key_mask=there) for length in lengths], "contiguous")
 
 
 def test_errors_are_the_same_on_all_ranks(comm):

@@ -5,6 +5,7 @@ import oracle
 import pytest
 from oracle import case, functions
 
+from ringmpi.analysis.groups import members
 from ringmpi.backends import open_backend
 from ringmpi.backends.heaviest import NO_KEY, best, new_tops
 from ringmpi.dtypes import BFLOAT16
@@ -96,6 +97,13 @@ def check_tops(scores, positions, x, see, bound):
     assert np.abs(scores[some] - at[some]).max(initial=0) <= bound
     order = np.sort(positions, axis=-1)
     assert (np.diff(order, axis=-1)[order[..., 1:] < NO_KEY] > 0).all()
+
+
+def test_groups_of_tokens():
+    numbers = np.array([2, 0, 0, -1, 2, 1])
+    found = [(group, np.arange(6)[some].tolist()) for group, some in members(numbers)]
+    assert found == [(0, [1, 2]), (1, [5]), (2, [0, 4])]
+    assert not list(members(numbers[:0]))
 
 
 def test_ties_go_by_position(backend):

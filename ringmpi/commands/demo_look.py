@@ -48,7 +48,10 @@ class Looks:
 
     def __init__(self, world: Any, comm: Comm, files: Files, context: int, backend: str, threads: int | None,
                  timeout: float) -> None:
-        self._world, self._comm, self._files, self._context = world, comm, files, context
+        self._world = world
+        self._comm = comm
+        self._files = files
+        self._context = context
         self._options = {"layout": "replicated", "threads": threads, "timeout": timeout,
                          "backend": backend if backend in HOST_NAMES else "auto"}
         self._timeout = timeout

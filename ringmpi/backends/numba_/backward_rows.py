@@ -50,12 +50,9 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, scale, sc
     the place of the tile's first key.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        rows, work = _rows(context, builder, signature, values)
+        rows, work, score, emitter, sums = _scored_rows(context, builder, signature, values)
         v = rows.v
         scale = v.splat(values[5])
-        score = unpack(context, builder, signature.args[6], values[6])
-        emitter = ScoreEmitter(v, score, values[1], rows.start)
-        sums = _BiasSums(rows, score, values[1], values[7])
         lse, delta, slope, dropout_key = (
             splats(v, x, values[1]) for x in (work.lse, work.delta, score.slope, score.dropout_key))
 
@@ -82,12 +79,9 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, scale, sc
 def differentiate_biased(context, work, row, row_keys, columns, outer, scale, score, sums_at):  # type: ignore[no-untyped-def]
     """Do what `differentiate_scored` does where there is a bias alone, to the same bits."""
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
-        rows, work = _rows(context, builder, signature, values)
+        rows, work, score, emitter, sums = _scored_rows(context, builder, signature, values)
         v = rows.v
         scale = v.splat(values[5])
-        score = unpack(context, builder, signature.args[6], values[6])
-        emitter = ScoreEmitter(v, score, values[1], rows.start)
-        sums = _BiasSums(rows, score, values[1], values[7])
         lse, delta = splats(v, work.lse, values[1]), splats(v, work.delta, values[1])
 
         def both(i: int, j: Any, s: Any, dp: Any) -> tuple[Any, Any]:
@@ -143,6 +137,15 @@ def _rows(context: Any, builder: Any, signature: Any, values: Any) -> tuple[_Row
     outer = cgutils.unpack_tuple(builder, values[4], 2)
     vectors = Vectors(builder, dtype_of(signature.args[0], "s"))
     return _Rows(vectors, work, values[1], values[2], columns, outer), work
+
+
+def _scored_rows(context: Any, builder: Any, signature: Any, values: Any
+                 ) -> tuple[_Rows, Any, Any, ScoreEmitter, _BiasSums]:
+    """Give what `_rows` gives, the score, and what emits scores and sums of the gradient of a bias."""
+    rows, work = _rows(context, builder, signature, values)
+    score = unpack(context, builder, signature.args[6], values[6])
+    return (rows, work, score, ScoreEmitter(rows.v, score, values[1], rows.start),
+            _BiasSums(rows, score, values[1], values[7]))
 
 
 class _Rows:
