@@ -421,6 +421,17 @@ def test_a_dry_run_counts_what_a_grid_exchanges(tmp_path):
     assert "expected heads x queries x keys to be the number of ranks, 8, got 9; 1x1x8:ring would do" in wrong.stderr
 
 
+def test_a_bias_of_the_keys_is_counted():
+    """It travels with k and v."""
+    code("make", "random", "in.h5", "--tokens", 2**15, "--heads", 4, "--kv-heads", 2, "--dim", 16)
+    with h5py.File("in.h5", "r+") as file:
+        file["key_bias"] = np.zeros((2**15, 4), "f4")
+    dry = "attend", "in.h5", "out.h5", "--dry-run", "--expect-ranks", "4", "--schedule"
+    sent = [float(re.search(r"K/V traffic +(\S+) MiB", without_mpi(*dry, "ring", *flags).stdout)[1])
+            for flags in ([], ["--key-bias"])]
+    assert sent == [6.0, 6.4]                    # 8,192 keys of 256 bytes, 3 hops; and 16 bytes more of each
+
+
 def test_a_dry_run_says_what_auto_would_choose_within_a_limit(tmp_path):
     """And a run refuses a limit that nothing meets, with the smallest need."""
     code("make", "random", "in.h5", "--tokens", 2**12, "--heads", 8, "--kv-heads", 2)

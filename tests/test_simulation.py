@@ -252,3 +252,11 @@ def test_what_does_not_fit_is_refused():
         prepare(shape_of(64), Schedule(keys=6, carrier="window"), Machine(6, 3))
     with pytest.raises(OptionError, match="divide the 8 heads"):
         prepare(shape_of(64), Schedule(heads=3), Machine(3, 3))
+
+
+@pytest.mark.parametrize(("bias", "bytes_more"), [(1, [4, 4]), (8, [16, 16])])
+def test_a_bias_travels_with_its_keys(bias, bytes_more):
+    """One number in float32 for each key, or one for each head that a rank has."""
+    plain, biased = (prepare(Shape(64, 64, 8, 4, 64, 64, 4, 4, bias=numbers), Schedule(heads=2, keys=2),
+                             nodes_of_one(4)).block_bytes for numbers in (0, bias))
+    assert ((biased - plain) / 32 == np.array(bytes_more)[:, None]).all()

@@ -69,9 +69,10 @@ def _describe_traffic(parts: dict[str, int], schedule: Schedule) -> Iterator[str
     """Say what a rank sends in the forward pass, by the bytes of its arrays."""
     carrier = carrier_class(schedule.carrier)
     sharing = schedule.queries
-    keys = (parts["k"] + parts["v"]) * (0 if carrier.in_place else schedule.keys - 1)
+    block = parts["k"] + parts["v"] + parts.get("key_bias", 0)
+    keys = block * (0 if carrier.in_place else schedule.keys - 1)
     queries = (parts["q"] + (parts["acc"] + parts["max and sum"]) // sharing) * (sharing - 1)
-    heads = sum(parts[name] for name in ("q", "k", "v", "out", "lse")) * (schedule.heads - 1) // schedule.heads
+    heads = (block + sum(parts[name] for name in ("q", "out", "lse"))) * (schedule.heads - 1) // schedule.heads
     yield f"{'K/V traffic':24}{keys / 2**20:12.1f} MiB sent by a rank at most, " \
           f"{carrier.path_text.format(schedule.keys - 1)}"
     if sharing > 1:

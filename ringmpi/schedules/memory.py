@@ -42,5 +42,5 @@ def arrays(shape: Shape, schedule: Schedule, on_gpu: bool) -> dict[str, int]:
     if schedule.heads > 1:                       # by heads, and what is packed and received
         sizes["exchange of heads"] = 3 * (q + inside) + out + lse
     if shape.canonical and ranks > 1:            # keys in whole tiles: what is packed, received and put in order
-        sizes["K/V in tiles"] = 3 * kv
+        sizes["K/V in tiles"] = 3 * (kv + bias)
     return sizes

@@ -137,7 +137,7 @@ def axes(shape: Shape, schedule: Schedule) -> tuple[str, str, str]:
     Heads, which nothing hides, then queries and their results, or keys.
     """
     queries = shape.n_q * shape.heads * (shape.dim * shape.item + (shape.dim_v + 2) * shape.wide)
-    keys = shape.n_k * shape.kv_heads * shape.width * shape.item
+    keys = shape.n_k * (shape.kv_heads * shape.width * shape.item + shape.bias * shape.wide)
     more_queries = queries * (schedule.queries - 1) > keys * (schedule.keys - 1)
     return ("heads", "queries", "keys") if more_queries else ("heads", "keys", "queries")
 

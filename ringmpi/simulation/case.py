@@ -197,8 +197,10 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: BaseMask |
         blocks = np.array(layouts[1].counts, np.float64)[places].sum(axis=0)
         seconds, even = _unequal(shape, machine, places, layouts, mask)
     tokens = np.tile(blocks, (schedule.heads, 1))
-    kv_heads = [share.kv_heads for share in share_heads(shape.heads, shape.kv_heads, schedule.heads)]
-    a_token = np.repeat(kv_heads, schedule.queries)[:, None] * shape.width * shape.item * shape.batch
+    shares = share_heads(shape.heads, shape.kv_heads, schedule.heads)
+    a_key = [share.kv_heads * shape.width * shape.item + (share.heads if shape.bias > 1 else shape.bias) * shape.wide
+             for share in shares]
+    a_token = np.repeat(a_key, schedule.queries)[:, None] * shape.batch
     return Case(shape, schedule, machine, trouble or Trouble(), places.reshape(-1, schedule.keys), tokens,
                 tokens * a_token, seconds, even)
 
