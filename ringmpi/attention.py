@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from .backends import GPU_NAMES, check_name
+from .backends import GPU_NAMES, check_gpu_kernels, check_name
 from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Direction, Inputs, Records, checksum, no_call
@@ -92,6 +92,13 @@ class RingAttention:
         is what the variable RINGMPI_GPU_TRANSPORT says, else direct if the MPI library proves that it can.
     allow_gpu_sharing : bool
         Let ranks share a GPU; by default that is an error, as it mostly is a mistake.
+    gpu_kernels : {"auto", "own", "library"}
+        Whose kernels make the gradients of bfloat16 and float16 on a GPU. ``"library"``: torch's, cuDNN's or
+        FlashAttention's, for what they can do of a block (plain scores; a rectangle that is wholly visible, or the
+        causal half of a square), ours for the rest; that they are not installed, or not right on this GPU, is an error.
+        They are faster, round what each block gives to 16 bits, and their sums need not have the same bits in each
+        run. ``"own"``: ours alone. ``"auto"``: torch's where they are found right, else ours. What a rank took is
+        ``attention.trace.kernels``.
     schedule : {"auto", "ring", "gather", "queries", "mesh", "heads"} or Schedule or str
         Who computes what, and what travels. ``"auto"`` takes what costs least, by the rates of this machine that
         ``ringmpi bench network`` has measured, else by usual ones. It chooses for each shape of the shards, the same on
@@ -151,7 +158,8 @@ class RingAttention:
                  scale: float | None = None, softcap: float | None = None,
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
-                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False, bfloat16_products: str = "auto",
+                 gpu_transport: str = "auto", allow_gpu_sharing: bool = False, gpu_kernels: str = "auto",
+                 bfloat16_products: str = "auto",
                  schedule: str | Schedule = "auto", memory_limit: int | str | None = None,
                  order: str = "fastest") -> None:
         check_thread()
@@ -166,6 +174,7 @@ class RingAttention:
                                           order)
             check_name(backend)
             check_transport(gpu_transport)
+            check_gpu_kernels(gpu_kernels)
             bfloat16_products = wish(bfloat16_products)
             self._memory_limit = check_memory_limit(memory_limit)
             self.schedule = resolve(check_schedule(schedule), self._comm.size, self._problem.replicated,
@@ -173,11 +182,13 @@ class RingAttention:
             self._chooses = schedule == "auto" and self._comm.size > 1 and not (
                 self._problem.replicated or self._problem.canonical)
             self._options = {**self._problem.describe(), "backend": backend, "gpu_transport": gpu_transport,
-                             "allow_gpu_sharing": bool(allow_gpu_sharing), "bfloat16_products": bfloat16_products,
+                             "allow_gpu_sharing": bool(allow_gpu_sharing), "gpu_kernels": gpu_kernels,
+                             "bfloat16_products": bfloat16_products,
                              "schedule": "auto" if self._chooses else str(self.schedule),
                              "memory_limit": self._memory_limit}
             engine = Engine(self._comm, self.timeout, backend, check_threads(threads) or self._comm.threads,
-                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products, self._problem.canonical)
+                            gpu_transport, bool(allow_gpu_sharing), bfloat16_products, self._problem.canonical,
+                            gpu_kernels)
         self._engine = agreed(engine, self._comm, "RingAttention", self.timeout, failures, self._options)
         # What each call brings along, so that none is taken for another's.
         self._options["RingAttention (by the order in which they were made)"] = self._comm.next_object()

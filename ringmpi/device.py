@@ -344,6 +344,24 @@ class Device:
 
     # Kernels
 
+    def call_torch(self, work: Callable[..., None], *arrays: Array) -> None:
+        """Have torch do `work` on the caller's stream, given arrays of the GPU's memory as tensors that share it.
+
+        Raises
+        ------
+        BackendError
+            For what torch says of it.
+        """
+        import torch
+        cuda: Any = torch.cuda
+        pointer = self.caller_stream().ptr
+        stream = cuda.ExternalStream(pointer) if pointer else cuda.default_stream(self.index)
+        try:
+            with cuda.device(self.index), cuda.stream(stream), torch.no_grad():
+                work(*map(_tensor, arrays))
+        except RuntimeError as error:
+            raise BackendError(f"GPU {self.index} ({self.name}), torch: {error}") from error
+
     def compile(self, path: Path, names: Sequence[str], options: Sequence[str]) -> list[Any]:
         """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name.
 
@@ -427,6 +445,14 @@ def _uuid(index: int) -> str:
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceGetUuid_v2(raw, device):
         return ""
     return f"GPU-{uuid.UUID(bytes=bytes(raw))}"
+
+
+def _tensor(x: Array) -> Any:
+    """Give a tensor of torch that shares an array's memory."""
+    import torch
+    if x.dtype == BFLOAT16:                    # which DLPack can't name in every version
+        return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_dlpack(x)
 
 
 def _bytes(x: Any) -> Any:

@@ -134,6 +134,8 @@ class Engine:
         What is wished for; see `Backend.settle`.
     canonical : bool
         Whether sums are made in canonical order.
+    gpu_kernels : str
+        Whose kernels are to differentiate on a GPU; see `open_backend`.
 
     Attributes
     ----------
@@ -153,11 +155,13 @@ class Engine:
     backend: Backend
 
     def __init__(self, comm: Comm, timeout: float, name: str, threads: int, gpu_transport: str,
-                 allow_gpu_sharing: bool, bfloat16_products: str = "auto", canonical: bool = False) -> None:
+                 allow_gpu_sharing: bool, bfloat16_products: str = "auto", canonical: bool = False,
+                 gpu_kernels: str = "auto") -> None:
         self._comm, self._timeout, self._threads = comm, timeout, threads
         self._name, self._gpu_transport, self._sharing = name, gpu_transport, allow_gpu_sharing
         self._products = bfloat16_products
         self._canonical = canonical
+        self._gpu_kernels = gpu_kernels
         self._places: NDArray[np.int64] | None = np.full(comm.size, ON_HOST)      # None after an attempt that failed
         self._index: int | None = None
         self._workspace: Workspace | None = None
@@ -229,10 +233,11 @@ class Engine:
         on_gpu = self._name in GPU_NAMES or self._index is not None
         gpu = self._gpu() if on_gpu else None
         name = GPU_NAMES[0] if on_gpu else self._name
-        key = name, self._threads, gpu, self._products, on_gpu and hopper_kernel(), self._canonical
+        kernels = (hopper_kernel(), self._gpu_kernels) if on_gpu else ()
+        key = name, self._threads, gpu, self._products, kernels, self._canonical
         workspaces = self._comm.shared
         if key not in workspaces:
-            backend = open_backend(name, self._threads, gpu, self._canonical)
+            backend = open_backend(name, self._threads, gpu, self._canonical, self._gpu_kernels)
             workspaces[key] = Workspace(self._comm, backend, len(workspaces))
         self._workspace = workspaces[key]
         self._workspace.users += 1

@@ -46,8 +46,8 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         Return the log-sum-exp of the scores too.
     **options
         `mask`, `layout`, `kv_layout`, `scale`, `softcap`, `alibi`, `dropout`, `backend`, `threads`, `timeout`,
-        `accumulator`, `gpu_transport`, `allow_gpu_sharing`, `bfloat16_products`, `schedule`, `memory_limit`,
-        `order`: see `RingAttention`.
+        `accumulator`, `gpu_transport`, `allow_gpu_sharing`, `gpu_kernels`, `bfloat16_products`, `schedule`,
+        `memory_limit`, `order`: see `RingAttention`.
 
     Returns
     -------

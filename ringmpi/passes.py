@@ -102,23 +102,29 @@ class Pass(ForwardPass):
         acc_dtype = plan.accumulator
         delta = self._delta(gradients)
 
-        # What travels, the wider dtype first.
-        given = [(x, plan.q_tokens) for x in (self._known_lse(), delta, call.q, dout)]
+        # What travels, the wider dtype first; the result too, if all ranks have a library whose kernels want it.
+        wants_out = self.trace.kernels != "own" and all(x.out is not None for x in gradients)
+        sent_out = [call.out] if backend.device and self._all(wants_out) else []
+        given = [(x, plan.q_tokens) for x in (self._known_lse(), delta, call.q, dout, *sent_out)]
         inside = heads.to_heads("heads", [*given, *zip(call.keys, plan.block_tokens, strict=True)], backend.empty,
                                 self.trace)
         asked, keys = inside[:len(given)], inside[len(given):]
         rows = queries.ask(asked, plan.row_counts, backend.empty, self.trace)
-        lse, delta, q, dout = rows
+        lse, delta, q, dout, *out = rows
         dq, *of_keys = (backend.empty(x.shape, acc_dtype) for x in (q, *keys))
         for x in (dq, *of_keys):
             backend.clear(x)
-        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i]) for i in range(plan.batch)], keys,
-                            of_keys, rows)
+        self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i], *(x[i] for x in out))
+                                for i in range(plan.batch)], keys, of_keys, rows)
         own = slice(plan.own_rows)
         queries.bring_home("dq", list(dq), plan.row_counts, lambda parts: self._add(dq[:, own], parts), self.trace)
         places = [self._add_heads if tokens.repeats else put_heads for tokens in plan.block_tokens]
         heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), *zip(of_keys, plan.block_tokens, strict=True)],
                         list(zip(results, (put_heads, *places), strict=True)), self.trace)
+
+    def _all(self, mine: bool) -> bool:
+        """Say whether something is so on all ranks."""
+        return all(bool(theirs[0]) for theirs in self.engine.share(np.array([mine], np.uint8)))
 
     def _known_lse(self) -> Array:
         """Give lse, with inf for -inf of a row whose keys a bias leaves out: a weight is exp(-inf - inf) = 0 then."""

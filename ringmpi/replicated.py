@@ -97,7 +97,8 @@ def part_of(whole: Rows, rows: slice) -> Rows:
     arrays = list(vars(whole).values())
     if not rows.start and rows.stop == len(arrays[0]):
         return whole
-    return type(whole)(*[x[rows] for x in arrays])
+    parts: list[Any] = [x if x is None else x[rows] for x in arrays]
+    return type(whole)(*parts)
 
 
 def combine_parts(backend: Backend, states: Sequence[State], parts: Sequence[Array]) -> None:

@@ -66,12 +66,15 @@ class Gradient:
         ``sum(dout · out) - dlse``: the gradient of a score is ``weight (dout · v - delta)``.
     dq : array of shape (n_q, heads, dim), accumulator dtype
         Gradient of the queries so far.
+    out : array of shape (n_q, heads, dim_v), dtype of q, optional
+        The result, where delta is ``sum(dout · out)`` and nothing else.
     """
 
     dout: Any
     lse: Any
     delta: Any
     dq: Any
+    out: Any = None
 
 
 def row_delta(dout: NDArray[Any], out: NDArray[Any], dlse: NDArray[Any] | None, delta: NDArray[Any]) -> None:

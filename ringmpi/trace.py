@@ -58,6 +58,8 @@ class Trace:
         node that compiles; not part of `setup_seconds`.
     flop_per_pair : int
         Floating-point operations for each visible query-key pair, all heads: ``2 heads (dim + dim_v)``.
+    kernels : str
+        Whose kernels the pass took where it could: ``"own"``, or in a backward pass on a GPU a library's name.
     """
 
     started: float = field(default_factory=time.perf_counter)
@@ -66,6 +68,7 @@ class Trace:
     setup_seconds: float = 0.0
     compile_seconds: float = 0.0
     flop_per_pair: int = 0
+    kernels: str = "own"
 
     def now(self) -> float:
         """Seconds since the call began."""
@@ -116,4 +119,5 @@ class Trace:
         names = ("started", "pairs", "flop", "compute_seconds", "wait_seconds", "setup_seconds", "compile_seconds",
                  "bytes_sent", "gradient_bytes_sent", "exchanged_bytes_sent", "hops")
         return {name: getattr(self, name) for name in names} | {
+            "kernels": self.kernels,
             "steps": [asdict(s) for s in self.steps], "exchanges": [asdict(x) for x in self.exchanges]}

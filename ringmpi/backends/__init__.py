@@ -8,7 +8,7 @@ from typing import cast
 
 from .. import device
 from ..errors import BackendError, OptionError
-from .base import Backend
+from .base import GPU_KERNELS, Backend
 
 _CLASSES = {"numba": ("numba_.backend", "NumbaBackend"), "numpy": ("numpy_", "NumpyBackend"),
             "cuda": ("cuda.backend", "CudaBackend")}
@@ -54,7 +54,14 @@ def check_canonical(name: str) -> None:
                           f"{name}; take numba, for arrays on the host")
 
 
-def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False) -> Backend:
+def check_gpu_kernels(name: str, what: str = "gpu_kernels") -> None:
+    """Raise `OptionError` unless `name` is one of `GPU_KERNELS`. Local."""
+    if name not in GPU_KERNELS:
+        raise OptionError(f"{what}: expected one of {', '.join(GPU_KERNELS)}, got {name!r}")
+
+
+def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False,
+                 gpu_kernels: str = "auto") -> Backend:
     """Open a backend; ``"auto"`` takes the first for host arrays that can run here. Local.
 
     Parameters
@@ -65,6 +72,8 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None, cano
         For a backend that computes on one; the first one by default.
     canonical : bool
         Whether it is to compute in canonical order; see `Backend.accumulate`.
+    gpu_kernels : str
+        Whose kernels are to differentiate on a GPU: one of `GPU_KERNELS`.
 
     Raises
     ------
@@ -83,4 +92,5 @@ def open_backend(name: str, threads: int, gpu: device.Device | None = None, cano
         check_canonical(name)
     backend = backend_class(name)(threads, gpu)
     backend.canonical = canonical
+    backend.gpu_kernels = gpu_kernels
     return backend

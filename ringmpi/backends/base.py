@@ -21,6 +21,7 @@ from ..softmax import Gradient, State, combine, finish, row_delta
 from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
+GPU_KERNELS = ("auto", "own", "library")
 NO_WEIGHTS = "backend {} sums up no weights yet; take backend='numba' or 'numpy', with arrays on the host"
 
 
@@ -107,6 +108,7 @@ class Backend:
     float32_products = "fma"
     canonical = False
     canonical_tile = 0
+    gpu_kernels = "own"               # whose kernels differentiate on a GPU: one of GPU_KERNELS
     biased = False                    # whether it takes a bias of the keys
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
@@ -449,6 +451,10 @@ class Backend:
             As `accumulate` does.
         """
         raise BackendError(NO_WEIGHTS.format(self.name))
+
+    def gradient_kernels(self, dtype: np.dtype[Any], dim: int) -> str:
+        """Say whose kernels `backward` takes where it can, once prepared: ``"own"``, or a library's name. Local."""
+        return "own"
 
     def clear(self, x: Any) -> None:
         """Fill an array with zeros. Local."""

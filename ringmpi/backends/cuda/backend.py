@@ -29,7 +29,7 @@ from ...layout import Integers
 from ...score import Score
 from ...softmax import Gradient, State
 from ..base import Backend, Shape
-from . import hopper
+from . import hopper, library
 from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
 from .instances import CANONICAL_TILE, TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
 from .self_test import SelfTest
@@ -43,6 +43,7 @@ MOST_DIM = 256
 FORWARD_TESTS = ((1, 94), (8, 106), (25, 140), (65, 220))
 HOPPER_TESTS = (*FORWARD_TESTS, (100, 1000))
 BACKWARD_TESTS = ((7, 106), (75, 220))
+LIBRARY_TEST = 1024, 1500
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
 NULL = np.uint64(0)           # in place of an array
@@ -94,6 +95,9 @@ class CudaBackend(Backend):
         if (case, self._asks_hopper, self.canonical) not in tested:
             self._test_kernels(*case)
             tested.add((case, self._asks_hopper, self.canonical))
+        asks = self.gpu_kernels != "own" and not self.canonical
+        if backward and plain and asks and library.fits(dtype, accumulator, dim, dim_v):
+            self._find_library(dtype, dim)
 
     @property
     def _asks_hopper(self) -> bool:
@@ -118,6 +122,29 @@ class CudaBackend(Backend):
             if not error <= bound:
                 raise BackendError(f"backend cuda: {kernel} gives a wrong result (error {error:.2g}, bound "
                                    f"{bound:.0g}); {advice}")
+
+    def _find_library(self, dtype: np.dtype[Any], dim: int) -> None:
+        """Look for a kernel of torch that gives right gradients on this device."""
+        test = SelfTest(*LIBRARY_TEST, dim, dim, dtype, np.dtype(np.float32), True, True, whole=True)
+
+        def error() -> float:
+            with self.device.current():
+                return test.error(self)
+        missing = self._library.prove(dtype, dim, error)
+        if missing and self.gpu_kernels == "library":
+            raise BackendError(f"gpu_kernels: 'library' is not there on {self.device.name} for {dtype}, dim {dim}: "
+                               f"{missing}; take 'auto' or 'own'")
+
+    @property
+    def _library(self) -> library.Library:
+        """What is known of torch's kernels on this device."""
+        found: library.Library = self.device.cache.setdefault(library.FOUND, library.Library(self.device))
+        return found
+
+    def gradient_kernels(self, dtype: np.dtype[Any], dim: int) -> str:
+        """Say what differentiates; see `Backend.gradient_kernels`. Local."""
+        kernel = None if self.gpu_kernels == "own" or self.canonical else self._library.kernel(dtype, dim)
+        return kernel.name if kernel else "own"
 
     def to_device(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.to_device`. Local."""
@@ -180,7 +207,7 @@ class CudaBackend(Backend):
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
-        yield from self._done(lambda: self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
+        yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
 
     def _done(self, launch: Callable[[], None], begin: Integers, end: Integers) -> Iterator[int]:
         """Launch what does a block, and yield until it is done."""
@@ -198,7 +225,7 @@ class CudaBackend(Backend):
 
     def new_gradient(self, dout: Any, out: Any, lse: Any, dlse: Any, dq: Any) -> Gradient:
         """Begin the backward pass of queries; see `Backend.new_gradient`. Local."""
-        gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq)
+        gradient = Gradient(dout, lse, self.empty(lse.shape, lse.dtype), dq, out if dlse is None else None)
         kernel = self._kernel("state.cu", f"row_delta<{TYPES[dout.dtype]}, {TYPES[lse.dtype]}>")
         self._launch_over(kernel, 32 * lse.size, (gradient.delta, dout, out, NULL if dlse is None else dlse,
                                                   np.int64(lse.size), np.int32(dout.shape[2])))
@@ -270,6 +297,19 @@ class CudaBackend(Backend):
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
+
+    def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
+                       end: Integers, score: Score) -> None:
+        """Launch torch's kernels for what they can do of a block, and ours for the rest."""
+        asks = self.gpu_kernels != "own" and not self.canonical and library.takes(gradient, q, v, score)
+        kernel = self._library.kernel(q.dtype, q.shape[2]) if asks else None
+        rest = [(begin, end)]
+        if kernel:
+            pieces, rest = library.cut(begin, end)
+            for piece in pieces:
+                self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
+        for intervals in rest:
+            self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score)
 
     def _launch_backward(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
                          end: Integers, score: Score) -> None:
