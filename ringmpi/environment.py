@@ -70,8 +70,8 @@ def gpu_transport() -> str:
 
 
 def hopper_kernel() -> bool:
-    """Say whether RINGMPI_HOPPER, 1 or on, asks for the kernel that is for Hopper GPUs only. Local."""
-    return os.environ.get(HOPPER, "").strip().lower() in ("1", "on")
+    """Say whether the kernel that is for Hopper GPUs only may be used: unless RINGMPI_HOPPER is 0 or off. Local."""
+    return os.environ.get(HOPPER, "").strip().lower() not in ("0", "off")
 
 
 def bfloat16_products() -> str:

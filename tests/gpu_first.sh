@@ -20,7 +20,7 @@ PATH=$(dirname "$(command -v "$python")"):$PATH        # the mpiexec of a virtua
 ask=("$python" tests/gpu_first.py)
 end=$((SECONDS + ${SECONDS_IN_ALL:-540}))
 export RESULTS=$out/results.jsonl PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export RINGMPI_HOPPER=0 OMP_NUM_THREADS=4 XLA_PYTHON_CLIENT_PREALLOCATE=false     # JAX would take most of the memory
+export OMP_NUM_THREADS=4 XLA_PYTHON_CLIENT_PREALLOCATE=false     # JAX would take most of the memory
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 : >"$out/log.txt"
@@ -66,33 +66,36 @@ for data in "$scratch"/wheels/*.data/data; do
     export PATH=$data/bin:$PATH LD_LIBRARY_PATH=$data/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 done
 
+# With the kernel for Hopper, which is the default there, and without it.
 hopper=(env RINGMPI_HOPPER=1 "${ask[@]}")
+common=(env RINGMPI_HOPPER=0 "${ask[@]}")
 part about 40 "${ask[@]}" about
 
 # Are they right: the common kernels, which this also compiles for the parts below, and the one for Hopper.
-part prove 120 "${ask[@]}" prove
+part prove 120 "${common[@]}" prove
 part prove-hopper 60 "${hopper[@]}" prove
-part masks 45 "${ask[@]}" masks
+part masks 45 "${common[@]}" masks
 part masks-hopper 25 "${hopper[@]}" masks
 
 # How fast, beside torch.
-part bfloat16 60 "${ask[@]}" speed bfloat16
+part bfloat16 60 "${common[@]}" speed bfloat16
 part bfloat16-hopper 45 "${hopper[@]}" speed bfloat16
+part library 60 "${ask[@]}" library
 part backward 45 "${ask[@]}" speed backward
+part backward-own 45 "${ask[@]}" speed backward-own
 part float32 30 "${ask[@]}" speed float32
 part float64 30 "${ask[@]}" speed float64
 part decode 30 "${ask[@]}" speed decode
 ranks ring 45 ring
 
-# Two ranks; torch's kernels; arrays of torch and JAX; more keys.
+# Two ranks; arrays of torch and JAX; more keys.
 ranks ranks 45 ranks
-part library 30 "${ask[@]}" library
 part dlpack 40 "${ask[@]}" dlpack
 part decode-long 30 "${ask[@]}" speed decode-long
 
 # In what is left of the time.
 part long-hopper 25 "${hopper[@]}" long
-part long 30 "${ask[@]}" long
+part long 30 "${common[@]}" long
 part memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 1 "${ask[@]}" proof bfloat16 64 64 plain forward
 # The first five launches are those of the self-test.
 part ncu 45 ncu --clock-control none --set basic --section WarpStateStats --section MemoryWorkloadAnalysis \

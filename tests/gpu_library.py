@@ -4,12 +4,20 @@ Private operators of torch give a block's result beside its log-sum-exp, and gra
 blocks can be merged exactly, but for rounding each to 16 bits. What does that cost in accuracy, and what do they take?
 """
 
+import itertools
 import statistics
 import time
 from typing import NamedTuple
 
+import numpy as np
+import one_block
 import torch
-from gpu_answers import EMULATED, arrays, attempt, errors_of, exact, intervals
+from gpu_answers import EMULATED, arrays, attempt, errors_of, exact, intervals, within
+from gpu_right import bounds
+
+from ringmpi import device
+from ringmpi.backends import open_backend
+from ringmpi.dtypes import DTYPES
 
 HEADS = 2 if EMULATED else 8
 TOKENS, DIM, BLOCKS = (128, 16, 4) if EMULATED else (4096, 128, 8)
@@ -54,7 +62,9 @@ ON_GPU = {"flash": Library(_forward(ATEN._scaled_dot_product_flash_attention), _
 
 
 def library():
-    """Errors of merged blocks, and seconds, of each of torch's kernels."""
+    """What the library takes of torch, and whether it is right; errors of merged blocks, and seconds."""
+    if not EMULATED:
+        found_and_right()
     truth = Truth()
     for name, kernels in (ON_CPU if EMULATED else ON_GPU).items():
         case = f"torch {name}, bfloat16 dim {DIM}, {BLOCKS} blocks of {TOKENS // BLOCKS} keys merged"
@@ -62,6 +72,50 @@ def library():
         for direction in ("forward", "backward"):
             attempt("library", f"torch {name} {direction}: seconds",
                     lambda kernels=kernels, direction=direction: speed_of(kernels, direction))
+
+
+def found_and_right():
+    """Which kernels `gpu_kernels` takes here, and gradients by them: of masks, in blocks, of grouped heads."""
+    for dtype, dim in itertools.product(("bfloat16", "float16"), (128, 64, 256, 96, 40)):
+        def find(dtype=dtype, dim=dim):
+            gpu = open_backend("cuda", 1, device.open_device(0), gpu_kernels="library")
+            gpu.prepare(DTYPES[dtype], np.dtype(np.float32), dim, dim, backward=True)
+            return {"ok": True, "kernels": gpu.gradient_kernels(DTYPES[dtype], dim)}
+        attempt("library-right", f"found: {dtype} dim {dim}", find)
+    gpu = open_backend("cuda", 1, device.open_device(0), gpu_kernels="auto")
+    n_q, n_k = 2000, 4500
+    for (heads, kv_heads, dim), dtype in itertools.product([(8, 2, 128), (3, 3, 64)], ("bfloat16", "float16")):
+        q, k, v, dout = arrays(0, dtype, *((n, h, dim) for n, h in (
+            (n_q, heads), (n_k, kv_heads), (n_k, kv_heads), (n_q, heads))))
+        for mask in ("causal", "full", "window", "documents", "random"):
+            block = q, k, v, *intervals(mask, n_q, n_k), dim**-0.5
+
+            def check(block=block, dtype=dtype, dout=dout):
+                gpu.prepare(block[0].dtype, np.dtype(np.float32), block[0].shape[2], block[0].shape[2], backward=True)
+                got, again = (one_block.run(gpu, *block, {}, blocks=2, dout=dout) for _ in range(2))
+                answer = within(errors_of(got, exact(*block, dout)), bounds(dtype, got))
+                return answer | {"kernels": gpu.gradient_kernels(block[0].dtype, block[0].shape[2]),
+                                 "the same bits": {name: bool((again[name] == x).all()) for name, x in got.items()}}
+            attempt("library-right", f"{dtype} {heads}/{kv_heads} heads dim {dim} {mask}", check)
+    attempt("library-right", "NaN of a key that some do not see", lambda: unseen_nan(gpu))
+
+
+def unseen_nan(gpu):
+    """How far a NaN of a key comes, among the queries that do not see it: the first of those that it reaches."""
+    n, at = 2048, 1100
+    q, k, v, dout = arrays(1, "bfloat16", *[(n, 2, 128)] * 4)
+    found = {}
+    for name, x in (("k", k), ("v", v)):
+        spoilt = x.copy()
+        spoilt[at] = np.nan
+        block = q, spoilt if name == "k" else k, spoilt if name == "v" else v, *intervals("causal", n, n), 0.09
+        got = one_block.run(gpu, *block, {}, dout=dout)
+        found[name] = {}
+        for y in ("out", "dq", "dk", "dv"):
+            rows = np.flatnonzero(np.isnan(got[y].astype(float)).any(axis=(1, 2)))
+            found[name][y] = [int(rows[0]), len(rows)] if len(rows) else []
+    clean = all(not rows or rows[0] >= at for of in found.values() for y, rows in of.items() if y in ("out", "dq"))
+    return {"ok": True, "reaches no query that does not see it": clean, f"first and number of rows, NaN at {at}": found}
 
 
 class Truth:

@@ -37,6 +37,8 @@ QUESTIONS = {
                          FAST, 0.75, 1.0),
     "backward": Question(f"{KERNEL} --dtype bfloat16 --dim 128 64 --mask full causal --heads 16 --shape 8192x8192 "
                          "--pass backward", FAST, 0.9, 1.0),
+    "backward-own": Question(f"{KERNEL} --dtype bfloat16 --dim 128 64 --mask full causal --heads 16 --shape 8192x8192 "
+                             "--pass backward --gpu-kernels own", FAST, 0.25, 0.3, "our own kernels, no library's"),
     "float32": Question(f"{KERNEL} --dtype float32 --dim 128 --mask full --heads 8 --shape 8192x8192 "
                         "--pass forward backward", ("torch efficient",), 0.9, 1.3,
                         "ours multiplies in float32; torch's efficient kernel on tensor cores, as three products of "

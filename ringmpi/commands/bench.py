@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..schedules.spec import ORDERS
-from .options import DTYPES, MASKS, add_backend, add_products, positive, seconds
+from .options import DTYPES, MASKS, add_backend, add_gpu_kernels, add_products, positive, seconds
 
 KERNELS = {"cpu": ("numba", "numpy", "torch"), "cuda": ("ringmpi", "torch")}
 PASSES = ("forward", "backward")
@@ -109,6 +109,7 @@ def _add_kernel(kernel: argparse.ArgumentParser) -> None:
                         help="what to measure (default: numba, numpy and torch; with --backend cuda ringmpi and torch)")
     kernel.add_argument("--heads", type=positive, default=2, metavar="H", help="query heads (default: 2)")
     add_products(kernel)
+    add_gpu_kernels(kernel)
 
 
 def _add_ring(ring: argparse.ArgumentParser) -> None:
@@ -121,6 +122,7 @@ def _add_ring(ring: argparse.ArgumentParser) -> None:
     ring.add_argument("--pass", choices=PASSES, default="forward", dest="which",
                       help="what to measure (default: forward)")
     add_backend(ring, "ring")
+    add_gpu_kernels(ring)
     ring.add_argument("--order", choices=ORDERS, default=ORDERS[0],
                       help="canonical: one more row, striped in canonical order (default: none)")
     ring.add_argument("--heads", type=positive, default=4, metavar="H", help="query and key heads (default: 4)")
@@ -268,6 +270,8 @@ def _check_kernels(arguments: argparse.Namespace) -> None:
             raise OptionError("--key-bias: there is none with --backend cuda yet")
         if arguments.bfloat16_products != "auto":
             raise OptionError("--bfloat16-products: says how CPUs multiply, and --backend cuda does not use them")
+    elif arguments.gpu_kernels != "auto":
+        raise OptionError("--gpu-kernels: says whose kernels GPUs take, and --backend cpu takes none")
     _check_heads(arguments)
 
 

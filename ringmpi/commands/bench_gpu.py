@@ -3,7 +3,7 @@
 Times are the GPU's own, between two events, with the GPU kept busy before the first so that the host is ahead of it;
 medians over interleaved runs. The yardstick is a copy from GPU memory to GPU memory, bytes read and written. The
 backward pass is all of it, from the result and its gradient on: ours sums in the accumulator's type, and leaves the
-gradients in it; torch's is autograd's alone.
+gradients in it, whosever kernels it takes; torch's is autograd's alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..backends import open_backend
 from ..device import Device, open_device
-from ..dtypes import accumulator
+from ..dtypes import DTYPES, accumulator
 from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
@@ -34,8 +34,9 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
     """Measure every case that is asked for; give the rows of the table, and what else is worth keeping. Local."""
     require_single_process("bench kernel")
     device = open_device(0)
-    backend = open_backend("cuda", 1, device)
+    backend = open_backend("cuda", 1, device, gpu_kernels=arguments.gpu_kernels)
     compiled: dict[str, float] = {}
+    differentiated: dict[str, str] = {}
     rows = []
     for dtype, dim, mask, shape in chosen(arguments):
         try:
@@ -43,6 +44,7 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
                 start = time.perf_counter()
                 prepare(backend, dtype, dim, arguments.passes)
                 compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
+                differentiated[f"{dtype} {dim}"] = backend.gradient_kernels(DTYPES[dtype], dim)
                 case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
                 for direction in arguments.passes:
                     rows += _compare(case, direction, backend, device, arguments)
@@ -50,7 +52,8 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
             print(f"{dtype} dim {dim} {mask} {shape[0]}x{shape[1]}: {type(error).__name__}: {error}", file=sys.stderr,
                   flush=True)
     backend.close()
-    return rows, {"compile_seconds": compiled, "device": device.name, "uuid": device.uuid}
+    return rows, {"compile_seconds": compiled, "gradient_kernels": differentiated, "device": device.name,
+                  "uuid": device.uuid}
 
 
 def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace

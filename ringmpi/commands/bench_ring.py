@@ -78,7 +78,8 @@ class _RingBench:
                              gpu_transport=self.arguments.gpu_transport,
                              allow_gpu_sharing=self.arguments.allow_gpu_sharing, schedule=schedule, order=order,
                              memory_limit=self.arguments.memory_limit,
-                             bfloat16_products=self.arguments.bfloat16_products)
+                             bfloat16_products=self.arguments.bfloat16_products,
+                             gpu_kernels=self.arguments.gpu_kernels)
 
     def _arrays(self, n: int) -> list[Any]:
         rng = np.random.default_rng(self.comm.rank)

@@ -20,6 +20,7 @@ OF_ARRAYS = {
 }
 MASKS = ("full", "causal", "window", "documents")        # of `bench kernel`
 PRODUCTS = ("auto", "tiles", "widen", "pairs")
+GPU_KERNELS = ("auto", "own", "library")
 
 
 def window(text: str) -> tuple[int | None, int | None]:
@@ -161,6 +162,13 @@ def add_order(parser: Any) -> None:
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0],
                         help="in which order sums are made: fastest, or canonical, in which results have the same bits "
                              "on any number of ranks and threads, in any layout (numba, or cuda; default: fastest)")
+
+
+def add_gpu_kernels(parser: Any) -> None:
+    """Add the option that says whose kernels differentiate on GPUs."""
+    parser.add_argument("--gpu-kernels", choices=GPU_KERNELS, default="auto",
+                        help="whose kernels make the gradients of 16-bit types on GPUs: own, or those of a library, torch; "
+                             "auto: the library's where they are found right (default: auto)")
 
 
 def add_products(parser: Any) -> None:

@@ -63,7 +63,8 @@ class CudaBackend(Backend):
         if self.device.capability < (8, 0):
             raise BackendError(f"backend cuda: expected a GPU of compute capability 8.0 or later, got "
                                f"{self.device.name} with {'.'.join(map(str, self.device.capability))}")
-        self.hopper = hopper_kernel()         # for good once settled: what is tested must be what runs
+        # For good once settled: what is tested must be what runs.
+        self.hopper = hopper_kernel() and self.device.capability == hopper.CAPABILITY
         self.ways = int(self.hopper)
         self._buffers: dict[str, Array] = {}
 
@@ -81,7 +82,7 @@ class CudaBackend(Backend):
         return version()
 
     def settle(self, wished: str, ways: Sequence[int]) -> None:
-        """Use the kernel for Hopper GPUs where all ranks are asked to; see `Backend.settle`. Local."""
+        """Use the kernel for Hopper GPUs where all ranks have it; see `Backend.settle`. Local."""
         self.hopper = all(ways)
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,

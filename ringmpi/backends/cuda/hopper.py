@@ -1,7 +1,7 @@
 """The kernel for Hopper GPUs, kernels/accumulate_hopper.cu: which blocks it takes, its instances, what it is given.
 
 It has the arguments of the kernels that `cuda` chooses else, but for tensor maps in place of K and V, and it is
-compiled for sm_90a. It is used where RINGMPI_HOPPER says so: it has not been run on a GPU yet.
+compiled for sm_90a. RINGMPI_HOPPER=0 takes it away.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .sources import Kernel
 Array = Any
 FILE = "accumulate_hopper.cu"
 ARCHITECTURE = "sm_90a"
+CAPABILITY = 9, 0
 TYPES = {BFLOAT16: "bfloat16", np.dtype(np.float16): "float16"}
 MOST_DIM, KEYS = 128, 128
 FEWEST_ROWS = 65              # of a key head; below, most of a block's rows would be idle
@@ -37,7 +38,7 @@ def takes(device: Device, q: Array, k: Array, v: Array, score: Score) -> bool:
     score : Score
         The kernel has no score functions.
     """
-    if device.capability != (9, 0) or q.dtype not in TYPES or not score.plain:
+    if device.capability != CAPABILITY or q.dtype not in TYPES or not score.plain:
         return False
     dims = q.shape[2], v.shape[2]
     aligned = all(dim % 8 == 0 for dim in dims) and all(x.data.ptr % 16 == 0 for x in (q, k, v))
