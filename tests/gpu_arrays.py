@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 import oracle
-from gpu_answers import EMULATED, arrays, attempt, errors_of
+from gpu_answers import EMULATED, arrays, attempt, errors_of, exact, intervals
 from mpi4py import MPI
 
-from ringmpi import Mask, RingAttention, device, layout
+from ringmpi import DtypeError, Mask, RingAttention, device, layout
 from ringmpi.dtypes import TENSOR_TOLERANCE
 from ringmpi.schedules.gpu_transport import cuda_awareness
 
-TOKENS = 60 if EMULATED else 600
+TOKENS, MANY_TOKENS = (60, 80) if EMULATED else (600, 4000)
 DIM = 16 if EMULATED else 64
 DTYPES = ("bfloat16",) if EMULATED else ("bfloat16", "float16", "float32", "float64")
 MOST = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2.0**-5, "float16": 2.0**-8}      # of gradients' errors
@@ -26,41 +26,55 @@ def ranks():
         attempt("ranks", "transport", lambda: {"ok": True, "CUDA-aware": awareness,
                                                "library": MPI.Get_library_version().split("\n")[0].strip("\0 ")})
     ways = ("staged", "direct") if comm.allreduce(awareness[0], MPI.MIN) else ("staged",)
-    for dtype, name, way in itertools.product(DTYPES, ("striped", "zigzag"), ways):
-        attempt("ranks", f"rank {comm.rank} of {comm.size}: {dtype} {name} {way}",
-                lambda dtype=dtype, name=name, way=way: ring_of(comm, dtype, name, way))
+    cases = [(dtype, name, way, TOKENS, "ring")
+             for dtype, name, way in itertools.product(DTYPES, ("striped", "zigzag"), ways)]
+    cases += [("bfloat16", name, "staged", MANY_TOKENS, schedule)          # blocks for the library
+              for name, schedule in (("striped", "ring"), ("zigzag", "ring"), ("contiguous", "heads"))]
+    for case in cases:
+        attempt("ranks", f"rank {comm.rank} of {comm.size}: {' '.join(map(str, case))}",
+                lambda case=case: ring_of(comm, *case))
 
 
-def ring_of(comm, dtype, name, way):
+def ring_of(comm, dtype, name, way, tokens, schedule):
     """One case on this rank."""
     gpu = device.open_device(0)
-    q, k, v, dout = arrays(4, dtype, *((TOKENS, heads, DIM) for heads in (4, 2, 2, 4)))
-    mine = layout.make(name, TOKENS, comm.size).positions(comm.rank)
+    q, k, v, dout = arrays(4, dtype, *((tokens, heads, DIM) for heads in (4, 2, 2, 4)))
+    mine = layout.make(name, tokens, comm.size).positions(comm.rank)
     with RingAttention(comm, mask=Mask(causal=True), layout=name, timeout=SECONDS, gpu_transport=way,
-                       allow_gpu_sharing=True) as attention:
+                       allow_gpu_sharing=True, schedule=schedule) as attention:
         for _ in range(2):
             out = attention(*(gpu.array(x[mine]) for x in (q, k, v)))
             grads = attention.backward(gpu.array(dout[mine]))
         used = attention.transport.name
+        kernels = attention.trace.kernels
     got = {name: x.get() for name, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=False)}
-    errors = errors_of(got, oracle.dense(q, k, v, np.tril(np.ones((TOKENS, TOKENS), bool)), DIM**-0.5, dout=dout), mine)
+    errors = errors_of(got, exact(q, k, v, *intervals("causal", tokens, tokens), DIM**-0.5, dout), mine)
     right = {name: error <= (2 * TENSOR_TOLERANCE[dtype] if name == "out" else MOST[dtype])
              for name, error in errors.items()}
-    return {"ok": all(right.values()) and used == way, "errors": errors, "transport": used}
+    return {"ok": all(right.values()) and used == way, "errors": errors, "transport": used, "kernels": kernels}
 
 
 def dlpack():
     """Arrays of torch, on torch's streams, and of JAX."""
-    for dtype, grad, side in [("bfloat16", False, False), ("float32", False, True), ("float16", False, True),
-                              ("float64", False, False), ("bfloat16", True, False)]:
-        case = f"torch {dtype}{', requires_grad' if grad else ''}{', a stream of its own' if side else ''}"
-        attempt("dlpack", case, lambda dtype=dtype, grad=grad, side=side: torch_arrays(dtype, grad, side))
+    for dtype, side in [("bfloat16", False), ("float32", True), ("float16", True), ("float64", False)]:
+        attempt("dlpack", f"torch {dtype}{', a stream of its own' if side else ''}",
+                lambda dtype=dtype, side=side: torch_arrays(dtype, side))
+    attempt("dlpack", "torch bfloat16, requires_grad, is refused", refused)
     attempt("dlpack", "ringmpi.torch float64", torch_gradients)
     for dtype in ("float32", "bfloat16"):
         attempt("dlpack", f"jax {dtype}", lambda dtype=dtype: jax_arrays(dtype))
 
 
-def torch_arrays(dtype, grad, side):
+def refused():
+    """A tensor that requires a gradient, which nobody would follow, is an error that says what to do."""
+    try:
+        torch_arrays("bfloat16", False, grad=True)
+    except DtypeError as error:
+        return {"ok": "detach()" in str(error), "said": str(error)}
+    return {"ok": False}
+
+
+def torch_arrays(dtype, side, grad=False):
     """What torch has not computed yet when the call begins must be waited for."""
     import torch
     stream = torch.cuda.Stream() if side else torch.cuda.current_stream()

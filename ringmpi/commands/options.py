@@ -167,7 +167,7 @@ def add_order(parser: Any) -> None:
 def add_gpu_kernels(parser: Any) -> None:
     """Add the option that says whose kernels differentiate on GPUs."""
     parser.add_argument("--gpu-kernels", choices=GPU_KERNELS, default="auto",
-                        help="whose kernels make the gradients of 16-bit types on GPUs: own, or those of a library, torch; "
+                        help="whose kernels make the gradients of 16-bit types on GPUs: own, a library's (torch's), or "
                              "auto: the library's where they are found right (default: auto)")
 
 
