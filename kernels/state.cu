@@ -1,5 +1,5 @@
 // What is done to the state of the queries besides accumulating: reset, combine parts, finish; what the backward pass
-// needs besides its products; and little things: widen, round, clear, add.
+// needs besides its products; and little things: widen, round, add.
 //
 // A state is a StateArrays of arguments.cuh, of which the arrays and stride_v count: acc (rows, stride_v), row_max and
 // row_sum (rows,), with rows = n_q heads. A is float or double, of all three.
@@ -101,11 +101,6 @@ __global__ void rounded(T* target, const A* source, long long count) {
     for (long long i = thread_number(); i < count; i += thread_count()) store(target + i, source[i]);
 }
 
-template <class T>
-__global__ void clear(T* target, long long count) {
-    for (long long i = thread_number(); i < count; i += thread_count()) target[i] = T{};
-}
-
 template <class A>
 __global__ void add(A* target, const A* source, long long count) {
     for (long long i = thread_number(); i < count; i += thread_count()) target[i] += source[i];
@@ -119,14 +114,34 @@ __global__ void add_rows(A* target, long long width, long long apart, const A* s
         target[i / width * apart + i % width] += source[i / source_width * source_apart + i % source_width];
 }
 
+// COUNT numbers that one thread loads at a time.
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Numbers {
+    T at[COUNT];
+};
+
+// This lane's part of the product of two rows of `dim` numbers.
+template <class A, class T, int COUNT>
+__device__ inline A lane_product(const T* x, const T* y, int dim) {
+    using Loaded = Numbers<T, COUNT>;
+    A total = 0;
+    for (int i = threadIdx.x % 32; i < dim / COUNT; i += 32) {
+        const Loaded a = reinterpret_cast<const Loaded*>(x)[i], b = reinterpret_cast<const Loaded*>(y)[i];
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) total += static_cast<A>(value(a.at[n])) * static_cast<A>(value(b.at[n]));
+    }
+    return total;
+}
+
 // delta = sum(dout out) - dlse, for each row; `dlse` null for 0. Any grid of whole warps, one to a row at a time.
 template <class T, class A>
 __global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {
     const int lane = threadIdx.x % 32;
+    const bool by_fours = dim_v % 4 == 0 &&
+        (reinterpret_cast<unsigned long long>(dout) | reinterpret_cast<unsigned long long>(out)) % alignof(Numbers<T, 4>) == 0;
     for (long long row = thread_number() / 32; row < rows; row += thread_count() / 32) {
-        A total = 0;
-        for (long long i = row * dim_v + lane; i < (row + 1) * dim_v; i += 32)
-            total += static_cast<A>(value(dout[i])) * static_cast<A>(value(out[i]));
+        const T *x = dout + row * dim_v, *y = out + row * dim_v;
+        A total = by_fours ? lane_product<A, T, 4>(x, y, dim_v) : lane_product<A, T, 1>(x, y, dim_v);
 #pragma unroll
         for (int mask = 1; mask < 32; mask *= 2) total += __shfl_xor_sync(ALL_LANES, total, mask);
         if (lane == 0) delta[row] = dlse ? total - dlse[row] : total;

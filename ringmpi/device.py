@@ -243,6 +243,11 @@ class Device:
         """Start a copy within the GPU's memory, both contiguous and of one size."""
         self._copy(target.data.ptr, source.data.ptr, target.nbytes, "memcpyDeviceToDevice", stream)
 
+    def clear(self, x: Array, stream: Any) -> None:
+        """Start to fill a contiguous array with zeros."""
+        if x.nbytes:
+            self._cupy.cuda.runtime.memsetAsync(x.data.ptr, 0, x.nbytes, stream.ptr)
+
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Any) -> None:
         runtime = self._cupy.cuda.runtime
         if nbytes:

@@ -187,6 +187,11 @@ class FakeDevice:
     def copy(self, target, source, stream):
         self._copy(target.host, source.host, stream)
 
+    def clear(self, x, stream):
+        if not x.flags.c_contiguous:
+            raise ValueError("a contiguous array is cleared")
+        self.put(lambda: x.host.fill(0), stream)
+
     def _copy(self, target, source, stream):
         if target.nbytes != source.nbytes or not (target.flags.c_contiguous and source.flags.c_contiguous):
             raise ValueError("a copy is between contiguous arrays of one size")

@@ -28,7 +28,7 @@ STATE = ["visible_columns",
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
-         *(f"{kernel}<{kind}>" for kernel in ("widen", "clear") for kind in ("bfloat16", "float16", "float"))]
+         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float"))]
 # Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions; where dim
 # is 128 of both in canonical order too.
 GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),

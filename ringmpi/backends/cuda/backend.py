@@ -235,7 +235,8 @@ class CudaBackend(Backend):
 
     def clear(self, x: Any) -> None:
         """Fill an array with zeros; see `Backend.clear`. Local."""
-        self._launch_over(self._kernel("state.cu", f"clear<{TYPES[x.dtype]}>"), x.size, (x, np.int64(x.size)))
+        with self.device.current():
+            self.device.clear(x, self.device.caller_stream())
 
     def add(self, x: Any, y: Any) -> None:
         """Add `y` to `x`; see `Backend.add`. Local."""
