@@ -137,8 +137,8 @@ __device__ inline A lane_product(const T* x, const T* y, int dim) {
 template <class T, class A>
 __global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, long long rows, int dim_v) {
     const int lane = threadIdx.x % 32;
-    const bool by_fours = dim_v % 4 == 0 &&
-        (reinterpret_cast<unsigned long long>(dout) | reinterpret_cast<unsigned long long>(out)) % alignof(Numbers<T, 4>) == 0;
+    const auto both = reinterpret_cast<unsigned long long>(dout) | reinterpret_cast<unsigned long long>(out);
+    const bool by_fours = dim_v % 4 == 0 && both % alignof(Numbers<T, 4>) == 0;
     for (long long row = thread_number() / 32; row < rows; row += thread_count() / 32) {
         const T *x = dout + row * dim_v, *y = out + row * dim_v;
         A total = by_fours ? lane_product<A, T, 4>(x, y, dim_v) : lane_product<A, T, 1>(x, y, dim_v);
