@@ -7,7 +7,7 @@ import oracle
 from gpu_answers import EMULATED, arrays, attempt, errors_of, exact, intervals
 from mpi4py import MPI
 
-from ringmpi import DtypeError, Mask, RingAttention, device, layout
+from ringmpi import DtypeError, Mask, RingAttention, device, layout, redistribute
 from ringmpi.dtypes import TENSOR_TOLERANCE
 from ringmpi.schedules.gpu_transport import cuda_awareness
 
@@ -33,6 +33,41 @@ def ranks():
     for case in cases:
         attempt("ranks", f"rank {comm.rank} of {comm.size}: {' '.join(map(str, case))}",
                 lambda case=case: ring_of(comm, *case))
+    for dtype, way in itertools.product(DTYPES, ways):
+        attempt("ranks", f"rank {comm.rank} of {comm.size}: redistribute {dtype} {way}",
+                lambda dtype=dtype, way=way: dealt_anew(comm, dtype, way))
+    for dtype in DTYPES:
+        attempt("canonical", f"rank {comm.rank} of {comm.size}: {dtype}", lambda dtype=dtype: canonical_of(comm, dtype))
+
+
+def dealt_anew(comm, dtype, way):
+    """An array on the GPU from one layout to another and back, bit for bit."""
+    gpu = device.open_device(0)
+    x, = arrays(5, dtype, (TOKENS, 3, 5))
+    mine, there = (x[layout.make(name, TOKENS, comm.size).positions(comm.rank)] for name in ("contiguous", "striped"))
+    moved = redistribute(gpu.array(mine), comm=comm, source="contiguous", target="striped", gpu_transport=way)
+    back = redistribute(moved, comm=comm, source="striped", target="contiguous", gpu_transport=way)
+    return {"ok": moved.get().tobytes() == there.tobytes() and back.get().tobytes() == mine.tobytes()}
+
+
+def canonical_of(comm, dtype):
+    """The bits of all ranks in canonical order are those of one rank; and they are right."""
+    gpu = device.open_device(0)
+    q, k, v, dout = arrays(6, dtype, *((TOKENS, heads, DIM) for heads in (4, 2, 2, 4)))
+    found = []
+    for some, name in ((MPI.COMM_SELF, "contiguous"), (comm, "zigzag")):
+        mine = layout.make(name, TOKENS, some.size).positions(some.rank)
+        with RingAttention(some, mask=Mask(causal=True), layout=name, timeout=SECONDS, gpu_transport="staged",
+                           allow_gpu_sharing=True, order="canonical") as attention:
+            out = attention(*(gpu.array(x[mine]) for x in (q, k, v)))
+            found.append([x.get() for x in (out, *attention.backward(gpu.array(dout[mine]))[:3])])
+    alone, together = found
+    errors = errors_of(dict(zip(("out", "dq", "dk", "dv"), together, strict=True)),
+                       exact(q, k, v, *intervals("causal", TOKENS, TOKENS), DIM**-0.5, dout), mine)
+    right = all(error <= (2 * TENSOR_TOLERANCE[dtype] if name == "out" else MOST[dtype])
+                for name, error in errors.items())
+    same = all(x[mine].tobytes() == y.tobytes() for x, y in zip(alone, together, strict=True))
+    return {"ok": same and right, "errors": errors, "the bits of one rank": same}
 
 
 def ring_of(comm, dtype, name, way, tokens, schedule):
