@@ -176,6 +176,18 @@ def test_the_next_kernel_is_tried(monkeypatch):
     assert backend.gradient_kernels(DTYPES["bfloat16"], 16) == "second"
 
 
+def test_a_kernel_that_its_test_does_not_take_is_not_proven(monkeypatch):
+    backend = opened(monkeypatch, "library", on_cpu())
+    monkeypatch.setattr(library, "FEWEST_PAIRS", 2**30)
+    with pytest.raises(BackendError, match="torch on a CPU: InternalError: the test did not take it"):
+        prepare(backend)
+
+
+def test_the_test_is_large_enough(monkeypatch):
+    monkeypatch.undo()
+    prepare(opened(monkeypatch, "library", on_cpu()))
+
+
 @pytest.mark.parametrize(("wish", "canonical"), [("own", False), ("auto", True)])
 def test_own_kernels_where_they_are_asked_for(monkeypatch, wish, canonical):
     backend = opened(monkeypatch, wish, RuntimeError("nobody is to look"))

@@ -17,6 +17,7 @@ import numpy as np
 
 from ...device import Device
 from ...dtypes import BFLOAT16
+from ...errors import InternalError
 from ...layout import Integers
 from ...score import Score
 from ...softmax import Gradient
@@ -65,6 +66,7 @@ class Library:
         self._device = device
         self._found: dict[tuple[np.dtype[Any], int], Kernel | None] = {}
         self._missing: dict[tuple[np.dtype[Any], int], str] = {}
+        self._used: Kernel | None = None          # last
 
     def kernel(self, dtype: np.dtype[Any], dim: int) -> Kernel | None:
         """Give the kernel for arrays of that dtype and dim; None if there is none, or nobody has looked. Local."""
@@ -92,9 +94,11 @@ class Library:
             return _said(wrong)
         missing = []
         for candidate in candidates:
-            self._found[case] = candidate
+            self._found[case], self._used = candidate, None
             try:
                 found = error()
+                if self._used is not candidate:
+                    raise InternalError("the test did not take it")
             except Exception as wrong:  # noqa: BLE001  whatever torch raises, our kernels are there
                 missing.append(f"{candidate.name}: {_said(wrong)}")
             else:
@@ -117,6 +121,7 @@ class Library:
         scale : float
         """
         rows, columns, causal = piece
+        self._used = kernel
 
         def work(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *totals: Tensor) -> None:
             heads_first = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out))
@@ -129,7 +134,7 @@ class Library:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def kernels(device: Device) -> list[Kernel]:
@@ -137,10 +142,12 @@ def kernels(device: Device) -> list[Kernel]:
 
     Raises
     ------
-    ImportError, AttributeError
-        If torch is not installed, or does not have them.
+    ImportError, AttributeError, RuntimeError
+        If torch is not installed, or does not have them, or sees no GPU.
     """
     import torch
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU")
     aten = torch.ops.aten
     found = {"cudnn": partial(_cudnn, aten._scaled_dot_product_cudnn_attention_backward),
              "flash": partial(_flash, aten._scaled_dot_product_flash_attention_backward)}
