@@ -10,6 +10,7 @@ from emulate import EmulatedDevice
 from fake_device import FakeArray
 from foreign import CUDA, cuda_tensor
 from oracle import random_qkv
+from test_library import on_cpu
 
 from ringmpi import (
     BackendError,
@@ -24,6 +25,7 @@ from ringmpi import (
     redistribute,
     ring_attention,
 )
+from ringmpi.backends.cuda import library
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE
 from ringmpi.files.hdf5 import create_dataset, write_file, write_rows
 from ringmpi.files.shards import read_manifest
@@ -474,6 +476,75 @@ def test_all_ranks_take_the_kernel_for_hopper_or_none(comm, emulated, monkeypatc
         monkeypatch.setenv("RINGMPI_HOPPER", str(int(asked[comm.rank])))
         with RingAttention(comm, backend="cuda") as attention:
             assert attention.backend.hopper is taken
+
+
+PROVEN = []                    # the `Library` of this process's device, once its kernel has been tested
+
+
+@pytest.fixture
+def torch_on_cpu(comm, emulated, monkeypatch):
+    """Torch's kernel for CPUs in the place of those for GPUs, for blocks of any size; skipped where torch is not."""
+    kernel = on_cpu()
+    monkeypatch.setattr(library, "kernels", lambda gpu: [kernel])
+    monkeypatch.setattr(library, "FEWEST_PAIRS", 1)
+    PROVEN[:] = PROVEN or [library.Library(emulated)]
+    monkeypatch.setitem(emulated.cache, library.FOUND, PROVEN[0])
+    return kernel.name
+
+
+@pytest.mark.parametrize("dlse_on", [(), (0,)])
+@pytest.mark.parametrize(("layout", "schedule"), [
+    ("striped", "ring"), ("zigzag", "ring"), ("uneven", "gather"), ("empty", "queries"), ("contiguous", "heads"),
+    ("contiguous", "mesh")])
+def test_gradients_by_a_library(comm, emulated, torch_on_cpu, layout, schedule, dlse_on):
+    """Where queries or heads travel the result goes with them, unless a rank has a cotangent of lse."""
+    skip_unless_heads_divide(comm, schedule)
+    if schedule == "mesh" and comm.size != 4:
+        pytest.skip("a mesh is a square of ranks")
+    length = 93
+    q, k, v = random_qkv(5, length, length, 4, 2, 16, 16, "bfloat16")
+    rng = np.random.default_rng(6)
+    dout, dlse = rng.standard_normal(q.shape).astype(q.dtype), rng.standard_normal(q.shape[:2]).astype("f4")
+    spec = make_layout(layout, length, comm.size)
+    mine = spec.positions(comm.rank)
+    for rank in range(comm.size):
+        if rank not in dlse_on:
+            dlse[spec.positions(rank)] = 0
+    given = emulated.array(dlse[mine]) if comm.rank in dlse_on else None
+    with RingAttention(comm, mask=Mask(causal=True), layout=layout if layout in ("striped", "zigzag") else spec,
+                       timeout=100, schedule=schedule, gpu_kernels="library") as attention:
+        for _ in range(2):                         # the first tests kernels
+            emulated.launched.clear()
+            attention(*(emulated.array(x[mine]) for x in (q, k, v)))
+            grads = attention.backward(emulated.array(dout[mine]), given)[:3]
+        kernels = attention.trace.kernels
+    want = oracle.dense(q, k, v, np.tril(np.ones((length, length), bool)), 0.25, dout=dout, dlse=dlse)
+    largest = max(np.abs(want[name]).max() for name in ("dq", "dk", "dv"))
+    for name, x in zip(("dq", "dk", "dv"), grads, strict=True):
+        assert oracle.error(x.get(), want[name][mine], largest) <= 2.0**-6, name
+    assert kernels == torch_on_cpu
+    ours = [name for name, *_ in emulated.launched if name.startswith("gradient_dq")]
+    if not dlse_on and layout in ("striped", "contiguous"):
+        assert not ours
+    elif dlse_on and schedule in ("queries", "heads", "mesh") and len(mine):
+        assert ours
+
+
+def test_a_library_that_one_rank_does_not_have(comm, emulated, torch_on_cpu, monkeypatch):
+    """The others take it; that rank does not, and is right all the same, or if it was asked for all raise one error."""
+    if comm.rank == comm.size - 1:
+        monkeypatch.setitem(emulated.cache, library.FOUND, library.Library(emulated))
+        monkeypatch.setattr(library, "kernels", lambda gpu: [])
+    x = np.ones((8, 2, 32), DTYPES["float16"])
+
+    def differentiate(wish):
+        with RingAttention(comm, timeout=100, schedule="ring", gpu_kernels=wish) as attention:
+            attention(*[emulated.array(x)] * 3)
+            return attention.backward(emulated.array(x))
+    said = everywhere(comm, lambda: differentiate("library"))
+    assert f"rank {comm.size - 1}: gpu_kernels: 'library' is not there" in said
+    _, _, dv = differentiate("auto")[:3]
+    assert np.allclose(dv.get().astype(float), 1, atol=1e-2)
 
 
 def test_sums_of_weights_are_refused(comm, emulated):
