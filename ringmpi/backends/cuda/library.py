@@ -106,7 +106,7 @@ class Library:
                     return ""
                 missing.append(f"{candidate.name}: wrong gradients (error {found:.2g}, bound {BOUNDS[case[0]]:.2g})")
         self._found[case] = None
-        return "; ".join(missing)
+        return "; ".join(missing) or "torch has none"
 
     def differentiate(self, kernel: Kernel, piece: Piece, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array,
                       dv: Array, scale: float) -> None:
