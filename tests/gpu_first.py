@@ -5,7 +5,7 @@
     python tests/gpu_first.py masks                 masks, forward and backward, against float64
     python tests/gpu_first.py long                  sampled rows of 16384 tokens; the same bits in four runs
     python tests/gpu_first.py speed NAME            beside torch in the same process: see `QUESTIONS` of gpu_speed.py
-    python tests/gpu_first.py library               torch's kernels, merged by their log-sum-exp
+    python tests/gpu_first.py library               torch's kernels, where ours leave gradients to them
     python tests/gpu_first.py dlpack                arrays of torch and JAX
     mpiexec -n 2 python tests/gpu_first.py ranks    two ranks that share the GPU
     mpiexec -n 2 python tests/gpu_first.py ring     their seconds beside those of one rank with all the work

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-SPEED = ("speed", "ring", "library")         # parts that measure; the others say what is right
+SPEED = ("speed", "ring")                    # parts that measure; the others say what is right
 MOST_WRONG = 40                              # answers that a page spells out, of a part
 
 
@@ -123,10 +123,7 @@ def figures(answers):
                      number(row.get("ms", row.get("seconds"))), number(row.get("spread")), number(row.get("TFLOP/s"))))
     notes = dict.fromkeys(f"{named(answer).partition(':')[0]}: {answer['note']}." for answer in measured
                           if answer["note"])
-    library = [(answer["case"], numbers(answer.get("errors") or answer.get("ms"))) for answer in answers
-               if answer["part"] == "library" and answer.get("ok")]
-    return [table(rows) if measured else "Nothing was measured.\n", *(f"{note}\n" for note in notes),
-            *(["Errors, and milliseconds, of torch's private kernels:\n", table(library)] if library else [])]
+    return [table(rows) if measured else "Nothing was measured.\n", *(f"{note}\n" for note in notes)]
 
 
 def named(answer):

@@ -91,6 +91,23 @@ def opened(monkeypatch, wish, *kernels):
     return open_backend("cuda", 1, EmulatedDevice(), gpu_kernels=wish)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_torch_takes_what_its_operators_are_given(monkeypatch, capability, kv_heads):
+    """As far as shapes tell: the kernels themselves are for GPUs."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = library.kernels(EmulatedDevice(capability=capability))
+    assert [kernel.name.split()[-1] for kernel in found] == (
+        ["cudnn", "flash"] if capability == (9, 0) else ["flash", "cudnn"])
+    q, dout, out = (torch.empty(1, 8, 64, 32, device="meta", dtype=torch.bfloat16) for _ in range(3))
+    k, v = (torch.empty(1, kv_heads, 96, 32, device="meta", dtype=torch.bfloat16) for _ in range(2))
+    lse = torch.empty(1, 8, 64, device="meta", dtype=torch.float32)
+    for kernel in found:
+        gradients = kernel.call(dout, q, k, v, out, lse, False, 0.3)
+        assert [x.shape for x in gradients] == [x.shape for x in (q, k, v)], kernel.name
+
+
 def prepare(backend, dtype="bfloat16", dim=16):
     backend.prepare(DTYPES[dtype], np.dtype(np.float32), dim, dim, backward=True)
     backend.device.launched.clear()
