@@ -78,8 +78,8 @@ class CudaBackend(Backend):
 
     @classmethod
     def describe(cls) -> str:
-        """Describe CuPy and the driver; see `Backend.describe`. Local."""
-        return version()
+        """Describe CuPy, the driver and whose kernels may differentiate; see `Backend.describe`. Local."""
+        return f"{version()}; {library.describe()}"
 
     def settle(self, wished: str, ways: Sequence[int]) -> None:
         """Use the kernel for Hopper GPUs where all ranks have it; see `Backend.settle`. Local."""

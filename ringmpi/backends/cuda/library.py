@@ -9,6 +9,7 @@ anything is off. A kernel of torch takes a rectangle, of which every row sees ev
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,6 +154,14 @@ def kernels(device: Device) -> list[Kernel]:
              "flash": partial(_flash, aten._scaled_dot_product_flash_attention_backward)}
     names = ["cudnn", "flash"] if device.capability >= (9, 0) else ["flash", "cudnn"]
     return [Kernel(f"torch {torch.__version__} {name}", found[name]) for name in names]
+
+
+def describe() -> str:
+    """Say whose kernels may make gradients of 16-bit types here, without looking at them. Local."""
+    try:
+        return f"gradients of 16-bit types by torch {importlib.metadata.version('torch')}, where its kernels are right"
+    except importlib.metadata.PackageNotFoundError:
+        return "gradients of 16-bit types by kernels of its own, as torch is not installed"
 
 
 def _cudnn(operator: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
