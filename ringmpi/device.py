@@ -352,6 +352,9 @@ class Device:
     def call_torch(self, work: Callable[..., None], *arrays: Array) -> None:
         """Have torch do `work` on the caller's stream, given arrays of the GPU's memory as tensors that share it.
 
+        Where torch finds no memory it is asked again without what CuPy keeps in reserve: `work` must take what it needs
+        before it changes anything.
+
         Raises
         ------
         BackendError
@@ -363,7 +366,12 @@ class Device:
         stream = cuda.ExternalStream(pointer) if pointer else cuda.default_stream(self.index)
         try:
             with cuda.device(self.index), cuda.stream(stream), torch.no_grad():
-                work(*map(_tensor, arrays))
+                tensors = [_tensor(x) for x in arrays]
+                try:
+                    work(*tensors)
+                except cuda.OutOfMemoryError:
+                    self._cupy.get_default_memory_pool().free_all_blocks()
+                    work(*tensors)
         except RuntimeError as error:
             raise BackendError(f"GPU {self.index} ({self.name}), torch: {error}") from error
 
