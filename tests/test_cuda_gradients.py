@@ -245,6 +245,31 @@ def test_every_dim_has_kernels_that_fit(dtype, shared, plain):
             assert kernel.threads <= 1024
 
 
+@pytest.mark.parametrize(("dtype", "dim", "shared", "forward", "of_dq", "of_dkdv"), [
+    ("float32", 128, HOPPER, (128, 80), (128, 32), (32, 128)),
+    ("float32", 128, AMPERE, (128, 32), (64, 32), (32, 64)),
+    ("bfloat16", 128, HOPPER, (128, 48), (128, 32), (64, 64)),
+    ("bfloat16", 128, AMPERE, (128, 32), (64, 32), (32, 64)),
+    ("bfloat16", 64, AMPERE, (128, 96), (128, 64), (32, 128)),
+    ("bfloat16", 64, SMALL, (128, 32), (128, 64), (32, 128))])
+def test_plain_kernels_have_the_largest_tiles_that_fit(dtype, dim, shared, forward, of_dq, of_dkdv):
+    """As measured; kernels with score functions, or in canonical order, have tiles of their own."""
+    kind = DTYPES[dtype], dim, dim
+    assert _tile(best(forward_kernels(*kind, 1000, 16), *shared)) == forward
+    assert _tile(best(dq_kernels(*kind, 1000, 16), *shared)) == of_dq
+    assert [_tile(best(kernels, *shared)) for kernels in dkdv_kernels(*kind, 16)] == [of_dkdv]
+
+
+def _tile(kernel):
+    return kernel.rows, kernel.keys
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 80), ("bfloat16", 128), ("bfloat16", 64)])
+def test_the_largest_tiles(backend, dtype, dim):
+    """More rows and keys than a tile of any kernel has."""
+    check(backend, *case(19, 70, 150, 2, 1, dim, dim, dtype), dtype, scale=dim**-0.5)
+
+
 def test_kernels_of_smaller_gpus_compute_the_same():
     for capability, shared, dtype, dim in (((8, 0), AMPERE, "float64", 128), ((8, 6), SMALL, "float32", 256),
                                            ((8, 6), SMALL, "bfloat16", 256)):
