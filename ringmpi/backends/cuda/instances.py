@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...errors import BackendError
 from .sources import Kernel, Kind
 
 CANONICAL_TILE = 192          # as in rows.cuh: a multiple of the keys, and of the rows, that come and go in tiles
+FLOAT64_GRADIENT_TILES = [(4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
 MANY_ROWS = 2**30
 PLAIN = Kind()
 SLICE_FLOAT64 = 128           # columns of a result that fit a thread's registers beside the rest, in float64
@@ -33,7 +35,7 @@ class Tile(NamedTuple):
     Attributes
     ----------
     lanes : int
-        Warps, or without tensor cores rows of 16 threads.
+        Warps, pairs of warps, or without tensor cores rows of 16 threads.
     height : int
         Rows of each: of 16 for a warp, of one for a row of threads.
     others : int
@@ -134,7 +136,7 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
         return [_simt_gradient("dq", dims, tile, align, kind) for tile in chosen]
     columns = _slice(dims.qk, SLICE_FLOAT64) if dtype == np.float64 else dims.qk
     if dtype == np.float64:
-        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+        tiles = FLOAT64_GRADIENT_TILES
     elif max(dims) <= 64:
         tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
@@ -143,6 +145,8 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
         tiles = [(1, 1, *tile[2:]) for tile in tiles]
+    if _in_pairs(dtype, dims):
+        return [_paired_gradient("dq", dims.qk, columns, Tile(*tile), align, kind) for tile in tiles]
     return [_tensor_gradient("dq", dtype, dims, (columns,), Tile(*tile), align, kind) for tile in tiles]
 
 
@@ -151,8 +155,12 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
         return [[_simt_gradient("dkdv", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]]
+    if _in_pairs(dtype, dims):
+        columns = _slice(dims.qk, SLICE_FLOAT64)
+        return [[_paired_gradient("dkdv", dims.qk, columns, Tile(*tile), align, kind)
+                 for tile in FLOAT64_GRADIENT_TILES]]
     if dtype == np.float64:
-        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+        tiles = FLOAT64_GRADIENT_TILES
     elif max(dims) <= 64:
         tiles = [(4, 2, 32, 2)]
     elif max(dims) <= 128:
@@ -164,6 +172,11 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
     launches = [tuple(dims)] if sum(dims) <= most else [(_slice(dims.qk, most), 0), (0, _slice(dims.v, most))]
     return [[_tensor_gradient("dkdv", dtype, dims, columns, Tile(*tile), align, kind) for tile in tiles]
             for columns in launches]
+
+
+def _in_pairs(dtype: np.dtype[Any], dims: Dims) -> bool:
+    """Say whether pairs of warps differentiate: where a warp's registers hold too little, and each can have half."""
+    return dtype == np.float64 and dims.qk == dims.v > 64 and _slice(dims.qk, SLICE_FLOAT64) % 32 == 0
 
 
 def _slice(wide: int, most: int) -> int:
@@ -196,6 +209,15 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
     return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
                   shared_bytes, max(columns), blocks)
+
+
+def _paired_gradient(gradient: str, dim: int, columns: int, tile: Tile, align: int, kind: Kind) -> Kernel:
+    """Give an instance of gradient_paired.cu."""
+    single = _tensor_gradient(gradient, np.dtype(np.float64), Dims(dim, dim), (columns,), tile, align, kind)
+    handed = (2 if gradient == "dq" else 1) * 16 * tile.height * tile.lanes * tile.others * 8
+    arguments = TYPES[np.dtype(np.float64)], dim, columns, *tile, align, *kind.flags()
+    return replace(single, file="gradient_paired.cu", name=_named(f"gradient_{gradient}", arguments),
+                   threads=2 * single.threads, shared_bytes=single.shared_bytes + handed)
 
 
 def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind) -> Kernel:
