@@ -119,6 +119,35 @@ __device__ inline void add_scaled(A& at, A x, A factor) {
     else at += x * factor;
 }
 
+// Add accumulators of tensor cores, times `factor`, to columns `start` .. of rows; `row(i)` points to row i or is null.
+template <bool CANONICAL, class A, int HEIGHT, int N, class Row>
+__device__ inline void add_to(Row row, const A (&acc)[HEIGHT][N][4], int start, int columns, A factor) {
+#pragma unroll
+    for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            A* const at = row(16 * m + 8 * h + threadIdx.x % 32 / 4);
+            if (!at) continue;
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int column = column_of(start, n, i);
+                    if (column < columns) add_scaled<CANONICAL>(at[column], acc[m][n][2 * h + i], factor);
+                }
+        }
+}
+
+template <class A, int HEIGHT, int N>
+__device__ inline void clear(A (&acc)[HEIGHT][N][4]) {
+#pragma unroll
+    for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+        for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
+}
+
 // What is known of a row.
 template <class A>
 struct RowStats {
@@ -152,18 +181,33 @@ struct TileRowStats {
     __device__ RowStats<A> row(int r) const { return {lse[r], delta[r], {begin[r], end[r]}}; }
 };
 
-// Of a row and a key: turn q . k into the weight that dv has, and dout . v into ds. PARTIAL: the row may not see it.
+// Of a row and a key: turn q . k into the weight that dv has; give p score', of which ds is made. PARTIAL: the row may
+// not see the key.
+template <bool PARTIAL, class A, class S>
+__device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& row_score, int column, int key, A scale,
+                          const S& score) {
+    A derivative = 1;
+    const A x = score.apply(rounded_product(qk, scale), row_score, key, derivative);
+    const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
+    const A p = exponential(shift > 0 ? A{0} : shift);
+    qk = !PARTIAL || row.sees.holds(column) ? p * score.dropout_factor(row_score, key) : A{0};
+    return p * derivative;
+}
+
+// The same: turn dout . v into ds, with what `weigh` gave.
+template <bool PARTIAL, class A, class S>
+__device__ inline void turn_to_ds(A& dout_v, A slope, const RowStats<A>& row, const typename S::Row& row_score,
+                                  int column, int key, const S& score) {
+    const A ds = slope * (score.dropout_factor(row_score, key) * dout_v - row.delta);
+    dout_v = !PARTIAL || row.sees.holds(column) ? ds : A{0};
+}
+
+// Both for one pair.
 template <bool PARTIAL, class A, class S>
 __device__ inline void differentiate(A& qk, A& dout_v, const RowStats<A>& row, const typename S::Row& row_score,
                                      int column, int key, A scale, const S& score) {
-    A derivative = 1;
-    const A x = score.apply(rounded_product(qk, scale), row_score, key, derivative);
-    const bool seen = !PARTIAL || row.sees.holds(column);
-    const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
-    const A p = exponential(shift > 0 ? A{0} : shift);
-    const A dropout = score.dropout_factor(row_score, key);
-    qk = seen ? p * dropout : A{0};
-    dout_v = seen ? p * (dropout * dout_v - row.delta) * derivative : A{0};
+    const A slope = weigh<PARTIAL>(qk, row, row_score, column, key, scale, score);
+    turn_to_ds<PARTIAL>(dout_v, slope, row, row_score, column, key, score);
 }
 
 // The first tile of rows from number `from` on of which any row may see one of the keys; `count` if there is none. All

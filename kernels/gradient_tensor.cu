@@ -11,35 +11,6 @@
 #include "fragments.cuh"
 #include "gradient.cuh"
 
-// Add accumulators, times `factor`, to columns `start` .. of rows; `row(i)` points to row i, or is null.
-template <bool CANONICAL, class A, int HEIGHT, int N, class Row>
-__device__ inline void add_to(Row row, const A (&acc)[HEIGHT][N][4], int start, int columns, A factor) {
-#pragma unroll
-    for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            A* const at = row(16 * m + 8 * h + threadIdx.x % 32 / 4);
-            if (!at) continue;
-#pragma unroll
-            for (int n = 0; n < N; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = column_of(start, n, i);
-                    if (column < columns) add_scaled<CANONICAL>(at[column], acc[m][n][2 * h + i], factor);
-                }
-        }
-}
-
-template <class A, int HEIGHT, int N>
-__device__ inline void clear(A (&acc)[HEIGHT][N][4]) {
-#pragma unroll
-    for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-        for (int n = 0; n < N; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
-}
-
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
           bool FUNCTIONS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)

@@ -73,28 +73,6 @@ __device__ inline void decrease_registers() { asm volatile("setmaxnreg.dec.sync.
 template <int COUNT>
 __device__ inline void increase_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
 
-// Barriers of some threads of the block, by number, from 1; 0 is __syncthreads. Whole warps.
-__device__ inline void named_barrier_sync(int number, int threads) {
-    asm volatile("barrier.cta.sync.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
-}
-
-// Arrive at such a barrier, and go on.
-__device__ inline void named_barrier_arrive(int number, int threads) {
-    asm volatile("barrier.cta.arrive.aligned %0, %1;" :: "r"(number), "r"(threads) : "memory");
-}
-
-// The same as the first; tells whether any thread says yes.
-__device__ inline bool named_barrier_or(int number, int threads, bool yes) {
-    int any;
-    asm volatile("{\n"
-                 ".reg .pred mine, any;\n"
-                 "setp.ne.s32 mine, %3, 0;\n"
-                 "barrier.cta.red.or.pred.aligned any, %1, %2, mine;\n"
-                 "selp.s32 %0, 1, 0, any;\n"
-                 "}" : "=r"(any) : "r"(number), "r"(threads), "r"(static_cast<int>(yes)) : "memory");
-    return any != 0;
-}
-
 // What a product reads in shared memory, as panels.cuh makes it.
 using SmemDescriptor = unsigned long long;
 

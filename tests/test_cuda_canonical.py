@@ -29,6 +29,7 @@ CASES = [
     ((3, 2), {"dtype": "bfloat16", "mask": "all", "scored": True, "scale": -0.25}),
     ((5,), {"dtype": "float64", "mask": "causal", "heads": (3, 1), "lengths": (130, 420)}),
     ((2,), {"dtype": "bfloat16", "mask": "grid", "lengths": (200, 230)}),
+    ((3,), {"dtype": "float64", "mask": "window", "dims": (96, 96), "scored": True}),         # by pairs of warps
 ]
 
 

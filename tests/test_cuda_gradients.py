@@ -23,6 +23,7 @@ from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
 from ringmpi.score import Score
 
 KINDS = ("float64", "float32", "bfloat16")         # each has kernels of its own; float16 has those of bfloat16
+WAYS = [*((dtype, 16) for dtype in DTYPES), ("float64", 96)]         # dtypes and dims; the last by pairs of warps
 
 
 @pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
@@ -52,14 +53,31 @@ def test_dims(backend, dtype, dim, dim_v):
 
 def test_slices_of_columns_keep_to_the_columns_there_are():
     backend = CudaBackend(1, EmulatedDevice())
-    for dim, dim_v, slices in ((40, 256, [1, 1, 2]), (144, 16, [2, 2, 1]), (64, 64, [1, 1])):
+    for dim, dim_v, slices in ((40, 256, [1, 1, 2]), (144, 16, [2, 2, 1]), (64, 64, [1, 1]), (80, 80, [1, 1, 1]),
+                               (176, 172, [2, 2])):
         backend.device.launched.clear()
         check(backend, *case(17, 9, 20, 1, 1, dim, dim_v, "float64"), "float64", scale=0.1)
         assert [grid[2] for name, grid, *_ in backend.device.launched if name.startswith("gradient")] == slices
     for wide in range(16, 257, 16):
-        for kernel in (dq_kernels(DTYPES["float64"], wide, 256, 99, 16)[0],
-                       dkdv_kernels(DTYPES["float64"], wide, 256, 16)[0][0]):
-            assert 0 <= -(-wide // kernel.columns) * kernel.columns - wide <= 16
+        for dim_v in (wide, 256):
+            for kernel in (dq_kernels(DTYPES["float64"], wide, dim_v, 99, 16)[0],
+                           dkdv_kernels(DTYPES["float64"], wide, dim_v, 16)[0][0]):
+                assert 0 <= -(-wide // kernel.columns) * kernel.columns - wide <= 16
+
+
+@pytest.mark.parametrize(("dim", "dim_v", "kind"), [(128, 128, "plain"), (113, 128, "all"), (256, 250, "softcap")])
+def test_pairs_of_warps(backend, dim, dim_v, kind):
+    check(backend, *case(20, 70, 90, 2, 1, dim, dim_v, "float64"), "float64", kind, scale=0.1, blocks=2)
+
+
+def test_pairs_of_warps_have_float64_where_dims_are_alike():
+    for dim, dim_v, paired in ((64, 64, False), (80, 80, False), (96, 96, True), (128, 120, True), (128, 64, False),
+                               (192, 192, True), (192, 128, False), (224, 224, False), (256, 256, True)):
+        for kind in itertools.starmap(Kind, itertools.product((True, False), repeat=2)):
+            launches = dkdv_kernels(DTYPES["float64"], dim, dim_v, 16, kind)
+            found = dq_kernels(DTYPES["float64"], dim, dim_v, 99, 16, kind), *launches
+            assert {kernel.file == "gradient_paired.cu" for kernel in itertools.chain(*found)} == {paired}, (dim, dim_v)
+            assert len(launches) == (1 if paired or dim + dim_v <= 128 else 2)
 
 
 @pytest.mark.parametrize("dtype", KINDS)
@@ -74,35 +92,34 @@ def test_a_scale_that_is_not_positive(backend, dtype, kind, scale):
     check(backend, *case(18, 50, 101, 4, 2, 16, 16, dtype), dtype, kind, scale=scale, blocks=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "dim"), WAYS)
 @pytest.mark.parametrize("intervals", [*oracle.INTERVALS, "two ends"])
 @pytest.mark.parametrize("n_k", [1, 63, 65, 129])          # around a tile of each kernel
-def test_intervals(backend, dtype, intervals, n_k):
-    q, k, v, _, _ = case(3, 66, n_k, 1, 1, 16, 16, dtype)
+def test_intervals(backend, dtype, dim, intervals, n_k):
+    q, k, v, _, _ = case(3, 66, n_k, 1, 1, dim, dim, dtype)
     check(backend, q, k, v, *oracle.intervals(intervals, 66, n_k), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tiles_of_rows_that_see_nothing_of_a_key(backend, dtype):
+@pytest.mark.parametrize(("dtype", "dim"), WAYS)
+def test_many_tiles_of_rows_that_see_nothing_of_a_key(backend, dtype, dim):
     """The search for the next tile of rows goes beyond what one warp looks at."""
     n_q = 2300
-    q, k, v, _, _ = case(15, n_q, 130, 1, 1, 8, 8, dtype)
+    q, k, v, _, _ = case(15, n_q, 130, 1, 1, dim, dim, dtype)
     begin, end = np.zeros(n_q, int), np.zeros(n_q, int)
     for row in (0, 1100, n_q - 1):
         begin[row], end[row] = row % 128, 130
     check(backend, q, k, v, begin, end, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "dim"), WAYS)
 @pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_reaches_the_pairs_that_see_it_and_no_others(backend, dtype, where, bad):
-    q, k, v, begin, end = case(2, 50, 100, 4, 2, 16, 16, dtype)
-    dout = np.random.default_rng(0).standard_normal((50, 4, 16)).astype(q.dtype)
-    see = (np.arange(100) >= begin[:, None]) & (np.arange(100) < end[:, None])
+def test_what_is_not_finite_reaches_the_pairs_that_see_it_and_no_others(backend, dtype, dim, where, bad):
+    q, k, v, begin, end = case(2, 50, 100, 4, 2, dim, dim, dtype)
+    dout = np.random.default_rng(0).standard_normal((50, 4, dim)).astype(q.dtype)
     at = 20
-    see_at = see[at].any() if where in ("q", "dout") else see[:, at].any()
-    assert see_at
+    begin[at], end[at] = 10, 60
+    see = (np.arange(100) >= begin[:, None]) & (np.arange(100) < end[:, None])
     {"q": q, "k": k, "v": v, "dout": dout}[where][at, 1, 3] = bad
     got = run(backend, q, k, v, begin, end, 0.3, {}, dout=dout, blocks=2)
     touched = {name: ~np.isfinite(got[name]).all(axis=2) for name in ("dq", "dk", "dv")}
@@ -145,9 +162,10 @@ def test_nothing_or_little_to_do(backend, n):
     check(backend, *case(9, *n, 2, 1, 16, 16, "float32"), "float32", "all")
 
 
-def test_the_result_does_not_depend_on_the_order_of_threads():
-    q, k, v, begin, end = case(8, 45, 140, 4, 2, 16, 16, "bfloat16")
-    runs = [check(CudaBackend(1, EmulatedDevice(seed)), q, k, v, begin, end, "bfloat16", "all", blocks=2)
+@pytest.mark.parametrize(("dtype", "dim"), [("bfloat16", 16), ("float64", 96)])
+def test_the_result_does_not_depend_on_the_order_of_threads(dtype, dim):
+    q, k, v, begin, end = case(8, 45, 140, 4, 2, dim, dim, dtype)
+    runs = [check(CudaBackend(1, EmulatedDevice(seed)), q, k, v, begin, end, dtype, "all", blocks=2)
             for seed in range(3)]
     assert all((other[name] == x).all() for other in runs for name, x in runs[0].items())
 
@@ -243,6 +261,31 @@ def test_every_dim_has_kernels_that_fit(dtype, shared, plain):
             kernel = best(candidates, *shared)
             assert kernel.shared_bytes + 2048 <= shared[0]
             assert kernel.threads <= 1024
+
+
+@pytest.mark.parametrize(("dtype", "dim", "shared", "forward", "of_dq", "of_dkdv"), [
+    ("float32", 128, HOPPER, (128, 80), (128, 32), (32, 128)),
+    ("float32", 128, AMPERE, (128, 32), (64, 32), (32, 64)),
+    ("bfloat16", 128, HOPPER, (128, 48), (128, 32), (64, 64)),
+    ("bfloat16", 128, AMPERE, (128, 32), (64, 32), (32, 64)),
+    ("bfloat16", 64, AMPERE, (128, 96), (128, 64), (32, 128)),
+    ("bfloat16", 64, SMALL, (128, 32), (128, 64), (32, 128))])
+def test_plain_kernels_have_the_largest_tiles_that_fit(dtype, dim, shared, forward, of_dq, of_dkdv):
+    """As measured; kernels with score functions, or in canonical order, have tiles of their own."""
+    kind = DTYPES[dtype], dim, dim
+    assert _tile(best(forward_kernels(*kind, 1000, 16), *shared)) == forward
+    assert _tile(best(dq_kernels(*kind, 1000, 16), *shared)) == of_dq
+    assert [_tile(best(kernels, *shared)) for kernels in dkdv_kernels(*kind, 16)] == [of_dkdv]
+
+
+def _tile(kernel):
+    return kernel.rows, kernel.keys
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 80), ("bfloat16", 128), ("bfloat16", 64)])
+def test_the_largest_tiles(backend, dtype, dim):
+    """More rows and keys than a tile of any kernel has."""
+    check(backend, *case(19, 70, 150, 2, 1, dim, dim, dtype), dtype, scale=dim**-0.5)
 
 
 def test_kernels_of_smaller_gpus_compute_the_same():

@@ -260,10 +260,9 @@ def test_every_source_compiles_for_an_architecture_by_name(tmp_path, monkeypatch
     gpu._cupy = SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc),
                                 RawModule=lambda path: SimpleNamespace(get_function=lambda name: name))
     made = {"state.cu": "reset<float>", hopper.FILE: hopper.instance(DTYPES["bfloat16"], 64, 64).name}
-    for dtype in ("float32", "bfloat16"):
-        kind = DTYPES[dtype]
-        for kernel in (forward_kernels(kind, 16, 16, 1, 16)[0], dq_kernels(kind, 16, 16, 1, 16)[0],
-                       dkdv_kernels(kind, 16, 16, 16)[0][0]):
+    for dtype, dim in (("float32", 16), ("bfloat16", 16), ("float64", 128)):
+        kind = DTYPES[dtype], dim, dim
+        for kernel in (forward_kernels(*kind, 1, 16)[0], dq_kernels(*kind, 1, 16)[0], dkdv_kernels(*kind, 16)[0][0]):
             made[kernel.file] = kernel.name
     assert set(made) == {path.name for path in kernels_folder().glob("*.cu")}
     for file, name in made.items():

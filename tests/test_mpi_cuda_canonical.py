@@ -17,6 +17,7 @@ CASES = [
     {"mask": "causal", "dtype": "float32", "layout": "striped"},
     {"mask": "window", "dtype": "bfloat16", "layout": "empty", "kv_layout": "striped", "function": "all"},
     {"mask": "documents", "dtype": "float64", "layout": "uneven", "kv_layout": "custom"},
+    {"mask": "window", "dtype": "float64", "layout": "striped", "dims": (96, 96)},
     {"mask": "first", "dtype": "float16", "layout": "zigzag", "function": "sinks", "batch": 2, "lengths": (195, 200)},
 ]
 

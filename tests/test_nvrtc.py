@@ -33,6 +33,7 @@ STATE = ["visible_columns",
 # is 128 of both in canonical order too.
 GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),
              ("bfloat16", 256, 1000, True), ("float32", 256, 10, True), ("float64", 256, 10, True),
+             ("float64", 80, 1000, True),
              ("bfloat16", 64, 1000, False), ("bfloat16", 128, 1000, False), ("float32", 128, 1000, False),
              ("float64", 128, 1000, False)]
 OTHER_GRADIENTS = [case for case in GRADIENTS if case[1] == 128 and case[0] != "float32"]     # not on sm_90a

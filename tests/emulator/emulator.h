@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <utility>
@@ -57,6 +58,12 @@ struct Warp {
     long meetings = 0;             // that are complete
 };
 
+struct Meeting {
+    int arrived = 0, threads = 0;
+    long number = 0;
+    bool any = false, result = false;
+};
+
 inline ucontext_t scheduler;
 inline std::vector<Fibre> fibres;
 inline std::vector<Warp> warps;
@@ -68,6 +75,7 @@ inline int waiting = 0;
 inline long barriers = 0;
 inline std::mt19937 random_numbers;
 inline long block_number = 0;
+inline std::map<int, Meeting> meetings;                     // at barriers of some threads, by number
 inline std::vector<std::function<void()>> deeds;            // what the hardware is yet to do for the block, in any order
 inline std::function<void(unsigned)> passed_barrier;        // told of each thread
 inline std::function<void()> at_end;                        // of the block
@@ -125,6 +133,26 @@ inline const Item* meet(const Item& mine, const char* operation) {
     return reinterpret_cast<const Item*>(&slots[0][0]);
 }
 
+// Meet at a barrier of some threads of the block.
+inline bool meet_at(int number, int threads, bool yes, bool waits = true) {
+    if (number < 1 || number > 15 || threads % LANES) fail("a barrier that does not exist");
+    meet(number, "meet");
+    Meeting& meeting = meetings[number];
+    if (passed_barrier) passed_barrier(current->index);
+    if (meeting.arrived && meeting.threads != threads) fail("threads meet at a barrier with different numbers of them");
+    meeting.threads = threads;
+    meeting.any |= yes;
+    const long mine = meeting.number + 1;
+    if (++meeting.arrived == threads) {
+        meeting.result = meeting.any;
+        meeting.arrived = 0;
+        meeting.any = false;
+        meeting.number = mine;
+    }
+    if (waits) wait_until([&meeting, mine] { return meeting.number >= mine; });
+    return meeting.result;
+}
+
 inline void run_block(unsigned threads, size_t shared_size) {
     shared_bytes.assign(shared_size + 256, 0xff);
     shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared_bytes.data()) + 127) / 128 * 128);
@@ -133,6 +161,7 @@ inline void run_block(unsigned threads, size_t shared_size) {
     barriers = 0;
     ++block_number;
     deeds.clear();
+    meetings.clear();
     fibres.resize(threads);
     for (unsigned i = 0; i < threads; ++i) {
         Fibre& f = fibres[i];
@@ -182,6 +211,8 @@ inline void run_block(unsigned threads, size_t shared_size) {
         if (all_awake && !moved) fail("not all threads come to a meeting");
     }
     current = nullptr;
+    for (const auto& meeting : meetings)
+        if (meeting.second.arrived) fail("a meeting that not all came to");
     if (at_end) at_end();
 }
 

@@ -43,12 +43,6 @@ struct Phases {
     }
 };
 
-struct Meeting {
-    int arrived = 0, threads = 0;
-    long number = 0;
-    bool any = false, result = false;
-};
-
 struct Stored {
     unsigned thread;
     bool fenced;
@@ -81,7 +75,6 @@ struct Lane {
 struct Hopper {
     long block = 0;
     std::map<unsigned, Phases> barriers;
-    std::map<int, Meeting> meetings;
     std::map<unsigned, Stored> stored;         // what a product must not read yet, by 16 bytes
     std::map<unsigned, Lane> lanes;
     std::map<std::pair<int, long>, std::shared_ptr<Product>> products;           // that not all warps have started
@@ -101,8 +94,6 @@ inline Hopper& hopper() {
             if (!hopper().products.empty()) fail("a product that not all warps of a warpgroup started");
             for (const auto& lane : hopper().lanes)
                 if (!lane.second.values.empty()) fail("a product that nobody waited for");
-            for (const auto& meeting : hopper().meetings)
-                if (meeting.second.arrived) fail("a meeting that not all came to");
             if (!deeds.empty()) fail("a copy that nobody waited for");
         };
     }
@@ -212,26 +203,6 @@ inline void wait_for_products(size_t pending) {
     }
 }
 
-// Meet at a barrier of some threads of the block.
-inline bool meet_at(int number, int threads, bool yes, bool waits = true) {
-    if (number < 1 || number > 15 || threads % LANES) fail("a barrier that does not exist");
-    meet(number, "meet");
-    Meeting& meeting = hopper().meetings[number];
-    passed_barrier(current->index);
-    if (meeting.arrived && meeting.threads != threads) fail("threads meet at a barrier with different numbers of them");
-    meeting.threads = threads;
-    meeting.any |= yes;
-    const long mine = meeting.number + 1;
-    if (++meeting.arrived == threads) {
-        meeting.result = meeting.any;
-        meeting.arrived = 0;
-        meeting.any = false;
-        meeting.number = mine;
-    }
-    if (waits) wait_until([&meeting, mine] { return meeting.number >= mine; });
-    return meeting.result;
-}
-
 template <class T>
 inline float number_of(unsigned bits) { return wide(T{}, bits); }
 
@@ -322,16 +293,12 @@ inline void decrease_registers() {}
 template <int COUNT>
 inline void increase_registers() {}
 
-inline void named_barrier_sync(int number, int threads) { emulator::meet_at(number, threads, false); }
-inline void named_barrier_arrive(int number, int threads) { emulator::meet_at(number, threads, false, false); }
-inline bool named_barrier_or(int number, int threads, bool yes) { return emulator::meet_at(number, threads, yes); }
-
 using SmemDescriptor = unsigned long long;
 
 // All four warps come here before any goes on.
 inline void wgmma_fence() {
     emulator::hopper().lanes[emulator::current->index].started = true;
-    auto& meeting = emulator::hopper().meetings[-1 - static_cast<int>(threadIdx.x / WARPGROUP)];
+    auto& meeting = emulator::meetings[-1 - static_cast<int>(threadIdx.x / WARPGROUP)];
     const long mine = meeting.number + 1;
     if (++meeting.arrived == WARPGROUP) {
         meeting.arrived = 0;

@@ -33,6 +33,10 @@ inline void copy_wait() {
     }
 }
 
+inline void named_barrier_sync(int number, int threads) { emulator::meet_at(number, threads, false); }
+inline void named_barrier_arrive(int number, int threads) { emulator::meet_at(number, threads, false, false); }
+inline bool named_barrier_or(int number, int threads, bool yes) { return emulator::meet_at(number, threads, yes); }
+
 struct RowOfMatrix { const unsigned short* row; };
 
 inline void load_matrices(unsigned (&r)[4], const void* row) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...errors import BackendError
 from .sources import Kernel, Kind
 
 CANONICAL_TILE = 192          # as in rows.cuh: a multiple of the keys, and of the rows, that come and go in tiles
+FLOAT64_GRADIENT_TILES = [(4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
 MANY_ROWS = 2**30
 PLAIN = Kind()
 SLICE_FLOAT64 = 128           # columns of a result that fit a thread's registers beside the rest, in float64
@@ -33,7 +35,7 @@ class Tile(NamedTuple):
     Attributes
     ----------
     lanes : int
-        Warps, or without tensor cores rows of 16 threads.
+        Warps, pairs of warps, or without tensor cores rows of 16 threads.
     height : int
         Rows of each: of 16 for a warp, of one for a row of threads.
     others : int
@@ -68,7 +70,7 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
     if kind.canonical:
         rows = MANY_ROWS
     if dtype == np.float32:
-        return [_simt(dims, tile, align, kind) for tile in _simt_tiles(dims.v, rows) if plain or tile.others <= 32]
+        return [_simt(dims, tile, align, kind) for tile in _simt_tiles(dims.v, rows, kind)]
     if dtype == np.float64:
         dims = Dims(dims.qk, min(dims.v, SLICE_FLOAT64))
         tall = [(8, 1, 16, 2)] if rows > 64 else []         # two warps to a scheduler, where they fit
@@ -78,21 +80,25 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
+    elif rows <= 64:
+        tiles = [(4, 1, 64, 2), (4, 1, 32, 2)]
     else:
-        height = 1 if rows <= 64 else 2
-        tiles = [(4, height, 64, 2), (4, height, 32, 2)]
-    most = 64 if plain else 16 if dtype == np.float64 else 32
+        wide = (4, 2, 64, 2) if kind != PLAIN else (4, 2, 48, 2) if max(dims) > 64 else (4, 2, 96, 2)
+        tiles = [wide, (4, 2, 64, 2), (4, 2, 32, 2)]
+    most = CANONICAL_TILE if plain else 16 if dtype == np.float64 else 32
     return [_tensor(dtype, dims, tile, align, kind) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
 
 
-def _simt_tiles(dim_v: int, rows: int) -> list[Tile]:
+def _simt_tiles(dim_v: int, rows: int, kind: Kind) -> list[Tile]:
     """List tiles for the forward pass in float32, the fastest first."""
     tallest = 8 if dim_v <= 128 else 4        # what a thread's registers hold
     if rows <= 16:
         lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
         return [Tile(lanes, height, 32), Tile(lanes, height, 16)]
-    tall = [Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
-    return [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
+    wide = [Tile(16, 8, 80)] if kind == PLAIN and 64 < dim_v <= 128 else []
+    tall = [*wide, Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
+    tiles = [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
+    return [tile for tile in tiles if kind.plain or tile.others <= 32]
 
 
 def _sixteens(n: int) -> int:
@@ -126,19 +132,21 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
         rows = MANY_ROWS
     if dtype == np.float32:
         few = [Tile(8, 2, 32), Tile(8, 2, 16)]
-        chosen = few if rows <= 16 else _simt_gradient_tiles(max(dims))
+        chosen = few if rows <= 16 else _simt_gradient_tiles(max(dims), kind)
         return [_simt_gradient("dq", dims, tile, align, kind) for tile in chosen]
     columns = _slice(dims.qk, SLICE_FLOAT64) if dtype == np.float64 else dims.qk
     if dtype == np.float64:
-        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+        tiles = FLOAT64_GRADIENT_TILES
     elif max(dims) <= 64:
-        tiles = [(4, 2, 32, 2)]
+        tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
         tiles = [(4, 2, 32, 2) if kind.plain else (4, 1, 64, 2), (4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
         tiles = [(1, 1, *tile[2:]) for tile in tiles]
+    if _in_pairs(dtype, dims):
+        return [_paired_gradient("dq", dims.qk, columns, Tile(*tile), align, kind) for tile in tiles]
     return [_tensor_gradient("dq", dtype, dims, (columns,), Tile(*tile), align, kind) for tile in tiles]
 
 
@@ -146,18 +154,29 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
     """List the kernels for dk and dv together, or those for dk and those for dv; as `dq_kernels`. Local."""
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        return [[_simt_gradient("dkdv", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims))]]
+        return [[_simt_gradient("dkdv", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]]
+    if _in_pairs(dtype, dims):
+        columns = _slice(dims.qk, SLICE_FLOAT64)
+        return [[_paired_gradient("dkdv", dims.qk, columns, Tile(*tile), align, kind)
+                 for tile in FLOAT64_GRADIENT_TILES]]
     if dtype == np.float64:
-        tiles = [(4, 1, 16, 2), (2, 1, 16, 2), (1, 1, 16, 1)]
+        tiles = FLOAT64_GRADIENT_TILES
     elif max(dims) <= 64:
         tiles = [(4, 2, 32, 2)]
+    elif max(dims) <= 128:
+        tiles = [(4, 1, 64, 2), (4, 1, 32, 2)] if kind == PLAIN else [(4, 1, 32, 2)]
     else:
-        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)] if max(dims) > 128 else [(4, 1, 32, 2)]
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     # Columns of dk and of dv: all of both in one launch, if a thread's registers hold them.
     most = 128 if dtype == np.float64 else 256
     launches = [tuple(dims)] if sum(dims) <= most else [(_slice(dims.qk, most), 0), (0, _slice(dims.v, most))]
     return [[_tensor_gradient("dkdv", dtype, dims, columns, Tile(*tile), align, kind) for tile in tiles]
             for columns in launches]
+
+
+def _in_pairs(dtype: np.dtype[Any], dims: Dims) -> bool:
+    """Say whether pairs of warps differentiate: where a warp's registers hold too little, and each can have half."""
+    return dtype == np.float64 and dims.qk == dims.v > 64 and _slice(dims.qk, SLICE_FLOAT64) % 32 == 0
 
 
 def _slice(wide: int, most: int) -> int:
@@ -168,10 +187,13 @@ def _slice(wide: int, most: int) -> int:
     return _sixteens(-(-wide // -(-wide // most)))
 
 
-def _simt_gradient_tiles(widest: int) -> list[Tile]:
+def _simt_gradient_tiles(widest: int, kind: Kind) -> list[Tile]:
     """List tiles for the backward pass in float32, where a row of a tile has so many columns."""
-    tiles = [Tile(16, 4, 64), Tile(16, 4, 32), Tile(16, 2, 16), Tile(8, 2, 16)]
-    return tiles[0 if widest <= 64 else 1 if widest <= 128 else 2:]
+    short = [Tile(16, 2, 16), Tile(8, 2, 16)]
+    if widest > 128:
+        return short
+    tall = [Tile(16, 4, 64)] if widest <= 64 else [Tile(16, 8, 32)] if kind == PLAIN else []
+    return [*tall, Tile(16, 4, 32), *short]
 
 
 def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: tuple[int, ...], tile: Tile, align: int,
@@ -187,6 +209,15 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
     return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
                   shared_bytes, max(columns), blocks)
+
+
+def _paired_gradient(gradient: str, dim: int, columns: int, tile: Tile, align: int, kind: Kind) -> Kernel:
+    """Give an instance of gradient_paired.cu."""
+    single = _tensor_gradient(gradient, np.dtype(np.float64), Dims(dim, dim), (columns,), tile, align, kind)
+    handed = (2 if gradient == "dq" else 1) * 16 * tile.height * tile.lanes * tile.others * 8
+    arguments = TYPES[np.dtype(np.float64)], dim, columns, *tile, align, *kind.flags()
+    return replace(single, file="gradient_paired.cu", name=_named(f"gradient_{gradient}", arguments),
+                   threads=2 * single.threads, shared_bytes=single.shared_bytes + handed)
 
 
 def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind) -> Kernel:
