@@ -69,7 +69,8 @@ class Waiter:
              advance: Callable[[], bool] | None = None, peers: Callable[[], Sequence[int]] = tuple) -> float:
         """Poll `requests` until all are done; return the seconds it took.
 
-        As long as messages move, which shows in the processor time of the polls, it polls without a pause, but yields
+        As long as messages move, which shows in the processor time of the polls, or in other requests, as one message
+        of a transfer comes after the other, it polls without a pause, but yields
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
         moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share.
 
@@ -123,10 +124,11 @@ class Waiter:
     def _poll_until_done(self, pace: Pace, requests: list[Any], timeout: float, describe: Callable[[], str],
                          advance: Callable[[], bool] | None) -> float:
         while True:
+            before = requests.copy()
             done, busy = self._poll(requests, describe, advance)
             if done:
                 return time.perf_counter() - pace.start
-            moving = self._movement.seen(len(requests), busy)
+            moving = self._movement.seen(len(requests), busy) or list(map(id, requests)) != list(map(id, before))
             if busy:
                 self._movement.learn(len(requests), busy)
             # give up, or ask where the others are, or only wait

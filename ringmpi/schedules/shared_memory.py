@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +56,16 @@ class Segment:
 
 
 class Windows:
-    """The segments of other ranks, mapped into this process; one of each is kept. Local."""
+    """The segments of other ranks, mapped into this process; one of each is kept. Local.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    prepare : callable, optional
+        Called with each segment that is mapped, as a whole.
+    """
+
+    def __init__(self, prepare: Callable[[Bytes], object] = lambda memory: None) -> None:
+        self._prepare = prepare
         self._mapped: dict[int, tuple[list[int], Bytes]] = {}
 
     def keep(self, owners: list[int]) -> None:
@@ -77,6 +85,7 @@ class Windows:
         if kept != wanted:
             self._mapped.pop(owner, None)
             memory = _opened(wanted)
+            self._prepare(memory)
             self._mapped[owner] = wanted, memory
         return memory
 
