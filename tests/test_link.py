@@ -16,9 +16,10 @@ from ringmpi import environment
 from ringmpi.device import Device
 from ringmpi.dtypes import BFLOAT16
 from ringmpi.schedules import gpu_transport as transport
-from ringmpi.schedules.device_links import DirectLink, StagedLink, StagedReceive, StagedSend, StagingChannel
+from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
+from ringmpi.schedules.staging import AHEAD, IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
 
 # The fake device: that it is like a device, and finds mistakes.
 
@@ -177,11 +178,12 @@ class Wire:
     """Takes messages; keeps what was in their buffers when they were started."""
 
     def __init__(self):
-        self.requests, self.buffers = [], []
+        self.requests, self.buffers, self.calls = [], [], []
 
-    def post(self, buffer):
+    def post(self, buffer, call=None):
         self.requests.append(FakeRequest())
         self.buffers.append(buffer)
+        self.calls.append(call)
         return self.requests[-1]
 
     @property
@@ -192,7 +194,7 @@ class Wire:
 @pytest.fixture(autouse=True)
 def _no_mpi(monkeypatch):
     library = SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError)
-    for module in ("links", "device_links"):
+    for module in ("links", "staging"):
         monkeypatch.setattr(f"ringmpi.schedules.{module}.load", lambda: library)
 
 
@@ -221,7 +223,7 @@ def test_a_message_waits_for_its_event():
 def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
     """While the wire stands still, the others are copied; a buffer is used again when its message is done."""
     device, wire = FakeDevice(0), Wire()
-    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
+    channel, slot = OutgoingChannel(device, [4] * 3, False), device.message_buffer(22)
     slot[...] = np.arange(22)
     device.caller_stream().synchronize()
     way = StagedSend(channel, chunks(slot, 22, 4), wire.peer)
@@ -242,7 +244,7 @@ def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
 def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     """All buffers are open for messages at once; one is opened again when its bytes are in the slot."""
     device, wire = FakeDevice(0), Wire()
-    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
+    channel, slot = IncomingChannel(device, [4] * 3, True), device.message_buffer(22)
     way = StagedReceive(channel, chunks(slot, 22, 4), wire.peer)
     way.advance()
     assert len(wire.requests) == 3
@@ -265,10 +267,59 @@ def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     assert slot.host.tolist() == list(range(22))
 
 
+def test_shared_chunks_stay_until_they_are_stored():
+    """Tokens alone are sent. A buffer is used again when the token `AHEAD` after its own has been asked for."""
+    device, wire = FakeDevice(0), Wire()
+    channel, slot = OutgoingChannel(device, [4] * 3, True), device.message_buffer(22)
+    slot[...] = np.arange(22)
+    device.caller_stream().synchronize()
+    way = StagedSend(channel, chunks(slot, 22, 4), wire.peer, shared=True)
+    for asked in range(AHEAD + 6):
+        advance(way)
+        assert len(wire.requests) == min(3 + max(asked - AHEAD, 0), 6) + (AHEAD if asked >= 3 + AHEAD else 0)
+        assert not way.done()
+        for chunk in range(max(asked - AHEAD, 0), min(3 + max(asked - AHEAD, 0), 6)):
+            whole = range(4 * chunk, min(4 * chunk + 4, 22))
+            assert channel.buffer(chunk, len(whole)).tolist() == list(whole)
+        wire.requests[asked].finished = True
+    assert way.advance()
+    assert way.done()
+    assert set(wire.calls) == {"Issend"}
+    assert {buffer.nbytes for buffer in wire.buffers} == {48}
+
+
+def test_shared_chunks_are_stored_from_where_their_tokens_say():
+    """No more tokens are asked for than `AHEAD` of what is stored; the last ones are waited for."""
+    device, there, back = FakeDevice(0), Wire(), Wire()
+    out, slot = OutgoingChannel(device, [4] * 4, True), device.message_buffer(22)
+    slot[...] = np.arange(22)
+    device.caller_stream().synchronize()
+    send = StagedSend(out, chunks(slot, 22, 4), there.peer, shared=True)
+    channel, target = IncomingChannel(device, [4] * 4, False), device.message_buffer(22)
+    way = StagedReceive(channel, chunks(target, 22, 4), back.peer, shared=True)
+    for number in range(6 + AHEAD):
+        advance(send)
+        channel.stream.speed = 0
+        advance(way)
+        assert len(back.requests) == min(number + AHEAD, 6 + AHEAD)
+        assert not way.done()
+        back.buffers[number][:] = there.buffers[number]
+        for wire in (there, back):
+            wire.requests[number].finished = True
+        advance(way)
+        assert len(back.requests) == min(number + AHEAD, 6 + AHEAD)          # nothing is stored meanwhile
+        channel.stream.speed = 1
+        advance(way)
+    advance(send)
+    assert way.done()
+    assert send.done()
+    assert target.host.tolist() == list(range(22))
+
+
 def test_transfers_of_one_direction_take_turns():
     """The second begins when the first is done, and waits for its own event."""
     device, wire = FakeDevice(0), Wire()
-    channel, slots = StagingChannel(device, [4] * 2), [device.message_buffer(6) for _ in range(2)]
+    channel, slots = OutgoingChannel(device, [4] * 2, False), [device.message_buffer(6) for _ in range(2)]
     ways = [StagedSend(channel, chunks(slot, 6, 4), wire.peer) for slot in slots]
     for way in (ways[0], ways[1], ways[0], ways[1]):
         advance(way)
@@ -307,7 +358,8 @@ def test_slots_and_staging_buffers_go_without_a_collector():
 
 def links_under_way():
     """Links of every kind with a block on its way in, and the wire it is on."""
-    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
+    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4),
+                 lambda: StagedLink(FakeDevice(0), 4, [False, True])):
         link, wire = kind(), Wire()
         link.reserve([22, 22])
         link.receive(1, [22], wire.peer)
@@ -356,8 +408,10 @@ def test_a_step_ends_without_the_transfers_that_go_on():
 def test_a_block_without_bytes_has_no_messages():
     device, wire = FakeDevice(0), Wire()
     empty = device.message_buffer(0)
-    for way in (StagedSend(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
-                StagedReceive(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
+    for way in (*(StagedSend(OutgoingChannel(device, [], shared), chunks(empty, 0, 4), wire.peer, shared=shared)
+                  for shared in (False, True)),
+                *(StagedReceive(IncomingChannel(device, [], not shared), chunks(empty, 0, 4), wire.peer, shared=shared)
+                  for shared in (False, True)),
                 DirectTransfer(chunks(empty, 0, 4), wire.peer)):
         assert way.advance()
         assert way.done()

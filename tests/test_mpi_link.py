@@ -5,6 +5,7 @@ import itertools
 import re
 import time
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -46,21 +47,26 @@ def add(x, y):
     x += y
 
 
+def link_maker(kind, comm, device):
+    """Give what makes links: within a node "shared" has memory that ranks share, and "mixed" has nodes of two ranks."""
+    if kind == "mixed" and comm.size < 3:
+        pytest.skip("is as 'shared'")
+    pair = [rank // 2 == comm.rank // 2 for rank in range(comm.size)]
+    neighbours = {"staged": (), "shared": [True] * comm.size, "mixed": pair}
+    if kind in neighbours:
+        return partial(StagedLink, device, CHUNK, neighbours[kind])
+    return HostLink if kind == "host" else partial(DirectLink, device)
+
+
 class World:
     """A carrier over one kind of link, and a consumer that reads its blocks late."""
 
     def __init__(self, comm, kind, seed, timeout=60.0, carrier="ring"):
-        if kind == "mixed" and comm.size < 3:
-            pytest.skip("is as 'shared'")
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
-        on_my_node = [rank // 2 == comm.rank // 2 for rank in range(comm.size)]        # nodes of two ranks
-        links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
-                 "staged": lambda: StagedLink(self.device, CHUNK),
-                 "shared": lambda: StagedLink(self.device, CHUNK, [True] * comm.size),
-                 "mixed": lambda: StagedLink(self.device, CHUNK, on_my_node)}
         private = private_comm(comm)
-        self.carrier = carrier_class(carrier)(private, Group.everyone(private), links[kind], lambda x: x.fill(0), add)
+        self.carrier = carrier_class(carrier)(private, Group.everyone(private), link_maker(kind, comm, self.device),
+                                              lambda x: x.fill(0), add)
         self.carrier.timeout = timeout
         self.link = self.carrier.links[0]
         self.random = np.random.default_rng(seed)       # the same on all ranks

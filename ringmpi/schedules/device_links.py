@@ -114,8 +114,7 @@ class StagedLink(DeviceLink):
         super().__init__(device)
         self._chunk_bytes = chunk_bytes or CHUNK_BYTES
         self._neighbours = neighbours
-        self._incoming_channel: Any = None             # of what comes in, and of what goes out
-        self._outgoing_channel: Any = None
+        self._channels: list[Any] = []                 # in, out
 
     def reserve(self, sizes: Sequence[int]) -> None:
         """Make slots, and buffers on the host, unless those there are large enough. Local."""
@@ -129,28 +128,25 @@ class StagedLink(DeviceLink):
 
     def _reserve_channels(self, nbytes: int) -> None:
         buffers = [min(self._chunk_bytes, nbytes)] * min(CHUNKS, math.ceil(nbytes / self._chunk_bytes))
-        if self._incoming_channel is None or self._incoming_channel.nbytes < sum(buffers):
-            self._incoming_channel = self._outgoing_channel = None            # the old ones go first
-            outgoing = OutgoingChannel(self._device, buffers, any(self._neighbours))
-            private = not self._neighbours or not all(self._neighbours)
-            self._incoming_channel = IncomingChannel(self._device, buffers, private)
-            self._outgoing_channel = outgoing
+        if not self._channels or self._channels[0].nbytes < sum(buffers):
+            everyone = bool(self._neighbours) and all(self._neighbours)
+            self._channels = []            # the old ones go first
+            self._channels = [IncomingChannel(self._device, buffers, not everyone),
+                              OutgoingChannel(self._device, buffers, any(self._neighbours))]
 
     def cancel(self) -> list[Any]:
         """Give everything up in mid-way; return what MPI or a GPU may still write to. Local."""
-        channels = self._incoming_channel, self._outgoing_channel
-        self._incoming_channel = self._outgoing_channel = None
-        still_used = super().cancel()
+        still_used, channels, self._channels = super().cancel(), self._channels, []
         return [*still_used, *channels] if still_used else []
 
     def to_receive(self, number: int, sizes: Sequence[int], peer: Peer) -> StagedReceive:
         """Make the transfer into slot `number`, which begins once kernels no longer read the slot. Local."""
         block = chunks(self._slot(number), sum(sizes), self._chunk_bytes)
-        return StagedReceive(self._incoming_channel, block, peer, self._reads_done, self._shares(peer))
+        return StagedReceive(self._channels[0], block, peer, self._reads_done, self._shares(peer))
 
     def _send(self, number: int, sizes: Sequence[int], peer: Peer, after: Any) -> StagedSend:
         block = chunks(self._slot(number), sum(sizes), self._chunk_bytes)
-        return StagedSend(self._outgoing_channel, block, peer, after, self._shares(peer))
+        return StagedSend(self._channels[1], block, peer, after, self._shares(peer))
 
     def _shares(self, peer: Peer) -> bool:
         return bool(self._neighbours) and self._neighbours[peer.rank]
