@@ -5,6 +5,7 @@ import gc
 import inspect
 import math
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from ringmpi.schedules import gpu_transport as transport
 from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
+from ringmpi.schedules.shared_memory import Segment
 from ringmpi.schedules.staging import AHEAD, IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
 
 # The fake device: that it is like a device, and finds mistakes.
@@ -124,6 +126,33 @@ def test_rows_are_copied_as_the_fake_copies_them(dtype, columns, skipped):
     fake.take_rows(targets[1], source, rows)
     assert targets[1].get().tobytes() == source.host[rows].tobytes() == targets[0].host.tobytes()
     assert seen == ([] if not columns else [math.gcd(8, columns * np.dtype(dtype).itemsize, source.data.ptr)])
+
+
+def test_pages_are_locked_as_long_as_the_memory_is_there():
+    """And unlocked before it goes, whatever CUDA says to that."""
+    class Failure(Exception):
+        pass
+
+    locked = {}
+
+    def unregister(address):
+        assert ctypes.string_at(address, 1) == b"x"          # still mapped
+        del locked[address]
+        raise Failure
+
+    runtime = SimpleNamespace(hostRegister=lambda address, nbytes, flags: locked.update({address: (nbytes, flags)}),
+                              hostUnregister=unregister, CUDARuntimeError=Failure)
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: nullcontext())
+    segment = Segment()
+    segment.reserve(5000)
+    Device.lock_pages(SimpleNamespace(_cupy=SimpleNamespace(cuda=cuda), index=0), segment.memory)
+    assert locked == {segment.memory.ctypes.data: (8192, 1)}
+    segment.memory[0] = ord("x")
+    part = segment.memory[10:20]
+    del segment
+    assert locked
+    del part
+    assert not locked
 
 
 @pytest.mark.parametrize("dtype", ["f4", "c16", BFLOAT16])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import operator
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -69,10 +70,10 @@ class Waiter:
              advance: Callable[[], bool] | None = None, peers: Callable[[], Sequence[int]] = tuple) -> float:
         """Poll `requests` until all are done; return the seconds it took.
 
-        As long as messages move, which shows in the processor time of the polls, or in other requests, as one message
-        of a transfer comes after the other, it polls without a pause, but yields
+        As long as messages move, which shows in the processor time of the polls, it polls without a pause, but yields
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
-        moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share.
+        moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share. Where
+        `advance` changes `requests`, a transfer of many messages has come farther: that counts as movement too.
 
         Parameters
         ----------
@@ -128,7 +129,7 @@ class Waiter:
             done, busy = self._poll(requests, describe, advance)
             if done:
                 return time.perf_counter() - pace.start
-            moving = self._movement.seen(len(requests), busy) or list(map(id, requests)) != list(map(id, before))
+            moving = self._movement.seen(len(requests), busy)
             if busy:
                 self._movement.learn(len(requests), busy)
             # give up, or ask where the others are, or only wait
@@ -137,6 +138,8 @@ class Waiter:
                 raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
                                   f"stopped or far behind{self._missing(pace.start)}")
             self._remind(pace, seconds, describe)
+            if len(before) != len(requests) or any(map(operator.is_not, before, requests)):
+                pace.note_progress()
             pace.rest(moving)
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:
