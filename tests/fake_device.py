@@ -129,6 +129,7 @@ class FakeDevice:
         self.processors = 4
         self.shared_bytes = self.shared_bytes_processor = 2**17
         self.streams = []
+        self.cache = {}
         self.locked = {}                 # bytes of host memory that is page-locked, by address
         self.current_streams = [self.new_stream()]
 

@@ -20,7 +20,7 @@ from ringmpi.schedules import gpu_transport as transport
 from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
-from ringmpi.schedules.shared_memory import Segment
+from ringmpi.schedules.shared_memory import LockedMemory, Segment
 from ringmpi.schedules.staging import AHEAD, IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
 
 # The fake device: that it is like a device, and finds mistakes.
@@ -343,6 +343,40 @@ def test_shared_chunks_are_stored_from_where_their_tokens_say():
     assert way.done()
     assert send.done()
     assert target.host.tolist() == list(range(22))
+
+
+def test_locked_memory_is_used_again_once_it_is_given_back():
+    """Larger ones take the place of smaller ones, here and where others have mapped them."""
+    device = FakeDevice(0)
+    memory = LockedMemory.of(device)
+    assert LockedMemory.of(device) is memory
+    first, second = memory.take(100), memory.take(5000)
+    theirs = [memory.there(one.handle()) for one in (first, second)]
+    assert all(memory.there(one.handle()) is x for one, x in zip((first, second), theirs, strict=True))
+    assert sorted(device.locked.values()) == [4096, 4096, 8192, 8192]
+    first.memory[7] = 7
+    assert theirs[0][7] == 7
+    theirs.clear()
+    memory.give_back(first)
+    assert memory.take(9000) is first
+    assert memory.there(first.handle())[7] == 7
+    assert sorted(device.locked.values()) == [8192, 8192, 12288, 12288]
+
+
+def test_memory_that_is_under_way_is_not_used_again():
+    """What a GPU may still write to after an error."""
+    device, wire = FakeDevice(0), Wire()
+    device.caller_stream().speed = 0
+    link, memories = StagedLink(device, 4, [True]), []
+    for size, sends in ((10, False), (22, True), (22, False)):
+        link.reserve([size])
+        memories.append(link._channels[1]._memory)
+        if sends:
+            link.send(0, [size], wire.peer)
+            kept = link.cancel()
+    assert np.shares_memory(memories[0], memories[1])        # of the channels that the link had before
+    assert not np.shares_memory(memories[1], memories[2])
+    kept.clear()
 
 
 def test_transfers_of_one_direction_take_turns():

@@ -31,6 +31,7 @@ from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
 from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
+from ringmpi.schedules.shared_memory import LockedMemory
 from ringmpi.schedules.spec import NAMES
 from ringmpi.score import dropout_keys
 
@@ -144,6 +145,7 @@ def test_chunks_are_messages_where_a_rank_cannot_lock_the_pages_of_others(comm, 
 
     if comm.rank == comm.size - 1:
         monkeypatch.setattr(gpu, "lock_pages", fail)
+    monkeypatch.delitem(gpu.cache, LockedMemory, raising=False)      # what was locked before
     mine = comm.Dup()
     check(mine, gpu, "bfloat16", "striped", "causal", "staged", on_gpu=True, shares=False)
     mine.Free()

@@ -16,7 +16,7 @@ import numpy as np
 from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
 from ..errors import BackendError, OptionError
 from ..mpi.comm import Comm, load
-from .shared_memory import Handle, Segment, Windows
+from .shared_memory import Handle, LockedMemory
 
 TRANSPORTS = ("auto", "direct", "staged")
 REFUSAL = "why memory is not shared"      # that all ranks have agreed on
@@ -137,13 +137,12 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
         return next((f"rank {rank} {report}" for rank, report in enumerate(reports) if report), "")
 
     # Each rank offers some, and then opens that of the others of its node.
-    segment, handle, failure = None, [0], ""
+    memory, segment = LockedMemory.of(device), None
+    handle, failure = [0], ""
     try:
-        segment = Segment()
-        segment.reserve(1)
         with device.current():
-            device.lock_pages(segment.memory)
-        handle = segment.handle().tolist()
+            segment = memory.take(1)
+            handle = segment.handle().tolist()
     except (OSError, BackendError) as error:
         failure = f"can't share memory: {error}"
     handles: list[Handle] = [np.array(json.loads(text), np.uint64)
@@ -156,11 +155,14 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
             continue
         try:
             with device.current():
-                Windows(device.lock_pages).memory(rank, handles[rank])
+                memory.there(handles[rank])
         except (OSError, BackendError) as error:
             failure = f"can't open the memory of rank {rank}: {error}"
             break
-    return agree(failure)
+    refusal = agree(failure)
+    if segment is not None:
+        memory.give_back(segment)
+    return refusal
 
 
 def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:

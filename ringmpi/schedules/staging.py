@@ -8,6 +8,7 @@ stored by the tokens that have been taken, and sends `AHEAD` more after those of
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import ResourceError
 from ..mpi.comm import load
 from .links import Array, Peer
-from .shared_memory import HANDLE_SHAPE, Handle, Segment, Windows
+from .shared_memory import HANDLE_SHAPE, Handle, LockedMemory
 
 AHEAD = 2                  # tokens that a receiver asks for beyond the chunks that it has stored
 TOKEN_WORDS = HANDLE_SHAPE[0] + 1       # a handle, and where in its memory the chunk begins
@@ -117,18 +118,16 @@ class OutgoingChannel(StagingChannel):
 
     def __init__(self, device: Any, sizes: list[int], shared: bool) -> None:
         super().__init__(device, sizes)
-        self._segment: Segment | None = None
         if not shared:
             self._memory = device.pinned(self.nbytes)
             return
         try:
-            self._segment = Segment()
-            self._segment.reserve(self.nbytes)
+            segment = LockedMemory.of(device).take(self.nbytes)
         except OSError as error:
             raise ResourceError(f"this rank can't share {self.nbytes} bytes of memory: {error}") from error
-        device.lock_pages(self._segment.memory)
-        self._memory = self._segment.memory
-        self._tokens[:, :-1] = self._segment.handle()
+        weakref.finalize(self, LockedMemory.of(device).give_back, segment).atexit = False
+        self._memory = segment.memory
+        self._tokens[:, :-1] = segment.handle()
 
     def token(self, number: int) -> Bytes:
         """Give the token of a chunk, to be sent. Local."""
@@ -149,7 +148,6 @@ class IncomingChannel(StagingChannel):
 
     def __init__(self, device: Any, sizes: list[int], private: bool) -> None:
         super().__init__(device, sizes)
-        self._windows = Windows(device.lock_pages)
         if private:
             self._memory = device.pinned(self.nbytes)
 
@@ -164,7 +162,7 @@ class IncomingChannel(StagingChannel):
         token = self._tokens[chunk % len(self._tokens)]
         start = int(token[-1])
         try:
-            return self._windows.memory(owner, token[:-1])[start:start + nbytes]
+            return LockedMemory.of(self.device).there(token[:-1])[start:start + nbytes]
         except OSError as error:
             raise ResourceError(f"this rank can't open the memory of rank {owner}: {error}") from error
 
