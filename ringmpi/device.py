@@ -11,6 +11,7 @@ import functools
 import math
 import sys
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ from .errors import BackendError
 
 PIECE_BYTES = 2**25                # of an array on its way between host and device, page-locked twice
 INSTALL = "pip install 'ringmpi[cuda12]' or 'ringmpi[cuda13]', by the version of CUDA that nvidia-smi says"
+
+HOST_REGISTER_PORTABLE = 1         # cudaHostRegisterPortable, of driver_types.h
 
 # Of cuda.h: CU_TENSOR_MAP_DATA_TYPE_UINT16, _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_L2_256B and
 # _FLOAT_OOB_FILL_NONE.
@@ -214,6 +217,18 @@ class Device:
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Make an array of bytes in page-locked host memory."""
         return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
+
+    def lock_pages(self, memory: NDArray[np.uint8]) -> None:
+        """Page-lock the host memory of an array that owns it, for as long as the array is there."""
+        runtime = self._cupy.cuda.runtime
+        address = memory.ctypes.data
+        runtime.hostRegister(address, memory.nbytes, HOST_REGISTER_PORTABLE)
+
+        def unlock() -> None:
+            with suppress(runtime.CUDARuntimeError), self._cupy.cuda.Device(self.index):
+                runtime.hostUnregister(address)
+
+        weakref.finalize(memory, unlock).atexit = False
 
     def contiguous(self, x: Array) -> Array:
         """Give `x` itself if it is C-contiguous, else a copy that is."""

@@ -26,7 +26,7 @@ from .environment import hopper_kernel, launched_local_rank, rates_file
 from .errors import BackendError, InternalError, OptionError
 from .mpi.comm import Comm
 from .phases import phase
-from .schedules.device_links import DirectLink, StagedLink
+from .schedules.device_links import device_link
 from .schedules.gpu_transport import Transport, choose
 from .schedules.grid import Grid
 from .schedules.links import HostLink, Link
@@ -76,14 +76,15 @@ class Workspace:
         self._movers: dict[tuple[Grid, str], Movers] = {}
         self._states: tuple[Any, list[State]] = (None, [])
 
-    def movers(self, grid: Grid, transport: str) -> Movers:
-        """Give what moves bytes on a grid, over links of a kind: host, direct or staged."""
-        if (grid, transport) not in self._movers:
+    def movers(self, grid: Grid, transport: Transport | None) -> Movers:
+        """Give what moves bytes on a grid: in host memory, or from GPU to GPU by a transport."""
+        key = grid, transport.name if transport else "host"
+        if key not in self._movers:
             new_link: Callable[[], Link] = HostLink
-            if transport != "host":
-                new_link = partial(DirectLink if transport == "direct" else StagedLink, self.backend.device)
-            self._movers[grid, transport] = Movers(self._comm, grid, new_link, self.backend.clear, self.backend.add)
-        return self._movers[grid, transport]
+            if transport is not None:
+                new_link = partial(device_link, transport, self.backend.device, self._comm)
+            self._movers[key] = Movers(self._comm, grid, new_link, self.backend.clear, self.backend.add)
+        return self._movers[key]
 
     def states(self, batch: int, n_q: int, heads: int, dim_v: int, acc_dtype: np.dtype[Any]) -> list[State]:
         """Give states of these sizes, one for each element of the batch; those of the last call if they fit."""
@@ -171,7 +172,7 @@ class Engine:
 
     def movers(self, grid: Grid) -> Movers:
         """Give what moves bytes on a grid: queries, K and V, and their gradients. Local."""
-        movers = self._shared.movers(grid, self.transport.name if self.transport else "host")
+        movers = self._shared.movers(grid, self.transport)
         movers.set_timeout(self._timeout)
         return movers
 
@@ -268,7 +269,7 @@ class Engine:
         gpu = self.backend.device
         if gpu is not None:
             self.gpus = self._distinct(gpu.uuid)
-            self.transport = choose(self._comm, self._gpu_transport, self._timeout)
+            self.transport = choose(self._comm, self._gpu_transport, self._timeout, gpu)
 
     def machine(self) -> Machine:
         """Describe what computes, as all ranks know it: with the rates that rank 0 has. Collective over *comm*."""

@@ -6,6 +6,7 @@ early, in most runs. Memory begins as bytes 0xFF: NaN in every dtype.
 """
 
 import random
+import weakref
 from collections import deque
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -128,6 +129,8 @@ class FakeDevice:
         self.processors = 4
         self.shared_bytes = self.shared_bytes_processor = 2**17
         self.streams = []
+        self.cache = {}
+        self.locked = {}                 # bytes of host memory that is page-locked, by address
         self.current_streams = [self.new_stream()]
 
     @contextmanager
@@ -159,6 +162,12 @@ class FakeDevice:
 
     def pinned(self, nbytes):
         return np.full(nbytes, 0xFF, np.uint8)
+
+    def lock_pages(self, memory):
+        if memory.ctypes.data % 4096:
+            raise ValueError("pages are locked as a whole")
+        self.locked[memory.ctypes.data] = memory.nbytes
+        weakref.finalize(memory, self.locked.pop, memory.ctypes.data)
 
     def view(self, x):
         return x

@@ -5,6 +5,7 @@ import gc
 import inspect
 import math
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,9 +17,11 @@ from ringmpi import environment
 from ringmpi.device import Device
 from ringmpi.dtypes import BFLOAT16
 from ringmpi.schedules import gpu_transport as transport
-from ringmpi.schedules.device_links import DirectLink, StagedLink, StagedReceive, StagedSend, StagingChannel
+from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.links import DirectTransfer, HostLink, Peer, chunks
+from ringmpi.schedules.shared_memory import LockedMemory, Segment
+from ringmpi.schedules.staging import AHEAD, IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
 
 # The fake device: that it is like a device, and finds mistakes.
 
@@ -125,6 +128,33 @@ def test_rows_are_copied_as_the_fake_copies_them(dtype, columns, skipped):
     assert seen == ([] if not columns else [math.gcd(8, columns * np.dtype(dtype).itemsize, source.data.ptr)])
 
 
+def test_pages_are_locked_as_long_as_the_memory_is_there():
+    """And unlocked before it goes, whatever CUDA says to that."""
+    class Failure(Exception):
+        pass
+
+    locked = {}
+
+    def unregister(address):
+        assert ctypes.string_at(address, 1) == b"x"          # still mapped
+        del locked[address]
+        raise Failure
+
+    runtime = SimpleNamespace(hostRegister=lambda address, nbytes, flags: locked.update({address: (nbytes, flags)}),
+                              hostUnregister=unregister, CUDARuntimeError=Failure)
+    cuda = SimpleNamespace(runtime=runtime, Device=lambda index: nullcontext())
+    segment = Segment()
+    segment.reserve(5000)
+    Device.lock_pages(SimpleNamespace(_cupy=SimpleNamespace(cuda=cuda), index=0), segment.memory)
+    assert locked == {segment.memory.ctypes.data: (8192, 1)}
+    segment.memory[0] = ord("x")
+    part = segment.memory[10:20]
+    del segment
+    assert locked
+    del part
+    assert not locked
+
+
 @pytest.mark.parametrize("dtype", ["f4", "c16", BFLOAT16])
 def test_an_array_is_made_contiguous_whatever_its_dtype(dtype):
     """CuPy is shown bfloat16 as bits, and there are no bits of 16 bytes."""
@@ -177,11 +207,12 @@ class Wire:
     """Takes messages; keeps what was in their buffers when they were started."""
 
     def __init__(self):
-        self.requests, self.buffers = [], []
+        self.requests, self.buffers, self.calls = [], [], []
 
-    def post(self, buffer):
+    def post(self, buffer, call=None):
         self.requests.append(FakeRequest())
         self.buffers.append(buffer)
+        self.calls.append(call)
         return self.requests[-1]
 
     @property
@@ -192,7 +223,7 @@ class Wire:
 @pytest.fixture(autouse=True)
 def _no_mpi(monkeypatch):
     library = SimpleNamespace(REQUEST_NULL=FakeRequest(True), Exception=OSError)
-    for module in ("links", "device_links"):
+    for module in ("links", "staging"):
         monkeypatch.setattr(f"ringmpi.schedules.{module}.load", lambda: library)
 
 
@@ -221,7 +252,7 @@ def test_a_message_waits_for_its_event():
 def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
     """While the wire stands still, the others are copied; a buffer is used again when its message is done."""
     device, wire = FakeDevice(0), Wire()
-    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
+    channel, slot = OutgoingChannel(device, [4] * 3, False), device.message_buffer(22)
     slot[...] = np.arange(22)
     device.caller_stream().synchronize()
     way = StagedSend(channel, chunks(slot, 22, 4), wire.peer)
@@ -242,7 +273,7 @@ def test_chunks_on_their_way_out_are_as_many_as_there_are_buffers():
 def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     """All buffers are open for messages at once; one is opened again when its bytes are in the slot."""
     device, wire = FakeDevice(0), Wire()
-    channel, slot = StagingChannel(device, [4] * 3), device.message_buffer(22)
+    channel, slot = IncomingChannel(device, [4] * 3, True), device.message_buffer(22)
     way = StagedReceive(channel, chunks(slot, 22, 4), wire.peer)
     way.advance()
     assert len(wire.requests) == 3
@@ -265,10 +296,93 @@ def test_chunks_on_their_way_in_are_as_many_as_there_are_buffers():
     assert slot.host.tolist() == list(range(22))
 
 
+def test_shared_chunks_stay_until_they_are_stored():
+    """Tokens alone are sent. A buffer is used again when the token `AHEAD` after its own has been asked for."""
+    device, wire = FakeDevice(0), Wire()
+    channel, slot = OutgoingChannel(device, [4] * 3, True), device.message_buffer(22)
+    slot[...] = np.arange(22)
+    device.caller_stream().synchronize()
+    way = StagedSend(channel, chunks(slot, 22, 4), wire.peer, shared=True)
+    for asked in range(AHEAD + 6):
+        advance(way)
+        assert len(wire.requests) == min(3 + max(asked - AHEAD, 0), 6) + (AHEAD if asked >= 3 + AHEAD else 0)
+        assert not way.done()
+        for chunk in range(max(asked - AHEAD, 0), min(3 + max(asked - AHEAD, 0), 6)):
+            whole = range(4 * chunk, min(4 * chunk + 4, 22))
+            assert channel.buffer(chunk, len(whole)).tolist() == list(whole)
+        wire.requests[asked].finished = True
+    assert way.advance()
+    assert way.done()
+    assert set(wire.calls) == {"Issend"}
+    assert {buffer.nbytes for buffer in wire.buffers} == {48}
+
+
+def test_shared_chunks_are_stored_from_where_their_tokens_say():
+    """No more tokens are asked for than `AHEAD` of what is stored; the last ones are waited for."""
+    device, there, back = FakeDevice(0), Wire(), Wire()
+    out, slot = OutgoingChannel(device, [4] * 4, True), device.message_buffer(22)
+    slot[...] = np.arange(22)
+    device.caller_stream().synchronize()
+    send = StagedSend(out, chunks(slot, 22, 4), there.peer, shared=True)
+    channel, target = IncomingChannel(device, [4] * 4, False), device.message_buffer(22)
+    way = StagedReceive(channel, chunks(target, 22, 4), back.peer, shared=True)
+    for number in range(6 + AHEAD):
+        advance(send)
+        channel.stream.speed = 0
+        advance(way)
+        assert len(back.requests) == min(number + AHEAD, 6 + AHEAD)
+        assert not way.done()
+        back.buffers[number][:] = there.buffers[number]
+        for wire in (there, back):
+            wire.requests[number].finished = True
+        advance(way)
+        assert len(back.requests) == min(number + AHEAD, 6 + AHEAD)          # nothing is stored meanwhile
+        channel.stream.speed = 1
+        advance(way)
+    advance(send)
+    assert way.done()
+    assert send.done()
+    assert target.host.tolist() == list(range(22))
+
+
+def test_locked_memory_is_used_again_once_it_is_given_back():
+    """Larger ones take the place of smaller ones, here and where others have mapped them."""
+    device = FakeDevice(0)
+    memory = LockedMemory.of(device)
+    assert LockedMemory.of(device) is memory
+    first, second = memory.take(100), memory.take(5000)
+    theirs = [memory.there(one.handle()) for one in (first, second)]
+    assert all(memory.there(one.handle()) is x for one, x in zip((first, second), theirs, strict=True))
+    assert sorted(device.locked.values()) == [4096, 4096, 8192, 8192]
+    first.memory[7] = 7
+    assert theirs[0][7] == 7
+    theirs.clear()
+    memory.give_back(first)
+    assert memory.take(9000) is first
+    assert memory.there(first.handle())[7] == 7
+    assert sorted(device.locked.values()) == [8192, 8192, 12288, 12288]
+
+
+def test_memory_that_is_under_way_is_not_used_again():
+    """What a GPU may still write to after an error."""
+    device, wire = FakeDevice(0), Wire()
+    device.caller_stream().speed = 0
+    link, memories = StagedLink(device, 4, [True]), []
+    for size, sends in ((10, False), (22, True), (22, False)):
+        link.reserve([size])
+        memories.append(link._channels[1]._memory)
+        if sends:
+            link.send(0, [size], wire.peer)
+            kept = link.cancel()
+    assert np.shares_memory(memories[0], memories[1])        # of the channels that the link had before
+    assert not np.shares_memory(memories[1], memories[2])
+    kept.clear()
+
+
 def test_transfers_of_one_direction_take_turns():
     """The second begins when the first is done, and waits for its own event."""
     device, wire = FakeDevice(0), Wire()
-    channel, slots = StagingChannel(device, [4] * 2), [device.message_buffer(6) for _ in range(2)]
+    channel, slots = OutgoingChannel(device, [4] * 2, False), [device.message_buffer(6) for _ in range(2)]
     ways = [StagedSend(channel, chunks(slot, 6, 4), wire.peer) for slot in slots]
     for way in (ways[0], ways[1], ways[0], ways[1]):
         advance(way)
@@ -307,7 +421,8 @@ def test_slots_and_staging_buffers_go_without_a_collector():
 
 def links_under_way():
     """Links of every kind with a block on its way in, and the wire it is on."""
-    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4)):
+    for kind in (HostLink, lambda: DirectLink(FakeDevice(0)), lambda: StagedLink(FakeDevice(0), chunk_bytes=4),
+                 lambda: StagedLink(FakeDevice(0), 4, [False, True])):
         link, wire = kind(), Wire()
         link.reserve([22, 22])
         link.receive(1, [22], wire.peer)
@@ -356,8 +471,10 @@ def test_a_step_ends_without_the_transfers_that_go_on():
 def test_a_block_without_bytes_has_no_messages():
     device, wire = FakeDevice(0), Wire()
     empty = device.message_buffer(0)
-    for way in (StagedSend(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
-                StagedReceive(StagingChannel(device, []), chunks(empty, 0, 4), wire.peer),
+    for way in (*(StagedSend(OutgoingChannel(device, [], shared), chunks(empty, 0, 4), wire.peer, shared=shared)
+                  for shared in (False, True)),
+                *(StagedReceive(IncomingChannel(device, [], not shared), chunks(empty, 0, 4), wire.peer, shared=shared)
+                  for shared in (False, True)),
                 DirectTransfer(chunks(empty, 0, 4), wire.peer)):
         assert way.advance()
         assert way.done()

@@ -33,6 +33,7 @@ from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
 from ringmpi.job.options import Options
 from ringmpi.schedules.gpu_transport import cuda_awareness
+from ringmpi.schedules.shared_memory import LockedMemory
 from ringmpi.schedules.spec import NAMES
 from ringmpi.score import dropout_keys
 
@@ -65,7 +66,7 @@ def emulated(gpu):
     return gpu
 
 
-def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0, schedule="ring"):
+def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0, schedule="ring", shares=True):
     q, k, v = random_qkv(seed, length, length, 4, 2, 16, 16, dtype)
     spec = make_layout(layout, length, comm.size)
     mine = spec.positions(comm.rank)
@@ -93,6 +94,7 @@ def check(comm, gpu, dtype, layout, mask, transport, on_gpu, length=151, seed=0,
     assert oracle.error(lse, want_lse) <= (1e-13 if dtype == "float64" else 2e-6)
     assert pairs == all_see.sum() * sharing
     assert used.name == transport
+    assert used.shares_memory is (shares and transport == "staged" and comm.size > 1)
     assert gpus == expected
     assert name == "cuda"
 
@@ -137,6 +139,18 @@ def skip_unless_heads_divide(comm, schedule):
 def test_both_transports_with_every_dtype(comm, gpu, dtype, transport):
     skip_unless_mpi_takes(gpu, transport)
     check(comm, gpu, dtype, "striped", "causal", transport, on_gpu=True)
+
+
+def test_chunks_are_messages_where_a_rank_cannot_lock_the_pages_of_others(comm, gpu, monkeypatch):
+    def fail(_):
+        raise BackendError("cudaErrorNotSupported")
+
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(gpu, "lock_pages", fail)
+    monkeypatch.delitem(gpu.cache, LockedMemory, raising=False)      # what was locked before
+    mine = comm.Dup()
+    check(mine, gpu, "bfloat16", "striped", "causal", "staged", on_gpu=True, shares=False)
+    mine.Free()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "uneven", "empty", "zigzag", "custom"])
@@ -467,7 +481,8 @@ def test_from_file_to_file(comm, gpu, monkeypatch, folder, layout):
     assert record["backend"] == "cuda"
     assert record["gpus"] == expected
     assert record["gpu_transport"] == "staged"
-    assert "gpu_transport=staged" in record["gpu_transport_reason"]
+    within = "; within a node through shared memory" if comm.size > 1 else ""
+    assert record["gpu_transport_reason"] == f"asked for by gpu_transport=staged{within}"
     assert early == [True]
 
 

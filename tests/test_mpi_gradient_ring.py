@@ -6,15 +6,13 @@ import time
 import numpy as np
 import pytest
 from fake_device import FakeDevice
-from test_mpi_link import CHUNK, TOKENS, WAYS, messages_left
+from test_mpi_link import TOKENS, WAYS, link_maker, messages_left
 
 from ringmpi import RankLost, RingTimeout
 from ringmpi.mpi.comm import private_comm
 from ringmpi.mpi.waiting import stranded
 from ringmpi.schedules.base import Blocks, Route
-from ringmpi.schedules.device_links import DirectLink, StagedLink
 from ringmpi.schedules.group import Group
-from ringmpi.schedules.links import HostLink
 from ringmpi.schedules.movers import carrier_class
 from ringmpi.trace import Trace
 
@@ -33,8 +31,7 @@ class World:
     def __init__(self, comm, kind, seed, timeout=60.0, carrier="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
-        new_link = {"host": HostLink, "direct": lambda: DirectLink(self.device),
-                    "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}[kind]
+        new_link = link_maker(kind, comm, self.device)
         private = private_comm(comm)
         self.carrier = carrier_class(carrier)(private, Group.everyone(private), new_link, self.clear, self.add)
         self.carrier.timeout = timeout

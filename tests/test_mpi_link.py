@@ -4,13 +4,14 @@ import itertools
 import re
 import time
 from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 from fake_device import FakeDevice
 
-from ringmpi import OptionError, RankLost, RingError, RingTimeout
+from ringmpi import BackendError, OptionError, RankLost, RingError, RingTimeout
 from ringmpi.mpi.comm import load, private_comm
 from ringmpi.mpi.notices import NOTICE_TAG
 from ringmpi.mpi.waiting import stranded
@@ -33,9 +34,10 @@ def _poll_often(monkeypatch):
 
 
 CHUNK = 64                 # bytes; of the links of these tests
-LINKS = ("host", "direct", "staged")
+LINKS = ("host", "direct", "staged", "shared", "mixed")
 WAYS = [(kind, carrier) for kind in LINKS for carrier in CARRIERS
         if kind == "host" or not carrier_class(carrier).host_only]
+FAULTY = [(kind, carrier) for kind, carrier in WAYS if kind != "mixed" or carrier == "gather"]
 # Tokens of 8 bytes of K and 16 of V: nothing, less than a chunk, one byte about it, and more chunks than buffers.
 TOKENS = (0, 1, 2, 3, 5, 8, 13, 24)
 
@@ -44,16 +46,26 @@ def add(x, y):
     x += y
 
 
+def link_maker(kind, comm, device):
+    """Give what makes links: within a node "shared" has memory that ranks share, and "mixed" has nodes of two ranks."""
+    if kind == "mixed" and comm.size < 3:
+        pytest.skip("is as 'shared'")
+    pair = [rank // 2 == comm.rank // 2 for rank in range(comm.size)]
+    neighbours = {"staged": (), "shared": [True] * comm.size, "mixed": pair}
+    if kind in neighbours:
+        return partial(StagedLink, device, CHUNK, neighbours[kind])
+    return HostLink if kind == "host" else partial(DirectLink, device)
+
+
 class World:
     """A carrier over one kind of link, and a consumer that reads its blocks late."""
 
     def __init__(self, comm, kind, seed, timeout=60.0, carrier="ring"):
         self.comm, self.kind = comm, kind
         self.device = None if kind == "host" else FakeDevice(seed * 100 + comm.rank)
-        links = {"host": HostLink, "direct": lambda: DirectLink(self.device),
-                 "staged": lambda: StagedLink(self.device, chunk_bytes=CHUNK)}
         private = private_comm(comm)
-        self.carrier = carrier_class(carrier)(private, Group.everyone(private), links[kind], lambda x: x.fill(0), add)
+        self.carrier = carrier_class(carrier)(private, Group.everyone(private), link_maker(kind, comm, self.device),
+                                              lambda x: x.fill(0), add)
         self.carrier.timeout = timeout
         self.link = self.carrier.links[0]
         self.random = np.random.default_rng(seed)       # the same on all ranks
@@ -92,6 +104,12 @@ class World:
         if self.device:
             self.device.caller_stream().synchronize()
         return read_items(items), blocks, trace
+
+
+def staged(comm, reason):
+    """The transport staged, where all ranks are on one node."""
+    return Transport("staged", f"{reason}; within a node through shared memory", True) if comm.size > 1 else Transport(
+        "staged", reason)
 
 
 def messages_left(comm):
@@ -277,7 +295,7 @@ def outcomes_of(comm, kind, each, timeout=60.0, carrier="ring"):
     return comm.allgather(attempt(world, each=lambda number: each(world, number))), world
 
 
-@pytest.mark.parametrize(("kind", "carrier"), WAYS)
+@pytest.mark.parametrize(("kind", "carrier"), FAULTY)
 def test_a_rank_that_fails_is_not_waited_for(comm, kind, carrier):
     def each(world, number):
         if comm.rank == 0 and number == 0:
@@ -294,7 +312,7 @@ def test_a_rank_that_fails_is_not_waited_for(comm, kind, carrier):
             assert re.match(f"RankLost: {where}; rank 0 gave up", said), said
 
 
-@pytest.mark.parametrize(("kind", "carrier"), WAYS)
+@pytest.mark.parametrize(("kind", "carrier"), FAULTY)
 def test_a_rank_that_stops_is_an_error_in_time(comm, kind, carrier):
     if comm.size == 1:
         pytest.skip("needs two ranks")
@@ -312,7 +330,7 @@ def test_a_rank_that_stops_is_an_error_in_time(comm, kind, carrier):
             assert re.match(f"(RingTimeout|RankLost): {where}", said), outcomes
 
 
-@pytest.mark.parametrize("kind", ["direct", "staged"])
+@pytest.mark.parametrize("kind", ["direct", "staged", "shared"])
 def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, kind):
     """On rank 0 nothing on the caller's stream comes about any more: its block is never written."""
     if comm.size == 1:
@@ -322,7 +340,7 @@ def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, kind):
         world.device.caller_stream().speed = 0
     outcomes = comm.allgather(attempt(world))
     obstacle = {"direct": r"\(not sent yet: this rank's GPU still writes the buffer\)",
-                "staged": r"\(0 of 9 chunks copied out by this rank's GPU so far\)"}[kind]
+                "staged": (out := r"\(0 of 9 chunks copied out by this rank's GPU so far\)"), "shared": out}[kind]
     for said, seconds, kept in outcomes:
         assert kept
         assert said.startswith(("RingTimeout", "RankLost")), outcomes
@@ -330,7 +348,7 @@ def test_a_gpu_that_is_stuck_is_an_error_in_time_and_says_so(comm, kind):
     assert re.search(f"for rank 1 to take 576 bytes {obstacle}(; | for 0.3 s)", outcomes[0][0]), outcomes
 
 
-@pytest.mark.parametrize("kind", ["direct", "staged"])
+@pytest.mark.parametrize("kind", ["direct", "staged", "shared"])
 def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
     """On rank 0 the first kernel hangs: the buffer it reads can't take the third block."""
     if comm.size < 3:
@@ -344,7 +362,7 @@ def test_a_kernel_that_never_ends_is_an_error_in_time(comm, kind):
 
     outcomes, world = outcomes_of(comm, kind, each, timeout=0.5)
     obstacle = {"direct": "(not asked for yet: this rank's GPU still reads the buffer)",
-                "staged": "(0 of 9 chunks copied in by this rank's GPU so far)"}[kind]
+                "staged": (into := "(0 of 9 chunks copied in by this rank's GPU so far)"), "shared": into}[kind]
     assert f"576 bytes from rank {comm.size - 1} {obstacle}" in outcomes[0][0], outcomes
     for said, seconds, kept in outcomes:
         assert kept
@@ -368,14 +386,14 @@ def test_local_ranks(comm):
 
 def test_a_request_wins_over_the_variable(comm, monkeypatch):
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct")
-    chosen = [choose(private_comm(comm), request, 60) for request in ("staged", "auto", "direct")]
+    chosen = [choose(private_comm(comm), request, 60, FakeDevice()) for request in ("staged", "auto", "direct")]
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "staged")
-    chosen.append(choose(private_comm(comm), "auto", 60))
-    assert chosen[0] == Transport("staged", "asked for by gpu_transport=staged")
+    chosen.append(choose(private_comm(comm), "auto", 60, FakeDevice()))
+    assert chosen[0] == staged(comm, "asked for by gpu_transport=staged")
     assert chosen[1].name == "direct"
     assert chosen[1].reason.startswith("asked for by RINGMPI_GPU_TRANSPORT=direct; MPI is not CUDA-aware")
     assert chosen[2].reason.startswith("asked for by gpu_transport=direct; ")
-    assert chosen[3] == Transport("staged", "asked for by RINGMPI_GPU_TRANSPORT=staged")
+    assert chosen[3] == staged(comm, "asked for by RINGMPI_GPU_TRANSPORT=staged")
 
 
 def test_all_ranks_take_the_same_transport(comm, monkeypatch):
@@ -385,12 +403,12 @@ def test_all_ranks_take_the_same_transport(comm, monkeypatch):
     for proven in (lambda rank: True, lambda rank: rank != last, lambda rank: False):
         monkeypatch.setattr("ringmpi.schedules.gpu_transport.cuda_awareness",
                             lambda proven=proven: (proven(comm.rank), f"MPI says {proven(comm.rank)}"))
-        chosen.append(choose(private_comm(comm), "auto", 60))
+        chosen.append(choose(private_comm(comm), "auto", 60, FakeDevice()))
     everyone = comm.allgather(chosen)
     assert all(theirs == chosen for theirs in everyone)
     assert chosen[0] == Transport("direct", "MPI says True")
-    assert chosen[1] == Transport("staged", f"MPI says False{f' (on rank {last})' if last else ''}")
-    assert chosen[2] == Transport("staged", "MPI says False")
+    assert chosen[1] == staged(comm, f"MPI says False{f' (on rank {last})' if last else ''}")
+    assert chosen[2] == staged(comm, "MPI says False")
 
 
 @pytest.mark.parametrize(("request_", "variable", "text"), [
@@ -401,7 +419,7 @@ def test_a_transport_that_there_is_not(comm, monkeypatch, request_, variable, te
     bad = comm.rank == comm.size - 1
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", variable if bad else "")
     with pytest.raises(OptionError) as caught:
-        choose(private_comm(comm), request_ if bad else "auto", 60)
+        choose(private_comm(comm), request_ if bad else "auto", 60, FakeDevice())
     everyone = comm.allgather(str(caught.value))
     assert set(everyone) == {f"rank {comm.size - 1}: {text}"}
 
@@ -411,7 +429,114 @@ def test_transports_that_differ(comm, monkeypatch):
         pytest.skip("needs two ranks")
     monkeypatch.setenv("RINGMPI_GPU_TRANSPORT", "direct" if comm.rank else "staged")
     with pytest.raises(OptionError, match="gpu_transport is direct here and staged on rank 0"):
-        choose(private_comm(comm), "auto", 60)
+        choose(private_comm(comm), "auto", 60, FakeDevice())
+
+
+# Memory that the ranks of a node share.
+
+@pytest.fixture(params=["no memfd_create", "no place", "no /proc", "pages can't be locked",
+                        "pages of others can't be locked"])
+def refused(request, comm, monkeypatch):
+    """A device of the last rank, where memory can't be shared; whose text says why."""
+    device = FakeDevice()
+    if comm.rank != comm.size - 1:
+        return device, ""
+
+    def refuse(text, error=OSError):
+        def fail(*_):
+            raise error(text)
+        return fail
+
+    module = "ringmpi.schedules.shared_memory"
+    if request.param == "no memfd_create":
+        monkeypatch.delattr("os.memfd_create")
+        return device, "can't share memory: this system has no memfd_create"
+    if request.param == "no place":
+        monkeypatch.setattr(f"{module}.os.ftruncate", refuse("no space left"))
+        return device, "can't share memory: no space left"
+    if request.param == "no /proc":
+        monkeypatch.setattr(f"{module}._opened", refuse("no such process"))
+        return device, "can't open the memory of rank 0: no such process"
+    if request.param == "pages can't be locked":
+        device.lock_pages = refuse("not supported", BackendError)
+        return device, "can't share memory: not supported"
+    locked = iter((device.lock_pages, refuse("not supported", BackendError)))
+    device.lock_pages = lambda memory: next(locked)(memory)
+    return device, "can't open the memory of rank 0: not supported"
+
+
+def test_memory_that_one_rank_cannot_share_is_shared_by_none(comm, refused):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    device, why = refused
+    mine = comm.Dup()
+    chosen = choose(private_comm(mine), "staged", 60, device)
+    again = choose(private_comm(mine), "staged", 60, FakeDevice())      # what has been agreed on stays
+    everyone = comm.allgather((chosen, again, chosen.neighbours(private_comm(mine)), why))
+    mine.Free()
+    last = comm.size - 1
+    for theirs, later, neighbours, _ in everyone:
+        assert theirs == later == everyone[0][0]
+        assert not theirs.shares_memory
+        assert neighbours == ()
+        assert theirs.reason.startswith("asked for by gpu_transport=staged; by MPI within a node too, as "
+                                        f"rank {last} {everyone[last][3]}")
+
+
+def test_ranks_that_are_alone_on_their_nodes_share_nothing(comm, monkeypatch):
+    """And of several on a node each shares with those there."""
+    chosen = {}
+    for here in (1, 2):
+        mine = comm.Dup()
+        monkeypatch.setattr("ringmpi.mpi.comm.boot_id", lambda here=here: str(comm.rank // here))
+        private = private_comm(mine)
+        transport = choose(private, "staged", 60, FakeDevice())
+        chosen[here] = transport, transport.neighbours(private)
+        mine.Free()
+    alone = Transport("staged", "asked for by gpu_transport=staged")
+    assert chosen[1] == (alone, ())
+    pair = [rank // 2 == comm.rank // 2 for rank in range(comm.size)]
+    assert chosen[2] == (staged(comm, alone.reason), tuple(pair) if sum(pair) > 1 else ())
+
+
+def test_pages_are_locked_once_for_all_links(comm):
+    """This rank's own, and those of the ranks that it receives from; for links one after another too."""
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    found, device = [], None
+    for carrier in ("ring", "ring", "gather", "ring"):
+        world = World(comm, "shared", 3, carrier=carrier)
+        device = device or world.device
+        found.append([])
+        for link in world.carrier.links:
+            link._device = device
+        world.device = device
+        for tokens in (1, 8, 3):
+            world.pass_round([tokens] * comm.size)
+            found[-1].append(sorted(device.locked.values()))
+        del world, link
+    upstream, everyone = [4096] * 2, [4096] * comm.size
+    assert found == [[upstream] * 3] * 2 + [[everyone] * 3] * 2
+
+
+@pytest.mark.parametrize("kind", ["shared", "mixed"])
+def test_a_segment_that_cannot_be_opened_any_more_is_an_error_on_all_ranks(comm, kind, monkeypatch):
+    """Of the last rank, at the first token that comes."""
+    def fail(_):
+        raise OSError("too many open files")
+
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr("ringmpi.schedules.shared_memory._opened", fail)
+    if kind == "mixed" and comm.size % 2:
+        pytest.skip("the last rank shares nothing")
+    outcomes, _ = outcomes_of(comm, kind, lambda world, number: None)
+    for rank, (said, seconds, kept) in enumerate(outcomes):
+        assert seconds < 10, outcomes
+        assert kept
+        if rank == comm.size - 1:
+            assert re.match("ResourceError: this rank can't open the memory of rank .: too many open files", said), said
+        elif said != "no error":
+            assert f"rank {comm.size - 1} gave up: this rank can't open the memory of rank" in said, outcomes
 
 
 def test_errors_are_the_rings_own():

@@ -6,6 +6,7 @@ import pytest
 from ringmpi.mpi import movement, pace
 from ringmpi.mpi.movement import LATELY, Movement
 from ringmpi.mpi.pace import Pace
+from ringmpi.mpi.waiting import Waiter
 
 # Seconds of sets of polls with MPICH, by deciles: nothing to do; 64 MiB through its cells of 16 KiB, both sides.
 IDLE = np.array([6.0, 6.0, 6.1, 6.2, 6.3, 6.4, 6.5, 6.7, 7.0]) * 1e-6
@@ -64,6 +65,29 @@ def test_a_wait_outlasts_what_it_is_for_by_a_sixteenth(monkeypatch):
         assert now[0] - before <= before / 16
     assert slept[-1] == pace.LONGEST_PAUSE
     assert sum(slept) > 0.97
+
+
+def test_a_wait_whose_requests_change_does_not_sleep(monkeypatch):
+    """Chunks that GPUs copy take no processor time; and after a sleep one of them is enough."""
+    now, slept = [0.0], []
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pace.time, "sleep", slept.append)
+    monkeypatch.setattr(pace.os, "sched_yield", lambda: None)
+    monkeypatch.setattr(Waiter, "_poll", lambda self, requests, describe, advance: (advance(), 0.0))
+    requests, sleeps = [object(), object()], []
+
+    def advance():
+        now[0] += 80e-6
+        sleeps.append(len(slept))
+        if 100 <= len(sleeps) < 200:
+            requests[len(sleeps) % 2] = object()
+        return len(sleeps) == 300
+
+    monkeypatch.setattr(Waiter, "_done_soon", lambda *_: False)
+    Waiter(0, 1).wait(requests, 60.0, lambda: "", advance)
+    assert sleeps[99] > 90
+    assert sleeps[199] == sleeps[99]
+    assert sleeps[-1] > sleeps[199] + 90
 
 
 def test_the_first_polls_of_a_process_are_judged_too():

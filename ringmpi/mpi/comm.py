@@ -178,11 +178,17 @@ class Comm(Exchange):
         self._objects += 1
         return self._objects
 
-    def message_starter(self, call: str, peer: int, tag: int) -> Callable[[Any], Any]:
-        """Give a function that starts an ``"Isend"`` or ``"Irecv"`` of a buffer and returns its request. Local."""
-        start = getattr(self.comm, call)
-        byte = self._byte
-        return lambda buffer: start([buffer, byte], peer, tag)
+    def message_starter(self, call: str, peer: int, tag: int) -> Callable[..., Any]:
+        """Give a function that starts an ``"Isend"`` or ``"Irecv"`` of a buffer and returns its request. Local.
+
+        Its second argument is another call, if need be: ``"Issend"``.
+        """
+        comm, byte = self.comm, self._byte
+
+        def start(buffer: Any, call: str = call) -> Any:
+            return getattr(comm, call)([buffer, byte], peer, tag)
+
+        return start
 
     def wait(self, requests: list[Any], timeout: float, describe: Callable[[], str],
              advance: Callable[[], bool] | None = None, peers: Callable[[], Sequence[int]] = tuple) -> float:

@@ -58,6 +58,11 @@ class Pace:
             self._log_at *= 2
         return due
 
+    def note_progress(self) -> None:
+        """Take note that something has moved for certain, whatever the polls took."""
+        self._moved = self._now
+        self._slept = False
+
     def rest(self, moving: bool) -> None:
         """Sleep if nothing has moved for a while; otherwise only yield the core."""
         if moving and not self._slept:        # right after a sleep polls are slow for want of a warm cache: look again

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import operator
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +72,8 @@ class Waiter:
 
         As long as messages move, which shows in the processor time of the polls, it polls without a pause, but yields
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
-        moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share.
+        moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share. Where
+        `advance` changes `requests`, a transfer of many messages has come farther: that counts as movement too.
 
         Parameters
         ----------
@@ -123,6 +125,7 @@ class Waiter:
     def _poll_until_done(self, pace: Pace, requests: list[Any], timeout: float, describe: Callable[[], str],
                          advance: Callable[[], bool] | None) -> float:
         while True:
+            before = requests.copy()
             done, busy = self._poll(requests, describe, advance)
             if done:
                 return time.perf_counter() - pace.start
@@ -135,6 +138,8 @@ class Waiter:
                 raise RingTimeout(f"{describe()} for {seconds:.1f} s (timeout {timeout:g} s): a rank is lost, "
                                   f"stopped or far behind{self._missing(pace.start)}")
             self._remind(pace, seconds, describe)
+            if len(before) != len(requests) or any(map(operator.is_not, before, requests)):
+                pace.note_progress()
             pace.rest(moving)
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:

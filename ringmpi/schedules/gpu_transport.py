@@ -1,19 +1,25 @@
 """How K and V get from GPU to GPU: `direct`, MPI is given device memory, or `staged`, through the host; and why.
 
 An MPI library that is not CUDA-aware crashes when it is given device memory, so `auto` takes that way only on proof.
+Staged blocks go between ranks of one node through memory that they share, if all of them can, and else by MPI.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
-from ..errors import OptionError
+from ..errors import BackendError, OptionError
 from ..mpi.comm import Comm, load
+from .shared_memory import Handle, LockedMemory
 
 TRANSPORTS = ("auto", "direct", "staged")
+REFUSAL = "why memory is not shared"      # that all ranks have agreed on
 CUDA = 0                   # MPIX_GPU_SUPPORT_CUDA in MPICH's mpi.h
 
 
@@ -26,11 +32,20 @@ class Transport:
     name : str
         ``"direct"`` or ``"staged"``.
     reason : str
-        Who asked for it, or what the MPI library says of itself.
+        Who asked for it, or what the MPI library says of itself; and how staged blocks go within a node.
+    shares_memory : bool
+        Whether staged blocks go between the ranks of a node through memory that they share.
     """
 
     name: str
     reason: str
+    shares_memory: bool = False
+
+    def neighbours(self, comm: Comm) -> tuple[bool, ...]:
+        """Say of each rank whether this one shares memory with it; empty if with none but itself. Local."""
+        if not self.shares_memory or comm.local_size == 1:
+            return ()
+        return tuple(node == comm.leader for node in comm.nodes)
 
 
 def check_transport(name: str, what: str = "gpu_transport") -> None:
@@ -39,7 +54,7 @@ def check_transport(name: str, what: str = "gpu_transport") -> None:
         raise OptionError(f"{what}: expected one of {', '.join(TRANSPORTS)}, got {name!r}")
 
 
-def choose(comm: Comm, request: str, timeout: float) -> Transport:
+def choose(comm: Comm, request: str, timeout: float, device: Any) -> Transport:
     """Choose one transport for all ranks. Collective over *comm*.
 
     Parameters
@@ -50,6 +65,8 @@ def choose(comm: Comm, request: str, timeout: float) -> Transport:
         or ``auto`` too, `direct` is taken if every rank proves that its MPI library is CUDA-aware.
     timeout : float
         Seconds to wait for the others.
+    device : Device
+        This rank's GPU.
 
     Raises
     ------
@@ -60,23 +77,25 @@ def choose(comm: Comm, request: str, timeout: float) -> Transport:
         wish, origin = _wish(request)
     comm.check_same_options({"gpu_transport": wish}, timeout)
     if wish == "staged":
-        return Transport("staged", origin)
+        return _within_nodes(Transport("staged", origin), comm, timeout, device)
     with comm.raise_on_all(timeout):
         mine = cuda_awareness()
     proven, reason = _weakest([json.loads(text) for text in comm.allgather_text(json.dumps(mine), timeout)])
     if wish == "direct":
         return Transport("direct", f"{origin}; {reason}")
-    return Transport("direct" if proven else "staged", reason)
+    if proven:
+        return Transport("direct", reason)
+    return _within_nodes(Transport("staged", reason), comm, timeout, device)
 
 
-def choose_once(comm: Comm, request: str, timeout: float) -> Transport:
+def choose_once(comm: Comm, request: str, timeout: float, device: Any) -> Transport:
     """Choose as `choose` does; for a request that was made on the communicator before, what was chosen then.
 
     Collective over *comm* the first time, local after that.
     """
     key = "gpu_transport", request
     if key not in comm.agreed:
-        comm.agreed[key] = choose(comm, request, timeout)
+        comm.agreed[key] = choose(comm, request, timeout, device)
     transport: Transport = comm.agreed[key]
     return transport
 
@@ -94,6 +113,56 @@ def choose_alone() -> Transport:
         return Transport(wish, origin)
     proven, reason = cuda_awareness()
     return Transport("direct" if proven else "staged", reason)
+
+
+def _within_nodes(transport: Transport, comm: Comm, timeout: float, device: Any) -> Transport:
+    """Add how staged blocks go between the ranks of a node. Collective over *comm*, the first time."""
+    if len(set(comm.nodes)) == comm.size:
+        return transport
+    if REFUSAL not in comm.agreed:
+        comm.agreed[REFUSAL] = _refusal(comm, timeout, device)
+    refusal = comm.agreed[REFUSAL]
+    if refusal:
+        return replace(transport, reason=f"{transport.reason}; by MPI within a node too, as {refusal}")
+    return replace(transport, reason=f"{transport.reason}; within a node through shared memory", shares_memory=True)
+
+
+def _refusal(comm: Comm, timeout: float, device: Any) -> str:
+    """Try whether all ranks of each node share page-locked memory; say why not, empty if they do.
+
+    Collective over *comm*.
+    """
+    def agree(mine: str) -> str:
+        reports = comm.allgather_text(mine, timeout)
+        return next((f"rank {rank} {report}" for rank, report in enumerate(reports) if report), "")
+
+    # Each rank offers some, and then opens that of the others of its node.
+    memory, segment = LockedMemory.of(device), None
+    handle, failure = [0], ""
+    try:
+        with device.current():
+            segment = memory.take(1)
+            handle = segment.handle().tolist()
+    except (OSError, BackendError) as error:
+        failure = f"can't share memory: {error}"
+    handles: list[Handle] = [np.array(json.loads(text), np.uint64)
+                             for text in comm.allgather_text(json.dumps(handle), timeout)]
+    refusal = agree(failure)
+    if refusal:
+        return refusal
+    for rank, node in enumerate(comm.nodes):
+        if node != comm.leader or rank == comm.rank:
+            continue
+        try:
+            with device.current():
+                memory.there(handles[rank])
+        except (OSError, BackendError) as error:
+            failure = f"can't open the memory of rank {rank}: {error}"
+            break
+    refusal = agree(failure)
+    if segment is not None:
+        memory.give_back(segment)
+    return refusal
 
 
 def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:

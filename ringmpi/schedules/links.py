@@ -27,7 +27,7 @@ class Peer(NamedTuple):
     """The other end of a transfer."""
 
     rank: int
-    post: Callable[[Any], Any]      # starts a message of a buffer to or from there; gives its request
+    post: Callable[..., Any]        # starts a message of a buffer to or from there, by "Issend" if told so; its request
     what: str                       # is waited for until the transfer is done: "for 8 bytes from rank 1"
 
 

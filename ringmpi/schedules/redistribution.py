@@ -14,7 +14,7 @@ from ..errors import OptionError, ShapeError
 from ..layout import Layout, check_spec, make, resolve
 from ..mpi.comm import TIMEOUT, Comm, private_comm
 from ..mpi.threads import check_thread
-from .device_links import DirectLink, StagedLink
+from .device_links import device_link
 from .gpu_transport import check_transport, choose_once
 from .links import Array, HostLink, Link
 from .row_exchange import HostMemory, RowExchange
@@ -111,5 +111,4 @@ def _new_link(memory: Any, comm: Comm, gpu_transport: str, timeout: float) -> Li
     """Make a link for a kind of memory. Collective over *comm* at the first call with a GPU."""
     if isinstance(memory, HostMemory):
         return HostLink()
-    transport = choose_once(comm, gpu_transport, timeout)
-    return (DirectLink if transport.name == "direct" else StagedLink)(memory)
+    return device_link(choose_once(comm, gpu_transport, timeout, memory), memory, comm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +79,67 @@ class Windows:
             self._mapped.pop(owner, None)
             memory = _opened(wanted)
             self._mapped[owner] = wanted, memory
+        return memory
+
+
+class LockedMemory:
+    """Page-locked segments of this rank and of others of its node, for the copies of a GPU. Local.
+
+    To lock pages takes longer than to copy into them, so they are kept for the life of the process, as CuPy keeps
+    other memory that is page-locked.
+
+    Parameters
+    ----------
+    device : Device
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._free: list[Segment] = []
+        self._mapped: dict[tuple[int, ...], Bytes] = {}
+
+    @classmethod
+    def of(cls, device: Any) -> LockedMemory:
+        """Give that of a GPU. Local."""
+        if cls not in device.cache:
+            device.cache[cls] = cls(device)
+        memory: LockedMemory = device.cache[cls]
+        return memory
+
+    def take(self, nbytes: int) -> Segment:
+        """Take a segment of so many bytes at least, to be given back when no GPU reads or writes it. Local.
+
+        Raises
+        ------
+        OSError, BackendError
+            If there is no memory to share, or it can't be page-locked.
+        """
+        segment = self._free.pop() if self._free else Segment()
+        before = segment.memory.nbytes
+        segment.reserve(nbytes)
+        if segment.memory.nbytes > before:
+            self._device.lock_pages(segment.memory)
+        return segment
+
+    def give_back(self, segment: Segment) -> None:
+        """Let a segment be taken again. Local."""
+        self._free.append(segment)
+
+    def there(self, handle: Handle) -> Bytes:
+        """Give the segment of another rank, by its handle. Local.
+
+        Raises
+        ------
+        OSError, BackendError
+            If it can't be opened or page-locked.
+        """
+        *owner, nbytes = handle.tolist()
+        memory = self._mapped.pop(tuple(owner), None)
+        if memory is None or memory.nbytes != nbytes:
+            memory = None                      # the old one goes first
+            memory = _opened([*owner, nbytes])
+            self._device.lock_pages(memory)
+        self._mapped[tuple(owner)] = memory
         return memory
 
 
