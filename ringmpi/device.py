@@ -378,7 +378,7 @@ class Device:
         import torch
         cuda: Any = torch.cuda
         pointer = self.caller_stream().ptr
-        stream = cuda.ExternalStream(pointer) if pointer else cuda.default_stream(self.index)
+        stream = cuda.ExternalStream(pointer, self.index) if pointer else cuda.default_stream(self.index)
         try:
             with cuda.device(self.index), cuda.stream(stream), torch.no_grad():
                 tensors = [_tensor(x) for x in arrays]
@@ -387,8 +387,8 @@ class Device:
                 except cuda.OutOfMemoryError:
                     self._cupy.get_default_memory_pool().free_all_blocks()
                     work(*tensors)
-        except RuntimeError as error:
-            raise BackendError(f"GPU {self.index} ({self.name}), torch: {error}") from error
+        except Exception as error:
+            raise BackendError(f"GPU {self.index} ({self.name}), torch: {type(error).__name__}: {error}") from error
 
     def compile(self, path: Path, names: Sequence[str], options: Sequence[str]) -> list[Any]:
         """Compile a file of CUDA C++ with NVRTC for this GPU, or load it from CuPy's cache; a kernel for each name.

@@ -98,8 +98,6 @@ class ForwardPass:
                     plan.seen = plan.of_elements([backend.to_device(sees | has_sinks) for sees in plan.sees])
                     self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
             plan.ready.add(way)
-        if way == "backward":
-            trace.kernels = backend.gradient_kernels(plan.dtype, dim)
         trace.setup_seconds = trace.now() - trace.compile_seconds
 
     def _reserve(self, way: str) -> None:

@@ -26,6 +26,7 @@ class Pass(ForwardPass):
         plan = self.plan
         backend = self.backend
         self._prepare_pass("backward")
+        backend.differentiated_by = "own"
 
         # The gradients of this rank's arrays, which are summed up in the accumulator's dtype.
         with self.engine.raise_on_all(), backend.current():
@@ -39,6 +40,7 @@ class Pass(ForwardPass):
                 backend.clear(x)
         with backend.current(), self._abandoned_on_error():
             self._differentiate_call(dout, gradients, (dq, *of_keys))
+        self.trace.kernels = backend.differentiated_by
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
@@ -103,7 +105,8 @@ class Pass(ForwardPass):
         delta = self._delta(gradients)
 
         # What travels, the wider dtype first; the result too, if all ranks have a library whose kernels want it.
-        wants_out = self.trace.kernels != "own" and all(x.out is not None for x in gradients)
+        wants_out = (backend.wants_out(plan.dtype, acc_dtype, *plan.dims[1:], plan.plain)
+                     and all(x.out is not None for x in gradients))
         sent_out = [call.out] if backend.device and self._all(wants_out) else []
         given = [(x, plan.q_tokens) for x in (self._known_lse(), delta, call.q, dout, *sent_out)]
         inside = heads.to_heads("heads", [*given, *zip(call.keys, plan.block_tokens, strict=True)], backend.empty,

@@ -80,13 +80,13 @@ part masks-hopper 25 "${hopper[@]}" masks
 # How fast, beside torch.
 part bfloat16 60 "${common[@]}" speed bfloat16
 part bfloat16-hopper 45 "${hopper[@]}" speed bfloat16
-part library 60 "${ask[@]}" library
+part library 90 "${ask[@]}" library
 part backward 45 "${ask[@]}" speed backward
 part backward-own 45 "${ask[@]}" speed backward-own
 part float32 30 "${ask[@]}" speed float32
 part float64 30 "${ask[@]}" speed float64
 part decode 30 "${ask[@]}" speed decode
-ranks ring 45 ring
+ranks ring 100 ring
 
 # Two ranks; arrays of torch and JAX; more keys.
 ranks ranks 45 ranks

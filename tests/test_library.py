@@ -13,6 +13,7 @@ from oracle import case, dense
 from ringmpi import BackendError, device
 from ringmpi.backends import open_backend
 from ringmpi.backends.cuda import library
+from ringmpi.backends.cuda.backend import LIBRARY_TEST
 from ringmpi.dtypes import DTYPES
 
 
@@ -42,6 +43,7 @@ BY_TORCH = {"full", "causal square", "strictly causal", "rectangle and square", 
 def small(monkeypatch):
     """Blocks of tests are small."""
     monkeypatch.setattr(library, "FEWEST_PAIRS", 1)
+    monkeypatch.setattr(library, "LEAST", 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -63,6 +65,18 @@ def test_pieces_and_the_rest_are_the_block(name):
 def test_small_blocks_are_ours(monkeypatch):
     monkeypatch.setattr(library, "FEWEST_PAIRS", 2401)
     assert not library.cut(*SHAPES["full"])[0]
+
+
+@pytest.mark.parametrize(("n_q", "first", "top", "pieces"), [
+    (99, 0, 1, 1), (99, 0, 2, 1), (99, 5, 75, 1), (99, 5, 76, 2), (64, 0, 1, 1), (63, 0, 99, 0)])
+def test_slivers_are_ours(monkeypatch, n_q, first, top, pieces):
+    monkeypatch.setattr(library, "LEAST", 70 if n_q == 99 else 64)
+    begin, end = staircase(n_q, first, top)
+    found, rest = library.cut(begin, end)
+    assert len(found) == pieces
+    seen = sum((high - low).sum() for low, high in [*(piece.intervals(n_q) for piece in found), *rest])
+    assert seen == (end - begin).sum()
+    assert not library.cut(np.zeros(200, int), np.full(200, 63))[0]
 
 
 def on_cpu(name="torch on a CPU", change=None):
@@ -111,6 +125,11 @@ def test_torch_takes_what_its_operators_are_given(monkeypatch, capability, kv_he
 def prepare(backend, dtype="bfloat16", dim=16):
     backend.prepare(DTYPES[dtype], np.dtype(np.float32), dim, dim, backward=True)
     backend.device.launched.clear()
+    backend.differentiated_by = "own"
+
+
+def wants_out(backend):
+    return backend.wants_out(DTYPES["bfloat16"], np.dtype(np.float32), 16, 16, True)
 
 
 def own_kernels(backend):
@@ -139,7 +158,7 @@ def test_gradients(monkeypatch, dtype, name, kv_heads):
         assert oracle.error(got[x], want[x]) < BOUND[dtype], x
     whole = name in BY_TORCH - {"ragged ends", "slow stairs"} or name == "nothing"
     assert bool(own_kernels(backend)) is not whole
-    assert backend.gradient_kernels(DTYPES[dtype], 16) == "torch on a CPU"
+    assert backend.differentiated_by == ("torch on a CPU" if name in BY_TORCH else "own")
 
 
 @pytest.mark.parametrize(("options", "scale"), [({"softcap": 2.0}, 0.3), ({}, -0.3), ({}, 0.0)])
@@ -178,7 +197,7 @@ WRONG = {"wrong gradients (error": partial(on_cpu, change=spoil), "RuntimeError:
 def test_kernels_that_are_not_right_are_given_up(monkeypatch, reason):
     backend = opened(monkeypatch, "auto", WRONG[reason]())
     prepare(backend)
-    assert backend.gradient_kernels(DTYPES["bfloat16"], 16) == "own"
+    assert not wants_out(backend)
     q, k, v, dout, _ = inputs(40, 60, 2, 2)
     run(backend, q, k, v, *SHAPES["full"], 0.3, {}, dout=dout)
     assert own_kernels(backend)
@@ -190,19 +209,48 @@ def test_kernels_that_are_not_right_are_given_up(monkeypatch, reason):
 def test_the_next_kernel_is_tried(monkeypatch):
     backend = opened(monkeypatch, "auto", on_cpu("first", spoil), on_cpu("second"))
     prepare(backend)
-    assert backend.gradient_kernels(DTYPES["bfloat16"], 16) == "second"
+    q, k, v, dout, _ = inputs(40, 60, 2, 2)
+    run(backend, q, k, v, *SHAPES["full"], 0.3, {}, dout=dout)
+    assert wants_out(backend)
+    assert backend.differentiated_by == "second"
 
 
-def test_a_kernel_that_its_test_does_not_take_is_not_proven(monkeypatch):
-    backend = opened(monkeypatch, "library", on_cpu())
-    monkeypatch.setattr(library, "FEWEST_PAIRS", 2**30)
-    with pytest.raises(BackendError, match="torch on a CPU: InternalError: the test did not take it"):
+def test_a_kernel_that_refuses_a_piece_is_given_up(monkeypatch):
+    """As torch does of shapes that it has no kernel for, or where memory runs out; with "library" that is an error."""
+    for wish in ("auto", "library"):
+        kernel = on_cpu(change=lambda grads: grads[0].shape[2] != 33 or complain(grads))
+        backend = opened(monkeypatch, wish, kernel)
         prepare(backend)
+        q, k, v, dout, _ = inputs(33, 60, 2, 2)
+        block = np.zeros(33, int), np.full(33, 60)
+        if wish == "library":
+            with pytest.raises(BackendError, match="no such kernel"):
+                run(backend, q, k, v, *block, 0.3, {}, dout=dout)
+            continue
+        for _ in range(2):
+            got = run(backend, q, k, v, *block, 0.3, {}, dout=dout)
+            want = dense(q, k, v, np.ones((33, 60), bool), 0.3, dout=dout)
+            for x in ("dq", "dk", "dv"):
+                assert oracle.error(got[x], want[x]) < BOUND["bfloat16"], x
+        assert own_kernels(backend)
+        assert not wants_out(backend)
+
+
+def test_torch_that_is_to_be_deterministic_is_not_asked(monkeypatch):
+    torch = pytest.importorskip("torch")
+    backend = opened(monkeypatch, "auto", on_cpu())
+    prepare(backend)
+    assert wants_out(backend)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not wants_out(backend)
 
 
 def test_the_test_is_large_enough(monkeypatch):
+    """For each kernel to get the pieces that it is meant for."""
     monkeypatch.undo()
-    prepare(opened(monkeypatch, "library", on_cpu()))
+    calls = []
+    prepare(opened(monkeypatch, "library", on_cpu(change=lambda grads: calls.append(grads[1].shape[2]))))
+    assert set(calls) == {LIBRARY_TEST[1] - 1 - LIBRARY_TEST[0], LIBRARY_TEST[0]}
 
 
 @pytest.mark.parametrize(("wish", "canonical"), [("own", False), ("auto", True)])
@@ -210,7 +258,7 @@ def test_own_kernels_where_they_are_asked_for(monkeypatch, wish, canonical):
     backend = opened(monkeypatch, wish, RuntimeError("nobody is to look"))
     backend.canonical = canonical
     prepare(backend)
-    assert backend.gradient_kernels(DTYPES["bfloat16"], 16) == "own"
+    assert not wants_out(backend)
 
 
 def test_other_arrays_need_no_library(monkeypatch):

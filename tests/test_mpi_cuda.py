@@ -494,28 +494,28 @@ def test_all_ranks_take_the_kernel_for_hopper_or_none(comm, emulated, monkeypatc
 
 
 PROVEN = []                    # the `Library` of this process's device, once its kernel has been tested
+CALLS = []                     # of that kernel
 
 
 @pytest.fixture
 def torch_on_cpu(comm, emulated, monkeypatch):
     """Torch's kernel for CPUs in the place of those for GPUs, for blocks of any size; skipped where torch is not."""
-    kernel = on_cpu()
+    kernel = on_cpu(change=lambda grads: CALLS.append(1))
     monkeypatch.setattr(library, "kernels", lambda gpu: [kernel])
     monkeypatch.setattr(library, "FEWEST_PAIRS", 1)
+    monkeypatch.setattr(library, "LEAST", 1)
     PROVEN[:] = PROVEN or [library.Library(emulated)]
     monkeypatch.setitem(emulated.cache, library.FOUND, PROVEN[0])
     return kernel.name
 
 
 @pytest.mark.parametrize("dlse_on", [(), (0,)])
-@pytest.mark.parametrize(("layout", "schedule"), [
-    ("striped", "ring"), ("zigzag", "ring"), ("uneven", "gather"), ("empty", "queries"), ("contiguous", "heads"),
-    ("contiguous", "mesh")])
-def test_gradients_by_a_library(comm, emulated, torch_on_cpu, layout, schedule, dlse_on):
+@pytest.mark.parametrize(("layout", "schedule", "causal"), [
+    ("striped", "ring", True), ("zigzag", "ring", True), ("uneven", "gather", True), ("empty", "queries", False),
+    ("contiguous", "queries", False), ("contiguous", "heads", True)])
+def test_gradients_by_a_library(comm, emulated, torch_on_cpu, layout, schedule, causal, dlse_on):
     """Where queries or heads travel the result goes with them, unless a rank has a cotangent of lse."""
     skip_unless_heads_divide(comm, schedule)
-    if schedule == "mesh" and comm.size != 4:
-        pytest.skip("a mesh is a square of ranks")
     length = 93
     q, k, v = random_qkv(5, length, length, 4, 2, 16, 16, "bfloat16")
     rng = np.random.default_rng(6)
@@ -526,23 +526,27 @@ def test_gradients_by_a_library(comm, emulated, torch_on_cpu, layout, schedule, 
         if rank not in dlse_on:
             dlse[spec.positions(rank)] = 0
     given = emulated.array(dlse[mine]) if comm.rank in dlse_on else None
-    with RingAttention(comm, mask=Mask(causal=True), layout=layout if layout in ("striped", "zigzag") else spec,
+    with RingAttention(comm, mask=Mask(causal=causal), layout=layout if layout in ("striped", "zigzag") else spec,
                        timeout=100, schedule=schedule, gpu_kernels="library") as attention:
         for _ in range(2):                         # the first tests kernels
+            CALLS.clear()
             emulated.launched.clear()
             attention(*(emulated.array(x[mine]) for x in (q, k, v)))
             grads = attention.backward(emulated.array(dout[mine]), given)[:3]
         kernels = attention.trace.kernels
-    want = oracle.dense(q, k, v, np.tril(np.ones((length, length), bool)), 0.25, dout=dout, dlse=dlse)
+    see = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
+    want = oracle.dense(q, k, v, see, 0.25, dout=dout, dlse=dlse)
     largest = max(np.abs(want[name]).max() for name in ("dq", "dk", "dv"))
     for name, x in zip(("dq", "dk", "dv"), grads, strict=True):
         assert oracle.error(x.get(), want[name][mine], largest) <= 2.0**-6, name
-    assert kernels == torch_on_cpu
-    ours = [name for name, *_ in emulated.launched if name.startswith("gradient_dq")]
-    if not dlse_on and (layout, schedule) in [("striped", "ring"), ("contiguous", "heads")]:
+    ours = [name for name, *_ in emulated.launched if name.startswith("gradient")]
+    travels = schedule in ("queries", "heads") and comm.size > 1
+    if dlse_on and (travels or comm.rank in dlse_on):
+        assert not CALLS
+    elif layout in ("striped", "contiguous"):
+        assert CALLS
         assert not ours
-    elif dlse_on and schedule in ("queries", "heads", "mesh") and len(mine):
-        assert ours
+    assert kernels == (torch_on_cpu if CALLS else "own")
 
 
 def test_a_library_that_one_rank_does_not_have(comm, emulated, torch_on_cpu, monkeypatch):

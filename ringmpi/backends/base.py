@@ -109,6 +109,7 @@ class Backend:
     canonical = False
     canonical_tile = 0
     gpu_kernels = "own"               # whose kernels differentiate on a GPU: one of GPU_KERNELS
+    differentiated_by = "own"         # whose kernels `backward` has taken last, where it could: a library's name
     biased = False                    # whether it takes a bias of the keys
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
@@ -452,9 +453,9 @@ class Backend:
         """
         raise BackendError(NO_WEIGHTS.format(self.name))
 
-    def gradient_kernels(self, dtype: np.dtype[Any], dim: int) -> str:
-        """Say whose kernels `backward` takes where it can, once prepared: ``"own"``, or a library's name. Local."""
-        return "own"
+    def wants_out(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, plain: bool) -> bool:
+        """Say whether `backward` has use for `Gradient.out` with such arrays, once prepared. Local."""
+        return False
 
     def clear(self, x: Any) -> None:
         """Fill an array with zeros. Local."""

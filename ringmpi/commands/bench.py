@@ -212,7 +212,11 @@ def _kernel(arguments: argparse.Namespace) -> Table:
 
 def _ring(arguments: argparse.Namespace) -> Table:
     from ..backends import choose_gpu_early
+    from ..errors import OptionError
     from .bench_ring import measure_ring
+    if arguments.backend != "cuda" and arguments.gpu_kernels != "auto":
+        raise OptionError("--gpu-kernels: says whose kernels GPUs take; expected --backend cuda with it, got "
+                          f"{arguments.backend}")
     choose_gpu_early(arguments.backend)
     return Table(measure_ring(arguments), {"compute min"}, {})
 

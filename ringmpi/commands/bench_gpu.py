@@ -20,7 +20,7 @@ import numpy as np
 
 from ..backends import open_backend
 from ..device import Device, open_device
-from ..dtypes import DTYPES, accumulator
+from ..dtypes import accumulator
 from ..environment import require_single_process
 from ..errors import RingError
 from ..score import Score
@@ -36,7 +36,6 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
     device = open_device(0)
     backend = open_backend("cuda", 1, device, gpu_kernels=arguments.gpu_kernels)
     compiled: dict[str, float] = {}
-    differentiated: dict[str, str] = {}
     rows = []
     for dtype, dim, mask, shape in chosen(arguments):
         try:
@@ -44,7 +43,6 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
                 start = time.perf_counter()
                 prepare(backend, dtype, dim, arguments.passes)
                 compiled.setdefault(f"{dtype} {dim}", time.perf_counter() - start)
-                differentiated[f"{dtype} {dim}"] = backend.gradient_kernels(DTYPES[dtype], dim)
                 case = Case(dtype, dim, mask, shape, arguments.heads, arguments.kv_heads or arguments.heads)
                 for direction in arguments.passes:
                     rows += _compare(case, direction, backend, device, arguments)
@@ -52,8 +50,8 @@ def measure_gpu_kernels(arguments: argparse.Namespace) -> tuple[list[dict[str, A
             print(f"{dtype} dim {dim} {mask} {shape[0]}x{shape[1]}: {type(error).__name__}: {error}", file=sys.stderr,
                   flush=True)
     backend.close()
-    return rows, {"compile_seconds": compiled, "gradient_kernels": differentiated, "device": device.name,
-                  "uuid": device.uuid}
+    more = {"compile_seconds": compiled, "device": device.name, "uuid": device.uuid}
+    return rows, more | ({"differentiated_by": backend.differentiated_by} if "backward" in arguments.passes else {})
 
 
 def _compare(case: Case, direction: str, backend: Any, device: Device, arguments: argparse.Namespace

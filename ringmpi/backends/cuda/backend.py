@@ -43,6 +43,7 @@ MOST_DIM = 256
 FORWARD_TESTS = ((1, 94), (8, 106), (25, 140), (65, 220))
 HOPPER_TESTS = (*FORWARD_TESTS, (100, 1000))
 BACKWARD_TESTS = ((7, 106), (75, 220))
+TAKE_NUMBA = "take backend='numba'"
 LIBRARY_TEST = 900, 1700     # more pairs than `library.FEWEST_PAIRS`
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
@@ -90,14 +91,13 @@ class CudaBackend(Backend):
         """Compile the kernels, or load them, and test each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
-                               "take backend='numba'")
+                               f"{TAKE_NUMBA}")
         case = dim, dim_v, dtype, accumulator, plain, backward
         tested = self.device.cache.setdefault("tested kernels", set())
         if (case, self._asks_hopper, self.canonical) not in tested:
             self._test_kernels(*case)
             tested.add((case, self._asks_hopper, self.canonical))
-        asks = self.gpu_kernels != "own" and not self.canonical
-        if backward and plain and asks and library.fits(dtype, accumulator, dim, dim_v):
+        if backward and plain and self._may_ask(dtype, accumulator, dim, dim_v):
             self._find_library(dtype, dim)
 
     @property
@@ -110,7 +110,8 @@ class CudaBackend(Backend):
         """Run every kernel that such inputs may choose, and compare with NumPy."""
         kernel = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
                 f"{dim_v}{'' if plain else ', with score functions,'}")
-        advice = "please report it, and take backend='numba' meanwhile"
+        for_hopper = self._asks_hopper and plain and not backward and dtype in hopper.TYPES
+        advice = f"please report it, and {'set RINGMPI_HOPPER=0' if for_hopper else TAKE_NUMBA} meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
         sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and plain else FORWARD_TESTS
         for n_q, n_k in sizes:
@@ -120,6 +121,8 @@ class CudaBackend(Backend):
                     error = test.error(self)
             except TimeoutError as late:
                 raise BackendError(f"backend cuda: {kernel} does not end; {advice}") from late
+            except BackendError as failed:
+                raise BackendError(f"backend cuda: {kernel} fails; {advice}: {failed}") from failed
             if not error <= bound:
                 raise BackendError(f"backend cuda: {kernel} gives a wrong result (error {error:.2g}, bound "
                                    f"{bound:.0g}); {advice}")
@@ -142,10 +145,14 @@ class CudaBackend(Backend):
         found: library.Library = self.device.cache.setdefault(library.FOUND, library.Library(self.device))
         return found
 
-    def gradient_kernels(self, dtype: np.dtype[Any], dim: int) -> str:
-        """Say what differentiates; see `Backend.gradient_kernels`. Local."""
-        kernel = None if self.gpu_kernels == "own" or self.canonical else self._library.kernel(dtype, dim)
-        return kernel.name if kernel else "own"
+    def wants_out(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, plain: bool) -> bool:
+        """Say whether torch's kernels would take such arrays; see `Backend.wants_out`. Local."""
+        return plain and self._may_ask(dtype, accumulator, dim, dim_v) and self._library.kernel(dtype, dim) is not None
+
+    def _may_ask(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> bool:
+        """Say whether torch's kernels are asked for, and may be there for such arrays."""
+        wanted = library.is_wanted(self.gpu_kernels) and not self.canonical
+        return wanted and library.fits(dtype, accumulator, dim, dim_v)
 
     def to_device(self, x: Any) -> Any:
         """Give `x` as a C-contiguous array in the GPU's memory; see `Backend.to_device`. Local."""
@@ -303,13 +310,21 @@ class CudaBackend(Backend):
     def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
                        end: Integers, score: Score) -> None:
         """Launch torch's kernels for what they can do of a block, and ours for the rest."""
-        asks = self.gpu_kernels != "own" and not self.canonical and library.takes(gradient, q, v, score)
-        kernel = self._library.kernel(q.dtype, q.shape[2]) if asks else None
+        case = q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2]
         rest = [(begin, end)]
+        kernel = self._library.kernel(q.dtype, q.shape[2]) if library.takes(gradient, score) and self._may_ask(
+            *case) else None
         if kernel:
             pieces, rest = library.cut(begin, end)
             for piece in pieces:
-                self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
+                try:
+                    self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
+                    self.differentiated_by = kernel.name
+                except BackendError as error:
+                    if self.gpu_kernels == "library" or self._library.on_trial:
+                        raise
+                    self._library.give_up(q.dtype, q.shape[2], error)
+                    rest.append(piece.intervals(len(begin)))
         for intervals in rest:
             self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score)
 

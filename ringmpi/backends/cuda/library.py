@@ -10,6 +10,7 @@ anything is off. A kernel of torch takes a rectangle, of which every row sees ev
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,6 @@ import numpy as np
 
 from ...device import Device
 from ...dtypes import BFLOAT16
-from ...errors import InternalError
 from ...layout import Integers
 from ...score import Score
 from ...softmax import Gradient
@@ -28,6 +28,7 @@ Tensor = Any
 BOUNDS = {BFLOAT16: 2.0**-6, np.dtype(np.float16): 2.0**-9}      # of errors in the self-test, of the largest number
 MOST_DIM, DIM_UNIT = 256, 8
 FEWEST_PAIRS = 2**20          # of a block: below, our kernel ends before torch has begun
+LEAST = 64                    # rows, and columns, of a piece: torch's kernels are not meant for slivers
 FOUND = "torch's kernels"     # where a device keeps its `Library`
 
 
@@ -54,6 +55,14 @@ class Piece(NamedTuple):
     columns: slice
     causal: bool
 
+    def intervals(self, n_q: int) -> tuple[Integers, Integers]:
+        """Give what each of the block's `n_q` rows sees of it. Local."""
+        begin, end = np.zeros((2, n_q), np.int64)
+        begin[self.rows], end[self.rows] = self.columns.start, self.columns.stop
+        if self.causal:
+            end[self.rows] = self.columns.start + 1 + np.arange(self.rows.stop - self.rows.start)
+        return begin, end
+
 
 class Library:
     """Which of torch's kernels have been found right on a device.
@@ -65,13 +74,13 @@ class Library:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._found: dict[tuple[np.dtype[Any], int], Kernel | None] = {}
+        self._found: dict[tuple[np.dtype[Any], int], Kernel] = {}
         self._missing: dict[tuple[np.dtype[Any], int], str] = {}
-        self._used: Kernel | None = None          # last
+        self.on_trial: Kernel | None = None
 
     def kernel(self, dtype: np.dtype[Any], dim: int) -> Kernel | None:
         """Give the kernel for arrays of that dtype and dim; None if there is none, or nobody has looked. Local."""
-        return self._found.get((dtype, dim))
+        return self.on_trial or self._found.get((dtype, dim))
 
     def prove(self, dtype: np.dtype[Any], dim: int, error: Callable[[], float]) -> str:
         """Find the first kernel whose gradients are right, once; say what is wrong if there is none. Local.
@@ -85,7 +94,10 @@ class Library:
         """
         case = dtype, dim
         if case not in self._missing:
-            self._missing[case] = self._try_all(case, error)
+            try:
+                self._missing[case] = self._try_all(case, error)
+            finally:
+                self.on_trial = None
         return self._missing[case]
 
     def _try_all(self, case: tuple[np.dtype[Any], int], error: Callable[[], float]) -> str:
@@ -95,19 +107,22 @@ class Library:
             return _said(wrong)
         missing = []
         for candidate in candidates:
-            self._found[case], self._used = candidate, None
+            self.on_trial = candidate
             try:
                 found = error()
-                if self._used is not candidate:
-                    raise InternalError("the test did not take it")
             except Exception as wrong:  # noqa: BLE001  whatever torch raises, our kernels are there
                 missing.append(f"{candidate.name}: {_said(wrong)}")
             else:
                 if found <= BOUNDS[case[0]]:
+                    self._found[case] = candidate
                     return ""
                 missing.append(f"{candidate.name}: wrong gradients (error {found:.2g}, bound {BOUNDS[case[0]]:.2g})")
-        self._found[case] = None
         return "; ".join(missing) or "torch has none"
+
+    def give_up(self, dtype: np.dtype[Any], dim: int, error: Exception) -> None:
+        """Take no kernel for such arrays any more: it refused some. Local."""
+        self._found.pop((dtype, dim), None)
+        self._missing[dtype, dim] = _said(error)
 
     def differentiate(self, kernel: Kernel, piece: Piece, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array,
                       dv: Array, scale: float) -> None:
@@ -120,9 +135,13 @@ class Library:
         gradient, q, k, v, dk, dv
             As for `Backend.backward`.
         scale : float
+
+        Raises
+        ------
+        BackendError
+            For what torch says of it; no gradient is changed then.
         """
         rows, columns, causal = piece
-        self._used = kernel
 
         def work(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *totals: Tensor) -> None:
             heads_first = (x.transpose(0, 1)[None] for x in (dout, q, k, v, out))
@@ -139,7 +158,7 @@ def _said(error: Exception) -> str:
 
 
 def kernels(device: Device) -> list[Kernel]:
-    """Give torch's kernels the one that should be fastest first. Local.
+    """Give torch's kernels, the one that should be fastest first. Local.
 
     Raises
     ------
@@ -185,18 +204,16 @@ def _int64() -> Any:
     return torch.int64
 
 
-def takes(gradient: Gradient, q: Array, v: Array, score: Score) -> bool:
-    """Say whether torch's kernels may take such a block: plain scores, and delta is what they will make of out. Local.
+def takes(gradient: Gradient, score: Score) -> bool:
+    """Say whether torch's kernels may take such scores, and make of out the delta that is given. Local."""
+    return gradient.out is not None and score.plain and score.scale > 0
 
-    Parameters
-    ----------
-    gradient : Gradient
-    q : array of shape (n_q, heads, dim)
-    v : array of shape (n_k, kv_heads, dim_v)
-    score : Score
-    """
-    return gradient.out is not None and score.plain and score.scale > 0 and fits(
-        q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2])
+
+def is_wanted(gpu_kernels: str) -> bool:
+    """Say whether torch's kernels are asked for: not by ``"auto"`` where torch is to be deterministic. Local."""
+    torch = sys.modules.get("torch")
+    return gpu_kernels == "library" or (
+        gpu_kernels == "auto" and not (torch and torch.are_deterministic_algorithms_enabled()))
 
 
 def fits(dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int) -> bool:
@@ -222,17 +239,17 @@ def cut(begin: Integers, end: Integers) -> tuple[list[Piece], list[tuple[Integer
         For all rows.
     """
     seeing = np.flatnonzero(end > begin)
-    lengths = end - begin
-    pairs = int(lengths[seeing].sum())
-    if pairs < FEWEST_PAIRS:
+    pairs = int((end - begin)[seeing].sum())
+    if pairs < FEWEST_PAIRS or seeing[-1] + 1 - seeing[0] < LEAST:
         return [], [(begin, end)]
     rows = slice(int(seeing[0]), int(seeing[-1]) + 1)
     first, last = int(begin[rows].max()), int(end[rows].min())       # what all of these rows see, if anything
     count = rows.stop - rows.start
     if (begin[rows] == first).all() and (end[rows] == last + np.arange(count)).all() and count > 1:
-        square = Piece(rows, slice(last - 1, last - 1 + count), True)
-        return [*([Piece(rows, slice(first, last - 1), False)] if first < last - 1 else []), square], []
-    if 2 * (last - first) * count < pairs:
+        pieces = [Piece(rows, slice(first, last - 1), False), Piece(rows, slice(last - 1, last - 1 + count), True)]
+        narrow = last - 1 - first < LEAST
+        return pieces[narrow:], [pieces[0].intervals(len(begin))] if narrow and first < last - 1 else []
+    if last - first < LEAST or 2 * (last - first) * count < pairs:
         return [], [(begin, end)]
     rest = [(begin, np.minimum(end, np.maximum(begin, first))), (np.maximum(begin, np.minimum(end, last)), end)]
     return [Piece(rows, slice(first, last), False)], [(b, e) for b, e in rest if (e > b).any()]
