@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ringmpi.mpi import movement, pace
+from ringmpi.mpi import movement, pace, waiting
 from ringmpi.mpi.movement import LATELY, Movement
 from ringmpi.mpi.pace import Pace
 from ringmpi.mpi.waiting import Waiter
@@ -68,7 +68,7 @@ def test_a_wait_outlasts_what_it_is_for_by_a_sixteenth(monkeypatch):
 
 
 def test_a_wait_whose_requests_change_does_not_sleep(monkeypatch):
-    """Chunks that GPUs copy take no processor time; and after a sleep one of them is enough."""
+    """Chunks that GPUs copy take no processor time, and their copies longer than a wait polls without movement."""
     now, slept = [0.0], []
     monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(pace.time, "sleep", slept.append)
@@ -77,7 +77,7 @@ def test_a_wait_whose_requests_change_does_not_sleep(monkeypatch):
     requests, sleeps = [object(), object()], []
 
     def advance():
-        now[0] += 80e-6
+        now[0] += 800e-6
         sleeps.append(len(slept))
         if 100 <= len(sleeps) < 200:
             requests[len(sleeps) % 2] = object()
@@ -88,6 +88,23 @@ def test_a_wait_whose_requests_change_does_not_sleep(monkeypatch):
     assert sleeps[99] > 90
     assert sleeps[199] == sleeps[99]
     assert sleeps[-1] > sleeps[199] + 90
+
+
+@pytest.mark.parametrize(("more", "slept"), [(False, True), (True, False)])
+def test_a_wait_for_what_is_to_be_advanced_polls_at_first(monkeypatch, more, slept):
+    now, naps = [0.0], []
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pace.time, "sleep", naps.append)
+    monkeypatch.setattr(pace.os, "sched_yield", lambda: None)
+
+    def poll(self, requests, describe, advance):
+        now[0] += 0.5e-3
+        return now[0] > 1.6e-3, 0.0
+
+    monkeypatch.setattr(Waiter, "_poll", poll)
+    monkeypatch.setattr(waiting, "QUICK_POLLS", 0)
+    Waiter(0, 1).wait([], 60.0, lambda: "", lambda: not more)
+    assert bool(naps) is slept
 
 
 def test_the_first_polls_of_a_process_are_judged_too():

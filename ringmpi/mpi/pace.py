@@ -9,6 +9,7 @@ SPIN = 1e-4                       # seconds without movement after which a wait 
 SHARE = 16                        # ... for a sixteenth of the time that nothing has moved, so that what another rank
                                   # copies in one poll of its own takes no longer than by that share ...
 LONGEST_PAUSE = 2e-3              # ... and this long at most
+NEXT = 2e-3                       # seconds without a pause in which the next of many messages, which GPUs copy, comes
 STOPPED = 1.0                     # seconds between two polls from which on this process was stopped, not waiting
 ASK_SECONDS = 5.0                 # after which a wait asks the other ranks where they are; then twice, four times it
 LOG_SECONDS = 60.0                # after which a wait is logged; then twice, four times it
@@ -58,9 +59,9 @@ class Pace:
             self._log_at *= 2
         return due
 
-    def note_progress(self) -> None:
-        """Take note that something has moved for certain, whatever the polls took."""
-        self._moved = self._now
+    def expect_more(self) -> None:
+        """Take note that a message of a transfer has come about, or its first one will: the next one comes soon."""
+        self._moved = self._now + NEXT
         self._slept = False
 
     def rest(self, moving: bool) -> None:

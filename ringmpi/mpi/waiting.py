@@ -73,7 +73,8 @@ class Waiter:
         As long as messages move, which shows in the processor time of the polls, it polls without a pause, but yields
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
         moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share. Where
-        `advance` changes `requests`, a transfer of many messages has come farther: that counts as movement too.
+        `advance` changes `requests`, or has yet to, a transfer has many messages, and GPUs take next to no time for
+        each: then it polls for some milliseconds, as a sleep may take longer than it is meant to.
 
         Parameters
         ----------
@@ -98,7 +99,7 @@ class Waiter:
         pace = self._pace = Pace(timeout)
         self._peers = peers
         try:
-            if self._done_soon(requests, describe, advance):
+            if self._done_soon(pace, requests, describe, advance):
                 return time.perf_counter() - pace.start
             return self._poll_until_done(pace, requests, timeout, describe, advance)
         except BaseException as error:        # an interrupt too: nobody will wait for these messages any more
@@ -108,12 +109,14 @@ class Waiter:
             self._pace = None
             self._peers = tuple               # lets go of whatever `peers` refers to
 
-    def _done_soon(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool] | None) -> bool:
+    def _done_soon(self, pace: Pace, requests: list[Any], describe: Callable[[], str],
+                   advance: Callable[[], bool] | None) -> bool:
         """Poll for some microseconds, and nothing else: a small message among ranks that keep step takes no more."""
         test = self._mpi.Request.Testall
         statuses: list[Any] = []
         try:
             if advance is not None and not advance():
+                pace.expect_more()
                 return False
             for _ in range(QUICK_POLLS):
                 if test(requests, statuses):
@@ -139,7 +142,7 @@ class Waiter:
                                   f"stopped or far behind{self._missing(pace.start)}")
             self._remind(pace, seconds, describe)
             if len(before) != len(requests) or any(map(operator.is_not, before, requests)):
-                pace.note_progress()
+                pace.expect_more()
             pace.rest(moving)
 
     def progress(self, requests: list[Any], describe: Callable[[], str], advance: Callable[[], bool]) -> None:
