@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from ringmpi.errors import BackendError
+
 
 class FakeStream:
     """A queue of what is to be done, in order; `speed` is the chance that a turn takes a step."""
@@ -239,7 +241,10 @@ class FakeDevice:
         import torch
         tensors = [torch.from_numpy(x.host.view("i2")).view(torch.bfloat16) if x.dtype.name == "bfloat16"
                    else torch.from_numpy(x.host) for x in arrays]
-        work(*(x.clone() for x in tensors))            # torch refuses at once what it does not take
+        try:
+            work(*(x.clone() for x in tensors))            # torch refuses at once what it does not take
+        except Exception as error:
+            raise BackendError(f"torch: {error}") from error
         self.put(lambda: work(*tensors) and None)
 
     def compile(self, path, names, options):
