@@ -89,7 +89,7 @@ part decode 30 "${ask[@]}" speed decode
 ranks ring 100 ring
 
 # Two ranks; arrays of torch and JAX; more keys.
-ranks ranks 45 ranks
+ranks ranks 90 ranks
 part dlpack 40 "${ask[@]}" dlpack
 part decode-long 30 "${ask[@]}" speed decode-long
 
