@@ -14,7 +14,7 @@ from ...errors import BackendError
 from .sources import Kernel, Kind
 
 CANONICAL_TILE = 192          # as in rows.cuh: a multiple of the keys, and of the rows, that come and go in tiles
-FLOAT64_GRADIENT_TILES = [(4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)]
+FLOAT64_GRADIENT_TILES = (4, 1, 16, 2), (2, 1, 16, 2), (2, 1, 16, 1), (1, 1, 16, 1)
 MANY_ROWS = 2**30
 PLAIN = Kind()
 SLICE_FLOAT64 = 128           # columns of a result that fit a thread's registers beside the rest, in float64
@@ -136,7 +136,7 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
         return [_simt_gradient("dq", dims, tile, align, kind) for tile in chosen]
     columns = _slice(dims.qk, SLICE_FLOAT64) if dtype == np.float64 else dims.qk
     if dtype == np.float64:
-        tiles = FLOAT64_GRADIENT_TILES
+        tiles = [*FLOAT64_GRADIENT_TILES]
     elif max(dims) <= 64:
         tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
@@ -160,7 +160,7 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
         return [[_paired_gradient("dkdv", dims.qk, columns, Tile(*tile), align, kind)
                  for tile in FLOAT64_GRADIENT_TILES]]
     if dtype == np.float64:
-        tiles = FLOAT64_GRADIENT_TILES
+        tiles = [*FLOAT64_GRADIENT_TILES]
     elif max(dims) <= 64:
         tiles = [(4, 2, 32, 2)]
     elif max(dims) <= 128:
