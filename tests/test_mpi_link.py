@@ -435,7 +435,7 @@ def test_transports_that_differ(comm, monkeypatch):
 # Memory that the ranks of a node share.
 
 @pytest.fixture(params=["no memfd_create", "no place", "no /proc", "pages can't be locked",
-                        "pages of others can't be locked"])
+                        "pages of others can't be locked", "other numbers"])
 def refused(request, comm, monkeypatch):
     """A device of the last rank, where memory can't be shared; whose text says why."""
     device = FakeDevice()
@@ -460,6 +460,10 @@ def refused(request, comm, monkeypatch):
     if request.param == "pages can't be locked":
         device.lock_pages = refuse("not supported", BackendError)
         return device, "can't share memory: not supported"
+    if request.param == "other numbers":
+        monkeypatch.setattr(f"{module}._opened", lambda wanted: np.zeros(wanted[-1], np.uint8))
+        device.lock_pages = lambda memory: None
+        return device, "does not find in the memory of rank 0 what its GPU wrote"
     locked = iter((device.lock_pages, refuse("not supported", BackendError)))
     device.lock_pages = lambda memory: next(locked)(memory)
     return device, "can't open the memory of rank 0: not supported"

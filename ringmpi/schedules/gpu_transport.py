@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
 from ..errors import BackendError, OptionError
 from ..mpi.comm import Comm, load
-from .shared_memory import Handle, LockedMemory
+from .shared_memory import LockedMemory
 
 TRANSPORTS = ("auto", "direct", "staged")
 REFUSAL = "why memory is not shared"      # that all ranks have agreed on
@@ -130,7 +131,8 @@ def _within_nodes(transport: Transport, comm: Comm, timeout: float, device: Any)
 def _refusal(comm: Comm, timeout: float, device: Any) -> str:
     """Try whether all ranks of each node share page-locked memory; say why not, empty if they do.
 
-    Collective over *comm*.
+    Each rank's GPU writes some numbers there, which the GPUs of the others of its node must read. Collective over
+    *comm*.
     """
     def agree(mine: str) -> str:
         reports = comm.allgather_text(mine, timeout)
@@ -139,14 +141,17 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
     # Each rank offers some, and then opens that of the others of its node.
     memory, segment = LockedMemory.of(device), None
     handle, failure = [0], ""
+    written = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     try:
         with device.current():
-            segment = memory.take(1)
+            segment = memory.take(len(written))
+            stream = device.caller_stream()
+            device.download(segment.memory[:len(written)], device.array(written), stream)
+            device.record(stream).synchronize()
             handle = segment.handle().tolist()
     except (OSError, BackendError) as error:
         failure = f"can't share memory: {error}"
-    handles: list[Handle] = [np.array(json.loads(text), np.uint64)
-                             for text in comm.allgather_text(json.dumps(handle), timeout)]
+    offers = [json.loads(text) for text in comm.allgather_text(json.dumps([handle, written.tolist()]), timeout)]
     refusal = agree(failure)
     if refusal:
         return refusal
@@ -154,10 +159,16 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
         if node != comm.leader or rank == comm.rank:
             continue
         try:
+            handle, expected = offers[rank]
             with device.current():
-                memory.there(handles[rank])
+                read = device.empty(written.shape, written.dtype)
+                device.upload(read, memory.there(np.array(handle, np.uint64))[:len(written)], device.caller_stream())
+                found = device.host(read).tolist()
         except (OSError, BackendError) as error:
             failure = f"can't open the memory of rank {rank}: {error}"
+            break
+        if found != expected:
+            failure = f"does not find in the memory of rank {rank} what its GPU wrote"
             break
     refusal = agree(failure)
     if segment is not None:
