@@ -1,8 +1,8 @@
 """Make a page, and one file of JSON, of what `gpu_first.sh` found.
 
-    python tests/gpu_page.py FOLDER [--into docs/measured] [--commit COMMIT]
+    python tests/gpu_page.py FOLDER [--into docs/measured] [--commit COMMIT] [--name NAME]
 
-Into is FOLDER itself unless said. The names tell card and day. What is kept under docs/measured must say of which
+Into is FOLDER itself unless said. The names tell card and day, and NAME where there is one. What is kept under docs/measured must say of which
 commit it is: where the files had been copied without it, --commit does.
 """
 
@@ -22,6 +22,7 @@ def main(arguments=None):
     parser.add_argument("folder", type=Path)
     parser.add_argument("--into", type=Path)
     parser.add_argument("--commit")
+    parser.add_argument("--name")
     asked = parser.parse_args(arguments)
     found = gather(asked.folder)
     found["about"]["commit"] = asked.commit or found["about"].get("commit", "")
@@ -31,7 +32,7 @@ def main(arguments=None):
         parser.error(f"{asked.folder}: expected a commit in results.jsonl, got none; give --commit")
     target = asked.into or asked.folder
     target.mkdir(parents=True, exist_ok=True)
-    name = name_of(found["about"])
+    name = name_of(found["about"]) + (f"-{asked.name}" if asked.name else "")
     (target / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     text = page(found)
     (target / f"{name}.rst").write_text(text)
@@ -42,6 +43,9 @@ def gather(folder):
     """Read what the script wrote: about, the parts with their commands, and the answers."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     answers = [json.loads(line) for line in lines if line.endswith("}")]           # the last may be cut off
+    for answer in answers:
+        if answer.get("ok"):
+            answer.pop("said", None)           # warnings, with paths of that machine
     header, *rows = ((folder / "parts.tsv").read_text()).splitlines()
     parts = [dict(zip(header.split("\t"), row.split("\t"), strict=True)) for row in rows]
     about = next((answer for answer in answers if answer["part"] == "about"), {})
