@@ -436,14 +436,17 @@ class Device:
         Raises
         ------
         BackendError
-            If the driver refuses.
+            If the driver refuses, or does not know it.
         """
         # Dimensions are counted from the last; strides leave it out.
         buffer = np.zeros(128 + 64, np.uint8)
         buffer = buffer[-buffer.ctypes.data % 64:][:128]                  # the driver wants it aligned to 64
         n, heads, columns = x.shape
         ones = (ctypes.c_uint32 * 3)(1, 1, 1)
-        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        try:
+            encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        except (OSError, AttributeError) as error:           # a driver from before CUDA 12
+            raise BackendError(f"cuTensorMapEncodeTiled: {error}") from error
         status = encode(
             ctypes.c_void_p(buffer.ctypes.data), UINT16, ctypes.c_uint32(3), ctypes.c_void_p(x.data.ptr),
             (ctypes.c_uint64 * 3)(columns, heads, n), (ctypes.c_uint64 * 2)(columns * 2, heads * columns * 2),

@@ -2,8 +2,8 @@
 
     python tests/gpu_page.py FOLDER [--into docs/measured] [--commit COMMIT] [--name NAME]
 
-Into is FOLDER itself unless said. The names tell card and day, and NAME where there is one. What is kept under docs/measured must say of which
-commit it is: where the files had been copied without it, --commit does.
+Into is FOLDER itself unless said. The names tell card and day, and NAME where there is one. What is kept under
+docs/measured must say of which commit it is: where the files had been copied without it, --commit does.
 """
 
 import argparse

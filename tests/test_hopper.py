@@ -178,14 +178,28 @@ def test_the_result_does_not_depend_on_the_order_of_threads_and_arrivals(dims):
         assert all((a == b).all() for a, b in zip(first, other, strict=True))
 
 
-def test_a_variable_turns_it_on_and_it_is_proven(monkeypatch):
+def test_it_is_proven_where_there_is_a_hopper_unless_a_variable_turns_it_off(monkeypatch):
     monkeypatch.setenv("RINGMPI_HOPPER", "0")
     assert not CudaBackend(1, EmulatedDevice()).hopper
-    monkeypatch.setenv("RINGMPI_HOPPER", "1")
+    monkeypatch.delenv("RINGMPI_HOPPER")
+    assert not CudaBackend(1, EmulatedDevice(capability=(8, 0))).hopper
     backend = CudaBackend(1, EmulatedDevice())
     backend.prepare(DTYPES["bfloat16"], np.dtype("f4"), 64, 64)
     rows = [grid[0] for name, grid, *_ in backend.device.launched if name in {k[1] for k in hopper_kernels(backend)}]
     assert rows == [1, 2]                      # blocks of 192 rows
+
+
+def test_an_error_of_it_says_how_to_do_without(monkeypatch):
+    monkeypatch.setenv("RINGMPI_HOPPER", "1")
+    gpu = EmulatedDevice()
+
+    def unknown(*_):
+        raise BackendError("the driver is from before")
+    gpu.tensor_map = unknown
+    with pytest.raises(BackendError, match="fails; please report it, and set RINGMPI_HOPPER=0 meanwhile: the"):
+        CudaBackend(1, gpu).prepare(DTYPES["bfloat16"], np.dtype("f4"), 64, 64)
+    monkeypatch.setenv("RINGMPI_HOPPER", "0")
+    CudaBackend(1, gpu).prepare(DTYPES["bfloat16"], np.dtype("f4"), 64, 64)
 
 
 def hopper_kernels(backend):
