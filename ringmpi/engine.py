@@ -58,7 +58,8 @@ def rates_of_this_machine(on_gpu: bool) -> str | None:
 class Workspace:
     """A backend, and what moves blocks and holds sums for it: shared by the objects of a communicator. Local.
 
-    Buffers are there while an object is; the backend, and its threads, as long as the communicator.
+    Buffers are there while an object is; the backend, and its threads, as long as the communicator. Page-locked memory
+    that ranks of a node share stays for the life of the process: see `LockedMemory`.
 
     Parameters
     ----------

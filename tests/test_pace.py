@@ -98,13 +98,30 @@ def test_a_wait_for_what_is_to_be_advanced_polls_at_first(monkeypatch, more, sle
     monkeypatch.setattr(pace.os, "sched_yield", lambda: None)
 
     def poll(self, requests, describe, advance):
-        now[0] += 0.5e-3
-        return now[0] > 1.6e-3, 0.0
+        now[0] += pace.NEXT / 4
+        return now[0] > 0.8 * pace.NEXT, 0.0
 
     monkeypatch.setattr(Waiter, "_poll", poll)
     monkeypatch.setattr(waiting, "QUICK_POLLS", 0)
     Waiter(0, 1).wait([], 60.0, lambda: "", lambda: not more)
     assert bool(naps) is slept
+
+
+def test_movement_does_not_take_back_that_more_is_expected(monkeypatch):
+    naps = []
+    monkeypatch.setattr(pace.time, "sleep", naps.append)
+    mine = pace.Pace(60.0)
+    mine.tick()
+    mine.expect_more()
+    mine.rest(True)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: mine.start + pace.NEXT / 2)
+    mine.tick()
+    mine.rest(False)
+    assert not naps
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: mine.start + 3 * pace.NEXT)
+    mine.tick()
+    mine.rest(False)
+    assert naps
 
 
 def test_the_first_polls_of_a_process_are_judged_too():

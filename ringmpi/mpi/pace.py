@@ -9,7 +9,7 @@ SPIN = 1e-4                       # seconds without movement after which a wait 
 SHARE = 16                        # ... for a sixteenth of the time that nothing has moved, so that what another rank
                                   # copies in one poll of its own takes no longer than by that share ...
 LONGEST_PAUSE = 2e-3              # ... and this long at most
-NEXT = 2e-3                       # seconds without a pause in which the next of many messages, which GPUs copy, comes
+NEXT = 1e-3                       # seconds without a pause in which the next of many messages, which GPUs copy, comes
 STOPPED = 1.0                     # seconds between two polls from which on this process was stopped, not waiting
 ASK_SECONDS = 5.0                 # after which a wait asks the other ranks where they are; then twice, four times it
 LOG_SECONDS = 60.0                # after which a wait is logged; then twice, four times it
@@ -67,7 +67,7 @@ class Pace:
     def rest(self, moving: bool) -> None:
         """Sleep if nothing has moved for a while; otherwise only yield the core."""
         if moving and not self._slept:        # right after a sleep polls are slow for want of a warm cache: look again
-            self._moved = self._now
+            self._moved = max(self._moved, self._now)
         pause = (self._now - self._moved - SPIN) / SHARE
         self._slept = pause > 0 and not (moving and self._slept)
         if self._slept:

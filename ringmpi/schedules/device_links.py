@@ -14,10 +14,7 @@ from typing import Any
 from ..mpi.comm import Comm
 from .gpu_transport import Transport
 from .links import Array, DirectTransfer, Link, Peer, Transfer, chunks, start
-from .staging import IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
-
-CHUNK_BYTES = 2**23        # of a block that is staged: a copy at full speed, short beside the block
-CHUNKS = 4                 # that each direction of a staged link has under way: copied, sent, and two in reserve
+from .staging import CHUNK_BYTES, CHUNKS, IncomingChannel, OutgoingChannel, StagedReceive, StagedSend
 
 
 class DeviceLink(Link):

@@ -18,6 +18,7 @@ from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
 from ..errors import BackendError, OptionError
 from ..mpi.comm import Comm, load
 from .shared_memory import LockedMemory
+from .staging import CHUNK_BYTES, CHUNKS
 
 TRANSPORTS = ("auto", "direct", "staged")
 REFUSAL = "why memory is not shared"      # that all ranks have agreed on
@@ -144,7 +145,7 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
     written = np.frombuffer(uuid.uuid4().bytes, np.uint8)
     try:
         with device.current():
-            segment = memory.take(len(written))
+            segment = memory.take(CHUNKS * CHUNK_BYTES)          # as much as a channel has, and keeps
             stream = device.caller_stream()
             device.download(segment.memory[:len(written)], device.array(written), stream)
             device.record(stream).synchronize()

@@ -134,12 +134,13 @@ class LockedMemory:
             If it can't be opened or page-locked.
         """
         *owner, nbytes = handle.tolist()
-        memory = self._mapped.pop(tuple(owner), None)
+        memory = self._mapped.get(tuple(owner))
         if memory is None or memory.nbytes != nbytes:
+            self._mapped.pop(tuple(owner), None)
             memory = None                      # the old one goes first
             memory = _opened([*owner, nbytes])
             self._device.lock_pages(memory)
-        self._mapped[tuple(owner)] = memory
+            self._mapped[tuple(owner)] = memory
         return memory
 
 

@@ -20,6 +20,8 @@ from ..mpi.comm import load
 from .links import Array, Peer
 from .shared_memory import HANDLE_SHAPE, Handle, LockedMemory
 
+CHUNK_BYTES = 2**23        # of a block that is staged: a copy at full speed, short beside the block
+CHUNKS = 4                 # that each direction of a staged link has under way: copied, sent, and two in reserve
 AHEAD = 2                  # tokens that a receiver asks for beyond the chunks that it has stored
 TOKEN_WORDS = HANDLE_SHAPE[0] + 1       # a handle, and where in its memory the chunk begins
 
