@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..environment import GPU_TRANSPORT, gpu_transport, mpi_gpu_switches
 from ..errors import BackendError, OptionError
@@ -21,6 +23,7 @@ from .shared_memory import LockedMemory
 from .staging import CHUNK_BYTES, CHUNKS
 
 TRANSPORTS = ("auto", "direct", "staged")
+POLL_SECONDS = 1e-4
 REFUSAL = "why memory is not shared"      # that all ranks have agreed on
 CUDA = 0                   # MPIX_GPU_SUPPORT_CUDA in MPICH's mpi.h
 
@@ -146,9 +149,7 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
     try:
         with device.current():
             segment = memory.take(CHUNKS * CHUNK_BYTES)          # as much as a channel has, and keeps
-            stream = device.caller_stream()
-            device.download(segment.memory[:len(written)], device.array(written), stream)
-            device.record(stream).synchronize()
+            _copy(device, written, segment.memory[:len(written)], timeout)
             handle = segment.handle().tolist()
     except (OSError, BackendError) as error:
         failure = f"can't share memory: {error}"
@@ -161,20 +162,38 @@ def _refusal(comm: Comm, timeout: float, device: Any) -> str:
             continue
         try:
             handle, expected = offers[rank]
+            found = np.empty_like(written)
             with device.current():
-                read = device.empty(written.shape, written.dtype)
-                device.upload(read, memory.there(np.array(handle, np.uint64))[:len(written)], device.caller_stream())
-                found = device.host(read).tolist()
+                _copy(device, memory.there(np.array(handle, np.uint64))[:len(written)], found, timeout)
         except (OSError, BackendError) as error:
             failure = f"can't open the memory of rank {rank}: {error}"
             break
-        if found != expected:
+        if found.tolist() != expected:
             failure = f"does not find in the memory of rank {rank} what its GPU wrote"
             break
     refusal = agree(failure)
     if segment is not None:
         memory.give_back(segment)
     return refusal
+
+
+def _copy(device: Any, source: NDArray[np.uint8], target: NDArray[np.uint8], timeout: float) -> None:
+    """Copy from host to host by way of the GPU, on a stream of its own, in time for the other ranks.
+
+    Raises
+    ------
+    BackendError
+        If it takes longer than half of what they wait.
+    """
+    stream, there = device.new_stream(), device.empty(source.shape, source.dtype)
+    device.upload(there, source, stream)
+    device.download(target, there, stream)
+    event = device.record(stream)
+    latest = time.monotonic() + timeout / 2
+    while not event.done:
+        if time.monotonic() > latest:
+            raise BackendError(f"its GPU copies nothing for {timeout / 2:g} s")
+        time.sleep(POLL_SECONDS)
 
 
 def _weakest(reports: list[tuple[bool, str]]) -> tuple[bool, str]:
