@@ -97,8 +97,9 @@ class RingAttention:
         FlashAttention's, for what they can do of a block (plain scores; a rectangle that is wholly visible, or the
         causal half of a square), ours for the rest; that they are not installed, or not right on this GPU, is an error.
         They are faster, round what each block gives to 16 bits, and their sums need not have the same bits in each
-        run. ``"own"``: ours alone. ``"auto"``: torch's where they are found right, else ours. What a rank took is
-        ``attention.trace.kernels``.
+        run; NaN of a key may reach gradients of queries just before those that see it. ``"own"``: ours alone.
+        ``"auto"``: torch's where they are found right, and torch need not be deterministic, else ours. What a rank took
+        is ``attention.trace.kernels``.
     schedule : {"auto", "ring", "gather", "queries", "mesh", "heads"} or Schedule or str
         Who computes what, and what travels. ``"auto"`` takes what costs least, by the rates of this machine that
         ``ringmpi bench network`` has measured, else by usual ones. It chooses for each shape of the shards, the same on
@@ -159,9 +160,8 @@ class RingAttention:
                  alibi: ArrayLike | None = None, dropout: float = 0.0, backend: str = "auto",
                  threads: int | None = None, timeout: float = TIMEOUT, accumulator: DTypeLike | None = None,
                  gpu_transport: str = "auto", allow_gpu_sharing: bool = False, gpu_kernels: str = "auto",
-                 bfloat16_products: str = "auto",
-                 schedule: str | Schedule = "auto", memory_limit: int | str | None = None,
-                 order: str = "fastest") -> None:
+                 bfloat16_products: str = "auto", schedule: str | Schedule = "auto",
+                 memory_limit: int | str | None = None, order: str = "fastest") -> None:
         check_thread()
         self.timeout, wrong = check_timeout(timeout)
         self._comm = private_comm(comm, self.timeout)

@@ -1,5 +1,6 @@
 """Torch's kernels in the place of ours for gradients: what they are given, and what happens where they are wrong."""
 
+import argparse
 import re
 from functools import partial
 
@@ -10,10 +11,12 @@ from emulate import EmulatedDevice
 from one_block import BOUND, run
 from oracle import case, dense
 
-from ringmpi import BackendError, device
-from ringmpi.backends import open_backend
+from ringmpi import BackendError, OptionError, device
+from ringmpi.backends import check_gpu_kernels, open_backend
+from ringmpi.backends.base import GPU_KERNELS
 from ringmpi.backends.cuda import library
 from ringmpi.backends.cuda.backend import LIBRARY_TEST
+from ringmpi.commands import bench, options
 from ringmpi.dtypes import DTYPES
 
 
@@ -251,6 +254,20 @@ def test_the_test_is_large_enough(monkeypatch):
     calls = []
     prepare(opened(monkeypatch, "library", on_cpu(change=lambda grads: calls.append(grads[1].shape[2]))))
     assert set(calls) == {LIBRARY_TEST[1] - 1 - LIBRARY_TEST[0], LIBRARY_TEST[0]}
+
+
+def test_other_names_are_refused():
+    with pytest.raises(OptionError, match="gpu_kernels: expected one of auto, own, library, got 'torch'"):
+        check_gpu_kernels("torch")
+    assert options.GPU_KERNELS == GPU_KERNELS          # which the command line has without loading backends
+
+
+@pytest.mark.parametrize("words", [["ring"], ["kernel", "--backend", "cpu"]])
+def test_a_benchmark_of_cpus_refuses_the_option(words):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    with pytest.raises(OptionError, match="--gpu-kernels: says whose kernels GPUs take"):
+        bench.run(parser.parse_args([*words, "--gpu-kernels", "own"]))
 
 
 @pytest.mark.parametrize(("wish", "canonical"), [("own", False), ("auto", True)])

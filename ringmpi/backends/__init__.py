@@ -54,10 +54,10 @@ def check_canonical(name: str) -> None:
                           f"{name}; take numba, for arrays on the host")
 
 
-def check_gpu_kernels(name: str, what: str = "gpu_kernels") -> None:
+def check_gpu_kernels(name: str) -> None:
     """Raise `OptionError` unless `name` is one of `GPU_KERNELS`. Local."""
     if name not in GPU_KERNELS:
-        raise OptionError(f"{what}: expected one of {', '.join(GPU_KERNELS)}, got {name!r}")
+        raise OptionError(f"gpu_kernels: expected one of {', '.join(GPU_KERNELS)}, got {name!r}")
 
 
 def open_backend(name: str, threads: int, gpu: device.Device | None = None, canonical: bool = False,

@@ -74,7 +74,7 @@ class Waiter:
         the core to other processes, which may need it to make them move. It sleeps between polls when nothing has
         moved for a while, a sixteenth of that while at most: no transfer takes longer than by that share. Where
         `advance` changes `requests`, or has yet to, a transfer has many messages, and GPUs take next to no time for
-        each: then it polls for some milliseconds, as a sleep may take longer than it is meant to.
+        each: then it polls for a millisecond, as a sleep may take longer than it is meant to.
 
         Parameters
         ----------
