@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Refused, first_line
-from .attention import RingAttention
-from .call import Direction, Inputs
-from .dtypes import BFLOAT16
-from .errors import DtypeError, OptionError, RingError
-from .keywords import explained
-from .layout import Layout
-from .mpi.comm import TIMEOUT
-from .schedules.redistribution import redistribute_with_layouts
+from ..arrays import Refused, first_line
+from ..attention import RingAttention
+from ..call import Direction, Inputs
+from ..dtypes import BFLOAT16
+from ..errors import DtypeError, OptionError, RingError
+from ..keywords import explained
+from ..layout import Layout
+from ..mpi.comm import TIMEOUT
+from ..schedules.redistribution import redistribute_with_layouts
 
 try:
     import torch
@@ -132,9 +132,9 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: Tensor, comm: Any, source: str | Layout, target: str | Layout, timeout: float,
                 gpu_transport: str) -> Tensor:
         """Move; keep the layouts."""
-        result, old, new = redistribute_with_layouts(_plain(x, "x"), comm, source, target, timeout, gpu_transport)
+        result, old, new = redistribute_with_layouts(plain(x, "x"), comm, source, target, timeout, gpu_transport)
         ctx.comm, ctx.back = comm, (new, old, timeout, gpu_transport)
-        moved = _tensor(result)
+        moved = tensor_of(result)
         return moved.clone() if new == old else moved      # else it would share x's memory, untracked
 
     @staticmethod
@@ -167,10 +167,10 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
                 source: _Source, seed: int, records: bool) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), seed,
-                            key_bias=_on_host(key_bias, "key_bias"))
+            inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed,
+                            key_bias=on_host(key_bias, "key_bias"))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
-        result, log = _tensor(out), _tensor(lse)
+        result, log = tensor_of(out), tensor_of(lse)
         ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, key_bias, result, log)
@@ -201,8 +201,8 @@ class _Call(NamedTuple):
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
                lse: Tensor) -> Inputs:
         """Give what went in and came out."""
-        return Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), self.seed,
-                      _plain(out, "out"), _plain(lse, "lse"), key_bias=_on_host(key_bias, "key_bias"))
+        return Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), self.seed,
+                      plain(out, "out"), plain(lse, "lse"), key_bias=on_host(key_bias, "key_bias"))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
@@ -214,12 +214,12 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         """Differentiate; give dq, dk, dv, dsinks and dkey_bias."""
         *_, sinks, key_bias, out, _ = saved
         with call.source.open() as attention:
-            cotangents = _cotangents(out, dout, dlse)
+            cotangents = cotangents_of(out, dout, dlse)
             grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved))
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
-        dq, dk, dv = (_tensor(x) for x in grads[:3])
+        dq, dk, dv = (tensor_of(x) for x in grads[:3])
         dsinks, dkey_bias = (None if x is None else _like(getattr(grads, name), x)
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
         return dq, dk, dv, dsinks, dkey_bias
@@ -243,9 +243,9 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
         """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
         *_, sinks, _, out, _ = saved
         with call.source.open() as attention:
-            grads = attention._differentiate_twice(call.number, *_cotangents(out, dout, dlse),
+            grads = attention._differentiate_twice(call.number, *cotangents_of(out, dout, dlse),
                                                    _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
-        results = [_tensor(x) for x in grads[:5]]
+        results = [tensor_of(x) for x in grads[:5]]
         return *results, None if sinks is None else _like(grads[5], sinks)
 
     @staticmethod
@@ -265,7 +265,7 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
         with call.source.open() as attention:
             out_dot, lse_dot = attention._differentiate_along(
                 call.number, _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
-        return _tensor(out_dot), _tensor(lse_dot)
+        return tensor_of(out_dot), tensor_of(lse_dot)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -274,23 +274,23 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
                         "torch.autograd.grad twice, the first time with create_graph=True")
 
 
-def _cotangents(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, Any]:
-    return (torch.zeros_like(out) if dout is None else _plain(dout, "dout"),
-            None if dlse is None else _plain(dlse, "dlse"))
+def cotangents_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, Any]:
+    return (torch.zeros_like(out) if dout is None else plain(dout, "dout"),
+            None if dlse is None else plain(dlse, "dlse"))
 
 
 def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None) -> Direction:
     given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
-    q_, k_, v_ = (None if x is None else _plain(x, name) for name, x in given.items())
-    return Direction(q_, k_, v_, None if sinks_dot is None else _plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
+    q_, k_, v_ = (None if x is None else plain(x, name) for name, x in given.items())
+    return Direction(q_, k_, v_, None if sinks_dot is None else plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
 
 
 def _like(x: Any, sinks: Tensor) -> Tensor:
     """Give an array of this rank's share of a gradient as sinks are."""
-    return _tensor(x).to(sinks.device, sinks.dtype)
+    return tensor_of(x).to(sinks.device, sinks.dtype)
 
 
-def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
+def plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
     """Give a tensor without its graph, its signs applied, moved by `move`.
 
     For what is no tensor, or does not let that be done, give what `as_array` refuses: on all ranks, and not on one
@@ -302,11 +302,11 @@ def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) ->
         return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
 
 
-def _on_host(x: Tensor | None, name: str) -> Any:
-    return None if x is None else _plain(x, name, lambda x: x.cpu())
+def on_host(x: Tensor | None, name: str) -> Any:
+    return None if x is None else plain(x, name, lambda x: x.cpu())
 
 
-def _tensor(x: Any) -> Tensor:
+def tensor_of(x: Any) -> Tensor:
     """View an array of NumPy or CuPy as a tensor; bfloat16 by its bits, which NumPy has no name for."""
     bits = x.view(np.int16) if x.dtype == BFLOAT16 else x
     tensor = torch.from_numpy(bits) if isinstance(bits, np.ndarray) else torch.from_dlpack(bits)

@@ -1,0 +1,15 @@
+"""transformers' models on a sequence that is split over ranks: ``attn_implementation="ringmpi"``.
+
+::
+
+    ringmpi.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="ringmpi")
+    with ringmpi.torch.sequence_parallel(comm, layout="striped") as sequence:
+        loss = model(**ringmpi.transformers.shard(sequence, input_ids=tokens, labels=tokens)).loss
+"""
+
+from .attention import NAME, register
+from .batch import shard
+from .cache import RingCache
+
+__all__ = ["NAME", "RingCache", "register", "shard"]

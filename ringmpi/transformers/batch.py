@@ -1,0 +1,66 @@
+"""A batch of a model, and this rank's part of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, ShapeError
+from ..torch import SequenceParallel
+
+IGNORED = -100                # a label that no loss is made of
+
+
+def shard(sequence: SequenceParallel, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+          attention_mask: Tensor | None = None, position_ids: Tensor | None = None, labels: Tensor | None = None
+          ) -> dict[str, Tensor]:
+    """Give what a model of transformers is to be called with on this rank, of a batch that all ranks have. Local.
+
+    Positions come with the tokens, as a model would number the tokens of a rank from 0. And labels are shifted here, by
+    the order of the whole sequence: within a shard the last token has its successor on another rank, and in a striped
+    layout all have. The loss of a rank is then its share: the sum over the ranks is the loss of the model.
+
+    Parameters
+    ----------
+    sequence : SequenceParallel
+    input_ids : int64 tensor of shape (batch, tokens)
+        Or `inputs_embeds`, of shape (batch, tokens, hidden).
+    attention_mask : tensor of shape (batch, tokens), optional
+        Not 0 where there is a token, 0 where there is padding, on either side.
+    position_ids : int64 tensor of shape (batch or 1, tokens), optional
+        Of packed documents, say, each from 0; by default 0, 1, 2, ...
+    labels : int64 tensor of shape (batch, tokens), optional
+        Of a causal language model: the tokens themselves, -100 where no loss is made.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` (or ``inputs_embeds``), ``position_ids``, ``attention_mask`` if one was given, and with labels
+        ``labels``, ``shift_labels`` and ``num_items_in_batch``: all that `ForCausalLM` models take.
+
+    Raises
+    ------
+    OptionError, ShapeError
+        If neither or both of input_ids and inputs_embeds are given, or others do not fit.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise OptionError("shard: expected either input_ids or inputs_embeds")
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    if tokens is None or tokens.ndim < 2:
+        raise ShapeError("shard: expected input_ids of shape (batch, tokens)")
+    batch, length = tokens.shape[:2]
+    for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("labels", labels)):
+        if x is not None and (x.ndim != 2 or x.shape[1] != length or x.shape[0] not in
+                              ((1, batch) if name == "position_ids" else (batch,))):
+            raise ShapeError(f"shard: expected {name} of shape ({batch}, {length}), got {tuple(x.shape)}")
+    part = {"input_ids" if inputs_embeds is None else "inputs_embeds": sequence.shard(tokens)}
+    part["position_ids"] = (sequence.positions(length)[None].to(tokens.device) if position_ids is None
+                            else sequence.shard(position_ids))
+    if attention_mask is not None:
+        part["attention_mask"] = sequence.shard(attention_mask)
+    if labels is not None:
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        part["labels"] = sequence.shard(labels)
+        part["shift_labels"] = sequence.shard(shifted)
+        part["num_items_in_batch"] = (shifted != IGNORED).sum()
+    return part
