@@ -22,7 +22,8 @@ LAUNCHES = {
     "waits": (("errors", "waits"), (2, 3), (1, 4, 7)),
     "cuda": (("cuda",), (2,), (1, 3, 5)),
     "cuda_canonical": (("cuda_canonical",), (3,), (1, 2, 5)),
-    "torch": (("torch",), (2,), (1, 4)),
+    "torch": (("torch", "sdpa"), (2,), (1, 4)),
+    "transformers": (("transformers",), (4,), (1, 2, 3)),
     "second": (("second",), (3,), (1, 2, 4, 7)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
@@ -41,8 +42,9 @@ def cases():
 
 @pytest.mark.parametrize(("name", "ranks"), cases())
 def test_under_mpiexec(name, ranks, tmp_path):
-    if name in ("torch", "second") and find_spec("torch") is None:
-        pytest.skip("torch is not installed")
+    needed = {"torch": "torch", "second": "torch", "transformers": "transformers"}.get(name)
+    if needed and find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
     files = [HERE / f"test_mpi_{part}.py" for part in LAUNCHES[name][0]]
     result = launch.launch(ranks, ["-m", "pytest", "--with-mpi", "-q", "-p", "no:cacheprovider", "-x", *files],
                            folder=tmp_path, timeout=600)

@@ -33,6 +33,7 @@ LAYERS = [
     {"attention"},
     {"analysis"},
     {"functional", "job", "kv", "torch"},
+    {"transformers"},
     {"commands"},
     {"cli"},
     {"__main__"},

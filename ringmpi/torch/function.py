@@ -220,7 +220,7 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
         dq, dk, dv = (tensor_of(x) for x in grads[:3])
-        dsinks, dkey_bias = (None if x is None else _like(getattr(grads, name), x)
+        dsinks, dkey_bias = (None if x is None else like(getattr(grads, name), x)
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
         return dq, dk, dv, dsinks, dkey_bias
 
@@ -246,7 +246,7 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
             grads = attention._differentiate_twice(call.number, *cotangents_of(out, dout, dlse),
                                                    _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
         results = [tensor_of(x) for x in grads[:5]]
-        return *results, None if sinks is None else _like(grads[5], sinks)
+        return *results, None if sinks is None else like(grads[5], sinks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -275,6 +275,7 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
 
 
 def cotangents_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, Any]:
+    """Give the arrays that a backward pass starts from; dout is zeros if only lse has a cotangent. Local."""
     return (torch.zeros_like(out) if dout is None else plain(dout, "dout"),
             None if dlse is None else plain(dlse, "dlse"))
 
@@ -285,7 +286,7 @@ def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
     return Direction(q_, k_, v_, None if sinks_dot is None else plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
 
 
-def _like(x: Any, sinks: Tensor) -> Tensor:
+def like(x: Any, sinks: Tensor) -> Tensor:
     """Give an array of this rank's share of a gradient as sinks are."""
     return tensor_of(x).to(sinks.device, sinks.dtype)
 
@@ -303,6 +304,7 @@ def plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> 
 
 
 def on_host(x: Tensor | None, name: str) -> Any:
+    """Give a tensor as `plain` does, copied to the host if it is not there; None stays. Local."""
     return None if x is None else plain(x, name, lambda x: x.cpu())
 
 

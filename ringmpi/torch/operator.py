@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..call import Inputs
-from .function import cotangents_of, on_host, plain, tensor_of
+from .function import cotangents_of, like, on_host, plain, tensor_of
 from .sequence import Scores, by_number
 
 NUMBER, SEED = range(2)                    # facts of a call that its backward pass needs
@@ -60,8 +60,8 @@ def attend_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed, plain(out, "out"),
                     plain(lse, "lse"))
     grads = attention._differentiate_call(number, *cotangents_of(out, dout, dlse), inputs)
-    dsinks = q.new_empty(0) if sinks is None else tensor_of(grads.dsinks).to(sinks.device, sinks.dtype)
-    return *(tensor_of(x) for x in grads[:3]), dsinks
+    dq, dk, dv = (tensor_of(x) for x in grads[:3])
+    return dq, dk, dv, q.new_empty(0) if sinks is None else like(grads[-1], sinks)
 
 
 @attend_backward.register_fake  # type: ignore[untyped-decorator]

@@ -53,12 +53,12 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
         One of its children, the same on every rank.
     """
     sequence = sequence or current()
+    mask = GIVEN if sequence.mask is not None else CAUSAL if is_causal else FULL
+    scores = Scores(mask, scale, float(dropout_p))
     wrong = _find_wrong(query, key, value, attn_mask, is_causal, enable_gqa, sequence)
     if wrong is not None:
-        sequence.refuse(wrong)
-    mask = GIVEN if sequence.mask is not None else CAUSAL if is_causal else FULL
-    out = attend(sequence, query, key, value, Scores(mask, scale, float(dropout_p)))
-    return out.transpose(-3, -2)
+        sequence.refuse(wrong, scores)
+    return attend(sequence, query, key, value, scores).transpose(-3, -2)
 
 
 def attend(sequence: SequenceParallel, query: Tensor, key: Tensor, value: Tensor, scores: Scores,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -134,20 +135,22 @@ class SequenceParallel:
         mine = np.empty(0, np.uint8)
         options: dict[str, Any] = {}
         with self._comm.noting() as failures:
-            tokens = x.detach().movedim(dim, 0).contiguous().cpu()
-            count = np.array([len(tokens)]).view(np.uint8)
-            mine = np.concatenate([count, tokens.reshape(-1).view(torch.uint8).numpy()])
+            tokens = x.detach().movedim(dim, 0).cpu()
+            flat = tokens.new_empty(tokens.numel()).copy_(tokens.reshape(-1))
+            mine = np.concatenate([np.array([len(tokens)]).view(np.uint8), flat.view(torch.uint8).numpy()])
             options = {"dtype": str(x.dtype), "shape but for the tokens": tuple(tokens.shape[1:]), "dim": dim}
         rows = self._comm.exchange("SequenceParallel.gather", self.timeout, mine, failures=failures, options=options)
         counts = [int(row[:8].view(np.int64)[0]) for row in rows]
         layout = resolve(self.layout, counts)
         whole = tokens.new_empty(layout.length, *tokens.shape[1:])
+        width = math.prod(tokens.shape[1:])
         for rank, row in enumerate(rows):
-            part = torch.from_numpy(row[8:].copy()).view(x.dtype).reshape(counts[rank], *tokens.shape[1:])
-            whole[torch.from_numpy(layout.positions(rank).copy())] = part
+            part = tokens.new_empty(counts[rank] * width)
+            part.view(torch.uint8).numpy()[:] = row[8:]
+            whole[torch.from_numpy(layout.positions(rank).copy())] = part.reshape(counts[rank], *tokens.shape[1:])
         return whole.to(x.device).movedim(0, dim)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of parameters that all ranks have, in place. Collective over *comm*.
 
@@ -193,6 +196,8 @@ class SequenceParallel:
         """Give the number of a mask, by which calls name it. Local."""
         for number, known in self._masks.items():
             if known is mask or (known is not None and mask is not None and known == mask):
+                if number > GIVEN:
+                    self._masks.move_to_end(number)
                 return number
         number = next(_numbers) + GIVEN + 1
         self._masks[number] = mask
@@ -221,8 +226,13 @@ class SequenceParallel:
         drawn = torch.randint(2**63 - 1, ()).item()
         return int(self._comm.allgather([drawn], self.timeout)[0, 0])
 
-    def refuse(self, error: RingError) -> NoReturn:
-        """Raise what is wrong with a call of this rank, on all ranks that make it. Collective over *comm*."""
+    def refuse(self, error: RingError, scores: Scores | None = None) -> NoReturn:
+        """Raise what is wrong with a call of this rank, on all ranks that make it. Collective over *comm*.
+
+        The others may make the attention for such a call first.
+        """
+        if scores is not None:
+            self.attention(scores)
         self._comm.exchange("forward", self.timeout, NO_RECORD, failures=[error])
         raise InternalError("an error was not told")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from ..mask import Mask
 from ..torch import SequenceParallel
 from ..torch.function import on_host, plain, tensor_of
 from ..torch.sequence import Scores
-
-if TYPE_CHECKING:
-    from .attention import Known
+from .tokens import Known
 
 OPTIONS = ("accumulator", "backend", "threads", "timeout", "allow_gpu_sharing")      # that a KVCache takes too
 NAMES = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -91,13 +89,14 @@ class RingLayer(CacheLayerMixin):  # type: ignore[misc]
         window = None if self._window is None else self._window - 1
         if not known.plain or known.structure != (True, (window, None), 0):
             said = known.structure if known.plain else "padding or packed documents"
-            return (f"RingCache: expected a causal mask{'' if window is None else f' with a window of {self._window}'}, "
-                    f"and elements of one length, got {said}")
+            wanted = "a causal mask" if window is None else f"a causal mask with a window of {self._window}"
+            return f"RingCache: expected {wanted}, and elements of one length, got {said}"
         if known.first != self.get_seq_length():
             return f"position_ids: expected {self.get_seq_length()}, after the tokens in the cache, got {known.first}"
         made_for = (key.shape[0], key.shape[1], key.shape[3], value.shape[3], key.dtype, scores.scale, scores.softcap)
         if self._cache is not None and made_for != self._made_for:
-            return f"RingCache: expected (batch, kv_heads, dim, dim_v, dtype, scale, softcap) {self._made_for}, got {made_for}"
+            return (f"RingCache: expected (batch, kv_heads, dim, dim_v, dtype, scale, softcap) {self._made_for}, as "
+                    f"before, got {made_for}")
         self._made_for = made_for
         return ""
 

@@ -1,7 +1,7 @@
 """What a model of transformers says of its mask, and the mask of ringmpi that means the same.
 
 transformers hands a function of four indices to whoever makes masks. It is put together of few functions of its own,
-which are known here by their names and by what they close over; one that is not known may mean anything, and is refused.
+which are known here by their names and by what they close over; one that is not may mean anything, and is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers.masking_utils import causal_mask_function
 
 from ..errors import MaskError
 from ..mask import Mask
@@ -56,11 +57,9 @@ class Said:
 
 
 def said_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-              mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None, **others: Any
-              ) -> Said:
+              mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None,
+              **others: Any) -> Said:
     """Take what a model says of its mask; transformers calls it. Local."""
-    if mask_function is None:
-        from transformers.masking_utils import causal_mask_function as mask_function
     return Said(mask_function, attention_mask)
 
 
@@ -90,9 +89,9 @@ def structure_of(function: Callable[..., Any]) -> Structure:
             return Structure(chunk=int(inside["chunk_size"]))
         if name == "and_masks.and_mask":
             return _all(list(map(structure_of, inside["mask_functions"])))
-    raise MaskError(f"attention_mask: expected a causal or bidirectional mask, with a window, chunks, padding or packed "
-                    f"documents, got one by {getattr(function, '__module__', '?')}.{name}, whose meaning is not known; "
-                    "a mask that is no list of intervals for each query can't be split over ranks")
+    raise MaskError("attention_mask: expected a causal or bidirectional mask, with a window, chunks, padding or packed "
+                    f"documents, got one by {getattr(function, '__module__', '?')}.{name}, whose meaning is not known "
+                    "here: what it shows to tokens of other ranks can't be said")
 
 
 def _all(structures: Sequence[Structure]) -> Structure:
