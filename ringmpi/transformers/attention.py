@@ -63,7 +63,7 @@ def ring_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     if layer is not None:
         return layer.attend(query, key, value, known, scores, s_aux), None
     if known.replicated:
-        sequence.refuse(OptionError("position_ids: expected those of this rank's tokens, got the same on all ranks, which "
-                                    "a model makes up if it is given none; take what ringmpi.transformers.shard gives, "
-                                    "or a RingCache for tokens that all ranks have"))
+        sequence.refuse(OptionError("position_ids: expected those of this rank's tokens, got the same on all ranks, "
+                                    "which a model makes up if it is given none; take what ringmpi.transformers.shard "
+                                    "gives, or a RingCache for tokens that all ranks have"))
     return attend(sequence, query, key, value, scores, s_aux), None
