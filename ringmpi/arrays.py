@@ -82,6 +82,7 @@ def _view(x: Any, name: str) -> Any:
         raise DtypeError(f"{name}: expected an array without a mask of its own; fill it, or say what is seen by mask=")
     if isinstance(x, np.ndarray):
         return x
+    _check_tracer(x, name)
     _check_tensor(x, name)
     kind = _device_kind(x, name)
     if kind in CUDA:
@@ -95,6 +96,14 @@ def _view(x: Any, name: str) -> Any:
     if str(getattr(x, "dtype", "")) == "torch.bfloat16":     # a dtype that NumPy and DLPack can't name
         return np.asarray(x.view(sys.modules["torch"].int16)).view(BFLOAT16)
     return np.asarray(x) if hasattr(x, "__array__") or not hasattr(x, "__dlpack__") else np.from_dlpack(x)
+
+
+def _check_tracer(x: Any, name: str) -> None:
+    """Refuse what JAX has in place of an array while it traces a function: it has no numbers."""
+    jax: Any = sys.modules.get("jax")
+    if hasattr(jax, "core") and isinstance(x, jax.core.Tracer):
+        raise DtypeError(f"{name}: expected an array, got a tracer of JAX ({type(x).__name__}), which has no numbers "
+                         "yet; within jit and grad take ringmpi.jax.ring_attention")
 
 
 def _check_tensor(x: Any, name: str) -> None:

@@ -24,6 +24,7 @@ LAUNCHES = {
     "cuda_canonical": (("cuda_canonical",), (3,), (1, 2, 5)),
     "torch": (("torch", "sdpa"), (2,), (1, 4)),
     "transformers": (("transformers",), (4,), (1, 2, 3)),
+    "jax": (("jax",), (2,), (1, 4)),
     "second": (("second",), (3,), (1, 2, 4, 7)),
     "leaks": (("leaks",), (), (2,)),
     "redistribute": (("redistribute",), (), (5, 6, 8, 9)),
@@ -42,7 +43,7 @@ def cases():
 
 @pytest.mark.parametrize(("name", "ranks"), cases())
 def test_under_mpiexec(name, ranks, tmp_path):
-    needed = {"torch": "torch", "second": "torch", "transformers": "transformers"}.get(name)
+    needed = {"torch": "torch", "second": "torch", "transformers": "transformers", "jax": "jax"}.get(name)
     if needed and find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
     files = [HERE / f"test_mpi_{part}.py" for part in LAUNCHES[name][0]]

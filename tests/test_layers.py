@@ -32,7 +32,7 @@ LAYERS = [
     {"checkpoint"},
     {"attention"},
     {"analysis"},
-    {"functional", "job", "kv", "torch"},
+    {"functional", "jax", "job", "kv", "torch"},
     {"transformers"},
     {"commands"},
     {"cli"},

@@ -39,6 +39,15 @@ def test_the_training_example_runs(tmp_path):
     assert float(losses[0][2][1]) < float(losses[0][0][1])
 
 
+def test_the_jax_example_runs(tmp_path):
+    pytest.importorskip("jax")
+    (code,) = blocks("python", (ROOT / "docs/jax.rst").read_text())
+    (tmp_path / "jax_example.py").write_text(code)
+    result = launch.launch(2, [tmp_path / "jax_example.py"], folder=tmp_path / "said", timeout=180)
+    assert result.code == 0, result.text
+    assert all("(1000, 8, 64)" in text for text in result.ranks)
+
+
 def test_the_file_example_runs(tmp_path):
     example = next(block for block in blocks("bash") if "make random" in block)
     for line in example.splitlines():
