@@ -63,12 +63,22 @@ def library() -> str:
 
 def describe() -> str:
     """Describe the MPI library, its ranks and its thread level; say if the launcher started more ranks. Local."""
-    mpi = start(INFO_TIMEOUT)
-    size = mpi.COMM_WORLD.Get_size()
+    size = start(INFO_TIMEOUT).COMM_WORLD.Get_size()
+    apart = find_apart()
+    return f"{library()}; {size} rank(s), thread level {thread_level()}" + (apart and f"; {apart}")
+
+
+def thread_level() -> str:
+    """Name the thread level that MPI was initialised with. Local."""
+    mpi = load()
     levels = {mpi.THREAD_SINGLE: "single", mpi.THREAD_FUNNELED: "funneled", mpi.THREAD_SERIALIZED: "serialized",
               mpi.THREAD_MULTIPLE: "multiple"}
-    apart = _apart(size, launched_sizes()) if launched_together() else ""
-    return f"{library()}; {size} rank(s), thread level {levels[mpi.Query_thread()]}" + (apart and f"; {apart}")
+    return levels[mpi.Query_thread()]
+
+
+def find_apart() -> str:
+    """Say whether ranks that were started together do not know each other; empty if they do. Local."""
+    return _apart(load().COMM_WORLD.Get_size(), launched_sizes()) if launched_together() else ""
 
 
 def comm_world(timeout: float = TIMEOUT, expect_ranks: int | None = None) -> Any:
