@@ -8,6 +8,8 @@ from pathlib import Path
 import launch
 import pytest
 
+import ringmpi
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text()
 
@@ -46,6 +48,31 @@ def test_the_jax_example_runs(tmp_path):
     result = launch.launch(2, [tmp_path / "jax_example.py"], folder=tmp_path / "said", timeout=180)
     assert result.code == 0, result.text
     assert all("(1000, 8, 64)" in text for text in result.ranks)
+
+
+def test_errors_that_are_explained_exist():
+    """What troubleshooting.rst quotes are texts of the library, but for the numbers and names in them."""
+    source = "".join(path.read_text() for path in Path(ringmpi.__file__).parent.rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)                     # texts that go on in the next line
+    lines = [line for line in (ROOT / "docs/troubleshooting.rst").read_text().splitlines() if line.startswith("``")]
+    assert len(lines) >= 8
+    for line in lines:
+        parts = re.split(r"\.\.\.|\d+|[()]|striped|PMI_SIZE|node|of q|MiB| tokens| ranks? ", line.split("``")[1])
+        assert max(parts, key=len).strip(" ,:;") in source, line
+
+
+def test_the_pages_are_built(tmp_path):
+    """By Sphinx, without a warning: references, every public name's docstring, and every page in the contents."""
+    pytest.importorskip("sphinx")
+    pytest.importorskip("pydata_sphinx_theme")
+    for module in ("numpydoc", "torch", "transformers", "jax"):
+        pytest.importorskip(module)
+    made = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", ROOT / "docs",
+                           tmp_path], capture_output=True, text=True, timeout=300)
+    assert made.returncode == 0, made.stderr
+    text = (tmp_path / "api.html").read_text()
+    for name in ringmpi.__all__:
+        assert f'id="ringmpi.{name}"' in text or f'id="ringmpi.errors.{name}"' in text, name
 
 
 def test_the_file_example_runs(tmp_path):
