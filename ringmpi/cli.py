@@ -32,6 +32,7 @@ COMMANDS = {
     "clean": "remove what interrupted runs have left beside a result",
     "plan": "which schedule would be fast on a machine, and why",
     "info": "what would run here, and why not the rest",
+    "plot": "pictures of what a job did, and of who computes what",
     "demo": "real text to next-byte predictions, for growing context",
     "bench": "speed of the kernels and of the ring",
 }

@@ -23,7 +23,7 @@ LAYERS = [
     {"arrays", "backends"},
     {"checks"},
     {"call", "schedules"},
-    {"neighbourhood", "tiles"},
+    {"neighbourhood", "pictures", "tiles"},
     {"engine", "plan", "simulation"},
     {"left_out", "problem", "replicated"},
     {"forward"},
