@@ -14,3 +14,17 @@ html_copy_source = False
 numpydoc_show_class_members = False
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+
+
+def setup(app):
+    """Draw the pictures of docs/pictures.rst."""
+    from pathlib import Path
+
+    from ringmpi.layout import make
+    from ringmpi.mask import Mask
+    from ringmpi.pictures.draw import draw_pairs
+
+    folder = Path(app.srcdir) / "made"
+    folder.mkdir(exist_ok=True)
+    for layout in ("contiguous", "striped"):
+        draw_pairs(Mask(causal=True), make(layout, 64, 4), layout).savefig(folder / f"{layout}.svg")

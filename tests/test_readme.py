@@ -65,7 +65,7 @@ def test_the_pages_are_built(tmp_path):
     """By Sphinx, without a warning: references, every public name's docstring, and every page in the contents."""
     pytest.importorskip("sphinx")
     pytest.importorskip("pydata_sphinx_theme")
-    for module in ("numpydoc", "torch", "transformers", "jax"):
+    for module in ("numpydoc", "matplotlib", "torch", "transformers", "jax"):
         pytest.importorskip(module)
     made = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", ROOT / "docs",
                            tmp_path], capture_output=True, text=True, timeout=300)
