@@ -184,8 +184,8 @@ struct TileRowStats {
 // Of a row and a key: turn q . k into the weight that dv has; give p score', of which ds is made. PARTIAL: the row may
 // not see the key.
 template <bool PARTIAL, class A, class S>
-__device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& row_score, int column, int key, A scale,
-                          const S& score) {
+__device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& row_score, int column,
+                          const typename S::Key& key, A scale, const S& score) {
     A derivative = 1;
     const A x = score.apply(rounded_product(qk, scale), row_score, key, derivative);
     const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
@@ -197,7 +197,7 @@ __device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& 
 // The same: turn dout . v into ds, with what `weigh` gave.
 template <bool PARTIAL, class A, class S>
 __device__ inline void turn_to_ds(A& dout_v, A slope, const RowStats<A>& row, const typename S::Row& row_score,
-                                  int column, int key, const S& score) {
+                                  int column, const typename S::Key& key, const S& score) {
     const A ds = slope * (score.dropout_factor(row_score, key) * dout_v - row.delta);
     dout_v = !PARTIAL || row.sees.holds(column) ? ds : A{0};
 }
@@ -205,7 +205,7 @@ __device__ inline void turn_to_ds(A& dout_v, A slope, const RowStats<A>& row, co
 // Both for one pair.
 template <bool PARTIAL, class A, class S>
 __device__ inline void differentiate(A& qk, A& dout_v, const RowStats<A>& row, const typename S::Row& row_score,
-                                     int column, int key, A scale, const S& score) {
+                                     int column, const typename S::Key& key, A scale, const S& score) {
     const A slope = weigh<PARTIAL>(qk, row, row_score, column, key, scale, score);
     turn_to_ds<PARTIAL>(dout_v, slope, row, row_score, column, key, score);
 }

@@ -43,12 +43,12 @@ struct Handed {
 __device__ inline void meet_other(int pair) { named_barrier_sync(1 + pair, 64); }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool CANONICAL>
+          bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 64 * PAIRS, PAIR_ROWS = 16 * HEIGHT, ROWS = PAIR_ROWS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -155,12 +155,12 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool CANONICAL>
+          bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 64 * PAIRS, PAIR_KEYS = 16 * HEIGHT, KEYS = PAIR_KEYS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;

@@ -34,11 +34,12 @@ struct Sums {
     }
 };
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
             const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS>;
+    using S = Score<float, FUNCTIONS, BIAS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, ROWS = HEIGHT * LANES, EACH = KEYS / 16;
     constexpr int STRIDE_P = padded_weights(KEYS);
@@ -90,7 +91,8 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
-            const int column = start + L::other(j), key = score.key(column);
+            const int column = start + L::other(j);
+            const typename S::Key key = score.key(column);
 #pragma unroll
             for (int i = 0; i < HEIGHT; ++i) {
                 differentiate<PARTIAL>(qk[i][j], dout_v[i][j], row_stats[i], row_score[i], column, key, problem.scale,
@@ -118,11 +120,12 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     put();
 }
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
               const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS>;
+    using S = Score<float, FUNCTIONS, BIAS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16, STRIDE_P = padded_weights(ROWS);
     using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;

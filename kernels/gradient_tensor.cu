@@ -12,12 +12,12 @@
 #include "gradient.cuh"
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
-          bool FUNCTIONS, bool CANONICAL>
+          bool FUNCTIONS, bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -72,7 +72,8 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int column = column_of(start, n, i), key = score.key(column);
+                const int column = column_of(start, n, i);
+                const typename S::Key key = score.key(column);
 #pragma unroll
                 for (int m = 0; m < HEIGHT; ++m)
                     differentiate<PARTIAL>(qk[m][n][i], dout_v[m][n][i], row_stats[m][i / 2], row_score[m][i / 2],
@@ -99,12 +100,12 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 }
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, int HEIGHT, int ROWS, int STAGES,
-          int BYTES, bool FUNCTIONS, bool CANONICAL>
+          int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;

@@ -66,7 +66,6 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
     kind : Kind
     """
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
-    plain = kind.plain
     if kind.canonical:
         rows = MANY_ROWS
     if dtype == np.float32:
@@ -85,7 +84,7 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
     else:
         wide = (4, 2, 64, 2) if kind != PLAIN else (4, 2, 48, 2) if max(dims) > 64 else (4, 2, 96, 2)
         tiles = [wide, (4, 2, 64, 2), (4, 2, 32, 2)]
-    most = CANONICAL_TILE if plain else 16 if dtype == np.float64 else 32
+    most = CANONICAL_TILE if not kind.narrow else 16 if dtype == np.float64 else 32
     return [_tensor(dtype, dims, tile, align, kind) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
 
 
@@ -98,7 +97,7 @@ def _simt_tiles(dim_v: int, rows: int, kind: Kind) -> list[Tile]:
     wide = [Tile(16, 8, 80)] if kind == PLAIN and 64 < dim_v <= 128 else []
     tall = [*wide, Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
     tiles = [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
-    return [tile for tile in tiles if kind.plain or tile.others <= 32]
+    return [tile for tile in tiles if not kind.narrow or tile.others <= 32]
 
 
 def _sixteens(n: int) -> int:
@@ -140,7 +139,7 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
     elif max(dims) <= 64:
         tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
-        tiles = [(4, 2, 32, 2) if kind.plain else (4, 1, 64, 2), (4, 1, 32, 2)]
+        tiles = [(4, 1, 64, 2) if kind.narrow else (4, 2, 32, 2), (4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
