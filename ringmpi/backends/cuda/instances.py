@@ -173,6 +173,20 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
             for columns in launches]
 
 
+def dbias_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind) -> list[Kernel]:
+    """List the kernels for the gradient of a bias of the keys; as `dq_kernels`. Local."""
+    dims = Dims(_sixteens(dim), _sixteens(dim_v))
+    if dtype == np.float32:
+        return [_simt_gradient("dbias", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]
+    if dtype == np.float64:
+        tiles = [*FLOAT64_GRADIENT_TILES]
+    elif max(dims) <= 128:
+        tiles = [(4, 2, 32, 2), (4, 1, 32, 2)]
+    else:
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
+    return [_tensor_gradient("dbias", dtype, dims, (), Tile(*tile), align, kind) for tile in tiles]
+
+
 def _in_pairs(dtype: np.dtype[Any], dims: Dims) -> bool:
     """Say whether pairs of warps differentiate: where a warp's registers hold too little, and each can have half."""
     return dtype == np.float64 and dims.qk == dims.v > 64 and _slice(dims.qk, SLICE_FLOAT64) % 32 == 0
@@ -201,13 +215,13 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     own = 16 * tile.height * tile.lanes
     coming = tile.stages * tile.others
     pad = 4 if dtype == np.float64 else 8
-    row_stats = 2 * max(4, dtype.itemsize) + 8 if gradient == "dkdv" else 0
+    row_stats = 0 if gradient == "dq" else 2 * max(4, dtype.itemsize) + 8
     shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats
     blocks = 2 if tile.lanes == 4 and dtype != np.float64 and max(dims) <= 128 else 1
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
     return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
-                  shared_bytes, max(columns), blocks)
+                  shared_bytes, max(columns, default=0), blocks)
 
 
 def _paired_gradient(gradient: str, dim: int, columns: int, tile: Tile, align: int, kind: Kind) -> Kernel:
@@ -223,8 +237,8 @@ def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind
     """Give an instance of gradient_simt.cu."""
     own = tile.height * tile.lanes
     coming = tile.stages * tile.others
-    weights = (2 if gradient == "dkdv" else 1) * own * _padded_weights(tile.others)
-    row_stats = 4 * coming if gradient == "dkdv" else 0
+    weights = {"dq": 1, "dkdv": 2, "dbias": 0}[gradient] * own * _padded_weights(tile.others)
+    row_stats = 0 if gradient == "dq" else 4 * coming
     numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, *kind.flags())), rows, keys,
