@@ -261,7 +261,7 @@ class Call:
         self.q, self.k, self.v = (backend.to_device(x) for x in (self.q, self.k, self.v))
         if self.key_bias is not None:
             if self.on_gpu and self.leaves_out:
-                left_out = np.isneginf(self.key_bias).all(axis=2)
+                left_out = _left_out(self.key_bias)
                 self.k, self.v = (backend.without_left_out(x, left_out) for x in (self.k, self.v))
             self.key_bias = backend.to_device(self.key_bias)
         self.make_results(backend, acc_dtype)
@@ -450,9 +450,14 @@ def _place(arrays: dict[str, Array]) -> int:
     return places[0]
 
 
+def _left_out(key_bias: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say which keys a bias leaves out for all heads."""
+    return np.asarray(np.isneginf(key_bias).all(axis=2))
+
+
 def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
     """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite."""
-    left_out = np.isneginf(key_bias).all(axis=2)
+    left_out = _left_out(key_bias)
     if np.isfinite(x[left_out]).all():                                       # 0 x NaN is NaN: padding may be anything
         return x
     x = x.copy()

@@ -24,11 +24,14 @@ ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 *
 MOST_SPILLED = {"installed": dict.fromkeys(ARCHITECTURES, 192),
                 OLDER: {"sm_80": 160, "sm_90a": 192, "sm_100": 600}}
 STATE = ["visible_columns",
-         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows") for kind in ("float", "double")),
+         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows", "add_heads",
+                                                     "lse_for_weights") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
-         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float"))]
+         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float")),
+         *(f"{kernel}<{kind}>" for kernel in ("find_not_finite", "clear_rows")
+           for kind in ("bfloat16", "float16", "float", "double"))]
 # Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions; where dim
 # is 128 of both in canonical order too.
 GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),

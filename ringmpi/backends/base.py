@@ -234,9 +234,9 @@ class Backend:
         finish(state, seen, out, lse)
 
     def lse_for_weights(self, lse: Any) -> Any:
-        """Give lse with inf for -inf of a row whose keys a bias leaves out: a weight is exp(-inf - inf) = 0 then. Local.
+        """Give lse with inf for -inf, which `backward` wants with a bias. Local.
 
-        `backward` is given such an lse where a bias leaves keys out.
+        Of a row whose keys are all left out a weight is exp(-inf - inf) = 0 then.
         """
         return np.where(np.isneginf(lse), lse.dtype.type(np.inf), lse)
 

@@ -79,6 +79,8 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
+    elif max(dims) > 64 and kind.biased and not kind.plain:       # two rows of 16 to a warp are too many for registers
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2)]
     elif rows <= 64:
         tiles = [(4, 1, 64, 2), (4, 1, 32, 2)]
     else:
