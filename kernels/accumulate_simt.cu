@@ -10,14 +10,6 @@
 #include "score.cuh"
 #include "softmax.cuh"
 
-__device__ inline float across_row(float x, float (*both)(float, float)) {
-#pragma unroll
-    for (int mask = 1; mask < 16; mask *= 2) x = both(x, __shfl_xor_sync(ALL_LANES, x, mask));
-    return x;
-}
-
-__device__ inline float added(float a, float b) { return a + b; }
-
 template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, class S, bool CANONICAL>
 struct ThreadRows : Lanes<ROW_LANES> {
     using Lanes<ROW_LANES>::lane;
@@ -85,7 +77,7 @@ struct ThreadRows : Lanes<ROW_LANES> {
                 const int column = start + other(j);
                 seen[j] = !PARTIAL || sees[i].holds(column);
                 s[i][j] = rounded_product(s[i][j], factor);
-                if constexpr (S::FUNCTIONS)
+                if constexpr (!S::PLAIN)
                     s[i][j] = rounded_product(score.apply(s[i][j], row_score[i], score.key(column)),
                                               static_cast<float>(LOG2_E));
                 if (!seen[j]) s[i][j] = -infinity(0.0f);
@@ -138,12 +130,12 @@ struct ThreadRows : Lanes<ROW_LANES> {
     }
 };
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool CANONICAL>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(16 * ROW_LANES)
 accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
            const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
-    using S = Score<float, FUNCTIONS>;
+    using S = Score<float, FUNCTIONS, BIAS>;
     using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S, CANONICAL>;
     static_assert(ROWS <= THREADS, "one interval a thread");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
@@ -185,7 +177,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     }
 
     const S score(problem);
-    const float factor = S::FUNCTIONS ? problem.scale : rounded_product(problem.scale, static_cast<float>(LOG2_E));
+    const float factor = S::PLAIN ? rounded_product(problem.scale, static_cast<float>(LOG2_E)) : problem.scale;
     State state;
     state.load(arrays, problem, rows, part, score);
 

@@ -121,7 +121,7 @@ struct WarpRows {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int column = column_of(start, n, i);
-                    if constexpr (S::FUNCTIONS)
+                    if constexpr (!S::PLAIN)
                         s[m][n][i] = score.apply(rounded_product(s[m][n][i], problem.scale), row_score[m][i / 2],
                                                  score.key(column));
                     if (PARTIAL && !sees[m][i / 2].holds(column)) s[m][n][i] = -infinity(A{});
@@ -142,13 +142,13 @@ struct WarpRows {
 
 // `arrays` is not __grid_constant__ as `problem` is: ptxas spills less so.
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool CANONICAL>
+          bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
 accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
            const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
@@ -195,7 +195,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     WarpRows<T, DIM_V, HEIGHT, S, CANONICAL> state;
     state.load(arrays, dim_v, rows, mine, interval, score);
 
-    if (!S::FUNCTIONS && tiles && !(problem.scale > 0)) {
+    if (S::PLAIN && tiles && !(problem.scale > 0)) {
         copy_commit();
         copy_wait<0>();
         __syncthreads();                           // Q is here

@@ -11,9 +11,11 @@ struct Problem {
     const int *begin, *end;        // (n_q,): query i sees columns begin[i] <= j < end[i], within 0 .. n_k
     const void* packed_score;      // with FUNCTIONS: a PackedScore; see score.cuh
     A scale;                       // factor of the scores q . k
-    A factor;                      // |scale| / ln 2, > 0: 1 / ln 2 if it is 0, or with FUNCTIONS
+    A factor;                      // |scale| / ln 2, > 0: 1 / ln 2 if it is 0, or scores are not plain
     int n_q, n_k, kv_heads, group; // head h of kv_heads * group uses key head h / group
     int dim, dim_v;                // columns of q and k; columns of v that this launch works on
+    const A* key_bias;             // with BIAS: (n_k, bias_heads), finite or -infinity
+    int bias_heads;                // 1, or kv_heads * group
 };
 
 // The state of the queries. If `fresh`, what the arrays hold is left out, and each part of the columns is written to

@@ -8,12 +8,15 @@
 // Two kernels do it, each with sums of its own in registers: gradient_dq has a tile of rows and goes through the
 // keys, for dq; gradient_dkdv has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
 // made twice, 7 products in place of 5; but nothing is added by atomics, and no memory is needed for parts: the result
-// depends on the arguments alone. CANONICAL: what CANONICAL_TILE keys, or queries, give is summed up by itself and added
-// to what is there, so that it does not show where blocks are cut; see README.rst.
+// depends on the arguments alone. With BIAS a third one, gradient_dbias, has a tile of keys and goes through the rows
+// of one head, for p (m (dout . v) - delta), which is the gradient of the bias: two products more. CANONICAL: what
+// CANONICAL_TILE keys, or queries, give is summed up by itself and added to what is there, so that it does not show
+// where blocks are cut; see README.rst.
 //
 //   dq       (n_q, heads, dim)       gradient so far, float (double for double), read and written
 //   dk       (n_k, kv_heads, dim)    the same
 //   dv       (n_k, kv_heads, dim_v)  the same
+//   dbias    (n_k, heads)            the same; what the heads that share a bias add to it is summed up afterwards
 //   inputs   q, k, v and dout, lse and delta; see arguments.cuh
 //   visible  (tiles of rows,)        what the rows of each tile see, from `visible_columns` of state.cu
 //   problem  what there is besides; see arguments.cuh
@@ -53,6 +56,21 @@ public:
     __device__ int query(int row) const { return first_query + queries_on(row); }
     __device__ int head(int row) const { return first_head + past + row - queries_on(row) * group; }
     __device__ long long state_row(int row) const { return static_cast<long long>(query(row)) * heads + head(row); }
+};
+
+// The rows of a tile, of one head.
+struct HeadRows {
+    int heads, this_head, first, rows;
+
+    template <class A>
+    __device__ HeadRows(const Problem<A>& problem, int head, int first)
+        : heads(problem.kv_heads * problem.group), this_head(head), first(first), rows(problem.n_q - first) {}
+
+    __device__ int count() const { return rows; }
+    __device__ bool contains(int row) const { return row < rows; }
+    __device__ int query(int row) const { return first + row; }
+    __device__ int head(int) const { return this_head; }
+    __device__ long long state_row(int row) const { return static_cast<long long>(query(row)) * heads + this_head; }
 };
 
 // Tiles of two arrays side by side in shared memory, Q and dout, or K and V. Padding says how far apart rows are.
@@ -164,9 +182,9 @@ struct TileRowStats {
     A lse[ROWS], delta[ROWS];
     int begin[ROWS], end[ROWS];
 
-    // Start to copy it; a row that is not there sees nothing.
-    template <int THREADS, class T>
-    __device__ void copy(const GradientInputs<T>& inputs, const TileRows& rows, const Problem<A>& problem) {
+    // Start to copy it; a row that is not there sees nothing. R: TileRows or HeadRows.
+    template <int THREADS, class R, class T>
+    __device__ void copy(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem) {
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
             const bool there = rows.contains(r);
             const long long at = there ? rows.state_row(r) : 0;
@@ -181,15 +199,21 @@ struct TileRowStats {
     __device__ RowStats<A> row(int r) const { return {lse[r], delta[r], {begin[r], end[r]}}; }
 };
 
+// The weight of a score, before dropout.
+template <class A>
+__device__ inline A known_weight(A x, A lse) {
+    const A shift = x - lse;                   // above 0 by rounding alone, which is far where scores are huge
+    return exponential(shift > 0 ? A{0} : shift);
+}
+
 // Of a row and a key: turn q . k into the weight that dv has; give p score', of which ds is made. PARTIAL: the row may
 // not see the key.
 template <bool PARTIAL, class A, class S>
-__device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& row_score, int column, int key, A scale,
-                          const S& score) {
+__device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& row_score, int column,
+                          const typename S::Key& key, A scale, const S& score) {
     A derivative = 1;
     const A x = score.apply(rounded_product(qk, scale), row_score, key, derivative);
-    const A shift = x - row.lse;               // above 0 by rounding alone, which is far where scores are huge
-    const A p = exponential(shift > 0 ? A{0} : shift);
+    const A p = known_weight(x, row.lse);
     qk = !PARTIAL || row.sees.holds(column) ? p * score.dropout_factor(row_score, key) : A{0};
     return p * derivative;
 }
@@ -197,7 +221,7 @@ __device__ inline A weigh(A& qk, const RowStats<A>& row, const typename S::Row& 
 // The same: turn dout . v into ds, with what `weigh` gave.
 template <bool PARTIAL, class A, class S>
 __device__ inline void turn_to_ds(A& dout_v, A slope, const RowStats<A>& row, const typename S::Row& row_score,
-                                  int column, int key, const S& score) {
+                                  int column, const typename S::Key& key, const S& score) {
     const A ds = slope * (score.dropout_factor(row_score, key) * dout_v - row.delta);
     dout_v = !PARTIAL || row.sees.holds(column) ? ds : A{0};
 }
@@ -205,9 +229,18 @@ __device__ inline void turn_to_ds(A& dout_v, A slope, const RowStats<A>& row, co
 // Both for one pair.
 template <bool PARTIAL, class A, class S>
 __device__ inline void differentiate(A& qk, A& dout_v, const RowStats<A>& row, const typename S::Row& row_score,
-                                     int column, int key, A scale, const S& score) {
+                                     int column, const typename S::Key& key, A scale, const S& score) {
     const A slope = weigh<PARTIAL>(qk, row, row_score, column, key, scale, score);
     turn_to_ds<PARTIAL>(dout_v, slope, row, row_score, column, key, score);
+}
+
+// What such a pair adds to the gradient of the key's bias: ds, but for the derivative of the score.
+template <bool PARTIAL, class A, class S>
+__device__ inline A bias_gradient(A qk, A dout_v, const RowStats<A>& row, const typename S::Row& row_score, int column,
+                                  const typename S::Key& key, A scale, const S& score) {
+    const A p = known_weight(score.apply(rounded_product(qk, scale), row_score, key), row.lse);
+    const A share = p * (score.dropout_factor(row_score, key) * dout_v - row.delta);
+    return !PARTIAL || row.sees.holds(column) ? share : A{0};
 }
 
 // The first tile of rows from number `from` on of which any row may see one of the keys; `count` if there is none. All
@@ -263,4 +296,32 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
         copy_commit();
         work(tile, stage);
     }
+}
+
+// Go through the tiles of rows of which any may see one of `all`, the keys of the block: `rows_of(tile)` are its rows,
+// what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
+// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another CANONICAL_TILE
+// queries, of `group` rows each. All threads of the block.
+template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
+          class RowsOf, class Begin, class Work>
+__device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, const GradientInputs<T>& inputs,
+                                     const Problem<A>& problem, const VisibleColumns* visible, int group, Interval all,
+                                     Interval keys, RowsOf rows_of, Begin begin, Work work) {
+    const int tiles = (problem.n_q * group + ROWS - 1) / ROWS;
+    auto load = [&](int tile, int stage) {
+        const auto rows = rows_of(tile);
+        memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
+        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+    };
+    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(group);
+    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
+                      [&](int tile, int stage) {
+        if (canonical_tiles.begins(tile)) begin();
+        const VisibleColumns of_tile = visible[tile];
+        const int count = keys.high - keys.low;
+        if (count <= 0 || of_tile.skips(keys.low, count)) return;
+        const auto rows = rows_of(tile);
+        if (!CANONICAL && of_tile.full(keys.low, count)) work(False{}, memory.other(stage), row_stats[stage], rows);
+        else work(True{}, memory.other(stage), row_stats[stage], rows);
+    });
 }

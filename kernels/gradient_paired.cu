@@ -43,12 +43,12 @@ struct Handed {
 __device__ inline void meet_other(int pair) { named_barrier_sync(1 + pair, 64); }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool CANONICAL>
+          bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 64 * PAIRS, PAIR_ROWS = 16 * HEIGHT, ROWS = PAIR_ROWS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -155,12 +155,12 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool CANONICAL>
+          bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 64 * PAIRS, PAIR_KEYS = 16 * HEIGHT, KEYS = PAIR_KEYS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
@@ -171,7 +171,6 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
     const int warp = threadIdx.x / 32, pair = warp % PAIRS, lane = threadIdx.x % 32, mine = pair * PAIR_KEYS;
     const bool first = warp < PAIRS;
     const int slice = blockIdx.z * COLUMNS, kv_head = blockIdx.y, first_key = blockIdx.x * KEYS;
-    const int tiles = (problem.n_q * problem.group + ROWS - 1) / ROWS;
     const Interval all{first_key, min(first_key + KEYS, problem.n_k)};
     const Interval keys{first_key + mine, min(first_key + mine + PAIR_KEYS, problem.n_k)};     // of this pair
 
@@ -230,24 +229,11 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         }
         multiply<PARTIAL, T>(acc, s, first ? other.tile_v : other.tile, Other::STRIDE, slice);
     };
-    auto load = [&](int tile, int stage) {
-        const TileRows rows = rows_of(tile);
-        memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
-        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+    auto begin = [&] {
+        put();
+        clear(acc);
     };
-    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(problem.group);
-    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
-                      [&](int tile, int stage) {
-        if (canonical_tiles.begins(tile)) {
-            put();
-            clear(acc);
-        }
-        const VisibleColumns of_tile = visible[tile];
-        const int count = keys.high - keys.low;
-        if (count <= 0 || of_tile.skips(keys.low, count)) return;
-        const TileRows rows = rows_of(tile);
-        if (!CANONICAL && of_tile.full(keys.low, count)) add(False{}, memory.other(stage), row_stats[stage], rows);
-        else add(True{}, memory.other(stage), row_stats[stage], rows);
-    });
+    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+                                                           all, keys, rows_of, begin, add);
     put();
 }

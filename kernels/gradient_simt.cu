@@ -4,7 +4,8 @@
 // gradient_dq: grid (ceil(n_q group / ROWS), kv_heads) of 16 LANES threads; ROWS = HEIGHT LANES.
 // gradient_dkdv: grid (ceil(n_k / KEYS), kv_heads); KEYS = HEIGHT LANES. Threads have what Lanes says. Dynamic shared
 // memory: of Q and dout, or K and V, the rows of the block; STAGES times the tile of the others; ds, and for
-// gradient_dkdv the weights and STAGES TileRowStats; padded as in lanes.cuh.
+// gradient_dkdv the weights and STAGES TileRowStats; padded as in lanes.cuh. gradient_dbias: grid (ceil(n_k / KEYS),
+// heads), else as gradient_dkdv but without ds and weights; `visible` is of tiles of the rows of one head.
 // DIM, DIM_V and tiles are multiples of 16; LANES is even.
 
 #include "gradient.cuh"
@@ -34,11 +35,12 @@ struct Sums {
     }
 };
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
             const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS>;
+    using S = Score<float, FUNCTIONS, BIAS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, ROWS = HEIGHT * LANES, EACH = KEYS / 16;
     constexpr int STRIDE_P = padded_weights(KEYS);
@@ -90,7 +92,8 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
-            const int column = start + L::other(j), key = score.key(column);
+            const int column = start + L::other(j);
+            const typename S::Key key = score.key(column);
 #pragma unroll
             for (int i = 0; i < HEIGHT; ++i) {
                 differentiate<PARTIAL>(qk[i][j], dout_v[i][j], row_stats[i], row_score[i], column, key, problem.scale,
@@ -118,18 +121,19 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     put();
 }
 
-template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool CANONICAL>
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
               const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS>;
+    using S = Score<float, FUNCTIONS, BIAS>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16, STRIDE_P = padded_weights(ROWS);
     using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
     using Other = typename Tiles::Other;
     using Stats = TileRowStats<float, ROWS>;
-    const int kv_head = blockIdx.y, first = blockIdx.x * KEYS, tiles = (problem.n_q * problem.group + ROWS - 1) / ROWS;
+    const int kv_head = blockIdx.y, first = blockIdx.x * KEYS;
     const Interval keys{first, min(first + KEYS, problem.n_k)};
     static_assert(!CANONICAL || CANONICAL_TILE % ROWS == 0, "blocks begin at whole tiles");
 
@@ -175,22 +179,68 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
         L::template multiply<PARTIAL, ROWS>(sums_v.acc, p_tile, STRIDE_P, other.tile_v, Other::STRIDE_V, 0);
         L::template multiply<PARTIAL, ROWS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
     };
-    auto load = [&](int tile, int stage) {
-        const TileRows rows = rows_of(tile);
-        memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
-        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+    auto begin = [&] {
+        put();
+        sums = DkSums{};
+        sums_v = DvSums{};
     };
-    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(problem.group);
-    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, keys); }, load,
-                      [&](int tile, int stage) {
-        if (canonical_tiles.begins(tile)) {
-            put();
-            sums = DkSums{};
-            sums_v = DvSums{};
+    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+                                                           keys, keys, rows_of, begin, add);
+    put();
+}
+
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool CANONICAL>
+__global__ void __launch_bounds__(16 * LANES)
+gradient_dbias(float* dbias, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
+               const __grid_constant__ Problem<float> problem) {
+    using S = Score<float, FUNCTIONS, BIAS>;
+    using L = Lanes<LANES>;
+    constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16;
+    using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    using Stats = TileRowStats<float, ROWS>;
+    const int head = blockIdx.y, first = blockIdx.x * KEYS;
+    const Interval keys{first, min(first + KEYS, problem.n_k)};
+    static_assert(!CANONICAL || CANONICAL_TILE % ROWS == 0, "blocks begin at whole tiles");
+
+    const Tiles memory;
+    Stats* const row_stats = reinterpret_cast<Stats*>(memory.end());
+    const Own own = memory.own();
+    own.template copy_keys<BYTES, THREADS>(inputs, head / problem.group, first, problem.n_k - first, problem);
+
+    // Sum up what tile after tile of rows gives: of each key, a lane has its share of the rows.
+    const S score(problem);
+    auto rows_of = [&](int tile) { return HeadRows(problem, head, tile * ROWS); };
+    float sums[HEIGHT] = {};
+    auto put = [&] {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            const float whole = across_row(sums[i], added);
+            float* const at = key_row(dbias, problem.group, first + L::row(i), 0, problem);
+            if (at && L::lane() == 0) at[head] += whole;
+            sums[i] = 0;
         }
-        const bool full = !CANONICAL && visible[tile].full(keys.low, keys.high - keys.low);
-        if (full) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
-        else add(True{}, memory.other(stage), row_stats[stage], rows_of(tile));
-    });
+    };
+    auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
+        constexpr bool PARTIAL = decltype(partial)::value;
+        float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
+        L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Own::STRIDE);
+        L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const RowStats<float> row = stats.row(L::other(j));
+            const typename S::Row row_score = score.row(rows, L::other(j));
+#pragma unroll
+            for (int i = 0; i < HEIGHT; ++i) {
+                const int column = first + L::row(i);
+                sums[i] += bias_gradient<PARTIAL>(qk[i][j], dout_v[i][j], row, row_score, column, score.key(column),
+                                                  problem.scale, score);
+            }
+        }
+    };
+    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys, keys,
+                                                           rows_of, put, add);
     put();
 }

@@ -5,19 +5,22 @@
 // block has COLUMNS columns of dq, those of its slice. gradient_dkdv: grid (ceil(n_k / KEYS), kv_heads, slices); KEYS =
 // 16 HEIGHT WARPS; a block has COLUMNS columns of dk and COLUMNS_V of dv, 0 of one of them if both are too many for its
 // registers; if there are several slices, either is 0. Dynamic shared memory: of Q and dout, or K and V, the rows of
-// the block; STAGES times the tile of the others; for gradient_dkdv STAGES TileRowStats; rows padded as Fragments says.
+// the block; STAGES times the tile of the others; but for gradient_dq STAGES TileRowStats; rows padded as Fragments
+// says. gradient_dbias: grid (ceil(n_k / KEYS), heads), else as gradient_dkdv; `visible` is of tiles of the rows of one
+// head.
 // DIM, DIM_V, COLUMNS and tiles are multiples of 16.
 
 #include "fragments.cuh"
 #include "gradient.cuh"
+#include "softmax.cuh"
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
-          bool FUNCTIONS, bool CANONICAL>
+          bool FUNCTIONS, bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -72,7 +75,8 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int column = column_of(start, n, i), key = score.key(column);
+                const int column = column_of(start, n, i);
+                const typename S::Key key = score.key(column);
 #pragma unroll
                 for (int m = 0; m < HEIGHT; ++m)
                     differentiate<PARTIAL>(qk[m][n][i], dout_v[m][n][i], row_stats[m][i / 2], row_score[m][i / 2],
@@ -99,19 +103,19 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 }
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, int HEIGHT, int ROWS, int STAGES,
-          int BYTES, bool FUNCTIONS, bool CANONICAL>
+          int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS>;
+    using S = Score<A, FUNCTIONS, BIAS>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
     using Other = typename Tiles::Other;
     using Stats = TileRowStats<A, ROWS>;
     const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_KEYS, kv_head = blockIdx.y;
-    const int first = blockIdx.x * KEYS, tiles = (problem.n_q * problem.group + ROWS - 1) / ROWS;
+    const int first = blockIdx.x * KEYS;
     const int slice = blockIdx.z * (COLUMNS ? COLUMNS : COLUMNS_V);
     const Interval all{first, min(first + KEYS, problem.n_k)};
     const Interval keys{first + mine, min(first + mine + WARP_KEYS, problem.n_k)};     // of this warp
@@ -158,24 +162,78 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         if constexpr (COLUMNS_V != 0) multiply<PARTIAL, T>(acc_v, qk, other.tile_v, Other::STRIDE_V, slice);
         if constexpr (COLUMNS != 0) multiply<PARTIAL, T>(acc, dout_v, other.tile, Other::STRIDE, slice);
     };
-    auto load = [&](int tile, int stage) {
-        const TileRows rows = rows_of(tile);
-        memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
-        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+    auto begin = [&] {
+        put();
+        clear(acc);
+        clear(acc_v);
     };
-    CanonicalTiles<CANONICAL, ROWS> canonical_tiles(problem.group);
-    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
-                      [&](int tile, int stage) {
-        if (canonical_tiles.begins(tile)) {
-            put();
-            clear(acc);
-            clear(acc_v);
-        }
-        const VisibleColumns of_tile = visible[tile];
-        const int count = keys.high - keys.low;
-        if (count <= 0 || of_tile.skips(keys.low, count)) return;
-        if (!CANONICAL && of_tile.full(keys.low, count)) add(False{}, memory.other(stage), row_stats[stage], rows_of(tile));
-        else add(True{}, memory.other(stage), row_stats[stage], rows_of(tile));
-    });
+    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+                                                           all, keys, rows_of, begin, add);
+    put();
+}
+
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
+          bool BIAS, bool CANONICAL>
+__global__ void __launch_bounds__(32 * WARPS)
+gradient_dbias(Accumulator<T>* dbias, const __grid_constant__ GradientInputs<T> inputs, const VisibleColumns* visible,
+               const __grid_constant__ Problem<Accumulator<T>> problem) {
+    using A = Accumulator<T>;
+    using S = Score<A, FUNCTIONS, BIAS>;
+    constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
+    using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    using Stats = TileRowStats<A, ROWS>;
+    const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_KEYS;
+    const int head = blockIdx.y, first = blockIdx.x * KEYS;
+    const Interval all{first, min(first + KEYS, problem.n_k)};
+    const Interval keys{first + mine, min(first + mine + WARP_KEYS, problem.n_k)};     // of this warp
+    static_assert(!CANONICAL || CANONICAL_TILE % ROWS == 0, "blocks begin at whole tiles");
+
+    const Tiles memory;
+    Stats* const row_stats = reinterpret_cast<Stats*>(memory.end());
+    const Own own = memory.own();
+    own.template copy_keys<BYTES, THREADS>(inputs, head / problem.group, first, problem.n_k - first, problem);
+
+    // Sum up what tile after tile of rows gives: of each key, a lane has its share of the rows.
+    const S score(problem);
+    auto rows_of = [&](int tile) { return HeadRows(problem, head, tile * ROWS); };
+    A sums[HEIGHT][2] = {};
+    auto put = [&] {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const A whole = sum_of_row(sums[m][h]);
+                A* const at = key_row(dbias, problem.group, keys.low + 16 * m + 8 * h + lane / 4, 0, problem);
+                if (at && lane % 4 == 0) at[head] += whole;
+                sums[m][h] = 0;
+            }
+    };
+    auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
+        constexpr bool PARTIAL = decltype(partial)::value;
+        A qk[HEIGHT][ROWS / 8][4] = {}, dout_v[HEIGHT][ROWS / 8][4] = {};
+        multiply_transposed<DIM>(qk, own.tile, mine, other.tile, Own::STRIDE);
+        multiply_transposed<DIM_V>(dout_v, own.tile_v, mine, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; ++n)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int r = column_of(0, n, j);
+                const RowStats<A> row = stats.row(r);
+                const typename S::Row row_score = score.row(rows, r);
+#pragma unroll
+                for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int column = keys.low + 16 * m + 8 * h + lane / 4;
+                        sums[m][h] += bias_gradient<PARTIAL>(qk[m][n][2 * h + j], dout_v[m][n][2 * h + j], row,
+                                                             row_score, column, score.key(column), problem.scale,
+                                                             score);
+                    }
+            }
+    };
+    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all, keys,
+                                                           rows_of, put, add);
     put();
 }

@@ -19,6 +19,15 @@ __device__ constexpr int vectors_of(int columns) { return columns / 16 / vector_
 template <int VECTOR>
 struct alignas(4 * VECTOR) Vector { float x[VECTOR]; };
 
+// What both make of the numbers that the lanes of a row have.
+__device__ inline float across_row(float x, float (*both)(float, float)) {
+#pragma unroll
+    for (int mask = 1; mask < 16; mask *= 2) x = both(x, __shfl_xor_sync(ALL_LANES, x, mask));
+    return x;
+}
+
+__device__ inline float added(float a, float b) { return a + b; }
+
 template <int ROW_LANES>
 struct Lanes {
     __device__ static constexpr int stride(int dim) { return padded(dim); }

@@ -1,5 +1,6 @@
 // What becomes of a product q . k before the softmax, and of a weight after it: score functions, as ringmpi/score.py
-// defines them. A kernel takes a Score of one of two kinds: the plain one has nothing to keep and nothing to do.
+// defines them, and the bias of a key. A kernel takes a Score with the one, the other, both or neither: a plain one has
+// nothing to keep and nothing to do.
 #pragma once
 
 #include "arguments.cuh"
@@ -26,23 +27,23 @@ __device__ inline unsigned random_word(unsigned key, int i, int j) {
     return low;
 }
 
-template <class A, bool WITH_FUNCTIONS>
-struct Score {
-    static constexpr bool FUNCTIONS = false;
+// Softcap, slopes and dropout; nothing unless THERE.
+template <class A, bool THERE>
+struct ScoreFunctions {
     struct Row {};
-    __device__ explicit Score(const Problem<A>&) {}
+    struct Key {};
+    __device__ explicit ScoreFunctions(const Problem<A>&) {}
     template <class R>
     __device__ Row row(const R&, int) const { return {}; }
-    __device__ int key(int) const { return 0; }
-    __device__ A apply(A x, const Row&, int) const { return x; }
-    __device__ A apply(A x, const Row&, int, A&) const { return x; }
-    __device__ A dropout_factor(const Row&, int) const { return 1; }
+    __device__ Key key(int) const { return {}; }
+    __device__ A apply(A x, const Row&, const Key&, A&) const { return x; }
+    __device__ A dropout_factor(const Row&, const Key&) const { return 1; }
 };
 
 template <class A>
-struct Score<A, true> {
-    static constexpr bool FUNCTIONS = true;
+struct ScoreFunctions<A, true> {
     struct Row { A slope; unsigned dropout_key; int position; };
+    struct Key { int position; };
     PackedScore<A> header;
     A inverse;                 // of softcap
     const A* slopes;
@@ -50,14 +51,13 @@ struct Score<A, true> {
     const int *queries, *keys;
     int last_key;
 
-    __device__ explicit Score(const Problem<A>& problem)
+    __device__ explicit ScoreFunctions(const Problem<A>& problem)
         : header(*static_cast<const PackedScore<A>*>(problem.packed_score)), inverse(1 / header.softcap),
           slopes(reinterpret_cast<const A*>(static_cast<const PackedScore<A>*>(problem.packed_score) + 1)),
           dropout_keys(reinterpret_cast<const unsigned*>(slopes + problem.kv_heads * problem.group)),
           queries(reinterpret_cast<const int*>(dropout_keys + problem.kv_heads * problem.group)),
           keys(queries + problem.n_q), last_key(problem.n_k - 1) {}
 
-    // What the score of a row depends on; R: a kind of Rows.
     template <class R>
     __device__ Row row(const R& rows, int row) const {
         if (!rows.contains(row)) return {};
@@ -65,11 +65,9 @@ struct Score<A, true> {
         return {slopes[head], dropout_keys[head], queries[rows.query(row)]};
     }
 
-    // Position of a key, of the last one if there is no such key.
-    __device__ int key(int column) const { return keys[min(column, last_key)]; }
+    __device__ Key key(int column) const { return {keys[min(column, last_key)]}; }
 
-    // Score of a scaled product, and its derivative.
-    __device__ A apply(A x, const Row& row, int key, A& derivative) const {
+    __device__ A apply(A x, const Row& row, const Key& key, A& derivative) const {
         derivative = 1;
         if (header.softcap != 0) {
             const A bent = hyperbolic_tangent(x * inverse);
@@ -77,20 +75,84 @@ struct Score<A, true> {
             x = bent * header.softcap;
         }
         if (header.sloped) {
-            const unsigned i = static_cast<unsigned>(row.position), j = static_cast<unsigned>(key);
-            x -= row.slope * static_cast<A>(row.position < key ? j - i : i - j);
+            const unsigned i = static_cast<unsigned>(row.position), j = static_cast<unsigned>(key.position);
+            x -= row.slope * static_cast<A>(row.position < key.position ? j - i : i - j);
         }
         return x;
     }
 
-    __device__ A apply(A x, const Row& row, int key) const {
+    __device__ A dropout_factor(const Row& row, const Key& key) const {
+        if (header.gain == 0) return 1;
+        return random_word(row.dropout_key, row.position, key.position) < header.threshold ? A{0} : header.gain;
+    }
+};
+
+// A number for each key, or key and head; nothing unless THERE. -infinity leaves a key out.
+template <class A, bool THERE>
+struct KeyBias {
+    struct Row {};
+    struct Key {};
+    __device__ explicit KeyBias(const Problem<A>&) {}
+    template <class R>
+    __device__ Row row(const R&, int) const { return {}; }
+    __device__ Key key(int) const { return {}; }
+    __device__ A add_to(A x, const Row&, const Key&) const { return x; }
+};
+
+template <class A>
+struct KeyBias<A, true> {
+    struct Row { int head; };             // 0 where all heads have the same bias
+    struct Key { const A* of_heads; };
+    const A* bias;
+    int heads, last_key;
+
+    __device__ explicit KeyBias(const Problem<A>& problem)
+        : bias(problem.key_bias), heads(problem.bias_heads), last_key(problem.n_k - 1) {}
+
+    template <class R>
+    __device__ Row row(const R& rows, int row) const { return {heads > 1 && rows.contains(row) ? rows.head(row) : 0}; }
+
+    __device__ Key key(int column) const { return {bias + static_cast<long long>(min(column, last_key)) * heads}; }
+    __device__ A add_to(A x, const Row& row, const Key& key) const { return x + key.of_heads[row.head]; }
+};
+
+template <class A, bool WITH_FUNCTIONS, bool WITH_BIAS>
+struct Score {
+    static constexpr bool FUNCTIONS = WITH_FUNCTIONS, PLAIN = !WITH_FUNCTIONS && !WITH_BIAS;
+    using Functions = ScoreFunctions<A, WITH_FUNCTIONS>;
+    using Bias = KeyBias<A, WITH_BIAS>;
+    struct Row {
+        typename Functions::Row functions;
+        typename Bias::Row bias;
+    };
+    struct Key {
+        typename Functions::Key functions;
+        typename Bias::Key bias;
+    };
+    Functions functions;
+    Bias bias;
+
+    __device__ explicit Score(const Problem<A>& problem) : functions(problem), bias(problem) {}
+
+    // What the score of a row depends on; R: a kind of Rows.
+    template <class R>
+    __device__ Row row(const R& rows, int row) const { return {functions.row(rows, row), bias.row(rows, row)}; }
+
+    // What it depends on of a key; of the last one if there is no such key.
+    __device__ Key key(int column) const { return {functions.key(column), bias.key(column)}; }
+
+    // Score of a scaled product, and its derivative, if that is not 1.
+    __device__ A apply(A x, const Row& row, const Key& key, A& derivative) const {
+        return bias.add_to(functions.apply(x, row.functions, key.functions, derivative), row.bias, key.bias);
+    }
+
+    __device__ A apply(A x, const Row& row, const Key& key) const {
         A derivative;
         return apply(x, row, key, derivative);
     }
 
     // Factor of a weight: 1 without dropout.
-    __device__ A dropout_factor(const Row& row, int key) const {
-        if (header.gain == 0) return 1;
-        return random_word(row.dropout_key, row.position, key) < header.threshold ? A{0} : header.gain;
+    __device__ A dropout_factor(const Row& row, const Key& key) const {
+        return functions.dropout_factor(row.functions, key.functions);
     }
 };

@@ -114,6 +114,37 @@ __global__ void add_rows(A* target, long long width, long long apart, const A* s
         target[i / width * apart + i % width] += source[i / source_width * source_apart + i % source_width];
 }
 
+// Add to each of `keys` numbers those of its heads, in their order: source (keys, heads). Any grid.
+template <class A>
+__global__ void add_heads(A* target, const A* source, long long keys, int heads) {
+    for (long long i = thread_number(); i < keys; i += thread_count()) {
+        A total = 0;
+        for (int h = 0; h < heads; ++h) total += source[i * heads + h];
+        target[i] += total;
+    }
+}
+
+// lse, with infinity for -infinity: no weight is NaN then. Any grid.
+template <class A>
+__global__ void lse_for_weights(A* target, const A* lse, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count())
+        target[i] = lse[i] == -infinity(A{}) ? infinity(A{}) : lse[i];
+}
+
+// Set `found` if any number is not finite of the rows, `width` numbers each, that `chosen` has 1 for. Any grid.
+template <class T>
+__global__ void find_not_finite(int* found, const T* x, const unsigned char* chosen, long long count, long long width) {
+    for (long long i = thread_number(); i < count; i += thread_count())
+        if (chosen[i / width] && value(x[i]) - value(x[i]) != 0) *found = 1;
+}
+
+// Fill such rows with zeros. Any grid.
+template <class T>
+__global__ void clear_rows(T* x, const unsigned char* chosen, long long count, long long width) {
+    for (long long i = thread_number(); i < count; i += thread_count())
+        if (chosen[i / width]) store(x + i, 0);
+}
+
 // COUNT numbers that one thread loads at a time.
 template <class T, int COUNT>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Numbers {

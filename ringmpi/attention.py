@@ -279,7 +279,7 @@ class RingAttention:
             which it must be finite in; or -inf, which leaves a key out: a query that sees no other has out 0 and lse
             -inf, and what k and v have there, NaN too, is of no account if all heads leave the key out. With a batch
             it has that axis too; ``np.broadcast_to(bias, (batch, n_k))`` is the same for all elements. On the host,
-            and with the backends that compute there.
+            where it is looked at, or where `k` is.
         seed : int
             Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool
@@ -473,7 +473,7 @@ class RingAttention:
             parameter that all of them have. In canonical order rank 0 has all of it, and the others 0.
         dkey_bias : array of the shape of key_bias, accumulator dtype
             If the call had one: of this rank's keys, with what all ranks make of them; after dsinks, or after dv
-            without these. A key that is left out has 0.
+            without these, and where dv is. A key that is left out has 0.
 
         The gradients are a named tuple, with these names.
 
@@ -728,8 +728,8 @@ class RingAttention:
         """Plan for these shards, and a call that may be left if it is to be `resumable`. Collective over *comm*."""
         self._engine.move_to(records.gpus)
         if records.common("key_bias") and not self.backend.biased:
-            raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba or numpy, "
-                               "and arrays on the host")
+            raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba, numpy or "
+                               "cuda")
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None

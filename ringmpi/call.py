@@ -83,8 +83,11 @@ class Call:
         See `score.dropout_keys`; empty without dropout.
     sinks : array of shape (heads,), accumulator dtype, optional
     key_bias : array of shape (batch, n_k, heads or 1), accumulator dtype, optional
+        On the host, and then where the backend computes.
     bias_shape : tuple of int
         That the caller's has.
+    leaves_out : bool
+        Whether the bias leaves some key of this rank out.
     seen : sequence of bool array of shape (rows, heads)
         For each element of the batch, which rows see any key that the bias of their head does not leave out, if it
         leaves some out; of the rows and heads that this rank finishes.
@@ -112,8 +115,9 @@ class Call:
     seed: int
     dropout_keys: NDArray[np.uint32]
     sinks: NDArray[Any] | None
-    key_bias: NDArray[Any] | None = None
+    key_bias: Array | None = None
     bias_shape: tuple[int, ...] = ()
+    leaves_out: bool = False
     seen: Sequence[NDArray[np.bool_]] = ()
     out: Array = None
     lse: Array = None
@@ -159,20 +163,23 @@ class Call:
             check_like("out", arrays["out"], (*q.shape[:-1], v.shape[-1]), q.dtype)
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
-        key_bias = check_key_bias(inputs.key_bias, k.shape, q.shape[-2], acc_dtype)
+        key_bias = check_key_bias(_bias_on_host(inputs.key_bias, gpu), k.shape, q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
         batch, _, heads, _ = arrays["q"].shape
         bias_shape: tuple[int, ...] = ()
+        leaves_out = False
         if key_bias is not None:
             bias_shape = key_bias.shape
+            leaves_out = bool(np.isneginf(key_bias).any())
             key_bias = key_bias.reshape(batch, k.shape[-3], heads if len(bias_shape) == k.ndim - 1 else 1)
-            arrays |= {name: _without_left_out(arrays[name], key_bias) for name in "kv"}
+            if gpu == ON_HOST:
+                arrays |= {name: _without_left_out(arrays[name], key_bias) for name in "kv"}
         if in_keys:
             arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
         return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, in_keys, seed, keys, sinks, key_bias,
-                   bias_shape, out=arrays.get("out"), lse=arrays.get("lse"))
+                   bias_shape, leaves_out, out=arrays.get("out"), lse=arrays.get("lse"))
 
     def check_cotangents(self, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; give it with a batch axis. Local.
@@ -234,11 +241,6 @@ class Call:
         return self.gpu != ON_HOST
 
     @property
-    def leaves_out(self) -> bool:
-        """Whether the bias leaves some key of this rank out."""
-        return self.key_bias is not None and bool(np.isneginf(self.key_bias).any())
-
-    @property
     def keys(self) -> tuple[Array, ...]:
         """The block of this rank: k and v, or k alone if that has v in it, and their bias if there is one."""
         values = () if self.in_keys else (self.v,)
@@ -257,6 +259,11 @@ class Call:
     def to_device(self, backend: Any, acc_dtype: np.dtype[Any]) -> None:
         """Bring the arrays to where a backend computes, with room for the results. Local."""
         self.q, self.k, self.v = (backend.to_device(x) for x in (self.q, self.k, self.v))
+        if self.key_bias is not None:
+            if self.on_gpu and self.leaves_out:
+                left_out = _left_out(self.key_bias)
+                self.k, self.v = (backend.without_left_out(x, left_out) for x in (self.k, self.v))
+            self.key_bias = backend.to_device(self.key_bias)
         self.make_results(backend, acc_dtype)
         self.out, self.lse = backend.to_device(self.out), backend.to_device(self.lse)
 
@@ -379,12 +386,26 @@ def checksum(*arrays: Array | None) -> int:
     return total
 
 
+def _bias_on_host(bias: Any, gpu: int) -> Any:
+    """Give a bias of the keys on the host, where it is looked at, if it is on the GPU that k is on."""
+    x = None if bias is None else as_array(bias, "key_bias")
+    if x is None or isinstance(x, np.ndarray) or gpu == ON_HOST:
+        return x
+    if device.index_of(x) != gpu:
+        raise BackendError(f"key_bias: expected it on the host or where k is, on GPU {gpu}, got it on GPU "
+                           f"{device.index_of(x)}; copy it")
+    return _copied(x)
+
+
 def _beginning(x: Array) -> NDArray[Any]:
     """Give the first rows of an array on the host, and never copy more than those."""
     while x.nbytes > SUMMED_BYTES:
         x = x[:SUMMED_BYTES // x[0].nbytes] if x[0].nbytes <= SUMMED_BYTES else x[0]
-    if isinstance(x, np.ndarray):
-        return np.ascontiguousarray(x)
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else _copied(x)
+
+
+def _copied(x: Array) -> NDArray[Any]:
+    """Copy an array on a GPU to the host."""
     place = device.open_device(device.index_of(x))
     with place.current():
         return place.host(place.contiguous(x))
@@ -429,10 +450,15 @@ def _place(arrays: dict[str, Array]) -> int:
     return places[0]
 
 
+def _left_out(key_bias: NDArray[Any]) -> NDArray[np.bool_]:
+    """Say which keys a bias leaves out for all heads."""
+    return np.asarray(np.isneginf(key_bias).all(axis=2))
+
+
 def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
     """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite."""
-    left_out = np.isneginf(key_bias).all(axis=2)
-    if not isinstance(x, np.ndarray) or np.isfinite(x[left_out]).all():      # 0 x NaN is NaN: padding may be anything
+    left_out = _left_out(key_bias)
+    if np.isfinite(x[left_out]).all():                                       # 0 x NaN is NaN: padding may be anything
         return x
     x = x.copy()
     x[left_out] = 0

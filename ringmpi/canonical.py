@@ -6,7 +6,6 @@ queries come by this rank's keys. So each sum is made by one rank, in the order 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,7 +106,10 @@ class CanonicalPass(Pass):
     def _gradient_of_bias(self, total: Array) -> Array:
         """Give what was summed up as the caller has the bias: of all heads together if they have the same."""
         if self.call.key_bias is not None and self.call.key_bias.shape[2] == 1:
-            total = functools.reduce(np.add, np.moveaxis(total, 2, 0))         # one head after the other, always
+            heads = [total[:, :, head:head + 1] for head in range(total.shape[2])]
+            for other in heads[1:]:                     # one head after the other, always
+                self.backend.add(heads[0], other)
+            total = self.backend.to_device(heads[0])
         return super()._gradient_of_bias(total)
 
     def _sums(self, results: Sequence[Array], shapes: Sequence[tuple[int, ...]]) -> list[Array]:

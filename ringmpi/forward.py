@@ -90,7 +90,8 @@ class ForwardPass:
         trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
-                                                         plain=plan.plain, backward=way == "backward")
+                                                         plain=plan.score.plain, biased=plan.bias_tokens is not None,
+                                                         backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
                 self._reserve(way)
                 if way == "forward":
@@ -112,8 +113,9 @@ class ForwardPass:
         call = self.call
         call.seen = ()
         if self.plan.left_out is not None and call.key_bias is not None and call.sinks is None:
-            call.seen = seen_by_heads(self.plan, self.plan.left_out, self.engine.share(bits_of(call.key_bias)),
-                                      call.key_bias.shape[2])
+            bits = self.engine.share(bits_of(self.backend.to_numpy(call.key_bias)))
+            call.seen = [self.backend.to_device(sees) for sees in
+                         seen_by_heads(self.plan, self.plan.left_out, bits, call.key_bias.shape[2])]
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values, all heads, and their bias if there is one."""

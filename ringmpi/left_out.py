@@ -20,6 +20,7 @@ def bits_of(key_bias: NDArray[Any]) -> Bits:
     Parameters
     ----------
     key_bias : array of shape (batch, n_k, heads or 1)
+        On the host.
     """
     return np.packbits(np.moveaxis(~np.isneginf(key_bias), 1, 2), axis=2).reshape(-1)
 
@@ -56,5 +57,5 @@ def seen_by_heads(plan: Plan, layout: Layout, bits: Sequence[Bits], heads: int) 
             for rows in bounds.pieces(own):
                 for low, high in bounds.of(rows):
                     seen[rows, column] |= np.greater(below[high], below[low])
-        found.append(np.broadcast_to(seen, (plan.own_rows, plan.dims[0])))
+        found.append(np.ascontiguousarray(np.broadcast_to(seen, (plan.own_rows, plan.dims[0]))))
     return found

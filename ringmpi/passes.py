@@ -47,8 +47,9 @@ class Pass(ForwardPass):
             dk, dv, *of_bias = of_keys
             dq, dk, dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, dk, dv))
             dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
+            dkey_bias = self._to_caller(self._gradient_of_bias(of_bias[0])) if of_bias else None
             backend.synchronize()
-        return named((dq, dk, dv), dsinks, self._gradient_of_bias(of_bias[0]) if of_bias else None)
+        return named((dq, dk, dv), dsinks, dkey_bias)
 
     def _shapes_of_keys(self) -> list[tuple[int, ...]]:
         """Give the shapes of the gradients of this rank's block."""
@@ -130,9 +131,8 @@ class Pass(ForwardPass):
         return all(bool(theirs[0]) for theirs in self.engine.share(np.array([mine], np.uint8)))
 
     def _known_lse(self) -> Array:
-        """Give lse, with inf for -inf of a row whose keys a bias leaves out: a weight is exp(-inf - inf) = 0 then."""
-        lse = self.call.lse
-        return lse if self.call.key_bias is None else np.where(np.isneginf(lse), lse.dtype.type(np.inf), lse)
+        """Give lse by which weights are made again; see `Backend.lse_for_weights`."""
+        return self.call.lse if self.call.key_bias is None else self.backend.lse_for_weights(self.call.lse)
 
     def _delta(self, gradients: Sequence[Gradient]) -> Array:
         """Give delta of all elements of the batch in one array."""

@@ -64,7 +64,12 @@ class Score:
     @property
     def plain(self) -> bool:
         """Whether the score is ``scale q·k`` and every weight counts."""
-        return not self.softcap and self.slopes is None and not self.dropout and self.key_bias is None
+        return not self.has_functions and self.key_bias is None
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether there is softcap, slopes or dropout."""
+        return bool(self.softcap) or self.slopes is not None or self.dropout > 0
 
     @property
     def positional(self) -> bool:

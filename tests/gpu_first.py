@@ -9,7 +9,7 @@
     python tests/gpu_first.py dlpack                arrays of torch and JAX
     mpiexec -n 2 python tests/gpu_first.py ranks    two ranks that share the GPU
     mpiexec -n 2 python tests/gpu_first.py ring     their seconds beside those of one rank with all the work
-    python tests/gpu_first.py proof DTYPE DIM DIM_V plain|functions forward|backward     one proof, for tools
+    python tests/gpu_first.py proof DTYPE DIM DIM_V plain|functions|bias forward|backward     one proof
 
 RINGMPI_HOPPER says whether the parts about kernels are about that for Hopper. Each answer is a line of JSON, written
 when it is known. These are no tests of pytest: a part that fails, or hangs, must not take the others with it.

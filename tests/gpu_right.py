@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import one_block
+import oracle
 from gpu_answers import EMULATED, arrays, attempt, backend, errors_of, exact, intervals, say, within
 
 from ringmpi.backends.cuda.backend import BACKWARD_TESTS, FORWARD_TESTS, HOPPER_TESTS
@@ -59,19 +60,22 @@ def proofs(hopper):
              for dtype in (*NARROW, "float32", "float64")]
     kinds = ("bfloat16", "float32", "float64")
     found += [(dtype, "64", "64", "functions", way) for way in ("forward", "backward") for dtype in kinds]
+    found += [(dtype, "64", "64", "bias", way) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
     return found + [(dtype, "256", "256", "plain", way) for dtype in kinds for way in ("forward", "backward")]
 
 
 def proof(dtype, dim, dim_v, scores, way):
     """One of them, for every size that chooses a kernel of its own; whether all were right."""
-    kind, plain, backward = DTYPES[dtype], scores == "plain", way == "backward"
+    kind, backward = DTYPES[dtype], way == "backward"
+    plain, biased = scores != "functions", scores == "bias"
     bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[kind.itemsize]
     gpu = backend()
-    sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if gpu.hopper and plain else FORWARD_TESTS
+    sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if gpu.hopper and scores == "plain" else FORWARD_TESTS
     found = []
     for n_q, n_k in sizes:
         def check(n_q=n_q, n_k=n_k):
-            test = SelfTest(n_q, n_k, int(dim), int(dim_v), kind, accumulator(kind), plain, backward)
+            test = SelfTest(n_q, n_k, int(dim), int(dim_v), kind, accumulator(kind), plain, backward,
+                            biased=biased)
             with gpu.device.current():
                 error = test.error(gpu)
             return {"ok": error <= bound, "errors": {"all": error}, "bound": bound,
@@ -102,6 +106,8 @@ def masks(hopper):
                 got = one_block.run(gpu, *block, {}, blocks=3, dout=dout)
                 return within(errors_of(got, exact(*block, dout)), bounds(dtype, got))
             attempt("masks", named(f"{dtype} {heads}/{kv_heads} heads dim {dim} {mask}", gpu), check)
+    if not hopper:
+        biased_keys(gpu)
     if not hopper and not EMULATED:
         few_queries(gpu)
 
@@ -110,6 +116,24 @@ def bounds(dtype, names):
     """How large errors may be, by name: results are rounded, and weights too before."""
     return {name: LSE[dtype] if name == "lse" else 2 * TENSOR_TOLERANCE[dtype] if name == "out"
             else 2 * one_block.BOUND[dtype] for name in names}
+
+
+def biased_keys(gpu):
+    """A bias of each key and head, which leaves some out, and its gradient."""
+    n_q, n_k, dim = (60, 150, 16) if EMULATED else (700, 1500, 64)
+    score = {"key_bias": oracle.key_bias("left out by head", 4, n_k)}
+    for dtype in ("bfloat16",) if EMULATED else ("bfloat16", "float32"):
+        q, k, v, dout = arrays(4, dtype, *((n, h, dim) for n, h in ((n_q, 4), (n_k, 2), (n_k, 2), (n_q, 4))))
+        begin, end = intervals("causal", n_q, n_k)
+        block = q, k, v, begin, end, dim**-0.5
+
+        def check(block=block, dtype=dtype, dout=dout):
+            got = one_block.run(gpu, *block, score, blocks=3, dout=dout)
+            j = np.arange(n_k)
+            see = (j >= block[3][:, None]) & (j < block[4][:, None])
+            want = oracle.dense(*block[:3], see, block[5], dout=dout, **score)
+            return within(errors_of(got, want), bounds(dtype, got))
+        attempt("masks", f"{dtype} a bias of the keys", check)
 
 
 def few_queries(gpu):

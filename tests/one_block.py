@@ -19,7 +19,8 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
     cuts = []
     for a, b in itertools.pairwise(edges):
         mine = Score(scale, **(score | {name: score[name][a:b] for name in ("keys", "key_bias") if name in score}))
-        mine = mine.of_key_bias(None if mine.key_bias is None else mine.key_bias.astype(kind))
+        mine = mine.of_key_bias(None if mine.key_bias is None else backend.to_device(
+            mine.key_bias.astype(kind)))
         cuts.append((a, b, backend.to_device(k[a:b]), backend.to_device(v[a:b]), np.clip(begin, a, b) - a,
                      np.clip(end, a, b) - a, mine))
     pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
@@ -35,17 +36,17 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
     if dout is not None:
         biases = []
         if "key_bias" in score:
-            lse = np.where(np.isneginf(lse), np.inf, lse).astype(kind)
+            lse = backend.lse_for_weights(lse)
         gradient = backend.new_gradient(backend.to_device(dout), out, lse, None if dlse is None else backend.to_device(
             dlse.astype(kind)), backend.empty(q.shape, kind))
         dk, dv = [], []
         for a, b, k_, v_, low, high, mine in cuts:
             ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)
-            ours += () if mine.key_bias is None else (np.empty(mine.key_bias.shape, kind),)
+            ours += () if mine.key_bias is None else (backend.empty(mine.key_bias.shape, kind),)
             for x in ours:
                 backend.clear(x)
             pairs = sum(backend.backward(gradient, q_, k_, v_, *ours[:2], low, high, mine, *ours[2:]))
-            biases += ours[2:]
+            biases += [backend.to_numpy(x) for x in ours[2:]]
             assert pairs == (high - low).sum()
             dk.append(backend.to_numpy(ours[0]))
             dv.append(backend.to_numpy(ours[1]))

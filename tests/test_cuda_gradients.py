@@ -8,7 +8,7 @@ import pytest
 import test_gradients
 from emulate import EmulatedDevice
 from one_block import BOUND, run
-from oracle import FUNCTIONS, case, dense, functions
+from oracle import BIASES, FUNCTIONS, case, dense, functions
 from test_cuda import AMPERE, HOPPER, SMALL
 from test_gradients import check, check_float64_accumulator
 
@@ -43,6 +43,46 @@ def tensor_tolerance(monkeypatch):
     *((kind, 4, 2) for kind in FUNCTIONS), ("plain", 3, 3), ("plain", 3, 1), ("all", 3, 3), ("all", 3, 1)])
 def test_dense_softmax(backend, dtype, kind, heads, kv_heads):
     check(backend, *case(0, 50, 101, heads, kv_heads, 16, 16, dtype), dtype, kind, blocks=2)
+
+
+@pytest.mark.parametrize(("dtype", "dim", "heads", "kv_heads"), [
+    *((dtype, 16, 6, 2) for dtype in DTYPES), ("float64", 96, 2, 2), ("bfloat16", 128, 3, 1)])
+@pytest.mark.parametrize("kind", BIASES)
+def test_a_bias_of_the_keys(backend, dtype, dim, heads, kv_heads, kind):
+    got = check(backend, *case(0, 50, 101, heads, kv_heads, dim, dim, dtype), dtype, kind, blocks=2)
+    left_out = np.isneginf(functions(kind, heads, [], np.arange(101))[0]["key_bias"])
+    assert got["dkey_bias"].shape == left_out.shape
+    assert (got["dkey_bias"][left_out] == 0).all()
+    assert (got["dk"][left_out.all(axis=1)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_bias_with_few_queries_and_many(backend, dtype):
+    """Where the keys are split into parts, and beyond the tiles of a kernel, which no row sees in part."""
+    q, k, v, begin, end = case(2, 2, 1500, 4, 2, 16, 16, dtype)
+    begin[:], end[:] = (3, 0), (1500, 700)
+    check(backend, q, k, v, begin, end, dtype, "left out by head", blocks=2)
+    q, k, v, begin, end = case(3, 150, 300, 2, 1, 16, 24, dtype)
+    check(backend, q, k, v, 0 * begin, 0 * end + 300, dtype, "left out")
+
+
+@pytest.mark.parametrize(("dtype", "dim"), WAYS)
+def test_queries_that_see_only_keys_that_are_left_out(backend, dtype, dim):
+    """Beside those whose products are -inf, each with its own bias."""
+    q, k, v = (np.ones((n, 1, dim), DTYPES[dtype]) for n in (3, 30, 30))
+    k[10:20] = -np.inf
+    begin, end = np.array([0, 10, 20]), np.array([10, 20, 30])
+    bias = np.linspace(-1, 1, 30)[:, None]
+    bias[:10] = -np.inf
+    got = run(backend, q, k, v, begin, end, 0.3, {"key_bias": bias}, dout=q)
+    assert (got["out"][0] == 0).all()
+    assert np.isfinite(got["out"][2].astype(float)).all()
+    assert got["lse"][:2, 0].tolist() == [-np.inf] * 2
+    assert (got["dq"][0] == 0).all()
+    assert np.isnan(got["dq"][1]).all()
+    assert np.isfinite(got["dq"][2]).all()
+    assert (got["dkey_bias"][:10] == 0).all()
+    assert np.isfinite(got["dkey_bias"][20:]).all()
 
 
 @pytest.mark.parametrize(("dtype", "dim", "dim_v"), [
@@ -207,16 +247,17 @@ def test_some_heads_are_added_where_they_are(backend, kind):
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize(("plain", "backward"), [(False, False), (True, True), (False, True)])
-def test_prepare_compiles_all_that_is_used_later(dtype, plain, backward):
+@pytest.mark.parametrize(("kind", "backward"), [("all", False), ("plain", True), ("all", True), ("bias", False),
+                                                ("bias by head", True)])
+def test_prepare_compiles_all_that_is_used_later(dtype, kind, backward):
     backend = CudaBackend(1, EmulatedDevice(2))
-    kind = accumulator(DTYPES[dtype])
-    backend.prepare(DTYPES[dtype], kind, 16, 16, plain=plain, backward=backward)
+    backend.prepare(DTYPES[dtype], accumulator(DTYPES[dtype]), 16, 16, plain=kind != "all", biased=kind in BIASES,
+                    backward=backward)
     known = set(backend.device.cache)
     forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "combine")}
     for n_q in (1, 2, 3, 7, 16, 17, 65, 140):
         q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
-        score, sinks = functions("plain" if plain else "all", 1, np.arange(n_q), np.arange(70))
+        score, sinks = functions(kind, 1, np.arange(n_q), np.arange(70))
         run(backend, q, k, v, begin, end, 1.0, score, sinks, dout=q if backward else None)
     new = set(backend.device.cache) - known
     if backward:              # the forward pass of the run was not prepared for

@@ -319,6 +319,83 @@ def test_gradients(comm, gpu, dtype, layout, mask, transport, function, on_gpu, 
         assert oracle.error(got[3], dsinks) <= bound
 
 
+@pytest.mark.parametrize(("dtype", "layout", "transport", "kind", "on_gpu", "bias_there", "schedule"), [
+    ("float32", "striped", "direct", "left out by head", True, True, "ring"),
+    ("bfloat16", "empty", "staged", "all and left out by head", False, False, "gather"),
+    ("float32", "zigzag", "staged", "left out", True, False, "queries"),
+    ("bfloat16", "contiguous", "direct", "bias by head", True, True, "heads"),
+    ("float64", "uneven", "staged", "bias", True, True, "two-way")])
+def test_a_bias_of_the_keys(comm, gpu, dtype, layout, transport, kind, on_gpu, bias_there, schedule):
+    """On the host or beside the keys; twice, in the same buffers, on a batch of two, with NaN in what is left out."""
+    skip_unless_mpi_takes(gpu, transport)
+    skip_unless_heads_divide(comm, schedule)
+    n, heads = 61, 4
+    spec = make_layout(layout, n, comm.size)
+    mine = spec.positions(comm.rank)
+    cases = [random_qkv(seed, n, n, heads, 2, 16, 16, dtype) for seed in (4, 5)]
+    scores = [oracle.functions(kind, heads, np.arange(n), np.arange(n), seed) for seed in (4, 5)]
+    sinks = scores[0][1]
+    bias = np.stack([score["key_bias"] for score, _ in scores])
+    bias[:, :5] = -np.inf
+    dout = np.random.default_rng(6).standard_normal((2, n, heads, 16)).astype(DTYPES[dtype])
+    want = [oracle.dense(*arrays, oracle.visible(n, n, causal=True), 0.25, dout=dout[i], sinks=sinks, **score | {
+        "key_bias": bias[i]} | ({"dropout_keys": dropout_keys(9, 2, heads)[i]} if "dropout" in score else {}))
+        for i, (arrays, (score, _)) in enumerate(zip(cases, scores, strict=True))]
+    for (_, k, v), of_keys in zip(cases, bias, strict=True):
+        left_out = np.isneginf(of_keys).all(axis=1)
+        k[left_out], v[left_out] = np.nan, np.inf
+    score = scores[0][0]
+    options = {"mask": Mask(causal=True), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
+               "layout": layout if layout in ("striped", "zigzag") else spec, "gpu_transport": transport,
+               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "softcap": score.get("softcap"),
+               "alibi": score.get("slopes"), "dropout": score.get("dropout", 0.0),
+               "schedule": schedule if schedule in NAMES else Schedule(keys=comm.size, carrier=schedule)}
+    there = gpu.array if on_gpu else lambda x: x
+    q, k, v, dout_ = (there(np.ascontiguousarray(x[:, mine])) for x in
+                      (*(np.stack(x) for x in zip(*cases, strict=True)), dout))
+    given = bias[:, mine, 0] if bias.shape[2] == 1 else bias[:, mine]
+    given = gpu.array(np.ascontiguousarray(given)) if bias_there else given
+    with RingAttention(comm, **options) as attention:
+        for _ in range(2):
+            out, lse = attention(q, k, v, sinks=sinks, key_bias=given, seed=9, return_lse=True)
+            got = attention.backward(dout_)
+        again = attention.backward_of(dout_, q, k, v, out, lse, sinks=sinks, key_bias=given, seed=9)
+    assert isinstance(got.dkey_bias, np.ndarray) is not on_gpu
+    assert got.dkey_bias.shape == given.shape
+    got = {"out": out, "lse": lse, **got._asdict()}
+    bound = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6}[dtype]
+    for name, x in got.items():
+        x = x.get() if on_gpu and name != "dsinks" else x
+        if name == "dsinks":
+            assert oracle.error(comm.allreduce(x), want[0][name] + want[1][name]) <= bound
+            continue
+        for i in (0, 1):
+            exact = want[i][name][mine].reshape(x[i].shape)
+            unit = max(np.abs(np.where(np.isfinite(want[i][name]), want[i][name], 0)).max(), 1e-300)
+            assert oracle.error(x[i], exact, unit) <= (2e-6 if name == "lse" else bound), name
+    for name, x in again._asdict().items():
+        assert (x == got[name] if name == "dsinks" or not on_gpu else x.get() == got[name].get()).all(), name
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_bias_in_a_call_that_is_left(comm, gpu, folder, on_gpu):
+    q, k, v = random_qkv(0, 61, 61, 4, 2, 16, 16, "float32")
+    mine = make_layout("striped", 61, comm.size).positions(comm.rank)
+    there = gpu.array if on_gpu else lambda x: x
+    arrays = [there(x[mine]) for x in (q, k, v)]
+    bias = oracle.key_bias("left out by head", 4, 61)[mine]
+    options = {"mask": Mask(causal=True), "backend": "auto" if on_gpu else "cuda", "timeout": 100, "schedule": "ring",
+               "layout": "striped", "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
+    with RingAttention(comm, **options) as attention:
+        want = attention(*arrays, key_bias=bias)
+        assert attention(*arrays, key_bias=bias, stop=lambda: comm.rank == 0) is None
+        attention.save(folder / "c")
+    with RingAttention.restore(folder / "c", comm, **options) as attention:
+        got = attention(*arrays, key_bias=bias)
+    got, want = (x.get() if on_gpu else x for x in (got, want))
+    assert got.tobytes() == want.tobytes()
+
+
 def test_auto_follows_the_arrays(comm, gpu):
     arrays = random_qkv(3, 20, 20, 2, 2, 16, 16, "float32")
     outs, names = [], []

@@ -19,6 +19,8 @@ CASES = [
     {"mask": "documents", "dtype": "float64", "layout": "uneven", "kv_layout": "custom"},
     {"mask": "window", "dtype": "float64", "layout": "striped", "dims": (96, 96)},
     {"mask": "first", "dtype": "float16", "layout": "zigzag", "function": "sinks", "batch": 2, "lengths": (195, 200)},
+    {"mask": "window", "dtype": "bfloat16", "layout": "striped", "kv_layout": "uneven", "batch": 2, "bias": "left out"},
+    {"mask": "causal", "dtype": "float32", "layout": "uneven", "function": "softcap", "bias": "left out by head"},
 ]
 
 

@@ -12,7 +12,7 @@ from emulate import layout_source
 from nvrtc_versions import OLDER, complaints, load, older_libraries
 
 from ringmpi.backends.cuda import hopper
-from ringmpi.backends.cuda.instances import best, dkdv_kernels, dq_kernels, forward_kernels
+from ringmpi.backends.cuda.instances import best, dbias_kernels, dkdv_kernels, dq_kernels, forward_kernels
 from ringmpi.backends.cuda.sources import Kind, kernels_folder
 from ringmpi.device import OPTIONS
 from ringmpi.dtypes import BFLOAT16, DTYPES
@@ -24,13 +24,16 @@ ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 *
 MOST_SPILLED = {"installed": dict.fromkeys(ARCHITECTURES, 192),
                 OLDER: {"sm_80": 160, "sm_90a": 192, "sm_100": 600}}
 STATE = ["visible_columns",
-         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows") for kind in ("float", "double")),
+         *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows", "add_heads",
+                                                     "lse_for_weights") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
            for kind in ("bfloat16", "float16", "float", "double")
            for wide in (("double",) if kind == "double" else ("float", "double"))),
-         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float"))]
-# Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions; where dim
-# is 128 of both in canonical order too.
+         *(f"widen<{kind}>" for kind in ("bfloat16", "float16", "float")),
+         *(f"{kernel}<{kind}>" for kernel in ("find_not_finite", "clear_rows")
+           for kind in ("bfloat16", "float16", "float", "double"))]
+# Dtype, dim, rows, plain: of the backward pass, and where not plain of the forward pass with score functions, with a
+# bias of the keys and without; where dim is 128 of both in canonical order too.
 GRADIENTS = [*((dtype, dim, 1000, True) for dtype in ("float64", "float32", "bfloat16") for dim in (64, 128)),
              ("bfloat16", 256, 1000, True), ("float32", 256, 10, True), ("float64", 256, 10, True),
              ("float64", 80, 1000, True),
@@ -49,14 +52,16 @@ def instances(architecture):
             kernel = best(forward_kernels(DTYPES[dtype], dim, dim, rows, 16), *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
     gradients = GRADIENTS if architecture == "sm_90a" else OTHER_GRADIENTS
-    for (dtype, dim, rows, plain), canonical in itertools.product(gradients, (False, True)):
+    for (dtype, dim, rows, plain), canonical, biased in itertools.product(gradients, (False, True), (False, True)):
         if canonical and dim != 128:
             continue
         kind = DTYPES[dtype], dim, dim
-        flags = Kind(plain, canonical)
+        flags = Kind(plain, canonical, biased)
         chosen = [dq_kernels(*kind, rows, 16, flags), *dkdv_kernels(*kind, 16, flags)]
-        if canonical or not plain:
+        if canonical or not plain or biased:
             chosen.append(forward_kernels(*kind, rows, 16, flags))
+        if biased:
+            chosen.append(dbias_kernels(*kind, 16, flags))
         for candidates in chosen:
             kernel = best(candidates, *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))

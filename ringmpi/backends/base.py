@@ -168,7 +168,7 @@ class Backend:
         return f"{cls.name} {importlib.metadata.version(cls.name)}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, backward: bool = False, weights: bool = False) -> None:
+                plain: bool = True, biased: bool = False, backward: bool = False, weights: bool = False) -> None:
         """Compile what inputs of this dtype and accumulator need, or load what was compiled before. Local.
 
         Parameters
@@ -176,7 +176,9 @@ class Backend:
         dtype, accumulator : dtype
         dim, dim_v : int
         plain : bool
-            Whether scores will be plain; see `Score.plain`.
+            Whether scores will be plain, but for a bias of the keys; see `Score.plain`.
+        biased : bool
+            Whether there will be one.
         backward : bool
             Whether to prepare `backward`; else `accumulate`.
         weights : bool
@@ -231,6 +233,27 @@ class Backend:
         """Normalise a state into `out` and `lse`; see `softmax.finish`. Local."""
         finish(state, seen, out, lse)
 
+    def lse_for_weights(self, lse: Any) -> Any:
+        """Give lse with inf for -inf, which `backward` wants with a bias. Local.
+
+        Of a row whose keys are all left out a weight is exp(-inf - inf) = 0 then.
+        """
+        return np.where(np.isneginf(lse), lse.dtype.type(np.inf), lse)
+
+    def without_left_out(self, x: Any, left_out: NDArray[np.bool_]) -> Any:
+        """Give k or v with 0 for keys that are left out, if what is there is not finite: 0 times NaN is NaN. Local.
+
+        Of a backend with a device; on the host a call does so itself.
+
+        Parameters
+        ----------
+        x : array of shape (batch, n_k, kv_heads, dim)
+            Left as it is.
+        left_out : bool array of shape (batch, n_k)
+            NumPy.
+        """
+        raise NotImplementedError
+
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax of `q`. Local.
@@ -258,7 +281,7 @@ class Backend:
         begin, end : int64 arrays of shape (n_q,)
             ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
         score : Score
-            Its arrays are NumPy, whatever the backend.
+            Its arrays are NumPy, whatever the backend, but for `key_bias`, which is where k is.
 
         Yields
         ------

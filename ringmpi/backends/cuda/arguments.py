@@ -19,7 +19,8 @@ POINTER = np.uint64
 def problem_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Give the layout of ``Problem<A>``. Local."""
     return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype, "factor": acc_dtype,
-                    **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32)})
+                    **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32),
+                    "key_bias": POINTER, "bias_heads": np.int32})
 
 
 def state_type() -> np.dtype[Any]:
@@ -50,6 +51,7 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
         Where the columns that each query sees begin and end.
     packed_score : array or 0
     score : Score
+        Its bias is of these keys.
     acc_dtype : dtype
         Of the accumulator.
     dim_v : int, optional
@@ -59,9 +61,11 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
     scale = score.scale if abs(score.scale) >= np.finfo(acc_dtype).tiny else 0.0     # as GPUs take it for float
     factor = (abs(scale) if score.plain and scale else 1.0) / math.log(2)
     (n_q, heads, dim), (n_k, kv_heads, _) = q.shape, v.shape
+    bias = score.key_bias
     return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale,
                   factor=factor, n_q=n_q, n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
-                  dim_v=v.shape[2] if dim_v is None else dim_v)
+                  dim_v=v.shape[2] if dim_v is None else dim_v, key_bias=0 if bias is None else bias,
+                  bias_heads=0 if bias is None else bias.shape[1])
 
 
 def state_arrays(state: State, dim_v: int, start: int = 0, width: int = 0, fresh: bool = False) -> Struct:

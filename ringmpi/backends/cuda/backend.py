@@ -3,8 +3,8 @@
 A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
 puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where there are too few
 tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
-kernel folds into the state. The gradient of a block is a launch for dq, and one or two for dk and dv. While kernels
-run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
+kernel folds into the state. The gradient of a block is a launch for dq, one or two for dk and dv, and one for that of
+a bias of the keys. While kernels run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
 
 In canonical order one instance of a kernel takes every block, whatever its rows and wherever its arrays begin; columns
 are never split into parts; and a block is launched from a multiple of `CANONICAL_TILE` on.
@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from . import hopper, library
 from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
-from .instances import CANONICAL_TILE, TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
+from .instances import CANONICAL_TILE, TYPES, best, dbias_kernels, dkdv_kernels, dq_kernels, forward_kernels
 from .self_test import SelfTest
 from .sources import Kernel, Kind, compiler_options, kernels_folder
 
@@ -57,6 +58,7 @@ class CudaBackend(Backend):
     compiles = True
     tolerance = TENSOR_TOLERANCE
     canonical_tile = CANONICAL_TILE
+    biased = True
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -87,17 +89,17 @@ class CudaBackend(Backend):
         self.hopper = all(ways)
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, backward: bool = False, weights: bool = False) -> None:
+                plain: bool = True, biased: bool = False, backward: bool = False, weights: bool = False) -> None:
         """Compile the kernels, or load them, and test each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                f"{TAKE_NUMBA}")
-        case = dim, dim_v, dtype, accumulator, plain, backward
+        case = dim, dim_v, dtype, accumulator, plain, biased, backward
         tested = self.device.cache.setdefault("tested kernels", set())
         if (case, self._asks_hopper, self.canonical) not in tested:
             self._test_kernels(*case)
             tested.add((case, self._asks_hopper, self.canonical))
-        if backward and plain and self._may_ask(dtype, accumulator, dim, dim_v):
+        if backward and plain and not biased and self._may_ask(dtype, accumulator, dim, dim_v):
             self._find_library(dtype, dim)
 
     @property
@@ -106,16 +108,17 @@ class CudaBackend(Backend):
         return self.hopper and not self.canonical
 
     def _test_kernels(self, dim: int, dim_v: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], plain: bool,
-                      backward: bool) -> None:
+                      biased: bool, backward: bool) -> None:
         """Run every kernel that such inputs may choose, and compare with NumPy."""
         kernel = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
-                f"{dim_v}{'' if plain else ', with score functions,'}")
-        for_hopper = self._asks_hopper and plain and not backward and dtype in hopper.TYPES
+                f"{dim_v}{'' if plain else ', with score functions,'}{', with a bias of the keys,' if biased else ''}")
+        for_hopper = self._asks_hopper and plain and not (biased or backward) and dtype in hopper.TYPES
         advice = f"please report it, and {'set RINGMPI_HOPPER=0' if for_hopper else TAKE_NUMBA} meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
-        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and plain else FORWARD_TESTS
+        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and plain and not biased else (
+            FORWARD_TESTS)
         for n_q, n_k in sizes:
-            test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, plain, backward)
+            test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, plain, backward, biased=biased)
             try:
                 with self.device.current():
                     error = test.error(self)
@@ -203,8 +206,32 @@ class CudaBackend(Backend):
         rows = state.row_max.size
         _, heads, dim_v = state.acc.shape
         kernel = self._kernel("state.cu", f"finish<{TYPES[out.dtype]}, {TYPES[state.acc.dtype]}>")
+        rows_each = 1 if seen.ndim == 2 else heads               # that a number of `seen` stands for
         self._launch_over(kernel, rows * dim_v, (state_arrays(state, dim_v), seen, out, lse, np.int64(rows),
-                                                 np.int32(heads)))
+                                                 np.int32(rows_each)))
+
+    def lse_for_weights(self, lse: Any) -> Any:
+        """Give lse with inf for -inf; see `Backend.lse_for_weights`. Local."""
+        made = self.empty(lse.shape, lse.dtype)
+        kernel = self._kernel("state.cu", f"lse_for_weights<{TYPES[lse.dtype]}>")
+        self._launch_over(kernel, lse.size, (made, lse, np.int64(lse.size)))
+        return made
+
+    def without_left_out(self, x: Any, left_out: NDArray[np.bool_]) -> Any:
+        """Give 0 for what is not finite of keys that are left out; see `Backend.without_left_out`. Local."""
+        chosen = self.device.array(left_out)
+        found = self.empty((1,), np.dtype(np.int32))
+        self.clear(found)
+        sizes = np.int64(x.size), np.int64(math.prod(x.shape[2:]))
+        finding = self._kernel("state.cu", f"find_not_finite<{TYPES[x.dtype]}>")
+        self._launch_over(finding, x.size, (found, x, chosen, *sizes))
+        if not self.to_numpy(found)[0]:
+            return x
+        made = self.empty(x.shape, x.dtype)
+        self.device.copy(made, x, self.device.caller_stream())
+        clearing = self._kernel("state.cu", f"clear_rows<{TYPES[x.dtype]}>")
+        self._launch_over(clearing, x.size, (made, chosen, *sizes))
+        return made
 
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
@@ -215,7 +242,8 @@ class CudaBackend(Backend):
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
-        yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score), begin, end)
+        yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score, dkey_bias),
+                              begin, end)
 
     def _done(self, launch: Callable[[], None], begin: Integers, end: Integers) -> Iterator[int]:
         """Launch what does a block, and yield until it is done."""
@@ -270,6 +298,7 @@ class CudaBackend(Backend):
         seen = self._seen(begin, end, len(k))
         k = k[seen]
         v = v[seen]
+        score = _of_columns(score, seen)
         n_q, heads, _ = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * heads // kv_heads
@@ -300,15 +329,13 @@ class CudaBackend(Backend):
         return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, self._kind(score)))
 
     def _kind(self, score: Score) -> Kind:
-        if score.key_bias is not None:
-            raise BackendError("backend cuda: there is no bias of the keys yet; take backend='numba'")
-        return Kind(score.plain, self.canonical)
+        return Kind(not score.has_functions, self.canonical, score.key_bias is not None)
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
 
     def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
-                       end: Integers, score: Score) -> None:
+                       end: Integers, score: Score, dkey_bias: Array) -> None:
         """Launch torch's kernels for what they can do of a block, and ours for the rest."""
         case = q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2]
         rest = [(begin, end)]
@@ -326,16 +353,17 @@ class CudaBackend(Backend):
                     self._library.give_up(q.dtype, q.shape[2], error)
                     rest.append(piece.intervals(len(begin)))
         for intervals in rest:
-            self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score)
+            self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score, dkey_bias)
 
     def _launch_backward(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
-                         end: Integers, score: Score) -> None:
-        """Launch what differentiates a block: of the columns that any row sees, first for dq, then for dk and dv."""
+                         end: Integers, score: Score, dkey_bias: Array) -> None:
+        """Launch what differentiates a block: of the columns that any row sees, first for dq, then for the keys."""
         acc_dtype = gradient.lse.dtype
         kind = self._kind(score)
         q, k, v, dout = self._operands(acc_dtype, q=q, k=k, v=v, dout=gradient.dout)
         seen = self._seen(begin, end, len(k))
-        k, v, dk, dv = (x if x is None else x[seen] for x in (k, v, dk, dv))
+        k, v, dk, dv, dkey_bias = (x if x is None else x[seen] for x in (k, v, dk, dv, dkey_bias))
+        score = _of_columns(score, seen)
         n_q, heads, dim = q.shape
         n_k, kv_heads, dim_v = v.shape
         rows = n_q * (heads // kv_heads)
@@ -357,6 +385,24 @@ class CudaBackend(Backend):
             visible = self._visible_columns(kernel.rows, rows, *columns, heads // kv_heads)
             self._launch_tiles(kernel, (-(-n_k // kernel.keys), kv_heads, -(-width // kernel.columns)),
                                (dk, dv, inputs, visible, block))
+        if dkey_bias is not None:
+            kernel = self._best(dbias_kernels(q.dtype, dim, dim_v, align, kind))
+            visible = self._visible_columns(kernel.rows, n_q, *columns, 1)
+            with self._of_each_head(dkey_bias, heads) as target:
+                self._launch_tiles(kernel, (-(-n_k // kernel.keys), heads), (target, inputs, visible, block))
+
+    @contextmanager
+    def _of_each_head(self, dkey_bias: Array, heads: int) -> Iterator[Array]:
+        """Give what to add the gradient of each head's bias to, which goes to that of all if they have the same."""
+        n_k, numbers = dkey_bias.shape
+        if numbers == heads:
+            yield dkey_bias
+            return
+        of_heads = self._buffer("gradient of a bias", n_k * heads, dkey_bias.dtype)
+        self.clear(of_heads)
+        yield of_heads
+        kernel = self._kernel("state.cu", f"add_heads<{TYPES[dkey_bias.dtype]}>")
+        self._launch_over(kernel, n_k, (dkey_bias, of_heads, np.int64(n_k), np.int32(heads)))
 
     def _visible_columns(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
         """Work out what the rows of each tile see."""
@@ -390,16 +436,18 @@ class CudaBackend(Backend):
                 ) -> tuple[tuple[Array, Array], Any]:
         """Copy to the GPU, at once, the intervals, counted from the first column seen, in 32 bits, and the score.
 
-        Empty intervals may lie anywhere. A plain score is nothing but its scale.
+        Empty intervals may lie anywhere. A score without functions is nothing but its scale, and maybe a bias, which
+        is there.
         """
-        packed = np.empty(0, np.int32) if score.plain else _packed(score, seen, acc_dtype, heads, len(begin))
+        functions = score.has_functions
+        packed = _packed(score, seen, acc_dtype, heads, len(begin)) if functions else np.empty(0, np.int32)
         words = np.empty(len(packed) + 2 * len(begin), np.int32)
         words[:len(packed)] = packed
         for row, x in zip(words[len(packed):].reshape(2, -1), (begin, end), strict=True):
             np.subtract(x, seen.start, out=row, casting="unsafe")
         placed = self.device.array(words)
         columns = placed[len(packed):]
-        return (columns[:len(begin)], columns[len(begin):]), NULL if score.plain else placed
+        return (columns[:len(begin)], columns[len(begin):]), placed if functions else NULL
 
     def _parts(self, count: int, state: State) -> State:
         """Give memory for `count` states like `state`, along a leading axis."""
@@ -479,6 +527,11 @@ class CudaBackend(Backend):
     def close(self) -> None:
         """Give the buffers back. Local."""
         self.release()
+
+
+def _of_columns(score: Score, seen: slice) -> Score:
+    """Give a score whose bias is that of some columns; its positions stay those of the block."""
+    return score if score.key_bias is None else score.of_key_bias(score.key_bias[seen])
 
 
 def _alignment(x: Array) -> int:

@@ -66,7 +66,6 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
     kind : Kind
     """
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
-    plain = kind.plain
     if kind.canonical:
         rows = MANY_ROWS
     if dtype == np.float32:
@@ -80,12 +79,14 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
+    elif max(dims) > 64 and kind.biased and not kind.plain:       # two rows of 16 to a warp are too many for registers
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2)]
     elif rows <= 64:
         tiles = [(4, 1, 64, 2), (4, 1, 32, 2)]
     else:
         wide = (4, 2, 64, 2) if kind != PLAIN else (4, 2, 48, 2) if max(dims) > 64 else (4, 2, 96, 2)
         tiles = [wide, (4, 2, 64, 2), (4, 2, 32, 2)]
-    most = CANONICAL_TILE if plain else 16 if dtype == np.float64 else 32
+    most = CANONICAL_TILE if not kind.narrow else 16 if dtype == np.float64 else 32
     return [_tensor(dtype, dims, tile, align, kind) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
 
 
@@ -98,7 +99,7 @@ def _simt_tiles(dim_v: int, rows: int, kind: Kind) -> list[Tile]:
     wide = [Tile(16, 8, 80)] if kind == PLAIN and 64 < dim_v <= 128 else []
     tall = [*wide, Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
     tiles = [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
-    return [tile for tile in tiles if kind.plain or tile.others <= 32]
+    return [tile for tile in tiles if not kind.narrow or tile.others <= 32]
 
 
 def _sixteens(n: int) -> int:
@@ -140,7 +141,7 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
     elif max(dims) <= 64:
         tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
-        tiles = [(4, 2, 32, 2) if kind.plain else (4, 1, 64, 2), (4, 1, 32, 2)]
+        tiles = [(4, 1, 64, 2) if kind.narrow else (4, 2, 32, 2), (4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     if rows <= 16:
@@ -174,6 +175,20 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
             for columns in launches]
 
 
+def dbias_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind) -> list[Kernel]:
+    """List the kernels for the gradient of a bias of the keys; as `dq_kernels`. Local."""
+    dims = Dims(_sixteens(dim), _sixteens(dim_v))
+    if dtype == np.float32:
+        return [_simt_gradient("dbias", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]
+    if dtype == np.float64:
+        tiles = [*FLOAT64_GRADIENT_TILES]
+    elif max(dims) <= 128:
+        tiles = [(4, 2, 32, 2), (4, 1, 32, 2)]
+    else:
+        tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
+    return [_tensor_gradient("dbias", dtype, dims, (), Tile(*tile), align, kind) for tile in tiles]
+
+
 def _in_pairs(dtype: np.dtype[Any], dims: Dims) -> bool:
     """Say whether pairs of warps differentiate: where a warp's registers hold too little, and each can have half."""
     return dtype == np.float64 and dims.qk == dims.v > 64 and _slice(dims.qk, SLICE_FLOAT64) % 32 == 0
@@ -202,13 +217,13 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     own = 16 * tile.height * tile.lanes
     coming = tile.stages * tile.others
     pad = 4 if dtype == np.float64 else 8
-    row_stats = 2 * max(4, dtype.itemsize) + 8 if gradient == "dkdv" else 0
+    row_stats = 0 if gradient == "dq" else 2 * max(4, dtype.itemsize) + 8
     shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats
     blocks = 2 if tile.lanes == 4 and dtype != np.float64 and max(dims) <= 128 else 1
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
     return Kernel("gradient_tensor.cu", _named(f"gradient_{gradient}", arguments), rows, keys, 32 * tile.lanes,
-                  shared_bytes, max(columns), blocks)
+                  shared_bytes, max(columns, default=0), blocks)
 
 
 def _paired_gradient(gradient: str, dim: int, columns: int, tile: Tile, align: int, kind: Kind) -> Kernel:
@@ -224,8 +239,8 @@ def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind
     """Give an instance of gradient_simt.cu."""
     own = tile.height * tile.lanes
     coming = tile.stages * tile.others
-    weights = (2 if gradient == "dkdv" else 1) * own * _padded_weights(tile.others)
-    row_stats = 4 * coming if gradient == "dkdv" else 0
+    weights = {"dq": 1, "dkdv": 2, "dbias": 0}[gradient] * own * _padded_weights(tile.others)
+    row_stats = 0 if gradient == "dq" else 4 * coming
     numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, *kind.flags())), rows, keys,

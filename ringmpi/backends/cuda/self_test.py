@@ -18,6 +18,7 @@ from ..numpy_ import NumpyBackend
 
 Arrays = list[NDArray[Any]]
 HEADS = 2                     # of one key head
+FEW_QUERIES = 16
 SECONDS = 100.0               # for a case of milliseconds
 
 
@@ -30,11 +31,13 @@ class SelfTest:
     n_q, n_k, dim, dim_v : int
     dtype, accumulator : dtype
     plain : bool
-        Whether scores are plain.
+        Whether scores are plain, but for a bias.
     backward : bool
         Whether the gradient is tested, else the result.
     whole : bool
         Whether delta is what the result gives, and nothing else.
+    biased : bool
+        Whether the keys have a bias that leaves some of them out: for all heads with few queries, else for each.
     """
 
     n_q: int
@@ -46,6 +49,7 @@ class SelfTest:
     plain: bool
     backward: bool
     whole: bool = False
+    biased: bool = False
 
     def error(self, backend: Backend) -> float:
         """Give the largest error, in units of the largest value of an array. Local.
@@ -80,35 +84,46 @@ class SelfTest:
         state = backend.new_state(self.n_q, HEADS, self.dim_v, self.accumulator)
         backend.reset(state, None if self.plain else np.linspace(-1, 1, HEADS))
         q, k, v = (backend.to_device(x) for x in (q, k, v))
-        self._finish(backend.accumulate(state, q, k, v, *self._columns(), self._score()))
+        self._finish(backend.accumulate(state, q, k, v, *self._columns(), self._score(backend)))
         out = backend.empty((self.n_q, HEADS, self.dim_v), self.dtype)
         lse = backend.empty((self.n_q, HEADS), self.accumulator)
         backend.finish(state, backend.to_device(np.ones(self.n_q, bool)), out, lse)
         return [backend.to_numpy(x) for x in (out, lse)]
 
     def gradient(self, backend: Backend, *inputs: NDArray[Any]) -> Arrays:
-        """Give the gradients of q, k and v, from q, k, v, dout, out and lse. Local."""
+        """Give the gradients of q, k and v, and of a bias, from q, k, v, dout, out and lse. Local."""
         q, k, v, dout, out, lse = (backend.to_device(x) for x in inputs)
-        dq, dk, dv = made = [backend.empty(x.shape, self.accumulator) for x in (q, k, v)]
+        lse = backend.lse_for_weights(lse) if self.biased else lse
+        shapes = [q.shape, k.shape, v.shape] + [(self.n_k, self._bias_heads)] * self.biased
+        dq, dk, dv, *of_bias = made = [backend.empty(shape, self.accumulator) for shape in shapes]
         dlse = None if self.whole else lse                   # any will do
         gradient = backend.new_gradient(dout, out, lse, dlse, dq)
-        for x in (dk, dv):
+        for x in (dk, dv, *of_bias):
             backend.clear(x)
-        for of_q, of_k, of_v in [(dq, None, None), (None, dk, dv)] if backend.canonical else [(dq, dk, dv)]:
+        launches = [(dq, None, None), (None, dk, dv, *of_bias)] if backend.canonical else [(dq, dk, dv, *of_bias)]
+        for of_q, of_k, of_v, *more in launches:
             self._finish(backend.backward(replace(gradient, dq=of_q), q, k, v, of_k, of_v, *self._columns(),
-                                          self._score()))
+                                          self._score(backend), *more))
         backend.add(dk, dk)
         return [backend.to_numpy(backend.astype(x, self.dtype)) for x in made]
 
     def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return np.zeros(self.n_q, np.int64), self.n_k - 1 - np.arange(self.n_q)[::-1]
 
-    def _score(self) -> Score:
+    def _score(self, backend: Backend) -> Score:
         scale = 1 / math.sqrt(self.dim)
-        if self.plain:
-            return Score(scale)
-        return Score(scale, 2.0, np.array([0.02, 0.01]), 0.2, dropout_keys(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
-                     np.arange(self.n_k))
+        score = Score(scale) if self.plain else Score(
+            scale, 2.0, np.array([0.02, 0.01]), 0.2, dropout_keys(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
+            np.arange(self.n_k))
+        if not self.biased:
+            return score
+        bias = np.random.default_rng(self.n_k).standard_normal((self.n_k, self._bias_heads)).astype(np.float32)
+        bias[bias > 1] = -np.inf
+        return score.of_key_bias(backend.to_device(bias.astype(self.accumulator)))
+
+    @property
+    def _bias_heads(self) -> int:
+        return 1 if self.n_q < FEW_QUERIES else HEADS
 
     @staticmethod
     def _finish(loop: Iterator[int]) -> None:

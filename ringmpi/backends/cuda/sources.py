@@ -35,17 +35,26 @@ class Kind(NamedTuple):
     Attributes
     ----------
     plain : bool
-        Whether it has no score functions; see `Score.plain`. They take registers: tiles with them have fewer keys.
+        Whether it has no score functions: softcap, slopes, dropout.
     canonical : bool
         Whether its sums are in canonical order. Then it is the same for any number of rows.
+    biased : bool
+        Whether it adds a bias of the keys to scores.
     """
 
     plain: bool = True
     canonical: bool = False
+    biased: bool = False
 
-    def flags(self) -> tuple[str, str]:
+    @property
+    def narrow(self) -> bool:
+        """Whether more than a product makes a score, which takes registers: tiles have fewer keys then."""
+        return not self.plain or self.biased
+
+    def flags(self) -> tuple[str, str, str]:
         """Give the last template arguments. Local."""
-        return str(not self.plain).lower(), str(self.canonical).lower()
+        functions, bias, canonical = (str(x).lower() for x in (not self.plain, self.biased, self.canonical))
+        return functions, bias, canonical
 
 
 @dataclass(frozen=True)
