@@ -48,6 +48,7 @@ class Backward:
     canonical: bool
     on_tiles: TileScore | None = None        # the score, where the CPU's tiles multiply; then so are the buffers
     dkey_bias: Any = None      # array, or None
+    drelative: Any = None      # arrays, or None
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
