@@ -13,9 +13,8 @@ from .errors import MaskError, OptionError
 from .intervals import Interval, compact
 from .layout import Integers
 from .mask_base import BaseMask, natural
-from .relative import Axis
+from .relative import MOST_AXES, Axis
 
-MOST_AXES = 4
 EDGES = "cut", "shifted"
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from .layout import Integers
 
 Array = NDArray[Any]
+MOST_AXES = 4
 
 
 class Axis(NamedTuple):

@@ -62,12 +62,14 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, scale, sc
             dropped, dp = emitter.drop([p, dp], i, j, dropout_key)
             ds = builder.fmul(p, builder.fsub(dp, delta[i]))
             sums.take(ds, i, j)
+            emitter.relative.take(rows.seen(ds, i, j))
             return dropped, builder.fmul(builder.fmul(ds, derivative), scale)
 
         def add(j: Any) -> None:
             with builder.if_then(score.biased):
                 sums.add(j)
             sums.forget()
+            emitter.relative.sum(j)
 
         rows.over(both, add)
         return context.get_dummy_value()

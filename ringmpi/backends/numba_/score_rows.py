@@ -1,8 +1,8 @@
 """Score functions on a group of rows: products to scores before the softmax, weights to dropped weights after it.
 
-One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes, 2 for a bias and 100 for
-dropout: Philox is ten products of 32 by 32 bits. Which of them there are is known at run time alone, so each vector
-asks; the branches always go the same way.
+One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes, 2 for a bias, 8 for one
+by distance where keys follow each other, and 100 for dropout: Philox is ten products of 32 by 32 bits. Which of them
+there are is known at run time alone, so each vector asks; the branches always go the same way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from .product import ROWS
+from .relative_rows import RelativeEmitter, load_row_places, relative_from
 from .tuples import ScoreArguments
 from .vector import I64, Vectors, at, constant, data, loop, unpack
 
@@ -35,6 +36,7 @@ class ScoreEmitter:
         self.position = splats(vectors, score.position, row)
         self.bias = [at(vectors.builder, at(vectors.builder, score.bias, place), start)
                      for place in numbers_of(vectors.builder, score.bias_at, row)]
+        self.relative = RelativeEmitter(vectors, score.relative, row, start)
 
     def apply(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
         """Turn products into scores; give their derivative by scale·product too."""
@@ -56,7 +58,7 @@ class ScoreEmitter:
 
         x, = self._if(score.sloped, sloped, [x])
         x, = self._if(score.biased, lambda: [self.with_bias(x, i, j)], [x])
-        return x, derivative
+        return self.relative.add(x, i, j), derivative
 
     def with_bias(self, x: Any, i: int, j: Any) -> Any:
         """Add the bias of the keys."""
@@ -136,6 +138,7 @@ def load_row_scores(first, count, rows, head, group, score):  # type: ignore[no-
             score.position[r] = score.queries[i]
             score.bias_at[r] = h * score.bias_step
             score.sums_at[r] = (h - head * group) * score.sums_step
+            load_row_places(score.relative, r, i, h, h - head * group)
 
 
 def score_arguments_from(score, row):  # type: ignore[no-untyped-def]
@@ -152,7 +155,8 @@ def _rows_from(score, row):  # type: ignore[no-untyped-def]
     return ScoreArguments(score.ratio, score.cap, score.sloped, score.biased, score.only_biased, score.threshold,
                           score.gain, score.slopes, score.dropout_keys, score.queries, score.keys, score.bias,
                           score.bias_step, score.bias_sums, score.sums_step, score.slope[row:], score.dropout_key[row:],
-                          score.position[row:], score.bias_at[row:], score.sums_at[row:])
+                          score.position[row:], score.bias_at[row:], score.sums_at[row:],
+                          relative_from(score.relative, row))
 
 
 def splats(v: Vectors, numbers: Any, row: Any) -> list[Any]:

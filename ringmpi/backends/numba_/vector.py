@@ -373,10 +373,18 @@ def data(context: Any, builder: ir.IRBuilder, array: types.Type, value: Any) -> 
 
 
 def unpack(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
-    """Give a named tuple argument as an instance of its class: pointers to its arrays' first elements, its numbers."""
+    """Give a named tuple argument as an instance of its class: pointers to its arrays' first elements, its numbers.
+
+    And named tuples in it in the same way.
+    """
     fields = cgutils.unpack_tuple(builder, value, len(kind.types))
-    return kind.instance_class(*(data(context, builder, field_kind, field) if isinstance(field_kind, types.Array)
-                                 else field for field_kind, field in zip(kind.types, fields, strict=True)))
+
+    def taken(field_kind: Any, field: Any) -> Any:
+        if isinstance(field_kind, types.BaseNamedTuple):
+            return unpack(context, builder, field_kind, field)
+        return data(context, builder, field_kind, field) if isinstance(field_kind, types.Array) else field
+
+    return kind.instance_class(*map(taken, kind.types, fields))
 
 
 def dtype_of(kind: Any, name: str) -> Any:
