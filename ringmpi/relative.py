@@ -7,7 +7,7 @@ for an axis that goes round is unrolled here, so that it has an entry for every 
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -86,6 +86,14 @@ class Relative:
         """Give the coordinates of positions along each axis. Local."""
         return np.unravel_index(positions, self.sizes) if self.sizes else (positions,)
 
+    def of_pairs(self, queries: Integers, keys: Integers) -> Array:
+        """Give what is added to the scores of pairs, (n, heads), by their positions, (n,). Local."""
+        total = np.zeros((len(queries), len(self.tables[0])), self.tables[0].dtype)
+        for table, i, j in zip(self.tables, self.coordinates(queries), self.coordinates(keys), strict=True):
+            reach = table.shape[1] // 2
+            total += table[:, np.clip(i - j, -reach, reach) + reach].T
+        return total
+
     def new_sums(self) -> list[NDArray[np.float64]]:
         """Give zeros for the gradient, like the tables. Local."""
         return [np.zeros(table.shape) for table in self.tables]
@@ -101,9 +109,9 @@ class Relative:
             given.append(np.ascontiguousarray(rolled.T).astype(table.dtype))
         return tuple(given)
 
-    def checksum(self) -> int:
-        """Give a checksum of what it is. Local."""
-        total = zlib.crc32(repr((self.sizes, self.widths, [table.shape for table in self.tables])).encode())
+    def digest(self) -> str:
+        """Give a digest of all of it. Local."""
+        found = hashlib.sha256(repr((self.sizes, self.widths, [table.shape for table in self.tables])).encode())
         for table in self.tables:
-            total = zlib.crc32(table.view(np.uint8).data, total)
-        return total
+            found.update(table.data)
+        return found.hexdigest()
