@@ -167,7 +167,8 @@ def test_a_bias_by_distance_of_a_file(source, tmp_path, of_axes):
     with h5py.File(tmp_path / "in.h5", "r+") as file:
         file[names[-1]][:, -1:] += 0.01
     assert main(again) == 1
-    for wrong, text in ((np.full((heads, 3), np.inf), "expected finite numbers"), (np.zeros((heads, 2)), "expected shape")):
+    for wrong, text in ((np.full((heads, 3), np.inf), "expected finite numbers"),
+                        (np.zeros((heads, 2)), "expected shape")):
         with h5py.File(tmp_path / "in.h5", "r+") as file:
             del file[names[-1]]
             file[names[-1]] = wrong
