@@ -170,7 +170,9 @@ class Call:
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
         key_bias = check_key_bias(inputs.key_bias, k.shape, q.shape[-2], acc_dtype)
-        relative = check_relative(inputs.relative, mask.axes if mask else (), q.shape[-2], acc_dtype)
+        relative: Relative | None = None
+        if inputs.relative is not None:
+            relative = check_relative(inputs.relative, mask.axes if mask else (), q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
         batch, _, heads, _ = arrays["q"].shape

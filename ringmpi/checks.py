@@ -223,12 +223,12 @@ def check_key_bias(bias: Any, k: tuple[int, ...], heads: int, kind: np.dtype[Any
     return numbers
 
 
-def check_relative(relative: Any, axes: Sequence[Axis], heads: int, kind: np.dtype[Any]) -> Relative | None:
-    """Return a bias by distance in dtype `kind`, or None for none. Local.
+def check_relative(relative: Any, axes: Sequence[Axis], heads: int, kind: np.dtype[Any]) -> Relative:
+    """Return a bias by distance in dtype `kind`. Local.
 
     Parameters
     ----------
-    relative : array of shape (heads, 2 reach + 1), or a tuple or list of one for each axis, optional
+    relative : array of shape (heads, 2 reach + 1), or a tuple or list of one for each axis
     axes : sequence of Axis
         Of the mask's grid; none if it has none.
     heads : int
@@ -240,8 +240,6 @@ def check_relative(relative: Any, axes: Sequence[Axis], heads: int, kind: np.dty
     ShapeError, DtypeError, OptionError, BackendError
         If it is no table of floats that are finite in `kind` on the host, or there are more or fewer than axes.
     """
-    if relative is None:
-        return None
     if not isinstance(relative, (tuple, list)):
         return Relative.of_positions(_check_table(relative, "relative", heads, kind))
     if len(relative) != len(axes) or not axes:

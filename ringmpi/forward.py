@@ -14,7 +14,7 @@ from .backends.base import Ended
 from .call import Array, Call
 from .engine import Engine
 from .left_out import bits_of, seen_by_heads
-from .plan import Plan, Task
+from .plan import Plan
 from .replicated import Replicated, arrays_of, combine_parts, part_of
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.links import assign
@@ -144,11 +144,8 @@ class ForwardPass:
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
                                         end, score)
-                for i, columns, begin, end, score in self._tasks(work, part)))
-
-    def _tasks(self, work: Work, rows: slice) -> Iterator[Task]:
-        """Give what there is to do with some rows and what came by, with what the call's score has."""
-        return self.plan.tasks(work, rows, self.call.dropout_keys, self.call.relative)
+                for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys,
+                                                                     self.call.relative)))
 
     def _keys_and_values(self, work: Work) -> tuple[Array, Array]:
         """Give k and v of a block that came by: v may be the first numbers of k."""

@@ -88,6 +88,7 @@ class Pass(ForwardPass):
             What `QueryExchange.hear` fills in.
         """
         plan = self.plan
+        call = self.call
         backend = self.backend
         of_relative = [x[plan.share.queries] for x in self._sums_of_relative] or None
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
@@ -98,7 +99,7 @@ class Pass(ForwardPass):
                 backend.backward(part_of(gradients[i], part), q[i, part], k[i, columns], v[i, columns],
                                  None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
                                  begin, end, score, of_bias[0][i, columns] if of_bias else None, of_relative)
-                for i, columns, begin, end, score in self._tasks(work, part)))
+                for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys, call.relative)))
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""

@@ -69,7 +69,8 @@ class Score:
     @property
     def plain(self) -> bool:
         """Whether the score is ``scale q·k`` and every weight counts."""
-        return not (self.softcap or self.positional) and self.key_bias is None
+        return (not self.softcap and self.slopes is None and not self.dropout and self.key_bias is None
+                and self.relative is None)
 
     @property
     def positional(self) -> bool:
