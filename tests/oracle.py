@@ -118,8 +118,8 @@ def error(got, want, scale=None):
 
 FUNCTIONS = ("plain", "softcap", "alibi", "dropout", "sinks", "all")
 BIASES = ("bias", "bias by head", "left out", "left out by head", "all and left out by head")
-DISTANCES = ("relative", "near relative", "far relative", "all and relative", "left out by head and relative",
-             "axes and relative")
+DISTANCES = ("relative", "relative of neighbours", "near relative", "far relative", "all and relative",
+             "left out by head and relative", "axes and relative")
 
 
 def key_bias(kind, heads, n_k, seed=0, dtype=np.float32):

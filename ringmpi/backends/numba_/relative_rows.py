@@ -49,11 +49,7 @@ class RelativeEmitter:
                 elif kind == "one":
                     plus(v.splat(b.load(at(b, table, place))))
                 else:
-                    numbers = ir.Constant(v.kind, ir.Undefined)
-                    for lane in range(v.lanes):
-                        number = b.load(at(b, table, b.extract_element(place, ir.Constant(I32, lane))))
-                        numbers = b.insert_element(numbers, number, ir.Constant(I32, lane))
-                    plus(numbers)
+                    plus(v.look_up(table, place))
         return b.load(total)
 
     def take(self, x: Any) -> None:
@@ -72,9 +68,9 @@ class RelativeEmitter:
                     elif kind == "one":
                         self._add_number(v.sum(x), sums, place)
                     else:
-                        for lane in range(v.lanes):
-                            lane_ = ir.Constant(I32, lane)
-                            self._add_number(b.extract_element(x, lane_), sums, b.extract_element(place, lane_))
+                        with loop(b, constant(0), constant(v.lanes)) as lane:
+                            number, where = (b.extract_element(y, b.trunc(lane, I32)) for y in (x, place))
+                            self._add_number(number, sums, where)
         self._taken = []
 
     def _add_number(self, x: Any, sums: Any, place: Any) -> None:
