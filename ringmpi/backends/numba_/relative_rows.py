@@ -8,19 +8,19 @@ or all beyond the reach, gets one number. Other keys are looked up one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba.core import cgutils
 
+from .product import ROWS
 from .tuples import RelativeArguments
 from .vector import I32, I64, Vectors, at, constant, load, loop, splat
 
 
 class RelativeEmitter:
-    """Emits a bias by distance of one vector, and sums of its gradient: of row i of a group, keys from column j on.
+    """Emits a bias by distance of a vector of keys, from column j on, for each row of a group, and its gradient's sums.
 
     `relative` is a `RelativeArguments` with pointers.
     """
@@ -30,58 +30,42 @@ class RelativeEmitter:
         self.relative = relative
         self.row = row
         self.start = start
-        self._taken: list[Any] = []
 
-    def add(self, x: Any, i: int, j: Any) -> Any:
-        """Add the bias to a vector of scores."""
+    def add(self, x: list[Any], j: Any) -> list[Any]:
+        """Add the bias to the scores of each row."""
         v, b, relative = self.v, self.v.builder, self.relative
-        total = cgutils.alloca_once(b, v.kind)
-        b.store(x, total)
-        with self._axes() as axis:
+        totals = [cgutils.alloca_once(b, v.kind) for _ in x]
+        for total, scores in zip(totals, x, strict=True):
+            b.store(scores, total)
+        for kind, axis, i, place in self._places(j):
             table = at(b, relative.tables, self._of_row(relative.place, axis, i))
+            if kind == "in a row":
+                numbers = v.load(table, place)
+            elif kind == "one":
+                numbers = v.splat(b.load(at(b, table, place)))
+            else:
+                numbers = v.look_up(table, place)
+            b.store(b.fadd(b.load(totals[i]), numbers), totals[i])
+        return [b.load(total) for total in totals]
 
-            def plus(number: Any) -> None:
-                b.store(b.fadd(b.load(total), number), total)
-
-            for kind, place in self._places(axis, i, j):
-                if kind == "in a row":
-                    plus(v.load(table, place))
-                elif kind == "one":
-                    plus(v.splat(b.load(at(b, table, place))))
-                else:
-                    plus(v.look_up(table, place))
-        return b.load(total)
-
-    def take(self, x: Any) -> None:
-        """Take what the next row of the group has of some columns: 0 where it does not see them."""
-        self._taken.append(x)
-
-    def sum(self, j: Any) -> None:
-        """Emit the sums of what was taken, of all rows, of the columns from j on; begin with others."""
+    def sum(self, x: list[Any], j: Any) -> None:
+        """Emit the sums of what each row has: 0 where it does not see a key."""
         v, b, relative = self.v, self.v.builder, self.relative
-        with self._axes() as axis:
-            for i, x in enumerate(self._taken):
-                sums = at(b, relative.sums, self._of_row(relative.sums_place, axis, i))
-                for kind, place in self._places(axis, i, j):
-                    if kind == "in a row":
-                        v.store(b.fadd(v.load(sums, place), x), sums, place)
-                    elif kind == "one":
-                        self._add_number(v.sum(x), sums, place)
-                    else:
-                        with loop(b, constant(0), constant(v.lanes)) as lane:
-                            number, where = (b.extract_element(y, b.trunc(lane, I32)) for y in (x, place))
-                            self._add_number(number, sums, where)
-        self._taken = []
+        for kind, axis, i, place in self._places(j):
+            sums = at(b, relative.sums, self._of_row(relative.sums_place, axis, i))
+            if kind == "in a row":
+                v.store(b.fadd(v.load(sums, place), x[i]), sums, place)
+            elif kind == "one":
+                self._add_number(v.sum(x[i]), sums, place)
+            else:
+                with loop(b, constant(0), constant(v.lanes)) as lane:
+                    number, where = (b.extract_element(y, b.trunc(lane, I32)) for y in (x[i], place))
+                    self._add_number(number, sums, where)
 
     def _add_number(self, x: Any, sums: Any, place: Any) -> None:
         b = self.v.builder
         target = at(b, sums, place)
         b.store(b.fadd(b.load(target), x), target)
-
-    @contextmanager
-    def _axes(self) -> Iterator[Any]:
-        with loop(self.v.builder, constant(0), self.relative.axes) as axis:
-            yield axis
 
     def _of_row(self, numbers: Any, axis: Any, i: int) -> Any:
         """Load what row i has along an axis."""
@@ -89,30 +73,34 @@ class RelativeEmitter:
         place = b.add(b.mul(axis, self.relative.rows), b.add(self.row, constant(i)))
         return b.load(at(b, numbers, place))
 
-    def _places(self, axis: Any, i: int, j: Any) -> Iterator[tuple[str, Any]]:
-        """Give where row i's numbers for a vector of keys are: the first of a run, the only one, or one for each lane.
+    def _places(self, j: Any) -> Iterator[tuple[str, Any, int, Any]]:
+        """Give, for each axis and row i, where its numbers for a vector of keys are, and in which of three ways.
 
-        What is emitted meanwhile is done if it is so.
+        The first of a run "in a row", the only "one", or "each" lane's. What is emitted meanwhile is done if it is so.
         """
         v, b, relative = self.v, self.v.builder, self.relative
-        at_key = b.add(b.mul(axis, relative.keys_step), b.add(self.start, j))
-        shift, last = self._of_row(relative.shift, axis, i), b.load(at(b, relative.last, axis))
-        low = b.add(b.load(at(b, relative.low, at_key)), shift)
-        in_a_row = b.icmp_unsigned("!=", b.load(at(b, relative.in_a_row, at_key)), ir.Constant(ir.IntType(8), 0))
-        with b.if_else(in_a_row) as (following, others):
-            with following:
-                yield "in a row", _clip(b, low, constant(0), last)
-            with others:
-                edges = constant(v.lanes), b.sub(last, constant(1))
-                low = _clip(b, low, *edges)
-                high = _clip(b, b.add(b.load(at(b, relative.high, at_key)), shift), *edges)
-                with b.if_else(b.icmp_signed("==", low, high)) as (same, apart):
-                    with same:
-                        yield "one", low
-                    with apart:
-                        coordinates = load(b, relative.keys, at_key, ir.VectorType(I64, v.lanes))
-                        places = b.add(coordinates, splat(b, shift, v.lanes))
-                        yield "each", _clip(b, places, *(splat(b, edge, v.lanes) for edge in edges))
+        with loop(b, constant(0), relative.axes) as axis:
+            at_key = b.add(b.mul(axis, relative.keys_step), b.add(self.start, j))
+            low, high, last = (b.load(at(b, x, place)) for x, place in (
+                (relative.low, at_key), (relative.high, at_key), (relative.last, axis)))
+            in_a_row = b.icmp_unsigned("!=", b.load(at(b, relative.in_a_row, at_key)), ir.Constant(ir.IntType(8), 0))
+            with b.if_else(in_a_row) as (following, others):
+                with following:
+                    for i in range(ROWS):
+                        shift = self._of_row(relative.shift, axis, i)
+                        yield "in a row", axis, i, _clip(b, b.add(low, shift), constant(0), last)
+                with others:
+                    edges = constant(v.lanes), b.sub(last, constant(1))
+                    coordinates = load(b, relative.keys, at_key, ir.VectorType(I64, v.lanes))
+                    for i in range(ROWS):
+                        shift = self._of_row(relative.shift, axis, i)
+                        first, stop = (_clip(b, b.add(edge, shift), *edges) for edge in (low, high))
+                        with b.if_else(b.icmp_signed("==", first, stop)) as (same, apart):
+                            with same:
+                                yield "one", axis, i, first
+                            with apart:
+                                places = b.add(coordinates, splat(b, shift, v.lanes))
+                                yield "each", axis, i, _clip(b, places, *(splat(b, edge, v.lanes) for edge in edges))
 
 
 def _clip(builder: Any, x: Any, low: Any, high: Any) -> Any:

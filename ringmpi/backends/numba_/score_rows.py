@@ -23,7 +23,7 @@ from .vector import I64, Vectors, at, constant, data, loop, unpack
 
 
 class ScoreEmitter:
-    """Emits score functions of one vector: of row i of a group, and of keys from column j on.
+    """Emits score functions of a vector of keys, from column j on, for rows of a group.
 
     `score` is a `ScoreArguments` with pointers; of the row's numbers, which go to every lane, only those that are asked
     for are loaded.
@@ -38,8 +38,13 @@ class ScoreEmitter:
                      for place in numbers_of(vectors.builder, score.bias_at, row)]
         self.relative = RelativeEmitter(vectors, score.relative, row, start)
 
-    def apply(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
-        """Turn products into scores; give their derivative by scale·product too."""
+    def apply(self, s: list[Any], j: Any, slope: list[Any]) -> list[tuple[Any, Any]]:
+        """Turn products of each row into scores; give their derivative by scale·product too."""
+        x, derivatives = zip(*(self._of_row(products, i, j, slope) for i, products in enumerate(s)), strict=True)
+        return list(zip(self.relative.add(list(x), j), derivatives, strict=True))
+
+    def _of_row(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
+        """Turn products of row i into scores, but for a bias by distance; give their derivative too."""
         v, b, score = self.v, self.v.builder, self.score
         x = b.fmul(s, v.splat(score.ratio))
 
@@ -58,7 +63,7 @@ class ScoreEmitter:
 
         x, = self._if(score.sloped, sloped, [x])
         x, = self._if(score.biased, lambda: [self.with_bias(x, i, j)], [x])
-        return self.relative.add(x, i, j), derivative
+        return x, derivative
 
     def with_bias(self, x: Any, i: int, j: Any) -> Any:
         """Add the bias of the keys."""
@@ -102,9 +107,10 @@ def apply_score(context, s, row, row_keys, columns, score):  # type: ignore[no-u
         v = Vectors(builder, signature.args[0].dtype)
         emitter = ScoreEmitter(v, score, values[1], columns.start)
         slope = splats(v, score.slope, values[1])
-        for i, j, place in _each(v, values[1], values[2], columns):
-            x, _ = emitter.apply(v.load(s, place), i, j, slope)
-            v.store(x, s, place)
+        for j, places in _each(v, values[1], values[2], columns):
+            scores = emitter.apply([v.load(s, place) for place in places], j, slope)
+            for (x, _), place in zip(scores, places, strict=True):
+                v.store(x, s, place)
         return context.get_dummy_value()
 
     return types.void(s, row, row_keys, columns, score), emit
@@ -119,9 +125,10 @@ def apply_dropout(context, p, row, row_keys, columns, score):  # type: ignore[no
         v = Vectors(builder, signature.args[0].dtype)
         emitter = ScoreEmitter(v, score, values[1], columns.start)
         dropout_key = splats(v, score.dropout_key, values[1])
-        for i, j, place in _each(v, values[1], values[2], columns):
-            x, = emitter.drop([v.load(p, place)], i, j, dropout_key)
-            v.store(x, p, place)
+        for j, places in _each(v, values[1], values[2], columns):
+            for i, place in enumerate(places):
+                x, = emitter.drop([v.load(p, place)], i, j, dropout_key)
+                v.store(x, p, place)
         return context.get_dummy_value()
 
     return types.void(p, row, row_keys, columns, score), emit
@@ -169,11 +176,10 @@ def numbers_of(builder: Any, numbers: Any, row: Any) -> list[Any]:
     return [builder.load(at(builder, numbers, builder.add(row, constant(i)))) for i in range(ROWS)]
 
 
-def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[int, Any, Any]]:
-    """Emit a loop over the vectors of `columns`, and give (i, column, place) for each row i of a group."""
+def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Emit a loop over the vectors of `columns`, and give the column, and its place for each row of a group."""
     b = v.builder
     places = [b.mul(b.add(row, constant(i)), row_keys) for i in range(ROWS)]
     with loop(b, constant(0), b.sdiv(b.sub(columns.last, columns.first), constant(v.lanes))) as n:
         j = b.add(columns.first, b.mul(n, constant(v.lanes)))
-        for i, place in enumerate(places):
-            yield i, j, b.add(place, j)
+        yield j, [b.add(place, j) for place in places]
