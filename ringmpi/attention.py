@@ -39,6 +39,7 @@ from .schedules.spec import Schedule, check_memory_limit, check_schedule, resolv
 from .tangents import TangentPass
 from .trace import Trace
 
+Tables = ArrayLike | Sequence[ArrayLike]
 CHOICES = 64                   # of schedules that an object keeps, for as many shapes of its calls
 RESUMABLE = "forward, with stop= or from a checkpoint"
 NEW_CALLS = "forward", RESUMABLE, "jvp"       # others are about one of these
@@ -227,26 +228,27 @@ class RingAttention:
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[False] = False, keep: bool = True, progress: Progress | None = None) -> Array: ...
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+                 seed: int = 0, return_lse: Literal[False] = False, keep: bool = True,
+                 progress: Progress | None = None) -> Array: ...
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
-                 return_lse: Literal[True], keep: bool = True,
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+                 seed: int = 0, return_lse: Literal[True], keep: bool = True,
                  progress: Progress | None = None) -> tuple[Array, Array]: ...
 
     @overload
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
-                 return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
-                 stop: Stop) -> Any: ...
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+                 seed: int = 0, return_lse: bool = False, keep: bool = True,
+                 progress: Progress | None = None, stop: Stop) -> Any: ...
 
     @explained()
     def __call__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, dim_v: int | None = None,
-                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
-                 return_lse: bool = False, keep: bool = True, progress: Progress | None = None,
-                 stop: Stop | None = None) -> Any:
+                 sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+                 seed: int = 0, return_lse: bool = False, keep: bool = True,
+                 progress: Progress | None = None, stop: Stop | None = None) -> Any:
         """Attend: this rank's shards in, this rank's shard of the result out. Collective over *comm*.
 
         Parameters
@@ -280,6 +282,15 @@ class RingAttention:
             -inf, and what k and v have there, NaN too, is of no account if all heads leave the key out. With a batch
             it has that axis too; ``np.broadcast_to(bias, (batch, n_k))`` is the same for all elements. On the host,
             where it is looked at, or where `k` is.
+        relative : array of shape (heads, 2 reach + 1), or a tuple or list of such, float, optional
+            A bias by distance: ``relative[h, i - j + reach]`` is added to the score of query position i and key
+            position j of head h, after `softcap` and beside `alibi` and `key_bias`, and the first or last number where
+            j is farther from i than `reach` (T5: Raffel et al. 2020, with buckets unrolled). Positions are global, in
+            any layout; queries are aligned with the keys as the mask aligns them. With a mask that is a `Grid` it may
+            be a table for each axis, each with a reach of its own: what is added is their sum, by the differences of
+            the coordinates, on a periodic axis the shortest way round. Half way round n points, n even, it is n / 2,
+            not -n / 2. Finite in the accumulator's dtype, the same on all ranks, on the host, and with the backends
+            that compute there.
         seed : int
             Of dropout, ``0 <= seed < 2**64``; take another one at every call that shall drop other weights.
         return_lse : bool
@@ -311,11 +322,10 @@ class RingAttention:
             If another rank does not keep up within the timeout, or is gone. The communicator is lost then: further
             calls on it raise `CommError`.
         """
+        inputs = Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias, relative=relative)
         if stop is not None or self._keeping is not None:
-            return self._call_resumable(Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias), return_lse, keep,
-                                        progress, stop, self._keeping)
-        return self._call(Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias), return_lse, keep, progress,
-                          keep)
+            return self._call_resumable(inputs, return_lse, keep, progress, stop, self._keeping)
+        return self._call(inputs, return_lse, keep, progress, keep)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what has been computed of the last call, which was left by its `stop`. Collective over *comm*.
@@ -474,6 +484,9 @@ class RingAttention:
         dkey_bias : array of the shape of key_bias, accumulator dtype
             If the call had one: of this rank's keys, with what all ranks make of them; after dsinks, or after dv
             without these, and where dv is. A key that is left out has 0.
+        drelative : array of the shape of relative, or a tuple of such arrays, accumulator dtype
+            If the call had it, and last: what the pairs give that this rank has computed, to be summed over the ranks
+            as dsinks are. Summed up in float64.
 
         The gradients are a named tuple, with these names.
 
@@ -507,14 +520,15 @@ class RingAttention:
 
     def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
                     dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                    key_bias: ArrayLike | None = None, seed: int = 0, progress: Progress | None = None) -> AnyGradients:
+                    key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> AnyGradients:
         """Give the gradients of any call with these options, by what went in and came out. Collective over *comm*.
 
         Parameters
         ----------
         dout
             See `backward`.
-        q, k, v, sinks, key_bias, seed
+        q, k, v, sinks, key_bias, relative, seed
             As they were given to the call.
         out, lse
             As it returned them.
@@ -523,7 +537,7 @@ class RingAttention:
 
         Returns
         -------
-        dq, dk, dv[, dsinks][, dkey_bias]
+        dq, dk, dv[, dsinks][, dkey_bias][, drelative]
             See `backward`.
 
         Raises
@@ -531,7 +545,7 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        inputs = Inputs(q, k, v, sinks, seed, out, lse, key_bias=key_bias)
+        inputs = Inputs(q, k, v, sinks, seed, out, lse, key_bias=key_bias, relative=relative)
         return self._differentiate_call(0, dout, dlse, inputs, progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
@@ -635,8 +649,9 @@ class RingAttention:
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
-        if call.key_bias is not None:
-            raise OptionError("key_bias: expected none, as the jvp and second derivatives have none yet")
+        for name in ("key_bias", "relative"):
+            if getattr(call, name) is not None:
+                raise OptionError(f"{name}: expected none, as the jvp and second derivatives have none yet")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
@@ -656,6 +671,9 @@ class RingAttention:
 
     def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; note what all ranks must have alike. Local."""
+        if call.relative is not None and self._problem.canonical:
+            raise OptionError('relative: expected a forward pass alone with order "canonical", as its gradient has no '
+                              'canonical order yet; take order="fastest"')
         dout, dlse = call.check_cotangents(dout, dlse)
         call.cotangents = checksum(dout, dlse, call.out, call.lse) if self._problem.replicated else 0
         return dout, dlse
@@ -690,7 +708,7 @@ class RingAttention:
         call: Call | None = None
         with self._comm.noting() as failures:
             self._check_open()
-            call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
+            call = Call.check(inputs, self._problem.dropout, self._problem.accumulator, self._problem.mask)
             if call.in_keys:
                 self._check_values_in_keys(call, resumable)
             call.number = number
@@ -730,6 +748,9 @@ class RingAttention:
         if records.common("key_bias") and not self.backend.biased:
             raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba, numpy or "
                                "cuda")
+        if records.common("relative") and not self.backend.relative:
+            raise BackendError(f"relative: backend {self.backend.name} has none yet; expected backend numba or numpy, "
+                               "and arrays on the host")
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None

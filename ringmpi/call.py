@@ -15,9 +15,11 @@ from numpy.typing import DTypeLike, NDArray
 from . import device
 from .arrays import as_array, as_host_array
 from .backends.strided import in_place
-from .checks import check_arrays, check_integer, check_key_bias, check_like, check_seed, check_sinks
+from .checks import check_arrays, check_integer, check_key_bias, check_like, check_relative, check_seed, check_sinks
 from .dtypes import DTYPES, accumulator, check_dtype
 from .errors import BackendError, DtypeError, OptionError, RingError, ShapeError
+from .mask_base import BaseMask
+from .relative import Relative
 from .score import dropout_keys
 from .softmax import State
 
@@ -31,11 +33,13 @@ EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
          "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
                        "and tangents of those",
+         "tables": "numbers in relative (by a checksum)",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
          "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
          "sinks": "sinks (0 none, 1 given)", "in_keys": "values (0 by v, 1 by dim_v)",
-         "key_bias": "key_bias (0 none, 1 a number for each key, else so many, one for each head)"}
-OF_THE_CALL = ("number", "seed", "print", "cotangents")                  # which the plan does not go by
+         "key_bias": "key_bias (0 none, 1 a number for each key, else so many, one for each head)",
+         "relative": "relative (0 none, else so many tables)"}
+OF_THE_CALL = ("number", "seed", "print", "cotangents", "tables")                  # which the plan does not go by
 # ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, whether a schedule that is
 # chosen by its cost is to suit a backward pass too, and whether the bias leaves some key out.
 RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains", "leaves_out")])
@@ -53,6 +57,7 @@ class Inputs(NamedTuple):
     lse: Any = None
     dim_v: Any = None
     key_bias: Any = None
+    relative: Any = None
 
 
 class Direction(NamedTuple):
@@ -88,6 +93,8 @@ class Call:
         That the caller's has.
     leaves_out : bool
         Whether the bias leaves some key of this rank out.
+    relative : Relative, optional
+        Of all heads.
     seen : sequence of bool array of shape (rows, heads)
         For each element of the batch, which rows see any key that the bias of their head does not leave out, if it
         leaves some out; of the rows and heads that this rank finishes.
@@ -118,6 +125,7 @@ class Call:
     key_bias: Array | None = None
     bias_shape: tuple[int, ...] = ()
     leaves_out: bool = False
+    relative: Relative | None = None
     seen: Sequence[NDArray[np.bool_]] = ()
     out: Array = None
     lse: Array = None
@@ -129,7 +137,7 @@ class Call:
     direction: Direction | None = None
 
     @classmethod
-    def check(cls, inputs: Inputs, dropout: float, wanted: DTypeLike | None) -> Call:
+    def check(cls, inputs: Inputs, dropout: float, wanted: DTypeLike | None, mask: BaseMask | None = None) -> Call:
         """Take what a call is given, or raise an error that says what is wrong with it. Local.
 
         Parameters
@@ -139,6 +147,8 @@ class Call:
             Without, the seed does not matter.
         wanted : dtype, optional
             Accumulator asked for.
+        mask : BaseMask, optional
+            Whose grid the tables of a bias by distance are for.
 
         Raises
         ------
@@ -164,6 +174,9 @@ class Call:
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
         key_bias = check_key_bias(_bias_on_host(inputs.key_bias, gpu), k.shape, q.shape[-2], acc_dtype)
+        relative: Relative | None = None
+        if inputs.relative is not None:
+            relative = check_relative(inputs.relative, mask.axes if mask else (), q.shape[-2], acc_dtype)
         seed = check_seed(inputs.seed) if dropout else 0
         arrays = {name: _batched(x, batched, gpu, strided=name in "qkv") for name, x in arrays.items()}
         batch, _, heads, _ = arrays["q"].shape
@@ -179,7 +192,7 @@ class Call:
             arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
         return cls(arrays["q"], arrays["k"], arrays["v"], batched, gpu, in_keys, seed, keys, sinks, key_bias,
-                   bias_shape, leaves_out, out=arrays.get("out"), lse=arrays.get("lse"))
+                   bias_shape, leaves_out, relative, out=arrays.get("out"), lse=arrays.get("lse"))
 
     def check_cotangents(self, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; give it with a batch axis. Local.
@@ -272,10 +285,13 @@ class Call:
         batch, n_q, heads, dim = self.q.shape
         _, n_k, kv_heads, dim_v = self.v.shape
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
-        return _record(self.number, seed, self.print, self.cotangents, self.batched, batch, heads, kv_heads, dim,
-                       dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys,
-                       0 if self.key_bias is None else self.key_bias.shape[2], n_q, n_k, self.gpu, self.trains,
-                       self.leaves_out)
+        of_tables = (0, 0)
+        if self.relative is not None:
+            of_tables = int(self.relative.digest()[:15], 16), len(self.relative.tables)
+        return _record(self.number, seed, self.print, self.cotangents, of_tables[0], self.batched, batch, heads,
+                       kv_heads, dim, dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys,
+                       0 if self.key_bias is None else self.key_bias.shape[2], of_tables[1], n_q, n_k, self.gpu,
+                       self.trains, self.leaves_out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -351,7 +367,7 @@ class Records:
         return list(DTYPES.values())[self.common("dtype")]
 
     def common(self, name: str) -> int:
-        """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v, key_bias. Local."""
+        """Give what is the same on all ranks: batch, heads, kv_heads, dim, dim_v, key_bias, relative. Local."""
         return int(self._table[name][0])
 
     def of_keys(self, n_k: Sequence[int]) -> Records:

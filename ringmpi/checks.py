@@ -20,6 +20,7 @@ from .mask import Mask
 from .mask_base import BaseMask
 from .mask_batch import BatchMask
 from .mpi.comm import TIMEOUT
+from .relative import Axis, Relative
 
 Array = NDArray[Any]
 
@@ -219,6 +220,48 @@ def check_key_bias(bias: Any, k: tuple[int, ...], heads: int, kind: np.dtype[Any
     if not (np.isfinite(numbers) | left_out).all():
         raise OptionError(f"key_bias: expected numbers that are finite in {kind}, or -inf for a key that is left out, "
                           "got NaN, inf or a number too large for it")
+    return numbers
+
+
+def check_relative(relative: Any, axes: Sequence[Axis], heads: int, kind: np.dtype[Any]) -> Relative:
+    """Return a bias by distance in dtype `kind`. Local.
+
+    Parameters
+    ----------
+    relative : array of shape (heads, 2 reach + 1), or a tuple or list of one for each axis
+    axes : sequence of Axis
+        Of the mask's grid; none if it has none.
+    heads : int
+        Of the queries.
+    kind : dtype
+
+    Raises
+    ------
+    ShapeError, DtypeError, OptionError, BackendError
+        If it is no table of floats that are finite in `kind` on the host, or there are more or fewer than axes.
+    """
+    if not isinstance(relative, (tuple, list)):
+        return Relative.of_positions(_check_table(relative, "relative", heads, kind))
+    if len(relative) != len(axes) or not axes:
+        expected = (f"a table for each of {len(axes)} axes of the mask's grid, or one alone by positions" if axes else
+                    "one table, an array, as tables for each axis go with a mask that is a ringmpi.Grid")
+        raise ShapeError(f"relative: expected {expected}, got a {type(relative).__name__} of {len(relative)}")
+    return Relative.of_axes([_check_table(table, f"relative[{number}]", heads, kind)
+                             for number, table in enumerate(relative)], axes)
+
+
+def _check_table(table: Any, name: str, heads: int, kind: np.dtype[Any]) -> NDArray[Any]:
+    """Return a table of a bias by distance."""
+    values = as_host_array(table, name)
+    check_dtype(values.dtype, name)
+    if values.ndim != 2 or len(values) != heads or not values.shape[1] % 2:
+        raise ShapeError(f"{name}: expected shape ({heads}, 2 reach + 1), an odd number for each head, got "
+                         f"{values.shape}")
+    with np.errstate(over="ignore"):
+        numbers: NDArray[Any] = np.array(values, kind, order="C")
+    if not np.isfinite(numbers).all():
+        raise OptionError(f"{name}: expected numbers that are finite in {kind}, got NaN, an infinity or a number too "
+                          "large for it; to leave keys out by distance, take a mask with a window")
     return numbers
 
 

@@ -146,7 +146,8 @@ class ForwardPass:
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
                                         end, score)
-                for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys)))
+                for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys,
+                                                                     self.call.relative)))
 
     def _keys_and_values(self, work: Work) -> tuple[Array, Array]:
         """Give k and v of a block that came by: v may be the first numbers of k."""

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from numpy.typing import ArrayLike
 
-from .attention import RingAttention
+from .attention import RingAttention, Tables
 from .call import Array
 from .gradients import AnyGradients
 from .keywords import explained
@@ -14,20 +14,20 @@ from .keywords import explained
 
 @overload
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: Literal[False] = False,
-                   **options: Any) -> Array: ...
+                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+                   return_lse: Literal[False] = False, **options: Any) -> Array: ...
 
 
 @overload
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: Literal[True],
-                   **options: Any) -> tuple[Array, Array]: ...
+                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+                   return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
 
 
 @explained(RingAttention)
 def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, seed: int = 0, return_lse: bool = False,
-                   **options: Any) -> Array | tuple[Array, Array]:
+                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+                   return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
     """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
 
     Parameters
@@ -40,6 +40,8 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         A score of each head that joins the softmax, with no value.
     key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
         Added to the scores of this rank's keys; -inf leaves a key out.
+    relative : array of shape (heads, 2 reach + 1), or a tuple or list of one for each axis of a `Grid`, optional
+        Added to the scores by the distance of query and key.
     seed : int
         Of dropout.
     return_lse : bool
@@ -62,21 +64,22 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
     """
     with RingAttention(comm, **options) as attention:
         if return_lse:
-            return attention(q, k, v, sinks=sinks, key_bias=key_bias, seed=seed, return_lse=True)
-        return attention(q, k, v, sinks=sinks, key_bias=key_bias, seed=seed)
+            return attention(q, k, v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed, return_lse=True)
+        return attention(q, k, v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed)
 
 
 @explained(RingAttention)
 def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
                             *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                            key_bias: ArrayLike | None = None, seed: int = 0, **options: Any) -> AnyGradients:
+                            key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+                            **options: Any) -> AnyGradients:
     """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
 
     Parameters
     ----------
     dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
         Gradient of `out`.
-    q, k, v, sinks, key_bias, seed
+    q, k, v, sinks, key_bias, relative, seed
         As they were given to `ring_attention`.
     out, lse
         As it returned them, with `return_lse`.
@@ -93,6 +96,8 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
         With `sinks`: this rank's share; see `RingAttention.backward`.
     dkey_bias : array of the shape of key_bias, accumulator dtype
         With `key_bias`.
+    drelative : array of the shape of relative, or a tuple of such arrays, accumulator dtype
+        With `relative`: this rank's share, as that of the sinks.
 
     Raises
     ------
@@ -101,4 +106,4 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
     """
     with RingAttention(comm, **options) as attention:
         return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, key_bias=key_bias,
-                                     seed=seed)
+                                     relative=relative, seed=seed)

@@ -43,13 +43,54 @@ class GradientsWithSinksAndBias(NamedTuple):
     dkey_bias: Array
 
 
-AnyGradients = Gradients | GradientsWithSinks | GradientsWithBias | GradientsWithSinksAndBias
+class GradientsWithRelative(NamedTuple):
+    """Those of q, k and v, and of a bias by distance: an array, or one for each axis of a grid."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    drelative: Array
 
 
-def named(of_inputs: tuple[Array, Array, Array], dsinks: Array | None, dkey_bias: Array | None) -> AnyGradients:
-    """Name gradients of q, k and v, and of what else there is. Local."""
-    if dsinks is None:
-        return Gradients(*of_inputs) if dkey_bias is None else GradientsWithBias(*of_inputs, dkey_bias)
-    if dkey_bias is None:
-        return GradientsWithSinks(*of_inputs, dsinks)
-    return GradientsWithSinksAndBias(*of_inputs, dsinks, dkey_bias)
+class GradientsWithSinksAndRelative(NamedTuple):
+    """Those of q, k and v, of the sinks and of a bias by distance."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dsinks: Array
+    drelative: Array
+
+
+class GradientsWithBiasAndRelative(NamedTuple):
+    """Those of q, k and v, of the bias of the keys and of a bias by distance."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dkey_bias: Array
+    drelative: Array
+
+
+class GradientsWithAll(NamedTuple):
+    """Those of q, k and v, of the sinks, of the bias of the keys and of a bias by distance."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dsinks: Array
+    dkey_bias: Array
+    drelative: Array
+
+
+AnyGradients = (Gradients | GradientsWithSinks | GradientsWithBias | GradientsWithSinksAndBias | GradientsWithRelative
+                | GradientsWithSinksAndRelative | GradientsWithBiasAndRelative | GradientsWithAll)
+_KINDS: dict[tuple[str, ...], Any] = {kind._fields: kind for kind in AnyGradients.__args__}
+
+
+def named(of_inputs: tuple[Array, Array, Array], **others: Any) -> AnyGradients:
+    """Name gradients of q, k and v, and of what else there is: those that are not None. Local."""
+    given = {**dict(zip(Gradients._fields, of_inputs, strict=True)),
+             **{name: x for name, x in others.items() if x is not None}}
+    kind: AnyGradients = _KINDS[tuple(given)](*given.values())
+    return kind

@@ -31,6 +31,8 @@ OURS = {
     **dict.fromkeys(("dropout_p", "p_dropout", "attention_dropout"), "dropout="),
     **dict.fromkeys(("alibi_slopes", "slopes"), "alibi="),
     **dict.fromkeys(("bias", "score_bias", "log_weights"), "key_bias=, in the call, a number for each key"),
+    **dict.fromkeys(("relative_position_bias", "rel_pos_bias", "position_bias", "rpb"),
+                    "relative=, in the call, a table by the distance of query and key"),
     **dict.fromkeys(("s_aux", "attn_sink", "attention_sinks"), "sinks=, in the call"),
     "return_softmax_lse": _LSE,
     **dict.fromkeys(("return_attn_probs", "return_softmax", "output_attentions", "need_weights"), _WEIGHTS),

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from .errors import OptionError
 from .intervals import Interval
 from .layout import Integers
+from .relative import Axis
 
 FAR = 2**61                   # farther than any sequence is long; sums of two stay within int64
 
@@ -37,6 +38,11 @@ class BaseMask:
         """Raise `OptionError` unless the mask has a meaning for a sequence that grows. Local."""
         raise OptionError("mask: this one is of a sequence that is there as a whole, and this one grows; "
                           "expected a ringmpi.Mask")
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the grid whose points queries and keys are, if they are."""
+        return ()
 
     @property
     def left(self) -> int | None:

@@ -13,8 +13,8 @@ from .errors import MaskError, OptionError
 from .intervals import Interval, compact
 from .layout import Integers
 from .mask_base import BaseMask, natural
+from .relative import MOST_AXES, Axis
 
-MOST_AXES = 4
 EDGES = "cut", "shifted"
 
 
@@ -88,6 +88,11 @@ class Grid(BaseMask):
         """Raise `OptionError`: a grid has all its points. Local."""
         raise OptionError("grid: its points are a sequence that is there as a whole, and this one grows; "
                           "expected a Mask")
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Its axes."""
+        return tuple(map(Axis, self.shape, self.periodic))
 
     @property
     def most(self) -> int:

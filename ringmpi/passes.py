@@ -20,6 +20,8 @@ from .softmax import Gradient
 class Pass(ForwardPass):
     """One pass of a call, forward or backward; see `ForwardPass`."""
 
+    _sums_of_relative: Sequence[NDArray[np.float64]] = ()
+
     def backward(self, dout: Array, dlse: Array | None) -> AnyGradients:
         """Differentiate; give gradients as the caller has q, k and v, and sinks and a bias if there are any."""
         call = self.call
@@ -38,6 +40,7 @@ class Pass(ForwardPass):
                                               dq[i]) for i in range(plan.batch)]
             for x in of_keys:
                 backend.clear(x)
+            self._sums_of_relative = [] if call.relative is None else call.relative.new_sums()
         with backend.current(), self._abandoned_on_error():
             self._differentiate_call(dout, gradients, (dq, *of_keys))
         self.trace.kernels = backend.differentiated_by
@@ -49,7 +52,8 @@ class Pass(ForwardPass):
             dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
             dkey_bias = self._to_caller(self._gradient_of_bias(of_bias[0])) if of_bias else None
             backend.synchronize()
-        return named((dq, dk, dv), dsinks, dkey_bias)
+        return named((dq, dk, dv), dsinks=dsinks, dkey_bias=dkey_bias,
+                     drelative=None if call.relative is None else call.relative.gradient(self._sums_of_relative))
 
     def _shapes_of_keys(self) -> list[tuple[int, ...]]:
         """Give the shapes of the gradients of this rank's block."""
@@ -85,7 +89,9 @@ class Pass(ForwardPass):
             What `QueryExchange.hear` fills in.
         """
         plan = self.plan
+        call = self.call
         backend = self.backend
+        of_relative = [x[plan.share.queries] for x in self._sums_of_relative] or None
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
         for work, part in self._cut_rows(works, rows):
             k, v, *_ = work.arrays
@@ -93,8 +99,8 @@ class Pass(ForwardPass):
             self._run(work, (
                 backend.backward(part_of(gradients[i], part), q[i, part], k[i, columns], v[i, columns],
                                  None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
-                                 begin, end, score, *(x[i, columns] for x in of_bias))
-                for i, columns, begin, end, score in plan.tasks(work, part, self.call.dropout_keys)))
+                                 begin, end, score, of_bias[0][i, columns] if of_bias else None, of_relative)
+                for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys, call.relative)))
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""

@@ -15,6 +15,7 @@ from .excerpts import Excerpt, excerpts, runs, touched
 from .intervals import Interval, part_of_rows
 from .layout import Integers, Layout
 from .parts import Part
+from .relative import Relative
 from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
 from .schedules.head_exchange import Tokens
@@ -63,7 +64,9 @@ class Plan:
     q_tokens, kv_tokens : Tokens
         Of the ranks that share heads.
     score : Score
-        Of the rows, still without the keys and dropout keys of a block.
+        Of the rows, still without the keys and dropout keys of a block, and without what a call brings.
+    relative : bool
+        Whether calls bring a bias by distance.
     accumulator : dtype
     dtype : dtype
         Of q, k and v.
@@ -114,6 +117,7 @@ class Plan:
     of_keys: KeyPlan | None = None
     bias_tokens: Tokens | None = None
     left_out: Layout | None = None
+    relative: bool = False
     sent: list[slice] | None = None
     route: Route = field(init=False)
     seen: list[Array] = field(default_factory=list)
@@ -129,7 +133,7 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether scores are; see `Score.plain`."""
-        return self.score.plain and self.bias_tokens is None
+        return self.score.plain and self.bias_tokens is None and not self.relative
 
     @cached_property
     def _without_bias(self) -> int:
@@ -253,7 +257,8 @@ class Plan:
                 if bounds.kept:
                     self._whole(number, source)
 
-    def tasks(self, work: Work, rows: slice, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
+    def tasks(self, work: Work, rows: slice, dropout_keys: NDArray[np.uint32], relative: Relative | None = None
+              ) -> Iterator[Task]:
         """Give what a backend has to do with some rows, and the block or columns of a block that came by. Local.
 
         Parameters
@@ -261,8 +266,13 @@ class Plan:
         work : Work
         rows : slice
         dropout_keys : uint32 array of shape (batch, all heads)
+        relative : Relative, optional
+            Of all heads.
         """
         source = work.source
+        of_call = self.score
+        if relative is not None:
+            of_call = of_call.of_relative(relative.of_heads(self.share.queries))
         bias = work.arrays[-1] if self.bias_tokens else None
         first, last, _ = work.columns.indices(self.parts[source][-1].columns.stop)
         for which, bounds in enumerate(self.bounds):
@@ -272,7 +282,7 @@ class Plan:
                     continue
                 inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
                 there = slice(cut.start - first, cut.stop - first)
-                score = self._score_of(bounds, part, inside, rows)
+                score = _placed(of_call, bounds, part, inside, rows)
                 for begin, end in intervals:
                     if cut != part.columns:
                         begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
@@ -314,8 +324,9 @@ class Plan:
         intervals = sum(len(bounds.of(slice(None))) for bounds in self.bounds if bounds.kept)
         return 16 * self.rows * intervals * sum(map(len, self.parts)) <= KEPT_BYTES
 
-    def _score_of(self, bounds: Bounds, part: Part | Excerpt, inside: slice, rows: slice) -> Score:
-        """Give the score for some rows and columns of a part of a block."""
-        if not self.score.positional:
-            return self.score
-        return replace(self.score, queries=bounds.positions(rows)).of_keys(part.positions()[inside])
+
+def _placed(score: Score, bounds: Bounds, part: Part | Excerpt, inside: slice, rows: slice) -> Score:
+    """Give a score for some rows and columns of a part of a block."""
+    if not score.positional:
+        return score
+    return replace(score, queries=bounds.positions(rows)).of_keys(part.positions()[inside])

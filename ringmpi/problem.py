@@ -101,8 +101,8 @@ class Problem:
         if self.alibi is not None and len(self.alibi) != heads:
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, got {len(self.alibi)}")
         farthest = self.mask.farthest(q_layout.length, kv_layout.length)
-        if (self.alibi is not None or self.dropout) and farthest >= MOST_POSITION:
-            raise OptionError(f"alibi and dropout: expected positions below 2^31, got {farthest}")
+        if (self.alibi is not None or self.dropout or records.common("relative")) and farthest >= MOST_POSITION:
+            raise OptionError(f"alibi, dropout and relative: expected positions below 2^31, got {farthest}")
         return q_layout, kv_layout
 
     def check_range(self, kind: np.finfo[Any]) -> None:
@@ -192,7 +192,7 @@ class Problem:
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
                     keys.index, None if uncut else whole, 1 if uncut or whole else sections(keys.size),
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
-                    bias_tokens, layouts[1] if records.leave_out else None)
+                    bias_tokens, layouts[1] if records.leave_out else None, records.common("relative") > 0)
 
     def score(self, dim: int, share: HeadShare) -> Score:
         """Give the score of some heads, without positions. Local."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .layout import Integers
+from .relative import Relative
 
 Array = NDArray[Any]
 # Philox-2x32 of Salmon et al. 2011, *Parallel random numbers: as easy as 1, 2, 3*: ten rounds.
@@ -30,6 +31,7 @@ class Score:
         x = softcap tanh(x / softcap)               if softcap     (Gemma Team 2024)
         x = x - slopes[h] |i - j|                   if slopes      (ALiBi: Press, Smith & Lewis 2022)
         x = x + key_bias[j, h]                      if key_bias
+        x = x + relative, by h and i - j            if relative    (T5: Raffel et al. 2020)
         weight = exp(x - lse)                       what the sum, lse and the maximum are made of
         weight = weight * (0 or 1 / (1 - dropout))  if dropout     what the values are multiplied by; see `gain`
 
@@ -47,9 +49,11 @@ class Score:
         The random generator's key for each head; empty without dropout.
     queries, keys : int64 arrays of shapes (n_q,) and (n_k,)
         Global positions within ±2^31; those of the queries are as the mask aligns them with the keys. Empty without
-        slopes and dropout.
+        slopes, dropout and a relative bias.
     key_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, optional
         Of the keys of a block: finite, or -inf for a key that is left out. One for all heads if there is one.
+    relative : Relative, optional
+        Tables of what is added by how far the query is from the key; `queries` and `keys` have coordinates for it.
     """
 
     scale: float
@@ -60,11 +64,12 @@ class Score:
     queries: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     keys: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     key_bias: Array | None = None
+    relative: Relative | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the score is ``scale q·k`` and every weight counts."""
-        return not self.has_functions and self.key_bias is None
+        return not self.has_functions and self.key_bias is None and self.relative is None
 
     @property
     def has_functions(self) -> bool:
@@ -74,7 +79,7 @@ class Score:
     @property
     def positional(self) -> bool:
         """Whether positions matter."""
-        return self.slopes is not None or self.dropout > 0
+        return self.slopes is not None or self.dropout > 0 or self.relative is not None
 
     @property
     def threshold(self) -> int:
@@ -97,6 +102,10 @@ class Score:
     def of_key_bias(self, key_bias: Array | None) -> Score:
         """Give the score for a block, or columns of one, whose keys have this bias; itself without. Local."""
         return self if key_bias is None else replace(self, key_bias=key_bias)
+
+    def of_relative(self, relative: Relative | None) -> Score:
+        """Give the score with a bias by distance; itself without. Local."""
+        return self if relative is None else replace(self, relative=relative)
 
 
 def dropout_keys(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:

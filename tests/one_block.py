@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+from oracle import of_score
 
 from ringmpi.dtypes import accumulator
 from ringmpi.score import Score
@@ -13,6 +14,7 @@ BOUND = {"float64": 1e-12, "float32": 5e-6, "bfloat16": 2.0**-6, "float16": 2.0*
 def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=None, dlse=None, kind=None):
     """Forward and backward of k and v in several blocks; rows see begin..end of the whole. A dict as `dense` gives."""
     kind = accumulator(q.dtype, kind)
+    score = of_score(score, kind)
     state = backend.new_state(len(q), q.shape[1], v.shape[2], kind)
     backend.reset(state, sinks)
     q_, edges = backend.to_device(q), np.linspace(0, len(k), blocks + 1).astype(int)
@@ -40,12 +42,14 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
         gradient = backend.new_gradient(backend.to_device(dout), out, lse, None if dlse is None else backend.to_device(
             dlse.astype(kind)), backend.empty(q.shape, kind))
         dk, dv = [], []
+        sums = score["relative"].new_sums() if "relative" in score else None
         for a, b, k_, v_, low, high, mine in cuts:
             ours = backend.empty(k[a:b].shape, kind), backend.empty(v[a:b].shape, kind)
             ours += () if mine.key_bias is None else (backend.empty(mine.key_bias.shape, kind),)
             for x in ours:
                 backend.clear(x)
-            pairs = sum(backend.backward(gradient, q_, k_, v_, *ours[:2], low, high, mine, *ours[2:]))
+            pairs = sum(backend.backward(gradient, q_, k_, v_, *ours[:2], low, high, mine,
+                                         ours[2] if ours[2:] else None, sums))
             biases += [backend.to_numpy(x) for x in ours[2:]]
             assert pairs == (high - low).sum()
             dk.append(backend.to_numpy(ours[0]))
@@ -53,4 +57,7 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
         got |= {"dq": backend.to_numpy(gradient.dq), "dk": np.concatenate(dk), "dv": np.concatenate(dv)}
         if biases:
             got["dkey_bias"] = np.concatenate(biases)
+        if sums is not None:
+            drelative = score["relative"].gradient(sums)
+            got["drelative"] = drelative if isinstance(drelative, tuple) else (drelative,)
     return got

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from ringmpi.dtypes import DTYPES
+from ringmpi.relative import Axis, Relative
 from ringmpi.score import dropout_keys, random_words
 
 
@@ -117,6 +118,8 @@ def error(got, want, scale=None):
 
 FUNCTIONS = ("plain", "softcap", "alibi", "dropout", "sinks", "all")
 BIASES = ("bias", "bias by head", "left out", "left out by head", "all and left out by head")
+DISTANCES = ("relative", "relative of neighbours", "near relative", "far relative", "all and relative",
+             "left out by head and relative", "axes and relative")
 
 
 def key_bias(kind, heads, n_k, seed=0, dtype=np.float32):
@@ -140,19 +143,60 @@ def functions(kind, heads, queries, keys, seed=0):
         score["slopes"] = 2.0 ** -np.arange(1, heads + 1) / 64
     if "dropout" in wanted:
         score |= {"dropout": 0.3, "dropout_keys": dropout_keys(seed, 1, heads)[0]}
-    if "slopes" in score or "dropout" in score:
+    if "relative" in kind:
+        score["relative"], score["away"] = relative(kind, heads, queries, keys, seed)
+    if {"slopes", "dropout", "relative"} & set(score):
         score |= {"queries": np.asarray(queries, np.int64), "keys": np.asarray(keys, np.int64)}
-    if kind in BIASES:
+    if kind.removesuffix(" and relative") in BIASES:
         score["key_bias"] = key_bias(kind, heads, len(keys), seed)
     return score, sinks if "sinks" in wanted else None
 
 
+SHAPE, PERIODIC = (4, 6, 125), (True, False, True)          # of a grid of 3000 points
+
+
+def relative(kind, heads, queries, keys, seed=0):
+    """Tables by distance, and distances: of a reach of 40, or 0, or more than there is, or of the axes of a grid."""
+    rng = np.random.default_rng(seed + 78)
+    if "axes" in kind:
+        return ([rng.standard_normal((heads, width)) for width in (3, 21, 51)],
+                distances(SHAPE, PERIODIC, queries, keys))
+    width = 1 if "near" in kind else 7001 if "far" in kind else 81
+    return [rng.standard_normal((heads, width))], [np.asarray(queries)[:, None] - np.asarray(keys)[None]]
+
+
+def of_score(score, kind):
+    """What `functions` gives as arguments of `Score`, in the accumulator's dtype."""
+    given = {name: x for name, x in score.items() if name != "away"}
+    if "key_bias" in given:
+        given["key_bias"] = given["key_bias"].astype(kind)
+    if "relative" in given:
+        tables = [table.astype(kind) for table in given["relative"]]
+        given["relative"] = (Relative.of_positions(tables[0]) if len(tables) == 1 else
+                             Relative.of_axes(tables, list(map(Axis, SHAPE, PERIODIC))))
+    return given
+
+
+def distances(shape, periodic, queries, keys):
+    """Differences of coordinates along each axis of a grid, (n_q, n_k) each, the shortest way round."""
+    found = []
+    for i, j, size, around in zip(np.unravel_index(queries, shape), np.unravel_index(keys, shape), shape, periodic,
+                                  strict=True):
+        away = i[:, None] - j[None]
+        if around:
+            ways = np.stack([away, away + size, away - size])        # of two as short the one that is positive
+            best = np.lexsort((-ways, np.abs(ways)), axis=0)[0]
+            away = np.take_along_axis(ways, best[None], axis=0)[0]
+        found.append(away)
+    return found
+
+
 def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None, keys=None,
-          key_bias=None, sinks=None, dout=None, dlse=None):
+          key_bias=None, relative=None, away=None, sinks=None, dout=None, dlse=None):
     """Dense attention in float64, and its gradient where `dout` is given, from the definitions, head by head.
 
-    A dict of out and lse, and of dq, dk, dv, dsinks and dkey_bias. Rows that see nothing, or only keys that are left
-    out: 0, -inf.
+    A dict of out and lse, and of dq, dk, dv, dsinks, dkey_bias and drelative. Rows that see nothing, or only keys that
+    are left out: 0, -inf. `relative` are tables, one or for each axis, and `away` differences along these, (n_q, n_k).
     """
     group, (n_q, heads), dim_v = q.shape[1] // k.shape[1], q.shape[:2], v.shape[2]
     got = {"out": np.zeros((n_q, heads, dim_v)), "lse": np.full((n_q, heads), -np.inf)}
@@ -160,6 +204,10 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout
         got |= {"dq": np.zeros(q.shape), "dk": np.zeros(k.shape), "dv": np.zeros(v.shape), "dsinks": np.zeros(heads)}
         if key_bias is not None:
             got["dkey_bias"] = np.zeros(key_bias.shape)
+        if relative is not None:
+            got["drelative"] = [np.zeros(table.shape) for table in relative]
+    entries = [np.clip(d, -(table.shape[1] // 2), table.shape[1] // 2) + table.shape[1] // 2
+               for table, d in zip(relative or (), away or (), strict=True)]
     whole = see
     for h in range(heads):
         bias = np.zeros(len(k)) if key_bias is None else key_bias[:, h % key_bias.shape[1]].astype(np.float64)
@@ -175,6 +223,8 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout
         if slopes is not None:
             x = x - slopes[h] * np.abs(queries[:, None] - keys[None])
         x = x + bias
+        for table, entry in zip(relative or (), entries, strict=True):
+            x = x + table[h].astype(np.float64)[entry]
         x = np.where(see, x, -np.inf)
         if sinks is not None:
             x = np.concatenate([x, np.full((n_q, 1), sinks[h])], axis=1)
@@ -202,6 +252,8 @@ def dense(q, k, v, see, scale, *, softcap=0.0, slopes=None, dropout=0.0, dropout
         got["dv"][:, h // group] += (p[:, :len(k)] * m).T @ g
         if key_bias is not None:
             got["dkey_bias"][:, h % key_bias.shape[1]] += np.where(see, dx, 0).sum(axis=0)
+        for number, entry in enumerate(entries):
+            np.add.at(got["drelative"][number][h], entry, np.where(see, dx, 0))
         if sinks is not None:
             got["dsinks"][h] = -(p[:, -1] * delta).sum()
     return got

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from one_block import BOUND, run
-from oracle import BIASES, FUNCTIONS, case, dense, functions
+from oracle import BIASES, DISTANCES, FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
 from ringmpi.backends.numba_ import amx
@@ -29,6 +29,8 @@ def check(backend, q, k, v, begin, end, dtype, kind="plain", scale=0.3, blocks=1
     """Forward and backward against the dense softmax, with random cotangents and positions."""
     rng = np.random.default_rng(seed)
     queries, keys = np.sort(rng.choice(3000, len(q), replace=False)), np.sort(rng.choice(3000, len(k), replace=False))
+    if "neighbours" in kind:
+        queries, keys = np.arange(len(q)) + 100, np.arange(len(k))
     score, sinks = functions(kind, q.shape[1], queries, keys, seed)
     dout = rng.standard_normal((*q.shape[:2], v.shape[2])).astype(q.dtype)
     dlse = rng.standard_normal(q.shape[:2])
@@ -37,8 +39,13 @@ def check(backend, q, k, v, begin, end, dtype, kind="plain", scale=0.3, blocks=1
     see = (j >= begin[:, None]) & (j < end[:, None])
     want = dense(q, k, v, see, scale, sinks=sinks, dout=dout, dlse=dlse, **score)
     largest = max(np.abs(want[name]).max(initial=0.0) for name in ("dq", "dk", "dv"))      # of few pairs one may cancel
+    tables = {f"drelative {i}": pair for i, pair in enumerate(zip(got.pop("drelative", ()), want.pop("drelative", ()),
+                                                                  strict=True))}
+    for name, (x, exact) in tables.items():
+        got[name], want[name] = x, exact
     for name, x in got.items():
-        error = oracle.error(x, want[name], largest if name.startswith("d") else None)
+        unit = max(largest, np.abs(want[name]).max(initial=0.0)) if name in tables else largest
+        error = oracle.error(x, want[name], unit if name.startswith("d") else None)
         most = bound or (BOUND[dtype] if name.startswith("d") else TOLERANCE[dtype] * (2 if kind != "plain" else 1))
         if name == "lse":
             most = 1e-13 if dtype == "float64" else 2e-6
@@ -68,6 +75,13 @@ def test_a_bias_of_the_keys(backend, dtype, kind, heads, kv_heads):
     assert (got["dk"][left_out.all(axis=1)] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
+def test_a_bias_by_distance(backend, dtype, kind, heads, kv_heads):
+    check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
+
+
 def test_what_only_sees_infinite_products_is_nan_and_what_sees_no_key_is_0(backend):
     """A query that sees only keys that are left out, and one whose products are -inf, each with its own bias."""
     q, k, v = (np.ones((n, 1, 8)) for n in (4, 30, 30))
@@ -88,7 +102,7 @@ def test_what_only_sees_infinite_products_is_nan_and_what_sees_no_key_is_0(backe
 @settings(deadline=None, max_examples=40)
 @given(n_q=st.integers(0, 300), n_k=st.integers(0, 300), heads=st.sampled_from([(1, 1), (4, 2)]),
        dim=st.integers(1, 40), dim_v=st.integers(1, 40), dtype=st.sampled_from(sorted(DTYPES)), seed=st.integers(0, 99),
-       blocks=st.integers(1, 4), kind=st.sampled_from(FUNCTIONS + BIASES))
+       blocks=st.integers(1, 4), kind=st.sampled_from(FUNCTIONS + BIASES + DISTANCES))
 def test_any_shape(backend, n_q, n_k, heads, dim, dim_v, dtype, seed, blocks, kind):
     check(backend, *case(seed, n_q, n_k, *heads, dim, dim_v, dtype), dtype, kind, blocks=blocks, seed=seed)
 

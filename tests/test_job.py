@@ -137,6 +137,46 @@ def test_a_bias_of_the_keys_of_a_file(source, tmp_path, by_head):
     assert not (tmp_path / "new.h5").exists()
 
 
+@pytest.mark.parametrize("of_axes", [False, True])
+def test_a_bias_by_distance_of_a_file(source, tmp_path, of_axes):
+    """A table, or those of the axes of a grid; `check` knows them from the record, and that others are wrong."""
+    q, k, v = read_arrays(source)
+    n, heads, _ = q.shape
+    rng = np.random.default_rng(3)
+    shape = next((n // size, size) for size in range(2, n) if n % size == 0) if of_axes else (n,)
+    names = [f"relative_{axis}" for axis in range(len(shape))] if of_axes else ["relative"]
+    tables = {name: rng.standard_normal((heads, 2 * reach + 1)) for name, reach in zip(names, (9, 1), strict=False)}
+    with open_file(source) as file, h5py.File(tmp_path / "in.h5", "w") as copy:
+        for name in "qkv":
+            file.copy(name, copy)
+        for name, table in tables.items():
+            copy[name] = table
+    flags = ["--relative", "--layout", "zigzag"]
+    flags += ["--grid", "x".join(map(str, shape)), "--grid-window", "11,", "--grid-periodic", "0,1"] if of_axes else []
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, folder=tmp_path)
+    assert result.code == 0, result.text
+    i = np.arange(n)
+    away = oracle.distances(shape, (True, True), i, i) if of_axes else [i[:, None] - i]
+    see = oracle.near(shape, (11, None), (True, True), "cut", False) if of_axes else np.ones((n, n), bool)
+    want = oracle.dense(q, k, v, see, 0.25, relative=list(tables.values()), away=away)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert oracle.error(file["out"][...], want["out"]) < 2e-6
+        assert oracle.error(file["lse"][...], want["lse"]) < 2e-6
+    again = ["check", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--rows", "200"]
+    assert main(again) == 0
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file[names[-1]][:, -1:] += 0.01
+    assert main(again) == 1
+    for wrong, text in ((np.full((heads, 3), np.inf), "expected finite numbers"),
+                        (np.zeros((heads, 2)), "expected shape")):
+        with h5py.File(tmp_path / "in.h5", "r+") as file:
+            del file[names[-1]]
+            file[names[-1]] = wrong
+        result = run(2, "attend", tmp_path / "in.h5", tmp_path / "new.h5", *flags, folder=tmp_path)
+        assert result.code == 3, result.text
+        assert f"dataset '{names[-1]}': {text}" in result.text
+
+
 @pytest.mark.parametrize("options", [["--backend", "cuda"], ["--backend", "auto"]])
 def test_without_a_gpu(source, tmp_path, options):
     result = run(2, "attend", source, tmp_path / "out.h5", *options, "--gpu-transport", "direct", folder=tmp_path,

@@ -13,7 +13,7 @@ LAUNCHES = {
     "attention": (("attention", "gradients", "masks", "redistribute", "latent"), (4, 2, 1), (3, 7)),
     "links": (("link", "gradient_ring", "messages", "schedules", "strided", "window"), (2, 4), (1, 3, 7)),
     "auto": (("auto",), (4,), (1, 2, 3, 6, 16)),
-    "grids": (("grids", "key_bias"), (4,), (1, 2, 3, 6, 7, 8)),
+    "grids": (("grids", "key_bias", "relative"), (4,), (1, 2, 3, 6, 7, 8)),
     "analysis": (("analysis",), (4,), (1, 2, 3, 7)),
     "canonical": (("canonical",), (3,), (1, 2, 4, 5, 7, 8, 16)),
     "canonical_cases": (("canonical_cases",), (), (3,)),

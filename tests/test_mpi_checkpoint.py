@@ -330,8 +330,25 @@ def test_another_call_is_refused(comm, folder):
     with RingAttention.restore(folder / "c", comm, **case.options) as attention, pytest.raises(
             OptionError, match="of this call: key_bias"):
         attention(*case.arrays, key_bias=np.zeros(len(case.arrays[1])))
+    with RingAttention.restore(folder / "c", comm, **case.options) as attention, pytest.raises(
+            OptionError, match="of this call: relative"):
+        attention(*case.arrays, relative=np.zeros((4, 3)))
     assert states(folder / "c") == before
     assert same(case.go_on(folder / "c"), case.whole_run())
+
+
+def test_a_bias_by_distance(comm, folder):
+    """It is part of the call: the same table goes on to the same bits, another one is refused."""
+    case = Case(comm)
+    case.given["relative"] = np.random.default_rng(2).standard_normal((4, 41))
+    want = case.whole_run()
+    assert case.leave(folder / "c", until(comm, 0))
+    table = case.given["relative"]
+    case.given["relative"] = 1.5 * table
+    with pytest.raises(OptionError, match="expected a checkpoint of this call: relative"):
+        case.go_on(folder / "c")
+    case.given["relative"] = table
+    assert same(case.go_on(folder / "c"), want)
 
 
 def test_nothing_to_go_on_from(comm, folder):

@@ -55,20 +55,24 @@ def check(comm, *, backend, dtype, layout, mask, heads, length, dim_v, function=
     with RingAttention(comm, backend=backend, timeout=60, **options) as attention:
         bias = score.get("key_bias")
         given = None if bias is None else bias[theirs, 0] if bias.shape[1] == 1 else bias[theirs]
-        out, lse = attention(q[mine], k[theirs], v[theirs], sinks=sinks, key_bias=given, seed=seed, return_lse=True)
+        relative = score.get("relative", [None])[0]
+        out, lse = attention(q[mine], k[theirs], v[theirs], sinks=sinks, key_bias=given, relative=relative, seed=seed,
+                             return_lse=True)
         got = attention.backward(dout[mine], dlse[mine].astype(lse.dtype))._asdict()
         pairs, grid = attention.trace.pairs, attention.schedule
     see = oracle.visible(n_q, length, **mask)
     want = oracle.dense(q, k, v, see, 0.25, dout=dout, dlse=dlse, sinks=sinks, **score)
     errors = {"out": oracle.error(out, want["out"][mine], np.abs(want["out"]).max(initial=0) or 1.0) / 2,
               "lse": oracle.error(lse, want["lse"][mine])}
-    if sinks is not None:
-        got["dsinks"] = comm.allreduce(got["dsinks"].astype(float))
+    summed = [name for name in ("dsinks", "drelative") if name in got]
+    got |= {name: comm.allreduce(got[name].astype(float)) for name in summed}
+    if relative is not None:
+        want["drelative"], = want["drelative"]
     largest = max(np.abs(want[name]).max(initial=0) for name in NAMES[:3])
     for name, x in got.items():
-        part = want[name] if name == "dsinks" else want[name][mine if name == "dq" else theirs].reshape(x.shape)
+        part = want[name] if name in summed else want[name][mine if name == "dq" else theirs].reshape(x.shape)
         # of few keys dq and dk are small differences of numbers as large as dv's, and of `out`, which is rounded
-        unit = max(np.abs(want[name]).max(initial=0), 0 if name == "dsinks" else largest / 3)
+        unit = max(np.abs(want[name]).max(initial=0), 0 if name in summed else largest / 3)
         errors[name] = oracle.error(x, part, unit or 1.0)
     bound = bound or BOUND[dtype]
     assert all(errors[name] <= (TOLERANCE[dtype] if name == "out" else bound if name in got else

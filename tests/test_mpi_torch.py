@@ -60,11 +60,43 @@ def test_gradcheck(backend):
     q, k, v = tensors(0, 7)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     key_bias = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend=backend, softcap=2.0, dropout=0.2,
                                alibi=[0.1, 0.2, 0.3, 0.4]) as attention:
         assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
-            *x[:3], sinks=x[3], key_bias=x[4], attention=attention, seed=3, return_lse=True),
-            (q, k, v, sinks, key_bias))
+            *x[:3], sinks=x[3], key_bias=x[4], relative=x[5], attention=attention, seed=3, return_lse=True),
+            (q, k, v, sinks, key_bias, table))
+    tables = [torch.randn(4, 2 * reach + 1, dtype=torch.float64, requires_grad=True) for reach in (1, 3)]
+    q, k, v = tensors(0, 8)
+    with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Grid((2, 4), 1, periodic=True),
+                               backend=backend) as attention:
+        assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
+            *x[:3], relative=x[3:], attention=attention), (q, k, v, *tables))
+
+
+def test_a_bias_by_distance(comm):
+    """Its gradient is this rank's share, in its own dtype; no second derivative, nor one in a direction."""
+    n = 41
+    q, k, v = tensors(1, n, dtype=torch.float32, grad=False)
+    table = torch.randn(4, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    dout = torch.randn(n, 4, 5, generator=torch.Generator().manual_seed(5))
+    mine = torch.from_numpy(make("striped", n, comm.size).positions(comm.rank))
+    part, exact = table.clone().requires_grad_(), table.clone().requires_grad_()
+    out = ringmpi.torch.ring_attention(q[mine], k[mine], v[mine], comm=comm, layout="striped", relative=part)
+    out.backward(dout[mine])
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k.double().repeat_interleave(2, dim=1)) * q.shape[2]**-0.5
+    away = torch.clamp(torch.arange(n)[:, None] - torch.arange(n), -4, 4) + 4
+    weights = torch.softmax(scores + exact[:, away], dim=2)
+    torch.einsum("hij,jhd->ihd", weights, v.double().repeat_interleave(2, dim=1)).backward(dout.double())
+    assert part.grad.dtype == torch.float64
+    total = torch.from_numpy(comm.allreduce(part.grad.numpy()))
+    assert (total - exact.grad).abs().max() <= 5e-6 * exact.grad.abs().max()
+    out = ringmpi.torch.ring_attention(q[mine], k[mine], v[mine], comm=comm, layout="striped", relative=part)
+    grad, = torch.autograd.grad(out.sum(), part, create_graph=True)
+    with pytest.raises(ringmpi.OptionError, match="relative: expected none, as the jvp and second derivatives have"):
+        grad.sum().backward()
+    with pytest.raises(ringmpi.DtypeError, match="relative: expected a tensor, got ndarray"):
+        ringmpi.torch.ring_attention(q[mine], k[mine], v[mine], comm=comm, layout="striped", relative=table.numpy())
 
 
 @pytest.mark.parametrize("by_head", [False, True])

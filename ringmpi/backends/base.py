@@ -111,6 +111,7 @@ class Backend:
     gpu_kernels = "own"               # whose kernels differentiate on a GPU: one of GPU_KERNELS
     differentiated_by = "own"         # whose kernels `backward` has taken last, where it could: a library's name
     biased = False                    # whether it takes a bias of the keys
+    relative = False                  # whether it takes a bias by distance
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
@@ -337,7 +338,8 @@ class Backend:
         return gradient
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
+                 drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients of `q`, `k` and `v` what one block of K and V gives. Local.
 
         As FlashAttention-2 does (Dao 2023, algorithm 2): the weights are made again from the scores and lse. With
@@ -345,7 +347,8 @@ class Backend:
 
             dv = (m p)ᵀ dout        ds = p (m (dout · v) - delta) x'        dq = ds k        dk = dsᵀ q
 
-        The gradient of a key's bias is the sum of ``p (m (dout · v) - delta)`` over the queries.
+        The gradient of a key's bias is the sum of ``p (m (dout · v) - delta)`` over the queries, that of a number of a
+        bias by distance over the pairs that have it.
 
         A pair that is not seen adds nothing to anything, be it NaN. Where a pair is seen NaN comes through; an infinity
         may not, where it makes a weight 0. A row whose delta is not finite makes NaN of dk and dv of all it sees.
@@ -370,6 +373,8 @@ class Backend:
         dkey_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, if ``score.key_bias`` is one
             The same; for each head, whether they have the same bias or not, or of all of them together, which is not
             asked for in canonical order.
+        drelative : sequence of float64 arrays of shape (heads, 2 reach + 1), if ``score.relative`` is one
+            The same, for each of its tables. Not asked for in canonical order.
 
         Yields
         ------

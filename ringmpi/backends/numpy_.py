@@ -5,7 +5,7 @@ Every other backend is tested against this one, and this one against a dense flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -35,6 +35,7 @@ class NumpyBackend(Backend):
 
     name = "numpy"
     biased = True
+    relative = True
     gives_weights = True
     lane_flop = 4 * 0.4               # the second factor is the share reached: docs/performance.rst
 
@@ -60,12 +61,13 @@ class NumpyBackend(Backend):
                               for rows, head, area in tiles if area], k.shape[1])
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
+                 drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         area = int((end - begin).sum())       # all rows of a key head add to the same dk: one task
         block = _Block(q, k, v, begin, end, score)
         of_heads = None if dkey_bias is None else np.zeros((len(k), q.shape[1]), dkey_bias.dtype)
-        yield from self._run([Task(area, _backward_steps(gradient, block, dk, dv, of_heads, head))
+        yield from self._run([Task(area, _backward_steps(gradient, block, dk, dv, of_heads, drelative, head))
                               for head in range(k.shape[1]) if area], k.shape[1])
         if of_heads is not None:
             dkey_bias += of_heads if dkey_bias.shape[1] > 1 else of_heads.sum(axis=1, keepdims=True)
@@ -185,14 +187,16 @@ def _forward_steps(state: State, block: _Block, rows: slice, head: int, scratch:
 
 
 def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDArray[Any], dbias: NDArray[Any] | None,
-                    head: int) -> Iterator[tuple[Callable[[int], None], int]]:
+                    drelative: Sequence[NDArray[np.float64]] | None, head: int
+                    ) -> Iterator[tuple[Callable[[int], None], int]]:
     """Do the backward pass of one key head, one tile after the other."""
     for rows in _slices(0, len(block.q), max(1, ROWS // block.group)):
         mine = rows, block.heads(head)
         part = Gradient(gradient.dout[mine], gradient.lse[mine], gradient.delta[mine], gradient.dq[mine])
         for tile, pairs in block.tiles(rows, head):
             keys = tile.columns, head
-            sums = dk[keys], dv[keys], None if dbias is None else dbias[tile.columns, block.heads(head)]
+            sums = (dk[keys], dv[keys], None if dbias is None else dbias[tile.columns, block.heads(head)],
+                    [x[block.heads(head)] for x in drelative or ()])
             yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], *sums, tile), pairs
 
 
@@ -246,7 +250,21 @@ class Tile:
             x -= score.slopes[self.heads, None].astype(x.dtype) * np.abs(i - j).astype(x.dtype)
         if score.key_bias is not None:
             x += score.key_bias[self.columns, self.heads if score.key_bias.shape[1] > 1 else slice(None)].T
+        if score.relative is not None:
+            for table, entries in zip(score.relative.tables, self.entries, strict=True):
+                x += np.moveaxis(table[self.heads].astype(x.dtype)[:, entries], 0, 1)
         return derivative
+
+    @property
+    def entries(self) -> list[Integers]:
+        """Of each table of a bias by distance, the number of each pair's entry, (rows, columns)."""
+        relative = self.score.relative
+        if relative is None:
+            return []
+        along = zip(relative.tables, *map(relative.coordinates, (self.score.queries[self.rows],
+                                                                 self.score.keys[self.columns])), strict=True)
+        return [np.clip(i[:, None] - j, -(table.shape[1] // 2), table.shape[1] // 2) + table.shape[1] // 2
+                for table, i, j in along]
 
     def dropout_factor(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Give what dropout multiplies each weight by, (rows, heads, columns): 0 or the gain."""
@@ -299,10 +317,11 @@ def _forward_tile(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any
 
 
 def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                   dv: NDArray[Any], dbias: NDArray[Any] | None, tile: Tile, thread: int) -> None:
-    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim), dv (columns, dim_v) and dbias.
+                   dv: NDArray[Any], dbias: NDArray[Any] | None, drelative: Sequence[NDArray[np.float64]], tile: Tile,
+                   thread: int) -> None:
+    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v).
 
-    That is of shape (columns, group), if it is wanted.
+    And to dbias, of shape (columns, group), and drelative, of (group, entries) each, if they are wanted.
     """
     dtype = gradient.dq.dtype
     columns = len(k)
@@ -327,6 +346,10 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
         ds *= weights
         if dbias is not None:
             dbias += ds.sum(axis=0, where=True if tile.full else ~tile.hidden).T
+        for total, entries in zip(drelative, tile.entries if drelative else (), strict=True):
+            seen = ds if tile.full else np.where(tile.hidden, 0, ds)
+            for sums, of_head in zip(total, np.moveaxis(seen, 1, 0), strict=True):
+                sums += np.bincount(entries.ravel(), of_head.ravel(), len(sums))
         if derivative is not None:
             ds *= derivative
         ds *= scale

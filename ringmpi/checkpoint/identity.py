@@ -35,6 +35,8 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
              "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
              "accumulator": str(plan.accumulator), "seed": call.seed}
     of_bias = {} if call.key_bias is None else {"key_bias (by its fingerprint)": prints[3]}
+    if call.relative is not None:
+        of_bias["relative (by its digest)"] = call.relative.digest()
     return {**describe_input(problem, sizes, call.sinks, prints[:3], engine.backend, comm, timeout), **of_bias}
 
 

@@ -84,8 +84,10 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
     others = {"--stream": arguments.stream, "--backend cuda": arguments.backend == "cuda"}
-    for name in (name for name, given in others.items() if given and arguments.key_bias):
-        error(f"--key-bias: does not go together with {name} yet")
+    for name, given in others.items():
+        for bias in ("key_bias", "relative") if given else ():
+            if getattr(arguments, bias):
+                error(f"--{bias.replace('_', '-')}: does not go together with {name} yet")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

@@ -127,6 +127,10 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     group.add_argument("--key-bias", action="store_true", default=default(False),
                        help="add a number to the scores of each key, -inf to leave it out: (n_k,) or (n_k, heads) in "
                             "dataset `key_bias`")
+    group.add_argument("--relative", action="store_true", default=default(False),
+                       help="add a number by the distance of query and key to each score: a table (heads, 2 reach + 1) "
+                            "by query minus key in dataset `relative`; or, with --grid and without that dataset, a "
+                            "table for each axis in `relative_0`, `relative_1` and so on")
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")

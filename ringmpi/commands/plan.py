@@ -167,9 +167,10 @@ def _refuse(arguments: argparse.Namespace) -> None:
         error("expected IN.h5, or --tokens and what else differs from the defaults")
     if arguments.input is not None and said:
         error(f"--{said[0].replace('_', '-')}: IN.h5 says that; leave one of them out")
-    if arguments.key_bias and arguments.backend == "cuda":
-        error("--key-bias: the CUDA backend has none yet; expected another backend")
-    for name in ("documents", "key_bias", *OF_ARRAYS):
+    for name in ("key_bias", "relative"):
+        if getattr(arguments, name) and arguments.backend == "cuda":
+            error(f"--{name.replace('_', '-')}: the CUDA backend has none yet; expected another backend")
+    for name in ("documents", "key_bias", "relative", *OF_ARRAYS):
         if getattr(arguments, name) and arguments.input is None:
             error(f"--{name.replace('_', '-')}: read from IN.h5, which is not given")
     for name in ("jitter", "slow_rank", "slow_link", "schedule"):

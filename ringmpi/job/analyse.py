@@ -99,9 +99,11 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
                 raise OptionError(f"{target}: expected another file than the input and the result")
             written = open_result(result, run.comm.rank == 0)
             options = Options.from_record({**written.record.get("options", {}), **run_options, "order": "fastest"})
-            if options.key_bias:
-                raise OptionError(f"{result}: expected a result without a bias of the keys, which no weights are "
-                                  "summed up with yet, got one of `ringmpi attend --key-bias`")
+            for name in ("key_bias", "relative"):
+                if getattr(options, name):
+                    raise OptionError(f"{result}: expected a result without a bias of the keys or by distance, which "
+                                      "no weights are summed up with yet, got one of `ringmpi attend "
+                                      f"--{name.replace('_', '-')}`")
             data = files.enter_context(open_input(source, options))
             _check_belongs(written, data)
             check_range(np.array(question.rows, np.int64), data.sizes.n_q)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend, tolerance
+from ..checks import check_relative
 from ..dtypes import TOLERANCE
 from ..environment import affinity
 from ..errors import ShapeError
@@ -20,6 +21,7 @@ from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..files.single import SingleFile
 from ..intervals import Interval
+from ..relative import Relative
 from ..score import Score
 from ..softmax import State, finish
 from .inputs import Input, open_input, read_key_bias
@@ -115,6 +117,8 @@ class _Exact(NamedTuple):
         A bound of what ALiBi subtracts from a score; 0 without it.
     largest_key_bias : array of shape (rows, heads) or (heads,)
         A bound of the bias of keys that have any weight; 0 without.
+    largest_relative : array of shape (rows, heads) or float
+        The same of a bias by distance.
     """
 
     out: Array
@@ -123,6 +127,7 @@ class _Exact(NamedTuple):
     largest_score: Array
     largest_bias: Array | float
     largest_key_bias: Array
+    largest_relative: Array | float
 
 
 def _check_belongs(result: Manifest | SingleFile, data: Input) -> None:
@@ -138,7 +143,10 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     sizes = data.sizes
     scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
     positions = data.mask.positions(sample, sizes.n_q, sizes.n_k)
-    score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions)
+    relative = None
+    if data.relative is not None:
+        relative = check_relative(data.relative, data.mask.axes, sizes.heads, np.dtype(np.float64))
+    score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions, relative=relative)
     bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
     q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))
     out, lse, longest_key, key_bias = _attend(q, data, options.raw_dtype, bounds, score)
@@ -148,8 +156,26 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     if data.alibi is not None:
         reach = np.maximum(positions, sizes.n_k - positions)[:, None]
         largest_bias = np.abs(data.alibi) * reach
+    largest_relative: Array | float = 0.0
+    if relative is not None:
+        alone = data.alibi is None and data.key_bias is None
+        largest_relative = _bound_relative(relative, positions, bounds, largest_score if alone else np.inf)
     return _Exact(out[..., :sizes.dim_v], out[..., sizes.dim_v:], lse, largest_score, largest_bias,
-                  key_bias.bound(largest_score, data.alibi is not None))
+                  key_bias.bound(largest_score, data.alibi is not None or relative is not None), largest_relative)
+
+
+def _bound_relative(relative: Relative, positions: NDArray[np.int64], bounds: list[Interval],
+                    largest_score: Array | float) -> Array:
+    """Bound the size of biases by distance that count: one far below that of a key which is seen has no weight."""
+    most = sum(np.abs(table).max(axis=1) for table in relative.tables)
+    top = sum(table.max(axis=1) for table in relative.tables)
+    near = np.full((len(positions), len(relative.tables[0])), -np.inf)
+    for low, high in bounds:
+        some = low < high
+        of_nearest = relative.of_pairs(positions[some], np.clip(positions[some], low[some], high[some] - 1))
+        near[some] = np.maximum(near[some], of_nearest)
+    found: Array = np.minimum(most, np.maximum(np.abs(near) + 2 * largest_score + 40, np.abs(top)))
+    return found
 
 
 def _score_rounding(exact: _Exact, softcap: float, eps: float) -> Array:
@@ -157,7 +183,8 @@ def _score_rounding(exact: _Exact, softcap: float, eps: float) -> Array:
     shift = 2 * eps * exact.largest_score + 4 * eps * softcap
     # A key whose bias is larger than this has no weight, however its score is rounded.
     largest_that_counts = 2 * exact.largest_score + 40
-    shift += 2 * eps * (np.minimum(exact.largest_bias, largest_that_counts) + exact.largest_key_bias)
+    shift += 2 * eps * (np.minimum(exact.largest_bias, largest_that_counts) + exact.largest_key_bias
+                        + exact.largest_relative)
     return shift
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
 
     def attend(self, attention: RingAttention, arrays: list[Any], extra: Mapping[str, Any], progress: Progress
                ) -> tuple[Any, Any]:
-        """Attend to q, k and v; give out and lse. `extra` are sinks and key_bias. Collective over *comm*.
+        """Attend to q, k and v; give out and lse. `extra` are sinks, key_bias and relative. Collective over *comm*.
 
         Raises
         ------

@@ -58,6 +58,7 @@ class Input:
     alibi, sinks : float64 array of shape (heads,), optional
         One number for each head, if the options ask for them.
     key_bias : h5py.Dataset of shape (n_k,) or (n_k, heads), optional
+    relative : float64 array of shape (heads, 2 reach + 1), or a tuple of one for each axis of a grid, optional
     """
 
     path: Path
@@ -69,6 +70,7 @@ class Input:
     alibi: NDArray[np.float64] | None
     sinks: NDArray[np.float64] | None
     key_bias: h5py.Dataset | None
+    relative: NDArray[np.float64] | tuple[NDArray[np.float64], ...] | None
 
 
 @contextmanager
@@ -94,7 +96,8 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
         mask = _read_mask(file, options, sizes)
         alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
         sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
-        yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias)
+        relative = _read_relative(file, sizes, mask) if options.relative else None
+        yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias, relative)
 
 
 def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, options: Options) -> Sizes:
@@ -115,6 +118,26 @@ def _open_key_bias(file: h5py.File, sizes: Sizes) -> h5py.Dataset:
         raise ShapeError(f"{file.filename}: dataset 'key_bias': expected shape {shapes[0]} or {shapes[1]}, got "
                          f"{dataset.shape}")
     return dataset
+
+
+def _read_relative(file: h5py.File, sizes: Sizes, mask: BaseMask
+                   ) -> NDArray[np.float64] | tuple[NDArray[np.float64], ...]:
+    """Read the table of a bias by distance, or those of the axes of a grid where there is none by positions."""
+    if mask.axes and "relative" not in file:
+        return tuple(_read_table(file, f"relative_{axis}", sizes.heads) for axis in range(len(mask.axes)))
+    return _read_table(file, "relative", sizes.heads)
+
+
+def _read_table(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
+    """Read a table of a bias by distance."""
+    dataset = open_dataset(file, name)
+    if dataset.ndim != 2 or len(dataset) != heads or not dataset.shape[1] % 2:
+        raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads}, 2 reach + 1), an odd number for "
+                         f"each head, got {dataset.shape}")
+    numbers = read_rows(dataset, 0, heads).astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ShardError(f"{file.filename}: dataset {name!r}: expected finite numbers, got NaN or an infinity")
+    return numbers
 
 
 def read_key_bias(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:

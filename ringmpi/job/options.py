@@ -38,6 +38,7 @@ class Options:
     alibi: bool = False
     sinks: bool = False
     key_bias: bool = False
+    relative: bool = False
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None

@@ -49,8 +49,9 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
-    if options.key_bias:
-        raise OptionError("stream: there is no key_bias yet; leave out one of the two")
+    for name in ("key_bias", "relative"):
+        if getattr(options, name):
+            raise OptionError(f"stream: there is no {name} yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)

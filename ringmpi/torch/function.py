@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -28,9 +28,10 @@ except ImportError as error:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @explained(RingAttention)
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
-                   sinks: Tensor | None = None, key_bias: Tensor | None = None, seed: int = 0,
-                   return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend, and be differentiated by autograd: by `q`, `k`, `v`, `sinks` and `key_bias`. Collective over *comm*.
+                   sinks: Tensor | None = None, key_bias: Tensor | None = None,
+                   relative: Tensor | Sequence[Tensor] | None = None, seed: int = 0, return_lse: bool = False,
+                   **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend, and be differentiated by autograd: by all that are tensors. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
     of every rank must depend on its `out`, if only by ``0 * out.sum()``. ``torch.compile`` leaves the call as it is,
@@ -57,6 +58,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
         parameter that all ranks have.
     key_bias : tensor of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
         Added to the scores of this rank's keys, -inf to leave one out; its gradient is whole. See `RingAttention`.
+    relative : tensor of shape (heads, 2 reach + 1), or a tuple or list of one for each axis of a `Grid`, optional
+        Added to the scores by the distance of query and key. Their gradient is this rank's share, as that of the sinks.
     seed : int
         Of dropout; the same on all ranks. Take another one for each layer and step, ``layer + layers * step`` say.
     return_lse : bool
@@ -88,7 +91,10 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """
     if (comm is None) == (attention is None) or (options and attention is not None):
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
-    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled())
+    several = isinstance(relative, (tuple, list))
+    tables = () if relative is None else relative if several else (relative,)
+    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled(),
+                             several, *tables)
     return (out, lse) if return_lse else out
 
 
@@ -164,30 +170,30 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None,
-                source: _Source, seed: int, records: bool) -> tuple[Tensor, Tensor]:
+                source: _Source, seed: int, records: bool, several: bool, *tables: Tensor) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
             inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed,
-                            key_bias=on_host(key_bias, "key_bias"))
+                            key_bias=on_host(key_bias, "key_bias"), relative=_relative(tables, several))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = tensor_of(out), tensor_of(lse)
-        ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
+        ctx.call = _Call(source, seed, attention._last_number, several)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, key_bias, result, log)
-        ctx.save_for_forward(q, k, v, sinks, key_bias, result, log)         # which torch lets go of when `jvp` is done
+        saved = q, k, v, sinks, key_bias, result, log, *tables
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)         # which torch lets go of when `jvp` is done
         return result, log
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate; on all ranks if on one. With create_graph the gradients know what they are made of."""
-        call = _Call(ctx.source, ctx.seed, ctx.number)
-        return *_Differentiate.apply(call, dout, dlse, *ctx.saved_tensors), None, None, None
+        grads = _Differentiate.apply(ctx.call, dout, dlse, *ctx.saved_tensors)
+        return *grads[:5], None, None, None, None, *grads[5:]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Differentiate in a direction."""
-        call = _Call(ctx.source, ctx.seed, ctx.number)
-        out_dot, lse_dot = _DifferentiateAlong.apply(call, *tangents[:4], *ctx.saved_tensors)
+        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, *tangents[:4], *ctx.saved_tensors)
         return out_dot, lse_dot
 
 
@@ -197,12 +203,14 @@ class _Call(NamedTuple):
     source: _Source
     seed: int
     number: int
+    several: bool
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
-               lse: Tensor) -> Inputs:
+               lse: Tensor, *tables: Tensor) -> Inputs:
         """Give what went in and came out."""
         return Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), self.seed,
-                      plain(out, "out"), plain(lse, "lse"), key_bias=on_host(key_bias, "key_bias"))
+                      plain(out, "out"), plain(lse, "lse"), key_bias=on_host(key_bias, "key_bias"),
+                      relative=_relative(tables, self.several))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
@@ -211,8 +219,8 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, call: _Call, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
                 ) -> tuple[Tensor | None, ...]:
-        """Differentiate; give dq, dk, dv, dsinks and dkey_bias."""
-        *_, sinks, key_bias, out, _ = saved
+        """Differentiate; give dq, dk, dv, dsinks, dkey_bias and those of the tables of a bias by distance."""
+        _, _, _, sinks, key_bias, out, _, *tables = saved
         with call.source.open() as attention:
             cotangents = cotangents_of(out, dout, dlse)
             grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved))
@@ -222,15 +230,17 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         dq, dk, dv = (tensor_of(x) for x in grads[:3])
         dsinks, dkey_bias = (None if x is None else like(getattr(grads, name), x)
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
-        return dq, dk, dv, dsinks, dkey_bias
+        of_tables = getattr(grads, "drelative", ())
+        of_tables = of_tables if isinstance(of_tables, tuple) else (of_tables,)
+        return dq, dk, dv, dsinks, dkey_bias, *map(like, of_tables, tables)
 
     @staticmethod
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate once more."""
         dout, dlse, *_ = ctx.saved_tensors
         by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:4], *ctx.saved_tensors)
-        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None,
-                None)
+        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others,
+                *[None] * (len(ctx.saved_tensors) - 6))
 
 
 class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
@@ -241,7 +251,7 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
                 sinks_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
                 ) -> tuple[Tensor | None, ...]:
         """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
-        *_, sinks, _, out, _ = saved
+        _, _, _, sinks, _, out, *_ = saved
         with call.source.open() as attention:
             grads = attention._differentiate_twice(call.number, *cotangents_of(out, dout, dlse),
                                                    _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
@@ -306,6 +316,13 @@ def plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> 
 def on_host(x: Tensor | None, name: str) -> Any:
     """Give a tensor as `plain` does, copied to the host if it is not there; None stays. Local."""
     return None if x is None else plain(x, name, lambda x: x.cpu())
+
+
+def _relative(tables: Sequence[Tensor], several: bool) -> Any:
+    """Give a bias by distance as it is given to a `RingAttention`: a table, or `several`, or none."""
+    taken = tuple(on_host(table, f"relative[{number}]" if several else "relative")
+                  for number, table in enumerate(tables))
+    return taken if several else taken[0] if taken else None
 
 
 def tensor_of(x: Any) -> Tensor:

@@ -239,7 +239,8 @@ class CudaBackend(Backend):
         yield from self._done(lambda: self._launch_forward(state, q, k, v, begin, end, score), begin, end)
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
+                 drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
         yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score, dkey_bias),

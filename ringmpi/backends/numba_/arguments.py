@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...dtypes import BFLOAT16
 from ...score import Score
 from ..strided import in_place
+from .relative_arguments import RelativeSums, SharedRelative
 from .seen import Seen
 from .tuples import BlockArrays, ScoreArguments, Tokens
 from .vector import machine
@@ -58,8 +59,10 @@ class KernelArguments:
         self.arrays = BlockArrays(tokens(q, stored), tokens(k, stored), tokens(v), seen.begin, seen.end, scale)
         self.capping = acc_dtype.type(score.scale / (score.softcap or 1)), acc_dtype.type(score.softcap)
         self.biased = score.key_bias is not None
+        self.relative = score.relative
         self._given = score
         self._plain = score.plain
+        self._relative: SharedRelative | None = None
         self._any_score: dict[str, Any] | None = None
 
     def _shared_score(self, score: Score) -> dict[str, Any]:
@@ -92,22 +95,27 @@ class KernelArguments:
                 "threshold": np.int64(score.threshold), "gain": number(score.gain if score.dropout else 0),
                 "slopes": slopes, "dropout_keys": dropout_keys, "queries": queries, "keys": keys}
 
-    def score_arguments(self, row_score: tuple[Array, ...], bias_sums: Array | None = None) -> ScoreArguments | None:
+    def score_arguments(self, row_score: tuple[Array, ...], bias_sums: Array | None = None,
+                        relative_sums: RelativeSums | None = None) -> ScoreArguments | None:
         """Give the score for a thread that keeps its rows' part of it in these arrays; None if it is plain.
 
-        `bias_sums`, of shape (query heads of a key head or 1, keys), are a task's sums of the gradient of a bias.
+        `bias_sums`, of shape (query heads of a key head or 1, keys), are a task's sums of the gradient of a bias, and
+        `relative_sums` those of one by distance.
         """
-        return None if self._plain else self.any_score(row_score, bias_sums)
+        return None if self._plain else self.any_score(row_score, bias_sums, relative_sums)
 
-    def any_score(self, row_score: tuple[Array, ...], bias_sums: Array | None = None) -> ScoreArguments:
+    def any_score(self, row_score: tuple[Array, ...], bias_sums: Array | None = None,
+                  relative_sums: RelativeSums | None = None) -> ScoreArguments:
         """Do what `score_arguments` does, for a plain score too."""
-        if self._any_score is None:
-            self._any_score = self._shared_score(self._given)
-        slope, dropout_key, position, bias_at, sums_at = row_score
+        if self._any_score is None or self._relative is None:
+            self._relative = SharedRelative(self._given, self.arrays.k.shape[0], self.first, self.last, self.acc_dtype)
+            self._any_score = self._shared_score(self._given)           # at last: other threads look for it
+        slope, dropout_key, position, bias_at, sums_at, *of_relative = row_score
         sums = self._any_score["bias"][:1] if bias_sums is None else bias_sums.reshape(-1)
         return ScoreArguments(**self._any_score, bias_sums=sums, slope=slope, dropout_key=dropout_key,
                               sums_step=0 if bias_sums is None or len(bias_sums) == 1 else bias_sums.shape[1],
-                              position=position, bias_at=bias_at, sums_at=sums_at)
+                              position=position, bias_at=bias_at, sums_at=sums_at,
+                              relative=self._relative.arguments(of_relative, relative_sums))
 
     def in_tiles(self, tile: int) -> tuple[int, int]:
         """Give the columns that some query sees, in whole tiles of the block."""

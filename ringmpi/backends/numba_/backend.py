@@ -8,7 +8,7 @@ and so the last bits, then depend on the number of threads. In canonical order t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -85,6 +85,7 @@ class NumbaBackend(Backend):
     name = "numba"
     compiles = True
     biased = True
+    relative = True
     library_bytes = 46 * 2**20        # measured with Numba 0.68
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
     canonical_tile = CANONICAL_TILE
@@ -198,7 +199,8 @@ class NumbaBackend(Backend):
                 out[...] = wide
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
-                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
+                 begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
+                 drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         wanted = self.wanted_gradients(gradient, dk, dv)
 
@@ -215,7 +217,7 @@ class NumbaBackend(Backend):
                                     none if gradient.dq is None else gradient.dq, acc_dtype.type(score.scale),
                                     *wanted)
             return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles,
-                            dkey_bias).run()
+                            dkey_bias, drelative).run()
 
         seen = self._seen.find(begin, end)
         return self._run(steps, seen, q.shape[1])

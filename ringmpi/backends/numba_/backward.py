@@ -24,6 +24,7 @@ from ..team import Task, Team
 from .arguments import KernelArguments
 from .compiled import add_sums, backward_keys, backward_on_tiles, pack_backward, pack_tiles_backward
 from .product import ROWS
+from .relative_arguments import RelativeSums
 from .steps import PIECES_SPEED, TASKS, TILE_SPEED, Limits, equal_parts, speed, uncounted_task
 from .tile_workspace import TileBackwardBuffers
 from .tuples import BackwardTiles, ColumnRange, GradientArrays, GradientTiles, KeySums, RowRange, TileScore
@@ -48,6 +49,7 @@ class Backward:
     canonical: bool
     on_tiles: TileScore | None = None        # the score, where the CPU's tiles multiply; then so are the buffers
     dkey_bias: Any = None      # array, or None
+    drelative: Any = None      # arrays, or None
 
     def run(self) -> Generator[int, None, None]:
         """Work through the block piece by piece; yields rows × keys done since the last yield."""
@@ -108,14 +110,22 @@ class Backward:
         keys = self.buffers.tile * tiles.tiles + ROWS if self.gradient.of_keys else 0
         sums = self.buffers.reserve_sums(heads * len(chunks), keys)
         biases = self._bias_sums(heads * len(chunks), self.buffers.tile * tiles.tiles + ROWS)
+        relative = self.block.relative
+        of_relative = [None if relative is None else RelativeSums(relative, block.group, block.acc_dtype)
+                       for _ in range(heads * len(chunks))]
         yield from self.team.run([
             Task(area, itertools.chain(
                 [(partial(_clear, first - start, last - start, mine), 0)],
-                self._steps(head, rows, ColumnRange(start, first, last), area, tiles, mine, bias)))
+                self._steps(head, rows, ColumnRange(start, first, last), area, tiles, mine, bias, away)))
             for head in range(heads)
             for chunk, (rows, (area, first, last)) in enumerate(zip(chunks, seen, strict=True)) if area
             for mine in [KeySums(*(x[head * len(chunks) + chunk] for x in sums))]
-            for bias in [None if biases is None else biases[head * len(chunks) + chunk]]])
+            for bias in [None if biases is None else biases[head * len(chunks) + chunk]]
+            for away in [of_relative[head * len(chunks) + chunk]]])
+        for number, away in enumerate(of_relative):
+            if away is not None and self.drelative is not None:
+                head = number // len(chunks)
+                away.add_to(self.drelative, slice(head * block.group, (head + 1) * block.group))
         if not self.gradient.of_keys:
             return
         if biases is not None and self.dkey_bias is not None:
@@ -159,7 +169,8 @@ class Backward:
         yield from self.team.run(tasks)
 
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: Tiles,
-               sums: KeySums, bias: Array | None = None) -> Iterator[tuple[Callable[[int], None], int]]:
+               sums: KeySums, bias: Array | None = None, away: RelativeSums | None = None
+               ) -> Iterator[tuple[Callable[[int], None], int]]:
         """Do the backward pass of some columns for some rows, step by step; `area` is seen of them all."""
         block = self.block
         tile = self.buffers.tile
@@ -179,20 +190,20 @@ class Backward:
                 stop = min(start + wide, high)
                 done, _, _ = block.seen(some, start, stop)
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
-                              ColumnRange(origin, start, stop), tiles, sums, bias), done
+                              ColumnRange(origin, start, stop), tiles, sums, bias, away), done
 
     def _pack(self, start: int, stop: int, first: int, last: int, tiles: Tiles, thread: int) -> None:
         pack = pack_backward if self.on_tiles is None else pack_tiles_backward
         pack(self.block.arrays.k, self.block.arrays.v, start, stop, first, last, tiles)
 
     def _differentiate(self, rows: RowRange, columns: ColumnRange, tiles: Tiles, sums: KeySums, bias: Array | None,
-                       thread: int) -> None:
+                       away: RelativeSums | None, thread: int) -> None:
         if isinstance(self.buffers, TileBackwardBuffers):
             backward_on_tiles(self.gradient, self.block.arrays, self.on_tiles, rows, columns, tiles, sums,
                               self.buffers.scratch[thread], self.buffers.spare(thread, self.block))
             return
         mine = self.buffers.scratch[thread]
-        backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score, bias), rows,
+        backward_keys(self.gradient, self.block.arrays, self.block.score_arguments(mine.row_score, bias, away), rows,
                       columns, tiles, sums, mine.work)
 
     def _add(self, head: int, columns: ColumnRange, spans: Integers, sums: KeySums, thread: int) -> None:

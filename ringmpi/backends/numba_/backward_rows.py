@@ -56,20 +56,25 @@ def differentiate_scored(context, work, row, row_keys, columns, outer, scale, sc
         lse, delta, slope, dropout_key = (
             splats(v, x, values[1]) for x in (work.lse, work.delta, score.slope, score.dropout_key))
 
-        def both(i: int, j: Any, s: Any, dp: Any) -> tuple[Any, Any]:
-            x, derivative = emitter.apply(s, i, j, slope)
+        away: list[Any] = []
+
+        def both(i: int, j: Any, score: tuple[Any, Any], dp: Any) -> tuple[Any, Any]:
+            x, derivative = score
             p = rows.weight(x, lse[i])
             dropped, dp = emitter.drop([p, dp], i, j, dropout_key)
             ds = builder.fmul(p, builder.fsub(dp, delta[i]))
             sums.take(ds, i, j)
+            away.append(rows.seen(ds, i, j))
             return dropped, builder.fmul(builder.fmul(ds, derivative), scale)
 
         def add(j: Any) -> None:
             with builder.if_then(score.biased):
                 sums.add(j)
             sums.forget()
+            emitter.relative.sum(away, j)
+            away.clear()
 
-        rows.over(both, add)
+        rows.over(both, add, lambda s, j: emitter.apply(s, j, slope))
         return context.get_dummy_value()
 
     return types.void(work, row, row_keys, columns, outer, scale, score, sums_at), emit
@@ -169,17 +174,24 @@ class _Rows:
         return self.v.where(self.v.inside(j, *self.group.seen[i]), x, self.v.number(0.0)) if self.masked else x
 
     def over(self, both: Callable[[int, Any, Any, Any], tuple[Any, Any]],
-             after: Callable[[Any], None] | None = None) -> None:
-        """Emit ``s, dp = both(i, j, s, dp)`` over the vectors and the rows, and ``after(j)`` for each vector seen."""
+             after: Callable[[Any], None] | None = None,
+             before: Callable[[list[Any], Any], list[Any]] | None = None) -> None:
+        """Emit ``s, dp = both(i, j, s, dp)`` over the vectors and the rows, and ``after(j)`` for each vector seen.
+
+        With `before`, both is given what ``before(s of all rows, j)`` makes of s.
+        """
         v = self.v
         zero = self.v.number(0.0)
         for number, part in enumerate(("unseen", "masked", "seen", "masked", "unseen")):
             self.masked = part == "masked"
             with self.group.columns(*self.edges[number:number + 2]) as j:
+                made: list[Any] = []
+                if before is not None and part != "unseen":
+                    made = before([v.load(s, j) for s in self.group.s], j)
                 for i, (s, dp) in enumerate(zip(self.group.s, self.dp, strict=True)):
                     x = y = zero
                     if part != "unseen":
-                        x, y = both(i, j, v.load(s, j), v.load(dp, j))
+                        x, y = both(i, j, made[i] if made else v.load(s, j), v.load(dp, j))
                     v.store(self.seen(x, i, j), s, j)
                     v.store(self.seen(y, i, j), dp, j)
                 if after is not None and part != "unseen":

@@ -20,6 +20,7 @@ from .backward_rows import differentiate, differentiate_biased, differentiate_sc
 from .forward_tile import address, score_panels
 from .pack import lanes, pack_keys, pack_queries, pack_values, panels
 from .product import ROWS, VECTORS, add_product, add_transposed_product
+from .relative_rows import add_tile
 from .tuples import Columns, Contiguous, Prefetch, Strided
 from .vector import machine
 
@@ -143,6 +144,8 @@ def backward_packed(tile, slot, work, packed, sums, sums_at, gradient, score):  
             differentiate_biased(work, g, s.shape[1], columns, outer, gradient.scale, score, sums_at)
         else:
             differentiate_scored(work, g, s.shape[1], columns, outer, gradient.scale, score, sums_at)
+    if score is not None:
+        add_tile(score.relative, tile.rows, tile.start, tile.n)
 
     if gradient.of_queries:
         add_queries(tile.rows, work, Contiguous(packed.k_as_values, k_as_values_at), packed.tile)

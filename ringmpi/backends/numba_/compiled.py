@@ -24,6 +24,7 @@ from . import (
     pack,
     pieces,
     product,
+    relative_rows,
     score_rows,
     softmax_rows,
     sum_rows,
@@ -82,8 +83,8 @@ from .tuples import (
     Tokens,
 )
 
-SOURCES = (vector, tuples, product, softmax_rows, score_rows, backward_rows, weights, pack, few_rows, forward_tile,
-           backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_strip_rows, tile_strips,
+SOURCES = (vector, tuples, product, softmax_rows, relative_rows, score_rows, backward_rows, weights, pack, few_rows,
+           forward_tile, backward_tile, amx, pieces, tile_pack, tile_rows, tile_forward, tile_strip_rows, tile_strips,
            tile_units, tile_squares, tile_gradient_rows, tile_gradients, tile_gradient_load, tile_gradient_odd,
            sum_rows, sum_tile)
 

@@ -1,8 +1,8 @@
 """Score functions on a group of rows: products to scores before the softmax, weights to dropped weights after it.
 
-One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes, 2 for a bias and 100 for
-dropout: Philox is ten products of 32 by 32 bits. Which of them there are is known at run time alone, so each vector
-asks; the branches always go the same way.
+One vector takes about 25 instructions for a softcap (half of them a division's), 5 for slopes, 2 for a bias, 8 for one
+by distance where keys follow each other, and 100 for dropout: Philox is ten products of 32 by 32 bits. Which of them
+there are is known at run time alone, so each vector asks; the branches always go the same way.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from .product import ROWS
+from .relative_rows import RelativeEmitter, load_row_places, relative_from
 from .tuples import ScoreArguments
 from .vector import I64, Vectors, at, constant, data, loop, unpack
 
 
 class ScoreEmitter:
-    """Emits score functions of one vector: of row i of a group, and of keys from column j on.
+    """Emits score functions of a vector of keys, from column j on, for rows of a group.
 
     `score` is a `ScoreArguments` with pointers; of the row's numbers, which go to every lane, only those that are asked
     for are loaded.
@@ -35,9 +36,15 @@ class ScoreEmitter:
         self.position = splats(vectors, score.position, row)
         self.bias = [at(vectors.builder, at(vectors.builder, score.bias, place), start)
                      for place in numbers_of(vectors.builder, score.bias_at, row)]
+        self.relative = RelativeEmitter(vectors, score.relative, row, start)
 
-    def apply(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
-        """Turn products into scores; give their derivative by scale·product too."""
+    def apply(self, s: list[Any], j: Any, slope: list[Any]) -> list[tuple[Any, Any]]:
+        """Turn products of each row into scores; give their derivative by scale·product too."""
+        x, derivatives = zip(*(self._of_row(products, i, j, slope) for i, products in enumerate(s)), strict=True)
+        return list(zip(self.relative.add(list(x), j), derivatives, strict=True))
+
+    def _of_row(self, s: Any, i: int, j: Any, slope: list[Any]) -> tuple[Any, Any]:
+        """Turn products of row i into scores, but for a bias by distance; give their derivative too."""
         v, b, score = self.v, self.v.builder, self.score
         x = b.fmul(s, v.splat(score.ratio))
 
@@ -100,9 +107,10 @@ def apply_score(context, s, row, row_keys, columns, score):  # type: ignore[no-u
         v = Vectors(builder, signature.args[0].dtype)
         emitter = ScoreEmitter(v, score, values[1], columns.start)
         slope = splats(v, score.slope, values[1])
-        for i, j, place in _each(v, values[1], values[2], columns):
-            x, _ = emitter.apply(v.load(s, place), i, j, slope)
-            v.store(x, s, place)
+        for j, places in _each(v, values[1], values[2], columns):
+            scores = emitter.apply([v.load(s, place) for place in places], j, slope)
+            for (x, _), place in zip(scores, places, strict=True):
+                v.store(x, s, place)
         return context.get_dummy_value()
 
     return types.void(s, row, row_keys, columns, score), emit
@@ -117,9 +125,10 @@ def apply_dropout(context, p, row, row_keys, columns, score):  # type: ignore[no
         v = Vectors(builder, signature.args[0].dtype)
         emitter = ScoreEmitter(v, score, values[1], columns.start)
         dropout_key = splats(v, score.dropout_key, values[1])
-        for i, j, place in _each(v, values[1], values[2], columns):
-            x, = emitter.drop([v.load(p, place)], i, j, dropout_key)
-            v.store(x, p, place)
+        for j, places in _each(v, values[1], values[2], columns):
+            for i, place in enumerate(places):
+                x, = emitter.drop([v.load(p, place)], i, j, dropout_key)
+                v.store(x, p, place)
         return context.get_dummy_value()
 
     return types.void(p, row, row_keys, columns, score), emit
@@ -136,6 +145,7 @@ def load_row_scores(first, count, rows, head, group, score):  # type: ignore[no-
             score.position[r] = score.queries[i]
             score.bias_at[r] = h * score.bias_step
             score.sums_at[r] = (h - head * group) * score.sums_step
+            load_row_places(score.relative, r, i, h, h - head * group)
 
 
 def score_arguments_from(score, row):  # type: ignore[no-untyped-def]
@@ -152,7 +162,8 @@ def _rows_from(score, row):  # type: ignore[no-untyped-def]
     return ScoreArguments(score.ratio, score.cap, score.sloped, score.biased, score.only_biased, score.threshold,
                           score.gain, score.slopes, score.dropout_keys, score.queries, score.keys, score.bias,
                           score.bias_step, score.bias_sums, score.sums_step, score.slope[row:], score.dropout_key[row:],
-                          score.position[row:], score.bias_at[row:], score.sums_at[row:])
+                          score.position[row:], score.bias_at[row:], score.sums_at[row:],
+                          relative_from(score.relative, row))
 
 
 def splats(v: Vectors, numbers: Any, row: Any) -> list[Any]:
@@ -165,11 +176,10 @@ def numbers_of(builder: Any, numbers: Any, row: Any) -> list[Any]:
     return [builder.load(at(builder, numbers, builder.add(row, constant(i)))) for i in range(ROWS)]
 
 
-def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[int, Any, Any]]:
-    """Emit a loop over the vectors of `columns`, and give (i, column, place) for each row i of a group."""
+def _each(v: Vectors, row: Any, row_keys: Any, columns: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Emit a loop over the vectors of `columns`, and give the column, and its place for each row of a group."""
     b = v.builder
     places = [b.mul(b.add(row, constant(i)), row_keys) for i in range(ROWS)]
     with loop(b, constant(0), b.sdiv(b.sub(columns.last, columns.first), constant(v.lanes))) as n:
         j = b.add(columns.first, b.mul(n, constant(v.lanes)))
-        for i, place in enumerate(places):
-            yield i, j, b.add(place, j)
+        yield j, [b.add(place, j) for place in places]

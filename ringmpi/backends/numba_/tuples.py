@@ -438,6 +438,64 @@ class TileScore(NamedTuple):
     cap: Any
 
 
+class RelativeArguments(NamedTuple):
+    """A bias by distance, as the kernels take it: tables along some axes; see `relative_rows`.
+
+    Tables are in the order of key minus query, with a vector more at each end, of the number there.
+
+    Attributes
+    ----------
+    axes : int
+        0: there is none.
+    tables : array of one axis
+        Those of an axis after the other's, head after head.
+    table_at, table_step : (axes,) int64
+        Where the first head's table begins, and numbers from a head's to the next.
+    middle, last : (axes,) int64
+        Where in a table a difference of 0 is, and where at most a vector of it is read from.
+    queries, keys : (axes · n_q,), (axes · (n_k + a vector),) int64
+        Coordinates along each axis.
+    keys_step : int
+        Numbers from an axis to the next in the latter, and in what follows.
+    low, high : (axes · (n_k + a vector),) int64
+        The least and the largest coordinate of a vector of keys from this one on.
+    in_a_row : (axes · (n_k + a vector),) uint8
+        Whether the coordinates of such a vector follow each other.
+    sums, totals : arrays of one axis
+        In the backward pass, sums of the gradient of a task: of a tile, and in float64 of all of them. As tables.
+    members : int
+        Query heads of a key head, that these are of.
+    sums_at : (axes,) int64
+        Where the first of these heads' sums begin.
+    shift, place, sums_place : (axes · rows of the work space,) int64
+        Of a thread: for the rows that it works on, what a coordinate and it add up to is a place in a table; where the
+        table of a row's head begins, and its sums.
+    rows : int
+        Numbers from an axis to the next in these.
+    """
+
+    axes: Any
+    tables: Any
+    table_at: Any
+    table_step: Any
+    middle: Any
+    last: Any
+    queries: Any
+    keys: Any
+    keys_step: Any
+    low: Any
+    high: Any
+    in_a_row: Any
+    sums: Any
+    totals: Any
+    members: Any
+    sums_at: Any
+    shift: Any
+    place: Any
+    sums_place: Any
+    rows: Any
+
+
 class ScoreArguments(NamedTuple):
     """A score that is not plain, as the kernels take it; integers are as wide as the accumulator's numbers.
 
@@ -466,6 +524,7 @@ class ScoreArguments(NamedTuple):
         Of a thread: those of the rows that it works on.
     bias_at, sums_at : (rows,) int64
         Where the bias of a row's head begins, and its sums.
+    relative : RelativeArguments
     """
 
     ratio: Any
@@ -488,6 +547,7 @@ class ScoreArguments(NamedTuple):
     position: Any
     bias_at: Any
     sums_at: Any
+    relative: Any
 
 
 class Tile(NamedTuple):

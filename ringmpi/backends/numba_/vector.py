@@ -167,6 +167,17 @@ class Vectors:
             raw = b.insert_element(raw, b.load(at(b, pointer, offset)), ir.Constant(I32, i))
         return self.converted(stored, raw)
 
+    def look_up(self, table: Any, places: Any) -> Any:
+        """Lane i from element places[i] after `table`, an int64 each."""
+        b, bits = self.builder, self.dtype.bitwidth
+        wide = ir.VectorType(I64, self.lanes)
+        first = splat(b, b.ptrtoint(table, I64), self.lanes)
+        addresses = b.add(first, b.mul(places, _fill(wide, bits // 8)))
+        pointers = b.inttoptr(addresses, ir.VectorType(table.type, self.lanes))
+        every = ir.Constant(ir.VectorType(ir.IntType(1), self.lanes), [1] * self.lanes)
+        name = f"llvm.masked.gather.v{self.lanes}f{bits}.v{self.lanes}p0"
+        return call(b, name, self.kind, [pointers, ir.Constant(I32, bits // 8), every, self.number(0.0)])
+
     def converted(self, stored: types.Type, raw: Any) -> Any:
         """Vector of a storage type to this type."""
         b = self.builder
@@ -373,10 +384,18 @@ def data(context: Any, builder: ir.IRBuilder, array: types.Type, value: Any) -> 
 
 
 def unpack(context: Any, builder: ir.IRBuilder, kind: Any, value: Any) -> Any:
-    """Give a named tuple argument as an instance of its class: pointers to its arrays' first elements, its numbers."""
+    """Give a named tuple argument as an instance of its class: pointers to its arrays' first elements, its numbers.
+
+    And named tuples in it in the same way.
+    """
     fields = cgutils.unpack_tuple(builder, value, len(kind.types))
-    return kind.instance_class(*(data(context, builder, field_kind, field) if isinstance(field_kind, types.Array)
-                                 else field for field_kind, field in zip(kind.types, fields, strict=True)))
+
+    def taken(field_kind: Any, field: Any) -> Any:
+        if isinstance(field_kind, types.BaseNamedTuple):
+            return unpack(context, builder, field_kind, field)
+        return data(context, builder, field_kind, field) if isinstance(field_kind, types.Array) else field
+
+    return kind.instance_class(*map(taken, kind.types, fields))
 
 
 def dtype_of(kind: Any, name: str) -> Any:

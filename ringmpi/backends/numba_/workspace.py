@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ...environment import cache_bytes
+from ...relative import MOST_AXES
 from .backward_tile import backward_tile_shape
 from .forward_tile import forward_tile_shape
 from .product import ROWS
@@ -120,9 +121,9 @@ class ForwardScratch:
 
 
 def row_score(rows: int, acc_dtype: np.dtype[Any]) -> tuple[Array, ...]:
-    """Make the last fields of a `ScoreArguments`: what a score needs to know of each row of the work space."""
+    """Make what a score needs to know of each row of the work space: for the last fields of a `ScoreArguments`."""
     integer = np.dtype(f"i{acc_dtype.itemsize}")
-    places = aligned(rows, np.int64), aligned(rows, np.int64)
+    places = aligned(rows, np.int64), aligned(rows, np.int64), *(aligned(MOST_AXES * rows, np.int64) for _ in range(3))
     return aligned(rows, acc_dtype), aligned(rows, integer), aligned(rows, integer), *places
 
 
