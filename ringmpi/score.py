@@ -93,6 +93,11 @@ class Score:
         """Give the score for a block, or columns of one, whose keys have this bias; itself without. Local."""
         return self if key_bias is None else replace(self, key_bias=key_bias)
 
+    def of_columns(self, columns: slice | Integers) -> Score:
+        """Give the score for some of the keys of its block. Local."""
+        some = self.of_keys(self.keys[columns]) if self.positional else self
+        return some.of_key_bias(None if self.key_bias is None else self.key_bias[columns])
+
 
 def dropout_keys(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
     """Give the random generator's keys, of shape (batch, heads). Local.
