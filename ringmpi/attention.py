@@ -553,7 +553,8 @@ class RingAttention:
     @explained()
     def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
             v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
-            seed: int = 0) -> tuple[Array, Array, Array, Array]:
+            key_bias: ArrayLike | None = None, key_bias_dot: ArrayLike | None = None, seed: int = 0
+            ) -> tuple[Array, Array, Array, Array]:
         """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
 
         Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the
@@ -563,12 +564,14 @@ class RingAttention:
 
         Parameters
         ----------
-        q, k, v, sinks, seed
+        q, k, v, sinks, key_bias, seed
             See `__call__`.
         q_dot, k_dot, v_dot : arrays of the shapes and dtype of q, k and v, or None
             Of this rank's shards; None for zeros.
         sinks_dot : array of shape (heads,), optional
             The same on all ranks.
+        key_bias_dot : array of the shape of `key_bias`, float, optional
+            Of this rank's keys.
 
         Returns
         -------
@@ -586,8 +589,8 @@ class RingAttention:
         """
         with self._comm.one_call():
             self._last = self._left = None
-            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed),
-                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot))
+            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed, key_bias=key_bias),
+                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot, key_bias_dot))
             return TangentPass(call, plan, self._engine, self.trace, None).attend()
 
     def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
@@ -598,20 +601,22 @@ class RingAttention:
             return TangentPass(call, plan, self._engine, self.trace, None).jvp()
 
     def _differentiate_twice(self, number: int, dout: Any, dlse: Any, direction: Direction, inputs: Inputs
-                             ) -> tuple[Array, ...]:
-        """Give the gradients of ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot``. Collective over *comm*.
+                             ) -> tuple[Array | None, ...]:
+        """Give the gradients of a product of gradients with their cotangents. Collective over *comm*.
+
+        That is ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot``.
 
         Parameters
         ----------
         number, dout, dlse, inputs
-            Of the backward pass that gave dq, dk, dv and dsinks; see `_differentiate_call`.
+            Of the backward pass that gave dq, dk, dv, dsinks and dkey_bias; see `_differentiate_call`.
         direction : Direction
             The cotangents of these.
 
         Returns
         -------
         tuple of arrays
-            By dout, dlse, q, k, v, and sinks if there are any.
+            By dout, dlse, q, k, v, sinks and key_bias; None for the last two if the call had none.
         """
         with self._comm.one_call():
             self._last = None
@@ -635,8 +640,6 @@ class RingAttention:
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
-        if call.key_bias is not None:
-            raise OptionError("key_bias: expected none, as the jvp and second derivatives have none yet")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)

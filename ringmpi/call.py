@@ -62,6 +62,7 @@ class Direction(NamedTuple):
     k: Any
     v: Any
     sinks: Any = None
+    key_bias: Any = None
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Call:
     states : list of State
         One for each element of the batch, during the forward pass.
     direction : Direction, optional
-        Arrays like q, k, v and sinks, if the call is differentiated in it.
+        Arrays like q, k, v, sinks and key_bias, if the call is differentiated in it.
     """
 
     q: Array
@@ -212,21 +213,8 @@ class Call:
             check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
             taken.append(_batched(array, self.batched, self.gpu, strided=True))
         q_dot, k_dot, v_dot = taken
-        self.direction = Direction(q_dot, k_dot, v_dot, self._take_sinks_dot(direction.sinks))
-
-    def _take_sinks_dot(self, x: Any) -> NDArray[Any] | None:
-        """Take the tangent of the sinks; zeros if there is none and there are sinks."""
-        if self.sinks is None:
-            if x is not None:
-                raise OptionError("sinks_dot: expected none, as the call has no sinks; leave it out, or give sinks")
-            return None
-        if x is None:
-            return np.zeros_like(self.sinks)
-        array = as_host_array(x, "sinks_dot")
-        check_dtype(array.dtype, "sinks_dot")
-        if array.shape != self.sinks.shape:
-            raise ShapeError(f"sinks_dot: expected shape {self.sinks.shape}, as sinks have it, got {array.shape}")
-        return array.astype(self.sinks.dtype)
+        self.direction = Direction(q_dot, k_dot, v_dot, _tangent("sinks", direction.sinks, self.sinks),
+                                   _tangent("key_bias", direction.key_bias, self.key_bias, self.bias_shape))
 
     @property
     def on_gpu(self) -> bool:
@@ -427,6 +415,23 @@ def _place(arrays: dict[str, Array]) -> int:
         raise BackendError(f"{', '.join(others)} and {last}: expected all on the host or all on one GPU, got {named}; "
                            "copy them")
     return places[0]
+
+
+def _tangent(name: str, x: Any, like: NDArray[Any] | None, shape: tuple[int, ...] | None = None
+             ) -> NDArray[Any] | None:
+    """Take the tangent of an array, which the caller may have in another shape; zeros if there is none."""
+    if like is None:
+        if x is not None:
+            raise OptionError(f"{name}_dot: expected none, as the call has no {name}; leave it out, or give {name}")
+        return None
+    if x is None:
+        return np.zeros_like(like)
+    shape = like.shape if shape is None else shape
+    array = as_host_array(x, f"{name}_dot")
+    check_dtype(array.dtype, f"{name}_dot")
+    if array.shape != shape:
+        raise ShapeError(f"{name}_dot: expected shape {shape}, that of {name}, got {array.shape}")
+    return array.astype(like.dtype).reshape(like.shape)
 
 
 def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:

@@ -187,7 +187,7 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Differentiate in a direction."""
         call = _Call(ctx.source, ctx.seed, ctx.number)
-        out_dot, lse_dot = _DifferentiateAlong.apply(call, *tangents[:4], *ctx.saved_tensors)
+        out_dot, lse_dot = _DifferentiateAlong.apply(call, *tangents[:5], *ctx.saved_tensors)
         return out_dot, lse_dot
 
 
@@ -228,9 +228,8 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate once more."""
         dout, dlse, *_ = ctx.saved_tensors
-        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:4], *ctx.saved_tensors)
-        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None,
-                None)
+        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction, *ctx.saved_tensors)
+        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others, None, None)
 
 
 class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
@@ -238,15 +237,16 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
-                ) -> tuple[Tensor | None, ...]:
-        """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
-        *_, sinks, _, out, _ = saved
+                sinks_dot: Tensor | None, bias_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None,
+                *saved: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients by dout, dlse, q, k, v, sinks and key_bias of the gradients in a direction."""
+        *_, sinks, key_bias, out, _ = saved
         with call.source.open() as attention:
             grads = attention._differentiate_twice(call.number, *_cotangents(out, dout, dlse),
-                                                   _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
-        results = [_tensor(x) for x in grads[:5]]
-        return *results, None if sinks is None else _like(grads[5], sinks)
+                                                   _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot),
+                                                   call.inputs(*saved))
+        return (*(_tensor(x) for x in grads[:5]),
+                *(None if x is None else _like(grad, x) for x, grad in zip((sinks, key_bias), grads[5:], strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -260,11 +260,11 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
+                sinks_dot: Tensor | None, bias_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
         """Give out_dot and lse_dot."""
         with call.source.open() as attention:
             out_dot, lse_dot = attention._differentiate_along(
-                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
+                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot), call.inputs(*saved))
         return _tensor(out_dot), _tensor(lse_dot)
 
     @staticmethod
@@ -279,15 +279,16 @@ def _cotangents(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[
             None if dlse is None else _plain(dlse, "dlse"))
 
 
-def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None) -> Direction:
+def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None,
+               bias_dot: Tensor | None) -> Direction:
     given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
     q_, k_, v_ = (None if x is None else _plain(x, name) for name, x in given.items())
-    return Direction(q_, k_, v_, None if sinks_dot is None else _plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
+    return Direction(q_, k_, v_, _on_host(sinks_dot, "sinks_dot"), _on_host(bias_dot, "key_bias_dot"))
 
 
-def _like(x: Any, sinks: Tensor) -> Tensor:
-    """Give an array of this rank's share of a gradient as sinks are."""
-    return _tensor(x).to(sinks.device, sinks.dtype)
+def _like(x: Any, given: Tensor) -> Tensor:
+    """Give an array of this rank's share of a gradient as sinks, or a bias, were given."""
+    return _tensor(x).to(given.device, given.dtype)
 
 
 def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
