@@ -83,9 +83,8 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
-    others = {"--stream": arguments.stream, "--backend cuda": arguments.backend == "cuda"}
-    for name in (name for name, given in others.items() if given and arguments.key_bias):
-        error(f"--key-bias: does not go together with {name} yet")
+    if arguments.key_bias and arguments.backend == "cuda":
+        error("--key-bias: does not go together with --backend cuda yet")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

@@ -70,6 +70,11 @@ class Input:
     sinks: NDArray[np.float64] | None
     key_bias: h5py.Dataset | None
 
+    @property
+    def keys(self) -> list[h5py.Dataset]:
+        """What there is of each key: k and v, and a bias if there is one."""
+        return [self.k, self.v] if self.key_bias is None else [self.k, self.v, self.key_bias]
+
 
 @contextmanager
 def open_input(path: Path, options: Options) -> Iterator[Input]:
@@ -126,11 +131,16 @@ def read_key_bias(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
         If it is NaN or +inf somewhere.
     """
     numbers = read_rows(dataset, start, stop)
+    check_key_bias_rows(dataset, start, numbers)
+    return numbers
+
+
+def check_key_bias_rows(dataset: h5py.Dataset, start: int, numbers: NDArray[Any]) -> None:
+    """Check a bias of keys that was read, of those from `start` on; see `read_key_bias`. Local."""
     wrong = np.isnan(numbers) | (numbers == np.inf)
     if wrong.any():
         raise ShardError(f"{dataset.file.filename}: dataset 'key_bias': expected finite numbers, or -inf to leave a "
                          f"key out, got {numbers[wrong][0]} for key {start + np.argwhere(wrong)[0][0]}")
-    return numbers
 
 
 def read_bias_shard(run: Run, attention: RingAttention, dataset: h5py.Dataset | None) -> Any:
