@@ -168,7 +168,7 @@ class Call:
         if key_bias is not None:
             bias_shape = key_bias.shape
             key_bias = key_bias.reshape(batch, k.shape[-3], heads if len(bias_shape) == k.ndim - 1 else 1)
-            arrays |= {name: _without_left_out(arrays[name], key_bias) for name in "kv"}
+            arrays |= {name: without_left_out(arrays[name], key_bias) for name in "kv"}
         if in_keys:
             arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
@@ -434,8 +434,8 @@ def _tangent(name: str, x: Any, like: NDArray[Any] | None, shape: tuple[int, ...
     return array.astype(like.dtype).reshape(like.shape)
 
 
-def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
-    """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite."""
+def without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
+    """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite. Local."""
     left_out = np.isneginf(key_bias).all(axis=2)
     if not isinstance(x, np.ndarray) or np.isfinite(x[left_out]).all():      # 0 x NaN is NaN: padding may be anything
         return x
