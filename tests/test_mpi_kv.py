@@ -193,6 +193,11 @@ def test_a_bias_of_the_keys(comm, path, backend, kind, mask, batch):
     mine = make("striped", prompt, comm.size).positions(comm.rank)
     sizes = {**SIZES, "dtype": "float64", "batch": batch, "key_bias": True if numbers.ndim == 2 else 4}
     with KVCache(comm, mask=Mask(**mask), backend=backend, **sizes) as cache:
+        first = slice(0, 24)                  # which are left out
+        cache.append(given(k, first), given(v, first), key_bias=given(numbers, first), replicated=True)
+        for at in range(24, 30):
+            step(cache, slice(at, at + 1))
+        cache.crop(0)
         cache.append(given(k, mine), given(v, mine), key_bias=given(numbers, mine), layout="striped")
         if "window" not in mask or mask["window"][1] == 0:
             check(cache.attend(given(q, mine), sharded=True, layout="striped", return_lse=True), mine)
