@@ -267,9 +267,8 @@ class RingAttention:
             room.
         dim_v : int, optional
             In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
-            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once. On the host, and forward alone: not with
-            ``order="canonical"`` or `stop`. Such a call has no `backward`: take ``v=k[..., :dim_v]``, which is not
-            copied, and add dv to those numbers of dk.
+            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once; their gradient is part of dk. On the host, and
+            not with `stop`, nor for `jvp` and second derivatives: take ``v=k[..., :dim_v]``, which is not copied.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -467,7 +466,7 @@ class RingAttention:
         -------
         dq, dk, dv : arrays of the shapes and dtype of q, k and v
             Of this rank's shards, with what all ranks make of its k and v. A query that sees no key, and a key that no
-            query sees, has exactly 0.
+            query sees, has exactly 0. With `dim_v` dv is None: it is in the first numbers of dk.
         dsinks : array of shape (heads,), accumulator dtype
             If the call had sinks: this rank's queries' share, to be summed over the ranks as the gradient of every
             parameter that all of them have. In canonical order rank 0 has all of it, and the others 0.
@@ -496,25 +495,23 @@ class RingAttention:
             self._check_open()
             if call is None:
                 raise no_call()
-            if call.in_keys:
-                raise OptionError("dim_v: expected v in a call that is differentiated; take v=k[..., :dim_v], which is "
-                                  "not copied, and add dv to those numbers of dk")
             dout, dlse = self._check_cotangents(call, dout, dlse)
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
             raise InternalError("a call without a plan")
         return self._pass(call, plan, progress).backward(dout, dlse)
 
-    def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
-                    dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                    key_bias: ArrayLike | None = None, seed: int = 0, progress: Progress | None = None) -> AnyGradients:
+    def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike | None, out: ArrayLike,
+                    lse: ArrayLike, *, dlse: ArrayLike | None = None, dim_v: int | None = None,
+                    sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> AnyGradients:
         """Give the gradients of any call with these options, by what went in and came out. Collective over *comm*.
 
         Parameters
         ----------
         dout
             See `backward`.
-        q, k, v, sinks, key_bias, seed
+        q, k, v, dim_v, sinks, key_bias, seed
             As they were given to the call.
         out, lse
             As it returned them.
@@ -531,7 +528,7 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        inputs = Inputs(q, k, v, sinks, seed, out, lse, key_bias=key_bias)
+        inputs = Inputs(q, k, v, sinks, seed, out, lse, dim_v, key_bias)
         return self._differentiate_call(0, dout, dlse, inputs, progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
@@ -625,9 +622,8 @@ class RingAttention:
 
     def _check_values_in_keys(self, call: Call, resumable: bool) -> None:
         """Refuse what has no values that are in the keys. Local."""
-        if self._problem.canonical or resumable:
-            raise OptionError(f"dim_v: expected {'no stop= and no checkpoint' if resumable else 'order fastest'}; take "
-                              "v=k[..., :dim_v]")
+        if resumable:
+            raise OptionError("dim_v: expected no stop= and no checkpoint; take v=k[..., :dim_v]")
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
                                "v=k[..., :dim_v]")
@@ -640,6 +636,9 @@ class RingAttention:
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
+        if call.in_keys:
+            raise OptionError("dim_v: expected v, as the jvp and second derivatives have no values in keys; take "
+                              "v=k[..., :dim_v], which is not copied")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)

@@ -1,4 +1,7 @@
-"""What a backward pass gives: gradients by name, of those inputs that the call had."""
+"""What a backward pass gives: gradients by name, of those inputs that the call had.
+
+Where values are the first numbers of keys, dv is None, for it is in those of dk.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class GradientsWithSinksAndBias(NamedTuple):
 AnyGradients = Gradients | GradientsWithSinks | GradientsWithBias | GradientsWithSinksAndBias
 
 
-def named(of_inputs: tuple[Array, Array, Array], dsinks: Array | None, dkey_bias: Array | None) -> AnyGradients:
+def named(of_inputs: tuple[Array, Array, Array | None], dsinks: Array | None, dkey_bias: Array | None) -> AnyGradients:
     """Name gradients of q, k and v, and of what else there is. Local."""
     if dsinks is None:
         return Gradients(*of_inputs) if dkey_bias is None else GradientsWithBias(*of_inputs, dkey_bias)

@@ -27,9 +27,10 @@ except ImportError as error:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @explained(RingAttention)
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
-                   sinks: Tensor | None = None, key_bias: Tensor | None = None, seed: int = 0,
-                   return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor | None = None, *, comm: Any = None,
+                   attention: RingAttention | None = None, dim_v: int | None = None, sinks: Tensor | None = None,
+                   key_bias: Tensor | None = None, seed: int = 0, return_lse: bool = False, **options: Any
+                   ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend, and be differentiated by autograd: by `q`, `k`, `v`, `sinks` and `key_bias`. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
@@ -52,6 +53,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
         Or `attention`.
     attention : RingAttention, optional
         Keeps its buffers and plan from call to call; for training loops. It must live until the last backward pass.
+    dim_v : int, optional
+        In place of `v`: values are the first `dim_v` numbers of each key, on the host. Their gradient is part of that
+        of `k`; for more derivatives take ``v=k[..., :dim_v]``.
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
@@ -88,7 +92,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
     """
     if (comm is None) == (attention is None) or (options and attention is not None):
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
-    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled())
+    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, dim_v,
+                             torch.is_grad_enabled())
     return (out, lse) if return_lse else out
 
 
@@ -163,15 +168,15 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     """Attention as autograd knows it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None,
-                source: _Source, seed: int, records: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, key_bias: Tensor | None,
+                source: _Source, seed: int, dim_v: int | None, records: bool) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), seed,
-                            key_bias=_on_host(key_bias, "key_bias"))
+            inputs = Inputs(_plain(q, "q"), _plain(k, "k"), _given(v, "v"), _on_host(sinks, "sinks"), seed,
+                            dim_v=dim_v, key_bias=_on_host(key_bias, "key_bias"))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = _tensor(out), _tensor(lse)
-        ctx.source, ctx.seed, ctx.number = source, seed, attention._last_number
+        ctx.call = _Call(source, seed, attention._last_number, dim_v)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, key_bias, result, log)
         ctx.save_for_forward(q, k, v, sinks, key_bias, result, log)         # which torch lets go of when `jvp` is done
@@ -180,14 +185,12 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate; on all ranks if on one. With create_graph the gradients know what they are made of."""
-        call = _Call(ctx.source, ctx.seed, ctx.number)
-        return *_Differentiate.apply(call, dout, dlse, *ctx.saved_tensors), None, None, None
+        return *_Differentiate.apply(ctx.call, dout, dlse, *ctx.saved_tensors), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Differentiate in a direction."""
-        call = _Call(ctx.source, ctx.seed, ctx.number)
-        out_dot, lse_dot = _DifferentiateAlong.apply(call, *tangents[:5], *ctx.saved_tensors)
+        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, *tangents[:5], *ctx.saved_tensors)
         return out_dot, lse_dot
 
 
@@ -197,12 +200,13 @@ class _Call(NamedTuple):
     source: _Source
     seed: int
     number: int
+    dim_v: int | None
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
                lse: Tensor) -> Inputs:
         """Give what went in and came out."""
-        return Inputs(_plain(q, "q"), _plain(k, "k"), _plain(v, "v"), _on_host(sinks, "sinks"), self.seed,
-                      _plain(out, "out"), _plain(lse, "lse"), key_bias=_on_host(key_bias, "key_bias"))
+        return Inputs(_plain(q, "q"), _plain(k, "k"), _given(v, "v"), _on_host(sinks, "sinks"), self.seed,
+                      _plain(out, "out"), _plain(lse, "lse"), self.dim_v, _on_host(key_bias, "key_bias"))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
@@ -219,7 +223,7 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
-        dq, dk, dv = (_tensor(x) for x in grads[:3])
+        dq, dk, dv = (None if x is None else _tensor(x) for x in grads[:3])
         dsinks, dkey_bias = (None if x is None else _like(getattr(grads, name), x)
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
         return dq, dk, dv, dsinks, dkey_bias
@@ -282,7 +286,7 @@ def _cotangents(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tuple[
 def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None,
                bias_dot: Tensor | None) -> Direction:
     given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
-    q_, k_, v_ = (None if x is None else _plain(x, name) for name, x in given.items())
+    q_, k_, v_ = (_given(x, name) for name, x in given.items())
     return Direction(q_, k_, v_, _on_host(sinks_dot, "sinks_dot"), _on_host(bias_dot, "key_bias_dot"))
 
 
@@ -301,6 +305,10 @@ def _plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) ->
         return move(x.detach().resolve_conj().resolve_neg())
     except Exception as error:      # noqa: BLE001 (a library may refuse by any)
         return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
+
+
+def _given(x: Tensor | None, name: str) -> Any:
+    return None if x is None else _plain(x, name)
 
 
 def _on_host(x: Tensor | None, name: str) -> Any:

@@ -38,6 +38,7 @@ class Options:
     alibi: bool = False
     sinks: bool = False
     key_bias: bool = False
+    dim_v: int | None = None
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None

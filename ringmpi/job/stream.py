@@ -21,7 +21,7 @@ from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
 from ..environment import resident_bytes
-from ..errors import InternalError, Interrupted, OutputError
+from ..errors import InternalError, Interrupted, OptionError, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
 from ..left_out import bits_of, seen_by_heads
@@ -50,6 +50,8 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
+    if options.dim_v is not None:
+        raise OptionError("stream: there is no dim_v yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)
