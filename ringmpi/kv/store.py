@@ -84,7 +84,7 @@ class KVStore:
     def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: np.dtype[Any], bias: tuple[int, np.dtype[Any]],
                  empty: Empty, room: int, most: int | None = None) -> None:
         self.chunks: list[Chunk] = []
-        self.changes = 0                  # how often there came to be other positions
+        self.changes = 0                  # how often there came to be other positions, or biases elsewhere
         self.mixed = False                # whether a move broke off that left elements with tokens of several
         self._shapes = shapes
         self._dtype = dtype
@@ -173,6 +173,7 @@ class KVStore:
         self.mixed = True
         for bias, other in biases:
             bias[...] = other
+        self.changes += len(biases)
         for x in pieces:
             before = [flat[:math.prod(x.shape[1:])].reshape(x.shape[1:]) for flat in room]
             for copy, (_, source) in zip(before, changed, strict=True):
