@@ -268,7 +268,7 @@ class RingAttention:
         dim_v : int, optional
             In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
             (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once; their gradient is part of dk. On the host, and
-            not with `stop`, nor for `jvp` and second derivatives: take ``v=k[..., :dim_v]``, which is not copied.
+            not for `jvp` and second derivatives: take ``v=k[..., :dim_v]``, which is not copied.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -620,10 +620,8 @@ class RingAttention:
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse), direction=direction)
             return TangentPass(call, plan, self._engine, self.trace, None).differentiate_twice(*cotangents)
 
-    def _check_values_in_keys(self, call: Call, resumable: bool) -> None:
+    def _check_values_in_keys(self, call: Call) -> None:
         """Refuse what has no values that are in the keys. Local."""
-        if resumable:
-            raise OptionError("dim_v: expected no stop= and no checkpoint; take v=k[..., :dim_v]")
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
                                "v=k[..., :dim_v]")
@@ -694,7 +692,7 @@ class RingAttention:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator)
             if call.in_keys:
-                self._check_values_in_keys(call, resumable)
+                self._check_values_in_keys(call)
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0

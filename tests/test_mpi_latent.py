@@ -161,7 +161,6 @@ def test_what_is_refused(comm):
         expect("got both", lambda: attention(q, k, k, dim_v=3))
         for bad in (0, DIM + 1, 2.5):
             expect("dim_v: expected an integer >= 1 and < 25", lambda x=bad: attention(q, k, dim_v=x))
-        expect("dim_v: expected no stop=", lambda: attention(q, k, dim_v=3, stop=lambda: False))
         expect("dim_v: expected v, as the jvp", lambda: attention._differentiate_along(
             0, Direction(None, None, None), Inputs(q, k, None, None, 0, q[..., :3].copy(), q[..., 0].copy(), 3)))
         if comm.size > 1:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import attack_mutations
 import launch
@@ -152,6 +153,27 @@ def test_a_bias_of_the_keys(tmp_path, ranks, kind, backend, sinks):
     assert oracle.error(out, want["out"]) <= 4 * TOLERANCE["float32"]
     assert oracle.error(lse, want["lse"]) <= 4 * TOLERANCE["float32"]
     assert sinks or (np.isneginf(lse).any() and (out[np.isneginf(lse)] == 0).all())
+
+
+def test_values_that_are_the_first_numbers_of_keys(tmp_path):
+    """Read once with them, and a bias; left and gone on with."""
+    q, k, _ = random_qkv(1, 251, 251, 4, 2, 16, 12, "float32")
+    bias = oracle.key_bias("left out", 4, 251)
+    want = oracle.dense(q, k, k[..., :7], oracle.visible(251, 251, causal=True), 1 / 4, key_bias=bias)
+    write_input(tmp_path / "in.h5", {"q": q, "k": k}, {"key_bias": bias[:, 0]})
+    options = ["--causal", "--key-bias", "--dim-v", "7", "--layout", "striped", "--backend", "numpy", "--checkpoint",
+               tmp_path / "c"]
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options,
+                    at=(1, 5, "os.kill(os.getpid(), signal.SIGUSR1)"))
+    assert result.code == STOPPED, result.text
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--resume", "require")
+    assert result.code == 0, result.text
+    for x, name in zip(results(tmp_path / "out.h5"), ("out", "lse"), strict=True):
+        assert oracle.error(x, want[name]) <= 4 * TOLERANCE["float32"]
+    sizes = Sizes(2**20, 2**20, 16, 1, 576, 512, "float32")
+    planners = [stream_plan.Planner(replace(sizes, in_keys=in_keys), 2, Options(stream=True, memory_limit=2**30),
+                                    type(open_backend("numpy", 1)), 2**27) for in_keys in (False, True)]
+    assert [planner.block_bytes for planner in planners] == [1088 * 4, 576 * 4]
 
 
 def test_a_bias_of_the_keys_that_is_no_number(tmp_path):

@@ -85,10 +85,8 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
               "--checkpoint it goes on after the last piece of queries that is done")
     if arguments.key_bias and arguments.backend == "cuda":
         error("--key-bias: does not go together with --backend cuda yet")
-    others = {"--stream": arguments.stream, "--checkpoint": arguments.checkpoint is not None,
-              "--backend cuda": arguments.backend == "cuda"}
-    for name in (name for name, given in others.items() if given and arguments.dim_v is not None):
-        error(f"--dim-v: does not go together with {name} yet")
+    if arguments.dim_v is not None and arguments.backend == "cuda":
+        error("--dim-v: does not go together with --backend cuda yet")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

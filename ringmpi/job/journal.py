@@ -128,7 +128,7 @@ def describe_job(run: Run, data: Input, target: Path, problem: Problem, engine: 
     comm = run.comm
     sizes = data.sizes
     with run.timer.phase("read", f"reading {data.path}"):
-        datasets = [data.q, *data.keys]
+        datasets = [data.q, data.k, data.v, *([] if data.key_bias is None else [data.key_bias])]
         prints = np.zeros(len(datasets), np.uint64)
         with comm.noting() as failures:
             prints = np.array([_fingerprint(dataset, rows["out"][1], comm.rank, comm.size, engine)

@@ -21,7 +21,7 @@ from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
 from ..environment import resident_bytes
-from ..errors import InternalError, Interrupted, OptionError, OutputError
+from ..errors import InternalError, Interrupted, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
 from ..left_out import bits_of, seen_by_heads
@@ -50,8 +50,6 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
-    if options.dim_v is not None:
-        raise OptionError("stream: there is no dim_v yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)
@@ -273,9 +271,7 @@ class Stream:
         plan: Plan | None = None
         needs = np.zeros(run.comm.size, bool)
         with run.comm.noting() as failures:
-            k, v, *bias = keys
-            call = Call.check(Inputs(q, k, v, self._data.sinks, key_bias=bias[0] if bias else None), 0.0,
-                              self._options.accumulator)
+            call = Call.check(self._inputs(q, keys), 0.0, self._options.accumulator)
             table = np.repeat(call.record().view(RECORD), run.comm.size)
             table["n_q"], table["n_k"] = piece.counts, block.counts
             records = Records([table.view(np.uint8)])
@@ -288,6 +284,14 @@ class Stream:
             raise InternalError("a plan is missing")
         plan.take_needs(np.unpackbits(np.stack(every), axis=1, count=len(needs)).astype(bool))
         return call, plan
+
+    def _inputs(self, q: Array, keys: Sequence[Array]) -> Inputs:
+        """Give the inputs of a pass over a block, of which there is what `Input.keys` says."""
+        sizes = self._data.sizes
+        k, *others = keys
+        key_bias = others.pop() if sizes.key_bias else None
+        return Inputs(q, k, others[0] if others else None, self._data.sinks, key_bias=key_bias,
+                      dim_v=sizes.dim_v if sizes.in_keys else None)
 
     def _add(self, trace: Trace) -> None:
         """Add what a block has cost to what all have."""

@@ -34,8 +34,8 @@ class BlockReader:
     Parameters
     ----------
     datasets : sequence of h5py.Dataset
-        Of keys and of values, and of their bias if there is one. Nothing else is opened or closed in the thread than
-        what reading them takes; h5py lets one thread at a time into HDF5.
+        See `Input.keys`. Nothing else is opened or closed in the thread than what reading them takes; h5py lets one
+        thread at a time into HDF5.
     blocks : sequence of Block
     rank : int
     """
@@ -57,7 +57,7 @@ class BlockReader:
         self._coming = number, self._pool.submit(copy_context().run, self._read, number, self._buffers[self._turn])
 
     def take(self, number: int) -> list[Array]:
-        """Wait for a block that `begin` was called for; give its keys and values, and their bias if any.
+        """Wait for a block that `begin` was called for; give what there is of its keys.
 
         Raises
         ------
@@ -75,8 +75,8 @@ class BlockReader:
         rows = [x[:block.counts[self._rank]] for x in buffers]
         for dataset, x in zip(self._datasets, rows, strict=True):
             read_rows_into(dataset, block.starts[self._rank], x)
-        for dataset, x in zip(self._datasets[2:], rows[2:], strict=True):
-            check_key_bias_rows(dataset, block.starts[self._rank], x)
+            if x.ndim < 3:                    # no keys or values
+                check_key_bias_rows(dataset, block.starts[self._rank], x)
         return rows
 
     def close(self) -> None:

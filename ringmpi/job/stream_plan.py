@@ -144,8 +144,9 @@ class Planner:
     @property
     def block_bytes(self) -> int:
         """Bytes of a key and its value, all heads, and of their bias."""
-        item = DTYPES[self.sizes.dtype].itemsize
-        return self.sizes.kv_heads * (self.sizes.dim + self.sizes.dim_v) * item + self.sizes.key_bias * self._wide
+        sizes = self.sizes
+        width = sizes.dim if sizes.in_keys else sizes.dim + sizes.dim_v
+        return sizes.kv_heads * width * DTYPES[sizes.dtype].itemsize + sizes.key_bias * self._wide
 
     @cached_property
     def group(self) -> int:
