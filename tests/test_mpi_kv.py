@@ -222,6 +222,54 @@ def test_a_bias_of_the_keys(comm, path, backend, kind, mask, batch):
             check(cache.attend(given(q, last), return_lse=True), last)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize(("batch", "biased"), [(None, False), (2, True)])
+def test_values_that_are_the_first_numbers_of_keys(comm, path, backend, batch, biased):
+    """Kept once: prompt, steps, crop, save, open and reorder; what values apart give."""
+    q, k, _ = (np.stack(x) for x in zip(*(tokens(i, 75, "float64") for i in range(batch or 1)), strict=True))
+    bias = np.stack([oracle.key_bias("left out", 4, 75, i, np.float64)[:, 0] for i in range(batch or 1)])
+    want = [oracle.dense(q[i], k[i], k[i][..., :8], oracle.visible(75, 75, causal=True), 0.25,
+                         key_bias=bias[i][:, None] if biased else None) for i in range(batch or 1)]
+
+    def given(x, rows):
+        return x[:, rows] if batch else x[0, rows]
+
+    def more(rows):
+        return {"key_bias": given(bias, rows)} if biased else {}
+
+    def check(got, rows):
+        for name, x in zip(("out", "lse"), got, strict=True):
+            assert oracle.error(x if batch else x[None], np.stack([one[name][rows] for one in want]), 1.0) < 1e-12
+
+    def step(cache, rows):
+        check(cache.attend(given(q, rows), given(k, rows), **more(rows), return_lse=True), rows)
+
+    mine = make("striped", 61, comm.size).positions(comm.rank)
+    with KVCache(comm, **SIZES, dtype="float64", backend=backend, batch=batch, values_in_keys=True,
+                 key_bias=biased) as cache:
+        cache.append(given(k, mine), **more(mine), layout="striped")
+        assert cache.nbytes == sum(x.nbytes for chunk in cache._core.contents.store.chunks for x in (
+            chunk.k, *([chunk.bias] if biased else [])))
+        check(cache.attend(given(q, mine), sharded=True, layout="striped", return_lse=True), mine)
+        for at in range(61, 66):
+            step(cache, slice(at, at + 1))
+        step(cache, slice(66, 70))
+        cache.crop(68)
+        cache.save(path)
+        expect(comm, lambda: cache.append(given(k, mine), given(k, mine), **more(mine)), OptionError, "expected no v")
+    with h5py.File(path) as file:
+        assert "v" not in file
+    with KVCache.open(path, comm, backend=backend) as cache:
+        assert cache.values_in_keys
+        step(cache, slice(68, 75))
+        if batch:
+            cache.reorder([1, 0])
+            want.reverse()
+            q = q[::-1]
+            check(cache.attend(given(q, slice(66, 75)), return_lse=True), slice(66, 75))
+    expect(comm, lambda: KVCache(comm, kv_heads=2, dim=8, dim_v=9, values_in_keys=True), OptionError, "values_in_keys")
+
+
 def test_a_bias_that_does_not_go_with_the_cache(comm):
     q, k, v = tokens(1, 4)
     odd = comm.rank == comm.size - 1

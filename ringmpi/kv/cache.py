@@ -58,6 +58,9 @@ class KVCache:
     key_bias : bool or int
         Whether each key comes with a bias, a number that is added to its scores; or so many, one for each query head.
         See `RingAttention.__call__`. On CPUs.
+    values_in_keys : bool
+        Whether values are the first `dim_v` numbers of the keys, as in multi-head latent attention: kept once, and
+        given as k alone. On CPUs.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
         See `RingAttention`. ``"auto"`` computes on CPUs; with ``"cuda"`` the cache is in the memory of GPUs.
 
@@ -67,6 +70,7 @@ class KVCache:
         As they were given.
     key_bias : int
         Numbers of each key's bias, 0 without.
+    values_in_keys : bool
 
     Raises
     ------
@@ -89,11 +93,13 @@ class KVCache:
     @explained()
     def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = DTYPE,
                  batch: int | None = None, capacity: int | None = None, mask: Mask | None = None, rollback: int = 64,
-                 key_bias: bool | int | None = None, scale: float | None = None, softcap: float | None = None,
-                 alibi: ArrayLike | None = None, accumulator: DTypeLike | None = None, backend: str = "auto",
-                 threads: int | None = None, timeout: float = TIMEOUT, allow_gpu_sharing: bool = False) -> None:
+                 key_bias: bool | int | None = None, values_in_keys: bool = False, scale: float | None = None,
+                 softcap: float | None = None, alibi: ArrayLike | None = None, accumulator: DTypeLike | None = None,
+                 backend: str = "auto", threads: int | None = None, timeout: float = TIMEOUT,
+                 allow_gpu_sharing: bool = False) -> None:
         self._core = Core(comm, {"kv_heads": kv_heads, "dim": dim, "dim_v": dim_v, "dtype": dtype, "batch": batch,
-                                 "capacity": capacity, "rollback": rollback, "key_bias": key_bias},
+                                 "capacity": capacity, "rollback": rollback, "key_bias": key_bias,
+                                 "values_in_keys": values_in_keys},
                           {"mask": mask, "scale": scale, "softcap": softcap, "alibi": alibi, "accumulator": accumulator,
                            "backend": backend, "threads": threads, "timeout": timeout,
                            "allow_gpu_sharing": allow_gpu_sharing})
@@ -106,6 +112,7 @@ class KVCache:
         self.capacity = sizes.capacity
         self.rollback = sizes.rollback
         self.key_bias = sizes.key_bias
+        self.values_in_keys = sizes.in_keys
         self._close = weakref.finalize(self, self._core.engine.close)
         self._close.atexit = False
 
@@ -124,14 +131,15 @@ class KVCache:
         """Bytes of keys and values on this rank, with the room for more."""
         return self._core.contents.store.nbytes
 
-    def append(self, k: ArrayLike, v: ArrayLike, *, key_bias: ArrayLike | None = None,
+    def append(self, k: ArrayLike, v: ArrayLike | None = None, *, key_bias: ArrayLike | None = None,
                layout: str | Layout = "contiguous", replicated: bool = False) -> None:
         """Append tokens. Collective over *comm*.
 
         Parameters
         ----------
         k, v : arrays of shape ([batch,] n, kv_heads, dim) and ([batch,] n, kv_heads, dim_v)
-            This rank's new tokens, which it keeps; n may differ between ranks. They are copied.
+            This rank's new tokens, which it keeps; n may differ between ranks. They are copied. No v with
+            `values_in_keys`.
         key_bias : array of shape ([batch,] n) or ([batch,] n, heads), float
             Of these, if the cache was made for a bias: the former with ``key_bias=True``, the latter with
             ``key_bias=heads``. -inf leaves a key out.
@@ -160,7 +168,7 @@ class KVCache:
             count = 0 if arrays is None else arrays[0].shape[1]
             if replicated and arrays is not None:
                 options |= {"tokens": count, **{f"{name} (checksum)": checksum(x) for name, x in
-                                                zip(("k", "v", "key_bias"), arrays, strict=False)}}
+                                                zip(core.sizes.in_file, arrays, strict=True)}}
             rows = core.comm.exchange("KVCache.append", core.timeout, np.array([count]).view(np.uint8),
                                       failures=failures, options=options)
             counts = np.concatenate(rows).view(np.int64).tolist()
@@ -302,8 +310,8 @@ class KVCache:
         path : path
         comm : MPI.Intracomm
         **options
-            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype, batch and key_bias
-            are those of the file; if they are given, and not None, they must be the same.
+            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype, batch,
+            key_bias and values_in_keys are those of the file; if they are given, and not None, they must be the same.
 
         Raises
         ------

@@ -59,7 +59,7 @@ class Contents:
         self._rank, self._size = rank, size
         most = None if self._kept is None else max(4 * DEALT, -(-self._kept // (4 * size)))
         room = ROOM if sizes.capacity is None else -(-sizes.capacity // (size * DEALT)) * DEALT
-        self.store = KVStore(sizes.shapes, sizes.dtype, (sizes.key_bias, acc_dtype), empty, room, most)
+        self.store = KVStore(sizes.shapes, sizes.in_keys, sizes.dtype, (sizes.key_bias, acc_dtype), empty, room, most)
 
     @property
     def alike(self) -> dict[str, Any]:

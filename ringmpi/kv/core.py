@@ -81,9 +81,9 @@ class Core:
             self.accumulator = accumulator_of(self.sizes.dtype, options["accumulator"])
             self.problem.check_range(np.finfo(self.accumulator))
             check_name(options["backend"])
-            if self.sizes.key_bias and options["backend"] in GPU_NAMES:
-                raise BackendError(f"key_bias: backend {options['backend']} has none yet; expected backend numba or "
-                                   "numpy")
+            if options["backend"] in GPU_NAMES and (self.sizes.key_bias or self.sizes.in_keys):
+                raise BackendError(f"{'key_bias' if self.sizes.key_bias else 'values_in_keys'}: backend "
+                                   f"{options['backend']} has none yet; expected backend numba or numpy")
             self.agreed = {**self.problem.describe(), **self.sizes.describe(), "backend": options["backend"]}
             engine = Engine(self.comm, self.timeout, options["backend"],
                             check_threads(options["threads"]) or self.comm.threads, "auto",
@@ -124,9 +124,9 @@ class Core:
         contents.store.make_room(found["tokens"] // self.comm.size)
         with backend.current():
             for positions, *arrays in blocks:
-                k, v, *bias = (backend.to_device(x[None] if sizes.batch is None else np.moveaxis(x, 0, 1))
-                               for x in arrays)
-                bias = [check_bias_numbers(x, self.accumulator) for x in bias]
-                contents.store.append(positions, k, v, *bias)
+                mine = [backend.to_device(x[None] if sizes.batch is None else np.moveaxis(x, 0, 1)) for x in arrays]
+                if sizes.key_bias:
+                    mine[-1] = check_bias_numbers(mine[-1], self.accumulator)
+                contents.store.append(positions, *mine)
         contents.length = found["length"]
         contents.dropped = found["dropped"]

@@ -64,6 +64,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(text)
         batch = found["batch"]
         right = (found["format"] == FORMAT and found["dtype"] in DTYPES and isinstance(found["digests"], str)
+                 and type(found["values_in_keys"]) is bool
                  and all(type(found[name]) is int and least <= found[name] < LARGEST for name, least in COUNTS.items())
                  and (batch is None or (type(batch) is int and 0 < batch < LARGEST)))
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -78,13 +79,15 @@ def check_sizes(path: Any, found: Mapping[str, Any], options: Mapping[str, Any])
 
     None asks for nothing.
     """
-    sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch", "key_bias")}
+    sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch", "key_bias", "values_in_keys")}
     for name, size in sizes.items():
         given = options.get(name)
         if given is None:
             continue
         if name == "dtype":
             wanted: Any = check_dtype(given, name).name
+        elif name == "values_in_keys":
+            wanted = bool(given)
         elif name == "key_bias":
             wanted = check_integer(f"KVCache: {name}", int(given) if isinstance(given, bool) else given, 0)
         else:
@@ -112,6 +115,7 @@ def read_blocks(path: str | os.PathLike[str], description: Mapping[str, Any], se
     ------
     positions : int64 array of shape (n,)
     k, v : arrays of shape (n, [batch,] kv_heads, dim) and (n, [batch,] kv_heads, dim_v)
+        No v if values are in keys.
     key_bias : float64 array of shape (n, [batch,] heads or 1), if there is one
 
     Raises
@@ -180,7 +184,9 @@ def _open_datasets(file: h5py.File, path: Any, description: Mapping[str, Any]) -
     datasets = []
     heads, dtype, biases = description["kv_heads"], DTYPES[description["dtype"]], description["key_bias"]
     expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-        "k": ((heads, description["dim"]), dtype), "v": ((heads, description["dim_v"]), dtype)}
+        "k": ((heads, description["dim"]), dtype)}
+    if not description["values_in_keys"]:
+        expected["v"] = (heads, description["dim_v"]), dtype
     if biases:
         expected["key_bias"] = (biases,), np.dtype(np.float64)
     for name, (rest, wanted) in expected.items():

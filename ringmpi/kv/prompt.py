@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..schedules.base import Blocks, Work
 from ..schedules.cost import fewest_bytes
 from .core import Core
+from .sizes import Sizes
 
 PIECE_BYTES = 2**26            # of keys and values of a rank, which are on their way at a time
 
@@ -91,16 +92,19 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
             given = as_array(q, "q")
             query = sizes.given(sizes.check_array("q", given, backend))
             nothing = [backend.empty((batch, 0, *rest), sizes.dtype) for batch, *rest in sizes.shapes]
+            if sizes.in_keys:
+                nothing.pop()
             if sizes.key_bias:
                 nothing.append(np.empty((len(nothing[0]), 0, sizes.key_bias), core.accumulator))
             pieces += [tuple(nothing)] * (len(held) - len(pieces))
     item, wide = sizes.dtype.itemsize, core.accumulator.itemsize
     schedule = fewest_bytes(core.comm.size, queries=asked * heads * (sizes.dim * item + (sizes.dim_v + 2) * wide),
                             keys=sum(sum(piece.counts) for piece in held) * sizes.kv_heads
-                            * (sizes.dim + sizes.dim_v) * item)
+                            * (sizes.dim if sizes.in_keys else sizes.dim + sizes.dim_v) * item)
     with closing(PromptAttention(core.given, layout=layout, kv_layout=held[0], schedule=schedule,
                                  **core.passed_on)) as attention:
-        out, lse = attention.attend(query, [tuple(map(sizes.given, piece)) for piece in pieces], held, sinks)
+        out, lse = attention.attend(query, [tuple(map(sizes.given, piece)) for piece in pieces], held, sinks,
+                                    sizes)
     with backend.current():
         return (out, lse) if not isinstance(given, np.ndarray) else (backend.to_numpy(out), backend.to_numpy(lse))
 
@@ -126,27 +130,32 @@ def held_pieces(positions: Sequence[Integers], sizes: Sequence[Integers], length
 class PromptAttention(RingAttention):
     """Attention to keys and values in several pieces. Collective over *comm*."""
 
-    def attend(self, q: Any, pieces: Sequence[tuple[Array, ...]], layouts: Sequence[Layout], sinks: Any
-               ) -> tuple[Array, Array]:
+    def attend(self, q: Any, pieces: Sequence[tuple[Array, ...]], layouts: Sequence[Layout], sinks: Any,
+               sizes: Sizes) -> tuple[Array, Array]:
         """Attend; give `out` and `lse`. Collective over *comm*.
 
         Parameters
         ----------
         q, sinks
             See `RingAttention.__call__`.
-        pieces : sequence of (k, v) or (k, v, bias)
-            This rank's; as many on all ranks. A bias has an axis of numbers of a key.
+        pieces : sequence of tuples of arrays
+            This rank's, those of `Chunk.arrays`; as many on all ranks. A bias has an axis of numbers of a key.
         layouts : sequence of Layout
             Of each piece.
+        sizes : Sizes
+            Of the cache.
         """
         with self._comm.one_call():
             self._last = None
             self._start()
             call: Call | None = None
             with self._comm.noting() as failures:
-                k, v, *bias = pieces[0]
-                of_keys = None if not bias else bias[0] if bias[0].shape[-1] > 1 else bias[0][..., 0]
-                call = Call.check(Inputs(q, k, v, sinks, key_bias=of_keys), 0.0, self._problem.accumulator)
+                k, *others = pieces[0]
+                bias: Array = others.pop() if sizes.key_bias else None
+                if sizes.key_bias == 1:
+                    bias = bias[..., 0]
+                call = Call.check(Inputs(q, k, others[0] if others else None, sinks, key_bias=bias,
+                                         dim_v=sizes.dim_v if sizes.in_keys else None), 0.0, self._problem.accumulator)
             call, records = self._agree(call, failures, "forward")
             plans = []
             for layout in layouts:

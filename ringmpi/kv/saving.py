@@ -53,12 +53,12 @@ def save(core: Core, check_open: Callable[[], None], path: Any, force: bool) -> 
         columns = [[np.moveaxis(x, 1, 0) if sizes.batch is not None else x[0] for x in theirs]
                    for theirs in zip(*parts, strict=True)]
         bits = f"u{sizes.dtype.itemsize}"            # copied as such: NumPy copies bfloat16 one by one
-        k, v = (np.concatenate([x.view(bits) for x in theirs]).view(sizes.dtype) for theirs in columns[:2])
-        return k, v, *(np.concatenate(theirs, dtype=np.float64) for theirs in columns[2:])
+        biases = [np.concatenate(columns.pop(), dtype=np.float64)] if sizes.key_bias else []
+        return *(np.concatenate([x.view(bits) for x in theirs]).view(sizes.dtype) for theirs in columns), *biases
 
     description = {"length": contents.length, "dropped": contents.dropped, "kv_heads": sizes.kv_heads,
                    "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype.name, "batch": sizes.batch,
-                   "key_bias": sizes.key_bias}
+                   "key_bias": sizes.key_bias, "values_in_keys": sizes.in_keys}
     Saving(comm, core.timeout, [row.view(np.int64) for row in rows], sizes.in_file).write(
         as_path(path), force, description, read)
 

@@ -36,6 +36,8 @@ class Sizes:
         Tokens that may be cropped though a window drops keys.
     key_bias : int
         Numbers of each key's bias: 0 without, 1, or one for each query head.
+    in_keys : bool
+        Whether values are the first numbers of keys.
     """
 
     kv_heads: int
@@ -46,15 +48,18 @@ class Sizes:
     capacity: int | None
     rollback: int
     key_bias: int = 0
+    in_keys: bool = False
 
     @classmethod
     def check(cls, kv_heads: Any, dim: Any, dim_v: Any, dtype: Any, batch: Any, capacity: Any,
-              rollback: Any, key_bias: Any = None) -> Sizes:
+              rollback: Any, key_bias: Any = None, values_in_keys: Any = False) -> Sizes:
         """Take a caller's options, or raise `OptionError` or `DtypeError`. Local."""
         def count(name: str, value: Any, least: int = 1) -> int:
             return check_integer(f"KVCache: {name}", value, least)
 
         dim, kv_heads = count("dim", dim), count("kv_heads", kv_heads)
+        if values_in_keys and (dim_v is None or count("dim_v", dim_v) > dim):
+            raise OptionError(f"KVCache: values_in_keys: expected dim_v too, up to dim, {dim}, got {dim_v}")
         given = int(key_bias or 0) if isinstance(key_bias, (bool, type(None))) else key_bias
         numbers = count("key_bias", given, 0)
         if numbers > 1 and numbers % kv_heads:
@@ -64,7 +69,7 @@ class Sizes:
                    check_dtype(DTYPE if dtype is None else dtype, "dtype"),
                    None if batch is None else count("batch", batch),
                    None if capacity is None else count("capacity", capacity), count("rollback", rollback, 0),
-                   numbers)
+                   numbers, bool(values_in_keys))
 
     def describe(self) -> dict[str, Any]:
         """Give the options as plain values. Local."""
@@ -78,9 +83,9 @@ class Sizes:
 
     @property
     def in_file(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype of what a file has of a token, by name: a key, a value, and a bias if there is one."""
+        """Shape and dtype of what a file has of a token, by name: a key, a value if it is apart, a bias if any."""
         k, v = self.shapes
-        whole = {"k": (k, self.dtype), "v": (v, self.dtype)}
+        whole = {"k": (k, self.dtype), **({} if self.in_keys else {"v": (v, self.dtype)})}
         bias = {"key_bias": ((k[0], self.key_bias), np.dtype(np.float64))} if self.key_bias else {}
         return {name: (shape if self.batch is not None else shape[1:], dtype)
                 for name, (shape, dtype) in {**whole, **bias}.items()}
@@ -95,16 +100,18 @@ class Sizes:
 
         They get a batch axis.
         """
-        if k is None or v is None:
+        if self.in_keys and v is not None:
+            raise OptionError("KVCache: expected no v, as the cache was made with values_in_keys=True")
+        if k is None or (v is None and not self.in_keys):
             raise OptionError("KVCache: expected k and v, got only one of them")
-        taken = []
-        for name, x, dim in (("k", k, self.dim), ("v", v, self.dim_v)):
+        taken: list[Array] = []
+        for name, x, dim in (("k", k, self.dim), ("v", v, self.dim_v))[:1 if self.in_keys else 2]:
             array = self.check_array(name, x, backend)
             if array.shape[2:] != (self.kv_heads, dim):
                 raise ShapeError(f"{name}: expected shape ([batch,] n, {self.kv_heads}, {dim}), got {np.shape(x)}")
             taken.append(array)
-        if taken[0].shape[1] != taken[1].shape[1]:
-            raise ShapeError(f"v: expected as many tokens as k has, {taken[0].shape[1]}, got {taken[1].shape[1]}")
+        if taken[0].shape[1] != taken[-1].shape[1]:
+            raise ShapeError(f"v: expected as many tokens as k has, {taken[0].shape[1]}, got {taken[-1].shape[1]}")
         return taken + self._check_bias(key_bias, taken, acc_dtype)
 
     def _check_bias(self, key_bias: Any, taken: list[Array], acc_dtype: np.dtype[Any]) -> list[Array]:

@@ -17,7 +17,7 @@ from .contents import Undone
 from .core import Core
 from .query import Query
 
-ASKED = ("q (checksum)", "tokens", "k (checksum)", "v (checksum)", "key_bias (checksum)")
+ASKED = ("q (checksum)", "tokens")
 STATE_BYTES = 2**26            # that a rank takes at a time, besides results, to put together the states of all ranks
 SMALL_BYTES = 2**20            # of states that are put together without another message to agree that it went well
 
@@ -69,7 +69,8 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
                              options=lambda: {**core.agreed, **before, "shape of q": numbers[:4],
                                               "sinks": None if query is None or query.sinks is None
                                               else query.sinks.tolist(),
-                                              **dict(zip(ASKED, numbers[6:], strict=False))},
+                                              **dict(zip((*ASKED, *(f"{name} (checksum)" for name in sizes.in_file)),
+                                                         numbers[6:], strict=False))},
                              digest=digest_of_numbers(core.digest, *before.values(), *numbers))
         if not parts:
             raise InternalError("a query is missing")

@@ -27,10 +27,13 @@ class Chunk:
     Attributes
     ----------
     k, v : arrays of shape (batch, room, kv_heads, dim) and (batch, room, kv_heads, dim_v)
+        v may be a view of the first numbers of k.
     places : int64 array of shape (room,)
         Positions; they increase, from chunk to chunk too.
     bias : array of shape (batch, room, heads or 1), accumulator dtype, optional
         Of the keys.
+    in_keys : bool
+        Whether v is in k.
     used : int
     bound, seen, bound_by
         What a decoder has prepared to meet it with, for each interval of the mask, whether something is seen of it, and
@@ -41,6 +44,7 @@ class Chunk:
     v: Array
     places: Integers
     bias: Array = None
+    in_keys: bool = False
     used: int = 0
     bound: list[list[Bound]] = field(default_factory=list)
     seen: list[bool] = field(default_factory=list)
@@ -48,8 +52,8 @@ class Chunk:
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """Keys and values, and their bias if there is one."""
-        return (self.k, self.v) if self.bias is None else (self.k, self.v, self.bias)
+        """Keys, values unless these are in the keys, and a bias if there is one."""
+        return (self.k, *([] if self.in_keys else [self.v]), *([] if self.bias is None else [self.bias]))
 
     @property
     def positions(self) -> Integers:
@@ -70,6 +74,8 @@ class KVStore:
     ----------
     shapes : ((int, ...), (int, ...))
         (batch, kv_heads, dim) and (batch, kv_heads, dim_v).
+    in_keys : bool
+        Whether values are the first numbers of keys.
     dtype : dtype
     bias : (int, dtype)
         Numbers of each key, 0 for none, and their dtype.
@@ -81,18 +87,19 @@ class KVStore:
         Tokens of the largest chunk, unless many come at once; by default each is as large as all before it.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: np.dtype[Any], bias: tuple[int, np.dtype[Any]],
-                 empty: Empty, room: int, most: int | None = None) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], in_keys: bool, dtype: np.dtype[Any],
+                 bias: tuple[int, np.dtype[Any]], empty: Empty, room: int, most: int | None = None) -> None:
         self.chunks: list[Chunk] = []
         self.changes = 0                  # how often there came to be other positions, or biases elsewhere
         self.mixed = False                # whether a move broke off that left elements with tokens of several
-        self._shapes = shapes
+        self._shapes = shapes[:1] if in_keys else shapes
+        self._dim_v = shapes[1][2]
         self._dtype = dtype
         self._bias = bias
         self._empty = empty
         self._room = room
         self._most = most
-        self._token_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+        self._token_bytes = sum(math.prod(shape) for shape in self._shapes) * dtype.itemsize
 
     @property
     def tokens(self) -> int:
@@ -140,10 +147,10 @@ class KVStore:
         if not self.chunks or self.chunks[-1].used == len(self.chunks[-1].places):
             room = max(self._room, self.tokens if self._most is None else 0, wanted)
             room = max(1, room if self._most is None else min(room, max(self._most, wanted // PARTS)))
-            k, v = (self._empty((batch, room, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
+            k, *v = (self._empty((batch, room, heads, dim), self._dtype) for batch, heads, dim in self._shapes)
             numbers, dtype = self._bias
             bias = self._empty((len(k), room, numbers), dtype) if numbers else None
-            self.chunks.append(Chunk(k, v, np.empty(room, np.int64), bias))
+            self.chunks.append(Chunk(k, v[0] if v else k[..., :self._dim_v], np.empty(room, np.int64), bias, not v))
         return self.chunks[-1]
 
     def truncate(self, length: int) -> None:
@@ -166,7 +173,7 @@ class KVStore:
         if not changed:
             return
         # Before anything is moved there is room for the largest piece: only an interrupt, or a GPU, can break it off.
-        pieces = [x for k, v, *_ in self.pieces(PIECE_BYTES) for x in (k, v)]
+        pieces = [x for piece in self.pieces(PIECE_BYTES) for x in piece[:len(self._shapes)]]
         most = max((math.prod(x.shape[1:]) for x in pieces), default=0)
         room = [self._empty((most,), self._dtype) for _ in changed]
         biases = [(chunk.bias, chunk.bias[elements]) for chunk in self.chunks if chunk.bias is not None]
@@ -183,7 +190,7 @@ class KVStore:
         self.mixed = False
 
     def pieces(self, nbytes: int) -> Iterator[tuple[Array, ...]]:
-        """Yield all tokens, in place: keys and values of so many bytes at most, or of one token, and a bias. Local."""
+        """Yield all tokens, in place: of so many bytes at most, or of one token; see `Chunk.arrays`. Local."""
         for chunk in self.chunks:
             step = max(1, nbytes // max(1, self._token_bytes))
             for start in range(0, chunk.used, step):
