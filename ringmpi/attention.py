@@ -269,9 +269,8 @@ class RingAttention:
             room.
         dim_v : int, optional
             In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
-            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once. On the host, and forward alone: not with
-            ``order="canonical"`` or `stop`. Such a call has no `backward`: take ``v=k[..., :dim_v]``, which is not
-            copied, and add dv to those numbers of dk.
+            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once; their gradient is part of dk. On the host, and
+            not for `jvp` and second derivatives: take ``v=k[..., :dim_v]``, which is not copied.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -477,7 +476,7 @@ class RingAttention:
         -------
         dq, dk, dv : arrays of the shapes and dtype of q, k and v
             Of this rank's shards, with what all ranks make of its k and v. A query that sees no key, and a key that no
-            query sees, has exactly 0.
+            query sees, has exactly 0. With `dim_v` dv is None: it is in the first numbers of dk.
         dsinks : array of shape (heads,), accumulator dtype
             If the call had sinks: this rank's queries' share, to be summed over the ranks as the gradient of every
             parameter that all of them have. In canonical order rank 0 has all of it, and the others 0.
@@ -509,18 +508,16 @@ class RingAttention:
             self._check_open()
             if call is None:
                 raise no_call()
-            if call.in_keys:
-                raise OptionError("dim_v: expected v in a call that is differentiated; take v=k[..., :dim_v], which is "
-                                  "not copied, and add dv to those numbers of dk")
             dout, dlse = self._check_cotangents(call, dout, dlse)
         call, _ = self._agree(call, failures, "backward")
         if plan is None:
             raise InternalError("a call without a plan")
         return self._pass(call, plan, progress).backward(dout, dlse)
 
-    def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike, *,
-                    dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                    key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+    def backward_of(self, dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike | None, out: ArrayLike,
+                    lse: ArrayLike, *, dlse: ArrayLike | None = None, dim_v: int | None = None,
+                    sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+                    relative: Tables | None = None, seed: int = 0,
                     progress: Progress | None = None) -> AnyGradients:
         """Give the gradients of any call with these options, by what went in and came out. Collective over *comm*.
 
@@ -528,7 +525,7 @@ class RingAttention:
         ----------
         dout
             See `backward`.
-        q, k, v, sinks, key_bias, relative, seed
+        q, k, v, dim_v, sinks, key_bias, relative, seed
             As they were given to the call.
         out, lse
             As it returned them.
@@ -545,7 +542,7 @@ class RingAttention:
         RingError
             See `backward` and `__call__`.
         """
-        inputs = Inputs(q, k, v, sinks, seed, out, lse, key_bias=key_bias, relative=relative)
+        inputs = Inputs(q, k, v, sinks, seed, out, lse, dim_v, key_bias, relative)
         return self._differentiate_call(0, dout, dlse, inputs, progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
@@ -567,7 +564,8 @@ class RingAttention:
     @explained()
     def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
             v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
-            seed: int = 0) -> tuple[Array, Array, Array, Array]:
+            key_bias: ArrayLike | None = None, key_bias_dot: ArrayLike | None = None, seed: int = 0
+            ) -> tuple[Array, Array, Array, Array]:
         """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
 
         Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the
@@ -577,12 +575,14 @@ class RingAttention:
 
         Parameters
         ----------
-        q, k, v, sinks, seed
+        q, k, v, sinks, key_bias, seed
             See `__call__`.
         q_dot, k_dot, v_dot : arrays of the shapes and dtype of q, k and v, or None
             Of this rank's shards; None for zeros.
         sinks_dot : array of shape (heads,), optional
             The same on all ranks.
+        key_bias_dot : array of the shape of `key_bias`, float, optional
+            Of this rank's keys.
 
         Returns
         -------
@@ -600,8 +600,8 @@ class RingAttention:
         """
         with self._comm.one_call():
             self._last = self._left = None
-            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed),
-                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot))
+            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed, key_bias=key_bias),
+                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot, key_bias_dot))
             return TangentPass(call, plan, self._engine, self.trace, None).attend()
 
     def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
@@ -612,31 +612,30 @@ class RingAttention:
             return TangentPass(call, plan, self._engine, self.trace, None).jvp()
 
     def _differentiate_twice(self, number: int, dout: Any, dlse: Any, direction: Direction, inputs: Inputs
-                             ) -> tuple[Array, ...]:
-        """Give the gradients of ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot``. Collective over *comm*.
+                             ) -> tuple[Array | None, ...]:
+        """Give the gradients of a product of gradients with their cotangents. Collective over *comm*.
+
+        That is ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot``.
 
         Parameters
         ----------
         number, dout, dlse, inputs
-            Of the backward pass that gave dq, dk, dv and dsinks; see `_differentiate_call`.
+            Of the backward pass that gave dq, dk, dv, dsinks and dkey_bias; see `_differentiate_call`.
         direction : Direction
             The cotangents of these.
 
         Returns
         -------
         tuple of arrays
-            By dout, dlse, q, k, v, and sinks if there are any.
+            By dout, dlse, q, k, v, sinks and key_bias; None for the last two if the call had none.
         """
         with self._comm.one_call():
             self._last = None
             call, plan, cotangents = self._admit(inputs, number, (dout, dlse), direction=direction)
             return TangentPass(call, plan, self._engine, self.trace, None).differentiate_twice(*cotangents)
 
-    def _check_values_in_keys(self, call: Call, resumable: bool) -> None:
+    def _check_values_in_keys(self, call: Call) -> None:
         """Refuse what has no values that are in the keys. Local."""
-        if self._problem.canonical or resumable:
-            raise OptionError(f"dim_v: expected {'no stop= and no checkpoint' if resumable else 'order fastest'}; take "
-                              "v=k[..., :dim_v]")
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
                                "v=k[..., :dim_v]")
@@ -649,9 +648,11 @@ class RingAttention:
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
-        for name in ("key_bias", "relative"):
-            if getattr(call, name) is not None:
-                raise OptionError(f"{name}: expected none, as the jvp and second derivatives have none yet")
+        if call.relative is not None:
+            raise OptionError("relative: expected none, as the jvp and second derivatives have none yet")
+        if call.in_keys:
+            raise OptionError("dim_v: expected v, as the jvp and second derivatives have no values in keys; take "
+                              "v=k[..., :dim_v], which is not copied")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
@@ -710,7 +711,7 @@ class RingAttention:
             self._check_open()
             call = Call.check(inputs, self._problem.dropout, self._problem.accumulator, self._problem.mask)
             if call.in_keys:
-                self._check_values_in_keys(call, resumable)
+                self._check_values_in_keys(call)
             call.number = number
             call.trains = self._chooses and trains
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0

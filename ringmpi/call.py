@@ -67,6 +67,7 @@ class Direction(NamedTuple):
     k: Any
     v: Any
     sinks: Any = None
+    key_bias: Any = None
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Call:
     states : list of State
         One for each element of the batch, during the forward pass.
     direction : Direction, optional
-        Arrays like q, k, v and sinks, if the call is differentiated in it.
+        Arrays like q, k, v, sinks and key_bias, if the call is differentiated in it.
     """
 
     q: Array
@@ -187,7 +188,7 @@ class Call:
             leaves_out = bool(np.isneginf(key_bias).any())
             key_bias = key_bias.reshape(batch, k.shape[-3], heads if len(bias_shape) == k.ndim - 1 else 1)
             if gpu == ON_HOST:
-                arrays |= {name: _without_left_out(arrays[name], key_bias) for name in "kv"}
+                arrays |= {name: without_left_out(arrays[name], key_bias) for name in "kv"}
         if in_keys:
             arrays["v"] = _first_numbers(arrays["k"], inputs.dim_v)        # of what was copied, if it was
         keys = dropout_keys(seed, batch, heads) if dropout else np.empty((batch, 0), np.uint32)
@@ -232,21 +233,8 @@ class Call:
             check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
             taken.append(_batched(array, self.batched, self.gpu, strided=True))
         q_dot, k_dot, v_dot = taken
-        self.direction = Direction(q_dot, k_dot, v_dot, self._take_sinks_dot(direction.sinks))
-
-    def _take_sinks_dot(self, x: Any) -> NDArray[Any] | None:
-        """Take the tangent of the sinks; zeros if there is none and there are sinks."""
-        if self.sinks is None:
-            if x is not None:
-                raise OptionError("sinks_dot: expected none, as the call has no sinks; leave it out, or give sinks")
-            return None
-        if x is None:
-            return np.zeros_like(self.sinks)
-        array = as_host_array(x, "sinks_dot")
-        check_dtype(array.dtype, "sinks_dot")
-        if array.shape != self.sinks.shape:
-            raise ShapeError(f"sinks_dot: expected shape {self.sinks.shape}, as sinks have it, got {array.shape}")
-        return array.astype(self.sinks.dtype)
+        self.direction = Direction(q_dot, k_dot, v_dot, _tangent("sinks", direction.sinks, self.sinks),
+                                   _tangent("key_bias", direction.key_bias, self.key_bias, self.bias_shape))
 
     @property
     def on_gpu(self) -> bool:
@@ -471,10 +459,27 @@ def _left_out(key_bias: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(np.isneginf(key_bias).all(axis=2))
 
 
-def _without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
-    """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite."""
+def _tangent(name: str, x: Any, like: NDArray[Any] | None, shape: tuple[int, ...] | None = None
+             ) -> NDArray[Any] | None:
+    """Take the tangent of an array, which the caller may have in another shape; zeros if there is none."""
+    if like is None:
+        if x is not None:
+            raise OptionError(f"{name}_dot: expected none, as the call has no {name}; leave it out, or give {name}")
+        return None
+    if x is None:
+        return np.zeros_like(like)
+    shape = like.shape if shape is None else shape
+    array = as_host_array(x, f"{name}_dot")
+    check_dtype(array.dtype, f"{name}_dot")
+    if array.shape != shape:
+        raise ShapeError(f"{name}_dot: expected shape {shape}, that of {name}, got {array.shape}")
+    return array.astype(like.dtype).reshape(like.shape)
+
+
+def without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:
+    """Give k or v with 0 where the bias leaves a key out for all heads, if what is there is not finite. Local."""
     left_out = _left_out(key_bias)
-    if np.isfinite(x[left_out]).all():                                       # 0 x NaN is NaN: padding may be anything
+    if not isinstance(x, np.ndarray) or np.isfinite(x[left_out]).all():      # 0 x NaN is NaN: padding may be anything
         return x
     x = x.copy()
     x[left_out] = 0

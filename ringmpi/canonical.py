@@ -17,6 +17,7 @@ from .errors import InternalError
 from .forward import put_heads
 from .passes import Pass
 from .schedules.base import Blocks, Work, block_sizes
+from .schedules.head_exchange import Tokens
 from .softmax import Gradient
 from .tiles import KeyPlan
 
@@ -72,24 +73,36 @@ class CanonicalPass(Pass):
                                        backend.device, self.trace)
         if call.sinks is not None:
             self._dsinks = self._sum_of_sinks(call.sinks, *rows[:2])
-        tokens = [of_keys.kv_tokens, of_keys.kv_tokens, of_keys.bias_tokens][:len(call.keys)]
+        tokens = self._tokens_of_keys(of_keys.bias_tokens)
         inside = self._inside([*((x, of_keys.q_tokens) for x in rows), *zip(call.keys, tokens, strict=True)])
         keys = inside[len(rows):]
-        sums = self._sums(results, [*(x.shape for x in keys[:2]), *((*x.shape[:2], self.plan.dims[0])
-                                                                   for x in keys[2:])])
+        shapes = [x.shape for x in keys]
+        if call.key_bias is not None:
+            shapes[-1] = (*shapes[-1][:2], self.plan.dims[0])
+        sums = self._sums(results, shapes)
+        targets = self._with_dv(sums)
         blocks = Blocks(inside[:len(rows)], of_keys.shapes)
         for work in self.movers.carrier.forward(blocks, of_keys.route, self.trace):
-            self._run(work, self._loops(work, keys, sums), of_keys)
-        tokens = [of_keys.kv_tokens, of_keys.kv_tokens, of_keys.of_heads][:len(call.keys)]
+            self._run(work, self._loops(work, keys, targets), of_keys)
+        if self.plan.in_keys:
+            backend.add(self._first_numbers(sums[0]), targets[1])
+        tokens = self._tokens_of_keys(of_keys.of_heads)
         self._outside(list(zip(sums, tokens, strict=True)), results)
 
+    def _tokens_of_keys(self, of_bias: Tokens) -> list[Tokens]:
+        """Give the tokens of each array of a block, with those of a bias."""
+        count = len(self.call.keys)
+        return [self._of_keys.kv_tokens] * count if self.call.key_bias is None else [
+            *[self._of_keys.kv_tokens] * (count - 1), of_bias]
+
     def _loops(self, work: Work, keys: Sequence[Array], sums: Sequence[Array]) -> Iterator[Iterator[int]]:
-        """Give the loops of the backend over a block of queries; `sums` are the gradients of `keys`."""
+        """Give the loops of the backend over a block of queries; `sums` are the gradients of its k, v and bias."""
         lse, delta, q, dout = work.arrays
-        k, v, *of_bias = keys
+        k, v = self._keys_and_values(keys)
+        of_bias = keys[-1] if self.call.key_bias is not None else None
         for i, rows, columns, begin, end, score in self._of_keys.tasks(work, self.call.dropout_keys):
             gradient = Gradient(dout[i, rows], lse[i, rows], delta[i, rows], None)
-            score = score.of_key_bias(of_bias[0][i, columns] if of_bias else None)
+            score = score.of_key_bias(None if of_bias is None else of_bias[i, columns])
             dk, dv, *dbias = (x[i, columns] for x in sums)
             yield self.backend.backward(gradient, q[i, rows], k[i, columns], v[i, columns], dk, dv, begin, end, score,
                                         *dbias)
@@ -100,8 +113,10 @@ class CanonicalPass(Pass):
 
     def _shapes_of_keys(self) -> list[tuple[int, ...]]:
         """Give the shapes of the gradients of this rank's block: that of a bias has all heads, added at last."""
-        *shapes, last = super()._shapes_of_keys()
-        return [*shapes, last if len(shapes) < 2 else (*last[:2], self.call.q.shape[2])]
+        shapes = super()._shapes_of_keys()
+        if self.call.key_bias is not None:
+            shapes[-1] = (*shapes[-1][:2], self.call.q.shape[2])
+        return shapes
 
     def _gradient_of_bias(self, total: Array) -> Array:
         """Give what was summed up as the caller has the bias: of all heads together if they have the same."""

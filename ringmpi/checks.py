@@ -214,6 +214,11 @@ def check_key_bias(bias: Any, k: tuple[int, ...], heads: int, kind: np.dtype[Any
     keys = k[:-2]
     if values.shape not in (keys, (*keys, heads)):
         raise ShapeError(f"key_bias: expected shape {keys} or {(*keys, heads)} to go with k, got {values.shape}")
+    return check_bias_numbers(values, kind)
+
+
+def check_bias_numbers(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Return the numbers of a bias in dtype `kind`; raise `OptionError` if one is not, and is not -inf. Local."""
     with np.errstate(over="ignore"):
         numbers: NDArray[Any] = np.array(values, kind, order="C")
     left_out = values == -np.inf

@@ -142,17 +142,21 @@ class ForwardPass:
     def _meet(self, states: Sequence[State], rows: Sequence[Array], keys: Sequence[Array]) -> None:
         """Fold every block that comes by into states of rows; `keys` are the arrays of this rank's block."""
         for work, part in self._cut_rows(self._works(keys), rows):
-            k, v = self._keys_and_values(work)
+            k, v = self._keys_and_values(work.arrays)
             self._run(work, (
                 self.backend.accumulate(part_of(states[i], part), rows[0][i, part], k[i, columns], v[i, columns], begin,
                                         end, score)
                 for i, columns, begin, end, score in self.plan.tasks(work, part, self.call.dropout_keys,
                                                                      self.call.relative)))
 
-    def _keys_and_values(self, work: Work) -> tuple[Array, Array]:
-        """Give k and v of a block that came by: v may be the first numbers of k."""
-        k = work.arrays[0]
-        return k, k[..., :self.plan.dims[2]] if self.plan.in_keys else work.arrays[1]
+    def _keys_and_values(self, arrays: Sequence[Array]) -> tuple[Array, Array]:
+        """Give k and v of a block's arrays: v may be the first numbers of k."""
+        k = arrays[0]
+        return k, self._first_numbers(k) if self.plan.in_keys else arrays[1]
+
+    def _first_numbers(self, x: Array) -> Array:
+        """View the first numbers of each key, or of its gradient, which are a value's too."""
+        return x[..., :self.plan.dims[2]]
 
     def _bring_home(self, states: Sequence[State]) -> list[State]:
         """Put together what several ranks have made of the same rows; give the states that this rank finishes.

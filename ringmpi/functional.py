@@ -13,20 +13,23 @@ from .keywords import explained
 
 
 @overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, comm: Any, dim_v: int | None = None,
+                   sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+                   relative: Tables | None = None, seed: int = 0,
                    return_lse: Literal[False] = False, **options: Any) -> Array: ...
 
 
 @overload
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, comm: Any, dim_v: int | None = None,
+                   sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+                   relative: Tables | None = None, seed: int = 0,
                    return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
 
 
 @explained(RingAttention)
-def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks: ArrayLike | None = None,
-                   key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike | None = None, *, comm: Any, dim_v: int | None = None,
+                   sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+                   relative: Tables | None = None, seed: int = 0,
                    return_lse: bool = False, **options: Any) -> Array | tuple[Array, Array]:
     """Attend once; for many calls make a `RingAttention`. Collective over *comm*.
 
@@ -36,6 +39,8 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
         This rank's shards, of shapes ([batch,] n_q, heads, dim), ([batch,] n_k, kv_heads, dim) and
         ([batch,] n_k, kv_heads, dim_v); see `RingAttention.__call__`.
     comm : MPI.Intracomm
+    dim_v : int, optional
+        In place of `v`: values are the first `dim_v` numbers of each key.
     sinks : array of shape (heads,), optional
         A score of each head that joins the softmax, with no value.
     key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), optional
@@ -64,14 +69,16 @@ def ring_attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, *, comm: Any, sinks
     """
     with RingAttention(comm, **options) as attention:
         if return_lse:
-            return attention(q, k, v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed, return_lse=True)
-        return attention(q, k, v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed)
+            return attention(q, k, v, dim_v=dim_v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed,
+                             return_lse=True)
+        return attention(q, k, v, dim_v=dim_v, sinks=sinks, key_bias=key_bias, relative=relative, seed=seed)
 
 
 @explained(RingAttention)
-def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, out: ArrayLike, lse: ArrayLike,
-                            *, comm: Any, dlse: ArrayLike | None = None, sinks: ArrayLike | None = None,
-                            key_bias: ArrayLike | None = None, relative: Tables | None = None, seed: int = 0,
+def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike | None, out: ArrayLike,
+                            lse: ArrayLike, *, comm: Any, dlse: ArrayLike | None = None, dim_v: int | None = None,
+                            sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+                            relative: Tables | None = None, seed: int = 0,
                             **options: Any) -> AnyGradients:
     """Give the gradients of a `ring_attention`; for many make a `RingAttention`. Collective over *comm*.
 
@@ -79,7 +86,7 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
     ----------
     dout : array of shape ([batch,] n_q, heads, dim_v), dtype of `q`
         Gradient of `out`.
-    q, k, v, sinks, key_bias, relative, seed
+    q, k, v, dim_v, sinks, key_bias, relative, seed
         As they were given to `ring_attention`.
     out, lse
         As it returned them, with `return_lse`.
@@ -92,6 +99,7 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
     Returns
     -------
     dq, dk, dv : arrays of the shapes and dtype of q, k and v
+        With `dim_v` dv is None: it is in the first numbers of dk.
     dsinks : array of shape (heads,), accumulator dtype
         With `sinks`: this rank's share; see `RingAttention.backward`.
     dkey_bias : array of the shape of key_bias, accumulator dtype
@@ -105,5 +113,5 @@ def ring_attention_backward(dout: ArrayLike, q: ArrayLike, k: ArrayLike, v: Arra
         One of its children, the same on every rank.
     """
     with RingAttention(comm, **options) as attention:
-        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, sinks=sinks, key_bias=key_bias,
-                                     relative=relative, seed=seed)
+        return attention.backward_of(dout, q, k, v, out, lse, dlse=dlse, dim_v=dim_v, sinks=sinks,
+                                     key_bias=key_bias, relative=relative, seed=seed)

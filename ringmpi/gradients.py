@@ -1,4 +1,7 @@
-"""What a backward pass gives: gradients by name, of those inputs that the call had."""
+"""What a backward pass gives: gradients by name, of those inputs that the call had.
+
+Where values are the first numbers of keys, dv is None, for it is in those of dk.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ AnyGradients = (Gradients | GradientsWithSinks | GradientsWithBias | GradientsWi
 _KINDS: dict[tuple[str, ...], Any] = {kind._fields: kind for kind in AnyGradients.__args__}
 
 
-def named(of_inputs: tuple[Array, Array, Array], **others: Any) -> AnyGradients:
+def named(of_inputs: tuple[Array, Array, Array | None], **others: Any) -> AnyGradients:
     """Name gradients of q, k and v, and of what else there is: those that are not None. Local."""
     given = {**dict(zip(Gradients._fields, of_inputs, strict=True)),
              **{name: x for name, x in others.items() if x is not None}}

@@ -32,7 +32,7 @@ def seen_by_heads(plan: Plan, layout: Layout, bits: Sequence[Bits], heads: int) 
     ----------
     plan : Plan
     layout : Layout
-        Of the keys.
+        Of the keys, which may be some of a longer sequence.
     bits : for each rank, what `bits_of` gives
     heads : int
         That have a bias of their own; 1 if it is that of all.
@@ -45,17 +45,21 @@ def seen_by_heads(plan: Plan, layout: Layout, bits: Sequence[Bits], heads: int) 
     own = slice(plan.own_rows)
     tables = [part.reshape(plan.batch, heads, -(-count // 8)) for part, count in zip(bits, layout.counts, strict=True)]
     mine = range(1) if heads == 1 else range(plan.share.queries.start, plan.share.queries.stop)
+    positions = [layout.positions(rank) for rank in range(len(tables))]
+    first = min((int(there[0]) for there in positions if len(there)), default=0)
+    last = max((int(there[-1]) + 1 for there in positions if len(there)), default=0)
     found = []
     for element, bounds in enumerate(plan.of_elements(plan.bounds)):
         seen = np.zeros((plan.own_rows, len(mine)), bool)
         for column, head in enumerate(mine):
-            # Keys before a position that are not left out.
-            below = np.zeros(layout.length + 1, np.int32 if layout.length < 2**31 else np.int64)
-            for rank, (table, count) in enumerate(zip(tables, layout.counts, strict=True)):
-                below[1:][layout.positions(rank)] = np.unpackbits(table[element, head], count=count)
+            # Keys from the first to before a position that are not left out.
+            below = np.zeros(last - first + 1, np.int32 if last - first < 2**31 else np.int64)
+            for table, there in zip(tables, positions, strict=True):
+                below[1:][there - first] = np.unpackbits(table[element, head], count=len(there))
             np.cumsum(below, out=below)
             for rows in bounds.pieces(own):
-                for low, high in bounds.of(rows):
+                for edges in bounds.of(rows):
+                    low, high = (np.clip(edge, first, last) - first for edge in edges)
                     seen[rows, column] |= np.greater(below[high], below[low])
         found.append(np.ascontiguousarray(np.broadcast_to(seen, (plan.own_rows, plan.dims[0]))))
     return found

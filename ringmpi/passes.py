@@ -47,12 +47,12 @@ class Pass(ForwardPass):
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
-            dk, dv, *of_bias = of_keys
-            dq, dk, dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, dk, dv))
+            of_bias = [] if call.key_bias is None else [of_keys.pop()]
+            dq, dk, *dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, *of_keys))
             dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
             dkey_bias = self._to_caller(self._gradient_of_bias(of_bias[0])) if of_bias else None
             backend.synchronize()
-        return named((dq, dk, dv), dsinks=dsinks, dkey_bias=dkey_bias,
+        return named((dq, dk, dv[0] if dv else None), dsinks=dsinks, dkey_bias=dkey_bias,
                      drelative=None if call.relative is None else call.relative.gradient(self._sums_of_relative))
 
     def _shapes_of_keys(self) -> list[tuple[int, ...]]:
@@ -94,13 +94,24 @@ class Pass(ForwardPass):
         of_relative = [x[plan.share.queries] for x in self._sums_of_relative] or None
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
         for work, part in self._cut_rows(works, rows):
-            k, v, *_ = work.arrays
-            dk, dv, *of_bias = work.gradients or (None, None)
+            k, v = self._keys_and_values(work.arrays)
+            dk, dv, *of_bias = self._with_dv(work.gradients) if work.gradients else (None, None)
             self._run(work, (
                 backend.backward(part_of(gradients[i], part), q[i, part], k[i, columns], v[i, columns],
                                  None if dk is None else dk[i, columns], None if dv is None else dv[i, columns],
                                  begin, end, score, of_bias[0][i, columns] if of_bias else None, of_relative)
                 for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys, call.relative)))
+            if plan.in_keys and dk is not None:
+                backend.add(self._first_numbers(dk), dv)
+
+    def _with_dv(self, shares: Sequence[Array]) -> Sequence[Array]:
+        """Give what the gradients of a block's k and v, and bias, are added to: a dv of its own, if v is in k."""
+        if not self.plan.in_keys:
+            return shares
+        dk, *of_bias = shares
+        dv = self.backend.empty((*dk.shape[:3], self.plan.dims[2]), dk.dtype)
+        self.backend.clear(dv)
+        return dk, dv, *of_bias
 
     def _differentiate_for_all(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Differentiate the rows, heads and keys that this rank has in the grid, and bring all home."""

@@ -130,7 +130,8 @@ class Problem:
         return Shape(records.n_q[0] if replicated else sum(records.n_q), sum(records.n_k), heads, kv_heads, dim, dim_v,
                      records.dtype.itemsize, accumulator(records.dtype, self.accumulator).itemsize, batch,
                      most_q=max(records.n_q), most_k=max(records.n_k), replicated=replicated,
-                     canonical=self.canonical, bias=records.common("key_bias"))
+                     canonical=self.canonical, bias=records.common("key_bias"),
+                     in_keys=bool(records.common("in_keys")))
 
     def grid(self, schedule: Schedule, nodes: Sequence[int], records: Records) -> Grid:
         """Place a schedule on the ranks: the axis first along which a rank sends most bytes. Local.

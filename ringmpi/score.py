@@ -107,6 +107,11 @@ class Score:
         """Give the score with a bias by distance; itself without. Local."""
         return self if relative is None else replace(self, relative=relative)
 
+    def of_columns(self, columns: slice | Integers) -> Score:
+        """Give the score for some of the keys of its block. Local."""
+        some = self.of_keys(self.keys[columns]) if self.positional else self
+        return some.of_key_bias(None if self.key_bias is None else self.key_bias[columns])
+
 
 def dropout_keys(seed: int, batch: int, heads: int) -> NDArray[np.uint32]:
     """Give the random generator's keys, of shape (batch, heads). Local.

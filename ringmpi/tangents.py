@@ -1,20 +1,22 @@
 """Derivatives of a call in a direction: of its results (the JVP), and of its gradients, in two rounds of blocks.
 
-Let L = dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot be what the second derivative of a loss starts from: the
-gradients that a backward pass has given, times the cotangents of these, which make the direction. With p the weights,
-the sink's p_s among them, m what dropout multiplies them by, and t the change of the scores in the direction,
+Let L = dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot be what the second derivative of a
+loss starts from: the gradients that a backward pass has given, times the cotangents of these, which make the direction.
+With p the weights, the sink's p_s among them, m what dropout multiplies them by, and t the change of the scores in the
+direction,
 
     lse_dot = sum(p t) + p_s sinks_dot          out_dot = sum(m p (t v + v_dot)) - lse_dot out
 
 are the changes of the results, and as backward is the adjoint of that, L = dout·out_dot + dlse·lse_dot. So out_dot and
-lse_dot are the gradients of L by dout and dlse: the first round. Its gradients by q, k, v and sinks are, as mixed
-derivatives go in any order, the changes of dq, dk, dv and dsinks in the direction while dout and dlse stay: the second
+lse_dot are the gradients of L by dout and dlse: the first round. Its gradients by the inputs are, as mixed derivatives
+go in any order, the changes of dq, dk, dv, dsinks and dkey_bias in the direction while dout and dlse stay: the second
 round differentiates the formulas of the backward pass (`Tangents.backward`), with delta_dot = sum(dout · out_dot), and
 
     dsinks_dot = -sum(p_s ((sinks_dot - lse_dot) delta + delta_dot))
 
-k, v and their tangents travel in both; in the second the sums for k and v come home as gradients do. Each pair costs 15
-products of a tile, where a backward pass has 5, so nothing is kept of one round for the other but numbers of rows.
+k, v, a bias and their tangents travel in both; in the second the sums for them come home as gradients do. Each pair
+costs 15 products of a tile, where a backward pass has 5, so nothing is kept of one round for the other but numbers of
+rows.
 """
 
 from __future__ import annotations
@@ -56,12 +58,15 @@ class TangentPass(Pass):
             out_dot, lse_dot = self._results_dot()
         return self.call.given(self.backend.astype(out_dot, self.call.q.dtype)), self.call.given(lse_dot)
 
-    def differentiate_twice(self, dout: Array, dlse: Array | None) -> tuple[Array, ...]:
-        """Give out_dot and lse_dot, and how dq, dk, dv, and dsinks if there are sinks, change in the direction."""
+    def differentiate_twice(self, dout: Array, dlse: Array | None) -> tuple[Array | None, ...]:
+        """Give out_dot and lse_dot, and how dq, dk, dv, dsinks and dkey_bias change in the direction.
+
+        The last two are None without sinks and a bias.
+        """
         call = self.call
         self._prepare(rounds=2)
         with self.engine.raise_on_all():
-            results = [np.zeros(x.shape, self.plan.accumulator) for x in (call.q, call.k, call.v)]
+            results = [np.zeros(x.shape, self.plan.accumulator) for x in (call.q, *call.keys)]
             delta = np.empty_like(call.lse)
             delta_dot = np.empty_like(call.lse)
         with self._abandoned_on_error():
@@ -69,12 +74,13 @@ class TangentPass(Pass):
             for i in range(len(delta)):
                 row_delta(dout[i], call.out[i], None if dlse is None else dlse[i], delta[i])
                 row_delta(dout[i], out_dot[i], None, delta_dot[i])
-            self._gradients_dot([call.lse, delta, lse_dot, delta_dot, call.q, self._direction.q, dout], results)
-        given = [call.given(self.backend.astype(x, call.q.dtype)) for x in (out_dot, *results)]
-        given.insert(1, call.given(lse_dot))
-        if call.sinks is not None:
-            given.append(self._sinks_dot(call.sinks, delta, lse_dot, delta_dot))
-        return tuple(given)
+            rows = [self._known_lse(), delta, lse_dot, delta_dot, call.q, self._direction.q, dout]
+            self._gradients_dot(rows, results)
+        dq, dk, dv, *of_bias = results
+        out_dot, dq, dk, dv = (call.given(self.backend.astype(x, call.q.dtype)) for x in (out_dot, dq, dk, dv))
+        return (out_dot, call.given(lse_dot), dq, dk, dv,
+                None if call.sinks is None else self._sinks_dot(call.sinks, delta, lse_dot, delta_dot),
+                self._gradient_of_bias(of_bias[0]) if of_bias else None)
 
     @property
     def _direction(self) -> Direction:
@@ -90,21 +96,22 @@ class TangentPass(Pass):
         self.trace.flop_per_pair = 2 * heads * ((3 * dim + 2 * dim_v) if rounds == 1 else (5 * dim + 5 * dim_v // 2))
         if READY not in plan.ready:
             with self.engine.raise_on_all():
-                self.movers.carrier.reserve(plan.route, block_sizes(self._shapes, [plan.dtype] * 4),
-                                            block_sizes(plan.shapes, [plan.accumulator] * 2))
+                dtypes = [plan.dtype] * 4 + 2 * plan.block_dtypes[2:]
+                self.movers.carrier.reserve(plan.route, block_sizes(self._shapes, dtypes),
+                                            block_sizes(plan.shapes, [plan.accumulator] * len(plan.block_dtypes)))
             plan.ready.add(READY)
         self.trace.setup_seconds = self.trace.now()
 
     @property
     def _shapes(self) -> list[list[tuple[int, ...]]]:
-        """Of the arrays of each block: keys, values and the tangents of both."""
-        return [[*shapes, *shapes] for shapes in self.plan.shapes]
+        """Of the arrays of each block: keys, values, the tangents of both, and of a bias its tangent and itself."""
+        return [[k, v, k, v, *bias, *bias] for k, v, *bias in self.plan.shapes]
 
     def _results_dot(self) -> tuple[Array, Array]:
         """Give the changes of this rank's results, in the accumulator's dtype: the first round."""
         call = self.call
         plan = self.plan
-        (lse, q, q_dot), keys = self._inside([call.lse, call.q, self._direction.q])
+        (lse, q, q_dot), keys = self._inside([self._known_lse(), call.q, self._direction.q])
         out_dot = np.zeros((*q.shape[:3], plan.dims[2]), plan.accumulator)
         lse_dot = np.zeros(lse.shape, plan.accumulator)
 
@@ -132,26 +139,26 @@ class TangentPass(Pass):
         ----------
         rows : sequence of arrays
             lse, delta, lse_dot, delta_dot, q, q_dot and dout of this rank: the wider dtype first.
-        results : (array, array, array)
-            For dq, dk and dv.
+        results : sequence of arrays
+            For dq, dk, dv, and dkey_bias if there is a bias.
         """
         plan = self.plan
         rows, keys = self._inside(rows)
         lse, delta, lse_dot, delta_dot, q, q_dot, dout = rows
-        dq, dk, dv = (np.zeros(x.shape, plan.accumulator) for x in (q, *keys[:2]))
+        dq, *of_keys = (np.zeros(x.shape, plan.accumulator) for x in (q, *keys[:2], *keys[5:]))
 
         def loop(i: int, part: slice, block: Keys, shares: tuple[Array, ...], task: Task) -> Iterator[int]:
             gradient = SecondGradient(*(x[i, part] for x in (dout, delta, lse_dot, delta_dot, dq)))
-            dk_i, dv_i = (x[i, task.columns] for x in shares)
-            return self._tangents.backward(gradient, Rows(q[i, part], q_dot[i, part], lse[i, part]), block, dk_i, dv_i,
-                                           *task[2:])
+            dk, dv, *of_bias = (x[i, task.columns] for x in shares)
+            return self._tangents.backward(gradient, Rows(q[i, part], q_dot[i, part], lse[i, part]), block, dk, dv,
+                                           *task[2:], *of_bias)
 
-        blocks, sums = Blocks(keys, self._shapes), Blocks((dk, dv), plan.shapes)
+        blocks, sums = Blocks(keys, self._shapes), Blocks(of_keys, plan.shapes)
         self._meet_tangents(self._carry(blocks, sums), rows, loop)
         self._outside("second derivatives", [dq], results[:1])
-        place = self._add_heads if plan.kv_tokens.repeats else put_heads
-        self.movers.heads.to_tokens("second derivatives", [(dk, plan.kv_tokens), (dv, plan.kv_tokens)],
-                                    [(x, place) for x in results[1:]], self.trace)
+        places = [self._add_heads if tokens.repeats else put_heads for tokens in plan.block_tokens]
+        self.movers.heads.to_tokens("second derivatives", list(zip(of_keys, plan.block_tokens, strict=True)),
+                                    list(zip(results[1:], places, strict=True)), self.trace)
 
     @property
     def _tangents(self) -> Tangents:
@@ -161,6 +168,8 @@ class TangentPass(Pass):
         """Exchange tokens for heads, and ask for the queries of others; give arrays of rows, and this rank's block."""
         plan, call, direction = self.plan, self.call, self._direction
         keys = [(x, plan.kv_tokens) for x in (call.k, call.v, direction.k, direction.v)]
+        if plan.bias_tokens is not None:
+            keys += [(x, plan.bias_tokens) for x in (direction.key_bias, call.key_bias)]
         inside = self.movers.heads.to_heads("heads", [*((x, plan.q_tokens) for x in rows), *keys], self.backend.empty,
                                             self.trace)
         gathered, block = inside[:len(rows)], inside[len(rows):]
@@ -172,8 +181,8 @@ class TangentPass(Pass):
         """Run a loop over every block that comes by."""
         for work, part in self._cut_rows(works, rows):
             self._run(work, (
-                loop(task.element, part, Keys(*(x[task.element, task.columns] for x in work.arrays)), work.gradients,
-                     task) for task in self.plan.tasks(work, part, self.call.dropout_keys)))
+                loop(task.element, part, Keys(*(x[task.element, task.columns] for x in work.arrays[:5])),
+                     work.gradients, task) for task in self.plan.tasks(work, part, self.call.dropout_keys)))
 
     def _outside(self, what: str, sums: Sequence[Array], results: Sequence[Array]) -> None:
         """Add up what several ranks have made of the same rows, and exchange heads for tokens."""

@@ -74,6 +74,26 @@ def test_one_file_and_no_question(files, tmp_path):
         assert sorted(file) == ["key_mass"]
 
 
+def test_a_bias_of_the_keys(tmp_path):
+    """Of the input, as the result says that it had one; keys of which it leaves some out."""
+    source = make_random(tmp_path / "in.h5", 90, heads=4, kv_heads=2, dim=16)
+    bias = oracle.key_bias("left out by head", 4, 90)
+    with h5py.File(source, "r+") as file:
+        file["key_bias"] = bias
+        file.attrs["complete"] = True
+    attend(source, tmp_path / "out.h5", "--causal", "--key-bias")
+    asked = "--key-mass", "--max-score", "--top", "3", "--rows", "80", "--layout", "striped"
+    result = run(2, "analyse", source, tmp_path / "out.h5", tmp_path / "weights.h5", *asked, folder=tmp_path)
+    assert result.code == 0, result.text
+    q, k, _ = read_arrays(source)
+    p, x, _ = dense(q, k, oracle.visible(90, 90, causal=True), 0.25, {"key_bias": bias})
+    with open_file(tmp_path / "weights.h5") as file:
+        for name, want in {"key_mass": p.sum(axis=0).T, "max_score": x.max(axis=(0, 2)), "rows": p[[80]],
+                           "top_weights": -np.sort(-p, axis=2)[..., :3]}.items():
+            assert oracle.error(file[name][...], want) <= 2e-5, name
+        assert (file["top_positions"][:30] == -1).all()
+
+
 def test_errors_leave_nothing(files, tmp_path):
     source, out = map(str, files)
     target = tmp_path / "weights.h5"

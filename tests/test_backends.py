@@ -8,7 +8,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import case
+from oracle import case, key_bias
 
 from ringmpi import BackendError, DtypeError, OptionError
 from ringmpi.backends import HOST_NAMES, open_backend, reason_missing
@@ -180,7 +180,9 @@ def test_no_array_of_all_scores(backend):
 
 @pytest.mark.parametrize(("dtype", "heads", "n_k", "score"), [
     ("float32", 8, 700, Score(0.3)), ("bfloat16", 2, 700, Score(0.3)), ("float64", 4, 5000, Score(-0.3)),
-    ("float32", 4, 90, Score(0.3, softcap=2.0)), ("float16", 32, 40, Score(0.3))])
+    ("float32", 4, 90, Score(0.3, softcap=2.0)), ("float16", 32, 40, Score(0.3)),
+    ("float32", 8, 700, Score(0.3, key_bias=key_bias("left out by head", 8, 700))),
+    ("bfloat16", 4, 300, Score(0.3, softcap=2.0, key_bias=key_bias("left out", 4, 300)))])
 def test_a_bound_block_is_met_again_and_again(backend, dtype, heads, n_k, score):
     """The bits of `accumulate`, whatever queries come, and however many keys they see by then."""
     if backend.products == "tiles":
@@ -190,6 +192,8 @@ def test_a_bound_block_is_met_again_and_again(backend, dtype, heads, n_k, score)
     states = [State.empty(3, heads, 20, accumulator(k.dtype)) for _ in range(2)]
     block = backend.bind(states[0], k, v, 3, heads, score)
     for begin, end in [([0, 5, 9], [1, 5, 33]), ([7, 0, 0], [n_k // 2, n_k // 2 + 1, 40]), ([0] * 3, [n_k] * 3)]:
+        if score.key_bias is not None:        # as where other keys have come in their place
+            score.key_bias[:] = score.key_bias[::-1].copy()
         block.see(np.array(begin), np.array(end))
         for _ in range(2):
             q = rng.standard_normal((3, heads, 24)).astype(k.dtype)

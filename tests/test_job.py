@@ -177,6 +177,35 @@ def test_a_bias_by_distance_of_a_file(source, tmp_path, of_axes):
         assert f"dataset '{names[-1]}': {text}" in result.text
 
 
+def test_values_that_are_the_first_numbers_of_keys(source, tmp_path, capsys):
+    """Read and sent once; `check` knows it from the record, and that other values are wrong."""
+    q, k, _ = read_arrays(source)
+    with open_file(source) as file, h5py.File(tmp_path / "in.h5", "w") as copy:
+        for name in "qk":                    # there need be no values
+            file.copy(name, copy)
+    flags = ["--causal", "--dim-v", "5", "--layout", "striped", "--checkpoint", tmp_path / "c"]
+    result = run(2, "attend", tmp_path / "in.h5", tmp_path / "out.h5", *flags, folder=tmp_path)
+    assert result.code == 0, result.text
+    want = oracle.dense(q, k, k[..., :5], oracle.visible(len(q), len(k), causal=True), 0.25)
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["out"].shape == want["out"].shape
+        assert oracle.error(file["out"][...], want["out"]) < 2e-6
+    again = ["check", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--rows", "200"]
+    assert main(again) == 0
+    with h5py.File(tmp_path / "in.h5", "r+") as file:
+        file["k"][-30:, :, :5] *= 1.01
+    assert main(again) == 1
+    said = ["attend", str(tmp_path / "in.h5"), str(tmp_path / "new.h5"), "--dim-v", "5"]
+    assert main([*said, "--dry-run"]) == 0
+    for more, text in ((["--backend", "cuda"], "--dim-v: does not go together with --backend cuda yet"),
+                       (["--v", "w"], "--v: with --dim-v values are in the keys")):
+        with pytest.raises(SystemExit):
+            main([*said, *more])
+        assert text in capsys.readouterr().err
+    assert main([*said[:-1], "17", "--dry-run"]) == 3
+    assert "expected keys of 17 numbers at least, of which the first are values, got 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [["--backend", "cuda"], ["--backend", "auto"]])
 def test_without_a_gpu(source, tmp_path, options):
     result = run(2, "attend", source, tmp_path / "out.h5", *options, "--gpu-transport", "direct", folder=tmp_path,

@@ -15,7 +15,7 @@ LEVELS = {"backend": ["numba", "numpy"], "dtype": ["float32", "float64", "bfloat
           "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
           "mask": ["full", "causal", "window", "documents", "all", "trees"],
           "heads": list(HEADS), "length": [1, "P-1", 203], "grid": range(8),
-          "kind": ["plain", "softcap", "alibi", "sinks"]}
+          "kind": ["plain", "softcap", "alibi", "sinks", "bias", "left out by head", "all and left out by head"]}
 CASES = covering(LEVELS, seed=3)
 
 
@@ -30,12 +30,19 @@ def test_dense_weights(comm, number):
     q, k, _ = random_qkv(number, n, n, heads, kv_heads, 16, 1, dtype)
     q *= 2
     score, sinks = functions(case["kind"], heads, np.arange(n), np.arange(n))
+    score = {name: x for name, x in score.items() if not name.startswith("dropout")}
     see = visible(n, n, **case["mask"])
     p, x, lse = dense(q, k, see, 0.25, {**score, "sinks": sinks})
 
+    seen = np.repeat(see[:, None], heads, axis=1)
     layout = make_layout(case["layout"], n, comm.size)
     mine = layout.positions(comm.rank)
-    options = {"comm": comm, "mask": Mask(**case["mask"]), "backend": case["backend"], "schedule": grid, "timeout": 60,
+    bias = None
+    if "key_bias" in score:
+        seen &= ~np.isneginf(score["key_bias"].T)
+        bias = score["key_bias"][mine, 0] if score["key_bias"].shape[1] == 1 else score["key_bias"][mine]
+    options = {"comm": comm, "key_bias": bias,
+               "mask": Mask(**case["mask"]), "backend": case["backend"], "schedule": grid, "timeout": 60,
                "layout": case["layout"] if case["layout"] in ("striped", "zigzag") else layout,
                "softcap": score.get("softcap"), "alibi": score.get("slopes"), "dropout": 0.3 if number % 5 == 0 else 0}
     given = q[mine], k[mine], lse[mine].astype("f8" if dtype == "float64" else "f4")
@@ -67,7 +74,7 @@ def test_dense_weights(comm, number):
     want = np.pad(-np.sort(-p[mine], axis=2)[..., :4], [(0, 0), (0, 0), (0, max(0, 4 - n))])
     assert np.abs(heaviest.weights - want).max(initial=0) <= bound
     some = heaviest.positions >= 0
-    assert (some.sum(axis=2) == np.minimum(see[mine].sum(axis=1), 4)[:, None]).all()
+    assert (some.sum(axis=2) == np.minimum(seen[mine].sum(axis=2), 4)).all()
     at = np.take_along_axis(p[mine], np.where(some, heaviest.positions, 0), -1) if n else heaviest.weights
     assert np.abs(np.where(some, at - heaviest.weights, 0)).max(initial=0) <= bound
 
@@ -149,6 +156,36 @@ def test_queries_that_all_ranks_have(comm, backend):
     with pytest.raises(OptionError, match="queries and sinks, where all ranks have them"):
         analysis.key_mass(q, given[1], given[2] + (rng.random() if comm.rank == comm.size - 1 and comm.size > 1 else
                                                    _fail_alone(comm)), **options)
+
+
+def test_keys_that_are_left_out_are_as_keys_that_are_not_there(comm):
+    """Whatever they hold; with a batch, and an lse that is reckoned; queries that see nothing else have no keys."""
+    q, k, v = sharded(comm, batch=(2,))
+    positions = make_layout("striped", 60, comm.size).positions(comm.rank)
+    bias = np.zeros((2, len(positions)), "f4")
+    bias[0, positions < 20] = -np.inf
+    spoilt = k.copy()
+    spoilt[0, positions < 20] = np.nan
+    options = {"comm": comm, "layout": "striped", "timeout": 60, "schedule": "ring"}
+    biased = options | {"mask": Mask(causal=True), "key_bias": bias}
+    masked = options | {"mask": [Mask(causal=True, key_mask=np.arange(60) >= 20), Mask(causal=True)]}
+    for lse in (None, ring_attention(q, spoilt, np.nan_to_num(v), return_lse=True, **biased)[1]):
+        for function in (analysis.key_mass, analysis.entropy, analysis.mean_position):
+            assert np.allclose(function(q, spoilt, lse, **biased), function(q, k, None, **masked), rtol=1e-5,
+                               equal_nan=True), function
+        got, want = (analysis.top(q, x, 3, y, **z) for x, y, z in ((spoilt, lse, biased), (k, None, masked)))
+        assert (got.positions == want.positions).all()
+        assert np.allclose(got.weights, want.weights, rtol=1e-5)
+        assert (got.positions[0, positions < 20] == -1).all()
+    assert np.allclose(analysis.max_score(q, spoilt, **biased), analysis.max_score(q, k, **masked), rtol=1e-5)
+    nothing = np.full((2, len(positions)), -np.inf)
+    assert (analysis.max_score(q, spoilt, **biased | {"key_bias": nothing}) == -np.inf).all()
+    for (_, some), (_, others) in zip(analysis.rows(q, spoilt, None, [5, 30], **biased),
+                                      analysis.rows(q, k, None, [5, 30], **masked), strict=True):
+        assert np.allclose(some, others, rtol=1e-5)
+    if comm.size > 1:
+        with pytest.raises(ShapeError, match="rank 1: expected the same key_bias"):
+            analysis.entropy(q, k, None, **options, key_bias=bias if comm.rank == 0 else None)
 
 
 def _fail_alone(comm):

@@ -49,7 +49,7 @@ class Case:
     """A call on this run's ranks: its arguments here, and its options."""
 
     def __init__(self, comm, layout="contiguous", mask="causal", heads=(4, 2), length=151, dtype="float32", batch=None,
-                 sinks=False, bias="", seed=0, **options):
+                 sinks=False, bias="", dim_v=None, seed=0, **options):
         rng = np.random.default_rng(seed)
         q_layout = make_layout(layout, length, comm.size)
         mine = q_layout.positions(comm.rank)
@@ -57,6 +57,9 @@ class Case:
         self.whole = arrays
         self.arrays = [np.stack([x[n][mine] for x in arrays]) if batch else arrays[0][n][mine] for n in range(3)]
         self.given = {"sinks": rng.standard_normal(heads[0]).astype("f4")} if sinks else {}
+        if dim_v is not None:                 # values are in the keys
+            self.arrays.pop()
+            self.given["dim_v"] = dim_v
         if bias:
             biases = [oracle.key_bias(bias, heads[0], length, seed + i)[mine] for i in range(batch or 1)]
             self.given["key_bias"] = np.stack(biases) if batch else biases[0]
@@ -109,6 +112,7 @@ CASES = [
      "alibi": [0.1, 0.2, 0.3, 0.4]},
     {"mask": "trees", "layout": "uneven", "backend": "numba"},
     {"mask": "window", "layout": "uneven", "backend": "numba", "batch": 2, "bias": "left out by head"},
+    {"mask": "causal", "layout": "zigzag", "backend": "numba", "dim_v": 5},
 ]
 
 
@@ -222,6 +226,7 @@ OTHERS = [
     {"mask": "prefix", "layout": "contiguous", "backend": "numba", "length": 2},           # fewer tokens than ranks
     {"mask": "numbered", "layout": "striped", "backend": "numba"},
     {"mask": "causal", "layout": "zigzag", "backend": "numba", "heads": (4, 2), "bias": "left out by head"},
+    {"mask": "causal", "layout": "striped", "backend": "numba", "bias": "left out by head", "dim_v": 5},
 ]
 
 

@@ -16,6 +16,7 @@ from oracle import random_qkv
 from test_mpi_gradients import expect
 
 from ringmpi import (
+    BackendError,
     Contiguous,
     DtypeError,
     Grid,
@@ -153,6 +154,142 @@ def test_masks_and_scores(comm, mask, sharded):
             out, lse = cache.attend(q[rows], sinks=sinks, return_lse=True)
     assert oracle.error(out, want["out"][own]) < 1e-13
     assert oracle.error(lse, want["lse"][own]) < 1e-13
+
+
+BIASED = [("left out by head", {"causal": True}, None),
+          ("left out", {"causal": True, "window": (20, 0), "first": 3}, None),
+          ("bias", {"causal": True, "documents": [0, 20, 41, 75]}, 2), ("left out by head", {"window": (9, 7)}, 2)]
+
+
+@pytest.mark.parametrize(("kind", "mask", "batch"), BIASED)
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_a_bias_of_the_keys(comm, path, backend, kind, mask, batch):
+    """A prompt, steps, a draft that is taken back, saved and opened; some queries see only keys that are left out."""
+    length, prompt = 75, 61
+    elements = range(batch or 1)
+    q, k, v = (np.stack(x) for x in zip(*(tokens(i, length, "float64") for i in elements), strict=True))
+    bias = np.stack([oracle.key_bias(kind, 4, length, i, np.float64) for i in elements])
+    see = oracle.visible(length, length, **mask)
+    sinks = np.array([0.5, -1, 2, 0])
+    want = {given: [oracle.dense(q[i], k[i], v[i], see, 0.25, key_bias=bias[i], sinks=given and sinks)
+                    for i in elements] for given in (None, True)}
+    left_out = np.isneginf(bias).all(axis=2)
+    k[left_out], v[left_out] = np.nan, np.nan
+    numbers = bias if bias.shape[2] > 1 else bias[..., 0]
+
+    def given(x, rows):
+        return x[:, rows] if batch else x[0, rows]
+
+    def check(got, rows, with_sinks=None):
+        for name, x in zip(("out", "lse"), got, strict=True):
+            exact = np.stack([one[name][rows] for one in want[with_sinks]])
+            assert oracle.error(x if batch else x[None], exact, 1.0) < 1e-12
+
+    def step(cache, rows):
+        got = cache.attend(*(given(x, rows) for x in (q, k, v)), key_bias=given(numbers, rows), return_lse=True)
+        if "window" not in mask or mask["window"][1] == 0:         # else it does not see what is yet to come
+            check(got, rows)
+
+    mine = make("striped", prompt, comm.size).positions(comm.rank)
+    sizes = {**SIZES, "dtype": "float64", "batch": batch, "key_bias": True if numbers.ndim == 2 else 4}
+    with KVCache(comm, mask=Mask(**mask), backend=backend, **sizes) as cache:
+        first = slice(0, 24)                  # which are left out
+        cache.append(given(k, first), given(v, first), key_bias=given(numbers, first), replicated=True)
+        for at in range(24, 30):
+            step(cache, slice(at, at + 1))
+        cache.crop(0)
+        cache.append(given(k, mine), given(v, mine), key_bias=given(numbers, mine), layout="striped")
+        if "window" not in mask or mask["window"][1] == 0:
+            check(cache.attend(given(q, mine), sharded=True, layout="striped", return_lse=True), mine)
+        for at in range(prompt, 66):
+            step(cache, slice(at, at + 1))
+        step(cache, slice(66, 70))
+        cache.crop(68)
+        cache.save(path)
+    with KVCache.open(path, comm, mask=Mask(**mask), backend=backend) as cache:
+        assert cache.key_bias == sizes["key_bias"] + 0
+        step(cache, slice(68, length))
+        last = slice(length - 9, length)
+        for with_sinks in (None, True):
+            check(cache.attend(given(q, last), return_lse=True, sinks=with_sinks and sinks), last, with_sinks)
+            own = last.start + Contiguous.even(9, comm.size).positions(comm.rank)
+            got = cache.attend(given(q, own), sharded=True, return_lse=True, sinks=with_sinks and sinks)
+            check(got, own, with_sinks)
+        if batch:
+            cache.reorder([1, 0])
+            want[None].reverse()
+            q = q[::-1]
+            check(cache.attend(given(q, last), return_lse=True), last)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize(("batch", "biased"), [(None, False), (2, True)])
+def test_values_that_are_the_first_numbers_of_keys(comm, path, backend, batch, biased):
+    """Kept once: prompt, steps, crop, save, open and reorder; what values apart give."""
+    q, k, _ = (np.stack(x) for x in zip(*(tokens(i, 75, "float64") for i in range(batch or 1)), strict=True))
+    bias = np.stack([oracle.key_bias("left out", 4, 75, i, np.float64)[:, 0] for i in range(batch or 1)])
+    want = [oracle.dense(q[i], k[i], k[i][..., :8], oracle.visible(75, 75, causal=True), 0.25,
+                         key_bias=bias[i][:, None] if biased else None) for i in range(batch or 1)]
+
+    def given(x, rows):
+        return x[:, rows] if batch else x[0, rows]
+
+    def more(rows):
+        return {"key_bias": given(bias, rows)} if biased else {}
+
+    def check(got, rows):
+        for name, x in zip(("out", "lse"), got, strict=True):
+            assert oracle.error(x if batch else x[None], np.stack([one[name][rows] for one in want]), 1.0) < 1e-12
+
+    def step(cache, rows):
+        check(cache.attend(given(q, rows), given(k, rows), **more(rows), return_lse=True), rows)
+
+    mine = make("striped", 61, comm.size).positions(comm.rank)
+    with KVCache(comm, **SIZES, dtype="float64", backend=backend, batch=batch, values_in_keys=True,
+                 key_bias=biased) as cache:
+        cache.append(given(k, mine), **more(mine), layout="striped")
+        assert cache.nbytes == sum(x.nbytes for chunk in cache._core.contents.store.chunks for x in (
+            chunk.k, *([chunk.bias] if biased else [])))
+        check(cache.attend(given(q, mine), sharded=True, layout="striped", return_lse=True), mine)
+        for at in range(61, 66):
+            step(cache, slice(at, at + 1))
+        step(cache, slice(66, 70))
+        cache.crop(68)
+        cache.save(path)
+        expect(comm, lambda: cache.append(given(k, mine), given(k, mine), **more(mine)), OptionError, "expected no v")
+    with h5py.File(path) as file:
+        assert "v" not in file
+    with KVCache.open(path, comm, backend=backend) as cache:
+        assert cache.values_in_keys
+        step(cache, slice(68, 75))
+        if batch:
+            cache.reorder([1, 0])
+            want.reverse()
+            q = q[::-1]
+            check(cache.attend(given(q, slice(66, 75)), return_lse=True), slice(66, 75))
+    expect(comm, lambda: KVCache(comm, kv_heads=2, dim=8, dim_v=9, values_in_keys=True), OptionError, "values_in_keys")
+
+
+def test_a_bias_that_does_not_go_with_the_cache(comm):
+    q, k, v = tokens(1, 4)
+    odd = comm.rank == comm.size - 1
+    expect(comm, lambda: KVCache(comm, key_bias=3, **SIZES), OptionError, "KVCache: key_bias: expected True")
+    expect(comm, lambda: KVCache(comm, key_bias=True, backend="cuda", **SIZES), BackendError, "key_bias: backend cuda")
+    with KVCache(comm, **SIZES) as cache:
+        expect(comm, lambda: cache.append(k, v, key_bias=np.zeros(4) if odd else None), OptionError,
+               "expected no key_bias")
+    with KVCache(comm, key_bias=4, **SIZES) as cache:
+        for bad, kind, text in ((None, OptionError, "expected key_bias with k and v"),
+                                (np.zeros(4), ShapeError, "key_bias: expected shape (4, 4)"),
+                                (np.full((4, 4), np.nan), OptionError, "key_bias: expected numbers that are finite")):
+            expect(comm, lambda bad=bad: cache.append(k, v, key_bias=bad if odd else np.zeros((4, 4)), replicated=True),
+                   kind, text)
+            expect(comm, lambda bad=bad: cache.attend(q, k, v, key_bias=bad if odd else np.zeros((4, 4))), kind, text)
+        assert cache.length == 0
+        cache.append(k, v, key_bias=np.zeros((4, 4)), replicated=True)
+        expect(comm, lambda: cache.attend(q[:, :2]), ShapeError, "q: expected 4 heads")
+        if comm.size > 1:
+            expect(comm, lambda: cache.attend(q, k, v, key_bias=np.full((4, 4), float(odd))), OptionError, "key_bias")
 
 
 def test_chunks_batch_crop_and_reorder(comm):

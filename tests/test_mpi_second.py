@@ -21,10 +21,11 @@ pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:`torch.jit.scr
 
 SCALE = 0.4
 BOUND = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2.0**-5}
-NAMES = ("dout", "dlse", "q", "k", "v", "sinks")
+NAMES = ("dout", "dlse", "q", "k", "v", "sinks", "key_bias")
 
 
-def dense(q, k, v, sinks, see, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None, keys=None):
+def dense(q, k, v, sinks, see, key_bias=None, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None,
+          keys=None):
     """Attention by torch alone, from the definitions: out and lse of queries (n_q, heads, dim)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * SCALE
@@ -33,33 +34,36 @@ def dense(q, k, v, sinks, see, *, softcap=0.0, slopes=None, dropout=0.0, dropout
     if slopes is not None:
         far = torch.from_numpy(np.abs(queries[:, None] - keys).astype(float))
         scores = scores - torch.as_tensor(slopes)[:, None, None] * far
-    see = torch.from_numpy(see)
-    scores = scores.masked_fill(~see, -torch.inf)
-    blind = ~see.any(dim=1)
+    if key_bias is not None:
+        scores = scores + key_bias.T[:, None]
+    scores = scores.masked_fill(~torch.from_numpy(see), -torch.inf)
+    blind = (scores == -torch.inf).all(dim=2, keepdim=True)
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=2)
         blind = torch.zeros_like(blind)
-    scores = scores.masked_fill(blind[:, None], 0.0)
-    weights = torch.softmax(scores, dim=2).masked_fill(blind[:, None], 0.0)[:, :, :len(k)]
+    scores = scores.masked_fill(blind, 0.0)
+    weights = torch.softmax(scores, dim=2).masked_fill(blind, 0.0)[:, :, :len(k)]
     if dropout:
         words = random_words(np.asarray(dropout_keys)[:, None, None], queries[:, None], keys)
         threshold = int(dropout * 2**32)
         weights = weights * torch.from_numpy((words >= threshold) / (1 - threshold / 2**32))
     lse = torch.logsumexp(scores, dim=2).T
-    return torch.einsum("hij,jhd->ihd", weights, v), torch.where(blind[:, None], -torch.inf, lse)
+    return torch.einsum("hij,jhd->ihd", weights, v), torch.where(blind[:, :, 0].T, -torch.inf, lse)
 
 
 def twice(arrays, cotangents, directions, see, score):
     """Second derivatives by torch: of the gradients along directions, by dout, dlse and the inputs."""
-    inputs, starts, along = ([torch.from_numpy(x.astype(np.float64)) for x in some if x is not None]
-                             for some in (arrays, cotangents, directions))
+    given, starts, along = ([None if x is None else torch.from_numpy(x.astype(np.float64)) for x in some]
+                            for some in (arrays, cotangents, directions))
+    inputs, along = ([x for x in some if x is not None] for some in (given, along))
     for x in (*inputs, *starts):
         x.requires_grad_()
-    results = dense(*inputs[:3], inputs[3] if len(inputs) == 4 else None, see, **score)
+    results = dense(*given[:4], see, given[4], **score)
     first = torch.autograd.grad(results, inputs, starts, create_graph=True)
     second = torch.autograd.grad(first, [*starts, *inputs], along, allow_unused=True)
+    names = [name for name, x in zip(NAMES, [*starts, *given], strict=True) if x is not None]
     return {name: np.zeros(x.shape) if y is None else y.numpy()
-            for name, x, y in zip(NAMES, [*starts, *inputs], second, strict=False)}
+            for name, x, y in zip(names, [*starts, *inputs], second, strict=True)}
 
 
 def check(comm, function="all", layout="contiguous", mask="causal", *, schedule="ring", backend="numpy", n_q=None,
@@ -80,6 +84,9 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
     positions = ringmpi.Mask(**options).positions(np.arange(n_q), n_q, length)
     score, sinks = oracle.functions(function, heads[0], positions, np.arange(length), seed)
     sinks_dot = None if sinks is None else rng.standard_normal(heads[0])
+    bias = score.pop("key_bias", None)
+    bias = None if bias is None else bias + random(*bias.shape).astype(np.float64)         # of each element its own
+    bias_dot = None if bias is None else rng.standard_normal(bias.shape)
     q_layout, kv_layout = make_layout(layout, n_q, size), make_layout(layout, length, size)
     specs = [layout if layout in ("striped", "zigzag") else x for x in (q_layout, kv_layout)]
     if schedule == "replicated":
@@ -89,17 +96,21 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
     def shard(x, part):
         return np.ascontiguousarray(x[:, part] if batch else x[0, part])
 
+    def of_keys(x):
+        return None if x is None else shard(x if x.shape[2] > 1 else x[..., 0], theirs)
+
     with ringmpi.RingAttention(comm, mask=ringmpi.Mask(**options), scale=SCALE, softcap=score.get("softcap"),
                                layout=specs[0], kv_layout=specs[1], alibi=score.get("slopes"),
                                dropout=score.get("dropout", 0.0), schedule=schedule, backend=backend,
                                timeout=60) as attention:
-        inputs = Inputs(shard(q, mine), shard(k, theirs), shard(v, theirs), sinks, seed)
-        along = Direction(shard(q_dot, mine), shard(k_dot, theirs), shard(v_dot, theirs), sinks_dot)
-        out, lse, out_dot, lse_dot = attention.jvp(*inputs[:3], *along[:3], sinks=sinks, sinks_dot=sinks_dot, seed=seed)
+        inputs = Inputs(shard(q, mine), shard(k, theirs), shard(v, theirs), sinks, seed, key_bias=of_keys(bias))
+        along = Direction(shard(q_dot, mine), shard(k_dot, theirs), shard(v_dot, theirs), sinks_dot, of_keys(bias_dot))
+        out, lse, out_dot, lse_dot = attention.jvp(*inputs[:3], *along[:3], sinks=sinks, sinks_dot=sinks_dot, seed=seed,
+                                                   key_bias=inputs.key_bias, key_bias_dot=along.key_bias)
         got = attention._differentiate_twice(0, shard(dout, mine), shard(dlse, mine).astype(lse.dtype), along,
                                              inputs._replace(out=out, lse=lse))
         trace, taken = attention.trace, attention.schedule
-    got = dict(zip(NAMES, got, strict=False))
+    got = {name: x for name, x in zip(NAMES, got, strict=True) if x is not None}
     if sinks is not None:
         got["sinks"] = comm.allreduce(got["sinks"].astype(float))
     assert np.array_equal(got["dout"], out_dot)
@@ -110,12 +121,14 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
     want, keys = [], dropout_keys(seed, batch or 1, heads[0])
     for i in range(batch or 1):
         ours = score | ({"dropout_keys": keys[i]} if "dropout_keys" in score else {})
-        want.append(twice((q[i], k[i], v[i], sinks), (dout[i], dlse[i]), (q_dot[i], k_dot[i], v_dot[i], sinks_dot), see,
-                          ours))
+        biases = (None, None) if bias is None else (bias[i], bias_dot[i])
+        want.append(twice((q[i], k[i], v[i], sinks, biases[0]), (dout[i], dlse[i]),
+                          (q_dot[i], k_dot[i], v_dot[i], sinks_dot, biases[1]), see, ours))
     largest = max(np.abs(x[name]).max(initial=0) for x in want for name in ("q", "k", "v"))
     for name, x in got.items():
         whole = np.stack([one[name] for one in want])
-        part = whole.sum(axis=0) if name == "sinks" else shard(whole, theirs if name in "kv" else mine)
+        part = (whole.sum(axis=0) if name == "sinks" else of_keys(whole) if name == "key_bias" else
+                shard(whole, theirs if name in "kv" else mine))
         assert x.shape == part.shape
         error = oracle.error(x, part, max(np.abs(whole).max(initial=0), largest if name in "qkv" else 0) or 1.0)
         assert error <= BOUND[dtype], (name, error)
@@ -127,18 +140,19 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
 def test_gradgradcheck():
     from mpi4py import MPI
     rng = torch.Generator().manual_seed(0)
-    shapes = (1, 4, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2), (2,)
+    shapes = (1, 4, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2), (2,), (1, 4, 2)
     inputs = [torch.randn(shape, dtype=torch.float64, generator=rng).requires_grad_() for shape in shapes]
     with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend="numpy", softcap=2.0, dropout=0.2,
                                alibi=[0.1, 0.4]) as attention:
         def attend(*x):
-            return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], attention=attention, seed=3, return_lse=True)
+            return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], key_bias=x[4], attention=attention, seed=3,
+                                                return_lse=True)
 
         assert torch.autograd.gradgradcheck(attend, inputs)
         assert torch.autograd.gradcheck(attend, inputs, check_forward_ad=True)
 
 
-@pytest.mark.parametrize("function", oracle.FUNCTIONS)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS + oracle.BIASES)
 def test_score_functions(comm, function):
     check(comm, function, "striped", "causal")
 
@@ -161,8 +175,9 @@ def test_schedules(comm, schedule):
     if schedule in ("two-way", "broadcast", "window"):
         schedule = ringmpi.Schedule(keys=comm.size, carrier=schedule)
     heads = (2 * comm.size, 2) if schedule == "heads" else (4, 2)
-    _, taken = check(comm, "all", "striped", "causal", schedule=schedule, heads=heads, batch=2)
-    assert taken.ranks == comm.size
+    for function in ("all", "left out", "all and left out by head"):
+        _, taken = check(comm, function, "striped", "causal", schedule=schedule, heads=heads, batch=2)
+        assert taken.ranks == comm.size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -263,7 +278,7 @@ def expect(comm, error, text, function):
 
 
 def test_what_is_not_honoured_is_one_error_on_all_ranks(comm, monkeypatch):
-    _, (q, k, v), _ = own(comm, 12)
+    _, (q, k, v), mine = own(comm, 12)
     arrays = [x.detach().numpy() for x in (q, k, v)]
     canonical = {"order": "canonical", "layout": "striped", "backend": "numba"}
     out = ringmpi.torch.ring_attention(q, k, v, comm=comm, **canonical)
@@ -280,6 +295,10 @@ def test_what_is_not_honoured_is_one_error_on_all_ranks(comm, monkeypatch):
                    lambda x=tangents: attention.jvp(*arrays, *(x if odd else arrays)))
         expect(comm, ringmpi.OptionError, "sinks_dot: expected none",
                lambda: attention.jvp(*arrays, *arrays, sinks_dot=np.ones(4)))
+        expect(comm, ringmpi.OptionError, "key_bias_dot: expected none",
+               lambda: attention.jvp(*arrays, *arrays, key_bias_dot=np.ones(len(mine))))
+        expect(comm, ringmpi.ShapeError, "key_bias_dot: expected shape", lambda: attention.jvp(
+            *arrays, *arrays, key_bias=np.ones(len(mine)), key_bias_dot=np.ones(len(mine) + odd)))
         expect(comm, ringmpi.ShapeError, "sinks_dot: expected shape",
                lambda: attention.jvp(*arrays, *arrays, sinks=np.ones(4), sinks_dot=np.ones(3 if odd else 4)))
         monkeypatch.setitem(attention._options, "backend", "cuda")

@@ -94,6 +94,25 @@ def test_memory_is_that_of_a_dry_run():
         assert candidate["memory"] == parts["total"] - sum(own.values())
 
 
+def test_values_in_keys_are_not_sent_or_held(tmp_path):
+    """By sizes, and by a file whose keys hold values: 576 numbers of a token in place of 1088."""
+    sizes = ["--tokens", 8192, "--ranks", 4, "--heads", 4, "--kv-heads", 1, "--dim", 576, "--dim-v", 512]
+    apart, together = (record(*sizes, *more)["candidates"] for more in ([], ["--values-in-keys"]))
+    ring_apart, ring = (next(x for x in some if x["schedule"] == "1x1x4:ring") for some in (apart, together))
+    assert ring["bytes_sent"] * 1088 == ring_apart["bytes_sent"] * 576
+    assert ring_apart["memory"] - ring["memory"] == 3 * 2048 * 512 * 4             # v, and two buffers
+    parts = [predict_memory(Sizes(8192, 8192, 4, 1, 576, 512, "float32", in_keys=in_keys), 4,
+                            Options(schedule="ring"), Process(0, 0)) for in_keys in (False, True)]
+    assert parts[0]["total"] - parts[1]["total"] == 3 * 2048 * 512 * 4
+    assert plan(*sizes[:-1], 577, "--values-in-keys") == 2
+    assert plan("--tokens", 9, "--ranks", 1, "--values-in-keys") == 2
+    assert main(["make", "random", str(tmp_path / "in.h5"), "--tokens", "512", "--dim", "24"]) == 0
+    said = [tmp_path / "in.h5", "--ranks", 4, "--dim-v", 16]
+    got = record(*said, "--values-in-keys")["candidates"]
+    assert next(x for x in got if x["schedule"] == "1x1x4:ring")["bytes_sent"] == 3 * 128 * 8 * 24 * 4
+    assert plan(*said) == 2
+
+
 @pytest.mark.parametrize(("link", "says"), [("10GB/s", r"The ring will do: each hop has"),
                                             ("20MB/s", r"The ring takes \d+% longer than 1x2x2:\w+: ")])
 def test_the_ring_is_too_slow_on_slow_links_only(link, says, capsys):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import attack_mutations
 import launch
@@ -119,6 +120,77 @@ def write_input(path, shards, small):
             file[name] = x
 
 
+@pytest.mark.parametrize(("ranks", "kind", "backend", "sinks"), [
+    (3, "left out by head", "numba", False), (2, "left out", "numpy", False),
+    pytest.param(2, "left out", "numpy", True, marks=MORE)])
+def test_a_bias_of_the_keys(tmp_path, ranks, kind, backend, sinks):
+    """Of float64, with keys that are left out, which hold NaN; queries that see no others of any block, or of some."""
+    q, k, v = random_qkv(1, 251, 251, 4, 2, 16, 12, "float32")
+    bias = oracle.key_bias(kind, 4, 251, dtype=np.float64)
+    want = oracle.dense(q, k, v, oracle.visible(251, 251, causal=True), 1 / 4, key_bias=bias,
+                        sinks=np.ones(4) if sinks else None)
+    left_out = np.isneginf(bias).all(axis=1)
+    k[left_out], v[left_out] = np.nan, np.nan
+    small = {"key_bias": bias if "by head" in kind else bias[:, 0], "sinks": np.ones(4)}
+    write_input(tmp_path / "in.h5", {"q": q, "k": k, "v": v}, small)
+    options = ["--causal", "--key-bias", "--layout", "striped", "--backend", backend, *["--sinks"][:sinks],
+               "--checkpoint", tmp_path / "c"]
+    for number in (2, 6):                     # in the midst of pieces
+        result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, ranks=ranks,
+                        at=(1, number, "os.kill(os.getpid(), signal.SIGUSR1)"))
+        assert result.code == STOPPED, result.text
+    import h5py
+    with h5py.File(tmp_path / "in.h5", "a") as file:          # of other numbers there is no checkpoint
+        file["key_bias"][0] = 3.0
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--resume", "require", ranks=ranks)
+    assert result.code == 2, result.text
+    assert "key_bias (by its fingerprint)" in result.text
+    with h5py.File(tmp_path / "in.h5", "a") as file:
+        file["key_bias"][0] = small["key_bias"][0]
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--resume", "require", ranks=ranks)
+    assert result.code == 0, result.text
+    out, lse = results(tmp_path / "out.h5")
+    assert oracle.error(out, want["out"]) <= 4 * TOLERANCE["float32"]
+    assert oracle.error(lse, want["lse"]) <= 4 * TOLERANCE["float32"]
+    assert sinks or (np.isneginf(lse).any() and (out[np.isneginf(lse)] == 0).all())
+
+
+def test_values_that_are_the_first_numbers_of_keys(tmp_path):
+    """Read once with them, and a bias; left and gone on with."""
+    q, k, _ = random_qkv(1, 251, 251, 4, 2, 16, 12, "float32")
+    bias = oracle.key_bias("left out", 4, 251)
+    want = oracle.dense(q, k, k[..., :7], oracle.visible(251, 251, causal=True), 1 / 4, key_bias=bias)
+    write_input(tmp_path / "in.h5", {"q": q, "k": k}, {"key_bias": bias[:, 0]})
+    options = ["--causal", "--key-bias", "--dim-v", "7", "--layout", "striped", "--backend", "numpy", "--checkpoint",
+               tmp_path / "c"]
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options,
+                    at=(1, 5, "os.kill(os.getpid(), signal.SIGUSR1)"))
+    assert result.code == STOPPED, result.text
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--resume", "require")
+    assert result.code == 0, result.text
+    for x, name in zip(results(tmp_path / "out.h5"), ("out", "lse"), strict=True):
+        assert oracle.error(x, want[name]) <= 4 * TOLERANCE["float32"]
+    sizes = Sizes(2**20, 2**20, 16, 1, 576, 512, "float32")
+    planners = [stream_plan.Planner(replace(sizes, in_keys=in_keys), 2, Options(stream=True, memory_limit=2**30),
+                                    type(open_backend("numpy", 1)), 2**27) for in_keys in (False, True)]
+    assert [planner.block_bytes for planner in planners] == [1088 * 4, 576 * 4]
+
+
+def test_a_bias_of_the_keys_that_is_no_number(tmp_path):
+    """Of a block that one rank reads: an error on all, and nothing is left."""
+    q, k, v = random_qkv(1, 251, 251, 4, 2, 16, 12, "float32")
+    no_number = "dataset 'key_bias': expected finite numbers, or -inf to leave a key out, got nan for key 249"
+    for bad, code, text in ((np.nan, 3, no_number), (1e300, 2, "key_bias: expected numbers that are finite in")):
+        bias = np.zeros(251)
+        bias[249] = bad
+        write_input(tmp_path / "in.h5", {"q": q, "k": k, "v": v}, {"key_bias": bias})
+        result = attend(tmp_path / "in.h5", tmp_path / "out.h5", "--key-bias", "--backend", "numpy", ranks=2)
+        assert result.code == code, result.text
+        assert text in result.text
+        assert not (tmp_path / "out.h5").exists()
+        (tmp_path / "in.h5").unlink()
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """An input, options, and what a job that streams on 3 ranks makes of it."""
@@ -152,11 +224,13 @@ def test_carriers(case, tmp_path, carrier):
 
 
 def test_canonical_order_has_the_bits_of_any_other_job(tmp_path):
-    """On 3 ranks in pieces and blocks, and on one all at once; two intervals for each query."""
+    """On 3 ranks in pieces and blocks, and on one all at once; two intervals for each query, and a bias of the keys."""
     tile = open_backend("numba", 1, canonical=True).canonical_tile
     q, k, v = random_qkv(3, 777, 777, 4, 2, 16, 16, "float32")
-    write_arrays(tmp_path / "in.h5", {"q": q, "k": k, "v": v})
-    options = ["--causal", "--window", "200,0", "--first", "9", "--order", "canonical", "--backend", "numba"]
+    bias = oracle.key_bias("left out", 4, 777)[:, 0]
+    write_input(tmp_path / "in.h5", {"q": q, "k": k, "v": v}, {"key_bias": bias})
+    options = ["--key-bias", "--causal", "--window", "200,0", "--first", "9", "--order", "canonical", "--backend",
+               "numba"]
     result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--layout", "striped", ranks=3,
                     cut=(24, 9, 3 * tile))
     assert result.code == 0, result.text

@@ -29,7 +29,8 @@ __all__ = ["Top", "Weights", "entropy", "key_mass", "mass_by_group", "max_score"
 
 @explained(RingAttention)
 def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, groups: ArrayLike | None = None,
-             n_groups: int | None = None, sinks: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
+             n_groups: int | None = None, sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+             **options: Any) -> NDArray[np.float64]:
     """Give how much weight each key received from each query head, summed over all queries. Collective over *comm*.
 
     Parameters
@@ -47,6 +48,8 @@ def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, gr
         With `groups`; the same on all ranks.
     sinks : array of shape (heads,), optional
         Without `lse`, which holds them.
+    key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), float, optional
+        Of this rank's keys, as the call had it, with `lse` too: a key that is left out weighs nothing.
     **options
         See `ringmpi.RingAttention`.
 
@@ -61,12 +64,13 @@ def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, gr
         One of its children, the same on every rank.
     """
     with Weights(comm, **options) as weights:
-        return weights.key_mass(q, k, lse, groups=groups, n_groups=n_groups, sinks=sinks)
+        return weights.key_mass(q, k, lse, groups=groups, n_groups=n_groups, sinks=sinks, key_bias=key_bias)
 
 
 @explained(RingAttention)
 def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *, comm: Any,
-         sinks: ArrayLike | None = None, **options: Any) -> Iterator[tuple[Integers, Array]]:
+         sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any
+         ) -> Iterator[tuple[Integers, Array]]:
     """Give the weights of a few chosen queries over all keys, some keys at a time. Collective over *comm*.
 
     The call is collective, the iteration is not. To write all weights to a dataset of shape (chosen, heads, n_k), each
@@ -74,7 +78,7 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, **options
+    q, k, lse, comm, sinks, key_bias, **options
         See `key_mass`.
     chosen : int array of shape (chosen,)
         Positions of queries in the whole sequence, the same on all ranks.
@@ -94,7 +98,7 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
     """
     weights = Weights(comm, **options)
     try:
-        found = weights.rows(q, k, lse, chosen, sinks=sinks)
+        found = weights.rows(q, k, lse, chosen, sinks=sinks, key_bias=key_bias)
     except BaseException:
         weights.close()
         raise
@@ -103,15 +107,15 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
 
 @explained(RingAttention)
 def top(q: ArrayLike, k: ArrayLike, n: int, lse: ArrayLike | None = None, *, comm: Any,
-        sinks: ArrayLike | None = None, **options: Any) -> Top:
+        sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any) -> Top:
     """Give the n heaviest keys of each query, with their weights and positions. Collective over *comm*.
 
     Keys of the same score come in the order of their positions, so the result is the same on any number of ranks. A
-    score that is NaN comes first.
+    score that is NaN comes first. Keys that `key_bias` leaves out are not among them.
 
     Parameters
     ----------
-    q, k, comm, sinks, **options
+    q, k, comm, sinks, key_bias, **options
         See `key_mass`.
     n : int
         At least 1; meant to be small.
@@ -129,24 +133,26 @@ def top(q: ArrayLike, k: ArrayLike, n: int, lse: ArrayLike | None = None, *, com
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.top(q, k, n, lse, sinks=sinks)
+        return weights.top(q, k, n, lse, sinks=sinks, key_bias=key_bias)
 
 
 @explained(RingAttention)
-def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, **options: Any) -> Array:
+def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, key_bias: ArrayLike | None = None, **options: Any
+              ) -> Array:
     """Give the largest score of each head, of all pairs that are seen. Collective over *comm*.
 
-    Scores are scaled, after `softcap` and `alibi`; sinks do not count.
+    Scores are scaled, after `softcap`, `alibi` and `key_bias`; sinks do not count.
 
     Parameters
     ----------
-    q, k, comm, **options
+    q, k, comm, key_bias, **options
         See `key_mass`.
 
     Returns
     -------
     array of shape ([batch,] heads), accumulator dtype
-        The same on all ranks; -inf where nothing is seen, NaN if some score is.
+        The same on all ranks; -inf where nothing is seen, or only what is left out; NaN if some
+        score is.
 
     Raises
     ------
@@ -154,24 +160,24 @@ def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, **options: Any) -> Array
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.max_score(q, k)
+        return weights.max_score(q, k, key_bias=key_bias)
 
 
 @explained(RingAttention)
 def entropy(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sinks: ArrayLike | None = None,
-            **options: Any) -> NDArray[np.float64]:
+            key_bias: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
     """Give the entropy of each query's weights, in nats. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, **options
+    q, k, lse, comm, sinks, key_bias, **options
         See `key_mass`.
 
     Returns
     -------
     float64 array of shape ([batch,] n_q, heads)
-        ``-sum over j of p log p`` of this rank's queries, with p the weights; 0 for a query that sees no key. What a
-        sink weighs is left out.
+        ``-sum over j of p log p`` of this rank's queries, with p the weights; 0 for a query that sees no key, or
+        only keys that are left out. What a sink weighs is left out.
 
     Raises
     ------
@@ -179,24 +185,24 @@ def entropy(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sin
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.entropy(q, k, lse, sinks=sinks)
+        return weights.entropy(q, k, lse, sinks=sinks, key_bias=key_bias)
 
 
 @explained(RingAttention)
 def mean_position(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sinks: ArrayLike | None = None,
-                  **options: Any) -> NDArray[np.float64]:
+                  key_bias: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
     """Give the mean position of the keys that each query looked at, by their weights. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, **options
+    q, k, lse, comm, sinks, key_bias, **options
         See `key_mass`.
 
     Returns
     -------
     float64 array of shape ([batch,] n_q, heads)
         ``sum of p j / sum of p`` of this rank's queries, over the positions j of all keys; NaN for a query that sees no
-        key.
+        key, or only keys that are left out.
 
     Raises
     ------
@@ -204,17 +210,18 @@ def mean_position(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: An
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.mean_position(q, k, lse, sinks=sinks)
+        return weights.mean_position(q, k, lse, sinks=sinks, key_bias=key_bias)
 
 
 @explained(RingAttention)
 def mass_by_group(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, groups: ArrayLike, n_groups: int, *, comm: Any,
-                  sinks: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
+                  sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any
+                  ) -> NDArray[np.float64]:
     """Give how much each query looked at the keys of each group: documents, segments. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, **options
+    q, k, lse, comm, sinks, key_bias, **options
         See `key_mass`.
     groups : int array of shape (n_k,)
         The group of each of this rank's keys, ``0 <= group < n_groups``, or -1 for none.
@@ -232,7 +239,7 @@ def mass_by_group(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, groups: Arr
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.mass_by_group(q, k, lse, groups, n_groups, sinks=sinks)
+        return weights.mass_by_group(q, k, lse, groups, n_groups, sinks=sinks, key_bias=key_bias)
 
 
 def _until_the_end(weights: Weights, found: Iterator[tuple[Integers, Array]]) -> Iterator[tuple[Integers, Array]]:

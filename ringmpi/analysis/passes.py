@@ -63,11 +63,11 @@ class WeightsPass(ForwardPass):
         numbers = np.broadcast_to(groups.numbers[:, None], call.lse.shape)
         inside = self._enter([(numbers, plan.q_tokens)], [])
         of_queries, *_ = inside.rows
-        blocks, of_keys = Blocks(inside.block, self._shapes(1)), Blocks([sums], shapes)
+        blocks, of_keys = Blocks(inside.block, self._shapes(len(inside.block))), Blocks([sums], shapes)
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
-            (k,), (target,) = work.arrays, work.gradients
+            (k,), (target,) = self._without_bias(work), work.gradients
             for group, rows in members(of_queries[i, part, 0]):
                 yield self.backend.column_sums(
                     target[i, columns, :, group], inside.q[i, part][rows], k[i, columns], inside.lse[i, part][rows],
@@ -87,7 +87,7 @@ class WeightsPass(ForwardPass):
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
             values = self._positions(work)[columns].astype(np.float64)
-            yield self.backend.row_sums(sums[i, part], inside.q[i, part], work.arrays[-1][i, columns],
+            yield self.backend.row_sums(sums[i, part], inside.q[i, part], self._without_bias(work)[-1][i, columns],
                                         inside.lse[i, part], values, begin, end, score)
 
         inside = self._enter([], [])
@@ -102,13 +102,13 @@ class WeightsPass(ForwardPass):
 
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
-            of_keys, k = (x[i, columns] for x in work.arrays)
+            of_keys, k = (x[i, columns] for x in self._without_bias(work))
             for group, keys in members(of_keys[:, 0]):
                 some = np.arange(keys.start, keys.stop) if isinstance(keys, slice) else keys
                 low, high = (np.searchsorted(some, edge) for edge in (begin, end))
                 made = np.zeros((len(low), sums.shape[2], 3))
                 yield self.backend.row_sums(made, inside.q[i, part], k[keys], inside.lse[i, part],
-                                            np.zeros(len(some)), low, high, _of_keys(score, keys))
+                                            np.zeros(len(some)), low, high, score.of_columns(keys))
                 sums[i, part, :, group] += made[..., MASS]
 
         inside = self._enter([], [(numbers, self.plan.kv_tokens)])
@@ -124,7 +124,8 @@ class WeightsPass(ForwardPass):
         def loops(work: Work, part: slice, task: Task) -> Iterator[Iterator[int]]:
             i, columns, begin, end, score = task
             yield self.backend.row_tops(scores[i, part], positions[i, part], inside.q[i, part],
-                                        work.arrays[-1][i, columns], self._positions(work)[columns], begin, end, score)
+                                        self._without_bias(work)[-1][i, columns], self._positions(work)[columns], begin,
+                                        end, score)
 
         def combine(targets: Sequence[Array], parts: Sequence[Array]) -> None:
             merge(*targets, *parts)
@@ -145,11 +146,16 @@ class WeightsPass(ForwardPass):
         return np.zeros((self.plan.batch, self.plan.rows, self.plan.dims[0], width))
 
     def _enter(self, of_queries: Sequence[tuple[Array, Tokens]], of_keys: Sequence[tuple[Array, Tokens]]) -> Inside:
-        """Exchange tokens for heads, and start to exchange queries; what is given goes before lse and q, and k."""
+        """Exchange tokens for heads, and start to exchange queries.
+
+        What is given goes before lse and q, and before k and the bias, if there is one.
+        """
         call, plan = self.call, self.plan
         rows = [*of_queries, (call.lse, plan.q_tokens), (call.q, plan.q_tokens)]
         with self._abandoned_on_error():
             given = [*rows, *of_keys, (call.k, plan.kv_tokens)]
+            if plan.bias_tokens is not None:
+                given.append((call.key_bias, plan.bias_tokens))
             arrays = self.movers.heads.to_heads("heads", given, self.backend.empty, self.trace)
             asked = arrays[:len(rows)]
             if len(plan.row_counts) > 1:
@@ -157,8 +163,12 @@ class WeightsPass(ForwardPass):
         return Inside(list(asked), list(arrays[len(rows):]))
 
     def _shapes(self, count: int) -> list[list[Shape]]:
-        """Give the shapes of so many arrays of each member's block: groups of keys, if any, and k."""
-        return [[shape[:3]] * (count - 1) + [shape] for shape, *_ in self.plan.shapes]
+        """Give the shapes of so many arrays of each member's block: groups of keys, if any, k, and a bias, if any."""
+        return [[k[:3]] * (count - 1 - len(bias)) + [k, *bias] for k, _, *bias in self.plan.shapes]
+
+    def _without_bias(self, work: Work) -> Sequence[Array]:
+        """Give the arrays of a block that came by but for the bias: groups of keys, if any, and k."""
+        return work.arrays if self.plan.bias_tokens is None else work.arrays[:-1]
 
     def _get_ready(self, dtypes: Sequence[np.dtype[Any]], make: Callable[[], Made],
                    sums: Sequence[Sequence[Shape]] | None = None) -> Made:
@@ -167,7 +177,7 @@ class WeightsPass(ForwardPass):
         Parameters
         ----------
         dtypes : sequence of dtype
-            Of the arrays of a block.
+            Of the arrays of a block, but for the bias.
         make : callable
             Makes the arrays of results.
         sums : for each member, the shapes of the sums that come home, optional
@@ -175,8 +185,10 @@ class WeightsPass(ForwardPass):
         plan, trace = self.plan, self.trace
         heads, dim, _ = plan.dims
         trace.flop_per_pair = 2 * heads * dim
-        trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim, plain=plan.score.plain,
+        trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim, plain=plan.plain,
                                                      weights=True)
+        if plan.bias_tokens is not None:
+            dtypes = [*dtypes, plan.accumulator]
         sizes = [block_sizes(self._shapes(len(dtypes)), dtypes)]
         if sums is not None:
             sizes.append(block_sizes(sums, [np.dtype(np.float64)]))
@@ -258,8 +270,3 @@ def _add(targets: Sequence[Array], parts: Sequence[Array]) -> None:
 def _of_rows(score: Score, rows: slice | NDArray[np.int64]) -> Score:
     """Give the score of some of the rows."""
     return replace(score, queries=score.queries[rows]) if score.positional else score
-
-
-def _of_keys(score: Score, keys: slice | NDArray[np.int64]) -> Score:
-    """Give the score of some of the keys."""
-    return score.of_keys(score.keys[keys]) if score.positional else score

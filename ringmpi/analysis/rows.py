@@ -35,7 +35,7 @@ class ChosenRows:
         Of the keys.
     rank : int
     score : Score
-        Without their positions.
+        Without their positions and bias.
     """
 
     call: Call
@@ -60,8 +60,9 @@ class ChosenRows:
                     begin, end = (np.clip(self.layout.count_below(edge, self.rank), start, stop) - start
                                   for edge in (low, high))
                     for i in bounds.elements:
+                        bias = None if self.call.key_bias is None else self.call.key_bias[i, start:stop]
                         for _ in backend.row_weights(weights[i], self.q[i], k[i, start:stop], self.lse[i], begin, end,
-                                                     score):
+                                                     score.of_key_bias(bias)):
                             pass
             yield positions[start:stop], weights
 

@@ -35,7 +35,7 @@ class Top(NamedTuple):
     Attributes
     ----------
     weights : array of shape ([batch,] n_q, heads, n), accumulator dtype
-        0 where a query sees fewer keys.
+        0 where a query sees fewer keys; those that a bias leaves out are not seen.
     positions : int64 array of shape ([batch,] n_q, heads, n)
         In the whole sequence; -1 where a query sees fewer keys.
     """
@@ -72,8 +72,8 @@ class Weights(RingAttention):
     def __enter__(self) -> Weights:
         return self
 
-    def key_mass(self, q: Any, k: Any, lse: Any, *, groups: Any = None, n_groups: Any = None, sinks: Any = None
-                 ) -> NDArray[np.float64]:
+    def key_mass(self, q: Any, k: Any, lse: Any, *, groups: Any = None, n_groups: Any = None, sinks: Any = None,
+                 key_bias: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.key_mass` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
             n_q = call.q.shape[1]
@@ -84,55 +84,64 @@ class Weights(RingAttention):
             return check_groups("queries", groups, n_groups, n_q)
 
         what = "key_mass" if groups is None else f"key_mass of {n_groups} groups"
-        sums, call = self._over(what, q, k, lse, sinks, WeightsPass.key_mass, take)
+        sums, call = self._over(what, Inputs(q, k, k, sinks, key_bias=key_bias), lse, WeightsPass.key_mass, take)
         return _given(call, sums if groups is not None else sums[..., 0])
 
-    def rows(self, q: Any, k: Any, lse: Any, chosen: Any, *, sinks: Any = None) -> Iterator[tuple[Integers, Array]]:
+    def rows(self, q: Any, k: Any, lse: Any, chosen: Any, *, sinks: Any = None, key_bias: Any = None
+             ) -> Iterator[tuple[Integers, Array]]:
         """Do what `ringmpi.analysis.rows` does, but stay open after the last piece. Collective over *comm*."""
+        inputs = Inputs(q, k, k, sinks, key_bias=key_bias)
         if lse is None:
-            lse = self._lse(q, k, sinks)
+            lse = self._lse(inputs)
         with self._comm.one_call():
-            call, found = self._gather_chosen(q, k, lse, chosen)
+            call, found = self._gather_chosen(inputs, lse, chosen)
         return ((positions, call.given(piece)) for positions, piece in found.pieces(self.backend))
 
-    def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None) -> Top:
+    def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None, key_bias: Any = None) -> Top:
         """Do what `ringmpi.analysis.top` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
             return NO_GROUPS._replace(total=check_integer("n", n, 1, MOST))
 
-        (scores, positions), call = self._over(f"top {n}", q, k, lse, sinks, lambda one, taken: one.tops(taken.total),
-                                               take)
+        (scores, positions), call = self._over(f"top {n}", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+                                               lambda one, taken: one.tops(taken.total), take)
         with np.errstate(invalid="ignore"):
             made = np.exp(np.minimum(scores.astype(np.float64) - call.lse[..., None], 0)).astype(scores.dtype)
         absent = positions == NO_KEY
+        if call.key_bias is not None:
+            absent |= np.isneginf(scores)          # left out
         made[absent] = 0
         positions[absent] = -1
         return Top(call.given(made), call.given(positions))
 
-    def max_score(self, q: Any, k: Any) -> Array:
+    def max_score(self, q: Any, k: Any, *, key_bias: Any = None) -> Array:
         """Do what `ringmpi.analysis.max_score` does. Collective over *comm*."""
-        most, call = self._over("max_score", q, k, NOT_NEEDED, None, lambda one, _: one.max_score())
+        most, call = self._over("max_score", Inputs(q, k, k, key_bias=key_bias), NOT_NEEDED,
+                                lambda one, _: one.max_score())
         return call.given(most)
 
-    def entropy(self, q: Any, k: Any, lse: Any, *, sinks: Any = None) -> NDArray[np.float64]:
+    def entropy(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.entropy` does. Collective over *comm*."""
-        sums, call = self._over("entropy", q, k, lse, sinks, lambda one, _: one.row_sums())
+        sums, call = self._over("entropy", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+                                lambda one, _: one.row_sums())
         return _given(call, sums[..., ENTROPY] + 0.0)          # no -0
 
-    def mean_position(self, q: Any, k: Any, lse: Any, *, sinks: Any = None) -> NDArray[np.float64]:
+    def mean_position(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None
+                      ) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.mean_position` does. Collective over *comm*."""
-        sums, call = self._over("mean_position", q, k, lse, sinks, lambda one, _: one.row_sums())
+        sums, call = self._over("mean_position", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+                                lambda one, _: one.row_sums())
         with np.errstate(invalid="ignore"):
             return _given(call, sums[..., POSITION] / sums[..., MASS])
 
-    def mass_by_group(self, q: Any, k: Any, lse: Any, groups: Any, n_groups: Any, *, sinks: Any = None
-                      ) -> NDArray[np.float64]:
+    def mass_by_group(self, q: Any, k: Any, lse: Any, groups: Any, n_groups: Any, *, sinks: Any = None,
+                      key_bias: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.mass_by_group` does. Collective over *comm*."""
-        sums, call = self._over(f"mass_by_group of {n_groups} groups", q, k, lse, sinks, WeightsPass.mass_by_group,
+        sums, call = self._over(f"mass_by_group of {n_groups} groups", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+                                WeightsPass.mass_by_group,
                                 lambda call: check_groups("keys", groups, n_groups, call.k.shape[1]))
         return _given(call, sums)
 
-    def _over(self, what: str, q: Any, k: Any, lse: Any, sinks: Any, run: Callable[[WeightsPass, Groups], Result],
+    def _over(self, what: str, inputs: Inputs, lse: Any, run: Callable[[WeightsPass, Groups], Result],
               groups: Callable[[Call], Groups] | None = None) -> tuple[Result, Call]:
         """Admit a call, and run a pass over its weights. Collective over *comm*.
 
@@ -140,8 +149,8 @@ class Weights(RingAttention):
         ----------
         what : str
             Is asked, the same on all ranks.
-        q, k, sinks
-            See `RingAttention.__call__`.
+        inputs : Inputs
+            With keys as values, which nothing is made of.
         lse : array, optional
             Of the call; it is reckoned if it is None.
         run : callable
@@ -150,16 +159,16 @@ class Weights(RingAttention):
             Given the call, takes the groups of its tokens, or raises an error.
         """
         if lse is None:
-            lse = self._lse(q, k, sinks)
+            lse = self._lse(inputs)
         with self._comm.one_call():
-            call, records, found = self._admit_weights(what, q, k, lse, groups)
+            call, records, found = self._admit_weights(what, inputs, lse, groups)
             if self._plan is None or self._plan.key != records.key:
                 self._plan = None         # the old plan's memory goes before the new one's comes
                 self._plan = self._make_plan(records)
             self._check_backend()
             return run(WeightsPass(call, self._plan, self._engine, self.trace, None), found), call
 
-    def _admit_weights(self, what: str, q: Any, k: Any, lse: Any, groups: Callable[[Call], Groups] | None
+    def _admit_weights(self, what: str, inputs: Inputs, lse: Any, groups: Callable[[Call], Groups] | None
                        ) -> tuple[Call, Records, Groups]:
         """Check the shards here, then everywhere; see `_over`."""
         self._start()
@@ -168,7 +177,7 @@ class Weights(RingAttention):
         found = NO_GROUPS
         with self._comm.noting() as failures:
             self._check_open()
-            call = Call.check(Inputs(q, k, k), 0.0, self._problem.accumulator)
+            call = Call.check(inputs._replace(sinks=None), 0.0, self._problem.accumulator)
             if call.on_gpu:
                 raise BackendError(NO_WEIGHTS.format("cuda"))
             call.lse = _lse_of(call, lse, accumulator(call.q.dtype, self._problem.accumulator))
@@ -179,7 +188,7 @@ class Weights(RingAttention):
         call, records = self._agree(call, failures, what)
         return call, records, found
 
-    def _gather_chosen(self, q: Any, k: Any, lse: Any, chosen: Any) -> tuple[Call, ChosenRows]:
+    def _gather_chosen(self, inputs: Inputs, lse: Any, chosen: Any) -> tuple[Call, ChosenRows]:
         """Admit a call, and gather the chosen queries on all ranks."""
         taken: list[Integers] = []
 
@@ -187,7 +196,7 @@ class Weights(RingAttention):
             taken.append(check_chosen(chosen))
             return NO_GROUPS
 
-        call, records, _ = self._admit_weights("rows", q, k, lse, take)
+        call, records, _ = self._admit_weights("rows", inputs, lse, take)
         if not taken:
             raise InternalError("a call without chosen queries")
         positions = taken[0]
@@ -206,13 +215,15 @@ class Weights(RingAttention):
 
         heads, dim = call.q.shape[2:]
         score = problem.score(dim, share_heads(heads, call.k.shape[2], 1)[0])
-        self._engine.prepare(call.q.dtype, call.lse.dtype, dim, dim, plain=score.plain, weights=True)
+        self._engine.prepare(call.q.dtype, call.lse.dtype, dim, dim, plain=score.plain and call.key_bias is None,
+                             weights=True)
         bounds = bounds_of(problem.mask, positions, lengths, len(call.q))
         return call, ChosenRows(call, q_rows, lse_rows, bounds, kv_layout, self._comm.rank, score)
 
-    def _lse(self, q: Any, k: Any, sinks: Any) -> Array:
+    def _lse(self, inputs: Inputs) -> Array:
         """Give the lse of a call, by a pass of its own."""
-        return self(q, k, _first_number(k), sinks=sinks, return_lse=True, keep=False)[1]
+        return self(inputs.q, inputs.k, _first_number(inputs.k), sinks=inputs.sinks, key_bias=inputs.key_bias,
+                    return_lse=True, keep=False)[1]
 
     def _check_backend(self) -> None:
         if not self.backend.gives_weights:
@@ -226,13 +237,17 @@ def _given(call: Call, x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _lse_of(call: Call, lse: Any, acc_dtype: np.dtype[Any]) -> Array:
-    """Take the lse of a call, with a batch axis; zeros where none is needed."""
+    """Take the lse of a call, with a batch axis; zeros where none is needed.
+
+    With inf for -inf of a row whose keys a bias leaves out: a weight is exp(-inf - inf) = 0 then.
+    """
     shape = call.q.shape[:3]
     if lse is NOT_NEEDED:
         return np.zeros(shape, acc_dtype)
     rows = as_host_array(lse, "lse")
     check_like("lse", rows, call.given(call.q).shape[:-1], acc_dtype)
-    return np.ascontiguousarray(rows).reshape(shape)
+    rows = np.ascontiguousarray(rows).reshape(shape)
+    return rows if call.key_bias is None else np.where(np.isneginf(rows), acc_dtype.type(np.inf), rows)
 
 
 def _first_number(k: Any) -> Any:

@@ -65,7 +65,7 @@ class BoundLoop(Bound):
         """Take what the queries see."""
         k, v, score = self._block
         last = int(end.max())
-        self._seen = k[:last], v[:last], begin, end, score.of_keys(score.keys[:last])
+        self._seen = k[:last], v[:last], begin, end, score.of_columns(slice(last))
 
     def fold(self, q: Any) -> Iterable[int]:
         """Give the loop."""

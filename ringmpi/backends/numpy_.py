@@ -249,7 +249,7 @@ class Tile:
             i, j = self._positions()
             x -= score.slopes[self.heads, None].astype(x.dtype) * np.abs(i - j).astype(x.dtype)
         if score.key_bias is not None:
-            x += score.key_bias[self.columns, self.heads if score.key_bias.shape[1] > 1 else slice(None)].T
+            x += self.of_bias(score.key_bias).T
         if score.relative is not None:
             for table, entries in zip(score.relative.tables, self.entries, strict=True):
                 x += np.moveaxis(table[self.heads].astype(x.dtype)[:, entries], 0, 1)
@@ -265,6 +265,10 @@ class Tile:
                                                                  self.score.keys[self.columns])), strict=True)
         return [np.clip(i[:, None] - j, -(table.shape[1] // 2), table.shape[1] // 2) + table.shape[1] // 2
                 for table, i, j in along]
+
+    def of_bias(self, x: NDArray[Any]) -> NDArray[Any]:
+        """View what belongs to the tile of a bias of the block's keys, (n_k, heads or 1): (columns, heads or 1)."""
+        return x[self.columns, self.heads if x.shape[1] > 1 else slice(None)]
 
     def dropout_factor(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Give what dropout multiplies each weight by, (rows, heads, columns): 0 or the gain."""

@@ -6,7 +6,7 @@ and 10 backward, where a backward pass has 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,16 +48,25 @@ class Keys(NamedTuple):
     Attributes
     ----------
     k, v, k_dot, v_dot : arrays of shapes (n_k, kv_heads, dim) and (n_k, kv_heads, dim_v)
+    bias_dot : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, optional
+        The tangent of the score's bias of the keys, if there is one.
     """
 
     k: Array
     v: Array
     k_dot: Array
     v_dot: Array
+    bias_dot: Array | None = None
 
-    def part(self, columns: slice, head: int) -> Keys:
-        """Give some columns of a head. Local."""
-        return Keys(*(x[columns, head] for x in self))
+    def part(self, tile: Tile, head: int) -> Keys:
+        """Give a tile's columns of a head, and the tangent of their bias for its query heads. Local."""
+        k, v, k_dot, v_dot = (x[tile.columns, head] for x in self[:4])
+        return Keys(k, v, k_dot, v_dot, None if self.bias_dot is None else tile.of_bias(self.bias_dot))
+
+    def wide(self, dtype: np.dtype[Any]) -> Keys:
+        """Give them in the accumulator's dtype, as products take them. Local."""
+        k, v, k_dot, v_dot = _wide(self[:4], dtype)
+        return Keys(k, v, k_dot, v_dot, self.bias_dot)
 
 
 @dataclass
@@ -107,7 +116,7 @@ class Tangents:
     With z = scale q·k, x the score that it becomes, x' and x'' its derivatives by z, p the weight before dropout and m
     what dropout multiplies it by::
 
-        z_dot = scale (q_dot·k + q·k_dot)       t = x' z_dot       p_dot = p (t - lse_dot)
+        z_dot = scale (q_dot·k + q·k_dot)       t = x' z_dot + bias_dot       p_dot = p (t - lse_dot)
 
     Parameters
     ----------
@@ -140,12 +149,12 @@ class Tangents:
         for tile, head in self._tiles(rows.q, keys.k, begin, end, score):
             mine = tile.rows, tile.heads
             _forward_tile(Tangent(sums.out_dot[mine], sums.lse_dot[mine]), rows.part(*mine),
-                          keys.part(tile.columns, head), tile)
+                          keys.part(tile, head), tile)
             yield _pairs(tile, head)
 
     def backward(self, gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, begin: Integers,
-                 end: Integers, score: Score) -> Iterator[int]:
-        """Add to the tangents of dq, dk and dv what one block gives; dout and dlse are constant.
+                 end: Integers, score: Score, dkey_bias: Array | None = None) -> Iterator[int]:
+        """Add to the tangents of dq, dk, dv and the bias's gradient what one block gives; dout and dlse are constant.
 
         ::
 
@@ -153,6 +162,7 @@ class Tangents:
                                                                  + p (m (dout · v_dot) - delta_dot)
             dz = x' ds                                  dz_dot = x' ds_dot + x'' z_dot ds
             dq += scale (dz_dot k + dz k_dot)           dk += scale (dz_dotᵀ q + dzᵀ q_dot)     dv += (m p_dot)ᵀ dout
+            dkey_bias += sum of ds_dot over the queries
 
         Parameters
         ----------
@@ -163,6 +173,8 @@ class Tangents:
             Updated in place.
         begin, end, score
             See `Backend.accumulate`.
+        dkey_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, if there is a bias
+            Updated in place.
 
         Yields
         ------
@@ -171,7 +183,11 @@ class Tangents:
         """
         for tile, head in self._tiles(rows.q, keys.k, begin, end, score):
             mine, columns = (tile.rows, tile.heads), (tile.columns, head)
-            _backward_tile(gradient.part(*mine), rows.part(*mine), keys.part(*columns), dk[columns], dv[columns], tile)
+            of_scores = _backward_tile(gradient.part(*mine), rows.part(*mine), keys.part(tile, head), dk[columns],
+                                       dv[columns], tile)
+            if dkey_bias is not None:
+                target = tile.of_bias(dkey_bias)
+                target += of_scores if target.shape[1] > 1 else of_scores.sum(axis=1, keepdims=True)
             yield _pairs(tile, head)
 
     def _tiles(self, q: Array, k: Array, begin: Integers, end: Integers, score: Score) -> Iterator[tuple[Tile, int]]:
@@ -196,6 +212,7 @@ class _Weights(NamedTuple):
 
     p: Array                 # 0 where a pair is not seen
     z_dot: Array
+    t: Array
     slope: Array | float     # x'
     bend: Array | float      # x'' / x'
 
@@ -215,18 +232,20 @@ class _Weights(NamedTuple):
         p -= rows.lse[..., None]
         np.minimum(p, 0, out=p)              # rounding alone can put a score above lse
         np.exp(p, out=p)
-        _hide(tile, p, z_dot)
-        return cls(p, z_dot, 1.0 if slope is None else slope, bend)
+        t = z_dot if slope is None else z_dot * slope
+        if keys.bias_dot is not None:
+            t = t + keys.bias_dot.T
+        _hide(tile, p, z_dot, t)
+        return cls(p, z_dot, t, 1.0 if slope is None else slope, bend)
 
 
 def _forward_tile(sums: Tangent, rows: Rows, keys: Keys, tile: Tile) -> None:
     """Add what a tile of one key head gives to out_dot and lse_dot."""
     dtype = sums.lse_dot.dtype
-    rows, keys = Rows(*_wide(rows, dtype)), Keys(*_wide(keys, dtype))
+    rows, keys = Rows(*_wide(rows, dtype)), keys.wide(dtype)
     with np.errstate(all="ignore"):          # NaN and infinity pass through to the rows that see them
         weights = _Weights.of(tile, rows, keys)
-        change = weights.p * weights.z_dot * weights.slope
-        _hide(tile, change)                  # whose slope may be NaN
+        change = weights.p * weights.t
         sums.lse_dot += change.sum(axis=2)
         p = weights.p
         if tile.score.dropout:
@@ -236,10 +255,13 @@ def _forward_tile(sums: Tangent, rows: Rows, keys: Keys, tile: Tile) -> None:
         sums.out_dot += _times_values(tile, p, keys.v_dot)
 
 
-def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, tile: Tile) -> None:
-    """Add what a tile of one key head gives to the changes of dq, dk and dv."""
+def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, tile: Tile) -> Array:
+    """Add what a tile of one key head gives to the changes of dq, dk and dv; give ds_dot, summed over the rows.
+
+    That is of shape (columns, heads of the group).
+    """
     dtype = gradient.dq.dtype
-    rows, keys = Rows(*_wide(rows, dtype)), Keys(*_wide(keys, dtype))
+    rows, keys = Rows(*_wide(rows, dtype)), keys.wide(dtype)
     dout, = _wide([gradient.dout], dtype)
     delta, lse_dot, delta_dot = (x[..., None] for x in (gradient.delta, gradient.lse_dot, gradient.delta_dot))
     with np.errstate(all="ignore"):
@@ -251,9 +273,10 @@ def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, 
 
         # Gradients of the scores and of the products, and their changes; see `Tangents.backward`.
         dp -= delta
-        p_dot = weights.p * (weights.slope * weights.z_dot - lse_dot)
+        p_dot = weights.p * (weights.t - lse_dot)
         ds = weights.p * dp
-        dz_dot = p_dot * dp + weights.p * (dp_dot - delta_dot) + weights.bend * weights.z_dot * ds
+        ds_dot = p_dot * dp + weights.p * (dp_dot - delta_dot)
+        dz_dot = ds_dot + weights.bend * weights.z_dot * ds
         scale = weights.slope * dtype.type(tile.score.scale)
         dz_dot *= scale
         dz = ds * scale
@@ -261,14 +284,16 @@ def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, 
 
         # The products take NaN and infinity as 0: they have made dz_dot NaN already. For dv it goes by delta.
         np.copyto(p_dot, np.nan, where=~np.isfinite(delta))
-        _hide(tile, p_dot, dz, dz_dot)
+        _hide(tile, p_dot, dz, dz_dot, ds_dot)
         dv += _flat(p_dot).T @ _flat(_finite(dout))
         dk += _flat(dz_dot).T @ _flat(_finite(rows.q)) + _flat(dz).T @ _flat(_finite(rows.q_dot))
         dq = _flat(dz_dot) @ _finite(keys.k) + _flat(dz) @ _finite(keys.k_dot)
         gradient.dq[...] += dq.reshape(rows.q.shape)
+        of_scores: Array = ds_dot.sum(axis=0).T
+        return of_scores
 
 
-def _wide(arrays: Rows | Keys | list[Array], dtype: np.dtype[Any]) -> Iterator[Array]:
+def _wide(arrays: Sequence[Array], dtype: np.dtype[Any]) -> Iterator[Array]:
     """Give arrays in the accumulator's dtype, as products take them."""
     return (for_products(x, dtype) for x in arrays)
 

@@ -21,6 +21,7 @@ from ..problem import Problem
 from .fingerprint import fingerprint
 
 OF_THE_PLACEMENT = ("layout", "kv_layout")
+OF_THE_INPUT = ("q", "k", "v", "key_bias")
 
 
 def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, comm: Comm, timeout: float
@@ -34,10 +35,8 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     sizes = {"tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
              "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
              "accumulator": str(plan.accumulator), "seed": call.seed}
-    of_bias = {} if call.key_bias is None else {"key_bias (by its fingerprint)": prints[3]}
-    if call.relative is not None:
-        of_bias["relative (by its digest)"] = call.relative.digest()
-    return {**describe_input(problem, sizes, call.sinks, prints[:3], engine.backend, comm, timeout), **of_bias}
+    of_relative = {} if call.relative is None else {"relative (by its digest)": call.relative.digest()}
+    return {**describe_input(problem, sizes, call.sinks, prints, engine.backend, comm, timeout), **of_relative}
 
 
 def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[Any] | None, prints: Sequence[str],
@@ -51,7 +50,7 @@ def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[An
         Of the input, by name, and its dtypes.
     sinks : array or None
     prints : sequence of str
-        Of q, k and v; see `add_up`.
+        Of q, k and v, and of a bias of the keys if there is one; see `add_up`.
     backend : Backend
     comm, timeout
     """
@@ -61,7 +60,7 @@ def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[An
     return {"version of ringmpi": __version__, **options, **sizes, "sinks (by their digest)": digest,
             "backend": " and ".join(sorted(backends)), "bfloat16_products": backend.products,
             "float32_products": backend.float32_products,
-            **{f"{name} (by its fingerprint)": value for name, value in zip("qkv", prints, strict=True)}}
+            **{f"{name} (by its fingerprint)": value for name, value in zip(OF_THE_INPUT, prints, strict=False)}}
 
 
 def describe_placement(problem: Problem, plan: Plan, call: Call, comm: Comm, timeout: float,

@@ -83,11 +83,11 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
-    others = {"--stream": arguments.stream, "--backend cuda": arguments.backend == "cuda"}
-    for name, given in others.items():
-        for bias in ("key_bias", "relative") if given else ():
-            if getattr(arguments, bias):
-                error(f"--{bias.replace('_', '-')}: does not go together with {name} yet")
+    if arguments.relative and arguments.stream:
+        error("--relative: does not go together with --stream yet")
+    for name in ("relative", "dim_v") if arguments.backend == "cuda" else ():
+        if getattr(arguments, name):
+            error(f"--{name.replace('_', '-')}: does not go together with --backend cuda yet")
     for name in ("checkpoint_every", "resume"):
         if arguments.checkpoint is None and getattr(arguments, name) is not None:
             error(f"--{name.replace('_', '-')} is about checkpoints: say where they are kept, --checkpoint DIR")

@@ -80,8 +80,11 @@ def above_zero(text: str, what: str = "a number") -> float:
     return value
 
 
-def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
-    """Add the options that say what is computed from which datasets; `recorded`: those not given have no default."""
+def add_attention(parser: argparse.ArgumentParser, recorded: bool = False, sizes: bool = False) -> None:
+    """Add the options that say what is computed from which datasets.
+
+    `recorded`: those that are not given have no default. `sizes`: the parser has its own for sizes.
+    """
     def default(value: Any) -> Any:
         return argparse.SUPPRESS if recorded else value
 
@@ -134,6 +137,10 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False) -> No
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
+    if not sizes:
+        group.add_argument("--dim-v", type=positive, default=default(None), metavar="N",
+                           help="values are the first N numbers of each key, and are read and sent with it (default: "
+                                "values are a dataset of their own)")
     group.add_argument("--raw-dtype", choices=("bfloat16",), default=default(None),
                        help="take plain 16-bit items of q, k, v (uint16, int16, opaque) for the bits of this dtype")
 
@@ -185,6 +192,8 @@ def add_products(parser: Any) -> None:
 
 def refuse_idle_options(parser_error: Any, arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
+    if getattr(arguments, "dim_v", None) is not None and getattr(arguments, "v", "v") != "v":
+        parser_error("--v: with --dim-v values are in the keys; leave one of the two out")
     if arguments.prefix is not None and not arguments.causal:
         parser_error("--prefix widens only --causal, which is not given")
     if arguments.first and arguments.window is None:

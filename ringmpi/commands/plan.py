@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes.add_argument("--dim", type=positive, metavar="D", help="of queries and keys (default: 64)")
     sizes.add_argument("--dim-v", type=positive, metavar="D", help="of values (default: dim)")
     sizes.add_argument("--dtype", choices=DTYPES, help="of q, k and v (default: float32)")
-    add_attention(parser)
+    sizes.add_argument("--values-in-keys", action="store_true",
+                       help="values are the first --dim-v numbers of each key, in IN.h5 too (default: they are apart)")
+    add_attention(parser, sizes=True)
     _add_machine(parser)
     plan = parser.add_argument_group("plan")
     plan.add_argument("--layout", choices=("contiguous", "striped", "zigzag"), default="contiguous",
@@ -161,10 +163,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse(arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect, or do not go together."""
     error = arguments.error
-    said = [name for name in SIZES if getattr(arguments, name) is not None]
+    said = [name for name in SIZES if getattr(arguments, name) is not None
+            and not (name == "dim_v" and arguments.values_in_keys)]
     auto = arguments.schedule == "auto"
     if arguments.input is None and arguments.tokens is None:
         error("expected IN.h5, or --tokens and what else differs from the defaults")
+    if arguments.values_in_keys and arguments.dim_v is None:
+        error("--values-in-keys: expected --dim-v too, how many of their numbers are values")
+    if arguments.values_in_keys and arguments.v != "v":
+        error("--v: with --values-in-keys values are in the keys; leave one of the two out")
     if arguments.input is not None and said:
         error(f"--{said[0].replace('_', '-')}: IN.h5 says that; leave one of them out")
     for name in ("key_bias", "relative"):
@@ -201,7 +208,9 @@ def _question(arguments: argparse.Namespace) -> Question:
     """Read what is asked."""
     from ..job.options import Options
     from ..job.question import Question
-    options = Options.from_record({name: value for name, value in vars(arguments).items() if name != "schedule"})
+    in_keys = arguments.dim_v if arguments.values_in_keys else None
+    options = Options.from_record({**{name: value for name, value in vars(arguments).items() if name != "schedule"},
+                                   "dim_v": in_keys})
     if arguments.input is not None:
         from ..job.inputs import open_input
         with open_input(arguments.input, options) as data:
@@ -213,7 +222,9 @@ def _question(arguments: argparse.Namespace) -> Question:
     if heads % kv_heads:
         arguments.error(f"--heads must be a multiple of --kv-heads, got {heads} and {kv_heads}")
     sizes = Sizes(arguments.queries or arguments.tokens, arguments.tokens, heads, kv_heads, dim,
-                  arguments.dim_v or dim, arguments.dtype or "float32")
+                  arguments.dim_v or dim, arguments.dtype or "float32", in_keys=arguments.values_in_keys)
+    if sizes.in_keys and sizes.dim_v > dim:
+        arguments.error(f"--dim-v must be at most --dim with --values-in-keys, got {sizes.dim_v} and {dim}")
     mask = make_mask(options)
     mask.check(sizes.n_q, sizes.n_k)
     return Question(sizes, options, mask, _machine(arguments))

@@ -230,9 +230,10 @@ def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpo
              ) -> tuple[Array, Array]:
     """Give this rank's rows of the result, in the order of the input."""
     display = _start(run, attention, data, job)
-    arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, data.v)]
+    in_keys = data.sizes.in_keys
+    arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, *([] if in_keys else [data.v]))]
     extra = {"sinks": data.sinks, "key_bias": read_bias_shard(run, attention, data.key_bias),
-             "relative": data.relative}
+             "relative": data.relative, "dim_v": data.sizes.dim_v if in_keys else None}
     out, lse = _attend(run, attention, arrays, extra, display, checkpoints)
     del arrays, extra
     attention.close()                         # its buffers go before the result is copied
@@ -244,7 +245,7 @@ def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpo
 
 def _attend(run: Run, attention: RingAttention, arrays: list[Any], extra: dict[str, Any],
             display: Display | None, checkpoints: Checkpoints) -> tuple[Array, Array]:
-    """Attend, and bring the result to the host; `extra` are sinks, key_bias and relative."""
+    """Attend, and bring the result to the host; `extra` are sinks, key_bias, relative and dim_v."""
     done = 0
 
     def report(pairs: int, total: int) -> None:

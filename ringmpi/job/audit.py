@@ -221,6 +221,7 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
             kept = ~np.isneginf(key_bias)
             left_out = ~kept.any(axis=1)             # what is there is of no account, NaN too
             keys[left_out] = values[left_out] = 0
+        values = values[..., :data.sizes.dim_v]
         values = np.concatenate([values, np.abs(values)], axis=2)
         longest = np.maximum(longest, _lengths(keys).max(axis=0).repeat(group))
         below = np.cumsum(kept, axis=0)

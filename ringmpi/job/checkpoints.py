@@ -54,7 +54,9 @@ class Checkpoints:
 
     def attend(self, attention: RingAttention, arrays: list[Any], extra: Mapping[str, Any], progress: Progress
                ) -> tuple[Any, Any]:
-        """Attend to q, k and v; give out and lse. `extra` are sinks, key_bias and relative. Collective over *comm*.
+        """Attend to q, k and v; give out and lse. Collective over *comm*.
+
+        `extra` are sinks, key_bias, relative and dim_v.
 
         Raises
         ------
@@ -67,7 +69,8 @@ class Checkpoints:
         if keeping is None:
             out, lse = attention(*arrays, **extra, return_lse=True, keep=False, progress=progress)
             return out, lse
-        inputs = Inputs(arrays[0], arrays[1], arrays[2], **extra)
+        q, k, *v = arrays
+        inputs = Inputs(q, k, v[0] if v else None, **extra)
         result = attention._call_resumable(inputs, True, False, progress, self.stop, keeping)
         if result is None:
             attention.save(keeping.folder)

@@ -43,6 +43,7 @@ class Sizes:
     dim_v: int
     dtype: str
     key_bias: int = 0             # numbers of each key: 0 without, 1, or one for each head
+    in_keys: bool = False         # whether values are the first numbers of keys
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Input:
     ----------
     path : path
     q, k, v : h5py.Dataset of shape (tokens, heads, dim)
+        v is k, if values are the first numbers of keys.
     sizes : Sizes
     mask : BaseMask
     alibi, sinks : float64 array of shape (heads,), optional
@@ -72,6 +74,11 @@ class Input:
     key_bias: h5py.Dataset | None
     relative: NDArray[np.float64] | tuple[NDArray[np.float64], ...] | None
 
+    @property
+    def keys(self) -> list[h5py.Dataset]:
+        """What there is of each key: k, v unless that is in k, and a bias if there is one."""
+        return [self.k, *([] if self.sizes.in_keys else [self.v]), *([] if self.key_bias is None else [self.key_bias])]
+
 
 @contextmanager
 def open_input(path: Path, options: Options) -> Iterator[Input]:
@@ -85,7 +92,8 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
         If the options and the file's documents make no mask.
     """
     with open_file(path) as file:
-        q, k, v = (open_dataset(file, name, options.raw_dtype) for name in (options.q, options.k, options.v))
+        names = options.q, options.k, options.v if options.dim_v is None else options.k
+        q, k, v = (open_dataset(file, name, options.raw_dtype) for name in names)
         for dataset in (q, k, v):
             check_axes(dataset, ("tokens", "heads", "dim"))
         sizes = _sizes(path, q, k, v, options)
@@ -107,7 +115,12 @@ def _sizes(path: Path, q: h5py.Dataset, k: h5py.Dataset, v: h5py.Dataset, option
         raise DtypeError(f"{path}: expected q, k and v of one dtype, got {', '.join(map(str, dtypes))}")
     check_shapes(q.shape, k.shape, v.shape)
     accumulator(dtypes[0], options.accumulator)
-    return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], v.shape[2], str(dtypes[0]))
+    dim_v = v.shape[2] if options.dim_v is None else options.dim_v
+    if dim_v > v.shape[2]:
+        raise ShapeError(f"{path}: expected keys of {dim_v} numbers at least, of which the first are values, got "
+                         f"{k.shape[2]}")
+    return Sizes(len(q), len(k), q.shape[1], k.shape[1], q.shape[2], dim_v, str(dtypes[0]),
+                 in_keys=options.dim_v is not None)
 
 
 def _open_key_bias(file: h5py.File, sizes: Sizes) -> h5py.Dataset:
@@ -149,11 +162,16 @@ def read_key_bias(dataset: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
         If it is NaN or +inf somewhere.
     """
     numbers = read_rows(dataset, start, stop)
+    check_key_bias_rows(dataset, start, numbers)
+    return numbers
+
+
+def check_key_bias_rows(dataset: h5py.Dataset, start: int, numbers: NDArray[Any]) -> None:
+    """Check a bias of keys that was read, of those from `start` on; see `read_key_bias`. Local."""
     wrong = np.isnan(numbers) | (numbers == np.inf)
     if wrong.any():
         raise ShardError(f"{dataset.file.filename}: dataset 'key_bias': expected finite numbers, or -inf to leave a "
                          f"key out, got {numbers[wrong][0]} for key {start + np.argwhere(wrong)[0][0]}")
-    return numbers
 
 
 def read_bias_shard(run: Run, attention: RingAttention, dataset: h5py.Dataset | None) -> Any:

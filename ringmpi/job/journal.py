@@ -118,7 +118,7 @@ def describe_job(run: Run, data: Input, target: Path, problem: Problem, engine: 
                  ) -> dict[str, Any]:
     """Say what is computed, of which numbers, and where it goes, as plain values. Collective over *comm*.
 
-    q, k and v are read once for it, some MiB at a time.
+    q, k, v and a bias of the keys are read once for it, some MiB at a time.
 
     Parameters
     ----------
@@ -128,10 +128,11 @@ def describe_job(run: Run, data: Input, target: Path, problem: Problem, engine: 
     comm = run.comm
     sizes = data.sizes
     with run.timer.phase("read", f"reading {data.path}"):
-        prints = np.zeros(3, np.uint64)
+        datasets = [data.q, data.k, data.v, *([] if data.key_bias is None else [data.key_bias])]
+        prints = np.zeros(len(datasets), np.uint64)
         with comm.noting() as failures:
             prints = np.array([_fingerprint(dataset, rows["out"][1], comm.rank, comm.size, engine)
-                               for dataset in (data.q, data.k, data.v)], np.uint64)
+                               for dataset in datasets], np.uint64)
         total = add_up(prints, comm, run.timeout, failures)
     numbers = {"tokens of q": sizes.n_q, "tokens of k and v": sizes.n_k, "heads": sizes.heads,
                "kv_heads": sizes.kv_heads, "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype,
@@ -147,5 +148,5 @@ def _fingerprint(dataset: h5py.Dataset, dtype: np.dtype[Any], rank: int, size: i
     total = 0
     for first, last in row_ranges((even.counts[rank], *dataset.shape[1:]), dtype, CHUNK_BYTES):
         x = read_rows(dataset, start + first, start + last, RAW_DTYPE)
-        total += fingerprint(x[None], np.arange(start + first, start + last), engine.backend)
+        total += fingerprint(x.reshape(1, len(x), 1, -1), np.arange(start + first, start + last), engine.backend)
     return total % 2**64

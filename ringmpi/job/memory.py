@@ -141,7 +141,7 @@ def shape_of(sizes: Sizes, options: Options) -> Shape:
     dtype = DTYPES[sizes.dtype]
     return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
                  accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical",
-                 bias=sizes.key_bias)
+                 bias=sizes.key_bias, in_keys=sizes.in_keys)
 
 
 def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:

@@ -39,6 +39,7 @@ class Options:
     sinks: bool = False
     key_bias: bool = False
     relative: bool = False
+    dim_v: int | None = None
     layout: str = "contiguous"
     backend: str = "auto"
     accumulator: str | None = None

@@ -24,6 +24,7 @@ from ..environment import resident_bytes
 from ..errors import InternalError, Interrupted, OptionError, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
+from ..left_out import bits_of, seen_by_heads
 from ..passes import Pass
 from ..plan import Plan
 from ..replicated import part_of
@@ -49,9 +50,8 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
-    for name in ("key_bias", "relative"):
-        if getattr(options, name):
-            raise OptionError(f"stream: there is no {name} yet; leave out one of the two")
+    if options.relative:
+        raise OptionError("stream: there is no relative yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)
@@ -68,7 +68,7 @@ class BlockPass(Pass):
         with self.backend.current(), self._abandoned_on_error():
             heads, _, dim_v = plan.dims
             states = self.engine.states(plan.batch, plan.rows, heads, dim_v, plan.accumulator)
-            self._meet(states, [call.q], (call.k, call.v))
+            self._meet(states, [call.q], call.keys)
 
 
 class Stream:
@@ -128,7 +128,7 @@ class Stream:
                             run.comm.rank == 0)
         with run.raise_on_all():
             self._blocks = pieces.of_keys(sizes, run.comm.size)
-            self._reader = BlockReader((self._data.k, self._data.v), self._blocks, run.comm.rank)
+            self._reader = BlockReader(self._data.keys, self._blocks, run.comm.rank)
         try:
             for piece in pieces.of_queries(sizes, run.comm.size, options.layout):
                 if piece.start >= done.rows:
@@ -165,7 +165,7 @@ class Stream:
         with run.timer.phase("attend", "compiling kernels"):
             self.total.compile_seconds += self._engine.prepare(
                 self.rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
-                plain=options.softcap is None and not options.alibi, backward=False)
+                plain=options.softcap is None and not options.alibi and not options.key_bias, backward=False)
         process = int(run.comm.allgather(np.array([resident_bytes()]), run.timeout).max())
         return Planner(sizes, run.comm.size, options, type(self._backend), process, self._data.mask.most)
 
@@ -190,21 +190,25 @@ class Stream:
         q = read_piece(run, self._data.q, piece)
         [state] = self._engine.states(1, len(q), sizes.heads, sizes.dim_v, self._wide)
         arrays = [state.acc, state.row_max, state.row_sum]
+        if sizes.key_bias:                    # what its blocks say is as much part of the states
+            sees = np.full((len(q), sizes.key_bias), self._data.sinks is not None)
+            arrays.append(sees)
         if done.block and self._journal is not None:
             self._journal.read(arrays)
         else:
             backend.reset(state, None if self._data.sinks is None else self._data.sinks.astype(self._wide))
         with run.timer.phase("attend", "attending"):
             for number, following in itertools.zip_longest(left, left[1:]):
-                k, v = self._take(number, following, replace(done, block=number), arrays)
-                done = self._fold(q, k, v, piece, number, done)
+                keys = self._take(number, following, replace(done, block=number), arrays)
+                done = self._fold(q, keys, piece, number, done, sees)
         del q
         shards = self._write(piece, state, sees)
         done = Done([*done.shards, *shards], 0, done.pairs)
         self._watch.pause(done)
         return done
 
-    def _take(self, number: int, following: int | None, done: Done, states: Sequence[Array]) -> tuple[Array, Array]:
+    def _take(self, number: int, following: int | None, done: Done, states: Sequence[Array]
+              ) -> list[Array]:
         """Take this rank's share of a block, let the next be read, and do what any rank wishes for before it."""
         run = self._run
         keys: list[Array] = []
@@ -221,7 +225,7 @@ class Stream:
             self._reader.begin(following)
         if wished & PAUSE:
             self._watch.pause(done, states)
-        return keys[0], keys[1]
+        return keys
 
     def _save(self, done: Done, states: Sequence[Array] = ()) -> None:
         """Write a checkpoint, if any are kept: then what it refers to stays, whatever becomes of this job.
@@ -248,22 +252,28 @@ class Stream:
                           f"done, and what is computed of further ones is in the checkpoint in "
                           f"{keeping.folder if keeping else ''}; the same command goes on from there")
 
-    def _fold(self, q: Array, k: Array, v: Array, piece: Groups, number: int, done: Done) -> Done:
-        """Let the queries of a piece meet a block."""
+    def _fold(self, q: Array, keys: Sequence[Array], piece: Groups, number: int, done: Done,
+              sees: NDArray[np.bool_]) -> Done:
+        """Let the queries of a piece meet a block; with a bias note which see a key that it does not leave out."""
         trace = Trace()
-        call = Call.check(Inputs(q, k, v, self._data.sinks), 0.0, self._options.accumulator)
-        plan = self._plan_block(call, piece, self._blocks[number])
+        call, plan = self._plan_block(q, keys, piece, self._blocks[number])
+        if call.key_bias is not None:
+            bits = self._engine.share(bits_of(call.key_bias))
+            [found] = seen_by_heads(plan, self._blocks[number], bits, sees.shape[1])
+            sees |= found[:, :sees.shape[1]]
         BlockPass(call, plan, self._engine, trace, self._report).fold()
         self._add(trace)
         return replace(done, block=number + 1, pairs=done.pairs + trace.pairs)
 
-    def _plan_block(self, call: Call, piece: Groups, block: Block) -> Plan:
+    def _plan_block(self, q: Array, keys: Sequence[Array], piece: Groups, block: Block) -> tuple[Call, Plan]:
         """Plan what the queries of a piece see of a block, and agree on who needs what of it."""
         run, attention = self._run, self._attention
         problem = replace(attention._problem, layout=piece, kv_layout=block)
+        call: Call | None = None
         plan: Plan | None = None
         needs = np.zeros(run.comm.size, bool)
         with run.comm.noting() as failures:
+            call = Call.check(self._inputs(q, keys), 0.0, self._options.accumulator)
             table = np.repeat(call.record().view(RECORD), run.comm.size)
             table["n_q"], table["n_k"] = piece.counts, block.counts
             records = Records([table.view(np.uint8)])
@@ -272,10 +282,18 @@ class Stream:
             plan = problem.plan(records, layouts, grid, run.comm.rank, whole=True)
             needs = plan.needs
         every = run.comm.exchange("", run.timeout, np.packbits(needs), failures=failures)
-        if plan is None:
+        if call is None or plan is None:
             raise InternalError("a plan is missing")
         plan.take_needs(np.unpackbits(np.stack(every), axis=1, count=len(needs)).astype(bool))
-        return plan
+        return call, plan
+
+    def _inputs(self, q: Array, keys: Sequence[Array]) -> Inputs:
+        """Give the inputs of a pass over a block, of which there is what `Input.keys` says."""
+        sizes = self._data.sizes
+        k, *others = keys
+        key_bias = others.pop() if sizes.key_bias else None
+        return Inputs(q, k, others[0] if others else None, self._data.sinks, key_bias=key_bias,
+                      dim_v=sizes.dim_v if sizes.in_keys else None)
 
     def _add(self, trace: Trace) -> None:
         """Add what a block has cost to what all have."""
@@ -291,7 +309,8 @@ class Stream:
         def finish(rows: slice) -> tuple[Array, Array]:
             count = rows.stop - rows.start
             out, lse = (np.empty((count, *shape), dtype) for shape, dtype in self.rows.values())
-            self._backend.finish(part_of(state, rows), sees[rows], out, lse)
+            seen = sees[rows] if sees.ndim == 1 else np.broadcast_to(sees[rows], lse.shape)
+            self._backend.finish(part_of(state, rows), seen, out, lse)
             return out, lse
 
         return write_piece(self._run, self._output, piece, finish, self.rows)

@@ -20,6 +20,7 @@ from ..files.manifest import Shard
 from ..files.shards import NewShard, Output
 from ..layout import Contiguous
 from ..schedules.redistribution import redistribute
+from .inputs import check_key_bias_rows
 from .outputs import Rows, gather_shards
 from .pieces import Block, Groups
 from .run import Run
@@ -33,8 +34,8 @@ class BlockReader:
     Parameters
     ----------
     datasets : sequence of h5py.Dataset
-        Of keys and of values. Nothing else is opened or closed in the thread than what reading them takes; h5py lets
-        one thread at a time into HDF5.
+        See `Input.keys`. Nothing else is opened or closed in the thread than what reading them takes; h5py lets one
+        thread at a time into HDF5.
     blocks : sequence of Block
     rank : int
     """
@@ -56,12 +57,12 @@ class BlockReader:
         self._coming = number, self._pool.submit(copy_context().run, self._read, number, self._buffers[self._turn])
 
     def take(self, number: int) -> list[Array]:
-        """Wait for a block that `begin` was called for; give its keys and values.
+        """Wait for a block that `begin` was called for; give what there is of its keys.
 
         Raises
         ------
         ShardError
-            If they can't be read.
+            If they can't be read, or a bias is NaN or +inf.
         """
         if self._coming is None or self._coming[0] != number:
             raise InternalError(f"block {number} was not begun to be read")
@@ -74,6 +75,8 @@ class BlockReader:
         rows = [x[:block.counts[self._rank]] for x in buffers]
         for dataset, x in zip(self._datasets, rows, strict=True):
             read_rows_into(dataset, block.starts[self._rank], x)
+            if x.ndim < 3:                    # no keys or values
+                check_key_bias_rows(dataset, block.starts[self._rank], x)
         return rows
 
     def close(self) -> None:

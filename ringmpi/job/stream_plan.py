@@ -34,6 +34,7 @@ FEW_KEYS = 512                 # of a rank in a block, at least: computing with 
 FEW_INTERVALS = 2              # whose bytes go with the query
 BOUNDS_COPIES = 5              # of a piece's: while they are put in order, and turned into columns
 ROW_BYTES = 64                 # of a query, for what it sees of each block, and again for each interval of the mask
+READ_BYTES = 8                 # of a number of a bias as it is read, at most
 SAMPLES = 2**12                # queries of a piece, by which a dry run says what it sees
 
 
@@ -142,9 +143,10 @@ class Planner:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a key and its value, all heads."""
-        item = DTYPES[self.sizes.dtype].itemsize
-        return self.sizes.kv_heads * (self.sizes.dim + self.sizes.dim_v) * item
+        """Bytes of a key and its value, all heads, and of their bias."""
+        sizes = self.sizes
+        width = sizes.dim if sizes.in_keys else sizes.dim + sizes.dim_v
+        return sizes.kv_heads * width * DTYPES[sizes.dtype].itemsize + sizes.key_bias * self._wide
 
     @cached_property
     def group(self) -> int:
@@ -157,8 +159,8 @@ class Planner:
 
     @cached_property
     def _state(self) -> int:
-        """Bytes of the state of a query, all heads."""
-        return self.sizes.heads * (self.sizes.dim_v + 2) * self._wide
+        """Bytes of the state of a query, all heads, and of whether it has seen a key that a bias does not leave out."""
+        return self.sizes.heads * (self.sizes.dim_v + 2) * self._wide + self.sizes.key_bias
 
     @cached_property
     def _row(self) -> int:
@@ -169,9 +171,14 @@ class Planner:
 
     @cached_property
     def _key(self) -> int:
-        """Bytes for each key of a rank's share of a block: two that are read, and what the carrier has."""
+        """Bytes for each key of a rank's share of a block: two that are read, and what the carrier has.
+
+        With a bias, that is read in float64 perhaps, and keys and values are copied if some that are left out are NaN.
+        """
         carrier = carrier_class(schedule_to_stream(self.options, self.ranks).carrier)
-        return (2 + carrier.buffer_blocks(self.ranks, False)) * self.block_bytes
+        copies = 1 if self.sizes.key_bias else 0
+        return ((2 + copies + carrier.buffer_blocks(self.ranks, False)) * self.block_bytes
+                + 2 * READ_BYTES * self.sizes.key_bias)
 
     @cached_property
     def _tile(self) -> int:

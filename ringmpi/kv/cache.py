@@ -55,6 +55,12 @@ class KVCache:
     rollback : int
         With a mask that has a window: how many tokens `crop` may take back, so that steps go on as if they had never
         been there, as speculative decoding does with a draft. So many keys more are kept, in all.
+    key_bias : bool or int
+        Whether each key comes with a bias, a number that is added to its scores; or so many, one for each query head.
+        See `RingAttention.__call__`. On CPUs.
+    values_in_keys : bool
+        Whether values are the first `dim_v` numbers of the keys, as in multi-head latent attention: kept once, and
+        given as k alone. On CPUs.
     scale, softcap, alibi, accumulator, backend, threads, timeout, allow_gpu_sharing
         See `RingAttention`. ``"auto"`` computes on CPUs; with ``"cuda"`` the cache is in the memory of GPUs.
 
@@ -62,6 +68,9 @@ class KVCache:
     ----------
     kv_heads, dim, dim_v, dtype, batch, capacity, rollback
         As they were given.
+    key_bias : int
+        Numbers of each key's bias, 0 without.
+    values_in_keys : bool
 
     Raises
     ------
@@ -84,11 +93,13 @@ class KVCache:
     @explained()
     def __init__(self, comm: Any, *, kv_heads: int, dim: int, dim_v: int | None = None, dtype: DTypeLike = DTYPE,
                  batch: int | None = None, capacity: int | None = None, mask: Mask | None = None, rollback: int = 64,
-                 scale: float | None = None, softcap: float | None = None, alibi: ArrayLike | None = None,
-                 accumulator: DTypeLike | None = None, backend: str = "auto", threads: int | None = None,
-                 timeout: float = TIMEOUT, allow_gpu_sharing: bool = False) -> None:
+                 key_bias: bool | int | None = None, values_in_keys: bool = False, scale: float | None = None,
+                 softcap: float | None = None, alibi: ArrayLike | None = None, accumulator: DTypeLike | None = None,
+                 backend: str = "auto", threads: int | None = None, timeout: float = TIMEOUT,
+                 allow_gpu_sharing: bool = False) -> None:
         self._core = Core(comm, {"kv_heads": kv_heads, "dim": dim, "dim_v": dim_v, "dtype": dtype, "batch": batch,
-                                 "capacity": capacity, "rollback": rollback},
+                                 "capacity": capacity, "rollback": rollback, "key_bias": key_bias,
+                                 "values_in_keys": values_in_keys},
                           {"mask": mask, "scale": scale, "softcap": softcap, "alibi": alibi, "accumulator": accumulator,
                            "backend": backend, "threads": threads, "timeout": timeout,
                            "allow_gpu_sharing": allow_gpu_sharing})
@@ -100,6 +111,8 @@ class KVCache:
         self.batch = sizes.batch
         self.capacity = sizes.capacity
         self.rollback = sizes.rollback
+        self.key_bias = sizes.key_bias
+        self.values_in_keys = sizes.in_keys
         self._close = weakref.finalize(self, self._core.engine.close)
         self._close.atexit = False
 
@@ -118,14 +131,18 @@ class KVCache:
         """Bytes of keys and values on this rank, with the room for more."""
         return self._core.contents.store.nbytes
 
-    def append(self, k: ArrayLike, v: ArrayLike, *, layout: str | Layout = "contiguous", replicated: bool = False
-               ) -> None:
+    def append(self, k: ArrayLike, v: ArrayLike | None = None, *, key_bias: ArrayLike | None = None,
+               layout: str | Layout = "contiguous", replicated: bool = False) -> None:
         """Append tokens. Collective over *comm*.
 
         Parameters
         ----------
         k, v : arrays of shape ([batch,] n, kv_heads, dim) and ([batch,] n, kv_heads, dim_v)
-            This rank's new tokens, which it keeps; n may differ between ranks. They are copied.
+            This rank's new tokens, which it keeps; n may differ between ranks. They are copied. No v with
+            `values_in_keys`.
+        key_bias : array of shape ([batch,] n) or ([batch,] n, heads), float
+            Of these, if the cache was made for a bias: the former with ``key_bias=True``, the latter with
+            ``key_bias=heads``. -inf leaves a key out.
         layout : str or Layout
             Where the tokens of the ranks lie among the new ones; see `RingAttention`.
         replicated : bool
@@ -140,17 +157,18 @@ class KVCache:
         core = self._core
         with core.comm.one_call():
             check_thread()
-            arrays: tuple[Array, Array] | None = None
+            arrays: list[Array] | None = None
             options = core.options
             with core.comm.noting() as failures:
                 self._check_open()
                 check_spec(layout)
-                arrays = core.sizes.check_tokens(k, v, core.backend)
+                arrays = core.sizes.check_tokens(k, v, key_bias, core.backend, core.accumulator)
                 options |= {"replicated": bool(replicated),
                             "layout": layout.describe() if isinstance(layout, Layout) else layout}
             count = 0 if arrays is None else arrays[0].shape[1]
             if replicated and arrays is not None:
-                options |= {"tokens": count, "k (checksum)": checksum(arrays[0]), "v (checksum)": checksum(arrays[1])}
+                options |= {"tokens": count, **{f"{name} (checksum)": checksum(x) for name, x in
+                                                zip(core.sizes.in_file, arrays, strict=True)}}
             rows = core.comm.exchange("KVCache.append", core.timeout, np.array([count]).view(np.uint8),
                                       failures=failures, options=options)
             counts = np.concatenate(rows).view(np.int64).tolist()
@@ -160,20 +178,23 @@ class KVCache:
             with Undone(core.contents), core.comm.raise_on_all(core.timeout), core.backend.current():
                 if arrays is None:
                     raise InternalError("tokens are missing")
-                core.contents.take(*arrays, total, where)
+                core.contents.take(arrays, total, where)
 
     @overload
-    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *, sharded: bool = False,
-               layout: str | Layout = "contiguous", sinks: ArrayLike | None = None,
+    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
+               key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
+               sinks: ArrayLike | None = None,
                return_lse: Literal[False] = False) -> Array: ...
 
     @overload
-    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *, sharded: bool = False,
-               layout: str | Layout = "contiguous", sinks: ArrayLike | None = None,
+    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
+               key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
+               sinks: ArrayLike | None = None,
                return_lse: Literal[True]) -> tuple[Array, Array]: ...
 
-    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *, sharded: bool = False,
-               layout: str | Layout = "contiguous", sinks: ArrayLike | None = None, return_lse: bool = False
+    def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
+               key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
+               sinks: ArrayLike | None = None, return_lse: bool = False
                ) -> Array | tuple[Array, Array]:
         """Attend to all tokens there are. Collective over *comm*.
 
@@ -184,6 +205,8 @@ class KVCache:
             multiple of `kv_heads`.
         k, v : arrays, optional
             New tokens, the same on all ranks, which are appended first, in the same exchange; see `append`.
+        key_bias : array, optional
+            Of the new tokens; see `append`.
         sharded : bool
             Each rank has queries of its own: a long prompt, say. Keys or queries travel, whichever are fewer bytes.
         layout : str or Layout
@@ -210,11 +233,13 @@ class KVCache:
         """
         core = self._core
         if sharded:
-            out, lse = attend_prompt(core, self._check_open, q, k is not None or v is not None, layout, sinks)
+            out, lse = attend_prompt(core, self._check_open, q,
+                                     any(x is not None for x in (k, v, key_bias)), layout, sinks)
         else:
             with core.comm.one_call():
                 check_thread()
-                out, lse = map(core.sizes.given, attend_step(core, self._check_open, q, k, v, sinks))
+                out, lse = map(core.sizes.given, attend_step(core, self._check_open, q, k, v, key_bias,
+                                                              sinks))
         return (out, lse) if return_lse else out
 
     def crop(self, length: int) -> None:
@@ -255,8 +280,8 @@ class KVCache:
     def save(self, path: str | os.PathLike[str], force: bool = False) -> None:
         """Write the cache to an HDF5 file, in the order of the positions. Collective over *comm*.
 
-        Datasets `k` (tokens, [batch,] kv_heads, dim), `v` and `positions`; it is there whole or not at all, with
-        digests by which `open` finds damage, and parts that do not belong together.
+        Datasets `k` (tokens, [batch,] kv_heads, dim), `v`, `positions`, and `key_bias` if there is one; it is there
+        whole or not at all, with digests by which `open` finds damage, and parts that do not belong together.
 
         Parameters
         ----------
@@ -285,8 +310,8 @@ class KVCache:
         path : path
         comm : MPI.Intracomm
         **options
-            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype and batch are those
-            of the file; if they are given, and not None, they must be the same.
+            As for `KVCache`: the mask too, which is not in the file. kv_heads, dim, dim_v, dtype, batch,
+            key_bias and values_in_keys are those of the file; if they are given, and not None, they must be the same.
 
         Raises
         ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +34,8 @@ class Contents:
         Tokens that all ranks have are dealt out by them.
     empty : callable
         Makes an array of a shape and a dtype where it is computed with.
+    acc_dtype : dtype
+        Of a bias of the keys.
 
     Attributes
     ----------
@@ -43,7 +46,8 @@ class Contents:
     store : KVStore
     """
 
-    def __init__(self, sizes: Sizes, mask: BaseMask, rank: int, size: int, empty: Empty) -> None:
+    def __init__(self, sizes: Sizes, mask: BaseMask, rank: int, size: int, empty: Empty,
+                 acc_dtype: np.dtype[Any]) -> None:
         self.length = 0
         self.dropped = 0
         self._reordered = 0           # a checksum of what `reorder` was told
@@ -55,7 +59,7 @@ class Contents:
         self._rank, self._size = rank, size
         most = None if self._kept is None else max(4 * DEALT, -(-self._kept // (4 * size)))
         room = ROOM if sizes.capacity is None else -(-sizes.capacity // (size * DEALT)) * DEALT
-        self.store = KVStore(sizes.shapes, sizes.dtype, empty, room, most)
+        self.store = KVStore(sizes.shapes, sizes.in_keys, sizes.dtype, (sizes.key_bias, acc_dtype), empty, room, most)
 
     @property
     def alike(self) -> dict[str, Any]:
@@ -87,16 +91,19 @@ class Contents:
                               "dropped; append the tokens that were cropped, or crop(0), or make the cache with a "
                               "larger rollback=")
 
-    def take(self, k: Array, v: Array, total: int, layout: Layout | None) -> None:
-        """Keep this rank's share of `total` new tokens, by their layout, or of those that all ranks have. Local."""
+    def take(self, arrays: Sequence[Array], total: int, layout: Layout | None) -> None:
+        """Keep this rank's share of `total` new tokens, by their layout, or of those that all ranks have. Local.
+
+        The arrays are those of a chunk.
+        """
         start = self.length
         if layout is None:
             positions = np.arange(start, start + total, dtype=np.int64)
             mine = (positions // DEALT) % self._size == self._rank
             for first, last in _runs(mine):
-                self.store.append(positions[first:last], k[:, first:last], v[:, first:last])
+                self.store.append(positions[first:last], *(x[:, first:last] for x in arrays))
         else:
-            self.store.append(start + layout.positions(self._rank), k, v)
+            self.store.append(start + layout.positions(self._rank), *arrays)
         self.length = start + total
         if self._kept is not None and total and start - self._kept > self.dropped:
             self.dropped = start - self._kept

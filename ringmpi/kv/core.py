@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..backends import check_name
+from ..backends import GPU_NAMES, check_name
 from ..backends.base import Backend
-from ..checks import check_threads, check_timeout
+from ..checks import check_bias_numbers, check_threads, check_timeout
 from ..dtypes import accumulator as accumulator_of
 from ..engine import Engine, agreed
-from ..errors import OptionError
+from ..errors import BackendError, OptionError
 from ..mask import Mask
 from ..mpi.comm import digest_of, private_comm
 from ..mpi.threads import check_thread
@@ -81,6 +81,9 @@ class Core:
             self.accumulator = accumulator_of(self.sizes.dtype, options["accumulator"])
             self.problem.check_range(np.finfo(self.accumulator))
             check_name(options["backend"])
+            if options["backend"] in GPU_NAMES and (self.sizes.key_bias or self.sizes.in_keys):
+                raise BackendError(f"{'key_bias' if self.sizes.key_bias else 'values_in_keys'}: backend "
+                                   f"{options['backend']} has none yet; expected backend numba or numpy")
             self.agreed = {**self.problem.describe(), **self.sizes.describe(), "backend": options["backend"]}
             engine = Engine(self.comm, self.timeout, options["backend"],
                             check_threads(options["threads"]) or self.comm.threads, "auto",
@@ -89,12 +92,13 @@ class Core:
         self._prepare()
         self.agreed["KVCache (by the order in which they were made)"] = self.comm.next_object()
         self.digest = digest_of(self.agreed)
-        self.contents = Contents(self.sizes, self.problem.mask, self.comm.rank, self.comm.size, self.backend.empty)
-        self.decoder = Decoder(self.comm, self.engine, self.problem, self.accumulator, self.sizes.dim_v)
+        self.contents = Contents(self.sizes, self.problem.mask, self.comm.rank, self.comm.size, self.backend.empty,
+                                 self.accumulator)
+        self.decoder = Decoder(self.comm, self.engine, self.problem, self.accumulator, self.sizes)
 
     def _prepare(self) -> None:
         """Compile what computes. Collective over *comm*."""
-        plain = self.problem.softcap is None and self.problem.alibi is None
+        plain = self.problem.softcap is None and self.problem.alibi is None and not self.sizes.key_bias
         try:
             self.engine.prepare(self.sizes.dtype, self.accumulator, self.sizes.dim, self.sizes.dim_v, plain=plain,
                                 backward=False)
@@ -114,14 +118,15 @@ class Core:
 
     def fill(self, path: Path, found: Mapping[str, Any]) -> None:
         """Take this rank's share of a cache that was saved; `found` is its description. Local."""
-        contents, backend = self.contents, self.backend
+        contents, backend, sizes = self.contents, self.backend, self.sizes
         contents.check_capacity(found["length"])
         blocks = read_blocks(path, found, contents.seen(found["length"]), self.comm.rank, self.comm.size)
         contents.store.make_room(found["tokens"] // self.comm.size)
         with backend.current():
             for positions, *arrays in blocks:
-                k, v = (backend.to_device(x[None] if self.sizes.batch is None else np.moveaxis(x, 0, 1))
-                        for x in arrays)
-                contents.store.append(positions, k, v)
+                mine = [backend.to_device(x[None] if sizes.batch is None else np.moveaxis(x, 0, 1)) for x in arrays]
+                if sizes.key_bias:
+                    mine[-1] = check_bias_numbers(mine[-1], self.accumulator)
+                contents.store.append(positions, *mine)
         contents.length = found["length"]
         contents.dropped = found["dropped"]

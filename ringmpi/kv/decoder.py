@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,40 +15,17 @@ from ..backends.base import Backend, Ended
 from ..call import Array
 from ..engine import Engine
 from ..errors import InternalError
+from ..intervals import Interval
 from ..layout import Integers
 from ..mpi.comm import Comm
 from ..problem import Problem
 from ..score import Score
 from ..softmax import State
+from .query import Query
+from .sizes import Sizes
 from .store import Chunk, KVStore
 
 KEPT_BYTES = 2**20           # of buffers that are kept for the next step
-
-
-class Query(NamedTuple):
-    """What is asked of a cache, checked.
-
-    Attributes
-    ----------
-    q : array of shape (batch, n_q, heads, dim)
-        Where it is computed with.
-    on_gpu : bool
-        Whether the caller's array is on a GPU.
-    sinks : array of shape (heads,), accumulator dtype, optional
-    first, total : int
-        Which of all queries are in q, for the mask: from the first on, of so many.
-    """
-
-    q: Array
-    on_gpu: bool
-    sinks: NDArray[Any] | None
-    first: int
-    total: int
-
-    def parts(self, rows: int) -> Iterator[Query]:
-        """Cut it into parts of so many queries at most; at least one. Local."""
-        for start in range(0, max(1, self.total), rows):
-            yield self._replace(q=self.q[:, start:start + rows], first=start)
 
 
 class Decoder:
@@ -62,15 +40,16 @@ class Decoder:
         Mask and scores.
     acc_dtype : dtype
         Of the accumulator.
-    dim_v : int
+    sizes : Sizes
+        Of the cache.
     """
 
-    def __init__(self, comm: Comm, engine: Engine, problem: Problem, acc_dtype: np.dtype[Any], dim_v: int) -> None:
+    def __init__(self, comm: Comm, engine: Engine, problem: Problem, acc_dtype: np.dtype[Any], sizes: Sizes) -> None:
         self._comm = comm
         self._engine = engine
         self._problem = problem
         self._acc_dtype = acc_dtype
-        self._dim_v = dim_v
+        self._sizes = sizes
         self._step: _Step | None = None
 
     def accumulate(self, query: Query, store: KVStore, length: int) -> NDArray[np.uint8]:
@@ -91,7 +70,7 @@ class Decoder:
         """
         if self._step is None or self._step.shape != query.q.shape:
             self.close()                            # the old memory goes before the new comes
-            self._step = _Step(self._engine.backend, self._problem, query.q.shape, self._dim_v, self._acc_dtype,
+            self._step = _Step(self._engine.backend, self._problem, query.q.shape, self._sizes, self._acc_dtype,
                                self._comm.size)
         step = self._step
         step.look_at(store, length, query.first, query.total)
@@ -99,6 +78,7 @@ class Decoder:
             with Ended(fold):
                 for _ in fold:
                     self._comm.progress([], self._comm.name, lambda: True)
+        step.find_seen(store)
         return step.payload(query.q.dtype)
 
     def close(self) -> None:
@@ -138,24 +118,28 @@ class _Step:
     backend : Backend
     problem : Problem
     shape : (batch, n_q, heads, dim)
-    dim_v : int
+    sizes : Sizes
     acc_dtype : dtype
     ranks : int
     """
 
-    def __init__(self, backend: Backend, problem: Problem, shape: tuple[int, int, int, int], dim_v: int,
+    def __init__(self, backend: Backend, problem: Problem, shape: tuple[int, int, int, int], sizes: Sizes,
                  acc_dtype: np.dtype[Any], ranks: int) -> None:
         batch, n_q, heads, _ = shape
+        dim_v = sizes.dim_v
         rows, numbers = n_q * heads, n_q * heads * (dim_v + 2)
         self._backend = backend
         self._problem = problem
         self.shape = shape
         self._shapes = (batch, n_q, heads, dim_v), (batch, n_q, heads)
 
-        # What is sent: states, as `Backend.merge` takes them, and then which queries see any key.
+        # What is sent: states, as `Backend.merge` takes them, and then which queries see any key; with a bias, one that
+        # it does not leave out, for each element and head.
         nbytes = batch * numbers * acc_dtype.itemsize
-        self._tail = slice(nbytes, nbytes + n_q)
-        self._sent = np.zeros(-(-(nbytes + n_q) // 8) * 8, np.uint8)
+        self._biased = bool(sizes.key_bias)
+        count = batch * rows if self._biased else n_q
+        self._tail = slice(nbytes, nbytes + count)
+        self._sent = np.zeros(-(-(nbytes + count) // 8) * 8, np.uint8)
         self._host_states = [State(x[:rows * dim_v].reshape(n_q, heads, dim_v),
                                    *x[rows * dim_v:].reshape(2, n_q, heads))
                              for x in self._sent[:nbytes].view(acc_dtype).reshape(batch, numbers)]
@@ -168,7 +152,8 @@ class _Step:
         # What is received.
         self._received = np.zeros((ranks, self._sent.size), np.uint8)
         self._numbers = self._received.view(acc_dtype)
-        self._seen = np.zeros((ranks, n_q), np.uint8)
+        self._seen = np.zeros((ranks, count), np.uint8)
+        self._bounds: Sequence[Interval] = ()
 
         self._bound: weakref.WeakSet[Chunk] = weakref.WeakSet()
         self._looked_at: Any = None
@@ -202,7 +187,8 @@ class _Step:
                     seen |= sees
                     for bound in chunk.bound[number]:
                         bound.see(begin, end)
-        self._blank[self._tail] = seen
+        self._blank[self._tail] = np.broadcast_to(seen[:, None], self._shapes[1]).reshape(-1) if self._biased else seen
+        self._bounds = bounds
         self._looked_at = now
 
     def _score(self, positions: Integers) -> Score:
@@ -215,7 +201,10 @@ class _Step:
         """Prepare to meet a chunk as often as there are intervals; what that takes goes with the chunk."""
         _, n_q, heads, _ = self.shape
         chunk.unbind()                              # until all is there
-        chunk.bound = [[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, score.of_keys(chunk.places))
+        score = score.of_keys(chunk.places)
+        biases = itertools.repeat(None) if chunk.bias is None else chunk.bias
+        scores = [score.of_key_bias(bias) for bias, _ in zip(biases, self._states, strict=False)]
+        chunk.bound = [[self._backend.bind(state, chunk.k[i], chunk.v[i], n_q, heads, scores[i])
                         for i, state in enumerate(self._states)] for _ in range(intervals)]
         chunk.seen = [False] * intervals
         chunk.bound_by = self
@@ -238,6 +227,19 @@ class _Step:
                 for i, bound in enumerate(elements if sees else ()):
                     yield bound.fold(q[i])
 
+    def find_seen(self, store: KVStore) -> None:
+        """Find which queries see a key that a bias does not leave out, if there is one; most states show it."""
+        met = np.stack([state.row_max for state in self._host_states]) > -np.inf if self._biased else np.ones(1, bool)
+        if met.all():
+            return
+        for chunk, (low, high) in itertools.product(store.chunks, self._bounds):
+            begin, end = (chunk.positions.searchsorted(x) for x in (low, high))
+            for element, bias in zip(met, chunk.bias, strict=True):
+                below = np.zeros((chunk.used + 1, bias.shape[1]), np.int64)
+                np.cumsum(~np.isneginf(bias[:chunk.used]), axis=0, out=below[1:])
+                element |= np.greater(below[np.maximum(begin, end)], below[begin])
+        self._sent[self._tail] = met.reshape(-1)
+
     def payload(self, dtype: np.dtype[Any]) -> NDArray[np.uint8]:
         """Give what the other ranks are to know; make room for results, while errors are agreed on."""
         self._out = self._backend.empty(self._shapes[0], dtype)
@@ -254,5 +256,13 @@ class _Step:
         self._seen[:] = self._received[:, self._tail]
         out, lse = self._out, self._lse
         self._out = self._lse = None                # they are the caller's
-        self._backend.merge(self._numbers, query.sinks, self._seen, out, lse)
+        if not self._biased:
+            self._backend.merge(self._numbers, query.sinks, self._seen, out, lse)
+            return out, lse
+        seen = self._seen.reshape(-1, *self._shapes[1])
+        self._backend.merge(self._numbers, query.sinks, np.asarray(seen.any(axis=(1, 3)), np.uint8), out, lse)
+        if query.sinks is None:
+            blind = ~seen.any(axis=0)
+            out[blind] = 0
+            lse[blind] = -np.inf
         return out, lse

@@ -1,9 +1,9 @@
 """A cache of keys and values as an HDF5 file: what it says of itself, and its tokens, read by all ranks.
 
-Datasets `k`, `v` and `positions` have the tokens in the order of their positions. They are cut into blocks of some
-rows; `digests` has the SHA-256 digest of each block, over its positions, keys and values in this order. So what does
-not belong together is found, by whichever ranks read it. The description, `cache`, has the digest of `digests`, and is
-sealed itself.
+Datasets `k`, `v`, `positions` and, if there is a bias, `key_bias` have the tokens in the order of their positions. They
+are cut into blocks of some rows; `digests` has the SHA-256 digest of each block, over its positions, keys, values and
+bias in this order. So what does not belong together is found, by whichever ranks read it. The description, `cache`, has
+the digest of `digests`, and is sealed itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from ..files.storage import check_storage
 from ..layout import Contiguous
 
 Array = NDArray[Any]
-FORMAT = 2
+FORMAT = 3
 DESCRIPTION_BYTES = 2**12
 LARGEST = 2**40                # tokens
 DIGEST_BYTES = hashlib.sha256().digest_size
-COUNTS = {"length": 0, "dropped": 0, "tokens": 0, "rows": 1, "kv_heads": 1, "dim": 1, "dim_v": 1}      # at least
+COUNTS = {"length": 0, "dropped": 0, "tokens": 0, "rows": 1, "kv_heads": 1, "dim": 1, "dim_v": 1,
+          "key_bias": 0}       # at least
 
 
 def block_digest(positions: NDArray[np.int64], arrays: Iterable[Array]) -> bytes:
@@ -63,6 +64,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(text)
         batch = found["batch"]
         right = (found["format"] == FORMAT and found["dtype"] in DTYPES and isinstance(found["digests"], str)
+                 and type(found["values_in_keys"]) is bool
                  and all(type(found[name]) is int and least <= found[name] < LARGEST for name, least in COUNTS.items())
                  and (batch is None or (type(batch) is int and 0 < batch < LARGEST)))
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -77,19 +79,26 @@ def check_sizes(path: Any, found: Mapping[str, Any], options: Mapping[str, Any])
 
     None asks for nothing.
     """
-    sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch")}
+    sizes = {name: found[name] for name in ("kv_heads", "dim", "dim_v", "dtype", "batch", "key_bias", "values_in_keys")}
     for name, size in sizes.items():
         given = options.get(name)
         if given is None:
             continue
-        wanted = check_dtype(given, name).name if name == "dtype" else check_integer(f"KVCache: {name}", given, 1)
+        if name == "dtype":
+            wanted: Any = check_dtype(given, name).name
+        elif name == "values_in_keys":
+            wanted = bool(given)
+        elif name == "key_bias":
+            wanted = check_integer(f"KVCache: {name}", int(given) if isinstance(given, bool) else given, 0)
+        else:
+            wanted = check_integer(f"KVCache: {name}", given, 1)
         if wanted != size:
             raise OptionError(f"{path}: expected a cache with {name} {wanted}, got {size}")
     return sizes
 
 
 def read_blocks(path: str | os.PathLike[str], description: Mapping[str, Any], seen: int, rank: int, size: int
-                ) -> Iterator[tuple[NDArray[np.int64], Array, Array]]:
+                ) -> Iterator[tuple[Array, ...]]:
     """Read a rank's share of the tokens of a cache, block by block. Local.
 
     Parameters
@@ -106,6 +115,8 @@ def read_blocks(path: str | os.PathLike[str], description: Mapping[str, Any], se
     ------
     positions : int64 array of shape (n,)
     k, v : arrays of shape (n, [batch,] kv_heads, dim) and (n, [batch,] kv_heads, dim_v)
+        No v if values are in keys.
+    key_bias : float64 array of shape (n, [batch,] heads or 1), if there is one
 
     Raises
     ------
@@ -129,12 +140,12 @@ def read_blocks(path: str | os.PathLike[str], description: Mapping[str, Any], se
         rows = description["rows"]
         for start in range(first - first % rows, last, rows):
             stop = min(start + rows, len(positions))
-            k, v = (read_rows(dataset, start, stop) for dataset in datasets)
-            if block_digest(positions[start:stop], (k, v)) != digests[start // rows]:
-                raise ShardError(f"{path}: rows {start}..{stop} of positions, k and v do not belong together, or are "
+            arrays = [read_rows(dataset, start, stop) for dataset in datasets]
+            if block_digest(positions[start:stop], arrays) != digests[start // rows]:
+                raise ShardError(f"{path}: rows {start}..{stop} of its datasets do not belong together, or are "
                                  "damaged: they are not what was written")
             mine = slice(max(first, start) - start, min(last, stop) - start)
-            yield positions[start:stop][mine], k[mine], v[mine]
+            yield positions[start:stop][mine], *(x[mine] for x in arrays)
 
 
 def _read_digests(file: h5py.File, path: Any, description: Mapping[str, Any]) -> list[bytes]:
@@ -168,16 +179,23 @@ def _read_positions(file: h5py.File, path: Any, description: Mapping[str, Any]) 
 
 
 def _open_datasets(file: h5py.File, path: Any, description: Mapping[str, Any]) -> list[h5py.Dataset]:
-    """Find keys and values, of the shapes and the dtype that the description says."""
+    """Find keys and values, and a bias, of the shapes and dtypes that the description says."""
     batch = () if description["batch"] is None else (description["batch"],)
     datasets = []
-    for name, dim in (("k", description["dim"]), ("v", description["dim_v"])):
+    heads, dtype, biases = description["kv_heads"], DTYPES[description["dtype"]], description["key_bias"]
+    expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        "k": ((heads, description["dim"]), dtype)}
+    if not description["values_in_keys"]:
+        expected["v"] = (heads, description["dim_v"]), dtype
+    if biases:
+        expected["key_bias"] = (biases,), np.dtype(np.float64)
+    for name, (rest, wanted) in expected.items():
         dataset = open_dataset(file, name)
-        shape = (description["tokens"], *batch, description["kv_heads"], dim)
+        shape = (description["tokens"], *batch, *rest)
         if dataset.shape != shape or dataset.is_virtual:
             raise ShardError(f"{path}: dataset {name!r}: expected shape {shape}, got {dataset.shape}")
-        dtype = read_rows(dataset, 0, 0).dtype
-        if dtype != DTYPES[description["dtype"]]:
-            raise ShardError(f"{path}: dataset {name!r}: expected {description['dtype']}, got {dtype}")
+        got = read_rows(dataset, 0, 0).dtype
+        if got != wanted:
+            raise ShardError(f"{path}: dataset {name!r}: expected {wanted.name}, got {got}")
         datasets.append(dataset)
     return datasets

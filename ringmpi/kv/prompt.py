@@ -19,11 +19,13 @@ from ..call import Array, Call, Inputs
 from ..errors import OptionError, ShapeError
 from ..forward import ForwardPass
 from ..layout import Custom, Integers, Layout
+from ..left_out import bits_of, seen_by_heads
 from ..mpi.threads import check_thread
 from ..plan import Plan
 from ..schedules.base import Blocks, Work
 from ..schedules.cost import fewest_bytes
 from .core import Core
+from .sizes import Sizes
 
 PIECE_BYTES = 2**26            # of keys and values of a rank, which are on their way at a time
 
@@ -61,7 +63,7 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
     """
     sizes, backend, contents = core.sizes, core.backend, core.contents
     n_q, heads = 0, 0
-    pieces: list[tuple[Array, Array]] = []
+    pieces: list[tuple[Array, ...]] = []
     with core.comm.one_call():
         check_thread()
         with core.comm.noting() as failures:
@@ -76,7 +78,7 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
             pieces += contents.store.pieces(PIECE_BYTES)
 
         # What each rank asks, and which tokens it has in which pieces.
-        mine = np.array([n_q, heads, len(pieces), *(k.shape[1] for k, _ in pieces)], np.int64)
+        mine = np.array([n_q, heads, len(pieces), *(k.shape[1] for k, *_ in pieces)], np.int64)
         rows = core.comm.exchange("KVCache.attend (sharded)", core.timeout,
                                   np.concatenate([mine, contents.store.positions]).view(np.uint8),
                                   failures=failures, options=core.options)
@@ -89,15 +91,20 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
         with core.comm.raise_on_all(core.timeout), backend.current():
             given = as_array(q, "q")
             query = sizes.given(sizes.check_array("q", given, backend))
-            k, v = (backend.empty((batch, 0, *rest), sizes.dtype) for batch, *rest in sizes.shapes)
-            pieces += [(k, v)] * (len(held) - len(pieces))
+            nothing = [backend.empty((batch, 0, *rest), sizes.dtype) for batch, *rest in sizes.shapes]
+            if sizes.in_keys:
+                nothing.pop()
+            if sizes.key_bias:
+                nothing.append(np.empty((len(nothing[0]), 0, sizes.key_bias), core.accumulator))
+            pieces += [tuple(nothing)] * (len(held) - len(pieces))
     item, wide = sizes.dtype.itemsize, core.accumulator.itemsize
     schedule = fewest_bytes(core.comm.size, queries=asked * heads * (sizes.dim * item + (sizes.dim_v + 2) * wide),
                             keys=sum(sum(piece.counts) for piece in held) * sizes.kv_heads
-                            * (sizes.dim + sizes.dim_v) * item)
+                            * (sizes.dim if sizes.in_keys else sizes.dim + sizes.dim_v) * item)
     with closing(PromptAttention(core.given, layout=layout, kv_layout=held[0], schedule=schedule,
                                  **core.passed_on)) as attention:
-        out, lse = attention.attend(query, [(sizes.given(k), sizes.given(v)) for k, v in pieces], held, sinks)
+        out, lse = attention.attend(query, [tuple(map(sizes.given, piece)) for piece in pieces], held, sinks,
+                                    sizes)
     with backend.current():
         return (out, lse) if not isinstance(given, np.ndarray) else (backend.to_numpy(out), backend.to_numpy(lse))
 
@@ -123,25 +130,32 @@ def held_pieces(positions: Sequence[Integers], sizes: Sequence[Integers], length
 class PromptAttention(RingAttention):
     """Attention to keys and values in several pieces. Collective over *comm*."""
 
-    def attend(self, q: Any, pieces: Sequence[tuple[Array, Array]], layouts: Sequence[Layout], sinks: Any
-               ) -> tuple[Array, Array]:
+    def attend(self, q: Any, pieces: Sequence[tuple[Array, ...]], layouts: Sequence[Layout], sinks: Any,
+               sizes: Sizes) -> tuple[Array, Array]:
         """Attend; give `out` and `lse`. Collective over *comm*.
 
         Parameters
         ----------
         q, sinks
             See `RingAttention.__call__`.
-        pieces : sequence of (k, v)
-            This rank's; as many on all ranks.
+        pieces : sequence of tuples of arrays
+            This rank's, those of `Chunk.arrays`; as many on all ranks. A bias has an axis of numbers of a key.
         layouts : sequence of Layout
             Of each piece.
+        sizes : Sizes
+            Of the cache.
         """
         with self._comm.one_call():
             self._last = None
             self._start()
             call: Call | None = None
             with self._comm.noting() as failures:
-                call = Call.check(Inputs(q, *pieces[0], sinks), 0.0, self._problem.accumulator)
+                k, *others = pieces[0]
+                bias: Array = others.pop() if sizes.key_bias else None
+                if sizes.key_bias == 1:
+                    bias = bias[..., 0]
+                call = Call.check(Inputs(q, k, others[0] if others else None, sinks, key_bias=bias,
+                                         dim_v=sizes.dim_v if sizes.in_keys else None), 0.0, self._problem.accumulator)
             call, records = self._agree(call, failures, "forward")
             plans = []
             for layout in layouts:
@@ -150,7 +164,7 @@ class PromptAttention(RingAttention):
             if self.backend.device:
                 with self._comm.raise_on_all(self.timeout), self.backend.current():
                     call.to_device(self.backend, plans[0].accumulator)
-            run = PromptPass(call, list(zip(plans, pieces, strict=True)), self._engine, self.trace)
+            run = PromptPass(call, list(zip(plans, pieces, layouts, strict=True)), self._engine, self.trace)
             out, lse = run.forward()
             return call.given(out), call.given(lse)
 
@@ -158,14 +172,26 @@ class PromptAttention(RingAttention):
 class PromptPass(ForwardPass):
     """A forward pass over several pieces, one after the other."""
 
-    def __init__(self, call: Call, pieces: Sequence[tuple[Plan, tuple[Array, Array]]], engine: Any, trace: Any) -> None:
+    def __init__(self, call: Call, pieces: Sequence[tuple[Plan, tuple[Array, ...], Layout]], engine: Any,
+                 trace: Any) -> None:
         super().__init__(call, pieces[0][0], engine, trace, None)
         self._pieces = pieces
+
+    def _find_seen(self) -> None:
+        """Find which rows see a key of any piece that the bias of their head does not leave out."""
+        call = self.call
+        call.seen = ()
+        if call.key_bias is None or call.sinks is not None:
+            return
+        for plan, (*_, bias), layout in self._pieces:
+            bits = self.engine.share(bits_of(bias if call.batched else bias[None]))
+            found = seen_by_heads(plan, layout, bits, call.key_bias.shape[2])
+            call.seen = [some | more for some, more in zip(call.seen or found, found, strict=True)]
 
     def _works(self, keys: Sequence[Array]) -> Iterator[Work]:
         """Yield the work with every block of every piece; `keys` are those of the first, and where they should be."""
         first = self.plan
-        for number, (plan, piece) in enumerate(self._pieces):
+        for number, (plan, piece, _) in enumerate(self._pieces):
             self.plan = plan
             if number:
                 keys = [x if self.call.batched else x[None] for x in piece]

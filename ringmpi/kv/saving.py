@@ -50,13 +50,16 @@ def save(core: Core, check_open: Callable[[], None], path: Any, force: bool) -> 
         with backend.current():
             parts = [[backend.to_numpy(backend.to_device(x) if backend.device else x) for x in both]
                      for both in contents.store.views(first, last)]
+        columns = [[np.moveaxis(x, 1, 0) if sizes.batch is not None else x[0] for x in theirs]
+                   for theirs in zip(*parts, strict=True)]
         bits = f"u{sizes.dtype.itemsize}"            # copied as such: NumPy copies bfloat16 one by one
-        return tuple(np.concatenate([(np.moveaxis(x, 1, 0) if sizes.batch is not None else x[0]).view(bits)
-                                     for x in theirs]).view(sizes.dtype) for theirs in zip(*parts, strict=True))
+        biases = [np.concatenate(columns.pop(), dtype=np.float64)] if sizes.key_bias else []
+        return *(np.concatenate([x.view(bits) for x in theirs]).view(sizes.dtype) for theirs in columns), *biases
 
     description = {"length": contents.length, "dropped": contents.dropped, "kv_heads": sizes.kv_heads,
-                   "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype.name, "batch": sizes.batch}
-    Saving(comm, core.timeout, [row.view(np.int64) for row in rows], sizes.shapes_in_file, sizes.dtype).write(
+                   "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype.name, "batch": sizes.batch,
+                   "key_bias": sizes.key_bias, "values_in_keys": sizes.in_keys}
+    Saving(comm, core.timeout, [row.view(np.int64) for row in rows], sizes.in_file).write(
         as_path(path), force, description, read)
 
 
@@ -70,20 +73,18 @@ class Saving:
         Seconds to wait for another rank.
     held : for each rank, int64 array
         Positions of its tokens, increasing.
-    shapes : sequence of tuple of int
-        Of a token's key and value: ([batch,] kv_heads, dim) and ([batch,] kv_heads, dim_v).
-    dtype : dtype
+    arrays : mapping
+        See `Sizes.in_file`.
     """
 
     def __init__(self, comm: Comm, timeout: float, held: Sequence[NDArray[np.int64]],
-                 shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]) -> None:
+                 arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
         self._comm = comm
         self._timeout = timeout
-        self._shapes = shapes
-        self._dtype = dtype
+        self._arrays = arrays
         self._positions = np.sort(np.concatenate(held))
         self._rows = [np.searchsorted(self._positions, theirs) for theirs in held]        # in the file
-        self._token_bytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+        self._token_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays.values())
         self.block = max(1, BLOCK_BYTES // self._token_bytes)
         self._failures: list[Exception] = []
 
@@ -98,7 +99,7 @@ class Saving:
         description : mapping
             What `read_description` gives, but for what is known here; plain values.
         read : callable
-            Gives k and v of some of this rank's tokens, from one to another, on the host, tokens first.
+            Gives k and v, and a bias, of some of this rank's tokens, from one to another, on the host, tokens first.
 
         Raises
         ------
@@ -139,9 +140,9 @@ class Saving:
         tokens = len(self._positions)
         digests = np.zeros((-(-tokens // self.block), DIGEST_BYTES), np.uint8)
         datasets: list[OutputDataset] = []
-        arrays = [np.empty((min(self.block, tokens), *shape), self._dtype) for shape in self._shapes]
-        self._try(lambda: datasets.extend(create_dataset(file, name, (tokens, *shape), self._dtype)
-                                          for name, shape in zip("kv", self._shapes, strict=True)))
+        arrays = [np.empty((min(self.block, tokens), *shape), dtype) for shape, dtype in self._arrays.values()]
+        self._try(lambda: datasets.extend(create_dataset(file, name, (tokens, *shape), dtype)
+                                          for name, (shape, dtype) in self._arrays.items()))
         for start, stop, parts in self._blocks():
             for rank, (first, last) in enumerate(parts):
                 if last > first:
@@ -194,9 +195,9 @@ class Saving:
     def _split(self, part: NDArray[np.uint8], tokens: int) -> list[Array]:
         """View a message as keys and values."""
         arrays, at = [], 0
-        for shape in self._shapes:
-            nbytes = tokens * math.prod(shape) * self._dtype.itemsize
-            arrays.append(part[at:at + nbytes].view(self._dtype).reshape(tokens, *shape))
+        for shape, dtype in self._arrays.values():
+            nbytes = tokens * math.prod(shape) * dtype.itemsize
+            arrays.append(part[at:at + nbytes].view(dtype).reshape(tokens, *shape))
             at += nbytes
         return arrays
 
@@ -210,6 +211,6 @@ class Saving:
 
 
 def _place(targets: Sequence[Array], rows: NDArray[np.int64], arrays: Sequence[Array]) -> None:
-    bits = f"u{targets[0].itemsize}"             # copied as such: NumPy copies bfloat16 one by one
     for target, x in zip(targets, arrays, strict=True):
+        bits = f"u{target.itemsize}"             # copied as such: NumPy copies bfloat16 one by one
         target.view(bits)[rows] = x.view(bits)

@@ -15,14 +15,15 @@ from ..mpi.exchange import NOTHING
 from ..schedules.links import assign
 from .contents import Undone
 from .core import Core
-from .decoder import Query
+from .query import Query
 
-ASKED = ("q (checksum)", "tokens", "k (checksum)", "v (checksum)")
+ASKED = ("q (checksum)", "tokens")
 STATE_BYTES = 2**26            # that a rank takes at a time, besides results, to put together the states of all ranks
 SMALL_BYTES = 2**20            # of states that are put together without another message to agree that it went well
 
 
-def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: Any, sinks: Any) -> tuple[Array, Array]:
+def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: Any, key_bias: Any,
+                sinks: Any) -> tuple[Array, Array]:
     """Attend to this rank's tokens, then put the results of all ranks together. Collective over *comm*.
 
     Parameters
@@ -30,7 +31,7 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     core : Core
     check_open : callable
         Raises an error if the cache is closed.
-    q, k, v, sinks
+    q, k, v, key_bias, sinks
         See `KVCache.attend`.
 
     Returns
@@ -48,14 +49,16 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     with Undone(contents):
         with comm.noting() as failures, backend.current():
             check_open()
-            arrays = None if k is None and v is None else sizes.check_tokens(k, v, backend)
+            arrays = None
+            if any(x is not None for x in (k, v, key_bias)):
+                arrays = sizes.check_tokens(k, v, key_bias, backend, core.accumulator)
             query = sizes.check_query(q, sinks, backend, core.problem.alibi, contents.length, core.accumulator)
             numbers = (*query.q.shape, query.sinks is not None, checksum(query.sinks), checksum(query.q))
             if arrays is not None:
                 new = arrays[0].shape[1]
-                numbers += (new, checksum(arrays[0]), checksum(arrays[1]))
+                numbers += (new, *map(checksum, arrays))
                 contents.check_capacity(new)
-                contents.take(*arrays, new, None)
+                contents.take(arrays, new, None)
             contents.check_window(query.total)
             nbytes = _bytes_of_a_query(core, query)
             parts = list(query.parts(max(1, STATE_BYTES // max(1, nbytes))))
@@ -66,7 +69,8 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
                              options=lambda: {**core.agreed, **before, "shape of q": numbers[:4],
                                               "sinks": None if query is None or query.sinks is None
                                               else query.sinks.tolist(),
-                                              **dict(zip(ASKED, numbers[6:], strict=False))},
+                                              **dict(zip((*ASKED, *(f"{name} (checksum)" for name in sizes.in_file)),
+                                                         numbers[6:], strict=False))},
                              digest=digest_of_numbers(core.digest, *before.values(), *numbers))
         if not parts:
             raise InternalError("a query is missing")

@@ -18,7 +18,7 @@ def arrays(shape: Shape, schedule: Schedule, on_gpu: bool) -> dict[str, int]:
     rows, keys = shape.batch * n_q * shape.heads, shape.batch * n_k * shape.kv_heads
     q, out, lse = rows * shape.dim * shape.item, rows * shape.dim_v * shape.item, rows * shape.wide
     acc = rows * shape.dim_v * shape.wide
-    kv = keys * shape.width * shape.item
+    kv = keys * shape.key_width * shape.item
     sharing = 1 if shape.replicated else schedule.queries
     inside = kv * schedule.heads * kv_heads_inside(shape, schedule.heads).most // shape.kv_heads    # some have several
     bias = shape.batch * n_k * shape.wide * shape.bias
@@ -27,7 +27,7 @@ def arrays(shape: Shape, schedule: Schedule, on_gpu: bool) -> dict[str, int]:
     sizes = {
         "q": q,
         "k": keys * shape.dim * shape.item,
-        "v": keys * shape.dim_v * shape.item,
+        "v": keys * (shape.key_width - shape.dim) * shape.item,
         **({"key_bias": bias} if bias else {}),
         "out": out,
         "lse": lse,

@@ -39,6 +39,8 @@ class Shape:
         is little else to choose from.
     bias : int
         Numbers of a key's bias: 0 without one, 1, or one for each head.
+    in_keys : bool
+        Whether values are the first numbers of keys, and travel with them.
     """
 
     n_q: int
@@ -59,10 +61,16 @@ class Shape:
     replicated: bool = False
     canonical: bool = False
     bias: int = 0
+    in_keys: bool = False
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a key and its value in one head, as they are held and sent."""
+        return self.dim if self.in_keys else self.dim + self.dim_v
 
     @property
     def width(self) -> int:
-        """Numbers of a key and its value in one head; of a query and its result too."""
+        """Numbers of a key and its value in one head, as they are computed with; of a query and its result too."""
         return self.dim + self.dim_v
 
 
@@ -121,8 +129,8 @@ def traffic(shape: Shape, schedule: Schedule, backward: bool = False) -> Traffic
     returned = row * (shape.dim * wide if backward else shape.dim_v * item + wide)
     brought = row * wide * (shape.dim if backward else shape.dim_v + 2)
     biases = key * wide * (shape.bias * h if shape.bias == 1 else shape.bias)
-    block = key * repeated.all * shape.width * item + biases
-    gradients = key * repeated.all * shape.width * wide + biases if backward else 0
+    block = key * repeated.all * shape.key_width * item + biases
+    gradients = key * repeated.all * shape.key_width * wide + biases if backward else 0
     if shape.replicated:
         return Traffic(0, 0, 0, brought * others, block, gradients, 0)
     heads = away * (asked + block)
@@ -137,7 +145,7 @@ def axes(shape: Shape, schedule: Schedule) -> tuple[str, str, str]:
     Heads, which nothing hides, then queries and their results, or keys.
     """
     queries = shape.n_q * shape.heads * (shape.dim * shape.item + (shape.dim_v + 2) * shape.wide)
-    keys = shape.n_k * (shape.kv_heads * shape.width * shape.item + shape.bias * shape.wide)
+    keys = shape.n_k * (shape.kv_heads * shape.key_width * shape.item + shape.bias * shape.wide)
     more_queries = queries * (schedule.queries - 1) > keys * (schedule.keys - 1)
     return ("heads", "queries", "keys") if more_queries else ("heads", "keys", "queries")
 

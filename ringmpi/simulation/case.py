@@ -198,8 +198,8 @@ def prepare(shape: Shape, schedule: Schedule, machine: Machine, mask: BaseMask |
         seconds, even = _unequal(shape, machine, places, layouts, mask)
     tokens = np.tile(blocks, (schedule.heads, 1))
     shares = share_heads(shape.heads, shape.kv_heads, schedule.heads)
-    a_key = [share.kv_heads * shape.width * shape.item + (share.heads if shape.bias > 1 else shape.bias) * shape.wide
-             for share in shares]
+    a_key = [share.kv_heads * shape.key_width * shape.item
+             + (share.heads if shape.bias > 1 else shape.bias) * shape.wide for share in shares]
     a_token = np.repeat(a_key, schedule.queries)[:, None] * shape.batch
     return Case(shape, schedule, machine, trouble or Trouble(), places.reshape(-1, schedule.keys), tokens,
                 tokens * a_token, seconds, even)

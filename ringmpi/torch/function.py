@@ -27,10 +27,10 @@ except ImportError as error:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @explained(RingAttention)
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attention: RingAttention | None = None,
-                   sinks: Tensor | None = None, key_bias: Tensor | None = None,
-                   relative: Tensor | Sequence[Tensor] | None = None, seed: int = 0, return_lse: bool = False,
-                   **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor | None = None, *, comm: Any = None,
+                   attention: RingAttention | None = None, dim_v: int | None = None, sinks: Tensor | None = None,
+                   key_bias: Tensor | None = None, relative: Tensor | Sequence[Tensor] | None = None, seed: int = 0,
+                   return_lse: bool = False, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Attend, and be differentiated by autograd: by all that are tensors. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
@@ -53,6 +53,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
         Or `attention`.
     attention : RingAttention, optional
         Keeps its buffers and plan from call to call; for training loops. It must live until the last backward pass.
+    dim_v : int, optional
+        In place of `v`: values are the first `dim_v` numbers of each key, on the host. Their gradient is part of that
+        of `k`; for more derivatives take ``v=k[..., :dim_v]``.
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
@@ -93,8 +96,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, comm: Any = None, attenti
         raise OptionError("ring_attention: expected either comm, and options, or attention, which has its own")
     several = isinstance(relative, (tuple, list))
     tables = () if relative is None else relative if several else (relative,)
-    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, torch.is_grad_enabled(),
-                             several, *tables)
+    out, lse = _Attend.apply(q, k, v, sinks, key_bias, _Source(comm, attention, options), seed, dim_v,
+                             torch.is_grad_enabled(), several, *tables)
     return (out, lse) if return_lse else out
 
 
@@ -169,15 +172,16 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     """Attention as autograd knows it."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None,
-                source: _Source, seed: int, records: bool, several: bool, *tables: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, key_bias: Tensor | None,
+                source: _Source, seed: int, dim_v: int | None, records: bool, several: bool, *tables: Tensor
+                ) -> tuple[Tensor, Tensor]:
         """Attend; keep what the backward pass needs."""
         with source.open() as attention:
-            inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed,
+            inputs = Inputs(plain(q, "q"), plain(k, "k"), _given(v, "v"), on_host(sinks, "sinks"), seed, dim_v=dim_v,
                             key_bias=on_host(key_bias, "key_bias"), relative=_relative(tables, several))
             out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
         result, log = tensor_of(out), tensor_of(lse)
-        ctx.call = _Call(source, seed, attention._last_number, several)
+        ctx.call = _Call(source, seed, attention._last_number, dim_v, several)
         ctx.set_materialize_grads(False)
         saved = q, k, v, sinks, key_bias, result, log, *tables
         ctx.save_for_backward(*saved)
@@ -188,12 +192,12 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate; on all ranks if on one. With create_graph the gradients know what they are made of."""
         grads = _Differentiate.apply(ctx.call, dout, dlse, *ctx.saved_tensors)
-        return *grads[:5], None, None, None, None, *grads[5:]
+        return *grads[:5], None, None, None, None, None, *grads[5:]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Differentiate in a direction."""
-        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, *tangents[:4], *ctx.saved_tensors)
+        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, *tangents[:5], *ctx.saved_tensors)
         return out_dot, lse_dot
 
 
@@ -203,14 +207,15 @@ class _Call(NamedTuple):
     source: _Source
     seed: int
     number: int
+    dim_v: int | None
     several: bool
 
-    def inputs(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
                lse: Tensor, *tables: Tensor) -> Inputs:
         """Give what went in and came out."""
-        return Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), self.seed,
-                      plain(out, "out"), plain(lse, "lse"), key_bias=on_host(key_bias, "key_bias"),
-                      relative=_relative(tables, self.several))
+        return Inputs(plain(q, "q"), plain(k, "k"), _given(v, "v"), on_host(sinks, "sinks"), self.seed,
+                      plain(out, "out"), plain(lse, "lse"), self.dim_v, on_host(key_bias, "key_bias"),
+                      _relative(tables, self.several))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
@@ -227,7 +232,7 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
-        dq, dk, dv = (tensor_of(x) for x in grads[:3])
+        dq, dk, dv = (None if x is None else tensor_of(x) for x in grads[:3])
         dsinks, dkey_bias = (None if x is None else like(getattr(grads, name), x)
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
         of_tables = getattr(grads, "drelative", ())
@@ -238,9 +243,9 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate once more."""
         dout, dlse, *_ = ctx.saved_tensors
-        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:4], *ctx.saved_tensors)
+        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:5], *ctx.saved_tensors)
         return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others,
-                *[None] * (len(ctx.saved_tensors) - 6))
+                *[None] * (len(ctx.saved_tensors) - 7))
 
 
 class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
@@ -248,15 +253,16 @@ class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None, *saved: Tensor
-                ) -> tuple[Tensor | None, ...]:
-        """Give the gradients by dout, dlse, q, k, v and sinks of the gradients in a direction."""
-        _, _, _, sinks, _, out, *_ = saved
+                sinks_dot: Tensor | None, bias_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None,
+                *saved: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients by dout, dlse, q, k, v, sinks and key_bias of the gradients in a direction."""
+        _, _, _, sinks, key_bias, out, *_ = saved
         with call.source.open() as attention:
             grads = attention._differentiate_twice(call.number, *cotangents_of(out, dout, dlse),
-                                                   _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
-        results = [tensor_of(x) for x in grads[:5]]
-        return *results, None if sinks is None else like(grads[5], sinks)
+                                                   _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot),
+                                                   call.inputs(*saved))
+        return (*(tensor_of(x) for x in grads[:5]),
+                *(None if x is None else like(grad, x) for x, grad in zip((sinks, key_bias), grads[5:], strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -270,11 +276,11 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
+                sinks_dot: Tensor | None, bias_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
         """Give out_dot and lse_dot."""
         with call.source.open() as attention:
             out_dot, lse_dot = attention._differentiate_along(
-                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot), call.inputs(*saved))
+                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot), call.inputs(*saved))
         return tensor_of(out_dot), tensor_of(lse_dot)
 
     @staticmethod
@@ -290,15 +296,16 @@ def cotangents_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tupl
             None if dlse is None else plain(dlse, "dlse"))
 
 
-def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None) -> Direction:
+def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None,
+               bias_dot: Tensor | None) -> Direction:
     given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
-    q_, k_, v_ = (None if x is None else plain(x, name) for name, x in given.items())
-    return Direction(q_, k_, v_, None if sinks_dot is None else plain(sinks_dot, "sinks_dot", lambda x: x.cpu()))
+    q_, k_, v_ = (_given(x, name) for name, x in given.items())
+    return Direction(q_, k_, v_, on_host(sinks_dot, "sinks_dot"), on_host(bias_dot, "key_bias_dot"))
 
 
-def like(x: Any, sinks: Tensor) -> Tensor:
-    """Give an array of this rank's share of a gradient as sinks are."""
-    return tensor_of(x).to(sinks.device, sinks.dtype)
+def like(x: Any, given: Tensor) -> Tensor:
+    """Give an array of this rank's share of a gradient as sinks, or a bias, were given."""
+    return tensor_of(x).to(given.device, given.dtype)
 
 
 def plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> Any:
@@ -311,6 +318,10 @@ def plain(x: Any, name: str, move: Callable[[Tensor], Tensor] = lambda x: x) -> 
         return move(x.detach().resolve_conj().resolve_neg())
     except Exception as error:      # noqa: BLE001 (a library may refuse by any)
         return Refused(DtypeError(f"{name}: expected a tensor, got {type(x).__name__}: {first_line(error)}"))
+
+
+def _given(x: Tensor | None, name: str) -> Any:
+    return None if x is None else plain(x, name)
 
 
 def on_host(x: Tensor | None, name: str) -> Any:

@@ -164,13 +164,13 @@ class NumbaBackend(Backend):
 
     def bind(self, state: State, k: Any, v: Any, n_q: int, heads: int, score: Score) -> Bound:
         """Give what `accumulate` does with arrays that stay where they are; see `Backend.bind`. Local."""
-        if self.canonical or not score.plain or score.scale < 0 or n_q == 0:
+        if self.canonical or score.positional or score.scale < 0 or n_q == 0:
             return super().bind(state, k, v, n_q, heads, score)
         q = np.zeros((n_q, heads, k.shape[2]), k.dtype)
         seen = Seen(np.zeros(n_q, np.int64), np.ones(n_q, np.int64))
         block = self._arguments(state.acc.dtype, q, k, v, seen, score)
         packed = self._reserve_forward(block)
-        return BoundBlock(block, q, state, packed, self._scratch[0], self.threads, _limits(),
+        return BoundBlock(block, q, state, packed, self._scratch[0], self.threads, _limits(), score.key_bias,
                           super().bind(state, k, v, n_q, heads, score), self._check_free)
 
     def combine(self, state: State, parts: State) -> None:

@@ -31,7 +31,7 @@ class BoundBlock(Bound):
     Parameters
     ----------
     block : KernelArguments
-        With a plain score; its queries, begin and end are written to here.
+        With a score without positions; its queries, begin and end, and the bias of its keys, are written to here.
     q : array
         Those queries.
     state : State
@@ -39,6 +39,8 @@ class BoundBlock(Bound):
     scratch : ForwardScratch
     threads : int
     limits : Limits
+    key_bias : array of shape (n_k, heads or 1), optional
+        That of the score, where it stays too.
     loop : Bound
         The same block, for a longer step.
     check : callable
@@ -46,7 +48,7 @@ class BoundBlock(Bound):
     """
 
     def __init__(self, block: KernelArguments, q: Array, state: State, packed: PackedKV, scratch: ForwardScratch,
-                 threads: int, limits: Limits, loop: Bound, check: Callable[[], None]) -> None:
+                 threads: int, limits: Limits, key_bias: Array | None, loop: Bound, check: Callable[[], None]) -> None:
         self._q, self._begin, self._end = q, block.arrays.begin, block.arrays.end
         self._rows = RowRange(0, block.heads, 0, block.rows)
         self._numbers = forward_numbers(StateArrays(state.acc, state.row_max, state.row_sum), block.arrays,
@@ -56,6 +58,8 @@ class BoundBlock(Bound):
             self._most = min(self._most, TASKS * packed.tile)        # more is cut among the threads
         if block.rows > packed.rows or heads_together(block, packed) < block.heads:
             self._most = 0
+        self._score = block.score_arguments(scratch.row_score)
+        self._key_bias = key_bias
         self._ranges: NDArray[np.int64] | None = None
         self._loop = loop
         self._check = check
@@ -66,6 +70,9 @@ class BoundBlock(Bound):
         self._end[:] = end
         first, last = int(begin.min()), int(end.max())
         self._loop.see(begin, end)
+        if self._score is not None and self._key_bias is not None:        # keys have come, or others in their place
+            bias = self._score.bias.reshape(self._key_bias.shape[1], -1)
+            bias[:, first:last] = self._key_bias[first:last].T
         some = last - first <= self._most
         self._ranges = ranges_of([(self._rows, ColumnRange(first, first, last))]) if some else None
 
@@ -75,5 +82,5 @@ class BoundBlock(Bound):
             return self._loop.fold(q)
         self._check()
         self._q[...] = q
-        forward_keys(self._numbers, None, self._ranges)
+        forward_keys(self._numbers, self._score, self._ranges)
         return ()
