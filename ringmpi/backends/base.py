@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import inspect
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,18 @@ class Bound:
     def fold(self, q: Any) -> Iterable[int]:
         """Fold what they see into the state; the iterable is as that of `Backend.accumulate`, and is to be ended."""
         raise NotImplementedError
+
+
+def each_interval(loop: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
+    """Let a loop of a backend that takes one interval of each query take several, one after the other."""
+    place = list(inspect.signature(loop).parameters).index("begin")
+
+    @functools.wraps(loop)
+    def loops(*arguments: Any) -> Iterator[int]:
+        for begin, end in zip(*map(np.atleast_2d, arguments[place:place + 2]), strict=True):
+            yield from loop(*arguments[:place], begin, end, *arguments[place + 2:])
+
+    return loops
 
 
 class Ended:
@@ -235,15 +248,16 @@ class Backend:
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax of `q`. Local.
 
-        Row i sees columns ``begin[i] <= j < end[i]`` and nothing else: not a NaN, not an infinity. A row that
-        sees nothing is left as it was. No array of ``n_q × n_k`` is made.
+        Row i sees columns ``begin[i] <= j < end[i]``, or with several intervals ``begin[n, i] <= j < end[n, i]`` of
+        each, and nothing else: not a NaN, not an infinity. A row that sees nothing is left as it was. No array of
+        ``n_q × n_k`` is made.
 
         One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
         The result depends on the arguments and the number of threads alone.
 
         In canonical order the state of a query has the same bits after it has met the same keys in ascending order,
         however they are cut into blocks that begin at multiples of `canonical_tile`, whatever other queries there are,
-        and on any number of threads. If a query sees several intervals, they too are to come in ascending order.
+        and on any number of threads.
 
         Parameters
         ----------
@@ -255,8 +269,9 @@ class Backend:
         k : array of shape (n_k, kv_heads, dim), dtype of `q`
             `heads` is a multiple of `kv_heads`; query head h uses key head ``h // (heads // kv_heads)``.
         v : array of shape (n_k, kv_heads, dim_v), dtype of `q`
-        begin, end : int64 arrays of shape (n_q,)
-            ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
+        begin, end : int64 arrays of shape (n_q,) or (intervals, n_q)
+            ``0 <= begin <= end <= n_k``; NumPy, whatever the backend. Intervals of a query are disjoint and ascend;
+            empty ones may lie anywhere.
         score : Score
             Its arrays are NumPy, whatever the backend.
 
@@ -278,7 +293,7 @@ class Backend:
         n_q, heads : int
             Of the queries.
         """
-        return BoundLoop(partial(self.accumulate, state), k, v, score)
+        return BoundLoop(functools.partial(self.accumulate, state), k, v, score)
 
     def merge(self, states: NDArray[Any], sinks: NDArray[Any] | None, seen: NDArray[np.uint8], out: Any, lse: Any
               ) -> None:

@@ -28,7 +28,7 @@ from ...errors import BackendError
 from ...layout import Integers
 from ...score import Score
 from ...softmax import Gradient, State
-from ..base import Backend, Shape
+from ..base import Backend, Shape, each_interval
 from . import hopper, library
 from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
 from .instances import CANONICAL_TILE, TYPES, best, dkdv_kernels, dq_kernels, forward_kernels
@@ -206,11 +206,13 @@ class CudaBackend(Backend):
         self._launch_over(kernel, rows * dim_v, (state_arrays(state, dim_v), seen, out, lse, np.int64(rows),
                                                  np.int32(heads)))
 
+    @each_interval
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
         yield from self._done(lambda: self._launch_forward(state, q, k, v, begin, end, score), begin, end)
 
+    @each_interval
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
