@@ -8,7 +8,7 @@ import numpy as np
 
 from ...layout import Integers
 
-KEPT_QUERIES = 1024         # times intervals, at most, of a block whose cut is kept: more take no time of Python
+KEPT_QUERIES = 1024         # times intervals, at most of a block whose cut is kept: what more take is not Python's time
 KEPT_BLOCKS = 64            # whose cuts are kept
 
 
