@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
-import inspect
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,18 +35,6 @@ class Bound:
     def fold(self, q: Any) -> Iterable[int]:
         """Fold what they see into the state; the iterable is as that of `Backend.accumulate`, and is to be ended."""
         raise NotImplementedError
-
-
-def each_interval(loop: Callable[..., Iterator[int]]) -> Callable[..., Iterator[int]]:
-    """Let a loop of a backend that takes one interval of each query take several, one after the other."""
-    place = list(inspect.signature(loop).parameters).index("begin")
-
-    @functools.wraps(loop)
-    def loops(*arguments: Any) -> Iterator[int]:
-        for begin, end in zip(*map(np.atleast_2d, arguments[place:place + 2]), strict=True):
-            yield from loop(*arguments[:place], begin, end, *arguments[place + 2:])
-
-    return loops
 
 
 class Ended:
@@ -293,7 +280,7 @@ class Backend:
         n_q, heads : int
             Of the queries.
         """
-        return BoundLoop(functools.partial(self.accumulate, state), k, v, score)
+        return BoundLoop(partial(self.accumulate, state), k, v, score)
 
     def merge(self, states: NDArray[Any], sinks: NDArray[Any] | None, seen: NDArray[np.uint8], out: Any, lse: Any
               ) -> None:
