@@ -71,6 +71,14 @@ def compact(some: Sequence[Interval]) -> list[Interval]:
     return [(lows[number], highs[number]) for number in range(1, max(1, most) + 1)]
 
 
+def stack(some: Sequence[Interval]) -> Interval:
+    """Give the ends of one interval, or those of several in arrays of shape (intervals, n). Local."""
+    if len(some) == 1:
+        return some[0]
+    low, high = (np.stack(ends) for ends in zip(*some, strict=True))
+    return low, high
+
+
 def part_of_rows(some: Sequence[Interval], rows: slice) -> list[Interval]:
     """Give the intervals of some rows. Local."""
     return [(low[rows], high[rows]) for low, high in some]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .bounds import Bounds
 from .excerpts import Excerpt, excerpts, runs, touched
-from .intervals import Interval, part_of_rows
+from .intervals import Interval, part_of_rows, stack
 from .layout import Integers, Layout
 from .parts import Part
 from .relative import Relative
@@ -29,7 +29,10 @@ Columns = list[list[Interval]]    # for each part of a block, the columns of it 
 
 
 class Task(NamedTuple):
-    """What a backend has to do: an element of the batch, columns of a block, and what the rows see of these."""
+    """What a backend has to do: an element of the batch, columns of a block, and what the rows see of these.
+
+    begin and end are as `Backend.accumulate` takes them.
+    """
 
     element: int
     columns: slice
@@ -278,18 +281,18 @@ class Plan:
         for which, bounds in enumerate(self.bounds):
             for part, intervals in zip(self.parts[source], self._columns(which, source, rows), strict=True):
                 cut = slice(max(first, part.columns.start), min(last, part.columns.stop))
-                if cut.start >= cut.stop:
+                if cut.start >= cut.stop or not intervals:
                     continue
                 inside = slice(cut.start - part.columns.start, cut.stop - part.columns.start)
                 there = slice(cut.start - first, cut.stop - first)
                 score = _placed(of_call, bounds, part, inside, rows)
-                for begin, end in intervals:
-                    if cut != part.columns:
-                        begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
-                    for number in bounds.elements:
-                        of_element = score.of_dropout_keys(dropout_keys[number, self.share.queries])
-                        yield Task(number, there, begin, end,
-                                   of_element.of_key_bias(None if bias is None else bias[number, there]))
+                begin, end = stack(intervals)
+                if cut != part.columns:
+                    begin, end = (np.clip(x, inside.start, inside.stop) - inside.start for x in (begin, end))
+                for number in bounds.elements:
+                    of_element = score.of_dropout_keys(dropout_keys[number, self.share.queries])
+                    yield Task(number, there, begin, end,
+                               of_element.of_key_bias(None if bias is None else bias[number, there]))
 
     def _columns(self, number: int, source: int, rows: slice) -> Columns:
         """Give the columns of each part of a block that some rows see, by the bounds of a number."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bounds import Bounds, bounds_of
-from .intervals import Interval
+from .intervals import Interval, part_of_rows, stack
 from .layout import Contiguous, Integers
 from .mask_base import BaseMask
 from .parts import Part
@@ -167,10 +167,10 @@ class KeyPlan:
                     for some in self._cuts(intervals):
                         rows = slice(piece.start + some.start, piece.start + some.stop)
                         score = self._score_of(bounds, part, rows)
-                        for begin, end in intervals:
-                            for number in bounds.elements:
-                                yield Task(number, rows, part.columns, begin[some], end[some],
-                                           score.of_dropout_keys(dropout_keys[number, self.heads]))
+                        begin, end = stack(part_of_rows(intervals, some))
+                        for number in bounds.elements:
+                            yield Task(number, rows, part.columns, begin, end,
+                                       score.of_dropout_keys(dropout_keys[number, self.heads]))
 
     def _score_of(self, bounds: Bounds, part: Part, rows: slice) -> Score:
         """Give the score for rows and a part of the keys."""

@@ -11,6 +11,7 @@ from cases import make_layout, make_mask
 
 from ringmpi import Contiguous, Mask
 from ringmpi.dtypes import accumulator
+from ringmpi.intervals import stack
 from ringmpi.score import Score, dropout_keys
 from ringmpi.softmax import Gradient
 
@@ -109,8 +110,8 @@ def of_keys(backend, p, known, layout, blocks):
                 q, dout, lse, delta = (backend.to_device(x[queries])
                                        for x in (p.q, p.dout, known["lse"], known["delta"]))
                 gradient = Gradient(dout, lse, delta, None if backend.canonical else cleared(backend, p, q)[0])
-                for begin, end in p.intervals(queries, layout, rank):
-                    sum(backend.backward(gradient, q, k, v, dk, dv, begin, end, p.score_of(queries, mine)))
+                seen = stack(p.intervals(queries, layout, rank))
+                sum(backend.backward(gradient, q, k, v, dk, dv, *seen, p.score_of(queries, mine)))
         got["dk"][mine], got["dv"][mine] = backend.to_numpy(dk), backend.to_numpy(dv)
     return got
 
@@ -128,8 +129,7 @@ def steps(backend, p, queries, blocks):
     for source in range(blocks.size):
         keys = blocks.positions(source)
         k, v = (backend.to_device(x[keys]) for x in (p.k, p.v))
-        for begin, end in p.intervals(queries, blocks, source):
-            yield k, v, begin, end, p.score_of(queries, keys)
+        yield k, v, *stack(p.intervals(queries, blocks, source)), p.score_of(queries, keys)
 
 
 def parts(p, queries, tile):

@@ -28,11 +28,12 @@ def run(backend, q, k, v, begin, end, scale, score, sinks=None, blocks=1, dout=N
     pairs = sum(sum(backend.accumulate(state, q_, *cut[2:])) for cut in cuts)
     assert pairs == (end - begin).sum()
     out, lse = backend.empty((*q.shape[:2], v.shape[2]), q.dtype), backend.empty(q.shape[:2], kind)
-    seen = np.full(len(q), True) if sinks is not None else end > begin
+    begin, end = np.atleast_2d(begin, end)
+    seen = np.full(len(q), True) if sinks is not None else (end > begin).any(axis=0)
     if "key_bias" in score and sinks is None:
         below = np.concatenate([np.zeros((1, score["key_bias"].shape[1]), int), np.cumsum(~np.isneginf(
             score["key_bias"]), axis=0)])
-        seen = np.broadcast_to(below[end] > below[begin], q.shape[:2])
+        seen = np.broadcast_to((below[end] > below[begin]).any(axis=0), q.shape[:2])
     backend.finish(state, backend.to_device(seen), out, lse)
     got = {"out": backend.to_numpy(out), "lse": backend.to_numpy(lse)}
     if dout is not None:

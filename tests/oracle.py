@@ -97,6 +97,26 @@ def intervals(kind, n_q, n_k):
             "two ends": (np.where(i < n_q // 2, 0, n_k - 1), np.where(i < n_q // 2, 1, n_k))}[kind]
 
 
+def many_intervals(seed, n_q, n_k, count):
+    """Begin and end of so many intervals of each query, disjoint and ascending; some touch, some are empty."""
+    rng = np.random.default_rng(seed)
+    edges = np.sort(rng.integers(0, n_k + 1, (2 * count, n_q)), axis=0)
+    begin, end = edges[::2].copy(), edges[1::2].copy()
+    touching = rng.random((count - 1, n_q)) < 0.2
+    end[:-1][touching] = begin[1:][touching]
+    none = rng.random((count, n_q)) < 0.3
+    none[:, rng.random(n_q) < 0.1] = True
+    end[none] = begin[none]
+    return begin, end
+
+
+def sees(begin, end, n_k):
+    """Dense boolean mask of queries that see begin..end, be it one interval or several."""
+    j = np.arange(n_k)
+    begin, end = (np.atleast_2d(x)[..., None] for x in (begin, end))
+    return ((j >= begin) & (j < end)).any(axis=0)
+
+
 def attend(q, k, v, see, scale):
     """Dense softmax attention in float64: out (n_q, heads, dim_v), lse (n_q, heads). Rows that see nothing: 0, -inf."""
     got = dense(q, k, v, see, scale)

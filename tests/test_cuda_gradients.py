@@ -91,6 +91,12 @@ def test_dims(backend, dtype, dim, dim_v):
     check(backend, *case(1, 36, 70, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_many_intervals(backend, dtype):
+    q, k, v, *_ = case(3, 50, 101, 4, 2, 16, 16, dtype)
+    check(backend, q, k, v, *oracle.many_intervals(4, 50, 101, 6), dtype, "all", blocks=2)
+
+
 def test_slices_of_columns_keep_to_the_columns_there_are():
     backend = CudaBackend(1, EmulatedDevice())
     for dim, dim_v, slices in ((40, 256, [1, 1, 2]), (144, 16, [2, 2, 1]), (64, 64, [1, 1]), (80, 80, [1, 1, 1]),

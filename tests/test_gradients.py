@@ -35,8 +35,7 @@ def check(backend, q, k, v, begin, end, dtype, kind="plain", scale=0.3, blocks=1
     dout = rng.standard_normal((*q.shape[:2], v.shape[2])).astype(q.dtype)
     dlse = rng.standard_normal(q.shape[:2])
     got = run(backend, q, k, v, begin, end, scale, score, sinks, blocks, dout, dlse)
-    j = np.arange(len(k))
-    see = (j >= begin[:, None]) & (j < end[:, None])
+    see = oracle.sees(begin, end, len(k))
     want = dense(q, k, v, see, scale, sinks=sinks, dout=dout, dlse=dlse, **score)
     largest = max(np.abs(want[name]).max(initial=0.0) for name in ("dq", "dk", "dv"))      # of few pairs one may cancel
     tables = {f"drelative {i}": pair for i, pair in enumerate(zip(got.pop("drelative", ()), want.pop("drelative", ()),
@@ -80,6 +79,14 @@ def test_a_bias_of_the_keys(backend, dtype, kind, heads, kv_heads):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 def test_a_bias_by_distance(backend, dtype, kind, heads, kv_heads):
     check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "all", *BIASES[:1]])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
+@pytest.mark.parametrize(("n_q", "n_k", "count"), [(3, 403, 9), (31, 700, 5), (401, 300, 2), (201, 403, 40)])
+def test_many_intervals(backend, kind, heads, kv_heads, n_q, n_k, count):
+    q, k, v, *_ = case(0, n_q, n_k, heads, kv_heads, 24, 40, "float32")
+    check(backend, q, k, v, *oracle.many_intervals(count, n_q, n_k, count), "float32", kind, blocks=2)
 
 
 def test_what_only_sees_infinite_products_is_nan_and_what_sees_no_key_is_0(backend):

@@ -91,3 +91,36 @@ def test_near_is_what_it_says():
     seen = oracle.near((3, 4), [(1, 0), 1], [False, True], "cut", False)
     assert np.flatnonzero(seen[4]).tolist() == [0, 1, 3, 4, 5, 7]
     assert list(itertools.compress(range(12), seen[2])) == [1, 2, 3]
+
+
+def test_a_block_is_met_in_one_pass_however_many_intervals_there_are(monkeypatch):
+    """Forward and backward the backend is called once, and packs each tile of keys once."""
+    from mpi4py import MPI
+
+    from ringmpi import RingAttention
+    from ringmpi.backends.numba_ import backward, forward
+    from ringmpi.backends.numba_.backend import NumbaBackend
+
+    calls, packed = [], []
+    for name in ("accumulate", "backward"):
+        made = getattr(NumbaBackend, name)
+        monkeypatch.setattr(NumbaBackend, name, lambda self, *given, name=name, made=made:
+                            calls.append(name) or made(self, *given))
+    monkeypatch.setattr(forward.Forward, "_heads_apart", lambda *given: False)         # which packs in another way
+    for kind in (forward.Forward, backward.Backward):
+        made = kind._pack
+        monkeypatch.setattr(kind, "_pack", lambda self, start, stop, first, last, *given, made=made:
+                            packed.append(last - first) or made(self, start, stop, first, last, *given))
+    grid = {"shape": (40, 60), "window": [5, 7], "periodic": [False, True], "edges": "cut", "causal": False}
+    n = 2400
+    q, k, v = oracle.random_qkv(0, n, n, 1, 1, 8, 8, "float32")
+    with RingAttention(MPI.COMM_SELF, threads=1, backend="numba", mask=Grid(**grid)) as attention:
+        out = attention(q, k, v)
+        of_forward, packed[:] = sum(packed), []
+        dq, _, _ = attention.backward(q)
+    assert calls == ["accumulate", "backward"]
+    assert 0 < of_forward <= -(-n // 64)
+    assert 0 < sum(packed) <= -(-n // 64)
+    want = oracle.dense(q, k, v, oracle.near(**grid), 8**-0.5, dout=q, dlse=np.zeros((n, 1)))
+    assert oracle.error(out, want["out"]) < 1e-6
+    assert oracle.error(dq, want["dq"]) < 5e-6

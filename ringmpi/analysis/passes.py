@@ -71,7 +71,7 @@ class WeightsPass(ForwardPass):
             for group, rows in members(of_queries[i, part, 0]):
                 yield self.backend.column_sums(
                     target[i, columns, :, group], inside.q[i, part][rows], k[i, columns], inside.lse[i, part][rows],
-                    begin[rows], end[rows], _of_rows(score, rows))
+                    begin[..., rows], end[..., rows], _of_rows(score, rows))
 
         with self._abandoned_on_error():
             self._go_through(self._carry(blocks, of_keys), inside, loops)
@@ -106,7 +106,7 @@ class WeightsPass(ForwardPass):
             for group, keys in members(of_keys[:, 0]):
                 some = np.arange(keys.start, keys.stop) if isinstance(keys, slice) else keys
                 low, high = (np.searchsorted(some, edge) for edge in (begin, end))
-                made = np.zeros((len(low), sums.shape[2], 3))
+                made = np.zeros((low.shape[-1], sums.shape[2], 3))
                 yield self.backend.row_sums(made, inside.q[i, part], k[keys], inside.lse[i, part],
                                             np.zeros(len(some)), low, high, score.of_columns(keys))
                 sums[i, part, :, group] += made[..., MASS]

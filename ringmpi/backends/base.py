@@ -259,15 +259,16 @@ class Backend:
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax of `q`. Local.
 
-        Row i sees columns ``begin[i] <= j < end[i]`` and nothing else: not a NaN, not an infinity. A row that
-        sees nothing is left as it was. No array of ``n_q × n_k`` is made.
+        Row i sees columns ``begin[i] <= j < end[i]``, or with several intervals ``begin[n, i] <= j < end[n, i]`` of
+        each, and nothing else: not a NaN, not an infinity. A row that sees nothing is left as it was. No array of
+        ``n_q × n_k`` is made.
 
         One loop at a time, be it of this or of `backward`: the iterator must end or be closed before the next call.
         The result depends on the arguments and the number of threads alone.
 
         In canonical order the state of a query has the same bits after it has met the same keys in ascending order,
         however they are cut into blocks that begin at multiples of `canonical_tile`, whatever other queries there are,
-        and on any number of threads. If a query sees several intervals, they too are to come in ascending order.
+        and on any number of threads.
 
         Parameters
         ----------
@@ -279,8 +280,9 @@ class Backend:
         k : array of shape (n_k, kv_heads, dim), dtype of `q`
             `heads` is a multiple of `kv_heads`; query head h uses key head ``h // (heads // kv_heads)``.
         v : array of shape (n_k, kv_heads, dim_v), dtype of `q`
-        begin, end : int64 arrays of shape (n_q,)
-            ``0 <= begin <= end <= n_k``; NumPy, whatever the backend.
+        begin, end : int64 arrays of shape (n_q,) or (intervals, n_q)
+            ``0 <= begin <= end <= n_k``; NumPy, whatever the backend. Intervals of a query are disjoint and ascend;
+            empty ones may lie anywhere.
         score : Score
             Its arrays are NumPy, whatever the backend, but for `key_bias`, which is where k is.
 

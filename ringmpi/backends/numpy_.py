@@ -55,7 +55,7 @@ class NumpyBackend(Backend):
         block = _Block(q, k, v, begin, end, score)
         queries = max(1, ROWS // block.group)
         scratch = [np.empty(queries * block.group * COLUMNS, state.acc.dtype) for _ in range(self.threads)]
-        tiles = [(rows, head, int((end[rows] - begin[rows]).sum()))
+        tiles = [(rows, head, block.pairs(rows))
                  for rows in _slices(0, len(q), queries) for head in range(k.shape[1])]
         yield from self._run([Task(area, _forward_steps(state, block, rows, head, scratch))
                               for rows, head, area in tiles if area], k.shape[1])
@@ -96,7 +96,7 @@ class NumpyBackend(Backend):
         """Do something with each tile: in a task for each key head and so many queries, by default those of a tile."""
         tasks = [Task(area, _tile_steps(reduce, block, rows, head))
                  for rows in _slices(0, len(block.q), queries or max(1, ROWS // block.group))
-                 for area in (int((block.end[rows] - block.begin[rows]).sum()),) if area
+                 for area in (block.pairs(rows),) if area
                  for head in range(block.k.shape[1])]
         yield from self._run(tasks, block.k.shape[1])
 
@@ -161,19 +161,22 @@ class _Block(NamedTuple):
         """Give the query heads of a key head."""
         return slice(head * self.group, (head + 1) * self.group)
 
+    def pairs(self, rows: slice) -> int:
+        """Count what rows see."""
+        return int((self.end[..., rows] - self.begin[..., rows]).sum())
+
     def tiles(self, rows: slice, head: int) -> Iterator[tuple[Tile, int]]:
-        """Yield each tile of these rows in which some row sees something, and the pairs seen."""
-        seeing = self.end[rows] > self.begin[rows]
-        if not seeing.any():
-            return
+        """Yield each tile of these rows in which some row sees something of an interval, and the pairs seen."""
         width = min(COLUMNS, max(128, COLUMNS * 256 // (self.q.shape[2] + self.v.shape[2])))
-        first, last = int(self.begin[rows][seeing].min()), int(self.end[rows][seeing].max())
-        for columns in _slices(first, last, width):
-            low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start
-                         for edge in (self.begin, self.end))
-            pairs = int((high - low).sum())
-            if pairs:
-                yield Tile(self.score, rows, self.heads(head), columns, low, high), pairs
+        for begin, end in zip(*(np.atleast_2d(edge)[:, rows] for edge in (self.begin, self.end)), strict=True):
+            seeing = end > begin
+            if not seeing.any():
+                continue
+            for columns in _slices(int(begin[seeing].min()), int(end[seeing].max()), width):
+                low, high = (np.clip(edge, columns.start, columns.stop) - columns.start for edge in (begin, end))
+                pairs = int((high - low).sum())
+                if pairs:
+                    yield Tile(self.score, rows, self.heads(head), columns, low, high), pairs
 
 
 def _forward_steps(state: State, block: _Block, rows: slice, head: int, scratch: list[NDArray[Any]]

@@ -195,11 +195,11 @@ class Tangents:
         group = q.shape[1] // k.shape[1]
         with _blas_threads(self._threads):
             for rows in _slices(0, len(q), max(1, ROWS // group)):
-                for columns in _slices(int(begin[rows].min()), int(end[rows].max()), COLUMNS):
-                    low, high = (np.clip(edge[rows], columns.start, columns.stop) - columns.start
-                                 for edge in (begin, end))
-                    for head in range(k.shape[1]) if (high > low).any() else ():
-                        yield Tile(score, rows, slice(head * group, (head + 1) * group), columns, low, high), head
+                for some in zip(*(np.atleast_2d(edge)[:, rows] for edge in (begin, end)), strict=True):
+                    for columns in _slices(int(some[0].min()), int(some[1].max()), COLUMNS):
+                        low, high = (np.clip(edge, columns.start, columns.stop) - columns.start for edge in some)
+                        for head in range(k.shape[1]) if (high > low).any() else ():
+                            yield Tile(score, rows, slice(head * group, (head + 1) * group), columns, low, high), head
 
 
 def _pairs(tile: Tile, head: int) -> int:

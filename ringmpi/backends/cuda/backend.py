@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,24 +237,28 @@ class CudaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        yield from self._done(lambda: self._launch_forward(state, q, k, v, begin, end, score), begin, end)
+        yield from self._done(partial(self._launch_forward, state, q, k, v, score), begin, end)
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
                  drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
-        yield from self._done(lambda: self._differentiate(gradient, q, k, v, dk, dv, begin, end, score, dkey_bias),
-                              begin, end)
+        yield from self._done(partial(self._differentiate, gradient, q, k, v, dk, dv, score, dkey_bias), begin, end)
 
-    def _done(self, launch: Callable[[], None], begin: Integers, end: Integers) -> Iterator[int]:
-        """Launch what does a block, and yield until it is done."""
+    def _done(self, launch: Callable[[Integers, Integers], None], begin: Integers, end: Integers) -> Iterator[int]:
+        """Launch what does a block, for each interval, and yield until all is done."""
         pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
+        intervals = [(a, b) for a, b in zip(*np.atleast_2d(begin, end), strict=True) if (b > a).any()]
+        for number, interval in enumerate(intervals):
+            if number:
+                yield 0
+            with device.current():
+                launch(*interval)
         with device.current():
-            launch()
             done = device.record(device.caller_stream())
         while not done.done:
             yield 0
@@ -291,7 +296,7 @@ class CudaBackend(Backend):
         self._launch_over(kernel, x.size, (made, x, np.int64(x.size)))
         return made
 
-    def _launch_forward(self, state: State, q: Array, k: Array, v: Array, begin: Integers, end: Integers, score: Score
+    def _launch_forward(self, state: State, q: Array, k: Array, v: Array, score: Score, begin: Integers, end: Integers
                         ) -> None:
         """Launch what folds a block: of the columns that any row sees, in one part or several."""
         acc_dtype = state.acc.dtype
@@ -335,8 +340,8 @@ class CudaBackend(Backend):
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
 
-    def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
-                       end: Integers, score: Score, dkey_bias: Array) -> None:
+    def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, score: Score,
+                       dkey_bias: Array, begin: Integers, end: Integers) -> None:
         """Launch torch's kernels for what they can do of a block, and ours for the rest."""
         case = q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2]
         rest = [(begin, end)]

@@ -123,32 +123,49 @@ class KernelArguments:
 
     def areas(self, start: int, stop: int, height: int) -> NDArray[np.int64]:
         """Rows × keys seen among columns start..stop, for each tile of `height` rows of a key head."""
-        seen = np.clip(self.arrays.end, start, stop) - np.clip(self.arrays.begin, start, stop)
+        seen = (np.clip(self.arrays.end, start, stop) - np.clip(self.arrays.begin, start, stop)).sum(axis=0)
         edges = np.minimum(np.arange(0, self.rows + height, height), self.rows)
         query, rest = edges // self.group, edges % self.group          # a tile may end among the heads of a query
         before = self.group * np.append(0, np.cumsum(seen))[query] + rest * np.append(seen, 0)[query]
         areas: NDArray[np.int64] = np.diff(before)
         return areas
 
-    def spans(self, start: int, stop: int, height: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Give the first and last column of start..stop that some row sees, for each tile of `height` rows."""
+    def spans(self, start: int, stop: int, height: int
+              ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Say which columns of start..stop some row sees, for each tile of `height` rows.
+
+        They are the first, the last, and how many there are from the first to the last in all intervals together.
+        """
         low, high = np.clip(self.arrays.begin, start, stop), np.clip(self.arrays.end, start, stop)
         blind = low >= high
         low[blind], high[blind] = stop, start
         queries = np.arange(0, self.rows, height) // self.group
         ends = (np.minimum(np.arange(height, self.rows + height, height), self.rows) - 1) // self.group
-        first, last = np.minimum.reduceat(low, queries), np.maximum.reduceat(high, queries)
         # the last query of a tile may be the first of the next one
-        return np.minimum(first, low[ends]), np.maximum(last, high[ends])
+        first = np.minimum(np.minimum.reduceat(low, queries, axis=1), low[:, ends])
+        last = np.maximum(np.maximum.reduceat(high, queries, axis=1), high[:, ends])
+        return first.min(axis=0), last.max(axis=0), np.maximum(last - first, 0).sum(axis=0)
 
     def seen(self, rows: range, start: int, stop: int) -> tuple[int, int, int]:
         """Rows × keys that some rows see among columns start..stop, and the first and last of these columns."""
         queries = np.arange(rows.start, rows.stop) // self.group
-        low, high = (np.clip(x[queries], start, stop) for x in (self.arrays.begin, self.arrays.end))
+        low, high = (np.clip(x[:, queries], start, stop) for x in (self.arrays.begin, self.arrays.end))
         some = high > low
         if not some.any():
             return 0, start, start
         return int((high - low).sum()), int(low[some].min()), int(high[some].max())
+
+    def slots(self, start: int, stop: int, tile: int, most: int) -> list[tuple[int, int]]:
+        """Cut those tiles of columns start..stop that some row sees, counted head by head, into about `most` parts."""
+        count = -(-(stop - start) // tile)
+        low, high = (np.clip(x, start, stop) - start for x in (self.arrays.begin, self.arrays.end))
+        some = high > low
+        changes = (np.bincount(low[some] // tile, minlength=count + 1)
+                   - np.bincount(-(-high[some] // tile), minlength=count + 1))
+        seen = np.tile(np.cumsum(changes[:-1]) > 0, self.heads)
+        edges = np.flatnonzero(np.diff(seen, prepend=False, append=False)).reshape(-1, 2).tolist()
+        share = -(-int(seen.sum()) // most)
+        return [(at, min(at + share, last)) for first, last in edges for at in range(first, last, share)]
 
 
 def writable(x: Array) -> Array:

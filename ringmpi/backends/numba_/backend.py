@@ -150,17 +150,18 @@ class NumbaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        def steps() -> Generator[int, None, None]:
+        on_tiles = self._on_tiles(q.dtype, state.acc.dtype, score)
+
+        def steps(seen: Seen) -> Generator[int, None, None]:
             block = self._arguments(state.acc.dtype, q, k, v, seen, score)
             rest = block, _limits(), state, self.canonical, seen.cuts
-            if self._on_tiles(q.dtype, state.acc.dtype, score) and (self.canonical or _is_for_tiles(block, q.dtype)):
+            if on_tiles and (self.canonical or _is_for_tiles(block, q.dtype)):
                 units = self._reserve_units(q.shape[2], v.shape[2], pieces_in(q.dtype))
                 return ForwardUnits(self._team, units, self._tile_scratch, *rest).run()
             packed = self._reserve_forward(block)
             return Forward(self._team, packed, self._scratch, *rest).run()
 
-        seen = self._seen.find(begin, end)
-        return self._run(steps, seen, q.shape[1])
+        return self._run(steps, self._seen.find(begin, end), q.shape[1], on_tiles)
 
     def bind(self, state: State, k: Any, v: Any, n_q: int, heads: int, score: Score) -> Bound:
         """Give what `accumulate` does with arrays that stay where they are; see `Backend.bind`. Local."""
@@ -203,12 +204,13 @@ class NumbaBackend(Backend):
                  drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         wanted = self.wanted_gradients(gradient, dk, dv)
+        acc_dtype = gradient.lse.dtype
+        has_tiles = self._on_tiles(q.dtype, acc_dtype, score, True)
 
-        def steps() -> Generator[int, None, None]:
-            acc_dtype = gradient.lse.dtype
+        def steps(seen: Seen) -> Generator[int, None, None]:
             block = KernelArguments(acc_dtype, q, k, v, seen, score)
             on_tiles = None
-            if self._on_tiles(q.dtype, acc_dtype, score, True) and (self.canonical or _is_worth_pieces(block, q.dtype)):
+            if has_tiles and (self.canonical or _is_worth_pieces(block, q.dtype)):
                 on_tiles = TileScore(*block.capping)
             buffers = self._reserve_backward(q.shape[2], v.shape[2], acc_dtype,
                                              0 if on_tiles is None else pieces_in(q.dtype))
@@ -219,8 +221,7 @@ class NumbaBackend(Backend):
             return Backward(self._team, buffers, block, _limits(), arrays, dk, dv, self.canonical, on_tiles,
                             dkey_bias, drelative).run()
 
-        seen = self._seen.find(begin, end)
-        return self._run(steps, seen, q.shape[1])
+        return self._run(steps, self._seen.find(begin, end), q.shape[1], has_tiles)
 
     def column_sums(self, sums: NDArray[np.float64], q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any],
                     begin: Integers, end: Integers, score: Score) -> Iterator[int]:
@@ -250,27 +251,31 @@ class NumbaBackend(Backend):
     def _reduce(self, target: Any, q: NDArray[Any], k: NDArray[Any], lse: NDArray[Any], begin: Integers,
                 end: Integers, score: Score) -> Iterator[int]:
         """Go through the weights of a block, and do with them what the target wants."""
-        def steps() -> Generator[int, None, None]:
+        def steps(seen: Seen) -> Generator[int, None, None]:
             block = KernelArguments(lse.dtype, q, k, k, seen, score)
             memory = self._reserve_weights(k.shape[2], lse.dtype)
             return Reduction(self._team, memory, block, _limits(), writable(lse), target).run()
 
-        seen = self._seen.find(begin, end)
-        return self._run(steps, seen, q.shape[1])
+        return self._run(steps, self._seen.find(begin, end), q.shape[1])
 
-    def _run(self, begin_loop: Callable[[], Generator[int, None, None]], seen: Seen, heads: int) -> Iterator[int]:
-        """Do the steps of a loop, one loop at a time; from rows × keys of all heads to pairs."""
+    def _run(self, begin_loop: Callable[[Seen], Generator[int, None, None]], seen: Seen, heads: int,
+             apart: bool = False) -> Iterator[int]:
+        """Do the steps of a loop, one loop at a time; from rows × keys of all heads to pairs.
+
+        With `apart` there is a loop for each interval: the kernels on the CPU's tiles take one.
+        """
         if seen.first == seen.last:
             return
         self._check_free()
         self._busy = True
         try:
             area = counted = 0
-            with closing(begin_loop()) as steps:
-                for done in steps:
-                    area += done
-                    yield area // heads - counted
-                    counted = area // heads
+            for some in seen.intervals() if apart else (seen,):
+                with closing(begin_loop(some)) as steps:
+                    for done in steps:
+                        area += done
+                        yield area // heads - counted
+                        counted = area // heads
         finally:
             self._busy = False
 

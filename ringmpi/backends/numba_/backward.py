@@ -86,7 +86,7 @@ class Backward:
         count = -(-(stop - start) // tile)
         tiles = self.buffers.reserve(heads, count)
         yield from self.team.run([uncounted_task(partial(self._pack, start, stop, a, b, tiles))
-                                  for a, b in equal_parts(heads * count, TASKS * self.team.size)])
+                                  for a, b in block.slots(start, stop, tile, TASKS * self.team.size)])
 
         # Ranges of columns, with all rows.
         ranges = [ColumnRange(start, start + a * tile, min(start + b * tile, stop))
@@ -182,10 +182,12 @@ class Backward:
         if isinstance(self.buffers, TileBackwardBuffers):
             pairs *= TILE_SPEED if len(self.buffers.pieces) == 1 else PIECES_SPEED
         tall = height * max(1, int(pairs * len(rows) / (area * height)))
-        wide = max(1, int(pairs / (height * tile))) * tile if tall == height else last - first + tile
         for row in range(rows.start, rows.stop, tall):
             some = range(row, min(row + tall, rows.stop))
-            _, low, high = block.seen(some, first, last)
+            here, low, high = block.seen(some, first, last)
+            wide = last - first + tile
+            if tall == height and here:
+                wide = max(1, int(pairs * (high - low) / (here * tile))) * tile
             for start in range(low - (low - origin) % tile, high, wide):
                 stop = min(start + wide, high)
                 done, _, _ = block.seen(some, start, stop)

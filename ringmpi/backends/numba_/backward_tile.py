@@ -95,8 +95,8 @@ def load_backward_rows(block, gradient, first, count, rows, head, group, work): 
             if gradient.of_queries:
                 for c in range(gradient.dq.shape[2]):
                     work.dq[r, c] = gradient.dq[i, h, c]
-            work.low[r] = block.begin[i]
-            work.high[r] = max(block.begin[i], block.end[i])
+            work.low[r] = block.begin[0, i]
+            work.high[r] = max(block.begin[0, i], block.end[0, i])
             work.delta[r] = delta
             # dO that is not finite makes delta so, and must reach dV: by the weights.
             work.lse[r] = gradient.lse[i, h] if delta - delta == 0 else np.nan

@@ -56,6 +56,7 @@ from .forward_tile import (
     fold_packed,
     load_forward_rows,
     score_panels,
+    see_interval,
     store_forward_rows,
     visible,
     work_from,
@@ -97,14 +98,13 @@ def _digest() -> str:
 
 @numba.njit(error_model="numpy")
 def fold_range(rows, columns, state, block, packed, work, score):  # type: ignore[no-untyped-def]
-    """Fold a range of columns of a block into a range of rows.
+    """Fold a range of columns of a block into a range of rows: what these see of it in one interval after the other.
 
     The rows stay in the work space from a `fresh` call to the `final` one, which puts them back into the state.
     Several heads go tile by tile, since the keys of a token lie side by side.
     """
     n_rows = rows.n_rows
-    tile = packed.tile
-    origin = columns.origin
+    intervals = len(block.begin)
     group = state.acc.shape[1] // block.v.shape[1]
     direct = packed.private and n_rows <= MOST
     height = n_rows if direct else -(-n_rows // ROWS) * ROWS
@@ -115,10 +115,28 @@ def fold_range(rows, columns, state, block, packed, work, score):  # type: ignor
         load_forward_rows(block, state, rows.first, n_rows, filled, rows.head + h, group, mine)
         load_row_scores(rows.first, n_rows, filled, rows.head + h, group, score_arguments_from(score, h * height))
 
+    for number in range(intervals):
+        for h in range(rows.heads if intervals > 1 else 0):
+            filled = height if h + 1 < rows.heads else whole - h * height
+            see_interval(block, number, rows.first, n_rows, filled, group, work_from(work, h * height))
+        fold_interval(rows, columns, height, whole, direct, block, packed, work, score)
+
+    for h in range(rows.heads if columns.final else 0):
+        store_forward_rows(block, state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
+
+
+@numba.njit(error_model="numpy")
+def fold_interval(rows, columns, height, whole, direct, block, packed, work, score):  # type: ignore[no-untyped-def]
+    """Fold what rows in the work space see of a range of columns in an interval, tile by tile.
+
+    A head has `height` rows there, all of them `whole`.
+    """
+    tile = packed.tile
+    origin = columns.origin
     a, b = visible(work.low, work.high, height, columns.start, columns.stop)
     for at in range(a - (a - origin) % tile, b, tile):
         n = min(tile, columns.stop - at)
-        find_groups(whole, work.low, work.high, at, n, lanes(state.acc), work.groups)
+        find_groups(whole, work.low, work.high, at, n, lanes(work.acc), work.groups)
         if not any_sees(whole, work.groups):
             continue
         if direct:
@@ -128,9 +146,6 @@ def fold_range(rows, columns, state, block, packed, work, score):  # type: ignor
             slot = 0 if packed.private else (rows.head + h) * packed.tiles + (at - origin) // tile
             fold_packed(Tile(height, rows.head + h, at, n), slot, work_from(work, h * height), block, packed,
                         score_arguments_from(score, h * height))
-
-    for h in range(rows.heads if columns.final else 0):
-        store_forward_rows(state, rows.first, n_rows, rows.head + h, group, work_from(work, h * height))
 
 
 @numba.njit(error_model="numpy")
@@ -311,13 +326,17 @@ def _backward(digest: str) -> tuple[Any, ...]:
             whole = -(-count // ROWS) * ROWS
             load_backward_rows(block, gradient, first, count, whole, head, group, work)
             load_row_scores(first, count, whole, head, group, score)
-            a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
-            for at in range(a - (a - origin) % tile, b, tile):
-                n = min(tile, columns.stop - at)
-                find_groups(whole, work.low, work.high, at, n, lanes(gradient.dq), work.groups)
-                if any_sees(whole, work.groups):
-                    slot = head * packed.tiles + (at - origin) // tile
-                    backward_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, gradient, score)
+            for number in range(len(block.begin)):
+                if len(block.begin) > 1:
+                    see_interval(block, number, first, count, count, group, work)
+                a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+                for at in range(a - (a - origin) % tile, b, tile):
+                    n = min(tile, columns.stop - at)
+                    find_groups(whole, work.low, work.high, at, n, lanes(gradient.dq), work.groups)
+                    if any_sees(whole, work.groups):
+                        slot = head * packed.tiles + (at - origin) // tile
+                        backward_packed(Tile(whole, head, at, n), slot, work, packed, sums, at - origin, gradient,
+                                        score)
             store_backward_rows(gradient, first, count, head, group, work)
 
     def add_sums(dk, dv, sums, head, columns, spans):  # type: ignore[no-untyped-def]
@@ -404,15 +423,18 @@ def _reductions(digest: str) -> tuple[Any, ...]:
             whole = -(-count // ROWS) * ROWS
             load_weight_rows(block, lse, first, count, whole, head, work)
             load_row_scores(first, count, whole, head, 1, score)
-            a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
-            for at in range(a - (a - columns.origin) % tile, b, tile):
-                n = min(tile, columns.stop - at)
-                find_groups(whole, work.low, work.high, at, n, lanes(work.s), work.groups)
-                if any_sees(whole, work.groups):
-                    place = (first_slot + (at - columns.origin) // tile) * size
-                    score_panels(whole, n, work.queries, work.s, work.groups, Contiguous(packed.keys, place),
-                                 address(packed.keys) + (place + size) * packed.keys.itemsize)
-                    reduce_tile(Tile(whole, head, at, n), first, count, head, work, target, block.scale, score)
+            for number in range(len(block.begin)):
+                if len(block.begin) > 1:
+                    see_interval(block, number, first, count, count, 1, work)
+                a, b = visible(work.low, work.high, whole, columns.start, columns.stop)
+                for at in range(a - (a - columns.origin) % tile, b, tile):
+                    n = min(tile, columns.stop - at)
+                    find_groups(whole, work.low, work.high, at, n, lanes(work.s), work.groups)
+                    if any_sees(whole, work.groups):
+                        place = (first_slot + (at - columns.origin) // tile) * size
+                        score_panels(whole, n, work.queries, work.s, work.groups, Contiguous(packed.keys, place),
+                                     address(packed.keys) + (place + size) * packed.keys.itemsize)
+                        reduce_tile(Tile(whole, head, at, n), first, count, head, work, target, block.scale, score)
 
     return pack_weight_keys, reduce_keys
 

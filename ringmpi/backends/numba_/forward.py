@@ -29,7 +29,7 @@ from ..team import Task, Team
 from .arguments import KernelArguments
 from .compiled import combine_rows, forward_keys, pack_forward
 from .product import ROWS
-from .steps import TASKS, Limits, equal_parts, speed, uncounted_task
+from .steps import TASKS, Limits, speed, uncounted_task
 from .tuples import ColumnRange, ForwardTiles, RowRange, StateArrays, forward_numbers, ranges_of
 from .workspace import PackedKV
 
@@ -128,10 +128,9 @@ class Forward:
         for start in range(first, last, keys_per_piece):
             stop = min(start + keys_per_piece, last)
             tiles = -(-(stop - start) // tile)
-            slots = block.heads * tiles
-            parts = max(least, TASKS * slots * packed.tile_bytes // self.limits.step_bytes)
+            parts = max(least, TASKS * block.heads * tiles * packed.tile_bytes // self.limits.step_bytes)
             pieces = self._pieces(start, stop, height, step)
-            rounds.append(Round(start, stop, tiles, equal_parts(slots, parts), pieces))
+            rounds.append(Round(start, stop, tiles, block.slots(start, stop, tile, parts), pieces))
         return rounds
 
     def _many_rows(self, rounds: list[Round]) -> Generator[int, None, None]:
@@ -215,31 +214,34 @@ class Forward:
         areas = block.areas(start, stop, height)
         tiles = np.flatnonzero(areas)
         areas = areas[tiles]
-        first, last = (x[tiles] for x in block.spans(start, stop, height))
+        first, last, columns = (x[tiles] for x in block.spans(start, stop, height))
         first = start + (first - start) // tile * tile                   # whole tiles, as they are packed
         last = np.minimum(start - (start - last) // tile * tile, stop)
         rows = np.minimum(height, block.rows - tiles * height)
-        if not apart and (last - first > step).any():
-            return [self._piece(0, RowRange(head, 1, i * height, n), range(a, b, step), area, start)
+        if not apart and (columns > step).any():
+            steps = step * np.maximum(1, (last - first) // columns)      # there are gaps between intervals
+            return [self._piece(0, RowRange(head, 1, i * height, n), range(a, b, wide), area, start)
                     for head in range(block.heads)
-                    for i, n, a, b, area in zip(*(x.tolist() for x in (tiles, rows, first, last, areas)), strict=True)]
+                    for i, n, a, b, wide, area in zip(*(x.tolist() for x in (tiles, rows, first, last, steps, areas)),
+                                                      strict=True)]
         one = np.ones_like(tiles)
         ranges = np.stack([0 * one, one, tiles * height, rows, start * one, first, last, one, one, 0 * one], axis=1)
         if apart:
             ranges[:1, -1] = stop
         every = np.tile(ranges, (block.heads, 1))
         every[:, 0] = np.repeat(np.arange(block.heads), len(tiles))
-        return self._together(every, np.tile(areas, block.heads), len(tiles) if apart else 1)
+        return self._together(every, np.tile(rows * columns, block.heads), np.tile(areas, block.heads),
+                              len(tiles) if apart else 1)
 
-    def _together(self, ranges: NDArray[np.int64], areas: NDArray[np.int64], least: int) -> list[Piece]:
+    def _together(self, ranges: NDArray[np.int64], work: NDArray[np.int64], areas: NDArray[np.int64], least: int
+                  ) -> list[Piece]:
         """Make pieces of one step each, of as many ranges as make no step too long, nor the pieces too few for all.
 
-        Each has a multiple of `least` ranges.
+        Each has a multiple of `least` ranges; `work` is the rows × columns that each takes, `areas` what is seen.
         """
         if not len(ranges):
             return []
-        _, _, _, rows, _, start, stop, _, _, _ = ranges.T
-        work = np.cumsum(rows * (stop - start))
+        work = np.cumsum(work)
         most = self._most_work()
         if self.team.size > 1:
             most = min(most, int(work[-1]) / (TASKS * self.team.size))

@@ -81,9 +81,18 @@ def score_panels(rows, n, queries, s, groups, keys, ahead):  # type: ignore[no-u
         following = address(keys.array) + (keys.at + (panel + wide) * depth) * item if panel + wide < n else ahead
         for g in range(0, rows, ROWS):
             if groups[g, 0] < panel + wide and groups[g, 1] > panel:
-                scores(Strided(queries, g * depth, depth), Contiguous(keys.array, keys.at + panel * depth),
-                       Strided(s, g * s.shape[1] + panel, s.shape[1]), depth,
-                       Prefetch(following + g // ROWS * depth * share, share))
+                score_panel(g, panel, queries, s, groups, keys, Prefetch(following + g // ROWS * depth * share, share))
+
+
+@numba.njit(error_model="numpy")
+def score_panel(g, panel, queries, s, groups, keys, prefetched):  # type: ignore[no-untyped-def]
+    """S of a group of rows and the columns from `panel` on: those vectors of the panel of which some row sees any."""
+    depth = queries.shape[1]
+    side = lanes(s)
+    first = max(groups[g, 0] - panel, 0) // side
+    last = min(-(-(groups[g, 1] - panel) // side), VECTORS)
+    scores(Strided(queries, g * depth, depth), Contiguous(keys.array, keys.at + panel * depth + first * side),
+           Strided(s, g * s.shape[1] + panel + first * side, s.shape[1]), depth, prefetched, last - first)
 
 
 @numba.njit(error_model="numpy")
@@ -112,10 +121,10 @@ def weigh_panels(tile, work, p, keys, ahead, scale, score):  # type: ignore[no-u
     for panel in range(0, tile.n, wide):
         following = address(keys.array) + (keys.at + (panel + wide) * depth) * item if panel + wide < tile.n else ahead
         for g in range(0, tile.rows, ROWS):
-            a = Strided(queries, g * depth, depth)
             prefetched = Prefetch(following + g // ROWS * depth * share, share)
             first = panel
             if work.eager[g]:
+                a = Strided(queries, g * depth, depth)
                 b = Contiguous(keys.array, keys.at + panel * depth)
                 if score is None:
                     too_high = weigh_products(a, b, work, p, g, s.shape[1], panel, depth, prefetched, scale)
@@ -128,8 +137,7 @@ def weigh_panels(tile, work, p, keys, ahead, scale, score):  # type: ignore[no-u
                 first = 0
             for j in range(first, panel + wide, wide):
                 if groups[g, 0] < j + wide and groups[g, 1] > j:
-                    scores(a, Contiguous(keys.array, keys.at + j * depth), Strided(s, g * s.shape[1] + j, s.shape[1]),
-                           depth, prefetched)
+                    score_panel(g, j, queries, s, groups, keys, prefetched)
 
 
 @numba.njit(error_model="numpy")
@@ -266,8 +274,8 @@ def load_forward_rows(block, state, first, count, rows, head, group, work):  # t
     for r in range(rows):
         query, member = divmod(first + min(r, count - 1), group)
         h = head * group + member
-        work.low[r] = block.begin[query]
-        work.high[r] = max(block.begin[query], block.end[query])
+        work.low[r] = block.begin[0, query]
+        work.high[r] = max(block.begin[0, query], block.end[0, query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
         row, sums = work.acc[r], state.acc[query, h]
@@ -277,17 +285,40 @@ def load_forward_rows(block, state, first, count, rows, head, group, work):  # t
 
 
 @numba.njit(error_model="numpy")
-def store_forward_rows(state, first, count, head, group, work):  # type: ignore[no-untyped-def]
+def store_forward_rows(block, state, first, count, head, group, work):  # type: ignore[no-untyped-def]
     """Put the work space back into the state; rows that saw nothing stay as they are."""
     for r in range(count):
-        if work.low[r] >= work.high[r]:
-            continue
         i, h = (first + r) // group, head * group + (first + r) % group
+        if not sees_any(block, i):
+            continue
         row, new = state.acc[i, h], work.acc[r]
         for c in range(len(row)):
             row[c] = new[c] + 0          # -0 becomes 0: what others of the group saw may have made 0 of it, or not
         state.row_sum[i, h] = work.row_sum[r]
         state.row_max[i, h] = work.row_max[r]
+
+
+@numba.njit
+def see_interval(block, number, first, count, rows, group, work):  # type: ignore[no-untyped-def]
+    """Let rows first..first + count see what is in an interval; the others up to `rows` do as the last."""
+    begin, end = block.begin[number], block.end[number]
+    query, member = divmod(first, group)
+    for r in range(rows):
+        work.low[r] = begin[query]
+        work.high[r] = max(begin[query], end[query])
+        if r + 1 < count:
+            member += 1
+            if member == group:
+                query, member = query + 1, 0
+
+
+@numba.njit
+def sees_any(block, query):  # type: ignore[no-untyped-def]
+    """Whether a query sees anything."""
+    seen = False
+    for number in range(len(block.begin)):
+        seen |= block.begin[number, query] < block.end[number, query]
+    return seen
 
 
 @numba.njit

@@ -29,22 +29,23 @@ VECTORS = 4 if machine().registers >= 32 else 2     # widest panel
 
 
 @intrinsic
-def scores(context, a, b, c, depth, prefetched):  # type: ignore[no-untyped-def]
-    """C[ROWS, VECTORS·lanes] = A[ROWS, depth] · B[depth, VECTORS·lanes].
+def scores(context, a, b, c, depth, prefetched, vectors):  # type: ignore[no-untyped-def]
+    """C[ROWS, n] = A[ROWS, depth] · B[depth, n] for n = vectors·lanes, 1 <= vectors <= VECTORS.
 
-    A and C are `Strided`, the panel B is `Contiguous`; `prefetched` is a `Prefetch`.
+    A and C are `Strided`, the panel B is `Contiguous` with rows of VECTORS·lanes; `prefetched` is a `Prefetch`.
     """
     def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
         a, b, c = operands(context, builder, signature, values, 3)
-        block = Registers(builder, b, Vectors(builder, c.dtype), VECTORS)
-        total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
-        for i, row in enumerate(total):
-            start = builder.mul(c.row, constant(i))
-            for j, x in enumerate(row):
-                block.vectors.store(x, c.pointer, builder.add(start, constant(j * block.vectors.lanes)))
+        for width in cases(builder, values[5], range(1, VECTORS + 1)):
+            block = Registers(builder, b, Vectors(builder, c.dtype), width, VECTORS)
+            total = block.multiply(a, values[3], cgutils.unpack_tuple(builder, values[4], 2))
+            for i, row in enumerate(total):
+                start = builder.mul(c.row, constant(i))
+                for j, x in enumerate(row):
+                    block.vectors.store(x, c.pointer, builder.add(start, constant(j * block.vectors.lanes)))
         return context.get_dummy_value()
 
-    return types.void(a, b, c, depth, prefetched), emit
+    return types.void(a, b, c, depth, prefetched, vectors), emit
 
 
 @intrinsic
@@ -97,12 +98,13 @@ def operands(context: Any, builder: Any, signature: Any, values: Any, count: int
 
 
 class Registers:
-    """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide."""
+    """A block of C in registers, ROWS × `width` vectors, for a panel B that is as wide, or `pitch` vectors wide."""
 
-    def __init__(self, builder: ir.IRBuilder, b: Operand, vectors: Vectors, width: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, b: Operand, vectors: Vectors, width: int, pitch: int = 0) -> None:
         self.builder = builder
         self.b = b
         self.width = width
+        self.pitch = pitch or width
         self.vectors = vectors
 
     def multiply(self, a: Operand, depth: Any, prefetched: Any, transposed: bool = False) -> list[list[Any]]:
@@ -121,8 +123,8 @@ class Registers:
         across = a.row if transposed else constant(1)           # to that of the next step
 
         def multiply_add(step: Any, offset: int) -> None:
-            source = at(builder, self.b.pointer, builder.mul(step, constant(self.width * v.lanes)))
-            panel = [load(builder, source, (offset * self.width + j) * v.lanes, kind) for j in range(self.width)]
+            source = at(builder, self.b.pointer, builder.mul(step, constant(self.pitch * v.lanes)))
+            panel = [load(builder, source, (offset * self.pitch + j) * v.lanes, kind) for j in range(self.width)]
             column = at(builder, a.pointer, builder.mul(builder.add(step, constant(offset)), across))
             for i in range(ROWS):
                 x = splat(builder, builder.load(at(builder, column, builder.mul(along, constant(i)))), v.lanes)

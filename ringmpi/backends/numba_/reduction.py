@@ -79,7 +79,7 @@ class Reduction:
         count = -(-(stop - start) // self.memory.tile)
         tiles = self.memory.reserve(block.heads, count)
         yield from self.team.run([uncounted_task(partial(self._pack, start, stop, a, b, tiles))
-                                  for a, b in equal_parts(block.heads * count, TASKS * size)])
+                                  for a, b in block.slots(start, stop, self.memory.tile, TASKS * size)])
         cut = self._ranges_of_columns if isinstance(self.target, ColumnTarget) else self._ranges_of_rows
         heads = block.heads * block.group
         tasks = [(each, sum(cost for _, _, cost in each)) for each in cut(start, count, stop, heads)]
@@ -111,7 +111,7 @@ class Reduction:
         return int(self.block.arrays.q.shape[0])
 
     def _step(self, rows: range, columns: range) -> tuple[range, range, int]:
-        begin, end = (np.clip(x[rows.start:rows.stop], columns.start, columns.stop)
+        begin, end = (np.clip(x[:, rows.start:rows.stop], columns.start, columns.stop)
                       for x in (self.block.arrays.begin, self.block.arrays.end))
         return rows, columns, int(np.maximum(end - begin, 0).sum())
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...layout import Integers
 
-KEPT_QUERIES = 1024         # at most of a block whose cut is kept: what more of them take is not Python's time
+KEPT_QUERIES = 1024         # times intervals, at most of a block whose cut is kept: what more take is not Python's time
 KEPT_BLOCKS = 64            # whose cuts are kept
 
 
@@ -17,7 +17,7 @@ class Seen:
 
     Attributes
     ----------
-    begin, end : (n_q,) int64
+    begin, end : (intervals, n_q) int64
         Copies.
     first, last : int
         The columns that some query sees; both 0 if there are none.
@@ -28,7 +28,7 @@ class Seen:
     """
 
     def __init__(self, begin: Integers, end: Integers) -> None:
-        self.begin, self.end = np.array(begin, np.int64), np.array(end, np.int64)
+        self.begin, self.end = np.array(begin, np.int64, ndmin=2), np.array(end, np.int64, ndmin=2)
         seeing = self.end > self.begin
         some = bool(seeing.any())
         self.first = int(self.begin[seeing].min()) if some else 0
@@ -36,18 +36,25 @@ class Seen:
         self.pairs = int((self.end - self.begin)[seeing].sum())
         self.cuts: dict[Any, Any] = {}
 
+    def intervals(self) -> list[Seen]:
+        """Give what the queries see in each interval that any of them has."""
+        if len(self.begin) == 1:
+            return [self]
+        each = [Seen(begin, end) for begin, end in zip(self.begin, self.end, strict=True)]
+        return [seen for seen in each if seen.pairs]
+
 
 class SeenBefore:
     """What queries have seen lately, to be found by its content. Local."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[bytes, bytes], Seen] = {}
+        self._kept: dict[tuple[int, bytes, bytes], Seen] = {}
 
     def find(self, begin: Integers, end: Integers) -> Seen:
         """Give what queries see, with the cuts that were made of it; nobody else changes it."""
-        if len(begin) > KEPT_QUERIES:
+        if begin.size > KEPT_QUERIES:
             return Seen(begin, end)
-        key = begin.tobytes(), end.tobytes()
+        key = begin.shape[-1], begin.tobytes(), end.tobytes()
         seen = self._kept.get(key)
         if seen is None:
             if len(self._kept) >= KEPT_BLOCKS:

@@ -99,8 +99,8 @@ def load_weight_rows(block, lse, first, count, rows, head, work):  # type: ignor
         work.low[r] = work.high[r] = 0
         work.lse[r] = 0
         if r < count:
-            work.low[r] = block.begin[first + r]
-            work.high[r] = max(block.begin[first + r], block.end[first + r])
+            work.low[r] = block.begin[0, first + r]
+            work.high[r] = max(block.begin[0, first + r], block.end[0, first + r])
             work.lse[r] = lse[first + r, head]
 
 

@@ -406,8 +406,8 @@ def load_tile_rows(block, state, rows, group, work, sizes):  # type: ignore[no-u
             continue
         query, member = divmod(rows.first + r, group)
         h = rows.head * group + member
-        work.low[r] = block.begin[query]
-        work.high[r] = max(block.begin[query], block.end[query])
+        work.low[r] = block.begin[0, query]
+        work.high[r] = max(block.begin[0, query], block.end[0, query])
         work.row_max[r] = state.row_max[query, h]
         work.row_sum[r] = state.row_sum[query, h]
         work.shift[r] = -work.row_max[r] if work.row_max[r] != -np.inf else 0

@@ -105,8 +105,8 @@ def load_gradient_rows(block, gradient, first, count, rows, head, group, work, p
         if r < count:
             i, h = (first + r) // group, head * group + (first + r) % group
             lse, delta = gradient.lse[i, h], gradient.delta[i, h]
-            work.low[r] = block.begin[i]
-            work.high[r] = max(block.begin[i], block.end[i])
+            work.low[r] = block.begin[0, i]
+            work.high[r] = max(block.begin[0, i], block.end[0, i])
             if len(packed.pieces) > 1:
                 work.odd[r] = is_odd_row(block, gradient, i, h, lse, delta)
             if not work.odd[r]:

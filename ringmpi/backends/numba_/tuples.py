@@ -36,8 +36,8 @@ class BlockArrays(NamedTuple):
     ----------
     q, k, v : Tokens of shape (n_q, heads, dim), (n_k, kv_heads, dim), (n_k, kv_heads, dim_v)
         bfloat16 and float16 as bits, uint16 and int16; q and k may be uint32 pairs of bfloat16 along dim.
-    begin, end : (n_q,) int64
-        The columns that a query sees.
+    begin, end : (intervals, n_q) int64
+        The columns that a query sees in each interval.
     scale : number
         Of the products; 1 where the score is not plain, whose scale is in `ScoreArguments.ratio`.
     """
