@@ -324,8 +324,8 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
 
 // Go through the tiles of rows of which any may see one of `all`, the keys of the block: `rows_of(tile)` are its rows,
 // what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
-// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another CANONICAL_TILE
-// queries, of `group` rows each. All threads of the block.
+// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another
+// CANONICAL_TILE queries, of `group` rows each. All threads of the block.
 template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
           class RowsOf, class Begin, class Work>
 __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, const GradientInputs<T>& inputs,
@@ -350,9 +350,9 @@ __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, cons
     });
 }
 
-// Go through the tiles of keys in `range`, those of a key head: `work(partial, tile, start)` is called where the rows of
-// the warp, of which `visible` is, may see any; `begin()` in canonical order before the first of another CANONICAL_TILE
-// keys. All threads of the block.
+// Go through the tiles of keys in `range`, those of a key head: `work(partial, tile, start)` is called where the rows
+// of the warp, of which `visible` is, may see any; `begin()` in canonical order before the first of another
+// CANONICAL_TILE keys. All threads of the block.
 template <int BYTES, int THREADS, bool CANONICAL, int KEYS, int STAGES, class Tiles, class T, class A, class Begin,
           class Work>
 __device__ inline void for_key_tiles(const Tiles& memory, const GradientInputs<T>& inputs, const Problem<A>& problem,
