@@ -176,6 +176,30 @@ struct RowStats {
     __device__ RowStats(A lse, A delta, Interval sees) : lse(lse + (delta - delta)), delta(delta), sees(sees) {}
 };
 
+// What is known of the rows of a warp, in registers: lane 4 g + t has rows g and g + 8 of each 16, as of accumulators.
+template <class A, int HEIGHT, class S>
+struct WarpRowStats {
+    RowStats<A> stats[HEIGHT][2];
+    typename S::Row score[HEIGHT][2];
+
+    // Read it; the first is row `first` of the block. Lane i brings the `interval` that row i of the warp sees.
+    template <class T>
+    __device__ WarpRowStats(const GradientInputs<T>& inputs, const Rows& rows, int first, Interval interval,
+                            const S& of_problem) {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int local = 16 * m + 8 * h + threadIdx.x % 32 / 4, row = first + local;
+                const Interval sees{__shfl_sync(ALL_LANES, interval.low, local),
+                                    __shfl_sync(ALL_LANES, interval.high, local)};
+                const long long at = rows.contains(row) ? rows.state_row(row) : 0;
+                stats[m][h] = {inputs.lse[at], inputs.delta[at], sees};
+                score[m][h] = of_problem.row(rows, row);
+            }
+    }
+};
+
 // What is known of the rows of a tile, in shared memory.
 template <class A, int ROWS>
 struct TileRowStats {
@@ -300,8 +324,8 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
 
 // Go through the tiles of rows of which any may see one of `all`, the keys of the block: `rows_of(tile)` are its rows,
 // what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
-// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another CANONICAL_TILE
-// queries, of `group` rows each. All threads of the block.
+// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another
+// CANONICAL_TILE queries, of `group` rows each. All threads of the block.
 template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
           class RowsOf, class Begin, class Work>
 __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, const GradientInputs<T>& inputs,
@@ -323,5 +347,27 @@ __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, cons
         const auto rows = rows_of(tile);
         if (!CANONICAL && of_tile.full(keys.low, count)) work(False{}, memory.other(stage), row_stats[stage], rows);
         else work(True{}, memory.other(stage), row_stats[stage], rows);
+    });
+}
+
+// Go through the tiles of keys in `range`, those of a key head: `work(partial, tile, start)` is called where the rows
+// of the warp, of which `visible` is, may see any; `begin()` in canonical order before the first of another
+// CANONICAL_TILE keys. All threads of the block.
+template <int BYTES, int THREADS, bool CANONICAL, int KEYS, int STAGES, class Tiles, class T, class A, class Begin,
+          class Work>
+__device__ inline void for_key_tiles(const Tiles& memory, const GradientInputs<T>& inputs, const Problem<A>& problem,
+                                     int kv_head, Interval range, const VisibleColumns& visible, Begin begin,
+                                     Work work) {
+    auto load = [&](int i, int stage) {
+        const int start = range.low + i * KEYS;
+        memory.other(stage).template copy_keys<BYTES, THREADS>(
+            inputs, kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
+    };
+    for_tiles<STAGES>(range.tiles(KEYS), [](int i) { return i; }, load, [&](int i, int stage) {
+        const int start = range.low + i * KEYS;
+        if (CANONICAL && start % CANONICAL_TILE == 0) begin();
+        if (visible.skips(start, KEYS)) return;
+        if (!CANONICAL && visible.full(start, KEYS)) work(False{}, memory.other(stage), start);
+        else work(True{}, memory.other(stage), start);
     });
 }

@@ -36,27 +36,14 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine + lane) : Interval{0, 0};
     const VisibleColumns visible = visible_to_warp(interval, has_row);
     const Interval range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
-    const int tiles = range.tiles(KEYS);
-    if (tiles == 0) return;
+    if (range.tiles(KEYS) == 0) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
     const Own own = memory.own();
     own.template copy_rows<BYTES, THREADS>(inputs, rows, problem);
     const S score(problem);
-    RowStats<A> row_stats[HEIGHT][2];
-    typename S::Row row_score[HEIGHT][2];
-#pragma unroll
-    for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int local = 16 * m + 8 * h + lane / 4;
-            const Interval sees{__shfl_sync(ALL_LANES, interval.low, local),
-                                __shfl_sync(ALL_LANES, interval.high, local)};
-            const long long at = rows.contains(mine + local) ? rows.state_row(mine + local) : 0;
-            row_stats[m][h] = {inputs.lse[at], inputs.delta[at], sees};
-            row_score[m][h] = score.row(rows, mine + local);
-        }
+    const WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, interval, score);
 
     // Add what tile after tile of keys gives.
     A acc[HEIGHT][COLUMNS / 8][4] = {};
@@ -79,26 +66,17 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
                 const typename S::Key key = score.key(column);
 #pragma unroll
                 for (int m = 0; m < HEIGHT; ++m)
-                    differentiate<PARTIAL>(qk[m][n][i], dout_v[m][n][i], row_stats[m][i / 2], row_score[m][i / 2],
+                    differentiate<PARTIAL>(qk[m][n][i], dout_v[m][n][i], known.stats[m][i / 2], known.score[m][i / 2],
                                            column, key, problem.scale, score);
             }
         multiply<PARTIAL, T>(acc, dout_v, other.tile, Other::STRIDE, slice);
     };
-    auto load = [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        memory.other(stage).template copy_keys<BYTES, THREADS>(
-            inputs, rows.kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
+    auto begin = [&] {
+        put();
+        clear(acc);
     };
-    for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        if (CANONICAL && start % CANONICAL_TILE == 0) {
-            put();
-            clear(acc);
-        }
-        if (visible.skips(start, KEYS)) return;
-        if (!CANONICAL && visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
-        else add(True{}, memory.other(stage), start);
-    });
+    for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible, begin,
+                                                           add);
     put();
 }
 

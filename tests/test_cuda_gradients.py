@@ -292,6 +292,7 @@ def test_hopper_leaves_score_functions_to_others():
     q, k, v = (gpu.empty((200, 1, 64), DTYPES["bfloat16"]) for _ in range(3))
     assert hopper.takes(gpu, q, k, v, Score(1.0))
     assert not hopper.takes(gpu, q, k, v, Score(1.0, softcap=3.0))
+    assert not hopper.takes(gpu, q, k, v, Score(1.0, key_bias=gpu.empty((200, 1), np.float32)))
 
 
 @pytest.mark.parametrize("shared", [HOPPER, AMPERE, SMALL])
