@@ -10,6 +10,8 @@ from oracle import BIASES, DISTANCES, FUNCTIONS, case, dense, functions
 
 from ringmpi.backends import HOST_NAMES, open_backend
 from ringmpi.backends.numba_ import amx
+from ringmpi.backends.numba_ import backend as numba_
+from ringmpi.backends.numba_.forward import Forward
 from ringmpi.dtypes import DTYPES, TOLERANCE
 
 
@@ -87,6 +89,20 @@ def test_a_bias_by_distance(backend, dtype, kind, heads, kv_heads):
 def test_many_intervals(backend, kind, heads, kv_heads, n_q, n_k, count):
     q, k, v, *_ = case(0, n_q, n_k, heads, kv_heads, 24, 40, "float32")
     check(backend, q, k, v, *oracle.many_intervals(count, n_q, n_k, count), "float32", kind, blocks=2)
+
+
+def test_where_the_tile_unit_may_multiply_each_interval_is_a_pass(monkeypatch):
+    loops = []
+    run_all = Forward.run
+    monkeypatch.setattr(Forward, "run", lambda self: loops.append(self.block.arrays.begin.shape) or run_all(self))
+    monkeypatch.setattr(numba_.NumbaBackend, "_on_tiles", lambda *given: True)
+    for name in ("_is_for_tiles", "_is_worth_pieces"):               # but it does not
+        monkeypatch.setattr(numba_, name, lambda block, dtype: False)
+    opened = open_backend("numba", 1)
+    q, k, v, *_ = case(0, 40, 300, 2, 1, 24, 40, "float32")
+    check(opened, q, k, v, *oracle.many_intervals(2, 40, 300, 4), "float32")
+    assert loops == [(1, 40)] * 4
+    opened.close()
 
 
 def test_what_only_sees_infinite_products_is_nan_and_what_sees_no_key_is_0(backend):

@@ -40,15 +40,18 @@ def backend(request):
     ("float32", (70, 900, 4, 2, 16), "plain"), ("float64", (33, 260, 3, 1, 9), "all"),
     ("bfloat16", (300, 130, 2, 2, 24), "softcap"), ("float32", (1, 7, 1, 1, 8), "alibi"),
     ("float16", (40, 300, 2, 1, 16), "plain")])
-def test_dense_weights(backend, dtype, shape, kind):
+@pytest.mark.parametrize("intervals", [1, 6])
+def test_dense_weights(backend, dtype, shape, kind, intervals):
     n_q, n_k, heads, kv_heads, dim = shape
     q, k, _, begin, end = case(7, n_q, n_k, heads, kv_heads, dim, 1, dtype)
     begin[: n_q // 2], end[: n_q // 2] = 0, n_k                  # whole tiles too
+    if intervals > 1:
+        begin, end = oracle.many_intervals(1, n_q, n_k, intervals)
     score, _ = functions(kind, heads, np.arange(n_q), np.arange(n_k))
     score = {name: x for name, x in score.items() if not name.startswith("dropout")}
     of_block = Score(0.3, **score)
     j = np.arange(n_k)
-    see = (begin[:, None] <= j) & (j < end[:, None])
+    see = oracle.sees(begin, end, n_k)
     p, x, lse64 = dense(q, k, see, 0.3, score)
     lse = lse64.astype(np.float64 if dtype == "float64" else np.float32)
     unit = BOUND[dtype]

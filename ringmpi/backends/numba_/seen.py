@@ -28,7 +28,7 @@ class Seen:
     """
 
     def __init__(self, begin: Integers, end: Integers) -> None:
-        self.begin, self.end = np.array(begin, np.int64, ndmin=2), np.array(end, np.int64, ndmin=2)
+        self.begin, self.end = (np.array(x, np.int64, order="C", ndmin=2) for x in (begin, end))
         seeing = self.end > self.begin
         some = bool(seeing.any())
         self.first = int(self.begin[seeing].min()) if some else 0
