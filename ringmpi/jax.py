@@ -47,7 +47,7 @@ for _registry in REGISTRIES:
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """Where a call goes: the caller's object, or what one is to be made of for the call. Equal only to itself."""
+    """Where a call goes: the caller's object, or what one is to be made of for the call."""
 
     attention: RingAttention | None
     comm: Any
@@ -99,6 +99,12 @@ def _inputs(given: tuple[bool, bool], arrays: tuple[Any, ...]) -> Inputs:
 # gives.
 _callback = Primitive("ringmpi")
 _callback.multiple_results = True
+
+
+@_callback.def_impl  # type: ignore[untyped-decorator]
+def _(*operands: Any, function: Any, results: tuple[Any, ...]) -> Any:
+    jax.effects_barrier()                     # what is on its way on threads of XLA comes first, on all ranks
+    return [jnp.asarray(x) for x in function(*map(np.asarray, operands))]
 
 
 @_callback.def_effectful_abstract_eval  # type: ignore[untyped-decorator]
@@ -194,8 +200,20 @@ def ring_attention(q: Array, k: Array, v: Array, *, attention: RingAttention | N
     if jax.default_backend() != "cpu" and any(_platforms(x) - {"cpu"} for x in arrays):
         raise BackendError("ring_attention: expected arrays on the CPU; on a GPU take ringmpi.ring_attention outside "
                            "jit, which reads JAX's arrays where they are")
-    out, lse = _attend(way, *arrays, _optional(sinks), _optional(key_bias), jnp.asarray(seed).astype(jnp.uint32))
+    out, lse = _attend(way, *arrays, _optional(sinks), _optional(key_bias), _seed(seed))
     return (out, lse) if return_lse else out
+
+
+def _seed(seed: Any) -> Array:
+    """Give the seed as JAX has one: 32 bits."""
+    if not isinstance(seed, jax.core.Tracer):
+        number = np.asarray(seed)
+        if number.ndim or number.dtype.kind not in "iu" or not 0 <= number < 2**32:
+            raise OptionError(f"seed: expected an integer, 0 <= seed < 2**32, got {seed!r}")
+        return jnp.asarray(number.astype(np.uint32))
+    if seed.ndim or seed.dtype.kind not in "iu":
+        raise OptionError(f"seed: expected an integer, got {seed.dtype} of shape {seed.shape}")
+    return seed.astype(jnp.uint32)
 
 
 def _optional(x: Any) -> Any:
@@ -207,7 +225,6 @@ def _platforms(x: Array) -> set[str]:
     return set() if isinstance(x, jax.core.Tracer) else {device.platform for device in x.devices()}
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(way: _Way, q: Array, k: Array, v: Array, sinks: Array | None, key_bias: Array | None, seed: Array) -> Any:
     out, lse, _ = _forward(way, False, q, k, v, sinks, key_bias, seed)
@@ -241,4 +258,4 @@ def _differentiate(way: _Way, kept: Any, cotangents: Any) -> Any:
     return dq, dk, dv, dsinks, dkey_bias, np.zeros(seed.shape, jax.dtypes.float0)
 
 
-_attend.__wrapped__.defvjp(_keep, _differentiate)
+_attend.defvjp(_keep, _differentiate)

@@ -1,5 +1,8 @@
 """ringmpi.jax beside a dense softmax in JAX: jit, grad, loops, and results that nobody uses. Runs under mpiexec."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -133,6 +136,28 @@ def test_a_seed_that_is_traced(comm):
         for seed in (3, 2**32 - 1):
             out = jax.block_until_ready(found(np.uint32(seed)))
             assert np.array_equal(np.asarray(out), attention(q, k, v, seed=seed))
+
+
+def test_eager_calls_compile_nothing_and_keep_nothing(comm):
+    q, k, v, *_ = arrays(n=5)
+    held = [ringmpi.RingAttention(comm)]
+    alive = weakref.ref(held[0])
+    exact = held[0](q, k, v)
+    for _ in range(3):
+        assert np.array_equal(ringmpi.jax.ring_attention(q, k, v, attention=held[0]), exact)
+    jax.grad(lambda x: ringmpi.jax.ring_attention(x, k, v, attention=held[0]).sum())(q)
+    held.pop().close()
+    gc.collect()
+    assert alive() is None
+
+
+def test_seeds(comm):
+    q, k, v, *_ = arrays(n=5)
+    for seed in (2**32, -1, 2.5, [1, 2]):
+        with pytest.raises(ringmpi.OptionError, match="seed: expected an integer"):
+            ringmpi.jax.ring_attention(q, k, v, comm=comm, seed=seed)
+    gradient = jax.grad(lambda x: ringmpi.jax.ring_attention(x, k, v, comm=comm, dropout=0.5, seed=7).sum())(q)
+    assert gradient.shape == q.shape
 
 
 def test_what_is_refused(comm):

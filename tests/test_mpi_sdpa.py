@@ -12,6 +12,7 @@ import ringmpi  # noqa: E402
 import ringmpi.torch  # noqa: E402
 from ringmpi.call import Call  # noqa: E402
 from ringmpi.torch import scaled_dot_product_attention, sequence_parallel  # noqa: E402
+from ringmpi.torch.sequence import current  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -200,6 +201,13 @@ def test_gradients_are_summed(comm):
         assert (b.grad == 4).all()
         assert (c.grad == comm.size).all()
         assert d.grad is None
+        odd = comm.rank == comm.size - 1
+        for wrong in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2)):
+            parameter = torch.nn.Parameter(wrong)
+            if not wrong.is_complex():
+                parameter.grad = torch.ones(2).to_sparse() if odd else torch.ones(2)
+            with pytest.raises(ringmpi.DtypeError, match="real gradients that are dense"):
+                sequence.sum_gradients([parameter])
         if comm.size > 1:
             with pytest.raises(ringmpi.OptionError, match="parameters"):
                 sequence.sum_gradients([a, b] if comm.rank else [a])
@@ -212,7 +220,9 @@ def test_what_is_refused(comm):
     with pytest.raises(ringmpi.OptionError, match="expected to be called within"):
         scaled_dot_product_attention(q, k, v)
     with pytest.raises(ringmpi.OptionError, match="no scale"):
-        sequence_parallel(comm, scale=1.0)
+        sequence_parallel(comm, **({"scale": 1.0} if odd else {}))
+    with pytest.raises(ringmpi.OptionError, match="expected options of RingAttention, got foo"):
+        sequence_parallel(comm, **({"foo": 1} if odd else {}))
     with pytest.raises(ringmpi.OptionError, match="layout"):
         sequence_parallel(comm, layout="stripes" if odd else "striped")
     with sequence_parallel(comm, mask=ringmpi.Mask(window=3)) as sequence:
@@ -225,4 +235,46 @@ def test_what_is_refused(comm):
                 scaled_dot_product_attention(*parts, **{"enable_gqa": True, **(wrong if odd else {})})
         with pytest.raises(ringmpi.ShapeError, match="of one batch"):
             scaled_dot_product_attention(parts[0][0] if odd else parts[0], *parts[1:], enable_gqa=True)
+        with pytest.raises(ringmpi.DtypeError, match="expected tensors"):
+            scaled_dot_product_attention(None if odd else parts[0], *parts[1:], enable_gqa=True)
         assert scaled_dot_product_attention(*parts, enable_gqa=True).shape[1] == 4        # all is as before
+
+
+def test_contexts_within_contexts(comm):
+    with sequence_parallel(comm) as one, sequence_parallel(comm) as other:
+        with one:
+            assert current() is one
+        assert current() is other
+
+
+@pytest.mark.parametrize("batch", [(), (2, 2)])
+def test_a_rank_without_tokens(comm, batch):
+    q, k, v, _ = tensors(5, batch=batch)
+    exact = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    mine = slice(0, 5) if comm.rank == comm.size - 1 else slice(0, 0)
+    with sequence_parallel(comm) as sequence:
+        out = scaled_dot_product_attention(*(x[..., mine, :] for x in (q, k, v)), enable_gqa=True)
+        near(sequence.gather(out, -2), exact)
+
+
+def test_compiled_dropout_draws_for_each_call(comm):
+    """Two calls that look alike are two; what a checkpoint computes once more drops what it dropped."""
+    *arrays, _ = tensors(heads=2)
+    with sequence_parallel(comm, layout="striped") as sequence:
+        parts = [sequence.shard(x, 2).requires_grad_() for x in arrays]
+        torch._dynamo.reset()
+
+        def twice(q, k, v):
+            return (scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+                    - scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+
+        assert comm.allreduce(float(torch.compile(twice, backend="aot_eager")(*parts).abs().sum())) > 0
+
+        def once(q, k, v):
+            return scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+        c = sequence.shard(tensors(heads=2)[3], 2)
+        out = torch.compile(lambda *x: checkpoint(once, *x, use_reentrant=False), backend="aot_eager")(*parts)
+        (out * c).sum().backward()            # linear in v: the sum is that of v and its gradient
+        forward, backward = (comm.allreduce(float(x.detach().sum())) for x in (out * c, parts[2] * parts[2].grad))
+        assert abs(forward - backward) <= 1e-3 * max(1.0, abs(forward))

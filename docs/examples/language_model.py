@@ -38,7 +38,7 @@ def count(start, tokens):
 with ringmpi.torch.sequence_parallel(comm, layout="striped") as sequence:
     for step in range(arguments.steps):
         text = count(step, arguments.tokens)
-        batch = ringmpi.transformers.shard(sequence, input_ids=text, labels=text)
+        batch = ringmpi.transformers.shard(sequence, model, input_ids=text, labels=text)
         loss = model(**batch).loss                    # this rank's share
         optimiser.zero_grad()
         loss.backward()                               # collective, as the forward pass is
@@ -51,9 +51,9 @@ with ringmpi.torch.sequence_parallel(comm, layout="striped") as sequence:
     # A long prompt goes in split over the ranks; then all go on alike, each with its share of the keys.
     model.eval()
     prompt = count(7, 100)
-    cache = ringmpi.transformers.RingCache(sequence, config)
+    cache = ringmpi.transformers.RingCache(sequence, model)
     with torch.no_grad():
-        model(**ringmpi.transformers.shard(sequence, input_ids=prompt[:, :-1]), cache=cache)
+        model(**ringmpi.transformers.shard(sequence, model, input_ids=prompt[:, :-1]), cache=cache)
         text = model.generate(prompt, attention_mask=torch.ones_like(prompt), cache=cache, max_new_tokens=24,
                               do_sample=False, pad_token_id=0)
     if comm.rank == 0:

@@ -19,14 +19,16 @@ NUMBER, SEED = range(2)                    # facts of a call that its backward p
 
 
 @torch.library.custom_op("ringmpi::attend", mutates_args=())  # type: ignore[untyped-decorator]
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, sequence: int, mask: int, scale: float | None,
-           dropout: float, softcap: float | None, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, drawn: Tensor | None, sequence: int, mask: int,
+           scale: float | None, dropout: float, softcap: float | None, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Attend: out, lse and facts for the backward pass. Collective over the context's communicator.
 
     Parameters
     ----------
     q, k, v : tensors of shape (batch, n_q, heads, dim), (batch, n_k, kv_heads, dim), (batch, n_k, kv_heads, dim_v)
     sinks : tensor of shape (heads,), optional
+    drawn : int64 tensor of shape (), optional
+        What this rank has drawn for dropout: in the graph, so that each call has a number of its own.
     sequence : int
         The number of the `SequenceParallel`.
     mask, scale, dropout, softcap
@@ -36,15 +38,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, sequence: int,
     """
     context = by_number(sequence)
     attention = context.attention(Scores(mask, scale, dropout, softcap))
-    seed = context.seed() if dropout else 0
+    seed = 0 if drawn is None else context.agree_on_seed(drawn)
     inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed)
     out, lse = attention._call(inputs, True, False, None, trains=trains)
     return tensor_of(out), tensor_of(lse), torch.from_numpy(np.array([attention._last_number, seed]))
 
 
 @attend.register_fake  # type: ignore[untyped-decorator]
-def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, sequence: int, mask: int, scale: float | None,
-      dropout: float, softcap: float | None, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, drawn: Tensor | None, sequence: int, mask: int,
+      scale: float | None, dropout: float, softcap: float | None, trains: bool) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.float64 if q.dtype == torch.float64 else by_number(sequence).sums
     return (q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=sums),
             torch.empty(2, dtype=torch.int64))
@@ -74,7 +76,7 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep what the backward pass needs."""
-    q, k, v, sinks, *ctx.numbers, _ = inputs
+    q, k, v, sinks, _, *ctx.numbers, _ = inputs
     ctx.save_for_backward(q, k, v, sinks, *output)
 
 
@@ -82,7 +84,7 @@ def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor, _: Tensor) -> tuple[Ten
     """Differentiate; on all ranks if on one."""
     q, k, v, sinks, out, lse, facts = ctx.saved_tensors
     dq, dk, dv, dsinks = attend_backward(dout, dlse, q, k, v, sinks, out, lse, facts, *ctx.numbers)
-    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 6
+    return dq, dk, dv, None if sinks is None else dsinks, *[None] * 7
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, RingError, ShapeError
+from ..arrays import first_line
+from ..errors import DtypeError, OptionError, RingError, ShapeError
 from . import operator
 from .function import ring_attention
 from .sequence import CAUSAL, FULL, GIVEN, Scores, SequenceParallel, current
@@ -33,8 +36,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
         Which weights are dropped follows from torch's generator on rank 0, whatever the number of ranks and the layout
         are.
     is_causal : bool
-        Query i sees keys 0 .. i, by positions in the whole sequence. It must be so if it is said and the context has a
-        mask of its own.
+        Query i sees keys 0 .. i, by positions in the whole sequence. A mask of the context governs where there is one,
+        and must then be causal.
     scale : float, optional
         ``1/sqrt(dim)`` by default.
     enable_gqa : bool
@@ -54,8 +57,12 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     """
     sequence = sequence or current()
     mask = GIVEN if sequence.mask is not None else CAUSAL if is_causal else FULL
-    scores = Scores(mask, scale, float(dropout_p))
-    wrong = _find_wrong(query, key, value, attn_mask, is_causal, enable_gqa, sequence)
+    scores = Scores(mask)
+    try:
+        scores = Scores(mask, scale, float(dropout_p))
+        wrong = _find_wrong(query, key, value, attn_mask, is_causal, enable_gqa, sequence)
+    except (AttributeError, TypeError, ValueError) as error:
+        wrong = DtypeError(f"scaled_dot_product_attention: expected tensors: {first_line(error)}")
     if wrong is not None:
         sequence.refuse(wrong, scores)
     return attend(sequence, query, key, value, scores).transpose(-3, -2)
@@ -65,23 +72,25 @@ def attend(sequence: SequenceParallel, query: Tensor, key: Tensor, value: Tensor
            sinks: Tensor | None = None) -> Tensor:
     """Attend; tensors are (..., heads, tokens, dim), the result (..., tokens, heads, dim). Collective over *comm*."""
     lead = query.shape[:-3]
-    q, k, v = (_of_tokens(x) for x in _autocast(query, key, value))
+    q, k, v = (_of_tokens(x) for x in autocast(query, key, value))
+    # Each call drops other weights, and one that is computed once more, with the generator as it was, the same.
+    drawn = torch.randint(2**63 - 1, ()) if scores.dropout else None
     if torch.compiler.is_compiling():
         trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        out, _, _ = operator.attend(q, k, v, sinks, sequence.number, *scores, trains)
+        out, _, _ = operator.attend(q, k, v, sinks, drawn, sequence.number, *scores, trains)
     else:
-        seed = sequence.seed() if scores.dropout else 0
+        seed = 0 if drawn is None else sequence.agree_on_seed(drawn)
         out = ring_attention(q, k, v, attention=sequence.attention(scores), sinks=sinks, seed=seed)
     return out.reshape(*lead, *out.shape[-3:]) if len(lead) != 1 else out
 
 
 def _of_tokens(x: Tensor) -> Tensor:
     """Give (batch, tokens, heads, dim) of (..., heads, tokens, dim)."""
-    return (x if x.ndim == 4 else x.reshape(-1, *x.shape[-3:])).transpose(1, 2)
+    return (x if x.ndim == 4 else x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])).transpose(1, 2)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as torch's own attention is cast under autocast."""
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch's own attention is cast under autocast. Local."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -104,7 +113,8 @@ def _find_wrong(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | N
     if query.shape[-3] != key.shape[-3] and not enable_gqa:
         return ShapeError(f"scaled_dot_product_attention: expected as many heads of key and value as of query, got "
                           f"{key.shape[-3]} and {query.shape[-3]}; say enable_gqa=True")
-    if is_causal and sequence.mask is not None and not getattr(sequence.mask, "causal", False):
+    masks = sequence.mask if isinstance(sequence.mask, (list, tuple)) else [sequence.mask]
+    if is_causal and sequence.mask is not None and not all(getattr(mask, "causal", False) for mask in masks):
         return OptionError("is_causal: expected a mask of sequence_parallel that is causal, or none, got "
                            f"{sequence.mask!r}")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import weakref
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..attention import RingAttention
 from ..call import NO_RECORD
 from ..checks import check_timeout
-from ..errors import InternalError, OptionError, RingError
+from ..errors import DtypeError, InternalError, OptionError, RingError
 from ..layout import Layout, check_spec, make, resolve
 from ..mask import Mask
 from ..mask_base import BaseMask
@@ -26,6 +27,8 @@ from ..mpi.comm import TIMEOUT, private_comm
 # Masks by their numbers, by which the operator of `torch.compile` names them.
 FULL, CAUSAL, GIVEN = range(3)
 TOP_LEFT = Mask(causal=True, q_offset=0)      # torch's `is_causal`: query i sees keys 0 .. i, however many there are
+OF_CALLS = {"kv_layout", "scale", "softcap", "dropout", "alibi"}
+OPTIONS = set(inspect.signature(RingAttention).parameters) - {"comm", "mask", "layout"} - OF_CALLS
 KEPT = 32                                     # attentions, and masks besides these
 BUCKET = 2**24                                # numbers that are summed over the ranks at a time
 _active: list[SequenceParallel] = []          # of the process: autograd recomputes on threads of its own
@@ -65,6 +68,8 @@ class SequenceParallel:
 
     def __init__(self, comm: Any, layout: str | Layout, mask: BaseMask | Sequence[BaseMask] | None,
                  options: dict[str, Any]) -> None:
+        taken = OF_CALLS & options.keys()
+        unknown = options.keys() - OPTIONS - OF_CALLS
         self.timeout, wrong = check_timeout(options.get("timeout", TIMEOUT))
         self.comm = comm
         self.layout = layout
@@ -80,6 +85,11 @@ class SequenceParallel:
         with self._comm.noting() as failures:
             if wrong:
                 raise OptionError(wrong)
+            if taken:
+                raise OptionError(f"sequence_parallel: expected no {', '.join(sorted(taken))}, which each call says "
+                                  "for itself")
+            if unknown:
+                raise OptionError(f"sequence_parallel: expected options of RingAttention, got {', '.join(unknown)}")
             check_spec(layout)
         self._comm.exchange("sequence_parallel", self.timeout, failures=failures)
         _all[self.number] = self
@@ -170,6 +180,10 @@ class SequenceParallel:
         tensors: list[Tensor] = []
         with self._comm.noting() as failures:
             tensors = [x for x in parameters if x.requires_grad]
+            for x in tensors:
+                if x.is_complex() or (x.grad is not None and x.grad.layout != torch.strided):
+                    raise DtypeError(f"sum_gradients: expected real gradients that are dense, got {x.dtype}, "
+                                     f"{'none' if x.grad is None else x.grad.layout}")
         has = np.array([x.grad is not None for x in tensors], np.uint8)
         rows = self._comm.exchange("SequenceParallel.sum_gradients", self.timeout, has, failures=failures,
                                    options={"parameters": [(tuple(x.shape), str(x.dtype)) for x in tensors]})
@@ -217,14 +231,9 @@ class SequenceParallel:
             self._attentions.popitem(last=False)
         return attention
 
-    def seed(self) -> int:
-        """Draw a seed of dropout from torch's generator: what rank 0 draws, on all ranks. Collective over *comm*.
-
-        Each call drops other weights, and one that is computed once more, with the generator as it was
-        (`torch.utils.checkpoint`), the same.
-        """
-        drawn = torch.randint(2**63 - 1, ()).item()
-        return int(self._comm.allgather([drawn], self.timeout)[0, 0])
+    def agree_on_seed(self, drawn: Tensor) -> int:
+        """Give the seed of dropout that rank 0 has drawn, on all ranks. Collective over *comm*."""
+        return int(self._comm.allgather([drawn.item()], self.timeout)[0, 0])
 
     def refuse(self, error: RingError, scores: Scores | None = None) -> NoReturn:
         """Raise what is wrong with a call of this rank, on all ranks that make it. Collective over *comm*.
@@ -242,7 +251,7 @@ class SequenceParallel:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        _active.remove(self)
+        del _active[max(place for place, one in enumerate(_active) if one is self)]
 
 
 def sequence_parallel(comm: Any, *, layout: str | Layout = "contiguous",
@@ -269,6 +278,11 @@ def sequence_parallel(comm: Any, *, layout: str | Layout = "contiguous",
     RingError
         One of its children, the same on every rank.
 
+    Notes
+    -----
+    Make it once, and enter it as often as need be: what was compiled within one is compiled anew in another. What a
+    backward pass computes once more (`torch.utils.checkpoint`) is to be computed within the same context.
+
     Examples
     --------
     ::
@@ -281,9 +295,6 @@ def sequence_parallel(comm: Any, *, layout: str | Layout = "contiguous",
             loss.backward()
             sequence.sum_gradients(model.parameters())
     """
-    taken = {"comm", "mask", "layout", "kv_layout", "scale", "softcap", "dropout", "alibi"} & set(options)
-    if taken:
-        raise OptionError(f"sequence_parallel: expected no {', '.join(sorted(taken))}, which each call says for itself")
     return SequenceParallel(comm, layout, mask, options)
 
 

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..torch.sdpa import attend
+from ..torch.sdpa import attend, autocast
 from ..torch.sequence import Scores, current
 from .cache import pending
 from .masks import Said, said_mask
+from .models import NAME
 from .tokens import known_tokens
-
-NAME = "ringmpi"
 
 
 def register() -> None:
@@ -22,8 +21,8 @@ def register() -> None:
 
     Models of it then run within `ringmpi.torch.sequence_parallel`, each rank with its part of the tokens; `shard` gives
     what they are to be called with. Causal and bidirectional masks, windows, chunks, padding on either side and packed
-    documents are taken from the model and the batch; softcap, sinks and grouped heads are too. Anything else is an
-    error on all ranks.
+    documents are taken from the model and the batch; softcap, sinks and grouped heads are too. Anything else that a
+    layer says is an error on all ranks; what layers do not say is for `shard` to look at, which gets the model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     AttentionInterface.register(NAME, ring_attention_forward)
@@ -60,8 +59,13 @@ def ring_attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, 
     known = known_tokens(sequence, query, attention_mask, position_ids, causal, others)
     scores = Scores(known.mask, scaling, float(dropout), softcap)
     layer = pending(key)
+    query, key, value = autocast(query, key, value)
     if layer is not None:
         return layer.attend(query, key, value, known, scores, s_aux), None
+    if key.shape[2] != query.shape[2] or (known.plain and known.first):
+        sequence.refuse(OptionError("expected the keys of a sequence from its first token on, or a RingCache, got "
+                                    f"{key.shape[2]} keys for {query.shape[2]} queries from position {known.first} on: "
+                                    "transformers' own caches have those of this rank alone"))
     if known.replicated:
         sequence.refuse(OptionError("position_ids: expected those of this rank's tokens, got the same on all ranks, "
                                     "which a model makes up if it is given none; take what ringmpi.transformers.shard "

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import OptionError, ShapeError
+from ..layout import make
 from ..torch import SequenceParallel
+from .models import check_model
 
 IGNORED = -100                # a label that no loss is made of
 
 
-def shard(sequence: SequenceParallel, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-          attention_mask: Tensor | None = None, position_ids: Tensor | None = None, labels: Tensor | None = None
-          ) -> dict[str, Tensor]:
+def shard(sequence: SequenceParallel, model: Any, *, input_ids: Tensor | None = None,
+          inputs_embeds: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+          labels: Tensor | None = None, untested: bool = False) -> dict[str, Tensor]:
     """Give what a model of transformers is to be called with on this rank, of a batch that all ranks have. Local.
 
     Positions come with the tokens, as a model would number the tokens of a rank from 0. And labels are shifted here, by
@@ -23,6 +27,8 @@ def shard(sequence: SequenceParallel, *, input_ids: Tensor | None = None, inputs
     Parameters
     ----------
     sequence : SequenceParallel
+    model : transformers.PreTrainedModel
+        That is to be called: one whose sequence can be split, as `ringmpi.transformers.models` says.
     input_ids : int64 tensor of shape (batch, tokens)
         Or `inputs_embeds`, of shape (batch, tokens, hidden).
     attention_mask : tensor of shape (batch, tokens), optional
@@ -31,24 +37,33 @@ def shard(sequence: SequenceParallel, *, input_ids: Tensor | None = None, inputs
         Of packed documents, say, each from 0; by default 0, 1, 2, ...
     labels : int64 tensor of shape (batch, tokens), optional
         Of a causal language model: the tokens themselves, -100 where no loss is made.
+    untested : bool
+        Allow a model of a kind that the tests do not compare with one process.
 
     Returns
     -------
     dict
         ``input_ids`` (or ``inputs_embeds``), ``position_ids``, ``attention_mask`` if one was given, and with labels
-        ``labels``, ``shift_labels`` and ``num_items_in_batch``: all that `ForCausalLM` models take.
+        ``shift_labels``, ``num_items_in_batch``, and ``labels`` of -100 alone: a model that does not go by the others
+        has no loss, not a wrong one.
 
     Raises
     ------
-    OptionError, ShapeError
-        If neither or both of input_ids and inputs_embeds are given, or others do not fit.
+    OptionError
+        If the model can't be split, may not be without `untested`, or has no ``attn_implementation="ringmpi"``; or
+        neither or both of input_ids and inputs_embeds are given.
+    ShapeError
+        If others do not fit, or there are fewer tokens than ranks.
     """
+    check_model(model, untested)
     if (input_ids is None) == (inputs_embeds is None):
         raise OptionError("shard: expected either input_ids or inputs_embeds")
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     if tokens is None or tokens.ndim < 2:
         raise ShapeError("shard: expected input_ids of shape (batch, tokens)")
     batch, length = tokens.shape[:2]
+    if min(make(sequence.layout, length, sequence.size).counts) == 0:
+        raise ShapeError(f"shard: expected a token for each of {sequence.size} ranks at least, got {length}")
     for name, x in (("attention_mask", attention_mask), ("position_ids", position_ids), ("labels", labels)):
         if x is not None and (x.ndim != 2 or x.shape[1] != length or x.shape[0] not in
                               ((1, batch) if name == "position_ids" else (batch,))):
@@ -60,7 +75,7 @@ def shard(sequence: SequenceParallel, *, input_ids: Tensor | None = None, inputs
         part["attention_mask"] = sequence.shard(attention_mask)
     if labels is not None:
         shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        part["labels"] = sequence.shard(labels)
         part["shift_labels"] = sequence.shard(shifted)
+        part["labels"] = torch.full_like(part["shift_labels"], IGNORED)
         part["num_items_in_batch"] = (shifted != IGNORED).sum()
     return part

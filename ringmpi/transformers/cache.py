@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache, PretrainedConfig
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
 from ..errors import OptionError
@@ -16,6 +16,7 @@ from ..mask import Mask
 from ..torch import SequenceParallel
 from ..torch.function import on_host, plain, tensor_of
 from ..torch.sequence import Scores
+from .models import check_model
 from .tokens import Known
 
 OPTIONS = ("accumulator", "backend", "threads", "timeout", "allow_gpu_sharing")      # that a KVCache takes too
@@ -127,6 +128,8 @@ class RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, ``-tokens_to_remove`` of them. Local; the same on every rank."""
+        if tokens_to_remove > 0:
+            raise OptionError(f"RingCache: expected a number of tokens to remove, negative, got {tokens_to_remove}")
         if self._cache is not None and tokens_to_remove:
             self._cache.crop(self._cache.length - abs(tokens_to_remove))
 
@@ -161,23 +164,26 @@ class RingCache(Cache):  # type: ignore[misc]
 
     Within `sequence_parallel`, on all its ranks: `generate` runs alike on all of them, on the same tokens, and each
     keeps its share of the keys (`ringmpi.KVCache`). A long prompt may go in before, split over the ranks:
-    ``model(**ringmpi.transformers.shard(sequence, input_ids=prompt), cache=cache)``, without gradients; `generate` then
-    gets it whole, and computes with what the cache has not seen.
+    ``model(**ringmpi.transformers.shard(sequence, model, input_ids=prompt), cache=cache)``, without gradients;
+    `generate` then gets it whole, and computes with what the cache has not seen.
 
     Parameters
     ----------
     sequence : SequenceParallel
-    config : PretrainedConfig
-        Of the model: how many layers it has, and which see a window.
+    model : transformers.PreTrainedModel
+        That says how many layers it has, and which see a window.
+    untested : bool
+        See `shard`.
 
     Raises
     ------
     OptionError
-        If a layer is neither of full attention nor of a sliding window.
+        If a layer is neither of full attention nor of a sliding window, or the model can't be split; see `shard`.
     """
 
-    def __init__(self, sequence: SequenceParallel, config: PretrainedConfig) -> None:
-        kinds, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    def __init__(self, sequence: SequenceParallel, model: Any, untested: bool = False) -> None:
+        check_model(model, untested)
+        kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
         odd = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if odd:
             raise OptionError(f"RingCache: expected layers of full or sliding attention, got {', '.join(odd)}")
@@ -185,9 +191,17 @@ class RingCache(Cache):  # type: ignore[misc]
 
 
 def pending(key: Tensor) -> RingLayer | None:
-    """Give the layer that has just given these keys, if one has. Local."""
+    """Give the layer that has just given these keys, if one has. Local.
+
+    Raises
+    ------
+    OptionError
+        If a model has changed them on their way to its attention, which a cache of its own would not know.
+    """
     for reference, layer in _pending:
+        _pending.clear()
         if reference() is key:
-            _pending.clear()
             return layer
+        raise OptionError("RingCache: expected the keys that the cache has given to come to the attention as they are, "
+                          "got others; this model can't have one")
     return None

@@ -18,7 +18,7 @@ from .masks import Integers, Said, Structure, make_mask, structure_of
 
 # What layers hand on that does not change what attention is, or is in the mask already.
 IDLE = {"use_cache", "cache_position", "cache", "output_hidden_states", "return_dict", "num_items_in_batch",
-        "shift_labels", "labels", "logits_to_keep", "output_router_logits", "position_embeddings", "sliding_window"}
+        "shift_labels", "labels", "logits_to_keep", "position_embeddings", "sliding_window"}
 FORWARDS = 8                # of which what is known is kept: layers see other masks, and some are computed once more
 _kept: weakref.WeakKeyDictionary[SequenceParallel, OrderedDict[tuple[int, int, str], Known]] = (
     weakref.WeakKeyDictionary())
@@ -86,6 +86,7 @@ def known_tokens(sequence: SequenceParallel, query: Tensor, said: Any, position_
         return kept[key]
     comm = sequence._comm
     structure = Structure()
+    padded: bool | None = None
     mine = np.zeros(0, np.uint8)
     batch, length = len(query), query.shape[2]
     with comm.noting() as failures:
@@ -97,9 +98,10 @@ def known_tokens(sequence: SequenceParallel, query: Tensor, said: Any, position_
                               "its tokens see")
         positions, flags = _numbers(position_ids, said, batch, length)
         head = np.array([length, len(positions), len(flags)])
+        padded = bool(len(flags)) if length else None
         mine = np.concatenate([x.reshape(-1).view(np.uint8) for x in (head, positions, flags)])
     rows = comm.exchange("attention of transformers", sequence.timeout, mine, failures=failures,
-                         options={"mask": str(structure), "batch": batch})
+                         options={"mask": str(structure), "batch": batch, "attention_mask is given": padded})
     found = _known(sequence, structure, rows, (said, position_ids))
     kept[key] = found
     if len(kept) > FORWARDS:
@@ -179,7 +181,8 @@ def _check_counted(numbers: list[Integers]) -> None:
     some = [x for x in numbers if x.shape[1]]
     if len(some) > 1 and all((x == np.arange(x.shape[1])).all() for x in some):
         raise OptionError("position_ids: expected those in the whole sequence, got 0, 1, 2, ... on every rank, which a "
-                          "model makes up if it is given none; take what ringmpi.transformers.shard gives")
+                          "model makes up if it is given none; take what ringmpi.transformers.shard gives (for "
+                          "documents that end just where shards do, in another layout)")
 
 
 def _documents(positions: Integers, padding: NDArray[np.bool_] | None) -> Integers | None:
