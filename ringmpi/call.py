@@ -174,7 +174,9 @@ class Call:
             check_like("out", arrays["out"], (*q.shape[:-1], v.shape[-1]), q.dtype)
             check_like("lse", arrays["lse"], q.shape[:-1], acc_dtype)
         sinks = check_sinks(inputs.sinks, q.shape[-2], acc_dtype)
-        key_bias = check_key_bias(_bias_on_host(inputs.key_bias, gpu), k.shape, q.shape[-2], acc_dtype)
+        key_bias: Array | None = None
+        if inputs.key_bias is not None:
+            key_bias = check_key_bias(_bias_on_host(inputs.key_bias, gpu), k.shape, q.shape[-2], acc_dtype)
         relative: Relative | None = None
         if inputs.relative is not None:
             relative = check_relative(inputs.relative, mask.axes if mask else (), q.shape[-2], acc_dtype)
@@ -392,8 +394,8 @@ def checksum(*arrays: Array | None) -> int:
 
 def _bias_on_host(bias: Any, gpu: int) -> Any:
     """Give a bias of the keys on the host, where it is looked at, if it is on the GPU that k is on."""
-    x = None if bias is None else as_array(bias, "key_bias")
-    if x is None or isinstance(x, np.ndarray) or gpu == ON_HOST:
+    x = as_array(bias, "key_bias")
+    if isinstance(x, np.ndarray) or gpu == ON_HOST:
         return x
     if device.index_of(x) != gpu:
         raise BackendError(f"key_bias: expected it on the host or where k is, on GPU {gpu}, got it on GPU "

@@ -149,6 +149,18 @@ def test_canonical_order(comm):
             expect(comm, lambda: attention.backward(out), OptionError, "relative: expected a forward pass alone")  # noqa: B023
 
 
+def test_canonical_order_from_the_middle_of_a_tile(comm):
+    """The first key that any query sees is not the first of a vector."""
+    q, k, v = random_qkv(8, 60, 300, 4, 2, 16, 16, "float64")
+    table, away = np.random.default_rng(1).standard_normal((4, 41)), np.arange(240, 300)[:, None] - np.arange(300)
+    q_mine, mine = (make("striped", n, comm.size).positions(comm.rank) for n in (60, 300))
+    for window in ((20, 0), (0, 5)):
+        got = ring_attention(q[q_mine], k[mine], v[mine], comm=comm, layout="striped", mask=Mask(window=window),
+                             relative=table, order="canonical")
+        want = oracle.dense(q, k, v, oracle.visible(60, 300, window=window), 0.25, relative=[table], away=[away])
+        assert oracle.error(got, want["out"][q_mine], np.abs(want["out"]).max()) < 1e-12
+
+
 def test_bad_calls_are_errors_on_every_rank(comm):
     q, k, v = random_qkv(6, 6, 6, 2, 1, 4, 3, "float32")
     last, fine = comm.size - 1, np.zeros((2, 5))

@@ -63,14 +63,13 @@ def _survey(measures: bool) -> tuple[list[Place], list[Link], list[str]]:
     from ..errors import LaunchError
     from ..job.survey import find_odd, gather_places, measure_links, this_place
     from ..mpi.comm import private_comm
-    from ..mpi.library import load
-    from ..mpi.world import INFO_TIMEOUT, find_apart, start
+    from ..mpi.world import INFO_TIMEOUT, find_apart, start, world
     from ..phases import phase
     try:
         start(INFO_TIMEOUT)
     except LaunchError as error:
         return [this_place(launched_rank())], [], [str(error)]
-    comm = private_comm(load().COMM_WORLD, INFO_TIMEOUT, exclusive=True)
+    comm = private_comm(world(), INFO_TIMEOUT, exclusive=True)
     places = gather_places(comm, INFO_TIMEOUT)
     links: list[Link] = []
     if measures and comm.size > 1:

@@ -29,8 +29,8 @@ def _survived() -> list[Any]:
     return []
 
 
-def _world() -> Any:
-    """Give COMM_WORLD, or what is left of it."""
+def world() -> Any:
+    """Give COMM_WORLD, or what is left of it. Local."""
     return _survived()[-1] if _survived() else load().COMM_WORLD
 
 
@@ -38,7 +38,7 @@ def world_rank() -> int | None:
     """Give this process's rank in COMM_WORLD, or in what is left of it; None unless MPI is up. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     up = mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized()
-    return int(_world().Get_rank()) if up else None
+    return int(world().Get_rank()) if up else None
 
 
 def start(timeout: float) -> Any:
@@ -132,7 +132,7 @@ def survivors(timeout: float) -> Any:
     timeout : float
         Seconds to wait for them, after which the watchdog ends this rank.
     """
-    lost = _world()
+    lost = world()
     with phase("going on without the ranks that were lost", limit=timeout):
         revoke(lost)
         left = lost.Shrink()
@@ -186,21 +186,21 @@ def leave(timeout: float) -> None:
     if has_survived():
         return
     with phase("finalizing MPI", limit=timeout):
-        release(_world())                        # else MPI_Finalize does, where an exception could only be printed
+        release(world())                        # else MPI_Finalize does, where an exception could only be printed
         mpi.Finalize()
 
 
 def _meet(mpi: Any, rank: int, timeout: float) -> None:
     """Tell rank 0 that this rank is done, and wait for its word that all are."""
-    world = _world()
-    others = range(1, world.Get_size())
+    everyone = world()
+    others = range(1, everyone.Get_size())
     if rank == 0:
-        coming = {other: world.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
+        coming = {other: everyone.Irecv([bytearray(1), mpi.BYTE], other, LEAVE_TAG) for other in others}
         _poll(coming, timeout, lambda late: f"rank {', '.join(map(str, late[:8]))} to end")
-        going = {other: world.Isend([b"1", mpi.BYTE], other, LEAVE_TAG) for other in others}
+        going = {other: everyone.Isend([b"1", mpi.BYTE], other, LEAVE_TAG) for other in others}
     else:
-        here = world.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
-        going = {0: world.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
+        here = everyone.Isend([b"1", mpi.BYTE], 0, LEAVE_TAG)
+        going = {0: everyone.Irecv([bytearray(1), mpi.BYTE], 0, LEAVE_TAG), rank: here}
     _poll(going, timeout + min(timeout, 2.0), lambda _: "rank 0 to say that all are done")        # after it has spoken
 
 

@@ -38,10 +38,11 @@ class RelativeSums:
 
 
 class SharedRelative:
-    """What all threads share of a `RelativeArguments`: of a block's queries, and of its columns first..last."""
+    """What all threads share of a `RelativeArguments`: of a block's queries, and vectors with some of first..last."""
 
     def __init__(self, score: Score, n_k: int, first: int, last: int, acc_dtype: np.dtype[Any]) -> None:
         lanes = _lanes(acc_dtype)
+        first = max(first - lanes + 1, 0)                # from where on a vector may have a column that is seen
         relative = score.relative or Relative((), (), (), ())
         tables = [np.pad(table[:, ::-1].astype(acc_dtype), ((0, 0), (lanes, lanes)), "edge")
                   for table in relative.tables]
