@@ -33,7 +33,7 @@ def record(ranks, wait=0.25, begin=100.0):
             "command": "ringmpi attend <in> & out", "attend_seconds": 8.0 / ranks}
 
 
-@pytest.fixture(params=[1, 4, 64])
+@pytest.fixture(params=[1, 4, pytest.param(64, marks=pytest.mark.exhaustive)])
 def written(request, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record(request.param)))
