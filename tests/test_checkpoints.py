@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import h5py
 import launch
@@ -11,6 +12,7 @@ from attack_cases import arrays, left_over
 from fault_matrix import ROWS
 from job_files import make_random, read_arrays, write_arrays
 
+from ringmpi.checkpoint.plan import ResumablePlan
 from ringmpi.cli import main
 
 STOPPED = 75
@@ -333,3 +335,13 @@ def test_where_warnings_are_errors_all_ranks_end(case, tmp_path):
     assert result.code in ROWS["werror"].codes, result.text
     assert "no checkpoint is used, and all is computed" in result.text
     assert not list(tmp_path.glob("out.h5*"))
+
+
+@pytest.mark.parametrize(("first", "apart"), [((0, 0), True), ((0, 4), False), ((0, 9), False), ((9, 9), True)])
+def test_rows_come_apart_only_where_what_they_see_begins_alike(first, apart):
+    """Keys up to 9, and from 20 on: rows that see none of the former begin with the latter if they come alone."""
+    intervals = [(np.array(first), np.array([9, 9])), (np.array([20, 20]), np.array([30, 31]))]
+    part = SimpleNamespace(columns=slice(0, 40))
+    plan = SimpleNamespace(_all_kept=True, parts=[[part]], bounds=[None], _whole=lambda which, source: [intervals])
+    work = SimpleNamespace(columns=slice(None), source=0)
+    assert ResumablePlan.comes_apart(plan, work, [slice(0, 1), slice(1, 2)]) == apart

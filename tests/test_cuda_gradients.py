@@ -91,10 +91,11 @@ def test_dims(backend, dtype, dim, dim_v):
     check(backend, *case(1, 36, 70, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("kind", ["all", "left out by head"])
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_many_intervals(backend, dtype):
+def test_many_intervals(backend, dtype, kind):
     q, k, v, *_ = case(3, 50, 101, 4, 2, 16, 16, dtype)
-    check(backend, q, k, v, *oracle.many_intervals(4, 50, 101, 6), dtype, "all", blocks=2)
+    check(backend, q, k, v, *oracle.many_intervals(4, 50, 101, 6), dtype, kind, blocks=2)
 
 
 def test_slices_of_columns_keep_to_the_columns_there_are():

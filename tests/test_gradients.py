@@ -83,7 +83,7 @@ def test_a_bias_by_distance(backend, dtype, kind, heads, kv_heads):
     check(backend, *case(0, 201, 403, heads, kv_heads, 24, 40, dtype), dtype, kind, blocks=3)
 
 
-@pytest.mark.parametrize("kind", ["plain", "all", *BIASES[:1]])
+@pytest.mark.parametrize("kind", ["plain", "all", *BIASES[:1], "left out by head and relative", "axes and relative"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (8, 2)])
 @pytest.mark.parametrize(("n_q", "n_k", "count"), [(3, 403, 9), (31, 700, 5), (401, 300, 2), (201, 403, 40)])
 def test_many_intervals(backend, kind, heads, kv_heads, n_q, n_k, count):

@@ -79,6 +79,40 @@ def test_tables_of_a_grid(comm, mask, backend):
 
 
 @pytest.mark.parametrize("backend", FACTORS["backend"])
+@pytest.mark.parametrize("schedule", ["ring", "gather", "heads", "queries"])
+def test_with_all_else_on_a_grid(comm, backend, schedule):
+    """Many intervals at once, tables for each axis, sinks, a bias that leaves keys out, and values in keys."""
+    mask = GRIDS[1]
+    length, heads = int(np.prod(mask.shape)), 4 * comm.size if schedule == "heads" else 4
+    q, k, _ = random_qkv(1, length, length, heads, comm.size if schedule == "heads" else 2, 8, 6, "float64")
+    rng = np.random.default_rng(3)
+    dout, sinks = rng.standard_normal((length, heads, 6)), rng.standard_normal(heads)
+    tables = [rng.standard_normal((heads, width)) for width in (3, 5)]
+    which = make_layout("uneven", length, comm.size)
+    mine = which.positions(comm.rank)
+    points = np.arange(length)
+    see = oracle.near(mask.shape, list(mask.sides), mask.periodic, mask.edges, mask.causal)
+    for kind in ("left out", "left out by head"):
+        bias = oracle.key_bias(kind, heads, length, dtype=np.float64)
+        given = {"sinks": sinks, "relative": tables, "key_bias": bias[mine] if "head" in kind else bias[mine, 0]}
+        with RingAttention(comm, mask=mask, layout=which, schedule=schedule, backend=backend, timeout=60) as attention:
+            out, lse = attention(q[mine], k[mine], dim_v=6, return_lse=True, **given)
+            got = attention.backward(dout[mine])
+            again = attention.backward_of(dout[mine], q[mine], k[mine], None, out, lse, dim_v=6, **given)
+        want = oracle.dense(q, k, k[..., :6], see, 8**-0.5, dout=dout, key_bias=bias, sinks=sinks, relative=tables,
+                            away=distances(mask.shape, mask.periodic, points, points))
+        want["dk"][..., :6] += want["dv"]
+        assert got._fields == ("dq", "dk", "dv", "dsinks", "dkey_bias", "drelative")
+        for name, x in {"out": out, "lse": lse, "dq": got.dq, "dk": got.dk, "dkey_bias": got.dkey_bias}.items():
+            exact = want[name][mine].reshape(x.shape)
+            assert oracle.error(x, exact, np.abs(want[name][np.isfinite(want[name])]).max()) < 1e-12, name
+        for x, exact in zip((got.dsinks, *got.drelative), (want["dsinks"], *want["drelative"]), strict=True):
+            assert oracle.error(comm.allreduce(x), exact, np.abs(exact).max()) < 1e-12
+        assert all(np.array_equal(a, b) for a, b in zip(got, again, strict=True)
+                   if isinstance(a, np.ndarray))
+
+
+@pytest.mark.parametrize("backend", FACTORS["backend"])
 def test_queries_that_all_ranks_have(comm, backend):
     q, k, v = random_qkv(5, 9, 60, 4, 2, 16, 8, "float64")
     kv_layout = make_layout("empty", 60, comm.size)

@@ -18,6 +18,7 @@ import ringmpi  # noqa: E402
 import ringmpi.torch  # noqa: E402
 from ringmpi.dtypes import BFLOAT16  # noqa: E402
 from ringmpi.layout import make  # noqa: E402
+from ringmpi.torch.function import tensor_of  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
@@ -72,6 +73,9 @@ def test_gradcheck(backend):
                                backend=backend) as attention:
         assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
             *x[:3], relative=x[3:], attention=attention), (q, k, v, *tables))
+        assert torch.autograd.gradcheck(lambda *x: ringmpi.torch.ring_attention(
+            *x[:2], None, dim_v=3, sinks=x[2], key_bias=x[3], relative=x[4:], attention=attention),
+            (q, k, sinks, key_bias.detach().repeat(2, 1)[:8].requires_grad_(), *tables))
 
 
 def test_a_bias_by_distance(comm):
@@ -173,7 +177,7 @@ def test_no_copies_and_no_graph_without_gradients(comm):
     x = np.arange(24.0).reshape(3, 2, 4)
     tensor = torch.from_numpy(x)
     assert ringmpi.arrays.as_array(tensor, "x").ctypes.data == x.ctypes.data
-    assert ringmpi.torch._tensor(x).data_ptr() == x.ctypes.data
+    assert tensor_of(x).data_ptr() == x.ctypes.data
     q, k, v = tensors(2, 5, grad=False)
     out = ringmpi.torch.ring_attention(q, k, v, comm=comm)
     assert not out.requires_grad

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backends.base import Backend
 from ..errors import InternalError
+from ..intervals import stack
 from ..mpi.comm import Comm
 from ..plan import Columns, Plan
 from ..schedules.base import Work
@@ -64,10 +65,12 @@ class ResumablePlan(Plan):
         start, stop, _ = work.columns.indices(self.parts[work.source][-1].columns.stop)
         for which in range(len(self.bounds)):
             for part, intervals in zip(self.parts[work.source], self._whole(which, work.source), strict=True):
-                for begin, end in intervals:
-                    begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start)
-                                  for x in (begin, end))
-                    first = np.where(begin < end, begin, UNSEEN)
+                if not intervals:
+                    continue
+                begin, end = (np.clip(x, start - part.columns.start, stop - part.columns.start)
+                              for x in stack(intervals))
+                each = np.atleast_2d(np.where(begin < end, begin, UNSEEN))
+                for first in (*each, each.min(axis=0)):               # of an interval alone, and of all together
                     if len({first[rows].min(initial=UNSEEN) for rows in pieces} - {UNSEEN}) > 1:
                         return False
         return True
