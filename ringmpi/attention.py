@@ -284,7 +284,7 @@ class RingAttention:
         relative : array of shape (heads, 2 reach + 1), or a tuple or list of such, float, optional
             A bias by distance: ``relative[h, i - j + reach]`` is added to the score of query position i and key
             position j of head h, after `softcap` and beside `alibi` and `key_bias`, and the first or last number where
-            j is farther from i than `reach` (T5: Raffel et al. 2020, with buckets unrolled). Positions are global, in
+            j is farther from i than `reach` (as T5, Raffel et al. 2020, which counts j - i). Positions are global, in
             any layout; queries are aligned with the keys as the mask aligns them. With a mask that is a `Grid` it may
             be a table for each axis, each with a reach of its own: what is added is their sum, by the differences of
             the coordinates, on a periodic axis the shortest way round. Half way round n points, n even, it is n / 2,

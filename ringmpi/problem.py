@@ -119,8 +119,8 @@ class Problem:
     def warn_of_intervals(self) -> None:
         """Warn if a query may have very many intervals. Local."""
         if self.mask.most > MANY_INTERVALS:
-            warnings.warn(f"mask: a query may see up to {self.mask.most} stretches of keys, which are met one after "
-                          "another; where key_mask leaves out many, key_bias=-inf is faster", RuntimeWarning,
+            warnings.warn(f"mask: a query may see up to {self.mask.most} stretches of keys, each of which takes "
+                          "time; where key_mask leaves out many, key_bias=-inf is faster", RuntimeWarning,
                           stacklevel=2)
 
     def shape(self, records: Records) -> Shape:

@@ -51,6 +51,15 @@ def test_the_slow_link_is_named():
     assert "from rank 2 on node1 to rank 3" in describe_links(some, links)[1]
 
 
+def test_links_between_hosts_are_not_compared_with_those_within():
+    some = [Place(rank, f"node{rank // 4}", [rank], 4) for rank in range(12)]
+    links = [Link(i, (i + 1) % 12, *((3e-7, 1e10) if i % 4 != 3 else (1.6e-6, 2e9))) for i in range(12)]
+    assert find_odd(some, links) == []
+    links[7].bandwidth = 1e8
+    (text,) = find_odd(some, links)
+    assert "from rank 7 on node1 to rank 8 on node2 is slow: 1.6 us, 0.10 GB/s, where the median between hosts" in text
+
+
 def test_runs():
     assert name_runs([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
     assert name_runs([]) == ""

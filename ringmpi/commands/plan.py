@@ -174,7 +174,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
         error("--v: with --values-in-keys values are in the keys; leave one of the two out")
     if arguments.input is not None and said:
         error(f"--{said[0].replace('_', '-')}: IN.h5 says that; leave one of them out")
-    for name in ("key_bias", "relative"):
+    for name in ("relative", "values_in_keys"):
         if getattr(arguments, name) and arguments.backend == "cuda":
             error(f"--{name.replace('_', '-')}: the CUDA backend has none yet; expected another backend")
     for name in ("documents", "key_bias", "relative", *OF_ARRAYS):

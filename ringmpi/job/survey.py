@@ -165,23 +165,34 @@ def find_odd(places: Sequence[Place], links: Sequence[Link] = ()) -> list[str]:
         elif name == "thread_level" and places and places[0].thread_level in ("single", "funneled"):
             found.append(f"MPI has thread level {places[0].thread_level}: calls from other threads than the main one, "
                          "as torch makes for GPU tensors, are errors; initialise it with MPI_THREAD_SERIALIZED or more")
-    if len(links) > 2:
-        usual, most = (statistics.median(x) for x in zip(*((link.latency, link.bandwidth) for link in links),
-                                                         strict=True))
+    for kind, some in _kinds_of_links(places, links).items():
+        usual = _median(some)
         found += [f"the way from rank {link.source} on {places[link.source].host} to rank {link.target} on "
-                  f"{places[link.target].host} is slow: {_describe(link)}, where the median is "
-                  f"{_describe(Link(0, 0, usual, most))}" for link in links
-                  if link.latency > SLOW * usual or link.bandwidth < most / SLOW]
+                  f"{places[link.target].host} is slow: {_describe(link)}, where the median {kind} is "
+                  f"{_describe(usual)}" for link in some if len(some) > 2 and (link.latency > SLOW * usual.latency
+                                                         or link.bandwidth < usual.bandwidth / SLOW)]
     return found
 
 
+def _kinds_of_links(places: Sequence[Place], links: Sequence[Link]) -> dict[str, list[Link]]:
+    """Give the links within hosts and those between hosts, which are not to be compared with each other."""
+    kinds: dict[str, list[Link]] = defaultdict(list)
+    for link in links:
+        same = places[link.source].host == places[link.target].host
+        kinds["within a host" if same else "between hosts"].append(link)
+    return kinds
+
+
+def _median(links: Sequence[Link]) -> Link:
+    return Link(0, 0, statistics.median(x.latency for x in links), statistics.median(x.bandwidth for x in links))
+
+
 def describe_links(places: Sequence[Place], links: Sequence[Link]) -> list[str]:
-    """Give a line on all links, and one on the slowest. Local."""
+    """Give a line on the links within hosts, one on those between hosts, and one on the slowest. Local."""
     if not links:
         return []
     slowest = min(links, key=lambda link: link.bandwidth)
-    usual = Link(0, 0, statistics.median(x.latency for x in links), statistics.median(x.bandwidth for x in links))
-    return [f"median {_describe(usual)}",
+    return [*(f"{kind}: median {_describe(_median(some))}" for kind, some in _kinds_of_links(places, links).items()),
             f"slowest {_describe(slowest)}, from rank {slowest.source} on {places[slowest.source].host} to rank "
             f"{slowest.target} on {places[slowest.target].host}"]
 
