@@ -63,7 +63,7 @@ def test_help_needs_no_mpi(command):
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    ([], "expected a COMMAND: attend, make, check, analyse, merge, clean, plan, info, demo, bench"),
+    ([], "expected a COMMAND: attend, make, check, analyse, merge, clean, plan, info, plot, demo, bench"),
     (["fly"], "invalid choice"),
     (["attend", "in.h5"], "OUT.h5"),
     (["attend", "a", "b", "--window", "3,4,5"], "expected LEFT"),
