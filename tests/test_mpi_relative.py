@@ -225,6 +225,6 @@ def test_bad_calls_are_errors_on_every_rank(comm):
                "tuple of 1")
         expect(comm, lambda: attention(q, k, v, relative=[fine, fine[:, 1:]]), ShapeError, "relative[1]: expected")
     with RingAttention(comm, backend="numpy") as attention:
-        attention.backend.biased = False
+        attention.backend.relative = False
         expect(comm, lambda: attention(q, k, v, relative=fine), BackendError, "relative: backend numpy has none yet")
-        del attention.backend.biased
+        del attention.backend.relative
