@@ -221,11 +221,14 @@ def _cache(path):
     from ringmpi.kv import saving
     random_numbers = np.random.default_rng(0)
     k, v = (random_numbers.random((64, 2, dim), np.float32) for dim in (8, 4))
+    bias = random_numbers.random((64, 1))
+    arrays = {"k": ((2, 8), k.dtype), "v": ((2, 4), v.dtype), "key_bias": ((1,), bias.dtype)}
     alone = SimpleNamespace(rank=0, size=1, raise_on_all=lambda timeout: contextlib.nullcontext())
     with mock.patch("ringmpi.kv.saving.BLOCK_BYTES", 2**11):
-        made = saving.Saving(alone, 1.0, [np.arange(64)], [(2, 8), (2, 4)], k.dtype)
+        made = saving.Saving(alone, 1.0, [np.arange(64)], arrays)
     made.write(path, True, {"length": 64, "dropped": 0, "kv_heads": 2, "dim": 8, "dim_v": 4, "dtype": "float32",
-                            "batch": None}, lambda first, last: (k[first:last], v[first:last]))
+                            "batch": None, "key_bias": 1, "values_in_keys": False},
+               lambda first, last: (k[first:last], v[first:last], bias[first:last]))
     return _read_cache(path)
 
 
