@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         "cores": f"{len(affinity())} this process may run on",
         "packages": ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py", "ml_dtypes", "tqdm")),
     }
-    if (places[0].rank if len(places) == 1 else launched_rank()) != 0:
+    if launched_rank() != 0:              # of the launcher: ranks that do not know each other are all number 0
         return 0
     if arguments.json:
         print(json.dumps({**lines, "ranks": [asdict(place) for place in places],
