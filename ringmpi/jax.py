@@ -148,7 +148,7 @@ def ring_attention(q: Array, k: Array, v: Array, *, attention: RingAttention | N
     Wait for results (``jax.block_until_ready``) before the program makes MPI calls of its own.
 
     JAX copies operands and results once each, which is little beside what is computed with them. An error of a call is
-    JAX's own, with ours in its text, on all ranks.
+    on all ranks; of one within ``jit`` it is JAX's own, with ours in its text.
 
     Parameters
     ----------

@@ -174,8 +174,10 @@ def test_what_is_refused(comm):
         with pytest.raises(ringmpi.DtypeError, match="a tracer of JAX"):
             jax.jit(lambda x: attention(x, k, v))(q)
         odd = jnp.asarray(k[:, :, :3] if comm.rank == comm.size - 1 else k)
+        with pytest.raises(ringmpi.ShapeError, match="expected the same dim"):
+            ringmpi.jax.ring_attention(q, odd, v, attention=attention)
         with pytest.raises(jax.errors.JaxRuntimeError, match="expected the same dim"):
-            jax.block_until_ready(ringmpi.jax.ring_attention(q, odd, v, attention=attention))
+            jax.block_until_ready(jax.jit(lambda x: ringmpi.jax.ring_attention(x, odd, v, attention=attention))(q))
         assert jax.block_until_ready(ringmpi.jax.ring_attention(q, k, v, attention=attention)).shape == (5, 4, 6)
         with pytest.raises(ringmpi.OptionError, match="either comm"):
             ringmpi.jax.ring_attention(q, k, v, attention=attention, comm=comm)
