@@ -58,6 +58,10 @@ class SequenceParallel:
     layout : str or Layout
     mask : mask, optional
         As they were given.
+    options : dict
+        Of each `RingAttention` within it.
+    private : Comm
+        The library's communicator.
     number : int
         Of this object, in this process.
     rank, size : int
@@ -75,14 +79,15 @@ class SequenceParallel:
         self.layout = layout
         self.mask = mask
         self.number = next(_numbers)
+        self._mask_numbers = itertools.count(GIVEN + 1)
         self.sums = torch.float64 if options.get("accumulator") in ("float64", np.float64) else torch.float32
-        self._comm = private_comm(comm, self.timeout)
-        self.rank = self._comm.rank
-        self.size = self._comm.size
-        self._options = options
+        self.private = private_comm(comm, self.timeout)
+        self.rank = self.private.rank
+        self.size = self.private.size
+        self.options = options
         self._masks: OrderedDict[int, Any] = OrderedDict({FULL: None, CAUSAL: TOP_LEFT, GIVEN: mask})
         self._attentions: OrderedDict[Scores, RingAttention] = OrderedDict()
-        with self._comm.noting() as failures:
+        with self.private.noting() as failures:
             if wrong:
                 raise OptionError(wrong)
             if taken:
@@ -91,7 +96,7 @@ class SequenceParallel:
             if unknown:
                 raise OptionError(f"sequence_parallel: expected options of RingAttention, got {', '.join(unknown)}")
             check_spec(layout)
-        self._comm.exchange("sequence_parallel", self.timeout, failures=failures)
+        self.private.exchange("sequence_parallel", self.timeout, failures=failures)
         _all[self.number] = self
 
     def positions(self, length: int) -> Tensor:
@@ -144,12 +149,12 @@ class SequenceParallel:
         """
         mine = np.empty(0, np.uint8)
         options: dict[str, Any] = {}
-        with self._comm.noting() as failures:
+        with self.private.noting() as failures:
             tokens = x.detach().movedim(dim, 0).cpu()
             flat = tokens.new_empty(tokens.numel()).copy_(tokens.reshape(-1))
             mine = np.concatenate([np.array([len(tokens)]).view(np.uint8), flat.view(torch.uint8).numpy()])
             options = {"dtype": str(x.dtype), "shape but for the tokens": tuple(tokens.shape[1:]), "dim": dim}
-        rows = self._comm.exchange("SequenceParallel.gather", self.timeout, mine, failures=failures, options=options)
+        rows = self.private.exchange("SequenceParallel.gather", self.timeout, mine, failures=failures, options=options)
         counts = [int(row[:8].view(np.int64)[0]) for row in rows]
         layout = resolve(self.layout, counts)
         whole = tokens.new_empty(layout.length, *tokens.shape[1:])
@@ -178,14 +183,14 @@ class SequenceParallel:
             One of its children, the same on every rank: other parameters.
         """
         tensors: list[Tensor] = []
-        with self._comm.noting() as failures:
+        with self.private.noting() as failures:
             tensors = [x for x in parameters if x.requires_grad]
             for x in tensors:
                 if x.is_complex() or (x.grad is not None and x.grad.layout != torch.strided):
                     raise DtypeError(f"sum_gradients: expected real gradients that are dense, got {x.dtype}, "
                                      f"{'none' if x.grad is None else x.grad.layout}")
         has = np.array([x.grad is not None for x in tensors], np.uint8)
-        rows = self._comm.exchange("SequenceParallel.sum_gradients", self.timeout, has, failures=failures,
+        rows = self.private.exchange("SequenceParallel.sum_gradients", self.timeout, has, failures=failures,
                                    options={"parameters": [(tuple(x.shape), str(x.dtype)) for x in tensors]})
         some = [x for x, any_has in zip(tensors, np.any(rows, axis=0), strict=True) if any_has]
         for parameter in some:
@@ -200,8 +205,9 @@ class SequenceParallel:
         """Sum some gradients over the ranks."""
         mine = torch.cat([x.reshape(-1).to("cpu", dtype) for x in gradients]).numpy()
         total = np.empty_like(mine)
-        request = self._comm.comm.Iallreduce(mine, total)
-        self._comm.wait([request], self.timeout, lambda: f"{self._comm.name()} waited for the gradients of the others")
+        request = self.private.comm.Iallreduce(mine, total)
+        self.private.wait([request], self.timeout,
+                          lambda: f"{self.private.name()} waited for the gradients of the others")
         for gradient, part in zip(gradients, torch.from_numpy(total).split([x.numel() for x in gradients]),
                                   strict=True):
             gradient.copy_(part.reshape(gradient.shape))
@@ -213,7 +219,7 @@ class SequenceParallel:
                 if number > GIVEN:
                     self._masks.move_to_end(number)
                 return number
-        number = next(_numbers) + GIVEN + 1
+        number = next(self._mask_numbers)
         self._masks[number] = mask
         if len(self._masks) > KEPT + GIVEN + 1:
             del self._masks[next(itertools.islice(self._masks, GIVEN + 1, None))]
@@ -225,7 +231,7 @@ class SequenceParallel:
             self._attentions.move_to_end(scores)
             return self._attentions[scores]
         attention = RingAttention(self.comm, mask=self._masks[scores.mask], layout=self.layout, scale=scores.scale,
-                                  dropout=scores.dropout, softcap=scores.softcap, **self._options)
+                                  dropout=scores.dropout, softcap=scores.softcap, **self.options)
         self._attentions[scores] = attention
         if len(self._attentions) > KEPT:          # calls that are to be differentiated keep hold of theirs
             self._attentions.popitem(last=False)
@@ -233,7 +239,7 @@ class SequenceParallel:
 
     def agree_on_seed(self, drawn: Tensor) -> int:
         """Give the seed of dropout that rank 0 has drawn, on all ranks. Collective over *comm*."""
-        return int(self._comm.allgather([drawn.item()], self.timeout)[0, 0])
+        return int(self.private.allgather([drawn.item()], self.timeout)[0, 0])
 
     def refuse(self, error: RingError, scores: Scores | None = None) -> NoReturn:
         """Raise what is wrong with a call of this rank, on all ranks that make it. Collective over *comm*.
@@ -242,7 +248,7 @@ class SequenceParallel:
         """
         if scores is not None:
             self.attention(scores)
-        self._comm.exchange("forward", self.timeout, NO_RECORD, failures=[error])
+        self.private.exchange("forward", self.timeout, NO_RECORD, failures=[error])
         raise InternalError("an error was not told")
 
     def __enter__(self) -> SequenceParallel:

@@ -105,7 +105,7 @@ class RingLayer(CacheLayerMixin):  # type: ignore[misc]
         """Give the cache; make it for the first tokens. Collective over *comm* then."""
         if self._cache is None:
             sequence = self._sequence
-            options = {name: sequence._options[name] for name in OPTIONS if name in sequence._options}
+            options = {name: sequence.options[name] for name in OPTIONS if name in sequence.options}
             if k.is_cuda:
                 options.setdefault("backend", "cuda")
             self._cache = KVCache(sequence.comm, batch=k.shape[0], kv_heads=k.shape[2], dim=k.shape[3],

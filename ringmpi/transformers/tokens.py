@@ -20,7 +20,7 @@ from .masks import Integers, Said, Structure, make_mask, structure_of
 IDLE = {"use_cache", "cache_position", "cache", "output_hidden_states", "return_dict", "num_items_in_batch",
         "shift_labels", "labels", "logits_to_keep", "position_embeddings", "sliding_window"}
 FORWARDS = 8                # of which what is known is kept: layers see other masks, and some are computed once more
-_kept: weakref.WeakKeyDictionary[SequenceParallel, OrderedDict[tuple[int, int, str], Known]] = (
+_kept: weakref.WeakKeyDictionary[SequenceParallel, OrderedDict[tuple[Any, ...], Known]] = (
     weakref.WeakKeyDictionary())
 
 
@@ -78,13 +78,14 @@ def known_tokens(sequence: SequenceParallel, query: Tensor, said: Any, position_
     if odd:
         wrong = OptionError('attention: expected nothing that attn_implementation="ringmpi" does not know, got '
                             f"{', '.join(odd)} from the model")
-    key = id(said), id(position_ids), f"{causal} {others.get('sliding_window')}" if said is None else ""
+    key = (id(said), id(position_ids), None if position_ids is None else position_ids._version,      # if written to
+           f"{causal} {others.get('sliding_window')}" if said is None else "")
     if key in kept:
         if wrong:
             sequence.refuse(wrong)
         kept.move_to_end(key)
         return kept[key]
-    comm = sequence._comm
+    comm = sequence.private
     structure = Structure()
     padded: bool | None = None
     mine = np.zeros(0, np.uint8)
