@@ -539,6 +539,38 @@ def test_demo(tmp_path):
     assert main(["check", str(tmp_path / "kept" / "text-4096.h5"), str(tmp_path / "kept" / "out-4096.h5")]) == 0
 
 
+def test_a_map_of_needles(tmp_path):
+    """All are found at every depth; what has no room for them, or would have no effect, is refused."""
+    pytest.importorskip("matplotlib")
+    result = run(3, "demo", "--contexts", "1000,4000", "--map", tmp_path / "map.png", folder=tmp_path, timeout=120)
+    assert result.code == 0, result.text
+    rows = re.findall(r"^ +([\d,]+) +((?:\d+% +)+)", result.ranks[0], re.MULTILINE)
+    assert [(context, set(shares.split())) for context, shares in rows] == [("1,000", {"100%"}), ("4,000", {"100%"})]
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["demo", "--map", str(tmp_path / "map.png"), "--contexts", "400"]) == 2
+    with pytest.raises(SystemExit):
+        main(["demo", "--map", str(tmp_path / "map.png"), "--queries", "400"])
+
+
+@pytest.mark.parametrize("options", [(), ("--stream",), ("--schedule", "1x1x3:gather")])
+def test_a_page_on_a_run(source, tmp_path, options):
+    """It says what ran; its record says what was spent, or why that is not known."""
+    pytest.importorskip("matplotlib")
+    page, record = tmp_path / "page.html", tmp_path / "run.json"
+    result = run(3, "attend", source, tmp_path / "out.h5", "--causal", "--report", page, "--json", record, *options,
+                 folder=tmp_path)
+    assert result.code == 0, result.text
+    text, energy = page.read_text(), json.loads(record.read_text())["energy"]
+    assert text.count("<svg") == 2
+    assert "3 on 1 host" in text
+    node, = energy["nodes"]
+    assert (energy["joules"] is None) == bool(node["not_read"])
+    assert energy["joules"] is not None or node["not_read"][0] in text
+    assert run(2, "attend", source, page, "--report", page, folder=tmp_path).code == 2
+    with pytest.raises(SystemExit):
+        main(["attend", str(source), str(tmp_path / "new.h5"), "--report", str(tmp_path / "page.txt")])
+
+
 def test_memory_is_steady_and_predicted(tmp_path):
     """At fixed tokens a rank, peak memory stays within 5 % from 3 to 5 ranks, and --dry-run is within 10 %."""
     peaks = []

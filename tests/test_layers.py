@@ -15,7 +15,7 @@ ROOT = Path(ringmpi.__file__).parent
 LAYERS = [
     {"errors", "gradients", "keywords", "phases", "trace", "watchdog"},
     {"dtypes", "environment", "layout", "softmax"},
-    {"intervals", "relative"},
+    {"energy", "intervals", "relative"},
     {"documents", "mask_base"},
     {"files", "mask", "mask_batch", "mpi", "parts", "process", "score"},
     {"bounds", "compiler", "excerpts", "hdf5"},

@@ -156,3 +156,22 @@ def test_what_is_refused(tmp_path, capsys):
     assert main(["plot", good, "-o", out]) == 0
     assert main(["plot", good, "-o", out]) == 6
     assert main(["plot", good, "-o", out, "--force"]) == 0
+
+
+def test_needles_are_where_they_were_planted():
+    """Each depth has its own, whole, and they come again at the end; a guess of others is wrong."""
+    from ringmpi.commands import demo_map
+    from ringmpi.commands.demo_text import Text
+    for context in (demo_map.DEPTHS * demo_map.NEEDLE, 1000, 5000):
+        text = demo_map.plant(Text(np.zeros(context, np.uint8), ["zeros"], np.array([0, context])))
+        each = demo_map.needles_at_a_depth(context)
+        needles = text.data[context:].reshape(demo_map.DEPTHS, -1)
+        assert needles.shape[1] == each * demo_map.NEEDLE
+        places = [text.data.tobytes().index(needle.tobytes()) for needle in needles]
+        assert places[0] == 0
+        assert places[-1] == context - each * demo_map.NEEDLE
+        assert np.ptp(np.diff(places)) <= 1
+        right = np.append(text.data[context + 1:], np.uint8(0))
+        assert (demo_map.score(text, right) == 1).all()
+        right.reshape(demo_map.DEPTHS, -1)[3] += 1
+        assert demo_map.score(text, right).tolist() == [1] * 3 + [0] + [1] * 7

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--expect-ranks", type=positive, metavar="N",
                      help="fail unless there are N ranks (default: as many as the launcher's variables say)")
     run.add_argument("--json", type=Path, metavar="FILE", help="write the full record of the run; - is standard output")
+    run.add_argument("--report", type=page, metavar="FILE.html",
+                     help="write a page on the run that stands alone: facts, timeline, balance; with matplotlib, the "
+                          "extra `plot` (default: none)")
     run.add_argument("--output-driver", choices=OUTPUT_DRIVERS, default=OUTPUT_DRIVERS[0],
                      help="shards: a file for each rank, and OUT.h5 shows them as one; mpio: all ranks write one file "
                           "together, by an h5py that was built with MPI (default: shards)")
@@ -75,6 +78,14 @@ def add_checkpoints(run: Any) -> None:
                           "fail unless there is (default: auto)")
 
 
+def page(text: str) -> Path:
+    """Read the name of a page."""
+    path = Path(text)
+    if path.suffix != ".html":
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .html, got {text!r}")
+    return path
+
+
 def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     refuse_idle_options(error, arguments)
@@ -99,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files.streams import STANDARD_OUTPUT
     from ..job.attend import attend
     from ..job.options import Options
+    from ..job.report import Records
     from ..mpi.world import world_rank
     from .display import Display
     options = Options.from_record(vars(arguments))
@@ -108,8 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     with nullcontext() if arguments.quiet else Display(stderr_is_terminal()) as display:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
-            expect_ranks=arguments.expect_ranks, force=arguments.force, display=display, json_path=arguments.json,
-            command=command_line(), keeping=_keeping(arguments),
+            expect_ranks=arguments.expect_ranks, force=arguments.force, display=display,
+            records=Records(arguments.json, arguments.report), command=command_line(), keeping=_keeping(arguments),
             requests=arguments.process and arguments.process.heed_requests, survive=arguments.survive)
     if world_rank() == 0 and not arguments.quiet:
         print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)

@@ -15,6 +15,7 @@ from ..job.memory import count_pairs, measure_process, planner_of, predict_memor
 from ..job.options import Options
 from ..job.outputs import check_paths
 from ..job.parallel import check_driver
+from ..job.report import Records
 from ..job.room import check_node, schedule_within
 from ..job.stream_plan import Planner, usual_limit
 from ..mask_base import BaseMask
@@ -36,7 +37,8 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     check_threads(arguments.threads)
     with open_input(arguments.input, options) as data:
         sizes, mask = data.sizes, data.mask
-    check_paths(arguments.input, arguments.output, arguments.json, arguments.force, arguments.checkpoint)
+    check_paths(arguments.input, arguments.output, Records(arguments.json, arguments.report), arguments.force,
+                arguments.checkpoint)
     check_driver(options.output_driver)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)
     here = -(-ranks // min(ranks, launched_nodes()))

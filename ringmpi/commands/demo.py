@@ -9,21 +9,23 @@ bytes of the text, see more and more of what comes before them.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import string
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import BackendError
 from .options import add_backend, positive, seconds
 
 if TYPE_CHECKING:
+    from ..job.report import Report
     from ..mpi.comm import Comm
     from .demo_text import Text
 
+QUERIES = 4096
 PICTURES = (".png", ".svg", ".pdf")
 SEARCHED = 16                  # queries, about, of which the one that looked farthest back is quoted
 HEADER = "  context  next byte  32-byte match      attend  GFLOP/s     waiting  peak a rank"
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="files or folders of text (default: this Python's standard library)")
     parser.add_argument("--contexts", type=contexts, default=[2**10, 2**13, 2**16, 2**18], metavar="N[,N...]",
                         help="bytes that each query sees (default: 1024,8192,65536,262144)")
-    parser.add_argument("--queries", type=positive, default=4096, metavar="N", help="bytes to predict (default: 4096)")
+    parser.add_argument("--queries", type=positive, metavar="N", help=f"bytes to predict (default: {QUERIES})")
     add_backend(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
@@ -56,18 +58,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=picture, metavar="FILE",
                         help="draw where the quoted query looked, .png, .svg or .pdf; with matplotlib, the extra "
                              "`plot` (default: no picture)")
+    parser.add_argument("--map", type=picture, metavar="FILE",
+                        help="instead, plant random needles in the text, at depths from its beginning to its end, ask "
+                             "for them behind it, and draw which were found in each context (default: no map)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files here (default: a temporary folder)")
-    parser.set_defaults(collective=True)
+    parser.set_defaults(collective=True, check=functools.partial(_check, parser.error))
+
+
+def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    for name in ("plot", "queries"):
+        if arguments.map and getattr(arguments, name):
+            error(f"--{name}: does not go together with --map, which asks for needles and quotes no retrieval")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi demo`; return the exit code."""
+    arguments.check(arguments)
+    arguments.queries = arguments.queries or QUERIES
     from ..backends import choose_gpu_early
     from ..files.paths import writing
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
-    if arguments.plot and find_spec("matplotlib") is None:
-        raise BackendError("--plot: matplotlib is not installed; pip install 'ringmpi[plot]'")
+    from ..pictures import check_pictures
+    for name in ("plot", "map"):
+        if getattr(arguments, name):
+            check_pictures(f"--{name}")
+    if arguments.map:
+        from .demo_map import check_contexts
+        check_contexts(arguments.contexts)
     choose_gpu_early(arguments.backend)
     world = comm_world(arguments.timeout)
     comm = mpi.private_comm(world, arguments.timeout, exclusive=True)
@@ -77,39 +96,84 @@ def run(arguments: argparse.Namespace) -> int:
             if comm.rank == 0:
                 with writing(folder):
                     folder.mkdir(parents=True, exist_ok=True)
-                print(HEADER, flush=True)
-        longest = max(arguments.contexts)
-        for context in sorted(set(arguments.contexts)):
-            text = _attend(arguments, comm, folder, context, longest - context)
-        _quote(arguments, world, comm, folder, text)
+        if arguments.map:
+            _map_needles(arguments, comm, folder)
+        else:
+            _predict(arguments, world, comm, folder)
     return 0
 
 
-def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, start: int) -> Text | None:
-    """Make an input, attend and report, for one length of context; give the text on rank 0."""
+def _predict(arguments: argparse.Namespace, world: Any, comm: Comm, folder: Path) -> None:
+    """Predict the last bytes of a text from more and more of what comes before them, and quote a retrieval."""
+    from .demo_text import read_text
+    if comm.rank == 0:
+        print(HEADER, flush=True)
+    longest = max(arguments.contexts)
+    for context in sorted(set(arguments.contexts)):
+        text = None
+        with comm.raise_on_all(arguments.timeout):
+            if comm.rank == 0:
+                text = read_text(_paths(arguments), longest - context, context + arguments.queries)
+        report = _attend(arguments, comm, folder, context, text, arguments.queries, (context - 1, 0))
+        with comm.raise_on_all(arguments.timeout):
+            if text is not None:
+                right, found = _shares(text, folder / f"out-{context}.h5", arguments.queries)
+                print(f"{context:>9,} {right:>10.1%} {found:>15.1%} {report.attend_seconds:>9.2f} s "
+                      f"{report.gflops:>8.1f} {report.wait_seconds:>9.2f} s {report.peak_bytes / 2**20:>9,.0f} MiB",
+                      flush=True)
+    _quote(arguments, world, comm, folder, text)
+
+
+def _map_needles(arguments: argparse.Namespace, comm: Comm, folder: Path) -> None:
+    """Plant needles in texts of each length, ask for them from the end, and draw which were found."""
+    import numpy as np
+
+    from .demo_map import DEPTHS, NEEDLE, draw, header, needles_at_a_depth, plant, row, score
+    from .demo_text import predict_bytes, read_text
+    if comm.rank == 0:
+        print(header(), flush=True)
+    contexts = sorted(set(arguments.contexts))
+    scores = []
+    for context in contexts:
+        queries = DEPTHS * NEEDLE * needles_at_a_depth(context)
+        text = None
+        with comm.raise_on_all(arguments.timeout):
+            if comm.rank == 0:
+                text = plant(read_text(_paths(arguments), 0, context))
+        report = _attend(arguments, comm, folder, context, text, queries, None)
+        with comm.raise_on_all(arguments.timeout):
+            if text is not None:
+                guess, _ = predict_bytes(*_read_result(folder / f"out-{context}.h5"))
+                scores.append(score(text, guess))
+                print(row(context, scores[-1], report), flush=True)
+    with comm.raise_on_all(arguments.timeout):
+        if comm.rank == 0:
+            draw(arguments.map, contexts, np.stack(scores))
+            print(f"\n{arguments.map}: the map")
+
+
+def _paths(arguments: argparse.Namespace) -> list[Path]:
+    from .demo_text import standard_library
+    return arguments.paths or [standard_library()]
+
+
+def _attend(arguments: argparse.Namespace, comm: Comm, folder: Path, context: int, text: Text | None, queries: int,
+            window: tuple[int, int] | None) -> Report:
+    """Make an input of the text that rank 0 has, whose last bytes have queries, and attend."""
     from ..dtypes import BFLOAT16
     from ..job.attend import attend
     from ..job.options import Options
-    from .demo_text import read_text, standard_library, write_text
+    from .demo_text import write_text
     source = folder / f"text-{context}.h5"
-    target = folder / f"out-{context}.h5"
-    text = None
     with comm.raise_on_all(arguments.timeout):
-        if comm.rank == 0:
-            paths = arguments.paths or [standard_library()]
-            text = read_text(paths, start, context + arguments.queries)
-            write_text(source, text, arguments.queries, BFLOAT16, force=True)
-    options = Options(causal=True, window=(context - 1, 0), layout="striped", backend=arguments.backend,
+        if text is not None:
+            write_text(source, text, queries, BFLOAT16, force=True)
+    options = Options(causal=True, window=window, layout="striped", backend=arguments.backend,
                       gpu_transport=arguments.gpu_transport, allow_gpu_sharing=arguments.allow_gpu_sharing,
                       bfloat16_products=arguments.bfloat16_products, schedule=arguments.schedule,
                       memory_limit=arguments.memory_limit)
-    report = attend(source, target, options, threads=arguments.threads, timeout=arguments.timeout, force=True)
-    with comm.raise_on_all(arguments.timeout):
-        if text is not None:
-            right, found = _shares(text, target, arguments.queries)
-            print(f"{context:>9,} {right:>10.1%} {found:>15.1%} {report.attend_seconds:>9.2f} s {report.gflops:>8.1f} "
-                  f"{report.wait_seconds:>9.2f} s {report.peak_bytes / 2**20:>9,.0f} MiB", flush=True)
-    return text
+    return attend(source, folder / f"out-{context}.h5", options, threads=arguments.threads, timeout=arguments.timeout,
+                  force=True)
 
 
 def _read_result(target: Path) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi info`; return the exit code. Collective over COMM_WORLD."""
+    from ..energy import describe
     from ..environment import affinity, launched_rank, launched_sizes
     places, links, odd = _survey(not arguments.no_links)
     lines = {
@@ -40,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         **{f"backend {name}": text for name, text in _backends().items()},
         "h5py": _h5py(),
         "cores": f"{len(affinity())} this process may run on",
+        "energy": describe(),
         "packages": ", ".join(f"{name} {_version(name)}" for name in ("numpy", "mpi4py", "ml_dtypes", "tqdm")),
     }
     if launched_rank() != 0:              # of the launcher: ranks that do not know each other are all number 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi plot`; return the exit code."""
     from ..environment import require_single_process
-    from ..errors import BackendError, OptionError
+    from ..errors import OptionError
     from ..files.paths import check_writable
+    from ..pictures import check_pictures
     require_single_process("plot")
     if arguments.output is None and arguments.trace is None:
         raise OptionError("plot: expected -o FILE, or --trace FILE")
     if arguments.output is not None:
         if arguments.output.suffix not in ENDS:
             raise OptionError(f"-o: expected a name that ends in {', '.join(ENDS)}, got {arguments.output}")
-        if find_spec("matplotlib") is None:
-            raise BackendError("plot: matplotlib is not installed; pip install 'ringmpi[plot]'")
+        check_pictures("plot")
     for path in filter(None, (arguments.output, arguments.trace)):
         check_writable(path, arguments.force)
     if arguments.trace is not None:
@@ -80,8 +79,7 @@ def _draw(arguments: argparse.Namespace) -> None:
     from ..pictures.page import make_page
     figures = _figures(arguments)
     if arguments.output.suffix == ".html":
-        facts, title = _facts(arguments)
-        _write(arguments.output, make_page(title, facts, figures).encode(), arguments.force)
+        _write(arguments.output, make_page("ringmpi", _facts(arguments), figures).encode(), arguments.force)
         return
     file = io.BytesIO()
     figure = figures[0][1]
@@ -142,23 +140,14 @@ def _bench_rows(path: Path) -> list[dict[str, Any]] | None:
     return rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else None
 
 
-def _facts(arguments: argparse.Namespace) -> tuple[dict[str, str], str]:
-    """Give what a page says above its pictures, and its title."""
+def _facts(arguments: argparse.Namespace) -> dict[str, str]:
+    """Give what a page says above its pictures: of a single record of a job."""
+    from ..pictures.job import describe_job
     from ..pictures.record import make_timeline, read_record
     if len(arguments.records) != 1 or _bench_rows(arguments.records[0]) is not None:
-        return {}, "ringmpi"
+        return {}
     record = read_record(arguments.records[0])
-    timeline = make_timeline(record)
-    hosts = dict.fromkeys(timeline.hosts)
-    return {"command": record.get("command", ""), "made": record.get("created", ""),
-            "ringmpi": record["ringmpi"], "MPI": record.get("mpi", ""),
-            "ranks": f"{record['ranks']} on {len(hosts)} host{'' if len(hosts) == 1 else 's'}: "
-                     f"{', '.join(list(hosts)[:8])}{' ...' if len(hosts) > 8 else ''}",
-            "schedule": record["grid"], "backend": record.get("backend", ""),
-            "speed": f"{record.get('gflops', 0.0):.1f} GFLOP/s, {record.get('attend_seconds', 0.0):.2f} s of attention",
-            "hidden": f"{100 * timeline.hidden:.1f} % of the seconds of all steps were spent computing",
-            "moved": f"{record.get('bytes_moved', 0) / 2**20:,.1f} MiB",
-            "peak of a rank": f"{record.get('peak_bytes', 0) / 2**20:,.0f} MiB"}, "ringmpi attend"
+    return describe_job(record, make_timeline(record))
 
 
 def _write(path: Path, content: bytes, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""JSON records of runs, for programs to read."""
+"""Records of runs: JSON for programs, pages for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     OutputError
         If it can't be written, or nobody reads the pipe.
     """
-    text = json.dumps(content, indent=1, default=str) + "\n"
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `write_json` does. Local."""
     if path == STANDARD_OUTPUT:
         with writing("standard output"):
             sys.stdout.write(text)

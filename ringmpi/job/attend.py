@@ -16,6 +16,7 @@ from ..attention import RingAttention
 from ..backends import choose_gpu_early
 from ..checkpoint.search import Keeping
 from ..checkpoint.watch import Stop
+from ..energy import Meter
 from ..errors import InternalError, OutputError
 from ..files.shards import Output
 from ..mpi import comm as mpi
@@ -26,7 +27,16 @@ from .inputs import Input, open_input, read_bias_shard, read_shard
 from .options import Options
 from .outputs import Result, Shards, check_paths
 from .parallel import DRIVER, Together
-from .report import Display, Report, gather_report, gather_start, make_record, write_record
+from .report import (
+    NO_RECORDS,
+    Display,
+    Records,
+    Report,
+    gather_report,
+    gather_start,
+    make_record,
+    write_record,
+)
 from .room import check_room
 from .run import Run
 from .stream import Stream, with_limit
@@ -38,7 +48,7 @@ log = logging.getLogger("ringmpi")
 
 def attend(source: Path, target: Path, options: Options, *, threads: int | None = None, timeout: float = mpi.TIMEOUT,
            expect_ranks: int | None = None, force: bool = False, display: Display | None = None,
-           json_path: Path | None = None, command: str = "", keeping: Keeping | None = None,
+           records: Records = NO_RECORDS, command: str = "", keeping: Keeping | None = None,
            requests: Callable[[], Stop] | None = None, survive: bool = False) -> Report:
     """Attend from file to file: q, k, v of `source` to `out` and `lse` of `target`. Collective over COMM_WORLD.
 
@@ -57,8 +67,8 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         Replace a target that exists.
     display : Display, optional
         Shows on rank 0 how it goes.
-    json_path : path, optional
-        Where rank 0 writes the full record.
+    records : Records
+        Where rank 0 writes the full record, and a page on it.
     command : str
         The command line, for the record.
     keeping : Keeping, optional
@@ -77,13 +87,13 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
     ------
     RingError
         One of its children; the same on every rank but for `RingTimeout` and `RankLost`. Nothing is left under the
-        target's name then, unless only the JSON record could not be written, or ranks were lost in the last exchange.
+        target's name then, unless only a record could not be written, or ranks were lost in the last exchange.
     Interrupted
         If a rank was asked to stop: what has been computed is in a checkpoint.
     """
     choose_gpu_early(options.backend)
     run = Run.start(timeout, expect_ranks)
-    job = _Job(source, target, options, threads, force, display, json_path, command, survive)
+    job = _Job(source, target, options, threads, force, display, records, command, survive)
     stop = requests() if keeping and requests else None
     if survive:
         check_survival()
@@ -116,7 +126,7 @@ class _Job:
     threads: int | None
     force: bool
     display: Display | None
-    json_path: Path | None
+    records: Records
     command: str
     survive: bool
 
@@ -132,10 +142,10 @@ def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) 
         check_room(run, data.sizes, job.options, data.mask)
         with run.raise_on_all():
             if run.comm.rank == 0:
-                check_paths(job.source, job.target, job.json_path, job.force, checkpoints.folder)
+                check_paths(job.source, job.target, job.records, job.force, checkpoints.folder)
             output.prepare()
         try:
-            with _make_attention(run, data, job.options, job.threads) as attention:
+            with _make_attention(run, data, job.options, job.threads) as attention, _meter(attention) as meter:
                 record = compute(run, attention, data, job, output, checkpoints)
         except BaseException:
             output.discard()                  # rank 0 can't have published: it needs this rank's rows
@@ -146,7 +156,7 @@ def _attend_once(run: Run, job: _Job, output: Result, checkpoints: Checkpoints) 
         output.publish()
         checkpoints.clear()
         report = gather_report(run, data.sizes, attention)
-        write_record(run, job.json_path, attention, record, report)
+        write_record(run, job.records, attention, record, report, meter.read())
     return report
 
 
@@ -191,6 +201,11 @@ def _make_attention(run: Run, data: Input, options: Options, threads: int | None
                          timeout=run.timeout, accumulator=options.accumulator, gpu_transport=options.gpu_transport,
                          allow_gpu_sharing=options.allow_gpu_sharing, bfloat16_products=options.bfloat16_products,
                          schedule=options.schedule, memory_limit=options.memory_limit, order=options.order)
+
+
+def _meter(attention: RingAttention) -> Meter:
+    device = attention.backend.device
+    return Meter(device.uuid if device else "")
 
 
 def _start(run: Run, attention: RingAttention, data: Input, job: _Job) -> Display | None:

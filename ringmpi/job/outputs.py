@@ -21,16 +21,17 @@ from ..files.record import check_record
 from ..files.shards import Output, folder_of_shards
 from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
+from ..pictures import check_pictures
 from .inputs import Sizes
+from .report import Records
 from .run import Run
 
 Array = NDArray[Any]
 Rows = tuple[tuple[int, ...], np.dtype[Any]]          # shape and dtype of a row
 
 
-def check_paths(source: Path, target: Path, json_path: Path | None, force: bool, checkpoints: Path | None = None
-                ) -> None:
-    """Check that input, output, record and checkpoints have places of their own, and can be written. Local.
+def check_paths(source: Path, target: Path, records: Records, force: bool, checkpoints: Path | None = None) -> None:
+    """Check that input, output, records and checkpoints have places of their own, and can be written. Local.
 
     Raises
     ------
@@ -39,6 +40,8 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool,
         refer to the shards.
     OutputError
         If `target` exists and not `force`, or one can't be written.
+    BackendError
+        If a page is asked for and nothing can draw its pictures.
     """
     if "%" in target.name:
         raise OptionError(f"{target}: expected a name without %: HDF5 takes it for a pattern of files")
@@ -47,8 +50,10 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool,
 
     # Two names may lead to one file.
     named = {"input": source, "output": target}
-    if json_path is not None and json_path != STANDARD_OUTPUT:
-        named["--json"] = json_path
+    if records.json is not None and records.json != STANDARD_OUTPUT:
+        named["--json"] = records.json
+    if records.page is not None:
+        named["--report"] = records.page
     if checkpoints is not None:
         named["--checkpoint"] = checkpoints
     seen: dict[Path, str] = {}
@@ -65,8 +70,11 @@ def check_paths(source: Path, target: Path, json_path: Path | None, force: bool,
                               f"shards, {shards}")
         check_folder(checkpoints)
     check_writable(target, force)
-    if json_path:
-        check_record(json_path)
+    if records.json:
+        check_record(records.json)
+    if records.page:
+        check_pictures("--report")
+        check_record(records.page)
 
 
 class Result(Protocol):

@@ -9,14 +9,15 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .. import __version__
 from ..attention import RingAttention
+from ..energy import sum_up
 from ..environment import resident_bytes
-from ..files.record import write_json
+from ..files.record import write_json, write_text
 from ..mask_base import BaseMask
 from ..mpi.clocks import clock_offset
 from ..mpi.world import library
@@ -36,6 +37,16 @@ class Start:
     backend: str
     hosts: list[str]
     threads: list[int]
+
+
+class Records(NamedTuple):
+    """Where the full record of a run is written, if it is: as JSON, and as a page with pictures."""
+
+    json: Path | None = None
+    page: Path | None = None
+
+
+NO_RECORDS = Records()
 
 
 class Display(Protocol):
@@ -118,8 +129,9 @@ def make_record(ranks: int, attention: RingAttention, options: Options, command:
     return record
 
 
-def write_record(run: Run, path: Path | None, attention: RingAttention, record: dict[str, Any], report: Report) -> None:
-    """Gather what every rank has to tell; rank 0 writes it as JSON. Collective over *comm*.
+def write_record(run: Run, records: Records, attention: RingAttention, record: dict[str, Any], report: Report,
+                 spent: dict[str, Any]) -> None:
+    """Gather what every rank has to tell, and energy `spent`; rank 0 writes it as asked. Collective over *comm*.
 
     Raises
     ------
@@ -128,9 +140,15 @@ def write_record(run: Run, path: Path | None, attention: RingAttention, record: 
     """
     mine = {"host": socket.gethostname(), "phases": run.timer.phases, "peak_bytes": resident_bytes(peak=True),
             "threads": attention.backend.threads, "clock_offset": clock_offset(run.comm, run.timeout),
-            **attention.trace.as_dict()}
+            "energy": spent, **attention.trace.as_dict()}
     everyone = [json.loads(text) for text in run.allgather_text(json.dumps(mine))]
     with run.raise_on_all():
-        if path and run.comm.rank == 0:
-            write_json(path, {**record, "mpi": library(), **asdict(report), "gflops": report.gflops,
-                              "per_rank": everyone})
+        if any(records) and run.comm.rank == 0:
+            energy = sum_up([one.pop("energy") for one in everyone], report.sizes.n_q)
+            whole = {**record, "mpi": library(), **asdict(report), "gflops": report.gflops, "energy": energy,
+                     "per_rank": everyone}
+            if records.json:
+                write_json(records.json, whole)
+            if records.page:
+                from ..pictures.job import make_job_page
+                write_text(records.page, make_job_page(whole))
