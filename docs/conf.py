@@ -5,7 +5,8 @@ import importlib.metadata
 project = "ringmpi"
 author = "the ringmpi developers"
 version = release = importlib.metadata.version("ringmpi")
-extensions = ["sphinx.ext.autodoc", "numpydoc"]
+extensions = ["sphinx.ext.autodoc", "numpydoc", "myst_nb"]
+nb_execution_mode = "off"          # a test runs the notebook, and compares with what it shows
 exclude_patterns = ["examples", "measured/*.json"]
 html_theme = "pydata_sphinx_theme"
 html_title = "ringmpi"

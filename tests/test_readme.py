@@ -64,7 +64,8 @@ def test_errors_that_are_explained_exist():
 def test_the_pages_are_built(tmp_path):
     """By Sphinx, without a warning: references, every public name's docstring, and every page in the contents."""
     pytest.importorskip("sphinx")
-    pytest.importorskip("pydata_sphinx_theme")
+    for module in ("pydata_sphinx_theme", "numpydoc", "myst_nb"):
+        pytest.importorskip(module)
     for module in ("numpydoc", "matplotlib", "torch", "transformers", "jax"):
         pytest.importorskip(module)
     made = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", ROOT / "docs",
