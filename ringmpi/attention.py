@@ -434,8 +434,8 @@ class RingAttention:
             return False
         return True
 
-    def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
-              ) -> Array | tuple[Array, Array]:
+    def _call(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool,
+              recorded: bool = False) -> Array | tuple[Array, Array]:
         """Attend; see `__call__`. Collective over *comm*.
 
         Parameters
@@ -444,14 +444,16 @@ class RingAttention:
             See `__call__`.
         trains : bool
             Whether a schedule is to be chosen for a backward pass too.
+        recorded : bool
+            Whether autograd notes the call, which it must do on all ranks or on none.
         """
         with self._comm.one_call():
-            return self._forward(inputs, return_lse, keep, progress, trains)
+            return self._forward(inputs, return_lse, keep, progress, trains, recorded)
 
-    def _forward(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool
-                 ) -> Array | tuple[Array, Array]:
+    def _forward(self, inputs: Inputs, return_lse: bool, keep: bool, progress: Progress | None, trains: bool,
+                 recorded: bool) -> Array | tuple[Array, Array]:
         self._last = self._left = None    # what the last call worked on goes before this call's memory comes
-        call, plan, _ = self._admit(inputs, trains=trains)
+        call, plan, _ = self._admit(inputs, trains=trains, recorded=recorded)
         out, lse = self._pass(call, plan, progress).forward()
         self._last = (call, plan) if keep and self._close.alive else None      # closed meanwhile, by a callback
         return (call.given(out), call.given(lse)) if return_lse else call.given(out)
@@ -546,7 +548,7 @@ class RingAttention:
         return self._differentiate_call(0, dout, dlse, inputs, progress)
 
     def _differentiate_call(self, number: int, dout: Any, dlse: Any, inputs: Inputs,
-                            progress: Progress | None = None) -> AnyGradients:
+                            progress: Progress | None = None, frozen: bool = False) -> AnyGradients:
         """Differentiate the call of a number, by which ranks see that they mean the same one. Collective over *comm*.
 
         Parameters
@@ -555,10 +557,13 @@ class RingAttention:
             Of the call, as `_last_number` said; 0 if it is not known.
         dout, dlse, inputs, progress
             See `backward_of`.
+        frozen : bool
+            This rank wants no gradients of keys, values and their bias. Where no rank does they are None, and cost
+            nothing: on the host, and not in canonical order.
         """
         with self._comm.one_call():
             self._last = None
-            call, plan, cotangents = self._admit(inputs, number, (dout, dlse))
+            call, plan, cotangents = self._admit(inputs, number, (dout, dlse), frozen=frozen)
             return self._pass(call, plan, progress).backward(*cotangents)
 
     @explained()
@@ -680,8 +685,8 @@ class RingAttention:
         return dout, dlse
 
     def _admit(self, inputs: Inputs, number: int = 0, cotangents: tuple[Any, Any] = (None, None), trains: bool = True,
-               resumable: bool = False, direction: Direction | None = None
-               ) -> tuple[Call, Plan, tuple[Array, Array | None]]:
+               resumable: bool = False, direction: Direction | None = None, recorded: bool = False,
+               frozen: bool = False) -> tuple[Call, Plan, tuple[Array, Array | None]]:
         """Check the shards here, then everywhere; plan unless the last call's plan fits. Collective over *comm*.
 
         Parameters
@@ -697,6 +702,10 @@ class RingAttention:
             Whether the call may be left.
         direction : Direction, optional
             To differentiate in: the results, or their gradients if there are cotangents.
+        recorded
+            See `_call`.
+        frozen
+            See `_differentiate_call`.
 
         Returns
         -------
@@ -714,6 +723,7 @@ class RingAttention:
                 self._check_values_in_keys(call)
             call.number = number
             call.trains = self._chooses and trains
+            call.recorded, call.frozen = recorded, frozen
             call.print = checksum(call.q, call.sinks) if self._problem.replicated else 0
             if way in ("backward", TWICE):
                 cotangents = self._check_cotangents(call, *cotangents)
@@ -728,6 +738,7 @@ class RingAttention:
         if self.backend.device:           # its memory runs out sooner than the host's: all ranks fail if one does
             with self._comm.raise_on_all(self.timeout), self.backend.current():
                 call.to_device(self.backend, self._plan.accumulator)
+        call.frozen = frozen and records.frozen and self.backend.separable and not self._problem.canonical
         return call, self._plan, cotangents
 
     def _agree(self, call: Call | None, failures: list[Exception], way: str) -> tuple[Call, Records]:

@@ -34,15 +34,17 @@ EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
                        "and tangents of those",
          "tables": "numbers in relative (by a checksum)",
+         "recorded": "requires_grad (0 no tensor requires a gradient here, 1 some does; or torch.no_grad())",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
          "dim_v": "dim_v", "dtype": "dtype", "on_gpu": "place (0 the host, 1 a GPU)",
          "sinks": "sinks (0 none, 1 given)", "in_keys": "values (0 by v, 1 by dim_v)",
          "key_bias": "key_bias (0 none, 1 a number for each key, else so many, one for each head)",
          "relative": "relative (0 none, else so many tables)"}
-OF_THE_CALL = ("number", "seed", "print", "cotangents", "tables")                  # which the plan does not go by
-# ... and what may differ: the number of tokens, the index of the GPU that the arrays are on, whether a schedule that is
-# chosen by its cost is to suit a backward pass too, and whether the bias leaves some key out.
-RECORD = np.dtype([(name, np.int64) for name in (*EQUAL, "n_q", "n_k", "gpu", "trains", "leaves_out")])
+OF_THE_CALL = ("number", "seed", "print", "cotangents", "tables", "recorded")      # which the plan does not go by
+# ... and what may differ: whether the keys are frozen, by which the plan does not go either; the number of tokens, the
+# index of the GPU that the arrays are on, whether a schedule that is chosen by its cost is to suit a backward pass too,
+# and whether the bias leaves some key out.
+RECORD = np.dtype([(name, np.int64) for name in ("frozen", *EQUAL, "n_q", "n_k", "gpu", "trains", "leaves_out")])
 
 
 class Inputs(NamedTuple):
@@ -108,6 +110,11 @@ class Call:
         else 0.
     trains : bool
         Whether a schedule that is chosen by its cost is to suit a backward pass too.
+    recorded : bool
+        Whether autograd has noted the call: then a backward pass may come, in which all ranks must take part.
+    frozen : bool
+        Whether a backward pass is to give no gradients of keys, values and their bias; once all ranks have agreed,
+        whether no rank wants them.
     states : list of State
         One for each element of the batch, during the forward pass.
     direction : Direction, optional
@@ -134,6 +141,8 @@ class Call:
     print: int = 0
     cotangents: int = 0
     trains: bool = False
+    recorded: bool = False
+    frozen: bool = False
     states: list[State] = field(default_factory=list)
     direction: Direction | None = None
 
@@ -278,10 +287,10 @@ class Call:
         of_tables = (0, 0)
         if self.relative is not None:
             of_tables = int(self.relative.digest()[:15], 16), len(self.relative.tables)
-        return _record(self.number, seed, self.print, self.cotangents, of_tables[0], self.batched, batch, heads,
-                       kv_heads, dim, dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys,
-                       0 if self.key_bias is None else self.key_bias.shape[2], of_tables[1], n_q, n_k, self.gpu,
-                       self.trains, self.leaves_out)
+        return _record(self.frozen, self.number, seed, self.print, self.cotangents, of_tables[0], self.recorded,
+                       self.batched, batch, heads, kv_heads, dim, dim_v, NUMBERS[self.q.dtype], self.on_gpu,
+                       self.sinks is not None, self.in_keys, 0 if self.key_bias is None else self.key_bias.shape[2],
+                       of_tables[1], n_q, n_k, self.gpu, self.trains, self.leaves_out)
 
 
 @functools.lru_cache(maxsize=64)
@@ -319,7 +328,7 @@ class Records:
         self._table = np.frombuffer(self._rows, RECORD)
         _check_equal(self._table)
         numbers = self._table.view(np.int64).reshape(len(self._table), -1)
-        self.key = numbers[:, len(OF_THE_CALL):].tobytes()
+        self.key = numbers[:, 1 + len(OF_THE_CALL):].tobytes()
 
     def say(self, rows: list[NDArray[np.uint8]]) -> bool:
         """Say whether the ranks' records of another call are the same. Local."""
@@ -340,6 +349,11 @@ class Records:
         """Index of the GPU that the arrays of each rank are on; ON_HOST for host arrays."""
         gpus: NDArray[np.int64] = self._table["gpu"]
         return gpus
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no rank wants gradients of keys, values and their bias."""
+        return bool(self._table["frozen"].all())
 
     @property
     def trains(self) -> bool:
@@ -426,7 +440,7 @@ def no_call() -> RingError:
 
 def _check_equal(table: NDArray[Any]) -> None:
     """Raise an error unless what must be equal is, naming the first rank that differs from rank 0."""
-    numbers = table.view(np.int64).reshape(len(table), -1)[:, :len(EQUAL)]
+    numbers = table.view(np.int64).reshape(len(table), -1)[:, 1:1 + len(EQUAL)]
     if (numbers == numbers[0]).all():
         return
     for name in sorted(EQUAL, key=lambda name: name == "tables"):        # how many there are says more than a checksum

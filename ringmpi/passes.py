@@ -27,6 +27,7 @@ class Pass(ForwardPass):
         call = self.call
         plan = self.plan
         backend = self.backend
+        shapes_of_keys = [] if call.frozen else self._shapes_of_keys()
         self._prepare_pass("backward")
         backend.differentiated_by = "own"
 
@@ -34,7 +35,7 @@ class Pass(ForwardPass):
         with self.engine.raise_on_all(), backend.current():
             dout = backend.to_device(dout)
             dlse = None if dlse is None else backend.to_device(dlse)
-            dq, *of_keys = (backend.empty(shape, plan.accumulator) for shape in (call.q.shape, *self._shapes_of_keys()))
+            dq, *of_keys = (backend.empty(shape, plan.accumulator) for shape in (call.q.shape, *shapes_of_keys))
             lse = self._known_lse()
             gradients = [backend.new_gradient(dout[i], call.out[i], lse[i], dlse if dlse is None else dlse[i],
                                               dq[i]) for i in range(plan.batch)]
@@ -47,12 +48,13 @@ class Pass(ForwardPass):
 
         # What the caller gets: in the dtype of q, k and v, and where they are.
         with self.agreed_on_gpu(), backend.current():
-            of_bias = [] if call.key_bias is None else [of_keys.pop()]
-            dq, dk, *dv = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, *of_keys))
+            of_bias = [of_keys.pop()] if of_keys and call.key_bias is not None else []
+            dq, *of_keys = (call.given(self._to_caller(backend.astype(x, call.q.dtype))) for x in (dq, *of_keys))
+            dk, dv = (*of_keys, None, None)[:2]
             dsinks = None if call.sinks is None else self._gradient_of_sinks(call.sinks, gradients)
             dkey_bias = self._to_caller(self._gradient_of_bias(of_bias[0])) if of_bias else None
             backend.synchronize()
-        return named((dq, dk, dv[0] if dv else None), dsinks=dsinks, dkey_bias=dkey_bias,
+        return named((dq, dk, dv), dsinks=dsinks, dkey_bias=dkey_bias,
                      drelative=None if call.relative is None else call.relative.gradient(self._sums_of_relative))
 
     def _shapes_of_keys(self) -> list[tuple[int, ...]]:
@@ -70,7 +72,7 @@ class Pass(ForwardPass):
             self._differentiate_for_all(dout, gradients, results)
             return
         dq, *of_keys = results
-        self._differentiate(call.q, gradients, call.keys, of_keys)
+        self._differentiate(call.q, gradients, call.keys, of_keys or None)
         if self.plan.replicated:
             self._replicated().sum("dq", dq)
 
@@ -132,15 +134,16 @@ class Pass(ForwardPass):
         asked, keys = inside[:len(given)], inside[len(given):]
         rows = queries.ask(asked, plan.row_counts, backend.empty, self.trace)
         lse, delta, q, dout, *out = rows
-        dq, *of_keys = (backend.empty(x.shape, acc_dtype) for x in (q, *keys))
+        dq, *of_keys = (backend.empty(x.shape, acc_dtype) for x in (q, *(() if call.frozen else keys)))
         for x in (dq, *of_keys):
             backend.clear(x)
         self._differentiate(q, [Gradient(dout[i], lse[i], delta[i], dq[i], *(x[i] for x in out))
-                                for i in range(plan.batch)], keys, of_keys, rows)
+                                for i in range(plan.batch)], keys, of_keys or None, rows)
         own = slice(plan.own_rows)
         queries.bring_home("dq", list(dq), plan.row_counts, lambda parts: self._add(dq[:, own], parts), self.trace)
-        places = [self._add_heads if tokens.repeats else put_heads for tokens in plan.block_tokens]
-        heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), *zip(of_keys, plan.block_tokens, strict=True)],
+        tokens_of_keys = plan.block_tokens[:len(of_keys)]
+        places = [self._add_heads if tokens.repeats else put_heads for tokens in tokens_of_keys]
+        heads.to_tokens("gradients", [(dq[:, own], plan.q_tokens), *zip(of_keys, tokens_of_keys, strict=True)],
                         list(zip(results, (put_heads, *places), strict=True)), self.trace)
 
     def _all(self, mine: bool) -> bool:

@@ -114,8 +114,12 @@ def test_transposed_projections_are_not_copied(comm, monkeypatch):
 def test_what_needs_no_gradient_keeps_nothing(comm, monkeypatch):
     trained = []
     call = ringmpi.RingAttention._call
-    monkeypatch.setattr(ringmpi.RingAttention, "_call",
-                        lambda self, *a, trains: trained.append(trains) or call(self, *a, trains=trains))
+
+    def spy(self, *given, trains, **more):
+        trained.append(trains)
+        return call(self, *given, trains=trains, **more)
+
+    monkeypatch.setattr(ringmpi.RingAttention, "_call", spy)
     *arrays, _ = tensors()
     with sequence_parallel(comm) as sequence:
         parts = [sequence.shard(x, 2) for x in arrays]
@@ -125,6 +129,22 @@ def test_what_needs_no_gradient_keeps_nothing(comm, monkeypatch):
             assert scaled_dot_product_attention(*parts, enable_gqa=True).grad_fn is None
         assert scaled_dot_product_attention(*parts, enable_gqa=True).grad_fn is not None
     assert trained == [False, False, True]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gradient_on_some_ranks_alone_is_an_error_on_all(comm, compiled):
+    """The others would never take part in the backward pass; it is known before there is one."""
+    if comm.size == 1:
+        pytest.skip("needs another rank")
+    *arrays, _ = tensors()
+    with sequence_parallel(comm, timeout=20) as sequence:
+        parts = [sequence.shard(x, 2).requires_grad_(comm.rank == 1) for x in arrays]
+        attend = scaled_dot_product_attention
+        if compiled:
+            torch._dynamo.reset()
+            attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        with pytest.raises(ringmpi.OptionError, match=r"rank 1: expected the same requires_grad .* got 1 here and 0"):
+            attend(*parts, enable_gqa=True)
 
 
 def test_autocast(comm):

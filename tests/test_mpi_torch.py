@@ -435,3 +435,39 @@ def test_a_transformer_trains_as_in_one_process(comm):
     assert alone[-1] < 0.7 * alone[0]
     assert max(abs(a - b) for a, b in zip(alone, together, strict=True)) < 1e-6 * alone[0]
     assert all(b < a for a, b in itertools.pairwise(alone[:5]))
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather", "2x1x{rest}:ring", "1x2x{rest}:ring"])
+@pytest.mark.parametrize("extra", ["none", "bias", "values in keys"])
+def test_frozen_keys_cost_nothing(comm, schedule, extra):
+    """dq has the same bits; no gradient travels. If one rank wants those of its keys, all have them."""
+    if "rest" in schedule:
+        if comm.size % 2:
+            pytest.skip("needs an even number of ranks")
+        schedule = schedule.format(rest=comm.size // 2)
+    n = 20 + 3 * comm.rank
+    rng = np.random.default_rng(comm.rank)
+    shapes = (n, 4, 8), (n, 2, 8), (n, 2, 5), (n,)
+    q, k, v, bias = (torch.from_numpy(rng.standard_normal(shape)) for shape in shapes)
+    options = {"key_bias": bias} if extra == "bias" else {}
+    cotangent = torch.from_numpy(rng.standard_normal((n, 4, 5)))
+
+    def differentiate(of_keys, **more):
+        leaves = [q.clone().requires_grad_(), k.clone().requires_grad_(of_keys), v.clone()]
+        values = {"dim_v": 5} if extra == "values in keys" else {"v": leaves[2]}
+        backend = "numba" if extra == "none" else "numpy"
+        with ringmpi.RingAttention(comm, mask=ringmpi.Mask(causal=True), schedule=schedule,
+                                   backend=backend) as attention:
+            ringmpi.torch.ring_attention(leaves[0], leaves[1], **values, **options, attention=attention
+                                         ).backward(cotangent)
+            return leaves[0].grad, leaves[1].grad, comm.allreduce(attention.trace.gradient_bytes_sent)
+
+    dq, dk, sent = differentiate(True)
+    alone, none, nothing = differentiate(False)
+    again, of_one, _ = differentiate(comm.rank == 0)
+    assert torch.equal(alone, dq)
+    assert none is None
+    assert nothing == 0
+    assert comm.size == 1 or sent > 0 or schedule.endswith("x1:ring")
+    assert torch.equal(again, dq)
+    assert of_one is None if comm.rank else torch.equal(of_one, dk)

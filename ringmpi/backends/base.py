@@ -112,6 +112,7 @@ class Backend:
     differentiated_by = "own"         # whose kernels `backward` has taken last, where it could: a library's name
     biased = False                    # whether it takes a bias of the keys
     relative = False                  # whether it takes a bias by distance
+    separable = False                 # whether `backward` gives dq alone in any order
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
@@ -356,6 +357,8 @@ class Backend:
         may not, where it makes a weight 0. A row whose delta is not finite makes NaN of dk and dv of all it sees.
         The result depends on the arguments and the number of threads alone.
 
+        On the host dq alone may be asked for, with `dk` and `dv` None, and has the same bits as with them.
+
         In canonical order either dq alone is asked for, with `dk` and `dv` None, or dk and dv alone, with dq None. Then
         dq of a query has the same bits under the conditions of `accumulate`. dk and dv of a key have the same bits
         after it has met the same queries in ascending order, however they are cut into blocks that begin at multiples
@@ -394,10 +397,11 @@ class Backend:
             If it makes no such gradients together.
         """
         wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
-        if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
+        alone, of_keys, both = (True, False, False), (False, True, True), (True, True, True)
+        if wanted not in ([alone, of_keys] if self.canonical else [alone, both] if self.separable else [both]):
             names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
-            raise BackendError(f"backend {self.name}: expected arrays for dq, dk and dv, or in canonical order for dq "
-                               f"alone or for dk and dv alone, got {names or 'none'} with "
+            raise BackendError(f"backend {self.name}: expected arrays for dq, dk and dv, or on the host for dq alone, "
+                               f"or in canonical order for dq alone or for dk and dv alone, got {names or 'none'} with "
                                f"canonical order {'on' if self.canonical else 'off'}")
         return wanted[0], wanted[1]
 

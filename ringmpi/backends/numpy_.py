@@ -37,6 +37,7 @@ class NumpyBackend(Backend):
     biased = True
     relative = True
     gives_weights = True
+    separable = True
     lane_flop = 4 * 0.4               # the second factor is the share reached: docs/performance.rst
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
@@ -198,7 +199,8 @@ def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDA
         part = Gradient(gradient.dout[mine], gradient.lse[mine], gradient.delta[mine], gradient.dq[mine])
         for tile, pairs in block.tiles(rows, head):
             keys = tile.columns, head
-            sums = (dk[keys], dv[keys], None if dbias is None else dbias[tile.columns, block.heads(head)],
+            sums = (None if dk is None else (dk[keys], dv[keys]),
+                    None if dbias is None else dbias[tile.columns, block.heads(head)],
                     [x[block.heads(head)] for x in drelative or ()])
             yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], *sums, tile), pairs
 
@@ -323,12 +325,13 @@ def _forward_tile(state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any
                 state.acc[i] += weights[i, :, a:b] @ v[a:b]
 
 
-def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: NDArray[Any],
-                   dv: NDArray[Any], dbias: NDArray[Any] | None, drelative: Sequence[NDArray[np.float64]], tile: Tile,
-                   thread: int) -> None:
-    """Add what a tile of one key head gives to dq (rows, group, dim), dk (columns, dim) and dv (columns, dim_v).
+def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
+                   of_keys: tuple[NDArray[Any], NDArray[Any]] | None, dbias: NDArray[Any] | None,
+                   drelative: Sequence[NDArray[np.float64]], tile: Tile, thread: int) -> None:
+    """Add what a tile of one key head gives to dq (rows, group, dim).
 
-    And to dbias, of shape (columns, group), and drelative, of (group, entries) each, if they are wanted.
+    And to dk (columns, dim) and dv (columns, dim_v), dbias, of shape (columns, group), and drelative, of
+    (group, entries) each, if they are wanted.
     """
     dtype = gradient.dq.dtype
     columns = len(k)
@@ -370,8 +373,10 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
             np.copyto(ds, 0, where=tile.hidden)
 
         flat, flat_ds = weights.reshape(-1, columns), ds.reshape(-1, columns)
-        dv += flat.T @ _finite(dout).reshape(-1, dout.shape[2])
-        dk += flat_ds.T @ _finite(q).reshape(-1, q.shape[2])
+        if of_keys is not None:
+            dk, dv = of_keys
+            dv += flat.T @ _finite(dout).reshape(-1, dout.shape[2])
+            dk += flat_ds.T @ _finite(q).reshape(-1, q.shape[2])
         gradient.dq[...] += (flat_ds @ _finite(k)).reshape(q.shape)
 
 

@@ -34,7 +34,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor | None = None, *, comm: Any =
     """Attend, and be differentiated by autograd: by all that are tensors. Collective over *comm*.
 
     Forward and backward are collective: when one rank runs the backward pass all must, in the same order. So the loss
-    of every rank must depend on its `out`, if only by ``0 * out.sum()``. ``torch.compile`` leaves the call as it is,
+    of every rank must depend on its `out`, if only by ``0 * out.sum()``, and tensors that require a gradient must be
+    there on all ranks or on none: else the call is an error. Where no rank wants those of k, v and key_bias, they cost
+    nothing (on the host, and not in canonical order). ``torch.compile`` leaves the call as it is,
     between two graphs.
 
     On the host gradients can be differentiated once more (``torch.autograd.grad(..., create_graph=True)``), by all that
@@ -152,6 +154,9 @@ class _Redistribute(torch.autograd.Function):  # type: ignore[misc]
         return _Redistribute.apply(gradient, ctx.comm, *ctx.back), None, None, None, None, None
 
 
+OF_KEYS = (1, 2, 4)           # k, v and key_bias among the arguments of `_Attend`
+
+
 class _Source:
     """Where a pass gets its `RingAttention` from: the caller's, or one for this pass."""
 
@@ -179,9 +184,11 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         with source.open() as attention:
             inputs = Inputs(plain(q, "q"), plain(k, "k"), _given(v, "v"), on_host(sinks, "sinks"), seed, dim_v=dim_v,
                             key_bias=on_host(key_bias, "key_bias"), relative=_relative(tables, several))
-            out, lse = attention._call(inputs, True, False, None, trains=records and any(ctx.needs_input_grad))
+            recorded = records and any(ctx.needs_input_grad)
+            out, lse = attention._call(inputs, True, False, None, trains=recorded, recorded=recorded)
         result, log = tensor_of(out), tensor_of(lse)
-        ctx.call = _Call(source, seed, attention._last_number, dim_v, several)
+        frozen = not any(ctx.needs_input_grad[place] for place in OF_KEYS)
+        ctx.call = _Call(source, seed, attention._last_number, dim_v, several, frozen)
         ctx.set_materialize_grads(False)
         saved = q, k, v, sinks, key_bias, result, log, *tables
         ctx.save_for_backward(*saved)
@@ -209,6 +216,7 @@ class _Call(NamedTuple):
     number: int
     dim_v: int | None
     several: bool
+    frozen: bool
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, key_bias: Tensor | None, out: Tensor,
                lse: Tensor, *tables: Tensor) -> Inputs:
@@ -228,12 +236,12 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
         _, _, _, sinks, key_bias, out, _, *tables = saved
         with call.source.open() as attention:
             cotangents = cotangents_of(out, dout, dlse)
-            grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved))
+            grads = attention._differentiate_call(call.number, *cotangents, call.inputs(*saved), frozen=call.frozen)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, dlse, *saved)
         dq, dk, dv = (None if x is None else tensor_of(x) for x in grads[:3])
-        dsinks, dkey_bias = (None if x is None else like(getattr(grads, name), x)
+        dsinks, dkey_bias = (like(getattr(grads, name), x) if hasattr(grads, name) else None
                              for name, x in (("dsinks", sinks), ("dkey_bias", key_bias)))
         of_tables = getattr(grads, "drelative", ())
         of_tables = of_tables if isinstance(of_tables, tuple) else (of_tables,)

@@ -40,7 +40,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, drawn: Tensor 
     attention = context.attention(Scores(mask, scale, dropout, softcap))
     seed = 0 if drawn is None else context.agree_on_seed(drawn)
     inputs = Inputs(plain(q, "q"), plain(k, "k"), plain(v, "v"), on_host(sinks, "sinks"), seed)
-    out, lse = attention._call(inputs, True, False, None, trains=trains)
+    out, lse = attention._call(inputs, True, False, None, trains=trains, recorded=trains)
     return tensor_of(out), tensor_of(lse), torch.from_numpy(np.array([attention._last_number, seed]))
 
 

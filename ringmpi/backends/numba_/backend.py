@@ -91,6 +91,7 @@ class NumbaBackend(Backend):
     canonical_tile = CANONICAL_TILE
     rows_apart = True
     gives_weights = True
+    separable = True
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
