@@ -277,7 +277,7 @@ class Call:
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         of_tables = (0, 0)
         if self.relative is not None:
-            of_tables = int(self.relative.digest()[:15], 16), len(self.relative.tables)
+            of_tables = self.relative.checksum(), len(self.relative.tables)
         return _record(self.number, seed, self.print, self.cotangents, of_tables[0], self.batched, batch, heads,
                        kv_heads, dim, dim_v, NUMBERS[self.q.dtype], self.on_gpu, self.sinks is not None, self.in_keys,
                        0 if self.key_bias is None else self.key_bias.shape[2], of_tables[1], n_q, n_k, self.gpu,

@@ -22,6 +22,7 @@ from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
 GPU_KERNELS = ("auto", "own", "library")
+NO_RELATIVE = "relative: backend {} has none yet; expected backend numba or numpy, and arrays on the host"
 NO_WEIGHTS = "backend {} sums up no weights yet; take backend='numba' or 'numpy', with arrays on the host"
 
 
