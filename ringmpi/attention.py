@@ -677,9 +677,6 @@ class RingAttention:
 
     def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; note what all ranks must have alike. Local."""
-        if call.relative is not None and self._problem.canonical:
-            raise OptionError('relative: expected a forward pass alone with order "canonical", as its gradient has no '
-                              'canonical order yet; take order="fastest"')
         dout, dlse = call.check_cotangents(dout, dlse)
         call.cotangents = checksum(dout, dlse, call.out, call.lse) if self._problem.replicated else 0
         return dout, dlse

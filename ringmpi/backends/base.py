@@ -113,6 +113,7 @@ class Backend:
     differentiated_by = "own"         # whose kernels `backward` has taken last, where it could: a library's name
     biased = False                    # whether it takes a bias of the keys
     relative = False                  # whether it takes a bias by distance
+    sums_tables = False               # whether it gives the gradient of one in canonical order
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
@@ -362,6 +363,8 @@ class Backend:
         after it has met the same queries in ascending order, however they are cut into blocks that begin at multiples
         of `canonical_tile`, whatever other keys there are. Where some queries see a key in the first of several
         intervals and others in the second, calls are to go tile by tile of the queries, each with all its intervals.
+        Or drelative alone is asked for, of a tile of the queries, if `sums_tables`: that has the same bits after it has
+        met the same keys in ascending order, however they are cut into such blocks.
 
         Parameters
         ----------
@@ -377,7 +380,7 @@ class Backend:
             The same; for each head, whether they have the same bias or not, or of all of them together, which is not
             asked for in canonical order.
         drelative : sequence of float64 arrays of shape (heads, 2 reach + 1), if ``score.relative`` is one
-            The same, for each of its tables. Not asked for in canonical order.
+            The same, for each of its tables. In canonical order asked for alone.
 
         Yields
         ------
@@ -386,8 +389,8 @@ class Backend:
         """
         raise NotImplementedError
 
-    def wanted_gradients(self, gradient: Gradient, dk: Any, dv: Any) -> tuple[bool, bool]:
-        """Say whether `backward` is asked for dq, and for dk and dv. Local.
+    def wanted_gradients(self, gradient: Gradient, dk: Any, dv: Any, drelative: Any = None) -> tuple[bool, bool]:
+        """Say whether `backward` is asked for dq, and for dk and dv; neither, if for `drelative` alone. Local.
 
         Raises
         ------
@@ -395,7 +398,9 @@ class Backend:
             If it makes no such gradients together.
         """
         wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
-        if wanted not in ([(True, False, False), (False, True, True)] if self.canonical else [(True, True, True)]):
+        alone = [(False, False, False)] if drelative is not None and self.sums_tables else [
+            (True, False, False), (False, True, True)]
+        if wanted not in (alone if self.canonical else [(True, True, True)]):
             names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
             raise BackendError(f"backend {self.name}: expected arrays for dq, dk and dv, or in canonical order for dq "
                                f"alone or for dk and dv alone, got {names or 'none'} with "
