@@ -484,7 +484,7 @@ class RingAttention:
             without these, and where dv is. A key that is left out has 0.
         drelative : array of the shape of relative, or a tuple of such arrays, accumulator dtype
             If the call had it, and last: what the pairs give that this rank has computed, to be summed over the ranks
-            as dsinks are. Summed up in float64.
+            as dsinks are, and in canonical order on rank 0 as those. Summed up in float64.
 
         The gradients are a named tuple, with these names.
 

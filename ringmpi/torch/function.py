@@ -55,7 +55,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor | None = None, *, comm: Any =
         Keeps its buffers and plan from call to call; for training loops. It must live until the last backward pass.
     dim_v : int, optional
         In place of `v`: values are the first `dim_v` numbers of each key, on the host. Their gradient is part of that
-        of `k`; for more derivatives take ``v=k[..., :dim_v]``.
+        of `k`.
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
