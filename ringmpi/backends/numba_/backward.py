@@ -213,9 +213,10 @@ class Backward:
             wide = last - first + tile
             if tall == height and here:
                 wide = max(1, int(pairs * (high - low) / (here * tile))) * tile
-            for start in range(low - (low - origin) % tile, high, wide):
+            starts = range(low - (low - origin) % tile, high, wide)
+            for start in starts:
                 stop = min(start + wide, high)
-                done, _, _ = block.seen(some, start, stop)
+                done = here if len(starts) == 1 else block.seen(some, start, stop)[0]
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
                               ColumnRange(origin, start, stop), tiles, sums, bias, away), done
 
