@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .backends import GPU_NAMES, check_gpu_kernels, check_name
-from .backends.base import Backend
+from .backends.base import NO_RELATIVE, Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Direction, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
@@ -269,8 +269,7 @@ class RingAttention:
             room.
         dim_v : int, optional
             In place of `v`: values are the first `dim_v` numbers of each key, as in multi-head latent attention
-            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once; their gradient is part of dk. On the host, and
-            not for `jvp` and second derivatives: take ``v=k[..., :dim_v]``, which is not copied.
+            (DeepSeek-AI 2024, *DeepSeek-V2*), and travel with it, once; their gradient is part of dk. On the host.
         sinks : array of shape (heads,), optional
             A score of each head, finite and on the host, that joins the softmax of every query, with no value (learned
             attention sinks). A query that sees no key has out 0 and lse ``sinks[head]`` then.
@@ -487,7 +486,7 @@ class RingAttention:
             without these, and where dv is. A key that is left out has 0.
         drelative : array of the shape of relative, or a tuple of such arrays, accumulator dtype
             If the call had it, and last: what the pairs give that this rank has computed, to be summed over the ranks
-            as dsinks are. Summed up in float64.
+            as dsinks are, and in canonical order on rank 0 as those. Summed up in float64.
 
         The gradients are a named tuple, with these names.
 
@@ -567,10 +566,11 @@ class RingAttention:
             return self._pass(call, plan, progress).backward(*cotangents)
 
     @explained()
-    def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
-            v_dot: ArrayLike | None, *, sinks: ArrayLike | None = None, sinks_dot: ArrayLike | None = None,
-            key_bias: ArrayLike | None = None, key_bias_dot: ArrayLike | None = None, seed: int = 0
-            ) -> tuple[Array, Array, Array, Array]:
+    def jvp(self, q: ArrayLike, k: ArrayLike, v: ArrayLike | None, q_dot: ArrayLike | None, k_dot: ArrayLike | None,
+            v_dot: ArrayLike | None, *, dim_v: int | None = None, sinks: ArrayLike | None = None,
+            sinks_dot: ArrayLike | None = None, key_bias: ArrayLike | None = None,
+            key_bias_dot: ArrayLike | None = None, relative: Tables | None = None,
+            relative_dot: Tables | None = None, seed: int = 0) -> tuple[Array, Array, Array, Array]:
         """Attend, and differentiate the results in a direction (forward mode). Collective over *comm*.
 
         Where inputs are ``q + e q_dot``, ``k + e k_dot`` and so on, the derivatives of out and lse by e at 0: the
@@ -580,14 +580,16 @@ class RingAttention:
 
         Parameters
         ----------
-        q, k, v, sinks, key_bias, seed
+        q, k, v, dim_v, sinks, key_bias, relative, seed
             See `__call__`.
         q_dot, k_dot, v_dot : arrays of the shapes and dtype of q, k and v, or None
-            Of this rank's shards; None for zeros.
+            Of this rank's shards; None for zeros. With `dim_v` v_dot is None: it is in k_dot.
         sinks_dot : array of shape (heads,), optional
             The same on all ranks.
         key_bias_dot : array of the shape of `key_bias`, float, optional
             Of this rank's keys.
+        relative_dot : array of the shape of `relative`, or a tuple or list of such, float, optional
+            The same on all ranks.
 
         Returns
         -------
@@ -605,8 +607,9 @@ class RingAttention:
         """
         with self._comm.one_call():
             self._last = self._left = None
-            call, plan, _ = self._admit(Inputs(q, k, v, sinks, seed, key_bias=key_bias),
-                                        direction=Direction(q_dot, k_dot, v_dot, sinks_dot, key_bias_dot))
+            call, plan, _ = self._admit(
+                Inputs(q, k, v, sinks, seed, dim_v=dim_v, key_bias=key_bias, relative=relative),
+                direction=Direction(q_dot, k_dot, v_dot, sinks_dot, key_bias_dot, relative_dot))
             return TangentPass(call, plan, self._engine, self.trace, None).attend()
 
     def _differentiate_along(self, number: int, direction: Direction, inputs: Inputs) -> tuple[Array, Array]:
@@ -617,22 +620,24 @@ class RingAttention:
             return TangentPass(call, plan, self._engine, self.trace, None).jvp()
 
     def _differentiate_twice(self, number: int, dout: Any, dlse: Any, direction: Direction, inputs: Inputs
-                             ) -> tuple[Array | None, ...]:
+                             ) -> tuple[Any, ...]:
         """Give the gradients of a product of gradients with their cotangents. Collective over *comm*.
 
-        That is ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot``.
+        That is ``dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot +
+        drelative·relative_dot``.
 
         Parameters
         ----------
         number, dout, dlse, inputs
-            Of the backward pass that gave dq, dk, dv, dsinks and dkey_bias; see `_differentiate_call`.
+            Of the backward pass that gave dq, dk, dv, dsinks, dkey_bias and drelative; see `_differentiate_call`.
         direction : Direction
             The cotangents of these.
 
         Returns
         -------
         tuple of arrays
-            By dout, dlse, q, k, v, sinks and key_bias; None for the last two if the call had none.
+            By dout, dlse, q, k, v, sinks, key_bias and relative, which may be a tuple; None for what the call did not
+            have.
         """
         with self._comm.one_call():
             self._last = None
@@ -645,22 +650,22 @@ class RingAttention:
             raise BackendError("dim_v: expected arrays on the host and a backend that computes there, got a GPU; take "
                                "v=k[..., :dim_v]")
 
-    def _take_direction(self, call: Call, direction: Direction) -> None:
-        """Take the direction of a derivative; refuse what has none; note what all ranks must have alike. Local."""
+    def _take_direction(self, call: Call, direction: Direction, of_shares: bool) -> None:
+        """Take the direction of a derivative; refuse what has none; note what all ranks must have alike. Local.
+
+        If it is `of_shares` of gradients, each rank has its own for its share of those of tables.
+        """
         if self._problem.canonical:
             raise OptionError('order "canonical": expected a forward or backward pass; the jvp and second derivatives '
                               'have no canonical order: take order="fastest"')
         if call.on_gpu or self._options["backend"] in GPU_NAMES:
             raise BackendError("the jvp and second derivatives: expected arrays on the host and a backend that "
                                "computes there, got a GPU; copy the arrays to the host")
-        if call.relative is not None:
-            raise OptionError("relative: expected none, as the jvp and second derivatives have none yet")
-        if call.in_keys:
-            raise OptionError("dim_v: expected v, as the jvp and second derivatives have no values in keys; take "
-                              "v=k[..., :dim_v], which is not copied")
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
+        if call.direction is not None and call.direction.relative is not None and not of_shares:
+            call.cotangents ^= call.direction.relative.checksum()
 
     def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:
         kind = CanonicalPass if self._problem.canonical else Pass
@@ -677,9 +682,6 @@ class RingAttention:
 
     def _check_cotangents(self, call: Call, dout: Any, dlse: Any) -> tuple[Array, Array | None]:
         """Take what a backward pass starts from; note what all ranks must have alike. Local."""
-        if call.relative is not None and self._problem.canonical:
-            raise OptionError('relative: expected a forward pass alone with order "canonical", as its gradient has no '
-                              'canonical order yet; take order="fastest"')
         dout, dlse = call.check_cotangents(dout, dlse)
         call.cotangents = checksum(dout, dlse, call.out, call.lse) if self._problem.replicated else 0
         return dout, dlse
@@ -728,7 +730,7 @@ class RingAttention:
             if way in ("backward", TWICE):
                 cotangents = self._check_cotangents(call, *cotangents)
             if direction is not None:
-                self._take_direction(call, direction)
+                self._take_direction(call, direction, way == TWICE)
         call, records = self._agree(call, failures, RESUMABLE if resumable else way)
         if self._plan is None or self._plan.key != records.key or (
                 self._plan.whole not in (None, resumable)) or (
@@ -761,8 +763,7 @@ class RingAttention:
             raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba, numpy or "
                                "cuda")
         if records.common("relative") and not self.backend.relative:
-            raise BackendError(f"relative: backend {self.backend.name} has none yet; expected backend numba or numpy, "
-                               "and arrays on the host")
+            raise BackendError(NO_RELATIVE.format(self.backend.name))
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None

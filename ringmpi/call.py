@@ -32,7 +32,7 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
          "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
-                       "and tangents of those",
+                       "and tangents of those and of relative",
          "tables": "numbers in relative (by a checksum)",
          "recorded": "requires_grad (0 no tensor requires a gradient here, 1 some does; or torch.no_grad())",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",
@@ -70,6 +70,7 @@ class Direction(NamedTuple):
     v: Any
     sinks: Any = None
     key_bias: Any = None
+    relative: Any = None
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Call:
     states : list of State
         One for each element of the batch, during the forward pass.
     direction : Direction, optional
-        Arrays like q, k, v, sinks and key_bias, if the call is differentiated in it.
+        Arrays like q, k, v, sinks and key_bias, and a `Relative`, if the call is differentiated in it.
     """
 
     q: Array
@@ -236,16 +237,20 @@ class Call:
             If it does not go with the inputs of the call.
         """
         taken = []
-        for name, x, like in zip("qkv", direction, (self.q, self.k, self.v), strict=False):
+        if self.in_keys and direction.v is not None:
+            raise OptionError("v_dot: expected none, as values are in the keys, and their tangents in k_dot")
+        for name, x, like in zip("qk" if self.in_keys else "qkv", direction, (self.q, self.k, self.v), strict=False):
             if x is None:
                 taken.append(np.zeros(like.shape, like.dtype))
                 continue
             array = as_host_array(x, f"{name}_dot")
             check_like(f"{name}_dot", array, self.given(like).shape, like.dtype)
             taken.append(_batched(array, self.batched, self.gpu, strided=True))
-        q_dot, k_dot, v_dot = taken
-        self.direction = Direction(q_dot, k_dot, v_dot, _tangent("sinks", direction.sinks, self.sinks),
-                                   _tangent("key_bias", direction.key_bias, self.key_bias, self.bias_shape))
+        if self.in_keys:
+            taken.append(_first_numbers(taken[1], self.v.shape[3]))
+        self.direction = Direction(taken[0], taken[1], taken[2], _tangent("sinks", direction.sinks, self.sinks),
+                                   _tangent("key_bias", direction.key_bias, self.key_bias, self.bias_shape),
+                                   _tangent_by_distance(direction.relative, self.relative))
 
     @property
     def on_gpu(self) -> bool:
@@ -286,7 +291,7 @@ class Call:
         seed = self.seed - 2**64 * (self.seed >= 2**63)          # the same bits, signed
         of_tables = (0, 0)
         if self.relative is not None:
-            of_tables = int(self.relative.digest()[:15], 16), len(self.relative.tables)
+            of_tables = self.relative.checksum(), len(self.relative.tables)
         return _record(self.frozen, self.number, seed, self.print, self.cotangents, of_tables[0], self.recorded,
                        self.batched, batch, heads, kv_heads, dim, dim_v, NUMBERS[self.q.dtype], self.on_gpu,
                        self.sinks is not None, self.in_keys, 0 if self.key_bias is None else self.key_bias.shape[2],
@@ -491,6 +496,22 @@ def _tangent(name: str, x: Any, like: NDArray[Any] | None, shape: tuple[int, ...
     if array.shape != shape:
         raise ShapeError(f"{name}_dot: expected shape {shape}, that of {name}, got {array.shape}")
     return array.astype(like.dtype).reshape(like.shape)
+
+
+def _tangent_by_distance(given: Any, relative: Relative | None) -> Relative | None:
+    """Take the tangent of a bias by distance, a table or one for each axis, any of them None for zeros."""
+    if relative is None:
+        _tangent("relative", given, None)
+        return None
+    tables = [None] * len(relative.widths) if given is None else given if isinstance(given, (tuple, list)) else [given]
+    if given is not None and (isinstance(given, (tuple, list)) != bool(relative.sizes)
+                              or len(tables) != len(relative.widths)):
+        expected = f"{len(relative.widths)} tables, one for each axis" if relative.sizes else "one table, an array"
+        raise ShapeError(f"relative_dot: expected {expected}, as relative has, got a "
+                         f"{type(given).__name__}")
+    taken = [_tangent("relative", x, np.zeros((len(table), width), table.dtype))
+             for x, table, width in zip(tables, relative.tables, relative.widths, strict=True)]
+    return relative.with_tables([x for x in taken if x is not None])
 
 
 def without_left_out(x: Array, key_bias: NDArray[Any]) -> Array:

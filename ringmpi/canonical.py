@@ -1,11 +1,13 @@
 """A call in canonical order: tokens come in blocks of whole tiles, ascending, whatever layouts the caller has.
 
 Forward, and for dq, blocks of keys come by this rank's queries, which stay where they are. For dk and dv, blocks of
-queries come by this rank's keys. So each sum is made by one rank, in the order of positions.
+queries come by this rank's keys. So each sum is made by one rank, in the order of positions. For the gradient of a bias
+by distance blocks of keys come once more, by tiles of queries, whose sums are added up in a fixed tree.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .call import Array
-from .errors import InternalError
+from .errors import BackendError, InternalError
 from .forward import put_heads
 from .passes import Pass
+from .relative import Relative
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.head_exchange import Tokens
 from .softmax import Gradient
-from .tiles import KeyPlan
+from .tiles import KeyPlan, TablePlan, add_up
 
 
 class CanonicalPass(Pass):
@@ -40,6 +43,12 @@ class CanonicalPass(Pass):
         if way == "backward":
             kinds = [plan.accumulator] * 2 + [plan.dtype] * 2
             self.movers.carrier.reserve(of_keys.route, block_sizes(of_keys.shapes, kinds))
+            if plan.of_tables:
+                if not self.backend.sums_tables:
+                    raise BackendError('relative: expected a forward pass alone with order "canonical", as backend '
+                                       f'{self.backend.name} sums its gradient up in no canonical order yet; take '
+                                       'order="fastest"')
+                self.movers.carrier.reserve(plan.of_tables.route, block_sizes(plan.shapes, plan.block_dtypes))
 
     def _keys(self) -> Sequence[Array]:
         """Give this rank's block of keys and values, all heads, and their bias if there is one: whole tiles."""
@@ -49,8 +58,9 @@ class CanonicalPass(Pass):
     def _differentiate_call(self, dout: Array, gradients: Sequence[Gradient], results: Sequence[Array]) -> None:
         """Sum up dq where the queries are, and then dk and dv where the keys are."""
         dq, *of_keys = results
-        self._pairs += self._of_keys.pairs
-        self.trace.flop_per_pair //= 2               # a pair is visited twice
+        of_tables = self.plan.of_tables
+        self._pairs += self._of_keys.pairs + (of_tables.pairs if of_tables else 0)
+        self.trace.flop_per_pair //= 3 if of_tables else 2               # as often a pair is visited
         delta = self._delta(gradients)
         self._of_queries(dout, delta, dq)
         self._of_all_keys(dout, delta, of_keys)
@@ -88,6 +98,58 @@ class CanonicalPass(Pass):
             backend.add(self._first_numbers(sums[0]), targets[1])
         tokens = self._tokens_of_keys(of_keys.of_heads)
         self._outside(list(zip(sums, tokens, strict=True)), results)
+        if self.plan.of_tables is not None and call.relative is not None:
+            self._of_all_tables(inside[:len(rows)], self.plan.of_tables, call.relative)
+
+    def _of_relative(self) -> None:
+        """Sum up no gradient of a bias by distance with dq."""
+
+    def _of_all_tables(self, rows: Sequence[Array], of_tables: TablePlan, relative: Relative) -> None:
+        """Sum up the gradient of a bias by distance, on rank 0: blocks of keys come by tiles of queries."""
+        plan = self.plan
+        keys = self._inside(list(zip(self._keys(), plan.block_tokens, strict=True)))
+        heads, batch, tile = plan.dims[0], plan.batch, of_tables.tile
+        widths = [table.shape[1] for table in relative.tables]
+        count = -(-rows[0].shape[1] // tile)
+        with self.engine.raise_on_all():
+            sums = np.zeros((count, batch, heads * sum(widths)))
+        lse, delta, q, dout = rows
+
+        def loops(work: Work) -> Iterator[Iterator[int]]:
+            k, v = self._keys_and_values(work.arrays)
+            for i, part, columns, begin, end, score in of_tables.tasks(work, self.call.dropout_keys, relative):
+                gradient = Gradient(dout[i, part], lse[i, part], delta[i, part], None)
+                if plan.bias_tokens:
+                    score = score.of_key_bias(work.arrays[-1][i, columns])
+                yield self.backend.backward(gradient, q[i, part], k[i, columns], v[i, columns], None, None, begin, end,
+                                            score, drelative=_tables(sums[part.start // tile, i], heads, widths))
+
+        for work in self.movers.carrier.forward(Blocks(keys, plan.shapes), of_tables.route, self.trace):
+            self._run(work, loops(work), of_tables)
+        self._add_up_tables(sums, of_tables.first, widths)
+
+    def _add_up_tables(self, sums: NDArray[np.float64], first: int, widths: Sequence[int]) -> None:
+        """Add up the sums of the tiles of all ranks, (tiles, batch, numbers), in a fixed tree."""
+        tiles = sum(-(-part.columns.stop // self._of_keys.tile) for part in self._of_keys.sources)
+        mine = {(0, first + number): x for number, x in enumerate(sums)}
+        add_up(mine, tiles)
+        heads = self.plan.share.queries
+        told = np.array([len(mine), heads.start, heads.stop, *itertools.chain(*mine)], np.int64)
+        shares = self.engine.share(np.concatenate([told.view(np.uint8), *(x.reshape(-1).view(np.uint8)
+                                                                          for x in mine.values())]))
+        every: dict[tuple[int, int], dict[tuple[int, int], NDArray[np.float64]]] = {}
+        for share in shares if self.movers.carrier.comm.rank == 0 else ():
+            count, *of_heads = share[:24].view(np.int64).tolist()
+            names = share[24:24 + 16 * count].view(np.int64).reshape(-1, 2).tolist()
+            numbers = share[24 + 16 * count:].view(np.float64).reshape(count, *sums.shape[1:])
+            there = every.setdefault((of_heads[0], of_heads[1]), {})
+            there.update({(level, number): x for (level, number), x in zip(names, numbers, strict=True)})
+        for (start, stop), of_tiles in every.items():
+            add_up(of_tiles, tiles)
+            for x in of_tiles.values():                              # one, or none of no tiles
+                for total, table in zip(self._sums_of_relative, _tables(x.sum(axis=0), stop - start, widths),
+                                        strict=True):
+                    total[start:stop] = table
 
     def _tokens_of_keys(self, of_bias: Tokens) -> list[Tokens]:
         """Give the tokens of each array of a block, with those of a bias."""
@@ -100,7 +162,8 @@ class CanonicalPass(Pass):
         lse, delta, q, dout = work.arrays
         k, v = self._keys_and_values(keys)
         of_bias = keys[-1] if self.call.key_bias is not None else None
-        for i, rows, columns, begin, end, score in self._of_keys.tasks(work, self.call.dropout_keys):
+        for i, rows, columns, begin, end, score in self._of_keys.tasks(work, self.call.dropout_keys,
+                                                                        self.call.relative):
             gradient = Gradient(dout[i, rows], lse[i, rows], delta[i, rows], None)
             score = score.of_key_bias(None if of_bias is None else of_bias[i, columns])
             dk, dv, *dbias = (x[i, columns] for x in sums)
@@ -171,3 +234,10 @@ class CanonicalPass(Pass):
         if self.movers.carrier.comm.rank or self._dsinks is None:
             return np.zeros_like(sinks)
         return self._dsinks.astype(sinks.dtype)
+
+
+def _tables(numbers: NDArray[np.float64], heads: int, widths: Sequence[int]) -> list[NDArray[np.float64]]:
+    """View the numbers of tables of some heads as these, (heads, width) each."""
+    edges = np.cumsum([0, *(heads * width for width in widths)]).tolist()
+    return [numbers[start:stop].reshape(heads, width)
+            for start, stop, width in zip(edges, edges[1:], widths, strict=False)]

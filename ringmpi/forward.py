@@ -19,7 +19,7 @@ from .replicated import Replicated, arrays_of, combine_parts, part_of
 from .schedules.base import Blocks, Work, block_sizes
 from .schedules.links import assign
 from .softmax import State
-from .tiles import KeyPlan
+from .tiles import KeyPlan, TablePlan
 from .trace import Trace
 
 Progress = Callable[[int, int], object]
@@ -290,7 +290,7 @@ class ForwardPass:
         if not heard:
             self.movers.queries.hear(rows, plan.row_counts)
 
-    def _run(self, work: Work, loops: Iterable[Iterator[int]], plan: Plan | KeyPlan | None = None) -> None:
+    def _run(self, work: Work, loops: Iterable[Iterator[int]], plan: Plan | KeyPlan | TablePlan | None = None) -> None:
         """Run the loops of a backend over an item of work, and let messages move between their tiles."""
         plan = plan or self.plan
         move_messages = self.movers.progress

@@ -93,7 +93,7 @@ class Pass(ForwardPass):
         plan = self.plan
         call = self.call
         backend = self.backend
-        of_relative = [x[plan.share.queries] for x in self._sums_of_relative] or None
+        of_relative = self._of_relative()
         works = self._carry(Blocks(keys, plan.shapes), None if shares is None else Blocks(shares, plan.shapes))
         for work, part in self._cut_rows(works, rows):
             k, v = self._keys_and_values(work.arrays)
@@ -105,6 +105,10 @@ class Pass(ForwardPass):
                 for i, columns, begin, end, score in plan.tasks(work, part, call.dropout_keys, call.relative)))
             if plan.in_keys and dk is not None:
                 backend.add(self._first_numbers(dk), dv)
+
+    def _of_relative(self) -> list[NDArray[np.float64]] | None:
+        """Give what the gradient of a bias by distance of this rank's heads is added to, if there is one."""
+        return [x[self.plan.share.queries] for x in self._sums_of_relative] or None
 
     def _with_dv(self, shares: Sequence[Array]) -> Sequence[Array]:
         """Give what the gradients of a block's k and v, and bias, are added to: a dv of its own, if v is in k."""

@@ -20,7 +20,7 @@ from .schedules.base import Route, Work
 from .schedules.grid import Grid, HeadShare
 from .schedules.head_exchange import Tokens
 from .score import Score
-from .tiles import KeyPlan
+from .tiles import KeyPlan, TablePlan
 
 KEPT_BYTES = 2**20                # of the columns of all blocks, which are kept for the next call
 Array = Any                       # of NumPy, or of CuPy on a GPU
@@ -70,6 +70,8 @@ class Plan:
         Of the rows, still without the keys and dropout keys of a block, and without what a call brings.
     relative : bool
         Whether calls bring a bias by distance.
+    of_tables : TablePlan, optional
+        In canonical order, what goes for the gradient of that.
     accumulator : dtype
     dtype : dtype
         Of q, k and v.
@@ -121,6 +123,7 @@ class Plan:
     bias_tokens: Tokens | None = None
     left_out: Layout | None = None
     relative: bool = False
+    of_tables: TablePlan | None = None
     sent: list[slice] | None = None
     route: Route = field(init=False)
     seen: list[Array] = field(default_factory=list)
@@ -176,8 +179,9 @@ class Plan:
 
     @property
     def needs(self) -> NDArray[np.bool_]:
-        """Which sections of the blocks that come by this rank needs: of keys, then of queries if any come by."""
-        return np.concatenate([self._survey[1].ravel(), *([self.of_keys.needs] if self.of_keys else [])])
+        """Which sections of blocks of keys this rank needs, and then what `of_keys` and `of_tables` need."""
+        return np.concatenate([self._survey[1].ravel(), *(other.needs for other in (self.of_keys, self.of_tables)
+                                                          if other)])
 
     def take_needs(self, needs: NDArray[np.bool_]) -> None:
         """Take what each rank that shares keys needs, in the order of the group: the routes of blocks. Local."""
@@ -186,7 +190,9 @@ class Plan:
         self._cut_blocks(needed)
         self.route = Route(np.any(needed, axis=2, keepdims=True)[:, :, 0], [shapes[0][1] for shapes in self.shapes])
         if self.of_keys:
-            self.of_keys.route = Route(needs[:, size:], [part.columns.stop for part in self.of_keys.sources])
+            self.of_keys.route = Route(needs[:, size:2 * size], [part.columns.stop for part in self.of_keys.sources])
+        if self.of_tables:
+            self.of_tables.route = Route(needs[:, 2 * size:], self.route.tokens)
 
     def _cut_blocks(self, needed: NDArray[np.bool_]) -> None:
         """Let only those sections of blocks travel that others need, if they are half of the largest block at most.

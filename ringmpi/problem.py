@@ -28,7 +28,7 @@ from .schedules.spec import ORDERS, Schedule, check_heads
 from .schedules.token_exchange import Move
 from .schedules.traffic import Shape, axes
 from .score import MOST_POSITION, Score
-from .tiles import KeyPlan, Tiled
+from .tiles import KeyPlan, TablePlan, Tiled
 
 MANY_INTERVALS = 1024          # of a query: each takes a pass over a block
 SAMPLED_RANKS = 16             # whose queries, and whose keys, tell what is seen, where there are more ...
@@ -193,7 +193,9 @@ class Problem:
                     accumulator(records.dtype, self.accumulator), records.dtype, (share.heads, dim, dim_v), replicated,
                     keys.index, None if uncut else whole, 1 if uncut or whole else sections(keys.size),
                     self._plan_of_keys(records, layouts, grid, rank, kv_layout, tile) if tile else None,
-                    bias_tokens, layouts[1] if records.leave_out else None, records.common("relative") > 0)
+                    bias_tokens, layouts[1] if records.leave_out else None, records.common("relative") > 0,
+                    self._plan_of_tables(records, layouts, grid, rank, parts, tile)
+                    if tile and records.common("relative") else None)
 
     def score(self, dim: int, share: HeadShare) -> Score:
         """Give the score of some heads, without positions. Local."""
@@ -222,6 +224,17 @@ class Problem:
                        Move.between(q_layout, tiled, rank),
                        Tokens.of_bias([kv_layout.counts[r] for r in beside.ranks], shares, records.common("key_bias")),
                        Tokens.of_queries([kv_layout.counts[r] for r in beside.ranks], shares))
+
+    def _plan_of_tables(self, records: Records, layouts: tuple[Layout, Layout], grid: Grid, rank: int,
+                        parts: Sequence[Sequence[Part]], tile: int) -> TablePlan:
+        """Plan, in canonical order, what the queries in blocks of whole tiles meet: the keys in such blocks."""
+        batch, heads, kv_heads, dim = map(records.common, ("batch", "heads", "kv_heads", "dim"))
+        q_layout, kv_layout = layouts
+        beside = grid.group("heads", rank)
+        share = share_heads(heads, kv_heads, beside.size)[beside.index]
+        queries = _whole(Tiled.on(grid, rank, q_layout.length, tile), beside.ranks).positions()
+        return TablePlan(bounds_of(self.mask, queries, (q_layout.length, kv_layout.length), batch), tile,
+                         int(queries[0]) // tile if len(queries) else 0, parts, share.queries, self.score(dim, share))
 
 
 def _whole(layout: Tiled, ranks: Sequence[int]) -> Part:

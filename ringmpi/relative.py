@@ -74,9 +74,15 @@ class Relative:
             if axis.periodic and axis.size:
                 away = (away + (axis.size - 1) // 2) % axis.size - (axis.size - 1) // 2
             entries.append(np.clip(away, -reach, reach) + reach)
-        unrolled = tuple(np.ascontiguousarray(table[:, which]) for table, which in zip(tables, entries, strict=True))
-        return cls(unrolled, tuple(axis.size for axis in axes), tuple(entries),
-                   tuple(table.shape[1] for table in tables))
+        rolled = cls(tuple(tables), tuple(axis.size for axis in axes), tuple(entries),
+                     tuple(table.shape[1] for table in tables))
+        return rolled.with_tables(tables)
+
+    def with_tables(self, given: Sequence[Array]) -> Relative:
+        """Give one of other tables, of the shapes of those that were given. Local."""
+        unrolled = [np.ascontiguousarray(table[:, which])
+                    for table, which in zip(given, self.entries, strict=True)] if self.sizes else given
+        return replace(self, tables=tuple(unrolled))
 
     def of_heads(self, heads: slice) -> Relative:
         """Give that of some heads. Local."""
@@ -115,3 +121,7 @@ class Relative:
         for table in self.tables:
             found.update(table.data)
         return found.hexdigest()
+
+    def checksum(self) -> int:
+        """Give a number below 2^60 that is the same if all of it is. Local."""
+        return int(self.digest()[:15], 16)

@@ -1,7 +1,8 @@
 """Derivatives of a call in a direction: of its results (the JVP), and of its gradients, in two rounds of blocks.
 
-Let L = dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot be what the second derivative of a
-loss starts from: the gradients that a backward pass has given, times the cotangents of these, which make the direction.
+Let L = dq·q_dot + dk·k_dot + dv·v_dot + dsinks·sinks_dot + dkey_bias·key_bias_dot + drelative·relative_dot be what the
+second derivative of a loss starts from: the gradients that a backward pass has given, times the cotangents of these,
+which make the direction.
 With p the weights, the sink's p_s among them, m what dropout multiplies them by, and t the change of the scores in the
 direction,
 
@@ -9,8 +10,9 @@ direction,
 
 are the changes of the results, and as backward is the adjoint of that, L = dout·out_dot + dlse·lse_dot. So out_dot and
 lse_dot are the gradients of L by dout and dlse: the first round. Its gradients by the inputs are, as mixed derivatives
-go in any order, the changes of dq, dk, dv, dsinks and dkey_bias in the direction while dout and dlse stay: the second
-round differentiates the formulas of the backward pass (`Tangents.backward`), with delta_dot = sum(dout · out_dot), and
+go in any order, the changes of dq, dk, dv, dsinks, dkey_bias and drelative in the direction while dout and dlse stay:
+the second round differentiates the formulas of the backward pass (`Tangents.backward`), with delta_dot =
+sum(dout · out_dot), and
 
     dsinks_dot = -sum(p_s ((sinks_dot - lse_dot) delta + delta_dot))
 
@@ -22,7 +24,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ from .plan import Task
 from .schedules.base import Blocks, Work, block_sizes
 from .softmax import row_delta
 
+Made = TypeVar("Made")
 READY = "tangents"                  # in `Plan.ready`
 Loop = Callable[[int, slice, Keys, tuple[Array, ...], Task], Iterator[int]]
 
@@ -58,10 +61,10 @@ class TangentPass(Pass):
             out_dot, lse_dot = self._results_dot()
         return self.call.given(self.backend.astype(out_dot, self.call.q.dtype)), self.call.given(lse_dot)
 
-    def differentiate_twice(self, dout: Array, dlse: Array | None) -> tuple[Array | None, ...]:
-        """Give out_dot and lse_dot, and how dq, dk, dv, dsinks and dkey_bias change in the direction.
+    def differentiate_twice(self, dout: Array, dlse: Array | None) -> tuple[Any, ...]:
+        """Give out_dot and lse_dot, and how dq, dk, dv, dsinks, dkey_bias and drelative change in the direction.
 
-        The last two are None without sinks and a bias.
+        dv is None if values are in the keys, and the last three without sinks and biases.
         """
         call = self.call
         self._prepare(rounds=2)
@@ -69,6 +72,7 @@ class TangentPass(Pass):
             results = [np.zeros(x.shape, self.plan.accumulator) for x in (call.q, *call.keys)]
             delta = np.empty_like(call.lse)
             delta_dot = np.empty_like(call.lse)
+            self._sums_of_relative = [] if call.relative is None else call.relative.new_sums()
         with self._abandoned_on_error():
             out_dot, lse_dot = self._results_dot()
             for i in range(len(delta)):
@@ -76,11 +80,12 @@ class TangentPass(Pass):
                 row_delta(dout[i], out_dot[i], None, delta_dot[i])
             rows = [self._known_lse(), delta, lse_dot, delta_dot, call.q, self._direction.q, dout]
             self._gradients_dot(rows, results)
-        dq, dk, dv, *of_bias = results
-        out_dot, dq, dk, dv = (call.given(self.backend.astype(x, call.q.dtype)) for x in (out_dot, dq, dk, dv))
-        return (out_dot, call.given(lse_dot), dq, dk, dv,
+        of_bias = None if call.key_bias is None else results.pop()
+        out_dot, dq, dk, *dv = (call.given(self.backend.astype(x, call.q.dtype)) for x in (out_dot, *results))
+        return (out_dot, call.given(lse_dot), dq, dk, dv[0] if dv else None,
                 None if call.sinks is None else self._sinks_dot(call.sinks, delta, lse_dot, delta_dot),
-                self._gradient_of_bias(of_bias[0]) if of_bias else None)
+                None if of_bias is None else self._gradient_of_bias(of_bias),
+                None if call.relative is None else call.relative.gradient(self._sums_of_relative))
 
     @property
     def _direction(self) -> Direction:
@@ -96,7 +101,7 @@ class TangentPass(Pass):
         self.trace.flop_per_pair = 2 * heads * ((3 * dim + 2 * dim_v) if rounds == 1 else (5 * dim + 5 * dim_v // 2))
         if READY not in plan.ready:
             with self.engine.raise_on_all():
-                dtypes = [plan.dtype] * 4 + 2 * plan.block_dtypes[2:]
+                dtypes = self._of_travelling(plan.block_dtypes)
                 self.movers.carrier.reserve(plan.route, block_sizes(self._shapes, dtypes),
                                             block_sizes(plan.shapes, [plan.accumulator] * len(plan.block_dtypes)))
             plan.ready.add(READY)
@@ -104,8 +109,20 @@ class TangentPass(Pass):
 
     @property
     def _shapes(self) -> list[list[tuple[int, ...]]]:
-        """Of the arrays of each block: keys, values, the tangents of both, and of a bias its tangent and itself."""
-        return [[k, v, k, v, *bias, *bias] for k, v, *bias in self.plan.shapes]
+        return [self._of_travelling(shapes) for shapes in self.plan.shapes]
+
+    def _of_travelling(self, of_block: Sequence[Made]) -> list[Made]:
+        """Give of the arrays that travel what there is for those of a block.
+
+        They are keys, values unless they are in the keys, the tangents of both, and of a bias its tangent and itself.
+        """
+        of_keys, of_bias = of_block[:self._apart], of_block[self._apart:]
+        return [*of_keys, *of_keys, *of_bias, *of_bias]
+
+    @property
+    def _apart(self) -> int:
+        """Arrays of a block besides a bias: keys and values, or keys alone."""
+        return 1 if self.plan.in_keys else 2
 
     def _results_dot(self) -> tuple[Array, Array]:
         """Give the changes of this rank's results, in the accumulator's dtype: the first round."""
@@ -145,13 +162,16 @@ class TangentPass(Pass):
         plan = self.plan
         rows, keys = self._inside(rows)
         lse, delta, lse_dot, delta_dot, q, q_dot, dout = rows
-        dq, *of_keys = (np.zeros(x.shape, plan.accumulator) for x in (q, *keys[:2], *keys[5:]))
+        apart = self._apart
+        dq, *of_keys = (np.zeros(x.shape, plan.accumulator) for x in (q, *keys[:apart], *keys[2 * apart + 1:]))
+        of_relative = [x[plan.share.queries] for x in self._sums_of_relative]
 
         def loop(i: int, part: slice, block: Keys, shares: tuple[Array, ...], task: Task) -> Iterator[int]:
             gradient = SecondGradient(*(x[i, part] for x in (dout, delta, lse_dot, delta_dot, dq)))
-            dk, dv, *of_bias = (x[i, task.columns] for x in shares)
+            dk, *others = (x[i, task.columns] for x in shares)
+            dv = self._first_numbers(dk) if plan.in_keys else others.pop(0)
             return self._tangents.backward(gradient, Rows(q[i, part], q_dot[i, part], lse[i, part]), block, dk, dv,
-                                           *task[2:], *of_bias)
+                                           *task[2:], others[0] if others else None, of_relative)
 
         blocks, sums = Blocks(keys, self._shapes), Blocks(of_keys, plan.shapes)
         self._meet_tangents(self._carry(blocks, sums), rows, loop)
@@ -162,12 +182,15 @@ class TangentPass(Pass):
 
     @property
     def _tangents(self) -> Tangents:
-        return Tangents(self.backend.threads)
+        relative_dot = self._direction.relative
+        return Tangents(self.backend.threads,
+                        None if relative_dot is None else relative_dot.of_heads(self.plan.share.queries))
 
     def _inside(self, rows: Sequence[Array]) -> tuple[list[Array], list[Array]]:
         """Exchange tokens for heads, and ask for the queries of others; give arrays of rows, and this rank's block."""
         plan, call, direction = self.plan, self.call, self._direction
-        keys = [(x, plan.kv_tokens) for x in (call.k, call.v, direction.k, direction.v)]
+        keys = [(x, plan.kv_tokens) for some in ((call.k, call.v), (direction.k, direction.v))
+                for x in some[:self._apart]]
         if plan.bias_tokens is not None:
             keys += [(x, plan.bias_tokens) for x in (direction.key_bias, call.key_bias)]
         inside = self.movers.heads.to_heads("heads", [*((x, plan.q_tokens) for x in rows), *keys], self.backend.empty,
@@ -181,8 +204,15 @@ class TangentPass(Pass):
         """Run a loop over every block that comes by."""
         for work, part in self._cut_rows(works, rows):
             self._run(work, (
-                loop(task.element, part, Keys(*(x[task.element, task.columns] for x in work.arrays[:5])),
-                     work.gradients, task) for task in self.plan.tasks(work, part, self.call.dropout_keys)))
+                loop(task.element, part, self._keys_of([x[task.element, task.columns] for x in work.arrays]),
+                     work.gradients, task)
+                for task in self.plan.tasks(work, part, self.call.dropout_keys, self.call.relative)))
+
+    def _keys_of(self, arrays: Sequence[Array]) -> Keys:
+        """Give keys, values and tangents of a block's arrays: values may be the first numbers of keys."""
+        apart = self._apart
+        (k, v), (k_dot, v_dot) = (self._keys_and_values(some) for some in (arrays[:apart], arrays[apart:2 * apart]))
+        return Keys(k, v, k_dot, v_dot, *arrays[2 * apart:2 * apart + 1])
 
     def _outside(self, what: str, sums: Sequence[Array], results: Sequence[Array]) -> None:
         """Add up what several ranks have made of the same rows, and exchange heads for tokens."""

@@ -19,6 +19,7 @@ from .intervals import Interval, part_of_rows, stack
 from .layout import Contiguous, Integers
 from .mask_base import BaseMask
 from .parts import Part
+from .relative import Relative
 from .schedules.base import Route, Work
 from .schedules.grid import Grid
 from .schedules.head_exchange import Tokens
@@ -136,13 +137,8 @@ class KeyPlan:
     @cached_property
     def _pairs(self) -> Integers:
         """Visible pairs of each block with the keys, ``[source, bounds]``."""
-        return np.array([[self._count(bounds) for bounds in self._make_bounds(source)]
+        return np.array([[_count(self.parts, bounds) for bounds in self._make_bounds(source)]
                          for source in range(len(self.sources))], np.int64)
-
-    def _count(self, bounds: Bounds) -> int:
-        """Count the visible pairs of a block with the keys."""
-        return sum(int((end - begin).sum()) for rows in bounds.pieces(slice(None))
-                   for intervals in self._columns(bounds, rows) for begin, end in intervals)
 
     def prefetch_columns(self, source: int | None) -> None:
         """Have what the next block sees ready. Local."""
@@ -151,7 +147,7 @@ class KeyPlan:
             for bounds in self._kept[source]:
                 bounds.prepare()
 
-    def tasks(self, work: Work, dropout_keys: NDArray[np.uint32]) -> Iterator[Task]:
+    def tasks(self, work: Work, dropout_keys: NDArray[np.uint32], relative: Relative | None = None) -> Iterator[Task]:
         """Give what a backend has to do with a block of queries that came by. Local.
 
         A key meets the queries in ascending order, in whichever interval they see it.
@@ -160,23 +156,20 @@ class KeyPlan:
         ----------
         work : Work
         dropout_keys : uint32 array of shape (batch, all heads)
+        relative : Relative, optional
+            Of all heads.
         """
+        of_call = _of_heads(self.score, relative, self.heads)
         for bounds in self._kept.get(work.source) or self._make_bounds(work.source):
             for piece in bounds.pieces(slice(None), self.tile):
-                for part, intervals in zip(self.parts, self._columns(bounds, piece), strict=True):
+                for part, intervals in zip(self.parts, _columns(self.parts, bounds, piece), strict=True):
                     for some in self._cuts(intervals):
                         rows = slice(piece.start + some.start, piece.start + some.stop)
-                        score = self._score_of(bounds, part, rows)
+                        score = _placed(of_call, bounds, part, rows)
                         begin, end = stack(part_of_rows(intervals, some))
                         for number in bounds.elements:
                             yield Task(number, rows, part.columns, begin, end,
                                        score.of_dropout_keys(dropout_keys[number, self.heads]))
-
-    def _score_of(self, bounds: Bounds, part: Part, rows: slice) -> Score:
-        """Give the score for rows and a part of the keys."""
-        if not self.score.positional:
-            return self.score
-        return replace(self.score, queries=bounds.positions(rows)).of_keys(part.positions())
 
     def _cuts(self, intervals: Sequence[Interval]) -> list[slice]:
         """Cut the queries of a block tile by tile if a key may be in several of their intervals."""
@@ -191,7 +184,105 @@ class KeyPlan:
         """Say what the queries of a block see."""
         return bounds_of(self.mask, self.sources[source].positions(), self.lengths, self.batch)
 
-    def _columns(self, bounds: Bounds, rows: slice) -> list[list[Interval]]:
-        """Give, for each part of the keys, the columns of it that rows see in each interval."""
-        return [[(part.count_below(low), part.count_below(high)) for low, high in bounds.of(rows)]
-                for part in self.parts]
+
+@dataclass
+class TablePlan:
+    """What a block of queries, in whole tiles, meets in blocks of keys that come by: tile by tile of the queries.
+
+    Attributes
+    ----------
+    bounds : list of Bounds
+        What the queries see, for each mask that elements of the batch have.
+    tile : int
+    first : int
+        Number of the first tile of this rank's queries.
+    parts : list
+        For each rank that shares keys, the parts of its block.
+    heads : slice
+        Of the queries, those that this rank computes with.
+    score : Score
+        Still without positions and dropout keys.
+    route : Route
+        Which rank that shares keys computes with which block; agreed on once the plans are made.
+    """
+
+    bounds: list[Bounds]
+    tile: int
+    first: int
+    parts: Sequence[Sequence[Part]]
+    heads: slice
+    score: Score
+    route: Route = field(init=False)
+
+    @property
+    def pairs(self) -> int:
+        """Visible query-key pairs of the queries, all batches."""
+        return int((self._pairs @ [len(bounds.elements) for bounds in self.bounds]).sum())
+
+    @property
+    def needs(self) -> NDArray[np.bool_]:
+        """Which of the blocks the queries see any key of."""
+        needs: NDArray[np.bool_] = np.any(self._pairs > 0, axis=1, keepdims=True)[:, 0]
+        return needs
+
+    @cached_property
+    def _pairs(self) -> Integers:
+        """Visible pairs of the queries with each block, ``[source, bounds]``."""
+        return np.array([[_count(parts, bounds) for bounds in self.bounds] for parts in self.parts], np.int64)
+
+    def prefetch_columns(self, source: int | None) -> None:
+        """Have what the next block is seen of ready: it is made tile by tile. Local."""
+
+    def tasks(self, work: Work, dropout_keys: NDArray[np.uint32], relative: Relative | None) -> Iterator[Task]:
+        """Give what a backend has to do with a block of keys that came by; see `KeyPlan.tasks`. Local."""
+        of_call, parts = _of_heads(self.score, relative, self.heads), self.parts[work.source]
+        for bounds in self.bounds:
+            for start in range(0, bounds.rows, self.tile):
+                rows = slice(start, min(start + self.tile, bounds.rows))
+                for part, intervals in zip(parts, _columns(parts, bounds, rows), strict=True):
+                    begin, end = stack(intervals)
+                    score = _placed(of_call, bounds, part, rows) if (end > begin).any() else of_call
+                    for number in bounds.elements if (end > begin).any() else ():
+                        yield Task(number, rows, part.columns, begin, end,
+                                   score.of_dropout_keys(dropout_keys[number, self.heads]))
+
+
+def add_up(sums: dict[tuple[int, int], NDArray[np.float64]], tiles: int) -> None:
+    """Add up sums of tiles in a fixed tree over so many, as far as they are there. Local.
+
+    Parameters
+    ----------
+    sums : dict
+        By level and number: at level 0 those of tiles. Those that can be added are replaced by what they make; all of
+        them together are number 0 of the last level.
+    tiles : int
+    """
+    level, count = 0, tiles
+    while count > 1:
+        for number in [number for of_level, number in sums if of_level == level and number % 2 == 0]:
+            if number + 1 == count:
+                sums[level + 1, number // 2] = sums.pop((level, number))
+            elif (level, number + 1) in sums:
+                sums[level + 1, number // 2] = sums.pop((level, number)) + sums.pop((level, number + 1))
+        level, count = level + 1, -(-count // 2)
+
+
+def _of_heads(score: Score, relative: Relative | None, heads: slice) -> Score:
+    """Give the score of some heads with the bias by distance of a call."""
+    return score if relative is None else score.of_relative(relative.of_heads(heads))
+
+
+def _placed(score: Score, bounds: Bounds, part: Part, rows: slice) -> Score:
+    """Give the score for rows and a part of the keys."""
+    return replace(score, queries=bounds.positions(rows)).of_keys(part.positions()) if score.positional else score
+
+
+def _columns(parts: Sequence[Part], bounds: Bounds, rows: slice) -> list[list[Interval]]:
+    """Give, for each part of some keys, the columns of it that rows see in each interval."""
+    return [[(part.count_below(low), part.count_below(high)) for low, high in bounds.of(rows)] for part in parts]
+
+
+def _count(parts: Sequence[Part], bounds: Bounds) -> int:
+    """Count the visible pairs of a block of queries with parts of keys."""
+    return sum(int((end - begin).sum()) for rows in bounds.pieces(slice(None))
+               for intervals in _columns(parts, bounds, rows) for begin, end in intervals)

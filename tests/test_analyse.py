@@ -94,6 +94,31 @@ def test_a_bias_of_the_keys(tmp_path):
         assert (file["top_positions"][:30] == -1).all()
 
 
+@pytest.mark.parametrize("of_axes", [False, True])
+def test_a_bias_by_distance(tmp_path, of_axes):
+    """Of the input, as the result says that it had one."""
+    source = make_random(tmp_path / "in.h5", 90, heads=4, kv_heads=2, dim=16)
+    rng = np.random.default_rng(3)
+    tables = [rng.standard_normal((4, width)) for width in ((7, 3) if of_axes else (21,))]
+    with h5py.File(source, "r+") as file:
+        for number, table in enumerate(tables):
+            file[f"relative_{number}" if of_axes else "relative"] = table
+        file.attrs["complete"] = True
+    attend(source, tmp_path / "out.h5", "--relative", *(("--grid", "9x10", "--grid-window", "2") if of_axes else ()))
+    asked = "--key-mass", "--max-score", "--top", "3", "--rows", "80", "--layout", "striped"
+    result = run(2, "analyse", source, tmp_path / "out.h5", tmp_path / "weights.h5", *asked, folder=tmp_path)
+    assert result.code == 0, result.text
+    q, k, _ = read_arrays(source)
+    i = np.arange(90)
+    away = oracle.distances((9, 10), (False, False), i, i) if of_axes else [i[:, None] - i]
+    see = oracle.near((9, 10), [2, 2], (False, False), "cut", False) if of_axes else np.ones((90, 90), bool)
+    p, x, _ = dense(q, k, see, 0.25, {"relative": tables, "away": away})
+    with open_file(tmp_path / "weights.h5") as file:
+        for name, want in {"key_mass": p.sum(axis=0).T, "max_score": x.max(axis=(0, 2)), "rows": p[[80]],
+                           "top_weights": -np.sort(-p, axis=2)[..., :3]}.items():
+            assert oracle.error(file[name][...], want) <= 2e-5, name
+
+
 def test_errors_leave_nothing(files, tmp_path):
     source, out = map(str, files)
     target = tmp_path / "weights.h5"

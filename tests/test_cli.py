@@ -72,7 +72,6 @@ def test_help_needs_no_mpi(command):
     (["attend", "a", "b", "--prefix", "3"], "--prefix widens only --causal"),
     (["attend", "a", "b", "--first", "3", "--causal"], "--first widens only --window"),
     (["attend", "a", "b", "--timeout", "-1"], "seconds > 0"),
-    (["attend", "a", "b", "--relative", "--stream"], "--relative: does not go together with --stream yet"),
     (["attend", "a", "b", "--relative", "--backend", "cuda"], "--relative: does not go together with --backend cuda"),
     (["attend", "a", "b", "--threads", "0"], "integer >= 1"),
     (["make", "random", "a"], "--tokens"),

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from cases import covering, make_layout, of_size
-from oracle import functions, random_qkv, visible
+from oracle import distances, functions, near, random_qkv, visible
 from test_mpi_grids import HEADS, grids
 from test_weights import BOUND, dense
 
-from ringmpi import DtypeError, Mask, OptionError, ShapeError, analysis, ring_attention
+from ringmpi import DtypeError, Grid, Mask, OptionError, ShapeError, analysis, ring_attention
 
 pytestmark = pytest.mark.mpi
 
@@ -15,7 +15,8 @@ LEVELS = {"backend": ["numba", "numpy"], "dtype": ["float32", "float64", "bfloat
           "layout": ["contiguous", "uneven", "empty", "striped", "zigzag", "custom"],
           "mask": ["full", "causal", "window", "documents", "all", "trees"],
           "heads": list(HEADS), "length": [1, "P-1", 203], "grid": range(8),
-          "kind": ["plain", "softcap", "alibi", "sinks", "bias", "left out by head", "all and left out by head"]}
+          "kind": ["plain", "softcap", "alibi", "sinks", "bias", "left out by head", "all and left out by head",
+                   "relative", "all and relative", "left out by head and relative"]}
 CASES = covering(LEVELS, seed=3)
 
 
@@ -41,7 +42,7 @@ def test_dense_weights(comm, number):
     if "key_bias" in score:
         seen &= ~np.isneginf(score["key_bias"].T)
         bias = score["key_bias"][mine, 0] if score["key_bias"].shape[1] == 1 else score["key_bias"][mine]
-    options = {"comm": comm, "key_bias": bias,
+    options = {"comm": comm, "key_bias": bias, "relative": score["relative"][0] if "relative" in score else None,
                "mask": Mask(**case["mask"]), "backend": case["backend"], "schedule": grid, "timeout": 60,
                "layout": case["layout"] if case["layout"] in ("striped", "zigzag") else layout,
                "softcap": score.get("softcap"), "alibi": score.get("slopes"), "dropout": 0.3 if number % 5 == 0 else 0}
@@ -188,6 +189,35 @@ def test_keys_that_are_left_out_are_as_keys_that_are_not_there(comm):
             analysis.entropy(q, k, None, **options, key_bias=bias if comm.rank == 0 else None)
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_tables_of_a_grid(comm, backend):
+    """With an lse that is reckoned: the tables are of the call, as the mask is."""
+    mask = Grid((4, 6, 5), (1, 2, None), periodic=(False, True, True))
+    n, rng = 120, np.random.default_rng(2)
+    q, k, _ = random_qkv(2, n, n, 4, 2, 16, 1, "float64")
+    tables = [rng.standard_normal((4, width)) for width in (3, 5, 9)]
+    points = np.arange(n)
+    away = distances(mask.shape, mask.periodic, points, points)
+    see = near(mask.shape, list(mask.sides), mask.periodic, mask.edges, mask.causal)
+    p, x, _ = dense(q, k, see, 0.25, {"relative": tables, "away": away})
+    layout = make_layout("empty", n, comm.size)
+    mine = layout.positions(comm.rank)
+    options = {"comm": comm, "mask": mask, "layout": layout, "backend": backend, "timeout": 60, "relative": tables}
+    given = q[mine], k[mine], None
+    assert np.abs(analysis.key_mass(*given, **options) - p.sum(axis=0).T[mine]).max(initial=0) <= 1e-11
+    by_group = analysis.mass_by_group(*given, mine % 3, 3, **options)
+    for group in range(3):
+        assert np.abs(by_group[..., group] - p[mine][..., group::3].sum(axis=2)).max(initial=0) <= 1e-12
+    heaviest = analysis.top(*given[:2], 3, **options)
+    assert np.abs(heaviest.weights - -np.sort(-p[mine], axis=2)[..., :3]).max(initial=0) <= 1e-12
+    most = np.where(see[:, None], x, -np.inf).max(axis=(0, 2))
+    assert np.abs(analysis.max_score(*given[:2], **options) - most).max() <= 1e-11
+    weights = np.zeros((2, 4, n))
+    for positions, piece in analysis.rows(*given, [7, 100], **options):
+        weights[..., positions] = piece
+    assert np.abs(comm.allreduce(weights) - p[[7, 100]]).max() <= 1e-12
+
+
 def _fail_alone(comm):
     """On one rank there is nothing to differ from."""
     if comm.size == 1:
@@ -229,6 +259,8 @@ def test_errors_are_the_same_on_all_ranks(comm):
         with pytest.raises(kind, match=text) as error:
             call()
         assert len(set(comm.allgather(str(error.value)))) == 1
+    with pytest.raises(ShapeError, match=r"relative: expected shape \(4, 2 reach \+ 1\)"):
+        analysis.entropy(q, k, lse, relative=np.zeros((4, 4 if last else 5)), **options)
     if comm.size > 1:
         for call in (lambda: analysis.top(q, k, 2 + last, lse, **options),
                      lambda: analysis.entropy(q, k, lse, **options) if last else analysis.key_mass(q, k, lse,

@@ -9,6 +9,7 @@ from cases import covering, make_layout, make_mask, of_size
 from mpi4py import MPI
 from test_mpi_gradients import LEVELS, check, expect
 
+import ringmpi
 from ringmpi import Mask, OptionError, RingAttention, Schedule, ring_attention, ring_attention_backward
 from ringmpi.dtypes import DTYPES, accumulator
 from ringmpi.mpi.comm import private_comm
@@ -17,7 +18,8 @@ from ringmpi.schedules.spec import CARRIERS, divisors
 
 pytestmark = pytest.mark.mpi
 
-NAMES = "out", "lse", "dq", "dk", "dv", "dsinks", "dkey_bias"
+NAMES = "out", "lse", "dq", "dk", "dv", "dsinks", "dkey_bias", "drelative"
+SUMMED = {"dsinks", "drelative"}
 SHARDED = {"out": 0, "lse": 0, "dq": 0, "dk": 1, "dv": 1, "dkey_bias": 1}         # as the queries are, or as the keys
 # Each case has a mask, a dtype and layouts of its own; a tile has 192 tokens, so 3 ranks of 4 have some of 600.
 CASES = [
@@ -31,6 +33,10 @@ CASES = [
     {"mask": "window", "dtype": "float64", "layout": "striped", "kv_layout": "uneven", "bias": "left out"},
     {"mask": "trees", "dtype": "float64", "layout": "uneven", "heads": (8, 2), "function": "all", "batch": 2,
      "bias": "left out by head"},
+    {"mask": "causal", "dtype": "float32", "layout": "striped", "function": "sinks", "relative": 81},
+    {"mask": "trees", "dtype": "bfloat16", "layout": "empty", "kv_layout": "zigzag", "heads": (8, 2), "batch": 2,
+     "function": "all", "bias": "left out by head", "relative": 5},
+    {"mask": "window", "dtype": "float64", "layout": "uneven", "relative": 1801},
 ]
 
 
@@ -38,7 +44,7 @@ class Problem:
     """Whole arrays and options, the same on all ranks."""
 
     def __init__(self, mask, dtype, layout, kv_layout=None, heads=(4, 2), function="plain", batch=None, bias=None,
-                 lengths=(610, 790), dims=(16, 24), seed=0):
+                 relative=None, lengths=(610, 790), dims=(16, 24), seed=0):
         n_q, n_k = self.lengths = lengths
         rng = np.random.default_rng(seed)
         shapes = (n_q, heads[0], dims[0]), (n_k, heads[1], dims[0]), (n_k, heads[1], dims[1]), (n_q, heads[0], dims[1])
@@ -51,6 +57,7 @@ class Problem:
             biases = [oracle.key_bias(bias, heads[0], n_k, seed + i) for i in range(batch or 1)]
             self.bias = np.stack(biases) if batch else biases[0]
             self.bias = self.bias if "by head" in bias else self.bias[..., 0]
+        self.relative = None if relative is None else rng.standard_normal((heads[0], relative))
         wanted = ("softcap", "alibi", "dropout", "sinks") if function == "all" else (function,)
         self.sinks = rng.standard_normal(heads[0]) if "sinks" in wanted else None
         self.options = {"mask": Mask(**make_mask(mask, n_k, n_q)), "timeout": 60, "backend": "numba",
@@ -72,11 +79,13 @@ class Problem:
         options = {"order": "canonical", "layout": layouts[0], "kv_layout": layouts[1], **self.options, **options}
         with RingAttention(comm, **options) as attention:
             bias = None if self.bias is None else self.bias.take(theirs, axis)
-            out, lse = attention(q, k, v, sinks=self.sinks, key_bias=bias, seed=5, return_lse=True)
+            out, lse = attention(q, k, v, sinks=self.sinks, key_bias=bias, relative=self.relative, seed=5,
+                                 return_lse=True)
             got = {"out": out, "lse": lse, **attention.backward(dout, dlse)._asdict()}
             self.trace, self.schedule = attention.trace, attention.schedule
-        if self.sinks is not None:
-            got["dsinks"] = comm.allreduce(got["dsinks"])
+        for name in SUMMED & set(got):
+            tables = got[name] if isinstance(got[name], tuple) else [got[name]]
+            got[name] = np.concatenate([comm.allreduce(x) for x in tables], axis=-1)
         return got, (mine, theirs)
 
     def compare(self, comm, **options):
@@ -84,7 +93,7 @@ class Problem:
         want, _ = self.passes(MPI.COMM_SELF, threads=1, **{x: y for x, y in options.items() if x == "order"})
         got, held = self.passes(comm, **options)
         axis = self.q.ndim - 3
-        same = [np.array_equal(x, want[name] if name == "dsinks" else want[name].take(held[SHARDED[name]], axis))
+        same = [np.array_equal(x, want[name] if name in SUMMED else want[name].take(held[SHARDED[name]], axis))
                 for name, x in got.items()]
         return dict(zip(got, np.all(comm.allgather(same), axis=0).tolist(), strict=True))
 
@@ -124,7 +133,8 @@ def test_dense_softmax(comm, number):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_that_ranks_share(comm, dtype):
     """Whatever their number, and with the blocks in another order than the ranks."""
-    problem = Problem("causal", dtype, "striped", "uneven", heads=(12, 12), function="all", lengths=(410, 430))
+    problem = Problem("causal", dtype, "striped", "uneven", heads=(12, 12), function="all", lengths=(410, 430),
+                      relative=21)
     for heads in divisors(comm.size):
         if 12 % heads == 0:
             same = problem.compare(comm, schedule=f"{heads}x1x{comm.size // heads}:broadcast")
@@ -157,8 +167,27 @@ class Grid(Mask):
 def test_a_key_in_several_intervals(comm):
     problem = Problem("full", "float32", "striped", "uneven")
     problem.options["mask"] = Grid()
+    problem.relative = np.random.default_rng(1).standard_normal((4, 201))
     same = problem.compare(comm)
     assert all(same.values()), same
+
+
+def test_tables_of_a_grid(comm):
+    """Those of each axis; what one rank has is right."""
+    n, mask = 600, ringmpi.Grid((20, 30), (4, 9), periodic=(False, True))
+    problem = Problem("full", "float64", "striped", "uneven", lengths=(n, n))
+    problem.options["mask"] = mask
+    problem.relative = tuple(np.random.default_rng(1).standard_normal((4, width)) for width in (5, 61))
+    same = problem.compare(comm)
+    assert all(same.values()), same
+    points = np.arange(n)
+    want = oracle.dense(problem.q, problem.k, problem.v,
+                        oracle.near(mask.shape, list(mask.sides), mask.periodic, mask.edges, mask.causal), 0.25,
+                        dout=problem.dout, dlse=problem.dlse, relative=problem.relative,
+                        away=oracle.distances(mask.shape, mask.periodic, points, points))
+    got, _ = problem.passes(comm)
+    exact = np.concatenate(want["drelative"], axis=-1)
+    assert oracle.error(got["drelative"], exact) < 1e-12
 
 
 def test_what_is_sent_is_what_steps_says(comm):

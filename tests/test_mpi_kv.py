@@ -270,6 +270,73 @@ def test_values_that_are_the_first_numbers_of_keys(comm, path, backend, batch, b
     expect(comm, lambda: KVCache(comm, kv_heads=2, dim=8, dim_v=9, values_in_keys=True), OptionError, "values_in_keys")
 
 
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+@pytest.mark.parametrize(("mask", "biased", "batch"), [({"causal": True}, False, None),
+                                                       ({"causal": True, "window": (20, 0), "first": 3}, True, 2)])
+def test_a_bias_by_distance(comm, backend, mask, biased, batch):
+    """A prompt, steps with one table, another, and none, a draft that is taken back: each step has its own."""
+    length, prompt = 75, 61
+    elements, rng = range(batch or 1), np.random.default_rng(5)
+    q, k, v = (np.stack(x) for x in zip(*(tokens(i, length, "float64") for i in elements), strict=True))
+    bias = np.stack([oracle.key_bias("left out", 4, length, i, np.float64) for i in elements])
+    tables = [rng.standard_normal((4, width)) for width in (1, 21, 301)] + [None]
+    away = [np.arange(length)[:, None] - np.arange(length)]
+    see, sinks = oracle.visible(length, length, **mask), np.array([0.5, -1, 2, 0])
+
+    def given(x, rows):
+        return x[:, rows] if batch else x[0, rows]
+
+    def check(got, rows, table, with_sinks=None):
+        for i, (out, lse) in enumerate(zip(*(x if batch else x[None] for x in got), strict=True)):
+            want = oracle.dense(q[i], k[i], v[i], see, 0.25, sinks=with_sinks, key_bias=bias[i] if biased else None,
+                                **({} if table is None else {"relative": [table], "away": away}))
+            assert oracle.error(out, want["out"][rows], 1.0) < 1e-12
+            assert oracle.error(lse, want["lse"][rows], 1.0) < 1e-12
+
+    def more(rows):
+        return {"key_bias": given(bias[..., 0], rows)} if biased else {}
+
+    mine = make("striped", prompt, comm.size).positions(comm.rank)
+    with KVCache(comm, mask=Mask(**mask), backend=backend, dtype="float64", batch=batch, key_bias=biased,
+                 **SIZES) as cache:
+        cache.append(given(k, mine), given(v, mine), layout="striped", **more(mine))
+        for table in tables:
+            check(cache.attend(given(q, mine), sharded=True, layout="striped", relative=table, return_lse=True), mine,
+                  table)
+        for number in range(2):
+            for at in (prompt, prompt + 1, slice(prompt + 2, prompt + 6)):
+                here = at if isinstance(at, slice) else slice(at, at + 1)
+                new = [given(x, here) for x in (k, v)]
+                for table in tables[number::2]:                  # with the same keys
+                    got = cache.attend(given(q, here), *new, **(more(here) if new else {}), relative=table,
+                                       sinks=sinks, return_lse=True)
+                    check(got, here, table, sinks)
+                    expect_same(comm, got[0])
+                    new = []
+            cache.crop(prompt)
+
+
+def test_tables_that_do_not_go_with_the_cache(comm):
+    q, k, v = tokens(1, 4)
+    odd = comm.rank == comm.size - 1
+    good = np.zeros((4, 5))
+    with KVCache(comm, **SIZES) as cache:
+        cache.append(k, v, replicated=True)
+        for sharded in (False, True):
+            for bad, kind, text in ((good[:2], ShapeError, "relative: expected shape (4, 2 reach + 1)"),
+                                    (good + np.nan, OptionError, "relative: expected numbers that are finite"),
+                                    ((good, good), ShapeError, "relative: expected one table")):
+                expect(comm, lambda x=bad, y=sharded: cache.attend(q, relative=x if odd else good, sharded=y), kind,
+                       text)
+            if comm.size > 1:
+                expect(comm, lambda y=sharded: cache.attend(q, relative=good + odd, sharded=y), OptionError, "relative")
+                expect(comm, lambda y=sharded: cache.attend(q, relative=None if odd else good, sharded=y),
+                       ShapeError if sharded else OptionError, "relative (0 none")
+        assert cache.length == 4
+        want, _ = dense(q, k, v, causal=True)
+        assert oracle.error(cache.attend(q, relative=good), want, np.abs(want).max()) <= TOLERANCE["float32"]
+
+
 def test_a_bias_that_does_not_go_with_the_cache(comm):
     q, k, v = tokens(1, 4)
     odd = comm.rank == comm.size - 1

@@ -161,8 +161,8 @@ def test_what_is_refused(comm):
         expect("got both", lambda: attention(q, k, k, dim_v=3))
         for bad in (0, DIM + 1, 2.5):
             expect("dim_v: expected an integer >= 1 and < 25", lambda x=bad: attention(q, k, dim_v=x))
-        expect("dim_v: expected v, as the jvp", lambda: attention._differentiate_along(
-            0, Direction(None, None, None), Inputs(q, k, None, None, 0, q[..., :3].copy(), q[..., 0].copy(), 3)))
+        expect("v_dot: expected none, as values are in the keys", lambda: attention._differentiate_along(
+            0, Direction(None, None, k[..., :3]), Inputs(q, k, None, None, 0, q[..., :3].copy(), q[..., 0].copy(), 3)))
         if comm.size > 1:
             expect(r"values \(0 by v, 1 by dim_v\)", lambda: attention(q, k, **({"v": k[..., :3]} if odd else
                                                                              {"dim_v": 3})), ringmpi.ShapeError)

@@ -169,18 +169,29 @@ def test_sums_over_many_pairs(comm):
 
 
 def test_canonical_order(comm):
-    """Forward the same bits as one rank alone, whatever the layout; the gradient is refused."""
+    """The same bits as one rank alone, whatever the layout, and right; rank 0 has all of the gradient by the table."""
     from mpi4py import MPI
     q, k, v = random_qkv(8, 300, 300, 4, 2, 16, 16, "float32")
     table = np.random.default_rng(1).standard_normal((4, 41))
     options = {"mask": Mask(window=(150, 20)), "order": "canonical", "timeout": 60}
-    alone = ring_attention(q, k, v, comm=MPI.COMM_SELF, relative=table, **options)
+    dout = np.random.default_rng(2).standard_normal((300, 4, 16)).astype("f4")
+    with RingAttention(MPI.COMM_SELF, **options) as attention:
+        alone = attention(q, k, v, relative=table)
+        gradient = attention.backward(dout).drelative
+    want = oracle.dense(q, k, v, oracle.visible(300, 300, window=(150, 20)), 0.25, dout=dout, relative=[table],
+                        away=[np.arange(300)[:, None] - np.arange(300)])
+    assert oracle.error(gradient, want["drelative"][0]) < BOUND["float32"]
     for layout in ("contiguous", "striped"):
         mine = make(layout, 300, comm.size).positions(comm.rank)
         with RingAttention(comm, layout=layout, **options) as attention:
             out = attention(q[mine], k[mine], v[mine], relative=table)
             assert (out == alone[mine]).all()
-            expect(comm, lambda: attention.backward(out), OptionError, "relative: expected a forward pass alone")  # noqa: B023
+            assert (attention.backward(dout[mine]).drelative == (0 if comm.rank else gradient)).all()
+    with RingAttention(comm, layout="striped", **options) as attention:
+        out = attention(q[mine], k[mine], v[mine], relative=table)
+        attention.backend.sums_tables = False
+        expect(comm, lambda: attention.backward(out), BackendError, "relative: expected a forward pass alone")
+        del attention.backend.sums_tables
 
 
 def test_canonical_order_from_the_middle_of_a_tile(comm):

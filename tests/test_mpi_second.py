@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.mpi, pytest.mark.filterwarnings("ignore:`torch.jit.scr
 
 SCALE = 0.4
 BOUND = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2.0**-5}
-NAMES = ("dout", "dlse", "q", "k", "v", "sinks", "key_bias")
+NAMES = ("dout", "dlse", "q", "k", "v", "sinks", "key_bias", "relative")
 
 
 def dense(q, k, v, sinks, see, key_bias=None, *, softcap=0.0, slopes=None, dropout=0.0, dropout_keys=None, queries=None,
-          keys=None):
+          keys=None, relative=None, away=None):
     """Attention by torch alone, from the definitions: out and lse of queries (n_q, heads, dim)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * SCALE
@@ -36,6 +36,9 @@ def dense(q, k, v, sinks, see, key_bias=None, *, softcap=0.0, slopes=None, dropo
         scores = scores - torch.as_tensor(slopes)[:, None, None] * far
     if key_bias is not None:
         scores = scores + key_bias.T[:, None]
+    if relative is not None:
+        reach = relative.shape[1] // 2
+        scores = scores + relative[:, torch.from_numpy(np.clip(away[0], -reach, reach) + reach)]
     scores = scores.masked_fill(~torch.from_numpy(see), -torch.inf)
     blind = (scores == -torch.inf).all(dim=2, keepdim=True)
     if sinks is not None:
@@ -58,7 +61,7 @@ def twice(arrays, cotangents, directions, see, score):
     inputs, along = ([x for x in some if x is not None] for some in (given, along))
     for x in (*inputs, *starts):
         x.requires_grad_()
-    results = dense(*given[:4], see, given[4], **score)
+    results = dense(*given[:4], see, given[4], relative=given[5], **score)
     first = torch.autograd.grad(results, inputs, starts, create_graph=True)
     second = torch.autograd.grad(first, [*starts, *inputs], along, allow_unused=True)
     names = [name for name, x in zip(NAMES, [*starts, *given], strict=True) if x is not None]
@@ -67,7 +70,7 @@ def twice(arrays, cotangents, directions, see, score):
 
 
 def check(comm, function="all", layout="contiguous", mask="causal", *, schedule="ring", backend="numpy", n_q=None,
-          length=61, heads=(4, 2), dtype="float64", batch=None, seed=0):
+          length=61, heads=(4, 2), dtype="float64", batch=None, seed=0, in_keys=False):
     """The second derivative and the JVP of a call on the ranks, of shards of random arrays."""
     rng = np.random.default_rng(seed)
     n_q, size = length if n_q is None else n_q, comm.size
@@ -87,6 +90,10 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
     bias = score.pop("key_bias", None)
     bias = None if bias is None else bias + random(*bias.shape).astype(np.float64)         # of each element its own
     bias_dot = None if bias is None else rng.standard_normal(bias.shape)
+    table, = score.pop("relative", [None])
+    table_dot = None if table is None else rng.standard_normal(table.shape)
+    if in_keys:
+        v, v_dot = k[..., :5], k_dot[..., :5]
     q_layout, kv_layout = make_layout(layout, n_q, size), make_layout(layout, length, size)
     specs = [layout if layout in ("striped", "zigzag") else x for x in (q_layout, kv_layout)]
     if schedule == "replicated":
@@ -103,34 +110,40 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
                                layout=specs[0], kv_layout=specs[1], alibi=score.get("slopes"),
                                dropout=score.get("dropout", 0.0), schedule=schedule, backend=backend,
                                timeout=60) as attention:
-        inputs = Inputs(shard(q, mine), shard(k, theirs), shard(v, theirs), sinks, seed, key_bias=of_keys(bias))
-        along = Direction(shard(q_dot, mine), shard(k_dot, theirs), shard(v_dot, theirs), sinks_dot, of_keys(bias_dot))
-        out, lse, out_dot, lse_dot = attention.jvp(*inputs[:3], *along[:3], sinks=sinks, sinks_dot=sinks_dot, seed=seed,
-                                                   key_bias=inputs.key_bias, key_bias_dot=along.key_bias)
+        inputs = Inputs(shard(q, mine), shard(k, theirs), None if in_keys else shard(v, theirs), sinks, seed,
+                        dim_v=5 if in_keys else None, key_bias=of_keys(bias), relative=table)
+        along = Direction(shard(q_dot, mine), shard(k_dot, theirs), None if in_keys else shard(v_dot, theirs),
+                          sinks_dot, of_keys(bias_dot), table_dot)
+        out, lse, out_dot, lse_dot = attention.jvp(*inputs[:3], *along[:3], dim_v=inputs.dim_v, sinks=sinks,
+                                                   sinks_dot=sinks_dot, seed=seed, key_bias=inputs.key_bias,
+                                                   key_bias_dot=along.key_bias, relative=table, relative_dot=table_dot)
         got = attention._differentiate_twice(0, shard(dout, mine), shard(dlse, mine).astype(lse.dtype), along,
                                              inputs._replace(out=out, lse=lse))
         trace, taken = attention.trace, attention.schedule
     got = {name: x for name, x in zip(NAMES, got, strict=True) if x is not None}
-    if sinks is not None:
-        got["sinks"] = comm.allreduce(got["sinks"].astype(float))
+    for name in {"sinks", "relative"} & set(got):
+        got[name] = comm.allreduce(got[name].astype(float))
     assert np.array_equal(got["dout"], out_dot)
     assert np.array_equal(got["dlse"], lse_dot)
-    assert all(got[name].dtype == dtype_of for name in ("dout", "q", "k", "v"))
+    assert all(got[name].dtype == dtype_of for name in {"dout", "q", "k", "v"} & set(got))
 
     see = oracle.visible(n_q, length, **options)
     want, keys = [], dropout_keys(seed, batch or 1, heads[0])
     for i in range(batch or 1):
         ours = score | ({"dropout_keys": keys[i]} if "dropout_keys" in score else {})
         biases = (None, None) if bias is None else (bias[i], bias_dot[i])
-        want.append(twice((q[i], k[i], v[i], sinks, biases[0]), (dout[i], dlse[i]),
-                          (q_dot[i], k_dot[i], v_dot[i], sinks_dot, biases[1]), see, ours))
-    largest = max(np.abs(x[name]).max(initial=0) for x in want for name in ("q", "k", "v"))
+        want.append(twice((q[i], k[i], v[i], sinks, biases[0], table), (dout[i], dlse[i]),
+                          (q_dot[i], k_dot[i], v_dot[i], sinks_dot, biases[1], table_dot), see, ours))
+        if in_keys:
+            want[-1]["k"][..., :5] += want[-1].pop("v")
+    largest = max(np.abs(x[name]).max(initial=0) for x in want for name in {"q", "k", "v"} & set(x))
     for name, x in got.items():
         whole = np.stack([one[name] for one in want])
-        part = (whole.sum(axis=0) if name == "sinks" else of_keys(whole) if name == "key_bias" else
+        part = (whole.sum(axis=0) if name in ("sinks", "relative") else of_keys(whole) if name == "key_bias" else
                 shard(whole, theirs if name in "kv" else mine))
         assert x.shape == part.shape
-        error = oracle.error(x, part, max(np.abs(whole).max(initial=0), largest if name in "qkv" else 0) or 1.0)
+        least = largest if name in ("q", "k", "v", "relative") else 0.0            # sums that cancel
+        error = oracle.error(x, part, max(np.abs(whole).max(initial=0), least) or 1.0)
         assert error <= BOUND[dtype], (name, error)
     blind = ~see[mine].any(axis=1)
     assert (got["q"][..., blind, :, :] == 0).all()
@@ -140,21 +153,28 @@ def check(comm, function="all", layout="contiguous", mask="causal", *, schedule=
 def test_gradgradcheck():
     from mpi4py import MPI
     rng = torch.Generator().manual_seed(0)
-    shapes = (1, 4, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2), (2,), (1, 4, 2)
+    shapes = (1, 4, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2), (2,), (1, 4, 2), (2, 5)
     inputs = [torch.randn(shape, dtype=torch.float64, generator=rng).requires_grad_() for shape in shapes]
     with ringmpi.RingAttention(MPI.COMM_SELF, mask=ringmpi.Mask(causal=True), backend="numpy", softcap=2.0, dropout=0.2,
                                alibi=[0.1, 0.4]) as attention:
         def attend(*x):
-            return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], key_bias=x[4], attention=attention, seed=3,
-                                                return_lse=True)
+            return ringmpi.torch.ring_attention(*x[:3], sinks=x[3], key_bias=x[4], relative=x[5], attention=attention,
+                                                seed=3, return_lse=True)
 
         assert torch.autograd.gradgradcheck(attend, inputs)
         assert torch.autograd.gradcheck(attend, inputs, check_forward_ad=True)
 
 
-@pytest.mark.parametrize("function", oracle.FUNCTIONS + oracle.BIASES)
+@pytest.mark.parametrize("function", oracle.FUNCTIONS + oracle.BIASES + oracle.DISTANCES[:-1])
 def test_score_functions(comm, function):
     check(comm, function, "striped", "causal")
+
+
+@pytest.mark.parametrize("function", ["plain", "all and left out by head", "all and relative"])
+@pytest.mark.parametrize("schedule", ["ring", "queries", "heads"])
+def test_values_that_are_the_first_numbers_of_keys(comm, function, schedule):
+    check(comm, function, "uneven", "causal", in_keys=True, batch=2, schedule=schedule,
+          heads=(2 * comm.size, 2) if schedule == "heads" else (4, 2))
 
 
 @pytest.mark.parametrize(("layout", "mask"), [("uneven", "window"), ("empty", "documents"), ("zigzag", "all"),
@@ -175,7 +195,7 @@ def test_schedules(comm, schedule):
     if schedule in ("two-way", "broadcast", "window"):
         schedule = ringmpi.Schedule(keys=comm.size, carrier=schedule)
     heads = (2 * comm.size, 2) if schedule == "heads" else (4, 2)
-    for function in ("all", "left out", "all and left out by head"):
+    for function in ("all", "left out", "all and left out by head", "left out by head and relative"):
         _, taken = check(comm, function, "striped", "causal", schedule=schedule, heads=heads, batch=2)
         assert taken.ranks == comm.size
 
@@ -261,6 +281,62 @@ def test_forward_mode(comm):
             got[0].sum().backward()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_bias_by_distance_and_values_in_keys_through_torch(comm, several):
+    """A penalty on gradients of tables, by all else; tables for the axes of a grid, and forward mode."""
+    mask, n = ringmpi.Grid((4, 6), (2, 2), periodic=(True, False)), 24
+    whole, parts, mine = own(comm, n, seed=3)
+    rng, points = torch.Generator().manual_seed(5), np.arange(n)
+    tables = [torch.randn(4, width, generator=rng, dtype=torch.float64) for width in ((5, 3) if several else (11,))]
+    away = (oracle.distances(mask.shape, mask.periodic, points, points) if several else
+            [points[:, None] - points])
+    see = torch.from_numpy(oracle.near(mask.shape, list(mask.sides), mask.periodic, mask.edges, mask.causal))
+
+    def exact(q, k, *given):
+        added = sum(x[:, torch.from_numpy(np.clip(d, -(x.shape[1] // 2), x.shape[1] // 2) + x.shape[1] // 2)]
+                    for x, d in zip(given, away, strict=True))
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(2, dim=1)) * SCALE + added
+        scores = scores.masked_fill(~see, -torch.inf)
+        values = k[..., :5].repeat_interleave(2, dim=1)
+        return torch.einsum("hij,jhd->ihd", torch.softmax(scores, 2), values), torch.logsumexp(scores, 2).T
+
+    def penalty(attend, *x):
+        out, lse = attend(*x)
+        loss = out.sin().sum() + lse.square().sum()
+        grads = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + sum(g.pow(2).sum() for g in grads[:2]) + sum((g * g.detach().cos()).sum() for g in grads[2:])
+
+    def ours(q, k, *given, attention):
+        return ringmpi.torch.ring_attention(q, k, dim_v=5, relative=given if several else given[0], return_lse=True,
+                                            attention=attention)
+
+    with ringmpi.RingAttention(comm, mask=mask, layout="striped", scale=SCALE) as attention:
+        # Each rank's share of the gradient by a table has a cotangent of its own, as every rank's loss counts.
+        x = [*parts[:2], *(table.clone().requires_grad_() for table in tables)]
+        out, lse = ours(*x, attention=attention)
+        grads = torch.autograd.grad(out.sin().sum() + lse.square().sum(), x, create_graph=True)
+        cotangents = [torch.from_numpy(comm.allreduce(g.detach().numpy())).cos() for g in grads[2:]]
+        loss = (out.sin().sum() + lse.square().sum() + sum(g.pow(2).sum() for g in grads[:2])
+                + sum((g * c).sum() for g, c in zip(grads[2:], cotangents, strict=True)))
+        loss.backward()
+        y = [*whole[:2], *(table.clone().requires_grad_() for table in tables)]
+        penalty(exact, *y).backward()
+        for a, b in zip(x[:2], y[:2], strict=True):
+            assert torch.allclose(a.grad, b.grad[mine], rtol=1e-9, atol=1e-9)
+        for a, b in zip(x[2:], y[2:], strict=True):
+            assert np.allclose(comm.allreduce(a.grad.numpy()), b.grad.numpy(), rtol=1e-9, atol=1e-9)
+
+        # Forward.
+        tangents = [torch.cos(3 * z.detach()) for z in y]
+        want = torch.func.jvp(exact, tuple(z.detach() for z in y), tuple(tangents))[1]
+        with forward_ad.dual_level():
+            some = [(z.detach(), t if number > 1 else t[mine])
+                    for number, (z, t) in enumerate(zip(x, tangents, strict=True))]
+            results = ours(*(forward_ad.make_dual(*pair) for pair in some), attention=attention)
+            for result, exact_dot in zip(results, want, strict=True):
+                assert torch.allclose(forward_ad.unpack_dual(result).tangent, exact_dot[mine], atol=1e-11)
+
+
 def test_a_third_derivative_is_an_error_and_never_zero(comm):
     _, (q, k, v), _ = own(comm, 9)
     out = ringmpi.torch.ring_attention(q, k, v, comm=comm, layout="striped")
@@ -301,6 +377,18 @@ def test_what_is_not_honoured_is_one_error_on_all_ranks(comm, monkeypatch):
             *arrays, *arrays, key_bias=np.ones(len(mine)), key_bias_dot=np.ones(len(mine) + odd)))
         expect(comm, ringmpi.ShapeError, "sinks_dot: expected shape",
                lambda: attention.jvp(*arrays, *arrays, sinks=np.ones(4), sinks_dot=np.ones(3 if odd else 4)))
+        table = np.zeros((4, 5))
+        for bad, kind, text in ((table[:, 1:], ringmpi.ShapeError, "relative_dot: expected shape"),
+                                ((table, table), ringmpi.ShapeError, "relative_dot: expected one table, an array")):
+            expect(comm, kind, text, lambda x=bad: attention.jvp(*arrays, *arrays, relative=table,
+                                                                 relative_dot=x if odd else table))
+        expect(comm, ringmpi.OptionError, "relative_dot: expected none",
+               lambda: attention.jvp(*arrays, *arrays, relative_dot=table))
+        expect(comm, ringmpi.OptionError, "v_dot: expected none",
+               lambda: attention.jvp(*arrays[:2], None, *arrays, dim_v=3))
+        if comm.size > 1:
+            expect(comm, ringmpi.OptionError, "and tangents of those and of relative",
+                   lambda: attention.jvp(*arrays, *arrays, relative=table, relative_dot=table + odd))
         monkeypatch.setitem(attention._options, "backend", "cuda")
         expect(comm, ringmpi.BackendError, "expected arrays on the host and a backend that computes there",
                lambda: attention.jvp(*arrays, *arrays))

@@ -155,6 +155,37 @@ def test_a_bias_of_the_keys(tmp_path, ranks, kind, backend, sinks):
     assert sinks or (np.isneginf(lse).any() and (out[np.isneginf(lse)] == 0).all())
 
 
+@pytest.mark.parametrize(("ranks", "of_axes", "backend"), [(3, False, "numba"), (2, True, "numpy")])
+def test_a_bias_by_distance(tmp_path, ranks, of_axes, backend):
+    """By positions, or along the axes of a grid: left in the midst of pieces, and gone on with by the same tables."""
+    n, rng = 250, np.random.default_rng(3)
+    q, k, v = random_qkv(1, n, n, 4, 2, 16, 12, "float32")
+    tables = {f"relative_{i}" if of_axes else "relative": rng.standard_normal((4, width))
+              for i, width in enumerate((11, 21) if of_axes else (141,))}
+    write_input(tmp_path / "in.h5", {"q": q, "k": k, "v": v}, tables)
+    points, shape = np.arange(n), (10, 25)
+    away = oracle.distances(shape, (False, True), points, points) if of_axes else [points[:, None] - points]
+    see = (oracle.near(shape, [3, None], (False, True), "cut", False) if of_axes else
+           oracle.visible(n, n, causal=True))
+    want = oracle.dense(q, k, v, see, 1 / 4, relative=list(tables.values()), away=away)
+    options = ["--relative", "--layout", "striped", "--backend", backend, "--checkpoint", tmp_path / "c",
+               *(["--grid", "10x25", "--grid-window", "3,", "--grid-periodic", "1"] if of_axes else ["--causal"])]
+    result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, ranks=ranks,
+                    at=(1, 4, "os.kill(os.getpid(), signal.SIGUSR1)"))
+    assert result.code == STOPPED, result.text
+    import h5py
+    name, table = next(iter(tables.items()))
+    for numbers, code in ((table + 1, 2), (table, 0)):
+        with h5py.File(tmp_path / "in.h5", "a") as file:
+            file[name][...] = numbers
+        result = attend(tmp_path / "in.h5", tmp_path / "out.h5", *options, "--resume", "require", ranks=ranks)
+        assert result.code == code, result.text
+        assert code == 0 or "relative (by its digest)" in result.text
+    out, lse = results(tmp_path / "out.h5")
+    assert oracle.error(out, want["out"]) <= 4 * TOLERANCE["float32"]
+    assert oracle.error(lse, want["lse"]) <= 4 * TOLERANCE["float32"]
+
+
 def test_values_that_are_the_first_numbers_of_keys(tmp_path):
     """Read once with them, and a bias; left and gone on with."""
     q, k, _ = random_qkv(1, 251, 251, 4, 2, 16, 12, "float32")

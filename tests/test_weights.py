@@ -3,7 +3,7 @@
 import numpy as np
 import oracle
 import pytest
-from oracle import case, functions
+from oracle import case, functions, of_score
 
 from ringmpi.analysis.groups import members
 from ringmpi.backends import open_backend
@@ -39,7 +39,8 @@ def backend(request):
 @pytest.mark.parametrize(("dtype", "shape", "kind"), [
     ("float32", (70, 900, 4, 2, 16), "plain"), ("float64", (33, 260, 3, 1, 9), "all"),
     ("bfloat16", (300, 130, 2, 2, 24), "softcap"), ("float32", (1, 7, 1, 1, 8), "alibi"),
-    ("float16", (40, 300, 2, 1, 16), "plain")])
+    ("float16", (40, 300, 2, 1, 16), "plain"), ("float32", (70, 900, 4, 2, 16), "axes and relative"),
+    ("bfloat16", (60, 300, 4, 2, 16), "all and relative"), ("float64", (40, 200, 2, 2, 8), "near relative")])
 @pytest.mark.parametrize("intervals", [1, 6])
 def test_dense_weights(backend, dtype, shape, kind, intervals):
     n_q, n_k, heads, kv_heads, dim = shape
@@ -49,11 +50,11 @@ def test_dense_weights(backend, dtype, shape, kind, intervals):
         begin, end = oracle.many_intervals(1, n_q, n_k, intervals)
     score, _ = functions(kind, heads, np.arange(n_q), np.arange(n_k))
     score = {name: x for name, x in score.items() if not name.startswith("dropout")}
-    of_block = Score(0.3, **score)
     j = np.arange(n_k)
     see = oracle.sees(begin, end, n_k)
     p, x, lse64 = dense(q, k, see, 0.3, score)
     lse = lse64.astype(np.float64 if dtype == "float64" else np.float32)
+    of_block = Score(0.3, **of_score(score, lse.dtype))
     unit = BOUND[dtype]
 
     columns = np.ones((n_k, heads))
@@ -80,8 +81,7 @@ def test_dense_weights(backend, dtype, shape, kind, intervals):
     half = n_k // 2
     for part in (slice(half, n_k), slice(0, half)):
         low, high = (np.clip(edge, part.start, part.stop) - part.start for edge in (begin, end))
-        of_part = Score(0.3, **{**score, **({"keys": score["keys"][part]} if "keys" in score else {})})
-        run(backend.row_tops(scores, positions, q, k[part], j[part], low, high, of_part))
+        run(backend.row_tops(scores, positions, q, k[part], j[part], low, high, of_block.of_columns(part)))
     check_tops(scores, positions, x, see, 2e-12 if dtype == "float64" else 1e-4)
 
 

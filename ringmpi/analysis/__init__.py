@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..attention import RingAttention
+from ..attention import RingAttention, Tables
 from ..call import Array
 from ..keywords import explained
 from ..layout import Integers
@@ -30,7 +30,7 @@ __all__ = ["Top", "Weights", "entropy", "key_mass", "mass_by_group", "max_score"
 @explained(RingAttention)
 def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, groups: ArrayLike | None = None,
              n_groups: int | None = None, sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None,
-             **options: Any) -> NDArray[np.float64]:
+             relative: Tables | None = None, **options: Any) -> NDArray[np.float64]:
     """Give how much weight each key received from each query head, summed over all queries. Collective over *comm*.
 
     Parameters
@@ -50,6 +50,8 @@ def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, gr
         Without `lse`, which holds them.
     key_bias : array of shape ([batch,] n_k) or ([batch,] n_k, heads), float, optional
         Of this rank's keys, as the call had it, with `lse` too: a key that is left out weighs nothing.
+    relative : array of shape (heads, 2 reach + 1), or a tuple or list of one for each axis of a `Grid`, optional
+        As the call had it, with `lse` too.
     **options
         See `ringmpi.RingAttention`.
 
@@ -64,13 +66,14 @@ def key_mass(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, gr
         One of its children, the same on every rank.
     """
     with Weights(comm, **options) as weights:
-        return weights.key_mass(q, k, lse, groups=groups, n_groups=n_groups, sinks=sinks, key_bias=key_bias)
+        return weights.key_mass(q, k, lse, groups=groups, n_groups=n_groups, sinks=sinks, key_bias=key_bias,
+                                relative=relative)
 
 
 @explained(RingAttention)
 def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *, comm: Any,
-         sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any
-         ) -> Iterator[tuple[Integers, Array]]:
+         sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+         **options: Any) -> Iterator[tuple[Integers, Array]]:
     """Give the weights of a few chosen queries over all keys, some keys at a time. Collective over *comm*.
 
     The call is collective, the iteration is not. To write all weights to a dataset of shape (chosen, heads, n_k), each
@@ -78,7 +81,7 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, key_bias, **options
+    q, k, lse, comm, sinks, key_bias, relative, **options
         See `key_mass`.
     chosen : int array of shape (chosen,)
         Positions of queries in the whole sequence, the same on all ranks.
@@ -98,7 +101,7 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
     """
     weights = Weights(comm, **options)
     try:
-        found = weights.rows(q, k, lse, chosen, sinks=sinks, key_bias=key_bias)
+        found = weights.rows(q, k, lse, chosen, sinks=sinks, key_bias=key_bias, relative=relative)
     except BaseException:
         weights.close()
         raise
@@ -107,7 +110,8 @@ def rows(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, chosen: ArrayLike, *
 
 @explained(RingAttention)
 def top(q: ArrayLike, k: ArrayLike, n: int, lse: ArrayLike | None = None, *, comm: Any,
-        sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any) -> Top:
+        sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+        **options: Any) -> Top:
     """Give the n heaviest keys of each query, with their weights and positions. Collective over *comm*.
 
     Keys of the same score come in the order of their positions, so the result is the same on any number of ranks. A
@@ -115,7 +119,7 @@ def top(q: ArrayLike, k: ArrayLike, n: int, lse: ArrayLike | None = None, *, com
 
     Parameters
     ----------
-    q, k, comm, sinks, key_bias, **options
+    q, k, comm, sinks, key_bias, relative, **options
         See `key_mass`.
     n : int
         At least 1; meant to be small.
@@ -133,19 +137,19 @@ def top(q: ArrayLike, k: ArrayLike, n: int, lse: ArrayLike | None = None, *, com
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.top(q, k, n, lse, sinks=sinks, key_bias=key_bias)
+        return weights.top(q, k, n, lse, sinks=sinks, key_bias=key_bias, relative=relative)
 
 
 @explained(RingAttention)
-def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, key_bias: ArrayLike | None = None, **options: Any
-              ) -> Array:
+def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, key_bias: ArrayLike | None = None,
+              relative: Tables | None = None, **options: Any) -> Array:
     """Give the largest score of each head, of all pairs that are seen. Collective over *comm*.
 
-    Scores are scaled, after `softcap`, `alibi` and `key_bias`; sinks do not count.
+    Scores are scaled, after `softcap`, `alibi` and biases; sinks do not count.
 
     Parameters
     ----------
-    q, k, comm, key_bias, **options
+    q, k, comm, key_bias, relative, **options
         See `key_mass`.
 
     Returns
@@ -160,17 +164,18 @@ def max_score(q: ArrayLike, k: ArrayLike, *, comm: Any, key_bias: ArrayLike | No
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.max_score(q, k, key_bias=key_bias)
+        return weights.max_score(q, k, key_bias=key_bias, relative=relative)
 
 
 @explained(RingAttention)
 def entropy(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sinks: ArrayLike | None = None,
-            key_bias: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
+            key_bias: ArrayLike | None = None, relative: Tables | None = None, **options: Any
+            ) -> NDArray[np.float64]:
     """Give the entropy of each query's weights, in nats. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, key_bias, **options
+    q, k, lse, comm, sinks, key_bias, relative, **options
         See `key_mass`.
 
     Returns
@@ -185,17 +190,18 @@ def entropy(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sin
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.entropy(q, k, lse, sinks=sinks, key_bias=key_bias)
+        return weights.entropy(q, k, lse, sinks=sinks, key_bias=key_bias, relative=relative)
 
 
 @explained(RingAttention)
 def mean_position(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: Any, sinks: ArrayLike | None = None,
-                  key_bias: ArrayLike | None = None, **options: Any) -> NDArray[np.float64]:
+                  key_bias: ArrayLike | None = None, relative: Tables | None = None, **options: Any
+                  ) -> NDArray[np.float64]:
     """Give the mean position of the keys that each query looked at, by their weights. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, key_bias, **options
+    q, k, lse, comm, sinks, key_bias, relative, **options
         See `key_mass`.
 
     Returns
@@ -210,18 +216,18 @@ def mean_position(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, *, comm: An
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.mean_position(q, k, lse, sinks=sinks, key_bias=key_bias)
+        return weights.mean_position(q, k, lse, sinks=sinks, key_bias=key_bias, relative=relative)
 
 
 @explained(RingAttention)
 def mass_by_group(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, groups: ArrayLike, n_groups: int, *, comm: Any,
-                  sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, **options: Any
-                  ) -> NDArray[np.float64]:
+                  sinks: ArrayLike | None = None, key_bias: ArrayLike | None = None, relative: Tables | None = None,
+                  **options: Any) -> NDArray[np.float64]:
     """Give how much each query looked at the keys of each group: documents, segments. Collective over *comm*.
 
     Parameters
     ----------
-    q, k, lse, comm, sinks, key_bias, **options
+    q, k, lse, comm, sinks, key_bias, relative, **options
         See `key_mass`.
     groups : int array of shape (n_k,)
         The group of each of this rank's keys, ``0 <= group < n_groups``, or -1 for none.
@@ -239,7 +245,8 @@ def mass_by_group(q: ArrayLike, k: ArrayLike, lse: ArrayLike | None, groups: Arr
         See `key_mass`.
     """
     with Weights(comm, **options) as weights:
-        return weights.mass_by_group(q, k, lse, groups, n_groups, sinks=sinks, key_bias=key_bias)
+        return weights.mass_by_group(q, k, lse, groups, n_groups, sinks=sinks, key_bias=key_bias,
+                                     relative=relative)
 
 
 def _until_the_end(weights: Weights, found: Iterator[tuple[Integers, Array]]) -> Iterator[tuple[Integers, Array]]:

@@ -202,7 +202,7 @@ class WeightsPass(ForwardPass):
     def _go_through(self, works: Iterator[Work], inside: Inside, loops: Loops) -> None:
         """Run the loops of each task of each block that comes by."""
         for work, part in self._cut_rows(works, inside.rows):
-            tasks = self.plan.tasks(work, part, self.call.dropout_keys)
+            tasks = self.plan.tasks(work, part, self.call.dropout_keys, self.call.relative)
             self._run(work, (loop for task in tasks for loop in loops(work, part, task)))
 
     def _of_rows(self, inside: Inside, loops: Loops, results: Sequence[Array],

@@ -73,7 +73,7 @@ class Weights(RingAttention):
         return self
 
     def key_mass(self, q: Any, k: Any, lse: Any, *, groups: Any = None, n_groups: Any = None, sinks: Any = None,
-                 key_bias: Any = None) -> NDArray[np.float64]:
+                 key_bias: Any = None, relative: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.key_mass` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
             n_q = call.q.shape[1]
@@ -84,25 +84,26 @@ class Weights(RingAttention):
             return check_groups("queries", groups, n_groups, n_q)
 
         what = "key_mass" if groups is None else f"key_mass of {n_groups} groups"
-        sums, call = self._over(what, Inputs(q, k, k, sinks, key_bias=key_bias), lse, WeightsPass.key_mass, take)
+        sums, call = self._over(what, _keys_alone(q, k, sinks, key_bias, relative), lse, WeightsPass.key_mass, take)
         return _given(call, sums if groups is not None else sums[..., 0])
 
-    def rows(self, q: Any, k: Any, lse: Any, chosen: Any, *, sinks: Any = None, key_bias: Any = None
-             ) -> Iterator[tuple[Integers, Array]]:
+    def rows(self, q: Any, k: Any, lse: Any, chosen: Any, *, sinks: Any = None, key_bias: Any = None,
+             relative: Any = None) -> Iterator[tuple[Integers, Array]]:
         """Do what `ringmpi.analysis.rows` does, but stay open after the last piece. Collective over *comm*."""
-        inputs = Inputs(q, k, k, sinks, key_bias=key_bias)
+        inputs = _keys_alone(q, k, sinks, key_bias, relative)
         if lse is None:
             lse = self._lse(inputs)
         with self._comm.one_call():
             call, found = self._gather_chosen(inputs, lse, chosen)
         return ((positions, call.given(piece)) for positions, piece in found.pieces(self.backend))
 
-    def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None, key_bias: Any = None) -> Top:
+    def top(self, q: Any, k: Any, n: Any, lse: Any = None, *, sinks: Any = None, key_bias: Any = None,
+            relative: Any = None) -> Top:
         """Do what `ringmpi.analysis.top` does. Collective over *comm*."""
         def take(call: Call) -> Groups:
             return NO_GROUPS._replace(total=check_integer("n", n, 1, MOST))
 
-        (scores, positions), call = self._over(f"top {n}", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+        (scores, positions), call = self._over(f"top {n}", _keys_alone(q, k, sinks, key_bias, relative), lse,
                                                lambda one, taken: one.tops(taken.total), take)
         with np.errstate(invalid="ignore"):
             made = np.exp(np.minimum(scores.astype(np.float64) - call.lse[..., None], 0)).astype(scores.dtype)
@@ -113,31 +114,32 @@ class Weights(RingAttention):
         positions[absent] = -1
         return Top(call.given(made), call.given(positions))
 
-    def max_score(self, q: Any, k: Any, *, key_bias: Any = None) -> Array:
+    def max_score(self, q: Any, k: Any, *, key_bias: Any = None, relative: Any = None) -> Array:
         """Do what `ringmpi.analysis.max_score` does. Collective over *comm*."""
-        most, call = self._over("max_score", Inputs(q, k, k, key_bias=key_bias), NOT_NEEDED,
+        most, call = self._over("max_score", _keys_alone(q, k, None, key_bias, relative), NOT_NEEDED,
                                 lambda one, _: one.max_score())
         return call.given(most)
 
-    def entropy(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None) -> NDArray[np.float64]:
+    def entropy(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None,
+                relative: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.entropy` does. Collective over *comm*."""
-        sums, call = self._over("entropy", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+        sums, call = self._over("entropy", _keys_alone(q, k, sinks, key_bias, relative), lse,
                                 lambda one, _: one.row_sums())
         return _given(call, sums[..., ENTROPY] + 0.0)          # no -0
 
-    def mean_position(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None
-                      ) -> NDArray[np.float64]:
+    def mean_position(self, q: Any, k: Any, lse: Any, *, sinks: Any = None, key_bias: Any = None,
+                      relative: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.mean_position` does. Collective over *comm*."""
-        sums, call = self._over("mean_position", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
+        sums, call = self._over("mean_position", _keys_alone(q, k, sinks, key_bias, relative), lse,
                                 lambda one, _: one.row_sums())
         with np.errstate(invalid="ignore"):
             return _given(call, sums[..., POSITION] / sums[..., MASS])
 
     def mass_by_group(self, q: Any, k: Any, lse: Any, groups: Any, n_groups: Any, *, sinks: Any = None,
-                      key_bias: Any = None) -> NDArray[np.float64]:
+                      key_bias: Any = None, relative: Any = None) -> NDArray[np.float64]:
         """Do what `ringmpi.analysis.mass_by_group` does. Collective over *comm*."""
-        sums, call = self._over(f"mass_by_group of {n_groups} groups", Inputs(q, k, k, sinks, key_bias=key_bias), lse,
-                                WeightsPass.mass_by_group,
+        sums, call = self._over(f"mass_by_group of {n_groups} groups", _keys_alone(q, k, sinks, key_bias, relative),
+                                lse, WeightsPass.mass_by_group,
                                 lambda call: check_groups("keys", groups, n_groups, call.k.shape[1]))
         return _given(call, sums)
 
@@ -150,7 +152,7 @@ class Weights(RingAttention):
         what : str
             Is asked, the same on all ranks.
         inputs : Inputs
-            With keys as values, which nothing is made of.
+            See `_keys_alone`.
         lse : array, optional
             Of the call; it is reckoned if it is None.
         run : callable
@@ -177,7 +179,7 @@ class Weights(RingAttention):
         found = NO_GROUPS
         with self._comm.noting() as failures:
             self._check_open()
-            call = Call.check(inputs._replace(sinks=None), 0.0, self._problem.accumulator)
+            call = Call.check(inputs._replace(sinks=None), 0.0, self._problem.accumulator, self._problem.mask)
             if call.on_gpu:
                 raise BackendError(NO_WEIGHTS.format("cuda"))
             call.lse = _lse_of(call, lse, accumulator(call.q.dtype, self._problem.accumulator))
@@ -214,7 +216,7 @@ class Weights(RingAttention):
                          len(positions)) for x in (call.q, call.lse))
 
         heads, dim = call.q.shape[2:]
-        score = problem.score(dim, share_heads(heads, call.k.shape[2], 1)[0])
+        score = problem.score(dim, share_heads(heads, call.k.shape[2], 1)[0]).of_relative(call.relative)
         self._engine.prepare(call.q.dtype, call.lse.dtype, dim, dim, plain=score.plain and call.key_bias is None,
                              weights=True)
         bounds = bounds_of(problem.mask, positions, lengths, len(call.q))
@@ -223,11 +225,17 @@ class Weights(RingAttention):
     def _lse(self, inputs: Inputs) -> Array:
         """Give the lse of a call, by a pass of its own."""
         return self(inputs.q, inputs.k, _first_number(inputs.k), sinks=inputs.sinks, key_bias=inputs.key_bias,
+                    relative=inputs.relative,
                     return_lse=True, keep=False)[1]
 
     def _check_backend(self) -> None:
         if not self.backend.gives_weights:
             raise BackendError(NO_WEIGHTS.format(self.backend.name))
+
+
+def _keys_alone(q: Any, k: Any, sinks: Any, key_bias: Any, relative: Any) -> Inputs:
+    """Give what goes into scores, with keys as values, which nothing is made of."""
+    return Inputs(q, k, k, sinks, key_bias=key_bias, relative=relative)
 
 
 def _given(call: Call, x: NDArray[np.float64]) -> NDArray[np.float64]:

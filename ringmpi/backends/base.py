@@ -22,6 +22,7 @@ from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
 GPU_KERNELS = ("auto", "own", "library")
+NO_RELATIVE = "relative: backend {} has none yet; expected backend numba or numpy, and arrays on the host"
 NO_WEIGHTS = "backend {} sums up no weights yet; take backend='numba' or 'numpy', with arrays on the host"
 
 
@@ -113,6 +114,7 @@ class Backend:
     biased = False                    # whether it takes a bias of the keys
     relative = False                  # whether it takes a bias by distance
     separable = False                 # whether `backward` gives dq alone in any order
+    sums_tables = False               # whether it gives the gradient of one in canonical order
     rows_apart = False                # whether the bits of many rows are the same if `accumulate` gets some at a time
     gives_weights = False             # whether it has `column_sums`, `row_sums`, `row_tops` and `row_weights`
     device: Device | None = None      # the GPU whose memory all arrays below are in; None: the host's memory
@@ -364,6 +366,8 @@ class Backend:
         after it has met the same queries in ascending order, however they are cut into blocks that begin at multiples
         of `canonical_tile`, whatever other keys there are. Where some queries see a key in the first of several
         intervals and others in the second, calls are to go tile by tile of the queries, each with all its intervals.
+        Or drelative alone is asked for, of a tile of the queries, if `sums_tables`: that has the same bits after it has
+        met the same keys in ascending order, however they are cut into such blocks.
 
         Parameters
         ----------
@@ -379,7 +383,7 @@ class Backend:
             The same; for each head, whether they have the same bias or not, or of all of them together, which is not
             asked for in canonical order.
         drelative : sequence of float64 arrays of shape (heads, 2 reach + 1), if ``score.relative`` is one
-            The same, for each of its tables. Not asked for in canonical order.
+            The same, for each of its tables. In canonical order asked for alone.
 
         Yields
         ------
@@ -388,8 +392,8 @@ class Backend:
         """
         raise NotImplementedError
 
-    def wanted_gradients(self, gradient: Gradient, dk: Any, dv: Any) -> tuple[bool, bool]:
-        """Say whether `backward` is asked for dq, and for dk and dv. Local.
+    def wanted_gradients(self, gradient: Gradient, dk: Any, dv: Any, drelative: Any = None) -> tuple[bool, bool]:
+        """Say whether `backward` is asked for dq, and for dk and dv; neither, if for `drelative` alone. Local.
 
         Raises
         ------
@@ -398,7 +402,10 @@ class Backend:
         """
         wanted = tuple(x is not None for x in (gradient.dq, dk, dv))
         alone, of_keys, both = (True, False, False), (False, True, True), (True, True, True)
-        if wanted not in ([alone, of_keys] if self.canonical else [alone, both] if self.separable else [both]):
+        possible = [alone, both] if self.separable else [both]
+        if self.canonical:
+            possible = [(False, False, False)] if drelative is not None and self.sums_tables else [alone, of_keys]
+        if wanted not in possible:
             names = ", ".join(name for name, given in zip(("dq", "dk", "dv"), wanted, strict=True) if given)
             raise BackendError(f"backend {self.name}: expected arrays for dq, dk and dv, or on the host for dq alone, "
                                f"or in canonical order for dq alone or for dk and dv alone, got {names or 'none'} with "

@@ -18,6 +18,7 @@ from threadpoolctl import ThreadpoolController
 
 from ..device import Device
 from ..layout import Integers
+from ..relative import Relative
 from ..score import Score, random_words
 from ..softmax import Gradient, State
 from .base import Backend, Shape
@@ -200,8 +201,7 @@ def _backward_steps(gradient: Gradient, block: _Block, dk: NDArray[Any], dv: NDA
         for tile, pairs in block.tiles(rows, head):
             keys = tile.columns, head
             sums = (None if dk is None else (dk[keys], dv[keys]),
-                    None if dbias is None else dbias[tile.columns, block.heads(head)],
-                    [x[block.heads(head)] for x in drelative or ()])
+                    None if dbias is None else dbias[tile.columns, block.heads(head)], drelative or ())
             yield partial(_backward_tile, part, block.q[mine], block.k[keys], block.v[keys], *sums, tile), pairs
 
 
@@ -256,16 +256,26 @@ class Tile:
         if score.key_bias is not None:
             x += self.of_bias(score.key_bias).T
         if score.relative is not None:
-            for table, entries in zip(score.relative.tables, self.entries, strict=True):
-                x += np.moveaxis(table[self.heads].astype(x.dtype)[:, entries], 0, 1)
+            self.add_relative(x, score.relative)
         return derivative
 
-    @property
-    def entries(self) -> list[Integers]:
-        """Of each table of a bias by distance, the number of each pair's entry, (rows, columns)."""
+    def add_relative(self, x: NDArray[Any], relative: Relative) -> None:
+        """Add a bias by distance to what there is of each pair, (rows, heads, columns): the score's or its tangent."""
+        for table, entries in zip(relative.tables, self._entries(relative), strict=True):
+            x += np.moveaxis(table[self.heads].astype(x.dtype)[:, entries], 0, 1)
+
+    def sum_relative(self, totals: Sequence[NDArray[np.float64]], x: NDArray[Any]) -> None:
+        """Add what there is of each pair, 0 where it is not seen, to the entries of the score's bias by distance.
+
+        `totals` are like its tables, of all heads.
+        """
         relative = self.score.relative
-        if relative is None:
-            return []
+        for total, entries in zip(totals, [] if relative is None else self._entries(relative), strict=True):
+            for sums, of_head in zip(total[self.heads], np.moveaxis(x, 1, 0), strict=True):
+                sums += np.bincount(entries.ravel(), of_head.ravel(), len(sums))
+
+    def _entries(self, relative: Relative) -> list[Integers]:
+        """Give the number of each pair's entry in each table of a bias by distance, (rows, columns)."""
         along = zip(relative.tables, *map(relative.coordinates, (self.score.queries[self.rows],
                                                                  self.score.keys[self.columns])), strict=True)
         return [np.clip(i[:, None] - j, -(table.shape[1] // 2), table.shape[1] // 2) + table.shape[1] // 2
@@ -331,7 +341,7 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
     """Add what a tile of one key head gives to dq (rows, group, dim).
 
     And to dk (columns, dim) and dv (columns, dim_v), dbias, of shape (columns, group), and drelative, of
-    (group, entries) each, if they are wanted.
+    (heads, entries) each, if they are wanted.
     """
     dtype = gradient.dq.dtype
     columns = len(k)
@@ -356,10 +366,8 @@ def _backward_tile(gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDAr
         ds *= weights
         if dbias is not None:
             dbias += ds.sum(axis=0, where=True if tile.full else ~tile.hidden).T
-        for total, entries in zip(drelative, tile.entries if drelative else (), strict=True):
-            seen = ds if tile.full else np.where(tile.hidden, 0, ds)
-            for sums, of_head in zip(total, np.moveaxis(seen, 1, 0), strict=True):
-                sums += np.bincount(entries.ravel(), of_head.ravel(), len(sums))
+        if drelative:
+            tile.sum_relative(drelative, ds if tile.full else np.where(tile.hidden, 0, ds))
         if derivative is not None:
             ds *= derivative
         ds *= scale

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..layout import Integers
+from ..relative import Relative
 from ..score import Score
 from .numpy_ import Tile, _blas_threads, _finite, _slices
 from .strided import for_products
@@ -116,16 +117,19 @@ class Tangents:
     With z = scale q·k, x the score that it becomes, x' and x'' its derivatives by z, p the weight before dropout and m
     what dropout multiplies it by::
 
-        z_dot = scale (q_dot·k + q·k_dot)       t = x' z_dot + bias_dot       p_dot = p (t - lse_dot)
+        z_dot = scale (q_dot·k + q·k_dot)     t = x' z_dot + bias_dot + relative_dot     p_dot = p (t - lse_dot)
 
     Parameters
     ----------
     threads : int
         Of BLAS.
+    relative_dot : Relative, optional
+        The tangent of the scores' bias by distance, if there is one.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, relative_dot: Relative | None = None) -> None:
         self._threads = threads
+        self._relative_dot = relative_dot
 
     def forward(self, sums: Tangent, rows: Rows, keys: Keys, begin: Integers, end: Integers, score: Score
                 ) -> Iterator[int]:
@@ -149,11 +153,12 @@ class Tangents:
         for tile, head in self._tiles(rows.q, keys.k, begin, end, score):
             mine = tile.rows, tile.heads
             _forward_tile(Tangent(sums.out_dot[mine], sums.lse_dot[mine]), rows.part(*mine),
-                          keys.part(tile, head), tile)
+                          keys.part(tile, head), self._relative_dot, tile)
             yield _pairs(tile, head)
 
     def backward(self, gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, begin: Integers,
-                 end: Integers, score: Score, dkey_bias: Array | None = None) -> Iterator[int]:
+                 end: Integers, score: Score, dkey_bias: Array | None = None,
+                 drelative: Sequence[NDArray[np.float64]] = ()) -> Iterator[int]:
         """Add to the tangents of dq, dk, dv and the bias's gradient what one block gives; dout and dlse are constant.
 
         ::
@@ -162,7 +167,7 @@ class Tangents:
                                                                  + p (m (dout · v_dot) - delta_dot)
             dz = x' ds                                  dz_dot = x' ds_dot + x'' z_dot ds
             dq += scale (dz_dot k + dz k_dot)           dk += scale (dz_dotᵀ q + dzᵀ q_dot)     dv += (m p_dot)ᵀ dout
-            dkey_bias += sum of ds_dot over the queries
+            dkey_bias += sum of ds_dot over the queries         drelative += sums of ds_dot over pairs that are as far
 
         Parameters
         ----------
@@ -175,6 +180,8 @@ class Tangents:
             See `Backend.accumulate`.
         dkey_bias : array of shape (n_k, heads) or (n_k, 1), accumulator dtype, if there is a bias
             Updated in place.
+        drelative : sequence of float64 arrays like the tables, if there is a bias by distance
+            Updated in place.
 
         Yields
         ------
@@ -183,11 +190,13 @@ class Tangents:
         """
         for tile, head in self._tiles(rows.q, keys.k, begin, end, score):
             mine, columns = (tile.rows, tile.heads), (tile.columns, head)
-            of_scores = _backward_tile(gradient.part(*mine), rows.part(*mine), keys.part(tile, head), dk[columns],
-                                       dv[columns], tile)
+            of_scores = _backward_tile(gradient.part(*mine), rows.part(*mine), keys.part(tile, head),
+                                       self._relative_dot, dk[columns], dv[columns], tile)
             if dkey_bias is not None:
-                target = tile.of_bias(dkey_bias)
-                target += of_scores if target.shape[1] > 1 else of_scores.sum(axis=1, keepdims=True)
+                target, sums = tile.of_bias(dkey_bias), of_scores.sum(axis=0).T
+                target += sums if target.shape[1] > 1 else sums.sum(axis=1, keepdims=True)
+            if drelative:
+                tile.sum_relative(drelative, of_scores)
             yield _pairs(tile, head)
 
     def _tiles(self, q: Array, k: Array, begin: Integers, end: Integers, score: Score) -> Iterator[tuple[Tile, int]]:
@@ -217,7 +226,7 @@ class _Weights(NamedTuple):
     bend: Array | float      # x'' / x'
 
     @classmethod
-    def of(cls, tile: Tile, rows: Rows, keys: Keys) -> _Weights:
+    def of(cls, tile: Tile, rows: Rows, keys: Keys, relative_dot: Relative | None) -> _Weights:
         """Make them again from the scores and lse."""
         dtype = rows.lse.dtype
         scale = dtype.type(tile.score.scale)
@@ -235,16 +244,19 @@ class _Weights(NamedTuple):
         t = z_dot if slope is None else z_dot * slope
         if keys.bias_dot is not None:
             t = t + keys.bias_dot.T
+        if relative_dot is not None:
+            t = t.copy()                     # z_dot it may be
+            tile.add_relative(t, relative_dot)
         _hide(tile, p, z_dot, t)
         return cls(p, z_dot, t, 1.0 if slope is None else slope, bend)
 
 
-def _forward_tile(sums: Tangent, rows: Rows, keys: Keys, tile: Tile) -> None:
+def _forward_tile(sums: Tangent, rows: Rows, keys: Keys, relative_dot: Relative | None, tile: Tile) -> None:
     """Add what a tile of one key head gives to out_dot and lse_dot."""
     dtype = sums.lse_dot.dtype
     rows, keys = Rows(*_wide(rows, dtype)), keys.wide(dtype)
     with np.errstate(all="ignore"):          # NaN and infinity pass through to the rows that see them
-        weights = _Weights.of(tile, rows, keys)
+        weights = _Weights.of(tile, rows, keys, relative_dot)
         change = weights.p * weights.t
         sums.lse_dot += change.sum(axis=2)
         p = weights.p
@@ -255,17 +267,18 @@ def _forward_tile(sums: Tangent, rows: Rows, keys: Keys, tile: Tile) -> None:
         sums.out_dot += _times_values(tile, p, keys.v_dot)
 
 
-def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, tile: Tile) -> Array:
-    """Add what a tile of one key head gives to the changes of dq, dk and dv; give ds_dot, summed over the rows.
+def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, relative_dot: Relative | None, dk: Array,
+                   dv: Array, tile: Tile) -> Array:
+    """Add what a tile of one key head gives to the changes of dq, dk and dv; give ds_dot, 0 where a pair is not seen.
 
-    That is of shape (columns, heads of the group).
+    That is of shape (rows, heads of the group, columns).
     """
     dtype = gradient.dq.dtype
     rows, keys = Rows(*_wide(rows, dtype)), keys.wide(dtype)
     dout, = _wide([gradient.dout], dtype)
     delta, lse_dot, delta_dot = (x[..., None] for x in (gradient.delta, gradient.lse_dot, gradient.delta_dot))
     with np.errstate(all="ignore"):
-        weights = _Weights.of(tile, rows, keys)
+        weights = _Weights.of(tile, rows, keys, relative_dot)
         dp, dp_dot = _scores(dout, keys.v), _scores(dout, keys.v_dot)
         factor = tile.dropout_factor(dtype) if tile.score.dropout else dtype.type(1)
         dp *= factor
@@ -289,7 +302,7 @@ def _backward_tile(gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, 
         dk += _flat(dz_dot).T @ _flat(_finite(rows.q)) + _flat(dz).T @ _flat(_finite(rows.q_dot))
         dq = _flat(dz_dot) @ _finite(keys.k) + _flat(dz) @ _finite(keys.k_dot)
         gradient.dq[...] += dq.reshape(rows.q.shape)
-        of_scores: Array = ds_dot.sum(axis=0).T
+        of_scores: Array = ds_dot
         return of_scores
 
 

@@ -18,6 +18,7 @@ from ..layout import resolve
 from ..mpi.comm import Comm
 from ..plan import Plan
 from ..problem import Problem
+from ..relative import Relative
 from .fingerprint import fingerprint
 
 OF_THE_PLACEMENT = ("layout", "kv_layout")
@@ -35,12 +36,12 @@ def describe_problem(problem: Problem, call: Call, plan: Plan, engine: Engine, c
     sizes = {"tokens of q": counts[0], "tokens of k and v": counts[1], "batch": batch, "heads": heads,
              "kv_heads": call.k.shape[2], "dim": dim, "dim_v": call.v.shape[3], "dtype": str(call.q.dtype),
              "accumulator": str(plan.accumulator), "seed": call.seed}
-    of_relative = {} if call.relative is None else {"relative (by its digest)": call.relative.digest()}
-    return {**describe_input(problem, sizes, call.sinks, prints, engine.backend, comm, timeout), **of_relative}
+    return describe_input(problem, sizes, call.sinks, call.relative, prints, engine.backend, comm, timeout)
 
 
-def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[Any] | None, prints: Sequence[str],
-                   backend: Backend, comm: Comm, timeout: float) -> dict[str, Any]:
+def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[Any] | None,
+                   relative: Relative | None, prints: Sequence[str], backend: Backend, comm: Comm, timeout: float
+                   ) -> dict[str, Any]:
     """Say what is computed, of which numbers, as plain values. Collective over *comm*.
 
     Parameters
@@ -49,6 +50,8 @@ def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[An
     sizes : mapping
         Of the input, by name, and its dtypes.
     sinks : array or None
+    relative : Relative or None
+        The same on all ranks.
     prints : sequence of str
         Of q, k and v, and of a bias of the keys if there is one; see `add_up`.
     backend : Backend
@@ -57,7 +60,8 @@ def describe_input(problem: Problem, sizes: Mapping[str, Any], sinks: NDArray[An
     digest = _digest_of_sinks(sinks, comm, timeout)
     backends = set(comm.allgather_text(backend.name, timeout))               # "auto" may find others elsewhere
     options = {name: str(value) for name, value in problem.describe().items() if name not in OF_THE_PLACEMENT}
-    return {"version of ringmpi": __version__, **options, **sizes, "sinks (by their digest)": digest,
+    of_relative = {} if relative is None else {"relative (by its digest)": relative.digest()}
+    return {"version of ringmpi": __version__, **options, **sizes, "sinks (by their digest)": digest, **of_relative,
             "backend": " and ".join(sorted(backends)), "bfloat16_products": backend.products,
             "float32_products": backend.float32_products,
             **{f"{name} (by its fingerprint)": value for name, value in zip(OF_THE_INPUT, prints, strict=False)}}

@@ -94,8 +94,6 @@ def _check(error: Callable[[str], NoReturn], arguments: argparse.Namespace) -> N
     if arguments.survive and arguments.stream:
         error("--survive: does not go together with --stream; give the same command on the ranks that are left: with "
               "--checkpoint it goes on after the last piece of queries that is done")
-    if arguments.relative and arguments.stream:
-        error("--relative: does not go together with --stream yet")
     for name in ("relative", "dim_v") if arguments.backend == "cuda" else ():
         if getattr(arguments, name):
             error(f"--{name.replace('_', '-')}: does not go together with --backend cuda yet")

@@ -99,9 +99,6 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
                 raise OptionError(f"{target}: expected another file than the input and the result")
             written = open_result(result, run.comm.rank == 0)
             options = Options.from_record({**written.record.get("options", {}), **run_options, "order": "fastest"})
-            if options.relative:
-                raise OptionError(f"{result}: expected a result without a bias by distance, which no weights are "
-                                  "summed up with yet, got one of `ringmpi attend --relative`")
             data = files.enter_context(open_input(source, options))
             _check_belongs(written, data)
             check_range(np.array(question.rows, np.int64), data.sizes.n_q)
@@ -137,7 +134,7 @@ class _Job:
         self._data = data
         self._say = say
         self._q, self._k = (read_shard(run, weights, dataset) for dataset in (data.q, data.k))
-        self._bias = {"key_bias": read_bias_shard(run, weights, data.key_bias)}
+        self._biases = {"key_bias": read_bias_shard(run, weights, data.key_bias), "relative": data.relative}
         rows = Contiguous.even(data.sizes.n_q, run.comm.size)
         start = rows.starts[run.comm.rank]
         with run.raise_on_all():
@@ -147,18 +144,18 @@ class _Job:
     def write(self, file: OutputFile | None, question: Question) -> None:
         """Write a dataset for each thing that is asked; `file` is rank 0's."""
         given = self._q, self._k, self._lse
-        weights, bias = self._weights, self._bias
+        weights, biases = self._weights, self._biases
         if question.key_mass:
-            self._write(file, "key_mass", lambda: weights.key_mass(*given, **bias))
+            self._write(file, "key_mass", lambda: weights.key_mass(*given, **biases))
         if question.entropy:
-            self._write(file, "entropy", lambda: weights.entropy(*given, **bias))
+            self._write(file, "entropy", lambda: weights.entropy(*given, **biases))
         if question.mean_position:
-            self._write(file, "mean_position", lambda: weights.mean_position(*given, **bias))
+            self._write(file, "mean_position", lambda: weights.mean_position(*given, **biases))
         if question.by_document:
             groups, count = self._documents()
-            self._write(file, "mass_by_document", lambda: weights.mass_by_group(*given, groups, count, **bias))
+            self._write(file, "mass_by_document", lambda: weights.mass_by_group(*given, groups, count, **biases))
         if question.max_score:
-            self._write_small(file, "max_score", lambda: weights.max_score(*given[:2], **bias))
+            self._write_small(file, "max_score", lambda: weights.max_score(*given[:2], **biases))
         if question.top:
             self._write_top(file, question.top)
         if question.rows:
@@ -167,7 +164,7 @@ class _Job:
     def _write_top(self, file: OutputFile | None, n: int) -> None:
         """Write the heaviest keys of each query."""
         start = time.perf_counter()
-        found = self._weights.top(self._q, self._k, n, self._lse, **self._bias)
+        found = self._weights.top(self._q, self._k, n, self._lse, **self._biases)
         self._say(f"top {n}: {time.perf_counter() - start:.2f} s")
         self._write(file, "top_weights", lambda: found.weights)
         self._write(file, "top_positions", lambda: found.positions)
@@ -205,7 +202,7 @@ class _Job:
             mine = np.empty((len(self._k), self._lse.shape[1]), self._lse.dtype)
             at = 0
             for positions, piece in self._weights.rows(self._q, self._k, self._lse, chosen[number:number + 1],
-                                                        **self._bias):
+                                                        **self._biases):
                 mine[at:at + len(positions)] = piece[0].T
                 at += len(positions)
             whole = redistribute(mine, comm=self._run.world, source=self._weights.layout, target="contiguous",

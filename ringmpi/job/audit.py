@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import open_backend, tolerance
-from ..checks import check_relative
 from ..dtypes import TOLERANCE
 from ..environment import affinity
 from ..errors import ShapeError
@@ -143,9 +142,7 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     sizes = data.sizes
     scale = 1 / math.sqrt(sizes.dim) if options.scale is None else options.scale
     positions = data.mask.positions(sample, sizes.n_q, sizes.n_k)
-    relative = None
-    if data.relative is not None:
-        relative = check_relative(data.relative, data.mask.axes, sizes.heads, np.dtype(np.float64))
+    relative = data.by_distance(np.dtype(np.float64))
     score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions, relative=relative)
     bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
     q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..attention import RingAttention
-from ..checks import check_shapes
+from ..checks import check_relative, check_shapes
 from ..dtypes import accumulator
 from ..errors import DtypeError, ShapeError, ShardError
 from ..files.hdf5 import check_axes, open_dataset, read_floats, read_integers, read_rows, read_rows_into
@@ -23,6 +23,7 @@ from ..files.opening import open_file
 from ..layout import Contiguous
 from ..mask import ARRAYS, RANGES
 from ..mask_base import BaseMask
+from ..relative import Relative
 from ..schedules.redistribution import redistribute
 from .masks import make_mask
 from .options import Options
@@ -44,6 +45,7 @@ class Sizes:
     dtype: str
     key_bias: int = 0             # numbers of each key: 0 without, 1, or one for each head
     in_keys: bool = False         # whether values are the first numbers of keys
+    tables: tuple[int, ...] = ()  # numbers for each head of the tables of a bias by distance, one or for each axis
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Input:
     sinks: NDArray[np.float64] | None
     key_bias: h5py.Dataset | None
     relative: NDArray[np.float64] | tuple[NDArray[np.float64], ...] | None
+
+    def by_distance(self, kind: np.dtype[Any]) -> Relative | None:
+        """Give the bias by distance in a dtype, or raise an error; None if there is none. Local."""
+        return None if self.relative is None else check_relative(self.relative, self.mask.axes, self.sizes.heads, kind)
 
     @property
     def keys(self) -> list[h5py.Dataset]:
@@ -104,7 +110,11 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
         mask = _read_mask(file, options, sizes)
         alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
         sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
-        relative = _read_relative(file, sizes, mask) if options.relative else None
+        relative = None
+        if options.relative:
+            relative = _read_relative(file, sizes, mask)
+            tables = relative if isinstance(relative, tuple) else (relative,)
+            sizes = replace(sizes, tables=tuple(table.shape[1] for table in tables))
         yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias, relative)
 
 

@@ -25,6 +25,7 @@ from ..files.rows import row_ranges
 from ..files.states import Generation
 from ..layout import Contiguous
 from ..problem import Problem
+from ..relative import Relative
 from .done import Done, done_of
 from .inputs import Input
 from .outputs import Rows
@@ -130,14 +131,16 @@ def describe_job(run: Run, data: Input, target: Path, problem: Problem, engine: 
     with run.timer.phase("read", f"reading {data.path}"):
         datasets = [data.q, data.k, data.v, *([] if data.key_bias is None else [data.key_bias])]
         prints = np.zeros(len(datasets), np.uint64)
+        relative: Relative | None = None
         with comm.noting() as failures:
+            relative = data.by_distance(rows["lse"][1])
             prints = np.array([_fingerprint(dataset, rows["out"][1], comm.rank, comm.size, engine)
                                for dataset in datasets], np.uint64)
         total = add_up(prints, comm, run.timeout, failures)
     numbers = {"tokens of q": sizes.n_q, "tokens of k and v": sizes.n_k, "heads": sizes.heads,
                "kv_heads": sizes.kv_heads, "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype,
                "accumulator": str(rows["lse"][1])}
-    return {**describe_input(problem, numbers, data.sinks, total, engine.backend, comm, run.timeout),
+    return {**describe_input(problem, numbers, data.sinks, relative, total, engine.backend, comm, run.timeout),
             "stream": True, "output": os.path.realpath(target)}
 
 

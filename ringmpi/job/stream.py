@@ -21,7 +21,7 @@ from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
 from ..environment import resident_bytes
-from ..errors import InternalError, Interrupted, OptionError, OutputError
+from ..errors import InternalError, Interrupted, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
 from ..left_out import bits_of, seen_by_heads
@@ -50,8 +50,6 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
-    if options.relative:
-        raise OptionError("stream: there is no relative yet; leave out one of the two")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)
@@ -165,7 +163,8 @@ class Stream:
         with run.timer.phase("attend", "compiling kernels"):
             self.total.compile_seconds += self._engine.prepare(
                 self.rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
-                plain=options.softcap is None and not options.alibi and not options.key_bias, backward=False)
+                plain=options.softcap is None and not (options.alibi or options.key_bias or options.relative),
+                backward=False)
         process = int(run.comm.allgather(np.array([resident_bytes()]), run.timeout).max())
         return Planner(sizes, run.comm.size, options, type(self._backend), process, self._data.mask.most)
 
@@ -273,7 +272,7 @@ class Stream:
         plan: Plan | None = None
         needs = np.zeros(run.comm.size, bool)
         with run.comm.noting() as failures:
-            call = Call.check(self._inputs(q, keys), 0.0, self._options.accumulator)
+            call = Call.check(self._inputs(q, keys), 0.0, self._options.accumulator, self._data.mask)
             table = np.repeat(call.record().view(RECORD), run.comm.size)
             table["n_q"], table["n_k"] = piece.counts, block.counts
             records = Records([table.view(np.uint8)])
@@ -293,7 +292,7 @@ class Stream:
         k, *others = keys
         key_bias = others.pop() if sizes.key_bias else None
         return Inputs(q, k, others[0] if others else None, self._data.sinks, key_bias=key_bias,
-                      dim_v=sizes.dim_v if sizes.in_keys else None)
+                      relative=self._data.relative, dim_v=sizes.dim_v if sizes.in_keys else None)
 
     def _add(self, trace: Trace) -> None:
         """Add what a block has cost to what all have."""

@@ -34,6 +34,8 @@ FEW_KEYS = 512                 # of a rank in a block, at least: computing with 
 FEW_INTERVALS = 2              # whose bytes go with the query
 BOUNDS_COPIES = 5              # of a piece's: while they are put in order, and turned into columns
 ROW_BYTES = 64                 # of a query, for what it sees of each block, and again for each interval of the mask
+COORDINATE_BYTES = 64          # of a query or a key along an axis of a bias by distance, as kernels take it
+TABLE_COPIES = 4               # of such a bias: as a call has it, unrolled, and as kernels take it
 READ_BYTES = 8                 # of a number of a bias as it is read, at most
 SAMPLES = 2**12                # queries of a piece, by which a dry run says what it sees
 
@@ -167,7 +169,7 @@ class Planner:
         """Bytes for each query of a piece: itself, its state, and what it sees."""
         sizes = self.sizes
         return (sizes.heads * sizes.dim * DTYPES[sizes.dtype].itemsize + self._state
-                + ROW_BYTES * (1 + min(self.intervals, FEW_INTERVALS)))
+                + ROW_BYTES * (1 + min(self.intervals, FEW_INTERVALS)) + COORDINATE_BYTES * len(sizes.tables))
 
     @cached_property
     def _key(self) -> int:
@@ -178,7 +180,7 @@ class Planner:
         carrier = carrier_class(schedule_to_stream(self.options, self.ranks).carrier)
         copies = 1 if self.sizes.key_bias else 0
         return ((2 + copies + carrier.buffer_blocks(self.ranks, False)) * self.block_bytes
-                + 2 * READ_BYTES * self.sizes.key_bias)
+                + 2 * READ_BYTES * self.sizes.key_bias + COORDINATE_BYTES * len(self.sizes.tables))
 
     @cached_property
     def _tile(self) -> int:
@@ -193,7 +195,7 @@ class Planner:
         scratch = self.backend.scratch_bytes((self.group, sizes.heads, sizes.dim), k, v, dtype,
                                              accumulator(dtype, self.options.accumulator))
         return (sum(scratch.values()) + FILE_BYTES + SLACK_BYTES + 4 * max(GROUP_BYTES, self.group * self._row)
-                + self._bounds)
+                + self._bounds + TABLE_COPIES * self._wide * sizes.heads * sum(sizes.tables))
 
     @property
     def _bounds(self) -> int:

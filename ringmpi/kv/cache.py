@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn, overload
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from ..attention import Tables
 from ..call import Array, checksum
 from ..checks import check_integer, check_timeout
 from ..errors import InternalError, OptionError, RingError, ShapeError
@@ -183,18 +184,18 @@ class KVCache:
     @overload
     def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
                key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
-               sinks: ArrayLike | None = None,
+               sinks: ArrayLike | None = None, relative: Tables | None = None,
                return_lse: Literal[False] = False) -> Array: ...
 
     @overload
     def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
                key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
-               sinks: ArrayLike | None = None,
+               sinks: ArrayLike | None = None, relative: Tables | None = None,
                return_lse: Literal[True]) -> tuple[Array, Array]: ...
 
     def attend(self, q: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None, *,
                key_bias: ArrayLike | None = None, sharded: bool = False, layout: str | Layout = "contiguous",
-               sinks: ArrayLike | None = None, return_lse: bool = False
+               sinks: ArrayLike | None = None, relative: Tables | None = None, return_lse: bool = False
                ) -> Array | tuple[Array, Array]:
         """Attend to all tokens there are. Collective over *comm*.
 
@@ -213,6 +214,9 @@ class KVCache:
             Where the queries of the ranks lie among all, if they are sharded.
         sinks : array of shape (heads,), optional
             See `RingAttention.__call__`.
+        relative : array of shape (heads, 2 reach + 1), float, optional
+            A bias by distance, as for `RingAttention.__call__`, the same on all ranks: of these queries, and not kept.
+            On CPUs.
         return_lse : bool
             Return the log-sum-exp of the scores too.
 
@@ -234,12 +238,12 @@ class KVCache:
         core = self._core
         if sharded:
             out, lse = attend_prompt(core, self._check_open, q,
-                                     any(x is not None for x in (k, v, key_bias)), layout, sinks)
+                                     any(x is not None for x in (k, v, key_bias)), layout, sinks, relative)
         else:
             with core.comm.one_call():
                 check_thread()
                 out, lse = map(core.sizes.given, attend_step(core, self._check_open, q, k, v, key_bias,
-                                                              sinks))
+                                                              sinks, relative))
         return (out, lse) if return_lse else out
 
     def crop(self, length: int) -> None:

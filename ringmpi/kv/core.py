@@ -89,22 +89,21 @@ class Core:
                             check_threads(options["threads"]) or self.comm.threads, "auto",
                             bool(options["allow_gpu_sharing"]))
         self.engine = agreed(engine, self.comm, "KVCache", self.timeout, failures, self.agreed)
-        self._prepare()
+        try:
+            self.prepare(self.problem.softcap is None and self.problem.alibi is None and not self.sizes.key_bias)
+        except BaseException:
+            self.engine.close()
+            raise
         self.agreed["KVCache (by the order in which they were made)"] = self.comm.next_object()
         self.digest = digest_of(self.agreed)
         self.contents = Contents(self.sizes, self.problem.mask, self.comm.rank, self.comm.size, self.backend.empty,
                                  self.accumulator)
         self.decoder = Decoder(self.comm, self.engine, self.problem, self.accumulator, self.sizes)
 
-    def _prepare(self) -> None:
-        """Compile what computes. Collective over *comm*."""
-        plain = self.problem.softcap is None and self.problem.alibi is None and not self.sizes.key_bias
-        try:
-            self.engine.prepare(self.sizes.dtype, self.accumulator, self.sizes.dim, self.sizes.dim_v, plain=plain,
-                                backward=False)
-        except BaseException:
-            self.engine.close()
-            raise
+    def prepare(self, plain: bool) -> None:
+        """Compile what computes, once: scores that are `plain`, or any. Collective over *comm*."""
+        self.engine.prepare(self.sizes.dtype, self.accumulator, self.sizes.dim, self.sizes.dim_v, plain=plain,
+                            backward=False)
 
     @property
     def backend(self) -> Backend:

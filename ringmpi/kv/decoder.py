@@ -73,7 +73,7 @@ class Decoder:
             self._step = _Step(self._engine.backend, self._problem, query.q.shape, self._sizes, self._acc_dtype,
                                self._comm.size)
         step = self._step
-        step.look_at(store, length, query.first, query.total)
+        step.look_at(store, length, query)
         for fold in step.folds(query.q, store):
             with Ended(fold):
                 for _ in fold:
@@ -157,6 +157,7 @@ class _Step:
 
         self._bound: weakref.WeakSet[Chunk] = weakref.WeakSet()
         self._looked_at: Any = None
+        self._moved = False                         # whether chunks are bound to positions of queries
         self._out: Array = None                     # the results to come, out and lse
         self._lse: Array = None
 
@@ -165,19 +166,22 @@ class _Step:
         """Bytes of its buffers, about."""
         return self._received.nbytes
 
-    def look_at(self, store: KVStore, length: int, first: int, total: int) -> None:
-        """Find what the queries see of a store, unless it is as it was: those from the first on, of so many in all."""
-        now = store.changes, length, first, total
+    def look_at(self, store: KVStore, length: int, query: Query) -> None:
+        """Find what the queries see of a store, unless it is as it was."""
+        first, total = query.first, query.total
+        now = store.changes, length, first, total, query.tables
         if now == self._looked_at:
             return
         self._looked_at = None
         n_q = self.shape[1]
         numbers = np.arange(first, first + n_q, dtype=np.int64)
         bounds = self._problem.mask.bounds(numbers, total, length)
-        score = self._score(self._problem.mask.positions(numbers, total, length))
+        score = self._score(self._problem.mask.positions(numbers, total, length)).of_relative(query.relative)
+        moves = score.positional or self._moved
+        self._moved = score.positional
         seen = np.zeros(n_q, np.bool_)
         for chunk in store.chunks:
-            if score.positional or chunk.bound_by is not self or len(chunk.bound) != len(bounds):
+            if moves or chunk.bound_by is not self or len(chunk.bound) != len(bounds):
                 self._bind(chunk, len(bounds), score)
             for number, (low, high) in enumerate(bounds):
                 begin, end = (chunk.positions.searchsorted(x) for x in (low, high))

@@ -43,7 +43,7 @@ class Held(Custom):
 
 
 def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tokens: bool, layout: str | Layout,
-                  sinks: Any) -> tuple[Array, Array]:
+                  sinks: Any, relative: Any) -> tuple[Array, Array]:
     """Attend over the positions that the ranks hold. Collective over *comm*.
 
     Parameters
@@ -51,7 +51,7 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
     core : Core
     check_open : callable
         Raises an error if the cache is closed.
-    q, layout, sinks
+    q, layout, sinks, relative
         See `KVCache.attend`.
     brings_tokens : bool
         Whether there are k and v too, which is an error.
@@ -104,7 +104,7 @@ def attend_prompt(core: Core, check_open: Callable[[], None], q: Any, brings_tok
     with closing(PromptAttention(core.given, layout=layout, kv_layout=held[0], schedule=schedule,
                                  **core.passed_on)) as attention:
         out, lse = attention.attend(query, [tuple(map(sizes.given, piece)) for piece in pieces], held, sinks,
-                                    sizes)
+                                    relative, sizes)
     with backend.current():
         return (out, lse) if not isinstance(given, np.ndarray) else (backend.to_numpy(out), backend.to_numpy(lse))
 
@@ -131,12 +131,12 @@ class PromptAttention(RingAttention):
     """Attention to keys and values in several pieces. Collective over *comm*."""
 
     def attend(self, q: Any, pieces: Sequence[tuple[Array, ...]], layouts: Sequence[Layout], sinks: Any,
-               sizes: Sizes) -> tuple[Array, Array]:
+               relative: Any, sizes: Sizes) -> tuple[Array, Array]:
         """Attend; give `out` and `lse`. Collective over *comm*.
 
         Parameters
         ----------
-        q, sinks
+        q, sinks, relative
             See `RingAttention.__call__`.
         pieces : sequence of tuples of arrays
             This rank's, those of `Chunk.arrays`; as many on all ranks. A bias has an axis of numbers of a key.
@@ -154,8 +154,9 @@ class PromptAttention(RingAttention):
                 bias: Array = others.pop() if sizes.key_bias else None
                 if sizes.key_bias == 1:
                     bias = bias[..., 0]
-                call = Call.check(Inputs(q, k, others[0] if others else None, sinks, key_bias=bias,
-                                         dim_v=sizes.dim_v if sizes.in_keys else None), 0.0, self._problem.accumulator)
+                inputs = Inputs(q, k, others[0] if others else None, sinks, key_bias=bias, relative=relative,
+                                dim_v=sizes.dim_v if sizes.in_keys else None)
+                call = Call.check(inputs, 0.0, self._problem.accumulator, self._problem.mask)
             call, records = self._agree(call, failures, "forward")
             plans = []
             for layout in layouts:

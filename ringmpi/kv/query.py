@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from ..call import Array
+from ..relative import Relative
 
 
 class Query(NamedTuple):
@@ -22,6 +23,10 @@ class Query(NamedTuple):
     sinks : array of shape (heads,), accumulator dtype, optional
     first, total : int
         Which of all queries are in q, for the mask: from the first on, of so many.
+    relative : Relative, optional
+        A bias by distance.
+    tables : int
+        Its checksum; 0 without.
     """
 
     q: Array
@@ -29,6 +34,8 @@ class Query(NamedTuple):
     sinks: NDArray[Any] | None
     first: int
     total: int
+    relative: Relative | None = None
+    tables: int = 0
 
     def parts(self, rows: int) -> Iterator[Query]:
         """Cut it into parts of so many queries at most; at least one. Local."""

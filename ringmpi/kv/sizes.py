@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..arrays import as_array
-from ..backends.base import Backend
+from ..backends.base import NO_RELATIVE, Backend
 from ..call import Array, without_left_out
-from ..checks import check_integer, check_key_bias, check_sinks
+from ..checks import check_integer, check_key_bias, check_relative, check_sinks
 from ..dtypes import check_dtype
 from ..errors import BackendError, DtypeError, OptionError, ShapeError
+from ..problem import Problem
 from ..score import MOST_POSITION
 from .query import Query
 
@@ -132,7 +132,7 @@ class Sizes:
         taken[:] = (without_left_out(x, bias) for x in taken)
         return [bias]
 
-    def check_query(self, q: Any, sinks: Any, backend: Backend, slopes: NDArray[Any] | None, length: int,
+    def check_query(self, q: Any, sinks: Any, relative: Any, backend: Backend, problem: Problem, length: int,
                     acc_dtype: np.dtype[Any]) -> Query:
         """Take queries, where they are computed with, with a batch axis; or raise what is wrong. Local."""
         given = as_array(q, "q")
@@ -144,10 +144,19 @@ class Sizes:
         if self.key_bias > 1 and heads != self.key_bias:
             raise ShapeError(f"q: expected {self.key_bias} heads, for each of which the cache has a bias of the keys, "
                              f"got {heads}")
+        slopes = problem.alibi
         if slopes is not None and (len(slopes) != heads or length + n_q >= MOST_POSITION):
             raise ShapeError(f"alibi: expected a slope for each of {heads} heads, and positions below 2^31, got "
                              f"{len(slopes)} slopes and {length} tokens")
-        return Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype), 0, n_q)
+        query = Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype), 0, n_q)
+        if relative is None:
+            return query
+        if not backend.relative:
+            raise BackendError(NO_RELATIVE.format(backend.name))
+        if length + n_q >= MOST_POSITION:
+            raise OptionError(f"relative: expected positions below 2^31, got {length} tokens")
+        tables = check_relative(relative, problem.mask.axes, heads, acc_dtype)
+        return query._replace(relative=tables, tables=tables.checksum())
 
     def check_array(self, name: str, x: Any, backend: Backend) -> Array:
         """Take an array where it is computed with, with a batch axis; or raise what is wrong. Local."""

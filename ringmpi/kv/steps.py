@@ -17,13 +17,13 @@ from .contents import Undone
 from .core import Core
 from .query import Query
 
-ASKED = ("q (checksum)", "tokens")
+ASKED = ("relative (0 none, else a checksum)", "q (checksum)", "tokens")
 STATE_BYTES = 2**26            # that a rank takes at a time, besides results, to put together the states of all ranks
 SMALL_BYTES = 2**20            # of states that are put together without another message to agree that it went well
 
 
 def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: Any, key_bias: Any,
-                sinks: Any) -> tuple[Array, Array]:
+                sinks: Any, relative: Any) -> tuple[Array, Array]:
     """Attend to this rank's tokens, then put the results of all ranks together. Collective over *comm*.
 
     Parameters
@@ -31,7 +31,7 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     core : Core
     check_open : callable
         Raises an error if the cache is closed.
-    q, k, v, key_bias, sinks
+    q, k, v, key_bias, sinks, relative
         See `KVCache.attend`.
 
     Returns
@@ -46,14 +46,16 @@ def attend_step(core: Core, check_open: Callable[[], None], q: Any, k: Any, v: A
     payload = NOTHING
     numbers: tuple[int, ...] = ()                # what must be the same on every rank: as numbers, sooner hashed
     before = contents.alike
+    if relative is not None:
+        core.prepare(plain=False)
     with Undone(contents):
         with comm.noting() as failures, backend.current():
             check_open()
             arrays = None
             if any(x is not None for x in (k, v, key_bias)):
                 arrays = sizes.check_tokens(k, v, key_bias, backend, core.accumulator)
-            query = sizes.check_query(q, sinks, backend, core.problem.alibi, contents.length, core.accumulator)
-            numbers = (*query.q.shape, query.sinks is not None, checksum(query.sinks), checksum(query.q))
+            query = sizes.check_query(q, sinks, relative, backend, core.problem, contents.length, core.accumulator)
+            numbers = (*query.q.shape, query.sinks is not None, checksum(query.sinks), query.tables, checksum(query.q))
             if arrays is not None:
                 new = arrays[0].shape[1]
                 numbers += (new, *map(checksum, arrays))

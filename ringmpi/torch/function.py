@@ -57,7 +57,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor | None = None, *, comm: Any =
         Keeps its buffers and plan from call to call; for training loops. It must live until the last backward pass.
     dim_v : int, optional
         In place of `v`: values are the first `dim_v` numbers of each key, on the host. Their gradient is part of that
-        of `k`; for more derivatives take ``v=k[..., :dim_v]``.
+        of `k`.
     sinks : tensor of shape (heads,), optional
         Learned attention sinks. Their gradient is this rank's queries' share: sum it over the ranks, as that of every
         parameter that all ranks have.
@@ -204,7 +204,8 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Differentiate in a direction."""
-        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, *tangents[:5], *ctx.saved_tensors)
+        direction = *tangents[:5], *tangents[10:]
+        out_dot, lse_dot = _DifferentiateAlong.apply(ctx.call, len(direction), *direction, *ctx.saved_tensors)
         return out_dot, lse_dot
 
 
@@ -224,6 +225,13 @@ class _Call(NamedTuple):
         return Inputs(plain(q, "q"), plain(k, "k"), _given(v, "v"), on_host(sinks, "sinks"), self.seed,
                       plain(out, "out"), plain(lse, "lse"), self.dim_v, on_host(key_bias, "key_bias"),
                       _relative(tables, self.several))
+
+    def direction(self, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None,
+                  bias_dot: Tensor | None, *tables_dot: Tensor | None) -> Direction:
+        """Give a direction, of a tangent for each of what went in."""
+        return Direction(_given(q_dot, "q_dot"), _given(k_dot, "k_dot"), _given(v_dot, "v_dot"),
+                         on_host(sinks_dot, "sinks_dot"), on_host(bias_dot, "key_bias_dot"),
+                         _relative(tables_dot, self.several, "relative_dot"))
 
 
 class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
@@ -251,26 +259,30 @@ class _Differentiate(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *direction: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiate once more."""
         dout, dlse, *_ = ctx.saved_tensors
-        by_dout, by_dlse, *others = _DifferentiateTwice.apply(ctx.call, *direction[:5], *ctx.saved_tensors)
-        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, *others,
-                *[None] * (len(ctx.saved_tensors) - 7))
+        grads = _DifferentiateTwice.apply(ctx.call, len(direction), *direction, *ctx.saved_tensors)
+        by_dout, by_dlse, by_q, by_k, by_v, by_sinks, by_bias, *by_tables = grads
+        return (None, by_dout if dout is not None else None, by_dlse if dlse is not None else None, by_q, by_k, by_v,
+                by_sinks, by_bias, None, None, *by_tables)
 
 
 class _DifferentiateTwice(torch.autograd.Function):  # type: ignore[misc]
     """The second derivative, which has none itself."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, bias_dot: Tensor | None, dout: Tensor | None, dlse: Tensor | None,
-                *saved: Tensor) -> tuple[Tensor | None, ...]:
-        """Give the gradients by dout, dlse, q, k, v, sinks and key_bias of the gradients in a direction."""
-        _, _, _, sinks, key_bias, out, *_ = saved
+    def forward(ctx: Any, call: _Call, count: int, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Give the gradients by dout, dlse, q, k, v, sinks, key_bias and tables of the gradients in a direction.
+
+        `given` are so many cotangents of the gradients, dout, dlse, and what the call saved.
+        """
+        dout, dlse, *saved = given[count:]
+        _, _, _, sinks, key_bias, out, _, *tables = saved
         with call.source.open() as attention:
             grads = attention._differentiate_twice(call.number, *cotangents_of(out, dout, dlse),
-                                                   _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot),
-                                                   call.inputs(*saved))
-        return (*(tensor_of(x) for x in grads[:5]),
-                *(None if x is None else like(grad, x) for x, grad in zip((sinks, key_bias), grads[5:], strict=True)))
+                                                   call.direction(*given[:count]), call.inputs(*saved))
+        of_tables = grads[7] if call.several else grads[7:]
+        return (*(None if x is None else tensor_of(x) for x in grads[:5]),
+                *(None if x is None else like(grad, x) for x, grad in zip((sinks, key_bias), grads[5:7], strict=True)),
+                *map(like, of_tables, tables))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> None:
@@ -283,12 +295,11 @@ class _DifferentiateAlong(torch.autograd.Function):  # type: ignore[misc]
     """The derivative in a direction, forward; it has none itself."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None,
-                sinks_dot: Tensor | None, bias_dot: Tensor | None, *saved: Tensor) -> tuple[Tensor, Tensor]:
-        """Give out_dot and lse_dot."""
+    def forward(ctx: Any, call: _Call, count: int, *given: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give out_dot and lse_dot; `given` are so many tangents, and what the call saved."""
         with call.source.open() as attention:
             out_dot, lse_dot = attention._differentiate_along(
-                call.number, _direction(q_dot, k_dot, v_dot, sinks_dot, bias_dot), call.inputs(*saved))
+                call.number, call.direction(*given[:count]), call.inputs(*given[count:]))
         return tensor_of(out_dot), tensor_of(lse_dot)
 
     @staticmethod
@@ -302,13 +313,6 @@ def cotangents_of(out: Tensor, dout: Tensor | None, dlse: Tensor | None) -> tupl
     """Give the arrays that a backward pass starts from; dout is zeros if only lse has a cotangent. Local."""
     return (torch.zeros_like(out) if dout is None else plain(dout, "dout"),
             None if dlse is None else plain(dlse, "dlse"))
-
-
-def _direction(q_dot: Tensor | None, k_dot: Tensor | None, v_dot: Tensor | None, sinks_dot: Tensor | None,
-               bias_dot: Tensor | None) -> Direction:
-    given = {"q_dot": q_dot, "k_dot": k_dot, "v_dot": v_dot}
-    q_, k_, v_ = (_given(x, name) for name, x in given.items())
-    return Direction(q_, k_, v_, on_host(sinks_dot, "sinks_dot"), on_host(bias_dot, "key_bias_dot"))
 
 
 def like(x: Any, given: Tensor) -> Tensor:
@@ -337,9 +341,9 @@ def on_host(x: Tensor | None, name: str) -> Any:
     return None if x is None else plain(x, name, lambda x: x.cpu())
 
 
-def _relative(tables: Sequence[Tensor], several: bool) -> Any:
+def _relative(tables: Sequence[Tensor | None], several: bool, name: str = "relative") -> Any:
     """Give a bias by distance as it is given to a `RingAttention`: a table, or `several`, or none."""
-    taken = tuple(on_host(table, f"relative[{number}]" if several else "relative")
+    taken = tuple(on_host(table, f"{name}[{number}]" if several else name)
                   for number, table in enumerate(tables))
     return taken if several else taken[0] if taken else None
 

@@ -148,12 +148,15 @@ class KernelArguments:
 
     def seen(self, rows: range, start: int, stop: int) -> tuple[int, int, int]:
         """Rows × keys that some rows see among columns start..stop, and the first and last of these columns."""
-        queries = np.arange(rows.start, rows.stop) // self.group
-        low, high = (np.clip(x[:, queries], start, stop) for x in (self.arrays.begin, self.arrays.end))
+        first, last = rows.start // self.group, -(-rows.stop // self.group)
+        low, high = (np.clip(x[:, first:last], start, stop) for x in (self.arrays.begin, self.arrays.end))
         some = high > low
         if not some.any():
             return 0, start, start
-        return int((high - low).sum()), int(low[some].min()), int(high[some].max())
+        of_queries = (high - low).sum(axis=0)
+        count = self.group * of_queries.sum()           # less what belongs to other rows of the first and last query
+        count -= (rows.start - first * self.group) * of_queries[0] + (last * self.group - rows.stop) * of_queries[-1]
+        return int(count), int(low.min(where=some, initial=stop)), int(high.max(where=some, initial=start))
 
     def slots(self, start: int, stop: int, tile: int, most: int) -> list[tuple[int, int]]:
         """Cut those tiles of columns start..stop that some row sees, counted head by head, into about `most` parts."""

@@ -86,6 +86,7 @@ class NumbaBackend(Backend):
     compiles = True
     biased = True
     relative = True
+    sums_tables = True
     library_bytes = 46 * 2**20        # measured with Numba 0.68
     lane_flop = 4 * 0.75              # the second factor is the share reached: docs/performance.rst
     canonical_tile = CANONICAL_TILE
@@ -204,7 +205,7 @@ class NumbaBackend(Backend):
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
                  drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
-        wanted = self.wanted_gradients(gradient, dk, dv)
+        wanted = self.wanted_gradients(gradient, dk, dv, drelative)
         acc_dtype = gradient.lse.dtype
         has_tiles = self._on_tiles(q.dtype, acc_dtype, score, True)
 

@@ -91,8 +91,12 @@ class Backward:
         # Ranges of columns, with all rows.
         ranges = [ColumnRange(start, start + a * tile, min(start + b * tile, stop))
                   for a, b in equal_parts(count, -(-TASKS * self.team.size // heads))]
-        if not self.gradient.of_queries:
+        if self.gradient.of_keys and not self.gradient.of_queries:
             yield from self._columns(ranges, tiles, self.buffers.reserve_sums(heads, count * tile + ROWS))
+            return
+        if not self.gradient.of_queries:
+            yield from self._tables([ColumnRange(start, first, min(first + tile, stop))
+                                     for first in range(start, stop, tile)], tiles)
             return
 
         # Chunks of rows that see about as much.
@@ -110,9 +114,7 @@ class Backward:
         keys = self.buffers.tile * tiles.tiles + ROWS if self.gradient.of_keys else 0
         sums = self.buffers.reserve_sums(heads * len(chunks), keys)
         biases = self._bias_sums(heads * len(chunks), self.buffers.tile * tiles.tiles + ROWS)
-        relative = self.block.relative
-        of_relative = [None if relative is None else RelativeSums(relative, block.group, block.acc_dtype)
-                       for _ in range(heads * len(chunks))]
+        of_relative = [self._relative_sums() for _ in range(heads * len(chunks))]
         yield from self.team.run([
             Task(area, itertools.chain(
                 [(partial(_clear, first - start, last - start, mine), 0)],
@@ -123,9 +125,7 @@ class Backward:
             for bias in [None if biases is None else biases[head * len(chunks) + chunk]]
             for away in [of_relative[head * len(chunks) + chunk]]])
         for number, away in enumerate(of_relative):
-            if away is not None and self.drelative is not None:
-                head = number // len(chunks)
-                away.add_to(self.drelative, slice(head * block.group, (head + 1) * block.group))
+            self._add_relative(number // len(chunks), away)
         if not self.gradient.of_keys:
             return
         if biases is not None and self.dkey_bias is not None:
@@ -148,6 +148,16 @@ class Backward:
         apart = self.dkey_bias is not None and self.dkey_bias.shape[1] > 1
         return np.zeros((count, self.block.group if apart else 1, keys), self.block.acc_dtype)
 
+    def _relative_sums(self) -> RelativeSums | None:
+        """Give sums of the gradient of a bias by distance, if there is one: the kernels sum that up, wanted or not."""
+        relative = self.block.relative
+        return None if relative is None else RelativeSums(relative, self.block.group, self.block.acc_dtype)
+
+    def _add_relative(self, head: int, away: RelativeSums | None) -> None:
+        """Add sums of the gradient of a bias by distance, of the query heads of a key head, if they are wanted."""
+        if away is not None and self.drelative is not None:
+            away.add_to(self.drelative, slice(head * self.block.group, (head + 1) * self.block.group))
+
     def _add_bias(self, start: int, stop: int, sums: Array) -> None:
         """Add up the sums of the chunks, (key heads, chunks, heads of a group or 1, keys), and those of all heads."""
         of_heads = sums[..., :stop - start].sum(axis=1).reshape(-1, stop - start)
@@ -164,9 +174,24 @@ class Backward:
                 bias = self._bias_of(head, columns)
                 tasks.append(Task(area, itertools.chain(
                     [(partial(self._take_up, head, columns, mine), 0)],
-                    self._steps(head, rows, columns, area, tiles, mine, bias),
+                    self._steps(head, rows, columns, area, tiles, mine, bias, self._relative_sums()),
                     [(partial(self._put_back, head, columns, mine, bias), 0)])))
         yield from self.team.run(tasks)
+
+    def _tables(self, columns: list[ColumnRange], tiles: Tiles) -> Generator[int, None, None]:
+        """Sum up the gradient of a bias by distance alone: of each tile of columns with all rows, in their order."""
+        rows, heads = range(self.block.rows), range(self.block.heads)
+        discarded = self._bias_sums(1, columns[-1].stop - columns[0].origin + self.buffers.tile + ROWS)
+        bias = None if discarded is None else discarded[0]
+        none = KeySums(*(x[0] for x in self.buffers.reserve_sums(1, 0)))
+        some = -(-TASKS * self.team.size // len(heads))
+        for first in range(0, len(columns), some):
+            sums = [(head, these, area, self._relative_sums()) for these in columns[first:first + some]
+                    for area in [self.block.seen(rows, these.start, these.stop)[0]] if area for head in heads]
+            yield from self.team.run([Task(area, self._steps(head, rows, these, area, tiles, none, bias, away))
+                                      for head, these, area, away in sums])
+            for head, _, _, away in sums:
+                self._add_relative(head, away)
 
     def _steps(self, head: int, rows: range, columns: ColumnRange, area: int, tiles: Tiles,
                sums: KeySums, bias: Array | None = None, away: RelativeSums | None = None
@@ -188,9 +213,10 @@ class Backward:
             wide = last - first + tile
             if tall == height and here:
                 wide = max(1, int(pairs * (high - low) / (here * tile))) * tile
-            for start in range(low - (low - origin) % tile, high, wide):
+            starts = range(low - (low - origin) % tile, high, wide)
+            for start in starts:
                 stop = min(start + wide, high)
-                done, _, _ = block.seen(some, start, stop)
+                done = here if len(starts) == 1 else block.seen(some, start, stop)[0]
                 yield partial(self._differentiate, RowRange(head, 1, some.start, len(some)),
                               ColumnRange(origin, start, stop), tiles, sums, bias, away), done
 
