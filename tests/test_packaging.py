@@ -80,6 +80,7 @@ def test_all_name_this_version():
     assert EASYCONFIG.name.startswith(f"ringmpi-{VERSION}-")
     assert f"image.version {VERSION}\n" in IMAGE
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{VERSION}}}" in (ROOT / "docs/cite.rst").read_text()
 
 
 def test_spack_depends_on_the_same():
