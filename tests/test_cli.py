@@ -113,6 +113,11 @@ def test_python_m():
     assert said.stdout.startswith("ringmpi ")
 
 
+def test_the_page_lists_the_commands():
+    page = (Path(__file__).parent.parent / "docs/commandline.rst").read_text()
+    assert dict(re.findall(r"^``(\w+)`` +(.+)$", page, re.M)) == COMMANDS
+
+
 @pytest.mark.parametrize(("line", "words"), [
     ("ringmpi at", {"attend"}), ("ringmpi attend in.h5 out.h5 --lay", {"--layout"}),
     ("ringmpi attend in.h5 out.h5 --layout s", {"striped"}), ("ringmpi bench ker", {"kernel"}),
