@@ -115,7 +115,7 @@ def test_python_m():
 
 def test_the_page_lists_the_commands():
     page = (Path(__file__).parent.parent / "docs/commandline.rst").read_text()
-    assert dict(re.findall(r"^``(\w+)`` +(.+)$", page, re.M)) == COMMANDS
+    assert dict(re.findall(r"^``(\w+)``  +(.+)$", page, re.M)) == COMMANDS
 
 
 @pytest.mark.parametrize(("line", "words"), [
