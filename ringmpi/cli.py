@@ -13,11 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import __version__
 from .environment import launched_rank, launched_together
-from .errors import CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
+from .errors import BackendError, CommError, OutputError, RankLost, ResourceError, RingError, RingTimeout, ShardError
 from .files.streams import standard_output
 from .phases import phase
 from .process import Process
@@ -59,6 +60,36 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         if launched_rank() == 0:
             super()._print_message(message, file)
+
+
+class PrintCompletion(argparse.Action):
+    """Print a script by which a shell completes this command line, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, shell: Any,
+                 option: str | None = None) -> None:
+        """Do so, of the options that the commands have. Local."""
+        try:
+            import shtab
+        except ImportError:
+            parser.exit(BackendError.exit_code, f"ringmpi: {option}: shtab is not installed; pip install shtab\n")
+        whole = Parser(prog="ringmpi")
+        commands = whole.add_subparsers()
+        for name, text in COMMANDS.items():
+            command = commands.add_parser(name, help=text)
+            _module(name).add_arguments(command)
+            _complete_files(command, shtab.FILE)
+        parser._print_message(shtab.complete(whole, shell), sys.stdout)
+        parser.exit()
+
+
+def _complete_files(parser: argparse.ArgumentParser, kind: dict[str, str]) -> None:
+    """Have the arguments that are paths completed as files, those of subcommands too."""
+    for action in parser._actions:
+        if action.type is Path:
+            action.complete = kind                 # type: ignore[attr-defined]
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                _complete_files(part, kind)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,6 +150,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, argparse.Namespace]:
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="commands:\n" + "\n".join(
             f"  {name:8}{text}" for name, text in COMMANDS.items()) + f"\n\n{EXIT_CODES}")
     parser.add_argument("--version", action="version", version=f"ringmpi {__version__}")
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=PrintCompletion, metavar="SHELL",
+                        help="print what has bash, zsh or tcsh complete this command line (default: none; needs shtab)")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see `ringmpi COMMAND --help`")
     chosen = parser.parse_args(arguments)

@@ -112,6 +112,46 @@ def test_python_m():
     assert said.stdout.startswith("ringmpi ")
 
 
+def test_the_page_lists_the_commands():
+    page = (Path(__file__).parent.parent / "docs/commandline.rst").read_text()
+    assert dict(re.findall(r"^``(\w+)``  +(.+)$", page, re.M)) == COMMANDS
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("ringmpi at", {"attend"}), ("ringmpi attend in.h5 out.h5 --lay", {"--layout"}),
+    ("ringmpi attend in.h5 out.h5 --layout s", {"striped"}), ("ringmpi bench ker", {"kernel"}),
+    ("ringmpi check in", {"in.h5"})])
+def test_bash_completes(line, words, tmp_path):
+    pytest.importorskip("shtab")
+    (tmp_path / "in.h5").touch()
+    said = without_mpi("--print-completion", "bash")
+    assert said.returncode == 0, said.stderr
+    (tmp_path / "completion").write_text(said.stdout)
+    subprocess.run(["bash", "-n", "completion"], cwd=tmp_path, check=True, timeout=20)
+    ask = f"""source ./completion; COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_shtab_ringmpi; printf '%s\\n' "${{COMPREPLY[@]}}\""""
+    found = subprocess.run(["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert found.returncode == 0, found.stderr
+    assert set(found.stdout.split()) == words
+
+
+def test_completion_for_other_shells(tmp_path):
+    pytest.importorskip("shtab")
+    for shell in ("zsh", "tcsh"):
+        said = without_mpi("--print-completion", shell)
+        assert said.returncode == 0, said.stderr
+        assert all(name in said.stdout for name in COMMANDS)
+    assert without_mpi("--print-completion", "fish").returncode == 2
+
+
+def test_completion_without_shtab():
+    code = "import sys; sys.modules['shtab'] = None; from ringmpi.cli import main; sys.exit(main())"
+    said = subprocess.run([sys.executable, "-c", code, "--print-completion", "bash"], capture_output=True, text=True,
+                          timeout=60)
+    assert said.returncode == 4
+    assert "pip install shtab" in said.stderr
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_make_attend_check_merge(capsys, dtype):
     assert code("make", "random", "in.h5", "--tokens", 300, "--queries", 200, "--heads", 4, "--kv-heads", 2,

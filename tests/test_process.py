@@ -1,6 +1,7 @@
 """The command line's process under mpiexec: signals, deaths, and ranks that are missing at MPI's start or end.
 
-Each case ends in a bounded time, with an exit code that README names and one line on standard error that says why.
+Each case ends in a bounded time, with an exit code that docs/exitcodes.rst names and one line on standard error that
+says why.
 """
 
 import os
