@@ -137,7 +137,14 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False, sizes
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
+    group.add_argument("--axes", default=default(None), metavar="A,B,C",
+                       help="the axes of q, k and v in their order in the file, and of out: tokens, heads and dim, and "
+                            "batch if there is one, as batch,heads,tokens,dim; hidden is heads and dim as one axis "
+                            "(default: tokens,heads,dim; with --heads tokens,hidden)")
     if not sizes:
+        group.add_argument("--heads", dest="query_heads", type=positive, default=default(None), metavar="N",
+                           help="query heads in a hidden axis; keys have as many as fit their own (default: the axes "
+                                "say how many)")
         group.add_argument("--dim-v", type=positive, default=default(None), metavar="N",
                            help="values are the first N numbers of each key, and are read and sent with it (default: "
                                 "values are a dataset of their own)")
@@ -194,6 +201,11 @@ def refuse_idle_options(parser_error: Any, arguments: argparse.Namespace) -> Non
     """Refuse options that would have no effect."""
     if getattr(arguments, "dim_v", None) is not None and getattr(arguments, "v", "v") != "v":
         parser_error("--v: with --dim-v values are in the keys; leave one of the two out")
+    from ..files.axes import Axes
+    try:
+        Axes.parse(arguments.axes, arguments.query_heads)
+    except OptionError as error:
+        parser_error(f"--{error}")
     if arguments.prefix is not None and not arguments.causal:
         parser_error("--prefix widens only --causal, which is not given")
     if arguments.first and arguments.window is None:

@@ -103,6 +103,9 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
                 raise OptionError(f"{result}: expected a result without a bias by distance, which no weights are "
                                   "summed up with yet, got one of `ringmpi attend --relative`")
             data = files.enter_context(open_input(source, options))
+            if data.sizes.batch is not None:
+                raise OptionError(f"{result}: expected a result without a batch axis, of which nothing is summed up "
+                                  "yet; ringmpi.analysis takes arrays that have one")
             _check_belongs(written, data)
             check_range(np.array(question.rows, np.int64), data.sizes.n_q)
         run.comm.check_same_options(asdict(data.sizes) | asdict(options), timeout)
@@ -122,9 +125,11 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
 
 def _check_belongs(written: Manifest | SingleFile, data: Input) -> None:
     sizes = data.sizes
-    if written.shapes["lse"] != (sizes.n_q, sizes.heads) or written.dtypes["out"] != sizes.dtype:
-        raise ShapeError(f"{written.path}: expected lse of shape {(sizes.n_q, sizes.heads)} of {sizes.dtype} for this "
-                         f"input, got {written.shapes['lse']} of {written.dtypes['out']}")
+    if (written.shapes["lse"] != (sizes.n_q, sizes.heads) or written.dtypes["out"] != sizes.dtype
+            or written.axes != data.axes):
+        raise ShapeError(f"{written.path}: expected lse of shape {(sizes.n_q, sizes.heads)} of {sizes.dtype} in the "
+                         f"order {data.axes} for this input, got {written.shapes['lse']} of {written.dtypes['out']} in "
+                         f"the order {written.axes}")
 
 
 class _Job:

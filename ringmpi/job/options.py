@@ -55,6 +55,8 @@ class Options:
     k: str = "k"
     v: str = "v"
     raw_dtype: str | None = None
+    axes: str | None = None
+    query_heads: int | None = None
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Options:

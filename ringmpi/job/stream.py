@@ -33,7 +33,7 @@ from ..softmax import State
 from ..trace import Exchange, Step, Trace
 from .checkpoints import Checkpoints
 from .done import Done
-from .inputs import Input
+from .inputs import Input, axes_of
 from .journal import Journal, describe_job
 from .options import Options
 from .outputs import rows_of_results
@@ -52,6 +52,8 @@ def with_limit(run: Run, options: Options) -> Options:
     """
     if options.relative:
         raise OptionError("stream: there is no relative yet; leave out one of the two")
+    if "batch" in axes_of(options).names:
+        raise OptionError("stream: there is no batch axis yet; give a file for each element, or leave --stream out")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)
