@@ -148,8 +148,16 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False, sizes
         group.add_argument("--dim-v", type=positive, default=default(None), metavar="N",
                            help="values are the first N numbers of each key, and are read and sent with it (default: "
                                 "values are a dataset of their own)")
+    add_hdf5plugin(group, default(False))
     group.add_argument("--raw-dtype", choices=("bfloat16",), default=default(None),
                        help="take plain 16-bit items of q, k, v (uint16, int16, opaque) for the bits of this dtype")
+
+
+def add_hdf5plugin(parser: Any, default: Any = False) -> None:
+    """Add the option that lets hdf5plugin decompress; an OUT.h5 does not say it in a user's place."""
+    parser.add_argument("--hdf5plugin", action="store_true", default=default,
+                        help="read datasets that are compressed by blosc, blosc2, zstd, lz4 or bitshuffle, with the "
+                             "libraries of the package hdf5plugin: for files that you trust with them")
 
 
 def add_backend(parser: Any, schedules: str = "auto") -> None:

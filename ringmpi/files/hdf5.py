@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
 from .axes import Axes
 from .boxes import read_box
+from .filters import OWN, Filters
 from .item_types import bits, file_type, stored_dtype
 from .links import resolve_path
 from .new_file import NewFile, new_file, not_what_was_written
@@ -34,7 +35,7 @@ CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
 READ_BACK_BYTES = 2**24        # at a time: on top of what a job holds
 
 
-def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dataset:
+def open_dataset(file: h5py.File, name: str, raw: str | None = None, filters: Filters = OWN) -> h5py.Dataset:
     """Find a dataset of floats and check that all of its data is in place. Local.
 
     Parameters
@@ -45,6 +46,8 @@ def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dat
         Path of the dataset in the file.
     raw : str, optional
         What plain 16-bit items are, see `stored_dtype`.
+    filters : mapping
+        That it may be compressed by, see `ringmpi.files.filters`.
 
     Raises
     ------
@@ -60,9 +63,9 @@ def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dat
         if not isinstance(dataset, h5py.Dataset):
             raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
         dtype = stored_dtype(dataset, raw)
-        check_storage(dataset, where)
+        check_storage(dataset, where, filters)
         if dataset.is_virtual:
-            check_sources(dataset, where, dtype, raw)
+            check_sources(dataset, where, dtype, raw, filters)
     return dataset
 
 
@@ -74,7 +77,7 @@ def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
 
 
 def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str, ...] = ("offsets",),
-                  booleans: bool = False) -> NDArray[np.int64]:
+                  booleans: bool = False, filters: Filters = OWN) -> NDArray[np.int64]:
     """Read a dataset of at most `most` integers along its first axis, with the checks of `open_dataset`. Local.
 
     Parameters
@@ -83,6 +86,8 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
         What the axes are called; pairs have the second one.
     booleans : bool
         Whether they may be booleans too, for 0 and 1.
+    filters : mapping
+        See `open_dataset`.
 
     Raises
     ------
@@ -101,14 +106,14 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
             raise ShapeError(f"{where}: expected pairs of integers, got shape {dataset.shape}")
         if len(dataset) > most:
             raise ShapeError(f"{where}: expected at most {most:,} integers, got {len(dataset):,}")
-        check_storage(dataset, where)
+        check_storage(dataset, where, filters)
         numbers = dataset[...]
         if numbers.max(initial=0) > np.iinfo(np.int64).max:
             raise ShardError(f"{where}: expected integers below 2^63, got {numbers.max()}")
         return np.asarray(numbers, np.int64)
 
 
-def read_floats(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
+def read_floats(file: h5py.File, name: str, heads: int, filters: Filters = OWN) -> NDArray[np.float64]:
     """Read a dataset of floats of shape (heads,), with the checks of `open_dataset`. Local.
 
     Raises
@@ -116,7 +121,7 @@ def read_floats(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
     ShardError, DtypeError, ShapeError
         If it is not there, not to be trusted, not of finite floats or not of that shape.
     """
-    dataset = open_dataset(file, name)
+    dataset = open_dataset(file, name, filters=filters)
     if dataset.shape != (heads,):
         raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads},), one number for each head, "
                          f"got {dataset.shape}")

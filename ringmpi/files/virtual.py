@@ -16,6 +16,7 @@ import numpy as np
 
 from ..environment import virtual_prefix
 from ..errors import ShardError
+from .filters import OWN, Filters
 from .item_types import stored_dtype
 from .links import resolve_path
 from .opening import open_file
@@ -47,7 +48,8 @@ def within_source(box: Box, wanted: Box, source: Box) -> tuple[list[int], list[i
     return [begin + skipped for begin, skipped, _ in parts], [count for *_, count in parts]
 
 
-def check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw: str | None) -> None:
+def check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw: str | None,
+                  filters: Filters = OWN) -> None:
     """Check that the sources of a virtual dataset are there, beside it, and give each number once. Local.
 
     Raises
@@ -57,12 +59,13 @@ def check_sources(dataset: h5py.Dataset, where: str, dtype: np.dtype[Any], raw: 
     """
     if virtual_prefix() is not None:
         raise ShardError(f"{where}: refused: HDF5_VDS_PREFIX leads virtual sources elsewhere; unset it")
-    boxes = [_check_source(dataset, source, where, dtype, raw) for source in dataset.virtual_sources()]
+    boxes = [_check_source(dataset, source, where, dtype, raw, filters) for source in dataset.virtual_sources()]
     if not _tile(boxes, dataset.shape):
         raise ShardError(f"{where}: refused: its virtual sources leave numbers out or give them twice, or are too many")
 
 
-def _check_source(dataset: h5py.Dataset, source: Any, where: str, dtype: np.dtype[Any], raw: str | None) -> Box:
+def _check_source(dataset: h5py.Dataset, source: Any, where: str, dtype: np.dtype[Any], raw: str | None,
+                  filters: Filters) -> Box:
     """Check one source; give the box that it stands for."""
     name = source.file_name
     path = source_path(dataset, name)
@@ -76,7 +79,7 @@ def _check_source(dataset: h5py.Dataset, source: Any, where: str, dtype: np.dtyp
         if not isinstance(target, h5py.Dataset) or target.is_virtual:
             raise ShardError(f"{where}: refused: its virtual source {name!r} holds no plain dataset "
                              f"{source.dset_name!r}")
-        check_storage(target, f"{path}: dataset {source.dset_name!r}")
+        check_storage(target, f"{path}: dataset {source.dset_name!r}", filters)
         if stored_dtype(target, raw) != dtype:
             raise ShardError(f"{where}: its virtual source {name!r} has dtype {target.dtype}")
         shape = target.shape

@@ -248,7 +248,7 @@ class _Job:
         n_k = self._data.sizes.n_k
         with self._run.raise_on_all():
             with open_file(self._data.path) as file:
-                offsets = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS))
+                offsets = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS), filters=self._data.filters)
             if len(offsets) < 2 or (np.diff(offsets) < 0).any():
                 raise ShardError(f"{self._data.path}: dataset 'documents': expected ascending offsets [0, ...], got "
                                  f"{offsets}")

@@ -17,6 +17,7 @@ from ..checks import check_shapes
 from ..dtypes import accumulator
 from ..errors import DtypeError, ShapeError, ShardError
 from ..files.axes import HIDDEN, Axes
+from ..files.filters import OWN, Filters, filters_of_plugins
 from ..files.hdf5 import open_dataset, read_floats, read_integers, read_rows
 from ..files.opening import open_file
 from ..files.tokens import Tokens
@@ -64,6 +65,8 @@ class Input:
     relative : float64 array of shape (heads, 2 reach + 1), or a tuple of one for each axis of a grid, optional
     axes : Axes
         Of q, k and v in the file, and of `out`.
+    filters : mapping
+        That its datasets may be compressed by.
     """
 
     path: Path
@@ -77,6 +80,7 @@ class Input:
     key_bias: Tokens | None
     relative: NDArray[np.float64] | tuple[NDArray[np.float64], ...] | None
     axes: Axes
+    filters: Filters
 
     @property
     def keys(self) -> list[Tokens]:
@@ -106,17 +110,18 @@ def open_input(path: Path, options: Options) -> Iterator[Input]:
     """
     with open_file(path) as file:
         axes = axes_of(options)
-        q, k, v = _open_tokens(file, axes, options)
+        filters = filters_of_plugins() if options.hdf5plugin else OWN
+        q, k, v = _open_tokens(file, axes, options, filters)
         sizes = _sizes(path, q, k, v, options)
         key_bias = None
         if options.key_bias:
-            key_bias = _open_key_bias(file, axes, sizes)
+            key_bias = _open_key_bias(file, axes, sizes, filters)
             sizes = replace(sizes, key_bias=1 if key_bias.shape[1:] in ((), (sizes.batch,)) else sizes.heads)
-        mask = _read_mask(file, options, sizes)
-        alibi = read_floats(file, "alibi", sizes.heads) if options.alibi else None
-        sinks = read_floats(file, "sinks", sizes.heads) if options.sinks else None
-        relative = _read_relative(file, sizes, mask) if options.relative else None
-        yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias, relative, axes)
+        mask = _read_mask(file, options, sizes, filters)
+        alibi = read_floats(file, "alibi", sizes.heads, filters) if options.alibi else None
+        sinks = read_floats(file, "sinks", sizes.heads, filters) if options.sinks else None
+        relative = _read_relative(file, sizes, mask, filters) if options.relative else None
+        yield Input(path, q, k, v, sizes, mask, alibi, sinks, key_bias, relative, axes, filters)
 
 
 def axes_of(options: Options) -> Axes:
@@ -130,10 +135,10 @@ def axes_of(options: Options) -> Axes:
     return Axes.parse(options.axes, options.query_heads)
 
 
-def _open_tokens(file: h5py.File, axes: Axes, options: Options) -> tuple[Tokens, Tokens, Tokens]:
+def _open_tokens(file: h5py.File, axes: Axes, options: Options, filters: Filters) -> tuple[Tokens, Tokens, Tokens]:
     """Find q, k and v; of hidden axes keys have as many heads as the dim of the queries makes of them."""
     names = options.q, options.k, options.v if options.dim_v is None else options.k
-    datasets = [open_dataset(file, name, options.raw_dtype) for name in names]
+    datasets = [open_dataset(file, name, options.raw_dtype, filters) for name in names]
     q = Tokens.of(datasets[0], axes, options.raw_dtype, options.query_heads or 0)
     k_heads = 0
     if HIDDEN in axes.names and datasets[1].ndim == len(axes.names):
@@ -162,9 +167,9 @@ def batch_first_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) < 4 else (shape[1], shape[0], *shape[2:])
 
 
-def _open_key_bias(file: h5py.File, axes: Axes, sizes: Sizes) -> Tokens:
+def _open_key_bias(file: h5py.File, axes: Axes, sizes: Sizes, filters: Filters) -> Tokens:
     """Find the bias of the keys, and check its shape: that of the keys without dim, with query heads or without."""
-    dataset = open_dataset(file, "key_bias")
+    dataset = open_dataset(file, "key_bias", filters=filters)
     batch = () if sizes.batch is None else (sizes.batch,)
     wanted = {axes.without("heads", "dim"): (sizes.n_k, *batch), axes.without("dim"): (sizes.n_k, *batch, sizes.heads)}
     for each, shape in wanted.items():
@@ -175,17 +180,17 @@ def _open_key_bias(file: h5py.File, axes: Axes, sizes: Sizes) -> Tokens:
                      f"{dataset.shape}")
 
 
-def _read_relative(file: h5py.File, sizes: Sizes, mask: BaseMask
+def _read_relative(file: h5py.File, sizes: Sizes, mask: BaseMask, filters: Filters
                    ) -> NDArray[np.float64] | tuple[NDArray[np.float64], ...]:
     """Read the table of a bias by distance, or those of the axes of a grid where there is none by positions."""
     if mask.axes and "relative" not in file:
-        return tuple(_read_table(file, f"relative_{axis}", sizes.heads) for axis in range(len(mask.axes)))
-    return _read_table(file, "relative", sizes.heads)
+        return tuple(_read_table(file, f"relative_{axis}", sizes.heads, filters) for axis in range(len(mask.axes)))
+    return _read_table(file, "relative", sizes.heads, filters)
 
 
-def _read_table(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
+def _read_table(file: h5py.File, name: str, heads: int, filters: Filters) -> NDArray[np.float64]:
     """Read a table of a bias by distance."""
-    dataset = open_dataset(file, name)
+    dataset = open_dataset(file, name, filters=filters)
     if dataset.ndim != 2 or len(dataset) != heads or not dataset.shape[1] % 2:
         raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads}, 2 reach + 1), an odd number for "
                          f"each head, got {dataset.shape}")
@@ -230,11 +235,12 @@ def read_bias_shard(run: Run, attention: RingAttention, tokens: Tokens | None) -
         return redistribute(bias, comm=run.world, target=attention.layout, timeout=run.timeout)
 
 
-def _read_mask(file: h5py.File, options: Options, sizes: Sizes) -> BaseMask:
+def _read_mask(file: h5py.File, options: Options, sizes: Sizes, filters: Filters) -> BaseMask:
     """Make the mask that the options and the file's datasets describe."""
     most = max(sizes.n_q + 1, sizes.n_k + 1, MOST_OFFSETS)
     arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",),
-                                  booleans=name == "key_mask") for name in ARRAYS if getattr(options, name)}
+                                  booleans=name == "key_mask", filters=filters)
+              for name in ARRAYS if getattr(options, name)}
     mask = make_mask(options, arrays)
     mask.check(sizes.n_q, sizes.n_k)
     return mask

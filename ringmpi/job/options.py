@@ -57,6 +57,7 @@ class Options:
     raw_dtype: str | None = None
     axes: str | None = None
     query_heads: int | None = None
+    hdf5plugin: bool = False
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Options:
