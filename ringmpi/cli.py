@@ -26,7 +26,7 @@ from .watchdog import END_SECONDS
 
 COMMANDS = {
     "attend": "attention from an HDF5 file to an HDF5 file",
-    "make": "make an input file: random numbers, or real text",
+    "make": "make an input file: random numbers, real text, or arrays of .npy, .npz and .safetensors",
     "check": "recompute sampled rows of a result in float64",
     "analyse": "where the attention of a result went: sums over its weights",
     "merge": "copy a sharded result into one plain file",

@@ -362,14 +362,14 @@ def test_virtual_sources(path, tmp_path):
     with pytest.raises(ShardError, match="does not hold"):
         load(path)
     virtual(path, [("a.h5", "x", 4)])
-    with pytest.raises(ShardError, match="leave rows out or give them twice"):
+    with pytest.raises(ShardError, match="leave numbers out or give them twice"):
         load(path)
     layout = h5py.VirtualLayout((8,), "f4")
     for name in ("a.h5", "sub/b.h5"):                      # both on the same rows: the sum of items is right
         layout[0:4] = h5py.VirtualSource(name, "x", (4,), "f4")
     with h5py.File(path, "w") as file:
         file.create_virtual_dataset("x", layout)
-    with pytest.raises(ShardError, match="leave rows out or give them twice"):
+    with pytest.raises(ShardError, match="leave numbers out or give them twice"):
         load(path)
 
 

@@ -81,7 +81,8 @@ def test_it_is_what_the_shards_are(tmp_path, ranks, dtype):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
     with h5py.File(tmp_path / "out.h5") as one, h5py.File(tmp_path / "merged.h5") as other:
         assert set(one.attrs) == set(other.attrs)
-        assert sorted(one) == sorted(other) == ["lse", "out", "rows"]
+        assert sorted(one) == sorted(other) == ["dim", "head", "lse", "out", "rows", "token"]
+        assert [one["out"].dims[axis][0].name for axis in range(3)] == ["/token", "/head", "/dim"]
         for name in ("backend", "ranks", "grid", "ringmpi", "complete"):
             assert one.attrs[name] == other.attrs[name]
         options = [json.loads(file.attrs["options"]) for file in (one, other)]
@@ -90,6 +91,21 @@ def test_it_is_what_the_shards_are(tmp_path, ranks, dtype):
     assert verify_single(tmp_path / "out.h5").ranges[-1].stop == 203
     assert len(verify_single(tmp_path / "out.h5").ranges) == ranks
     assert not list(tmp_path.glob("out.h5.shards"))
+
+
+@parallel
+@pytest.mark.parametrize("axes", ["heads,tokens,dim", "batch,tokens,heads,dim"])
+def test_other_axes(tmp_path, axes):
+    q, k, v = (x.swapaxes(0, 1) if axes.startswith("heads") else x[None] for x in
+               read_arrays(make_random(tmp_path / "plain.h5", 53, heads=4, kv_heads=2, dim=16)))
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["q"], file["k"], file["v"] = q, k, v
+    result = together(3, tmp_path / "in.h5", tmp_path / "out.h5", "--axes", axes, folder=tmp_path)
+    assert result.code == 0, result.text
+    assert verify_single(tmp_path / "out.h5").shapes["lse"][0] == 53
+    assert main(["check", str(tmp_path / "in.h5"), str(tmp_path / "out.h5")]) == 0
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert file["out"].shape == q.shape
 
 
 @parallel

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import memory_limit, natural, positive, schedule, seconds
+from .options import add_hdf5plugin, memory_limit, natural, positive, schedule, seconds
 
 
 def positions(text: str) -> tuple[int, ...]:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
     run.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                      help="seconds to wait for another rank (default: 1800)")
+    add_hdf5plugin(run)
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
     run.add_argument("--force", action="store_true", help="replace RESULT.h5 if it exists")
     parser.set_defaults(collective=True)
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         if world_rank() == 0 and not arguments.quiet:
             print(text, flush=True)
 
-    options = {name: getattr(arguments, name) for name in ("layout", "backend", "schedule", "memory_limit")}
+    of_run = ("layout", "backend", "schedule", "memory_limit", "hdf5plugin")
+    options = {name: getattr(arguments, name) for name in of_run}
     analyse(arguments.input, arguments.output, arguments.result, question, options, threads=arguments.threads,
             timeout=arguments.timeout, force=arguments.force, say=say)
     return 0

@@ -11,7 +11,7 @@ from ..checks import check_threads
 from ..dtypes import DTYPES, accumulator
 from ..environment import affinity, launched_nodes, launched_rank, launched_sizes, slurm_memory
 from ..job.inputs import Sizes, open_input
-from ..job.memory import count_pairs, measure_process, planner_of, predict_memory, predict_seconds
+from ..job.memory import batch_of, count_pairs, measure_process, planner_of, predict_memory, predict_seconds
 from ..job.options import Options
 from ..job.outputs import check_paths
 from ..job.parallel import check_driver
@@ -44,8 +44,9 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     here = -(-ranks // min(ranks, launched_nodes()))
     threads = arguments.threads or max(1, len(affinity()) // here)
 
-    print(f"{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, "
-          f"dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
+    elements = "" if sizes.batch is None else f"batch of {sizes.batch:,}, "
+    print(f"{elements}{sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, "
+          f"dim {sizes.dim}, dim_v {sizes.dim_v}, {sizes.dtype}, {ranks} rank{'s' if ranks > 1 else ''}")
     if options.stream and options.memory_limit is None:
         options = replace(options, memory_limit=usual_limit(here))
     schedule = schedule_within(sizes, ranks, options)
@@ -103,7 +104,7 @@ def _describe_result(sizes: Sizes, options: Options) -> Iterator[str]:
     """Say what is written, and what a matrix of all scores would have taken."""
     dtype = DTYPES[sizes.dtype]
     wide = accumulator(dtype, options.accumulator).itemsize
-    rows = sizes.n_q * sizes.heads
+    rows = sizes.n_q * sizes.heads * batch_of(sizes)
     written = rows * (sizes.dim_v * dtype.itemsize + wide)
     yield f"{'output':24}{written / 2**20:12.1f} MiB on disk, out and lse of all ranks"
     yield f"{'matrix of scores':24}{size_text(rows * sizes.n_k * wide):>12} of all ranks, which is never made"

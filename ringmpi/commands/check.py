@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..job.options import Options
     require_single_process("check")
     written = verify_single(arguments.output) if is_single(arguments.output) else verify(arguments.output)
-    recorded = asdict(Options.from_record(written.record.get("options", {})))
+    recorded = asdict(Options.from_record(written.record.get("options", {}))) | {"hdf5plugin": False}
     options = recorded | {name: value for name, value in vars(arguments).items() if name in recorded}
     arguments.check(argparse.Namespace(**options))
     result = audit(arguments.input, written, Options.from_record(options), arguments.rows, arguments.seed)

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..environment import launched_sizes
-from ..job.memory import count_pairs, measure_process, predict_memory, predict_seconds
+from ..job.memory import batch_of, count_pairs, measure_process, predict_memory, predict_seconds
 from ..job.report import Start
 from ..phases import Listener
 
@@ -49,7 +49,7 @@ class Display:
     def start(self, start: Start) -> None:
         """Describe the job, and begin to show it; or begin anew, on other ranks."""
         pairs = count_pairs(start.mask, start.sizes, len(start.hosts), start.options.layout)
-        self._pairs = max(1, sum(pairs))
+        self._pairs = max(1, sum(pairs) * batch_of(start.sizes))
         for line in describe(start, pairs):
             self._say(line)
         if self._thread.is_alive():

@@ -137,12 +137,27 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False, sizes
     for name in "qkv":
         group.add_argument(f"--{name}", default=default(name), metavar="NAME",
                            help=f"dataset of {name} (default: {name})")
+    group.add_argument("--axes", default=default(None), metavar="A,B,C",
+                       help="the axes of q, k and v in their order in the file, and of out: tokens, heads and dim, and "
+                            "batch if there is one, as batch,heads,tokens,dim; hidden is heads and dim as one axis "
+                            "(default: tokens,heads,dim; with --heads tokens,hidden)")
     if not sizes:
+        group.add_argument("--heads", dest="query_heads", type=positive, default=default(None), metavar="N",
+                           help="query heads in a hidden axis; keys have as many as fit their own (default: the axes "
+                                "say how many)")
         group.add_argument("--dim-v", type=positive, default=default(None), metavar="N",
                            help="values are the first N numbers of each key, and are read and sent with it (default: "
                                 "values are a dataset of their own)")
+    add_hdf5plugin(group, default(False))
     group.add_argument("--raw-dtype", choices=("bfloat16",), default=default(None),
                        help="take plain 16-bit items of q, k, v (uint16, int16, opaque) for the bits of this dtype")
+
+
+def add_hdf5plugin(parser: Any, default: Any = False) -> None:
+    """Add the option that lets hdf5plugin decompress; an OUT.h5 does not say it in a user's place."""
+    parser.add_argument("--hdf5plugin", action="store_true", default=default,
+                        help="read datasets that are compressed by blosc, blosc2, zstd, lz4 or bitshuffle, with the "
+                             "libraries of the package hdf5plugin: for files that you trust with them")
 
 
 def add_backend(parser: Any, schedules: str = "auto") -> None:
@@ -194,6 +209,11 @@ def refuse_idle_options(parser_error: Any, arguments: argparse.Namespace) -> Non
     """Refuse options that would have no effect."""
     if getattr(arguments, "dim_v", None) is not None and getattr(arguments, "v", "v") != "v":
         parser_error("--v: with --dim-v values are in the keys; leave one of the two out")
+    from ..files.axes import Axes
+    try:
+        Axes.parse(arguments.axes, arguments.query_heads)
+    except OptionError as error:
+        parser_error(f"--{error}")
     if arguments.prefix is not None and not arguments.causal:
         parser_error("--prefix widens only --causal, which is not given")
     if arguments.first and arguments.window is None:

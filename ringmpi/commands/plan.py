@@ -143,6 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files.record import check_record, write_json
     from ..files.streams import STANDARD_OUTPUT
     require_single_process("plan")
+    in_file = arguments.input is not None and "hidden" in (arguments.axes or "")
+    arguments.query_heads = arguments.heads if in_file else None
     arguments.check(arguments)
     _refuse(arguments)
     if arguments.json:
@@ -163,8 +165,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _refuse(arguments: argparse.Namespace) -> None:
     """Refuse options that would have no effect, or do not go together."""
     error = arguments.error
+    in_hidden = arguments.query_heads is not None
     said = [name for name in SIZES if getattr(arguments, name) is not None
-            and not (name == "dim_v" and arguments.values_in_keys)]
+            and not (name == "dim_v" and arguments.values_in_keys) and not (name == "heads" and in_hidden)]
     auto = arguments.schedule == "auto"
     if arguments.input is None and arguments.tokens is None:
         error("expected IN.h5, or --tokens and what else differs from the defaults")
@@ -177,7 +180,7 @@ def _refuse(arguments: argparse.Namespace) -> None:
     for name in ("relative", "values_in_keys"):
         if getattr(arguments, name) and arguments.backend == "cuda":
             error(f"--{name.replace('_', '-')}: the CUDA backend has none yet; expected another backend")
-    for name in ("documents", "key_bias", "relative", *OF_ARRAYS):
+    for name in ("axes", "documents", "key_bias", "relative", *OF_ARRAYS):
         if getattr(arguments, name) and arguments.input is None:
             error(f"--{name.replace('_', '-')}: read from IN.h5, which is not given")
     for name in ("jitter", "slow_rank", "slow_link", "schedule"):

@@ -18,20 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DtypeError, OutputError, RingError, ShapeError, ShardError
-from .item_types import bits, file_type, memory_type, stored_dtype
+from .axes import Axes
+from .boxes import read_box
+from .filters import OWN, Filters
+from .item_types import bits, file_type, stored_dtype
 from .links import resolve_path
 from .new_file import NewFile, new_file, not_what_was_written
-from .opening import H5PY_ERRORS, explain, open_file, reading
+from .opening import open_file, reading
 from .paths import as_path
-from .rows import row_ranges, select_rows, whole_rows
+from .rows import row_ranges, select_box
 from .storage import check_storage
-from .virtual import check_sources, source_path
+from .tokens import Tokens
+from .virtual import check_sources
 
 CHUNK_BYTES = 2**20            # of what this package writes: one checksum each
 READ_BACK_BYTES = 2**24        # at a time: on top of what a job holds
 
 
-def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dataset:
+def open_dataset(file: h5py.File, name: str, raw: str | None = None, filters: Filters = OWN) -> h5py.Dataset:
     """Find a dataset of floats and check that all of its data is in place. Local.
 
     Parameters
@@ -42,6 +46,8 @@ def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dat
         Path of the dataset in the file.
     raw : str, optional
         What plain 16-bit items are, see `stored_dtype`.
+    filters : mapping
+        That it may be compressed by, see `ringmpi.files.filters`.
 
     Raises
     ------
@@ -57,9 +63,9 @@ def open_dataset(file: h5py.File, name: str, raw: str | None = None) -> h5py.Dat
         if not isinstance(dataset, h5py.Dataset):
             raise ShardError(f"{where}: expected a dataset, got a {type(dataset).__name__.lower()}")
         dtype = stored_dtype(dataset, raw)
-        check_storage(dataset, where)
+        check_storage(dataset, where, filters)
         if dataset.is_virtual:
-            check_sources(dataset, where, dtype, raw)
+            check_sources(dataset, where, dtype, raw, filters)
     return dataset
 
 
@@ -71,7 +77,7 @@ def check_axes(dataset: h5py.Dataset, axes: tuple[str, ...]) -> None:
 
 
 def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str, ...] = ("offsets",),
-                  booleans: bool = False) -> NDArray[np.int64]:
+                  booleans: bool = False, filters: Filters = OWN) -> NDArray[np.int64]:
     """Read a dataset of at most `most` integers along its first axis, with the checks of `open_dataset`. Local.
 
     Parameters
@@ -80,6 +86,8 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
         What the axes are called; pairs have the second one.
     booleans : bool
         Whether they may be booleans too, for 0 and 1.
+    filters : mapping
+        See `open_dataset`.
 
     Raises
     ------
@@ -98,14 +106,14 @@ def read_integers(file: h5py.File, name: str, most: int = 2**20, axes: tuple[str
             raise ShapeError(f"{where}: expected pairs of integers, got shape {dataset.shape}")
         if len(dataset) > most:
             raise ShapeError(f"{where}: expected at most {most:,} integers, got {len(dataset):,}")
-        check_storage(dataset, where)
+        check_storage(dataset, where, filters)
         numbers = dataset[...]
         if numbers.max(initial=0) > np.iinfo(np.int64).max:
             raise ShardError(f"{where}: expected integers below 2^63, got {numbers.max()}")
         return np.asarray(numbers, np.int64)
 
 
-def read_floats(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
+def read_floats(file: h5py.File, name: str, heads: int, filters: Filters = OWN) -> NDArray[np.float64]:
     """Read a dataset of floats of shape (heads,), with the checks of `open_dataset`. Local.
 
     Raises
@@ -113,7 +121,7 @@ def read_floats(file: h5py.File, name: str, heads: int) -> NDArray[np.float64]:
     ShardError, DtypeError, ShapeError
         If it is not there, not to be trusted, not of finite floats or not of that shape.
     """
-    dataset = open_dataset(file, name)
+    dataset = open_dataset(file, name, filters=filters)
     if dataset.shape != (heads,):
         raise ShapeError(f"{file.filename}: dataset {name!r}: expected shape ({heads},), one number for each head, "
                          f"got {dataset.shape}")
@@ -139,53 +147,24 @@ def read_rows(dataset: h5py.Dataset, start: int, stop: int, raw: str | None = No
 def read_rows_into(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
     """Read rows from `start` on into a contiguous array of the dataset's dtype and row shape, bit for bit. Local.
 
-    Rows of a virtual dataset are read from its sources: HDF5 itself reads a source that it can't open, for whatever
-    reason, as zeros.
+    Rows of a virtual dataset are read from its sources, see `read_box`.
 
     Raises
     ------
     ShardError
         If a checksum does not match or the file can't be read.
     """
-    if not dataset.is_virtual:
-        read_as_shown(dataset, start, rows)
-        return
-    for source in dataset.virtual_sources():
-        begin, end = whole_rows(source.vspace, dataset.shape)
-        first, last = max(begin, start), min(end, start + len(rows))
-        if first < last:
-            with open_file(source_path(dataset, source.file_name)) as file:
-                target = resolve_path(file, source.dset_name)
-                skipped = whole_rows(source.src_space, target.shape)[0] + first - begin
-                read_as_shown(target, skipped, rows[first - start:last - start])
-
-
-def read_as_shown(dataset: h5py.Dataset, start: int, rows: NDArray[Any]) -> None:
-    """Read rows as any reader of HDF5 sees them: those of a virtual dataset through it. Local.
-
-    Raises
-    ------
-    ShardError
-        If a checksum does not match or the file can't be read.
-    """
-    try:
-        item = memory_type(dataset, rows.dtype)
-        for first, last in row_ranges(rows.shape, rows.dtype):
-            part = rows[first:last]
-            dataset.id.read(*select_rows(dataset, start + first, part.shape), bits(part), item)
-    except H5PY_ERRORS as error:
-        where = f"{dataset.file.filename}: dataset {dataset.name!r}, rows {start}..{start + len(rows)}"
-        why = explain(error) if getattr(error, "errno", None) else f"damaged or unreadable: {error}"
-        raise ShardError(f"{where}: {why}") from error
+    read_box(dataset, (start, *[0] * (rows.ndim - 1)), rows)
 
 
 class Written(NamedTuple):
-    """What was written, to be read back: rows start..stop of a dataset, or all of it if they are None."""
+    """What was written, to be read back: rows of that shape from `start` on, or a whole dataset if that is None."""
 
     name: str
-    start: int | None
-    stop: int | None
     checksum: int
+    start: int | None = None
+    shape: tuple[int, ...] = ()
+    axes: Axes = Axes()
 
 
 class OutputFile(h5py.File):  # type: ignore[misc]
@@ -199,19 +178,36 @@ class OutputFile(h5py.File):  # type: ignore[misc]
 
 
 class OutputDataset(h5py.Dataset):  # type: ignore[misc]
-    """A dataset of an `OutputFile`."""
+    """A dataset of an `OutputFile`, whose rows are written in the order of its axes."""
 
-    def __init__(self, identifier: Any, output: OutputFile) -> None:
+    def __init__(self, identifier: Any, output: OutputFile, axes: Axes) -> None:
         super().__init__(identifier)
         self.output = output
+        self.axes = axes
 
 
-def create_dataset(file: OutputFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> OutputDataset:
-    """Make a dataset for floats or int64, in chunks of about 1 MiB with a Fletcher32 checksum each. Local."""
+def create_dataset(file: OutputFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
+                   axes: Axes | None = None) -> OutputDataset:
+    """Make a dataset for floats or int64, in chunks of about 1 MiB with a Fletcher32 checksum each. Local.
+
+    Parameters
+    ----------
+    file : OutputFile
+    name : str
+    shape : tuple of int
+        In memory, where rows come first.
+    dtype : dtype
+    axes : Axes, optional
+        In the order of the file; without, as in memory.
+    """
+    axes = axes or Axes.plain(len(shape))
     row = max(1, int(np.prod(shape[1:])) * dtype.itemsize)
-    chunks = (min(shape[0], max(1, CHUNK_BYTES // row)), *shape[1:]) if 0 not in shape else None
-    made = file.create_dataset(name, shape, file_type(dtype), chunks=chunks, fletcher32=bool(chunks))
-    return OutputDataset(made.id, file)
+    chunks = None
+    if 0 not in shape:
+        chunks = axes.shape_in_file((min(shape[0], max(1, CHUNK_BYTES // row)), *shape[1:]))
+    made = file.create_dataset(name, axes.shape_in_file(shape), file_type(dtype), chunks=chunks,
+                               fletcher32=bool(chunks))
+    return OutputDataset(made.id, file, axes)
 
 
 def write_rows(dataset: OutputDataset, start: int, rows: NDArray[Any]) -> None:
@@ -222,18 +218,20 @@ def write_rows(dataset: OutputDataset, start: int, rows: NDArray[Any]) -> None:
     OutputError
         If the system has refused a write by then.
     """
+    axes = dataset.axes
     item = file_type(rows.dtype)
     for first, last in row_ranges(rows.shape, rows.dtype):
         part = np.ascontiguousarray(rows[first:last])
-        dataset.id.write(*select_rows(dataset, start + first, part.shape), bits(part), item)
+        box = axes.to_file(part)
+        dataset.id.write(*select_box(dataset, axes.start_of(start + first), box.shape), bits(box), item)
         dataset.output.disk.check()
-        dataset.output.written.append(Written(dataset.name, start + first, start + last, _checksum(part)))
+        dataset.output.written.append(Written(dataset.name, _checksum(part), start + first, part.shape, axes))
 
 
 def write_array(file: OutputFile, name: str, values: NDArray[Any] | np.bytes_) -> None:
     """Write a small array as a dataset of its own. Local."""
     file[name] = values
-    file.written.append(Written(name, None, None, _checksum(np.ascontiguousarray(values))))
+    file.written.append(Written(name, _checksum(np.ascontiguousarray(values))))
 
 
 @contextmanager
@@ -301,23 +299,22 @@ def _beside(look: Callable[[Path], None] | None, path: Path) -> Iterator[None]:
 def _read_back(path: Path, written: list[Written]) -> None:
     """Raise `ShardError` unless a file reads as it was written."""
     with open_file(path) as file:
-        for name, start, stop, checksum in written:
+        for each in written:
             with reading(path):
-                data = file[name]
-                found = (_checksum(np.ascontiguousarray(data[()])) if start is None or stop is None
-                         else _checksum_in_file(data, start, stop))
-            if found != checksum:
-                raise ShardError(f"{path}: dataset {name!r}: reads otherwise")
+                data = file[each.name]
+                found = (_checksum(np.ascontiguousarray(data[()])) if each.start is None
+                         else _checksum_in_file(data, each.start, each.shape, each.axes))
+            if found != each.checksum:
+                raise ShardError(f"{path}: dataset {each.name!r}: reads otherwise")
 
 
-def _checksum_in_file(dataset: h5py.Dataset, start: int, stop: int) -> int:
+def _checksum_in_file(dataset: h5py.Dataset, start: int, shape: tuple[int, ...], axes: Axes) -> int:
     """Give the checksum of rows that are in a file, with little memory."""
     checksum = 0
     dtype = np.dtype(np.int64) if dataset.dtype.kind == "i" else stored_dtype(dataset)
-    for first, last in row_ranges((stop - start, *dataset.shape[1:]), dtype, READ_BACK_BYTES):
-        rows = np.empty((last - first, *dataset.shape[1:]), dtype)
-        read_rows_into(dataset, start + first, rows)
-        checksum = _checksum(rows, checksum)
+    tokens = Tokens(dataset, axes, dtype, shape[1:])
+    for first, last in row_ranges(shape, dtype, READ_BACK_BYTES):
+        checksum = _checksum(tokens.read(start + first, start + last), checksum)
     return checksum
 
 

@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import InternalError, ShardError
-from .hdf5 import open_dataset, read_as_shown, read_rows
-from .item_types import file_type
+from .axes import Axes, axes_of_results, axes_said
+from .hdf5 import open_dataset
+from .item_types import file_type, stored_dtype
 from .links import resolve_path
 from .opening import open_file, reading
-from .rows import whole_rows
+from .rows import box_of
 from .sealed import read_sealed
 from .single import is_single
 from .storage import check_storage
+from .tokens import Tokens
 
 MANIFEST_BYTES = 2**26         # 300,000 shards
 PROBE = ("import sys; sys.path.pop(0); import h5py; "         # of no module that lies in the current folder
@@ -61,9 +63,11 @@ class Manifest:
     shards : tuple of Shard
         In the order of their rows, without gaps.
     shapes, dtypes : dict
-        Of `out` and `lse` as a whole.
+        Of `out` and `lse` as a whole, in memory.
     record : dict
         How it was made.
+    axes : Axes
+        Of `out` in the files.
     """
 
     path: Path
@@ -71,6 +75,7 @@ class Manifest:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     record: dict[str, Any]
+    axes: Axes
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Read rows start..stop of `out` or `lse` from the shards, and check that OUT.h5 shows the same. Local.
@@ -88,7 +93,8 @@ class Manifest:
                     part = self._read_from_shard(shard, name, first, last)
                     shown = np.empty_like(part)
                     with reading(self.path):      # opened anew for each: HDF5 keeps sources open as long as the view
-                        read_as_shown(resolve_path(whole, name), first, shown)
+                        view = resolve_path(whole, name)
+                        self._tokens(view, name).read_into(first, shown, as_shown=True)
                     if shown.tobytes() != part.tobytes():
                         raise ShardError(f"{self.path}: rows {first}..{last} of {name} are not those of {shard.file}")
                     parts.append(part)
@@ -97,12 +103,19 @@ class Manifest:
     def _read_from_shard(self, shard: Shard, name: str, first: int, last: int) -> Array:
         with open_file(self.path.parent / shard.file) as file:
             dataset = open_dataset(file, name)
-            if dataset.shape != (shard.stop - shard.start, *self.shapes[name][1:]) or dataset.is_virtual:
+            if dataset.shape != self.shape_in_file(name, shard.stop - shard.start) or dataset.is_virtual:
                 raise ShardError(f"{self.path}: shard {shard.file} is not of the shape that the manifest says")
-            rows = read_rows(dataset, first - shard.start, last - shard.start)
-        if rows.dtype != DTYPES[self.dtypes[name]]:
-            raise ShardError(f"{self.path}: shard {shard.file} is not of the dtype that the manifest says")
-        return rows
+            if stored_dtype(dataset) != DTYPES[self.dtypes[name]]:
+                raise ShardError(f"{self.path}: shard {shard.file} is not of the dtype that the manifest says")
+            return self._tokens(dataset, name).read(first - shard.start, last - shard.start)
+
+    def shape_in_file(self, name: str, rows: int) -> tuple[int, ...]:
+        """Give the shape of a dataset for so many rows of `out` or `lse`. Local."""
+        return axes_of_results(self.axes)[name].shape_in_file((rows, *self.shapes[name][1:]))
+
+    def _tokens(self, dataset: h5py.Dataset, name: str) -> Tokens:
+        axes = axes_of_results(self.axes)[name]
+        return Tokens(dataset, axes, DTYPES[self.dtypes[name]], self.shapes[name][1:])
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -121,7 +134,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         content = json.loads(text)
         manifest = Manifest(real, tuple(Shard(**shard) for shard in content["shards"]),
                             {name: tuple(shape) for name, shape in content["shapes"].items()},
-                            dict(content["dtypes"]), dict(content["record"]))
+                            dict(content["dtypes"]), dict(content["record"]), axes_said(content))
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path}: its manifest makes no sense: {error}") from None
@@ -148,7 +161,7 @@ def _check_manifest(manifest: Manifest) -> None:
     """Raise ValueError unless it is one of ours."""
     at = check_shards(manifest.shards)
     out, lse = (manifest.shapes[name] for name in ("out", "lse"))
-    if not _are_counts(*out, *lse) or len(out) != 3 or lse != out[:2] or out[0] != at:
+    if not _are_counts(*out, *lse) or len(out) != len(manifest.axes.in_memory) or lse != out[:-1] or out[0] != at:
         raise ValueError(f"out and lse have no {at} rows of heads")
     if manifest.dtypes["out"] not in DTYPES or manifest.dtypes["lse"] not in ("float32", "float64"):
         raise ValueError("out is of no known dtype, or lse of no accumulator's")
@@ -198,23 +211,26 @@ def check_view(file: h5py.File, manifest: Manifest) -> None:
             dataset = resolve_path(file, name)
             if not isinstance(dataset, h5py.Dataset) or dataset.is_virtual != bool(filled):
                 raise ShardError(f"{where}: is no view of the shards")
-            shape = manifest.shapes[name]
+            shape = manifest.shape_in_file(name, manifest.shapes[name][0])
             item = file_type(DTYPES[manifest.dtypes[name]])
             if dataset.shape != shape or not dataset.id.get_type().equal(item):
                 raise ShardError(f"{where}: expected {manifest.dtypes[name]} of shape {shape} as the manifest says, "
                                  f"got {dataset.dtype} of {dataset.shape}")
             check_storage(dataset, where)
             if filled:
-                _check_mapping(dataset, where, name, filled)
+                _check_mapping(dataset, where, name, manifest, filled)
 
 
-def _check_mapping(dataset: h5py.Dataset, where: str, name: str, shards: list[Shard]) -> None:
+def _check_mapping(dataset: h5py.Dataset, where: str, name: str, manifest: Manifest, shards: list[Shard]) -> None:
     """Check that each source of a view is all rows of its shard, in order."""
+    axes = axes_of_results(manifest.axes)[name]
+
     def shows(source: Any, shard: Shard) -> bool:
-        rows = shard.stop - shard.start
+        shape = manifest.shape_in_file(name, shard.stop - shard.start)
+        rows = tuple((start, start + count) for start, count in zip(axes.start_of(shard.start), shape, strict=True))
         return ((source.file_name, source.dset_name) == (shard.file, name)
-                and whole_rows(source.vspace, dataset.shape) == (shard.start, shard.stop)
-                and whole_rows(source.src_space, (rows, *dataset.shape[1:])) == (0, rows))
+                and box_of(source.vspace, dataset.shape) == rows
+                and box_of(source.src_space, shape) == tuple((0, count) for count in shape))
 
     sources = dataset.virtual_sources()
     if len(sources) != len(shards) or not all(map(shows, sources, shards)):

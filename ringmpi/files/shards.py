@@ -25,6 +25,8 @@ from ..dtypes import DTYPES
 from ..environment import virtual_prefix
 from ..errors import OutputError, ShardError
 from . import single as single_file
+from .axes import Axes, axes_of_results
+from .dimensions import describe_results
 from .hdf5 import OutputDataset, create_dataset, write_file, write_rows
 from .item_types import file_type
 from .manifest import Manifest, Shard, check_view, probe, read_manifest
@@ -49,10 +51,13 @@ class Output:
         that name, so that no run touches those of another.
     force : bool
         Replace an OUT.h5 that exists.
+    axes : Axes, optional
+        Of `out`, and of `lse` without dim; by default (tokens, heads, dim).
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: str, force: bool) -> None:
+    def __init__(self, path: str | os.PathLike[str], run: str, force: bool, axes: Axes | None = None) -> None:
         self.path = Path(path)
+        self.axes = axes or Axes()
         self.folder = folder_of_shards(self.path) / run
         self.force = force
         self._replaced: Manifest | None = None
@@ -94,8 +99,8 @@ class Output:
 
         Parameters
         ----------
-        out : array of shape (tokens, heads, dim_v)
-        lse : array of shape (tokens, heads)
+        out : array of shape (tokens, [batch,] heads, dim_v)
+        lse : array of shape (tokens, [batch,] heads)
 
         Raises
         ------
@@ -131,8 +136,10 @@ class Output:
             self._make_folder()               # again, if `ringmpi clean` took it, empty, for one that was left
         digests: list[str] = []
         with write_file(path, beside=lambda temporary: digests.append(digest(temporary))) as file:
-            shard = NewShard({name: create_dataset(file, name, (stop - start, *shape), dtype)
-                              for name, (shape, dtype) in like.items()})
+            shard = NewShard({name: create_dataset(file, name, (stop - start, *shape), dtype, axes)
+                              for (name, (shape, dtype)), axes in
+                              zip(like.items(), axes_of_results(self.axes).values(), strict=True)})
+            describe_results(file, self.axes)
             yield shard
             file.attrs.update(rank=number, start=start, stop=stop)
         self._made.append(path)
@@ -164,7 +171,7 @@ class Output:
         ----------
         shards : iterable of Shard
         shapes : mapping
-            Shape and dtype of `out` and of `lse` as a whole.
+            Shape, in memory, and dtype of `out` and of `lse` as a whole.
         record : mapping
             How the result was made; plain values.
 
@@ -178,10 +185,11 @@ class Output:
         self._shown = {shard.file for shard in shards}
         manifest = json.dumps({
             "shards": [asdict(shard) for shard in shards], "shapes": {n: s for n, (s, _) in shapes.items()},
-            "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "record": record}).encode()
+            "dtypes": {n: str(d) for n, (_, d) in shapes.items()}, "axes": self.axes.names, "record": record}).encode()
         with write_file(self.path, self.force, check=_check_written) as file:
-            for name, (shape, dtype) in shapes.items():
-                _create_view(file, name, shape, dtype, shards)
+            for name, axes in axes_of_results(self.axes).items():
+                _create_view(file, name, *shapes[name], axes, shards)
+            describe_results(file, self.axes)
             write_sealed(file, "manifest", manifest)
             set_attributes(file, record)
 
@@ -351,12 +359,14 @@ def merge_shards(path: str | os.PathLike[str], single: str | os.PathLike[str], f
         raise OutputError(f"{single}: expected another file than those to merge")
     digests = {}
     with write_file(Path(single), force) as file:
-        for name in ("out", "lse"):
+        for name, axes in axes_of_results(manifest.axes).items():
             shape = manifest.shapes[name]
             dtype = DTYPES[manifest.dtypes[name]]
-            target = create_dataset(file, name, shape, dtype)
+            target = create_dataset(file, name, shape, dtype, axes)
             digests[name] = single_file.digest_rows(_copied(manifest, name, target))
-        write_sealed(file, single_file.NAME, single_file.seal([Range(0, shape[0], **digests)], manifest.record))
+        describe_results(file, manifest.axes)
+        ranges = [Range(0, shape[0], **digests)]
+        write_sealed(file, single_file.NAME, single_file.seal(ranges, manifest.axes, manifest.record))
         set_attributes(file, manifest.record)
 
 
@@ -375,16 +385,16 @@ def _check_written(path: Path) -> None:
         check_view(file, manifest)
 
 
-def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any],
+def _create_view(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], axes: Axes,
                  shards: Iterable[Shard]) -> None:
     """Make a virtual dataset by the low-level interface: the high-level one has no bfloat16."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    space = h5py.h5s.create_simple(shape)
+    space = h5py.h5s.create_simple(axes.shape_in_file(shape))
     filled = [shard for shard in shards if shard.stop > shard.start]
     for shard in filled:
-        rows = (shard.stop - shard.start, *shape[1:])
-        space.select_hyperslab((shard.start, *[0] * (len(shape) - 1)), rows)
-        properties.set_virtual(space, os.fsencode(shard.file), name.encode(), h5py.h5s.create_simple(rows))
+        box = axes.shape_in_file((shard.stop - shard.start, *shape[1:]))
+        space.select_hyperslab(tuple(axes.start_of(shard.start)), box)
+        properties.set_virtual(space, os.fsencode(shard.file), name.encode(), h5py.h5s.create_simple(box))
     if filled:
         properties.set_fill_value(np.array(np.nan, np.float32))
     space.select_all()

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import ShardError
-from .hdf5 import open_dataset, read_rows
+from .axes import Axes, axes_of_results, axes_said
+from .hdf5 import open_dataset
 from .opening import open_file, reading
 from .rows import row_ranges
 from .sealed import read_sealed
+from .tokens import Tokens
 
 NAME = "rows"                  # of the sealed text
 MOST_BYTES = 2**26             # of it: 300,000 ranges
@@ -53,9 +55,11 @@ class SingleFile:
     ranges : tuple of Range
         In order, without gaps.
     shapes, dtypes : dict
-        Of `out` and `lse`.
+        Of `out` and `lse`, in memory.
     record : dict
         How it was made.
+    axes : Axes
+        Of `out` in the file.
     """
 
     path: Path
@@ -63,6 +67,7 @@ class SingleFile:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     record: dict[str, Any]
+    axes: Axes
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Read rows start..stop of `out` or `lse`. Local.
@@ -73,12 +78,13 @@ class SingleFile:
             If they can't be read.
         """
         with open_file(self.path) as file:
-            return read_rows(open_dataset(file, name), start, stop)
+            return _results(file, self.axes)[name].read(start, stop)
 
 
-def seal(ranges: Sequence[Range], record: Mapping[str, Any]) -> bytes:
-    """Give the text of a file: the digests of its rows, and how they were made. Local."""
-    return json.dumps({"ranges": [asdict(each) for each in ranges], "record": dict(record)}).encode()
+def seal(ranges: Sequence[Range], axes: Axes, record: Mapping[str, Any]) -> bytes:
+    """Give the text of a file: the digests of its rows, its axes, and how it was made. Local."""
+    content = {"ranges": [asdict(each) for each in ranges], "axes": axes.names, "record": dict(record)}
+    return json.dumps(content).encode()
 
 
 def digest_rows(parts: Iterable[Array]) -> str:
@@ -112,21 +118,20 @@ def verify_single(path: str | os.PathLike[str]) -> SingleFile:
     real = Path(os.path.realpath(path))
     text = read_sealed(real, NAME, MOST_BYTES, "a result of `ringmpi merge`, or of ranks that wrote one file")
     with open_file(real) as file:
-        found = {name: open_dataset(file, name) for name in ("out", "lse")}
-        if any(dataset.is_virtual for dataset in found.values()):
-            raise ShardError(f"{path}: expected plain datasets out and lse, got views of others")
-        shapes = {name: dataset.shape for name, dataset in found.items()}
-        dtypes = {name: str(read_rows(dataset, 0, 0).dtype) for name, dataset in found.items()}
         try:
             content = json.loads(text)
-            single = SingleFile(real, tuple(Range(**each) for each in content["ranges"]), shapes, dtypes,
-                                dict(content["record"]))
+            axes = axes_said(content)
+            found = _results(file, axes)
+            single = SingleFile(real, tuple(Range(**each) for each in content["ranges"]),
+                                {name: tokens.shape for name, tokens in found.items()},
+                                {name: str(tokens.dtype) for name, tokens in found.items()},
+                                dict(content["record"]), axes)
             _check(single)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ShardError(f"{path}: its {NAME} make no sense: {error}") from None
         for each in single.ranges:
-            for name, dataset in found.items():
-                if _digest_in_file(dataset, each.start, each.stop) != getattr(each, name):
+            for name, tokens in found.items():
+                if _digest_in_file(tokens, each.start, each.stop) != getattr(each, name):
                     raise ShardError(f"{path}: dataset {name!r}, rows {each.start}..{each.stop}: damaged: they are not "
                                      "what was written")
     return single
@@ -140,7 +145,7 @@ def _check(single: SingleFile) -> None:
             raise ValueError(f"a range does not begin at row {at}")
         at = each.stop
     out, lse = single.shapes["out"], single.shapes["lse"]
-    if len(out) != 3 or lse != out[:2] or out[0] != at:
+    if lse != out[:-1] or out[0] != at:
         raise ValueError(f"out and lse have no {at} rows of heads")
     if single.dtypes["out"] not in DTYPES or single.dtypes["lse"] not in ("float32", "float64"):
         raise ValueError("out is of no known dtype, or lse of no accumulator's")
@@ -148,7 +153,16 @@ def _check(single: SingleFile) -> None:
         raise ValueError("the options are no table")
 
 
-def _digest_in_file(dataset: h5py.Dataset, start: int, stop: int) -> str:
-    dtype = read_rows(dataset, 0, 0).dtype
-    ranges = row_ranges((stop - start, *dataset.shape[1:]), dtype, AT_A_TIME)
-    return digest_rows(read_rows(dataset, start + first, start + last) for first, last in ranges)
+def _results(file: h5py.File, axes: Axes) -> dict[str, Tokens]:
+    """Take `out` and `lse` of a file, whose axes are those of results with these for `out`."""
+    found = {name: open_dataset(file, name) for name in ("out", "lse")}
+    if any(dataset.is_virtual for dataset in found.values()):
+        raise ShardError(f"{file.filename}: expected plain datasets out and lse, got views of others")
+    of = axes_of_results(axes)
+    lse = Tokens.of(found["lse"], of["lse"])
+    return {"out": Tokens.of(found["out"], of["out"], heads=lse.shape[-1]), "lse": lse}
+
+
+def _digest_in_file(tokens: Tokens, start: int, stop: int) -> str:
+    ranges = row_ranges((stop - start, *tokens.shape[1:]), tokens.dtype, AT_A_TIME)
+    return digest_rows(tokens.read(start + first, start + last) for first, last in ranges)

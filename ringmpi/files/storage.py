@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ShardError
+from .filters import OWN, Filters, refusal
 from .rows import row_ranges
 
-FILTERS = {1: "deflate", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 LARGEST_CHUNK_BYTES = 2**28    # of a filtered chunk that is read: it comes to memory as a whole
 
 
-def check_storage(dataset: h5py.Dataset, where: str) -> None:
+def check_storage(dataset: h5py.Dataset, where: str, filters: Filters = OWN) -> None:
     """Check that all of a dataset's data is in its file, and takes no more memory to read than it should. Local.
 
     HDF5 knows where it has allocated no space: nothing was written there. It does not know what was written into
@@ -33,7 +33,7 @@ def check_storage(dataset: h5py.Dataset, where: str) -> None:
         If the data is in another file, has a filter that this package does not know, is in compressed chunks above
         256 MiB, or was never written in full.
     """
-    _check_readable(dataset, where)
+    _check_readable(dataset, where, filters)
     if dataset.is_virtual or not dataset.size:
         return
     properties = dataset.id.get_create_plist()
@@ -52,7 +52,7 @@ def check_storage(dataset: h5py.Dataset, where: str) -> None:
                          "meant, store it with late allocation")
 
 
-def _check_readable(dataset: h5py.Dataset, where: str) -> None:
+def _check_readable(dataset: h5py.Dataset, where: str, filters: Filters) -> None:
     """Check that the data is in this file, and needs no filter that would have to be loaded."""
     if dataset.external:
         raise ShardError(f"{where}: refused: its data is in another file, {dataset.external[0][0]!r} (external "
@@ -60,9 +60,9 @@ def _check_readable(dataset: h5py.Dataset, where: str) -> None:
     properties = dataset.id.get_create_plist()
     for i in range(properties.get_nfilters()):
         number, _, _, name = properties.get_filter(i)
-        if number not in FILTERS:
-            raise ShardError(f"{where}: refused: unknown filter {number} ({name.decode(errors='replace')}); known are "
-                             f"{', '.join(FILTERS.values())}")
+        why = refusal(number, name.decode(errors="replace"), filters)
+        if why:
+            raise ShardError(f"{where}: refused: {why}")
 
 
 def _check_chunks(dataset: h5py.Dataset, where: str, size: int, filters: int) -> None:

@@ -100,6 +100,9 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
             written = open_result(result, run.comm.rank == 0)
             options = Options.from_record({**written.record.get("options", {}), **run_options, "order": "fastest"})
             data = files.enter_context(open_input(source, options))
+            if data.sizes.batch is not None:
+                raise OptionError(f"{result}: expected a result without a batch axis, of which nothing is summed up "
+                                  "yet; ringmpi.analysis takes arrays that have one")
             _check_belongs(written, data)
             check_range(np.array(question.rows, np.int64), data.sizes.n_q)
         run.comm.check_same_options(asdict(data.sizes) | asdict(options), timeout)
@@ -119,9 +122,11 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
 
 def _check_belongs(written: Manifest | SingleFile, data: Input) -> None:
     sizes = data.sizes
-    if written.shapes["lse"] != (sizes.n_q, sizes.heads) or written.dtypes["out"] != sizes.dtype:
-        raise ShapeError(f"{written.path}: expected lse of shape {(sizes.n_q, sizes.heads)} of {sizes.dtype} for this "
-                         f"input, got {written.shapes['lse']} of {written.dtypes['out']}")
+    if (written.shapes["lse"] != (sizes.n_q, sizes.heads) or written.dtypes["out"] != sizes.dtype
+            or written.axes != data.axes):
+        raise ShapeError(f"{written.path}: expected lse of shape {(sizes.n_q, sizes.heads)} of {sizes.dtype} in the "
+                         f"order {data.axes} for this input, got {written.shapes['lse']} of {written.dtypes['out']} in "
+                         f"the order {written.axes}")
 
 
 class _Job:
@@ -240,7 +245,7 @@ class _Job:
         n_k = self._data.sizes.n_k
         with self._run.raise_on_all():
             with open_file(self._data.path) as file:
-                offsets = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS))
+                offsets = read_integers(file, "documents", max(n_k + 1, MOST_OFFSETS), filters=self._data.filters)
             if len(offsets) < 2 or (np.diff(offsets) < 0).any():
                 raise ShardError(f"{self._data.path}: dataset 'documents': expected ascending offsets [0, ...], got "
                                  f"{offsets}")

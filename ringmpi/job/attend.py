@@ -23,7 +23,7 @@ from ..mpi import comm as mpi
 from ..mpi.world import check_survival, is_loss, survivors
 from ..schedules.redistribution import redistribute
 from .checkpoints import Checkpoints
-from .inputs import Input, open_input, read_bias_shard, read_shard
+from .inputs import Input, axes_of, open_input, read_bias_shard, read_shard
 from .options import Options
 from .outputs import Result, Shards, check_paths
 from .parallel import DRIVER, Together
@@ -183,8 +183,8 @@ def _agree_on_output(run: Run, job: _Job, checkpoints: Checkpoints) -> Result:
         **checkpoints.options()}, run.timeout)
     name = run.allgather_text(uuid.uuid4().hex[:12])[0]
     if job.options.output_driver == DRIVER:
-        return Together(run, job.target, job.force)
-    return Shards(run, Output(job.target, name, job.force))
+        return Together(run, job.target, job.force, axes_of(job.options))
+    return Shards(run, Output(job.target, name, job.force, axes_of(job.options)))
 
 
 def _open_on_all(run: Run, files: ExitStack, source: Path, options: Options) -> Input:
@@ -246,16 +246,22 @@ def _compute(run: Run, attention: RingAttention, data: Input, job: _Job, checkpo
     """Give this rank's rows of the result, in the order of the input."""
     display = _start(run, attention, data, job)
     in_keys = data.sizes.in_keys
-    arrays = [read_shard(run, attention, dataset) for dataset in (data.q, data.k, *([] if in_keys else [data.v]))]
-    extra = {"sinks": data.sinks, "key_bias": read_bias_shard(run, attention, data.key_bias),
+    arrays = [_swapped(data, read_shard(run, attention, tokens))
+              for tokens in (data.q, data.k, *([] if in_keys else [data.v]))]
+    extra = {"sinks": data.sinks, "key_bias": _swapped(data, read_bias_shard(run, attention, data.key_bias)),
              "relative": data.relative, "dim_v": data.sizes.dim_v if in_keys else None}
     out, lse = _attend(run, attention, arrays, extra, display, checkpoints)
     del arrays, extra
     attention.close()                         # its buffers go before the result is copied
     with run.timer.phase("redistribute", "redistributing the result"):
-        out = _redistribute_back(run, attention, out)
-        lse = _redistribute_back(run, attention, lse)
+        out = _redistribute_back(run, attention, _swapped(data, out))
+        lse = _redistribute_back(run, attention, _swapped(data, lse))
     return out, lse
+
+
+def _swapped(data: Input, x: Any) -> Any:
+    """View an array with the batch axis before that of the tokens, as calls have it, or the other way round."""
+    return x if data.sizes.batch is None or x is None else x.swapaxes(0, 1)
 
 
 def _attend(run: Run, attention: RingAttention, arrays: list[Any], extra: dict[str, Any],

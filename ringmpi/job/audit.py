@@ -16,7 +16,6 @@ from ..backends import open_backend, tolerance
 from ..dtypes import TOLERANCE
 from ..environment import affinity
 from ..errors import ShapeError
-from ..files.hdf5 import read_rows
 from ..files.manifest import Manifest
 from ..files.single import SingleFile
 from ..intervals import Interval
@@ -88,16 +87,25 @@ def audit(source: Path, result: Manifest | SingleFile, options: Options, rows: i
     with open_input(source, options) as data:
         _check_belongs(result, data)
         sample = np.sort(np.random.default_rng(seed).permutation(data.sizes.n_q)[:rows])
-        exact = _recompute(data, sample, options)
+        found = [_recompute(each, sample, options) for each in data.elements()]
     out, lse = (_read_sample(sample, result.shapes[name], functools.partial(result.rows, name))
                 for name in ("out", "lse"))
+    audits = [_compare(exact, out if data.sizes.batch is None else out[:, number],
+                       lse if data.sizes.batch is None else lse[:, number], result, options, data.sizes.dtype)
+              for number, exact in enumerate(found)]
+    return Audit(len(sample), *(max((getattr(each, name) for each in audits), default=0.0)
+                                for name in ("out_error", "lse_error", "out_relative")))
 
+
+def _compare(exact: _Exact, out: Array, lse: Array, result: Manifest | SingleFile, options: Options, dtype: str
+             ) -> Audit:
+    """Compare rows of a result with what they should be."""
     # What rounding explains of an element: the shift of its scores, and the bound of the dtype that it is stored in.
     shift = _score_rounding(exact, options.softcap or 0.0, float(np.finfo(result.dtypes["lse"]).eps))
-    bound = tolerance(result.record.get("backend"))[data.sizes.dtype]
+    bound = tolerance(result.record.get("backend"))[dtype]
     out_bound = (bound + shift)[..., None] * exact.spread + TINY
     lse_bound = TOLERANCE[result.dtypes["lse"]] * np.maximum(1, np.abs(exact.lse)) + shift
-    return Audit(len(sample), _largest_error(out, exact.out, out_bound), _largest_error(lse, exact.lse, lse_bound),
+    return Audit(len(out), _largest_error(out, exact.out, out_bound), _largest_error(lse, exact.lse, lse_bound),
                  _largest_error(out, exact.out, exact.spread + TINY))
 
 
@@ -131,10 +139,11 @@ class _Exact(NamedTuple):
 
 def _check_belongs(result: Manifest | SingleFile, data: Input) -> None:
     sizes = data.sizes
-    want = {"out": (sizes.n_q, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, sizes.heads)}
-    if result.shapes != want or result.dtypes["out"] != sizes.dtype:
-        raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} for this input, got {result.shapes} of "
-                         f"{result.dtypes['out']}")
+    batch = () if sizes.batch is None else (sizes.batch,)
+    want = {"out": (sizes.n_q, *batch, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, *batch, sizes.heads)}
+    if result.shapes != want or result.dtypes["out"] != sizes.dtype or result.axes != data.axes:
+        raise ShapeError(f"{result.path}: expected {want} of {sizes.dtype} in the order {data.axes} for this input, "
+                         f"got {result.shapes} of {result.dtypes['out']} in the order {result.axes}")
 
 
 def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exact:
@@ -145,8 +154,8 @@ def _recompute(data: Input, sample: NDArray[np.int64], options: Options) -> _Exa
     relative = data.by_distance(np.dtype(np.float64))
     score = Score(scale, options.softcap or 0.0, data.alibi, queries=positions, relative=relative)
     bounds = data.mask.bounds(sample, sizes.n_q, sizes.n_k)
-    q = _read_sample(sample, data.q.shape, functools.partial(read_rows, data.q, raw=options.raw_dtype))
-    out, lse, longest_key, key_bias = _attend(q, data, options.raw_dtype, bounds, score)
+    q = _read_sample(sample, data.q.shape, data.q.read)
+    out, lse, longest_key, key_bias = _attend(q, data, bounds, score)
 
     largest_score = abs(scale) * _lengths(q) * longest_key
     largest_bias: Array | float = 0.0
@@ -191,8 +200,7 @@ def _read_sample(sample: NDArray[np.int64], shape: tuple[int, ...], read: Callab
     return np.concatenate([np.empty((0, *shape[1:])), *rows])
 
 
-def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], score: Score
-            ) -> tuple[Array, Array, Array, _BiasSeen]:
+def _attend(q: Array, data: Input, bounds: list[Interval], score: Score) -> tuple[Array, Array, Array, _BiasSeen]:
     """Attend in float64 to values (v, |v|) side by side.
 
     Give out, lse, the longest key of each query head, and what there is to know of the bias of the keys.
@@ -209,7 +217,7 @@ def _attend(q: Array, data: Input, raw: str | None, bounds: list[Interval], scor
     # Some keys at a time: there may be more than fit in memory.
     for start in range(0, data.sizes.n_k, TOKENS_AT_A_TIME):
         stop = min(start + TOKENS_AT_A_TIME, data.sizes.n_k)
-        keys, values = (read_rows(x, start, stop, raw).astype(np.float64) for x in (data.k, data.v))
+        keys, values = (x.read(start, stop).astype(np.float64) for x in (data.k, data.v))
         key_bias: Array | None = None
         kept = np.ones((stop - start, 1), bool)
         if data.key_bias is not None:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,11 +17,11 @@ from ..checkpoint.identity import add_up, describe_input, problem_name
 from ..checkpoint.saving import write_generation
 from ..checkpoint.search import Keeping, Search, unless_required
 from ..engine import Engine
+from ..files.axes import Axes
 from ..files.generations import NewGeneration
-from ..files.hdf5 import read_rows
-from ..files.item_types import RAW_DTYPE
 from ..files.rows import row_ranges
 from ..files.states import Generation
+from ..files.tokens import Tokens
 from ..layout import Contiguous
 from ..problem import Problem
 from ..relative import Relative
@@ -134,22 +133,23 @@ def describe_job(run: Run, data: Input, target: Path, problem: Problem, engine: 
         relative: Relative | None = None
         with comm.noting() as failures:
             relative = data.by_distance(rows["lse"][1])
-            prints = np.array([_fingerprint(dataset, rows["out"][1], comm.rank, comm.size, engine)
-                               for dataset in datasets], np.uint64)
+            prints = np.array([_fingerprint(tokens, comm.rank, comm.size, engine) for tokens in datasets], np.uint64)
         total = add_up(prints, comm, run.timeout, failures)
     numbers = {"tokens of q": sizes.n_q, "tokens of k and v": sizes.n_k, "heads": sizes.heads,
                "kv_heads": sizes.kv_heads, "dim": sizes.dim, "dim_v": sizes.dim_v, "dtype": sizes.dtype,
                "accumulator": str(rows["lse"][1])}
-    return {**describe_input(problem, numbers, data.sinks, relative, total, engine.backend, comm, run.timeout),
+    written = {} if data.axes == Axes() else {"axes": data.axes.names}         # shards that are done are in their order
+    of_input = describe_input(problem, numbers, data.sinks, relative, total, engine.backend, comm, run.timeout)
+    return {**of_input, **written,
             "stream": True, "output": os.path.realpath(target)}
 
 
-def _fingerprint(dataset: h5py.Dataset, dtype: np.dtype[Any], rank: int, size: int, engine: Engine) -> int:
+def _fingerprint(tokens: Tokens, rank: int, size: int, engine: Engine) -> int:
     """Give this rank's part of the fingerprint of a dataset."""
-    even = Contiguous.even(len(dataset), size)
+    even = Contiguous.even(len(tokens), size)
     start = even.starts[rank]
     total = 0
-    for first, last in row_ranges((even.counts[rank], *dataset.shape[1:]), dtype, CHUNK_BYTES):
-        x = read_rows(dataset, start + first, start + last, RAW_DTYPE)
+    for first, last in row_ranges((even.counts[rank], *tokens.shape[1:]), tokens.dtype, CHUNK_BYTES):
+        x = tokens.read(start + first, start + last)
         total += fingerprint(x.reshape(1, len(x), 1, -1), np.arange(start + first, start + last), engine.backend)
     return total % 2**64

@@ -93,8 +93,9 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process,
     }
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
+    back = copies if sizes.batch is None else max(1, copies)          # tokens come first again in a copy
     phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
-              (1 + copies) * out + parts["lse"])
+              (1 + back) * out + parts["lse"])
     return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 
@@ -141,7 +142,12 @@ def shape_of(sizes: Sizes, options: Options) -> Shape:
     dtype = DTYPES[sizes.dtype]
     return Shape(sizes.n_q, sizes.n_k, sizes.heads, sizes.kv_heads, sizes.dim, sizes.dim_v, dtype.itemsize,
                  accumulator(dtype, options.accumulator).itemsize, canonical=options.order == "canonical",
-                 bias=sizes.key_bias, in_keys=sizes.in_keys)
+                 batch=batch_of(sizes), bias=sizes.key_bias, in_keys=sizes.in_keys)
+
+
+def batch_of(sizes: Sizes) -> int:
+    """Give the elements of the batch; 1 if there is no such axis. Local."""
+    return 1 if sizes.batch is None else sizes.batch
 
 
 def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend: str) -> float:
@@ -161,7 +167,7 @@ def predict_seconds(pairs: list[int], sizes: Sizes, threads: list[int], backend:
         return 0.0
     lanes = vector_bytes() / accumulator(DTYPES[sizes.dtype], None).itemsize
     speed = lanes * lane_flop * cycles_per_second()
-    flop = 2 * sizes.heads * (sizes.dim + sizes.dim_v)
+    flop = 2 * sizes.heads * (sizes.dim + sizes.dim_v) * batch_of(sizes)
     return max(flop * mine / (speed * number) for mine, number in zip(pairs, threads, strict=True))
 
 

@@ -55,6 +55,9 @@ class Options:
     k: str = "k"
     v: str = "v"
     raw_dtype: str | None = None
+    axes: str | None = None
+    query_heads: int | None = None
+    hdf5plugin: bool = False
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Options:

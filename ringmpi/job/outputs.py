@@ -215,7 +215,7 @@ class Shards:
 
 
 def rows_of_results(sizes: Sizes, wanted: str | None) -> dict[str, Rows]:
-    """Give shape and dtype of a row of `out` and of `lse`. Local.
+    """Give shape and dtype of a row of `out` and of `lse`, of an input without a batch axis. Local.
 
     Parameters
     ----------

@@ -20,16 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CommError, OptionError, OutputError, RankLost, RingError, RingTimeout, ShardError
-from ..files.hdf5 import open_dataset, read_rows
+from ..files.axes import Axes, axes_of_results
+from ..files.dimensions import describe_results
+from ..files.hdf5 import open_dataset
 from ..files.item_types import bits, file_type
 from ..files.manifest import Manifest
 from ..files.new_file import NewFile, not_what_was_written
 from ..files.opening import open_file
 from ..files.paths import check_writable, writing
-from ..files.rows import row_ranges, select_rows
+from ..files.rows import row_ranges, select_box
 from ..files.sealed import write_sealed_together
 from ..files.shards import remove_shards, set_attributes, shown_by
 from ..files.single import NAME, Range, digest_rows, seal
+from ..files.tokens import Tokens
 from ..layout import Contiguous
 from ..phases import phase
 from .run import Run
@@ -57,10 +60,13 @@ class Together:
     path : path
     force : bool
         Replace a file of that name.
+    axes : Axes
+        Of `out`, and of `lse` without dim.
     """
 
-    def __init__(self, run: Run, path: Path, force: bool) -> None:
+    def __init__(self, run: Run, path: Path, force: bool, axes: Axes) -> None:
         self._run = run
+        self._axes = axes
         self._path = path
         self._force = force
         self._disk: NewFile | None = None          # rank 0's, as what it replaces
@@ -99,11 +105,11 @@ class Together:
             temporary = path.parent / run.allgather_text(self._disk.temporary.name if self._disk else "")[0]
             mine = Range(start, start + len(rows["out"]), digest_rows([rows["out"]]), digest_rows([rows["lse"]]))
             ranges = [Range(**json.loads(text)) for text in run.allgather_text(json.dumps(asdict(mine)))]
-            _write(run, path, temporary, rows, ranges, record)
+            _write(run, path, temporary, rows, self._axes, ranges, record)
             with run.raise_on_all():
                 if self._disk is not None:
                     self._disk.finish()
-                _read_back(path, temporary, rows, start)
+                _read_back(path, temporary, rows, self._axes, start)
 
     def publish(self) -> None:
         """Let rank 0 give the file its name.
@@ -148,13 +154,16 @@ def _check_space(path: Path, n_q: int, rows: Mapping[str, Array]) -> None:
         raise OutputError(f"{path}: can't be written: expected {needed:,} bytes free on the disk, got {free:,}")
 
 
-def _write(run: Run, path: Path, temporary: Path, rows: Mapping[str, Array], ranges: list[Range],
+def _write(run: Run, path: Path, temporary: Path, rows: Mapping[str, Array], axes: Axes, ranges: list[Range],
            record: Mapping[str, Any]) -> None:
     """Write all of the file, each rank its rows."""
     n_q, start = ranges[-1].stop, ranges[run.comm.rank].start
+    of = axes_of_results(axes)
     with _opened(run, path, temporary) as file:
         with _step(run, path):
-            made = {name: _create(file, name, (n_q, *mine.shape[1:]), mine.dtype) for name, mine in rows.items()}
+            made = {name: _create(file, name, of[name].shape_in_file((n_q, *mine.shape[1:])), mine.dtype)
+                    for name, mine in rows.items()}
+            describe_results(file, axes)
         for name, mine in rows.items():
             pieces = [list(row_ranges((each.stop - each.start, *mine.shape[1:]), mine.dtype, AT_A_TIME))
                       for each in ranges]
@@ -162,9 +171,9 @@ def _write(run: Run, path: Path, temporary: Path, rows: Mapping[str, Array], ran
                 own = pieces[run.comm.rank]
                 first, last = own[number] if number < len(own) else (0, 0)
                 with _step(run, path):
-                    _write_rows(made[name], start + first, mine[first:last])
+                    _write_rows(made[name], of[name], start + first, mine[first:last])
         with _step(run, path):
-            write_sealed_together(file, NAME, seal(ranges, record))
+            write_sealed_together(file, NAME, seal(ranges, axes, record))
             set_attributes(file, record)
             file.flush()
             file.attrs["complete"] = True
@@ -214,29 +223,29 @@ def _create(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[
     return h5py.Dataset(made)
 
 
-def _write_rows(dataset: h5py.Dataset, start: int, rows: Array) -> None:
+def _write_rows(dataset: h5py.Dataset, axes: Axes, start: int, rows: Array) -> None:
     """Write this rank's rows, or take part with none."""
     together = h5py.h5p.create(h5py.h5p.DATASET_XFER)
     together.set_dxpl_mpio(h5py.h5fd.MPIO_COLLECTIVE)
-    part = np.ascontiguousarray(rows)
+    part = axes.to_file(rows)
     if part.size:
-        memory, space = select_rows(dataset, start, part.shape)
+        memory, space = select_box(dataset, axes.start_of(start), part.shape)
     else:
-        part = np.zeros((1, *dataset.shape[1:]), rows.dtype)
+        part = np.zeros([1] * dataset.ndim, rows.dtype)
         memory, space = h5py.h5s.create_simple(part.shape), dataset.id.get_space()
         memory.select_none()
         space.select_none()
     dataset.id.write(memory, space, bits(part), file_type(part.dtype), together)
 
 
-def _read_back(path: Path, temporary: Path, rows: Mapping[str, Array], start: int) -> None:
+def _read_back(path: Path, temporary: Path, rows: Mapping[str, Array], axes: Axes, start: int) -> None:
     """Raise `OutputError` unless this rank's rows read as they were written."""
     try:
         with open_file(temporary) as file:
             for name, mine in rows.items():
-                dataset = open_dataset(file, name)
+                tokens = Tokens(open_dataset(file, name), axes_of_results(axes)[name], mine.dtype, mine.shape[1:])
                 for first, last in row_ranges(mine.shape, mine.dtype, AT_A_TIME):
-                    if read_rows(dataset, start + first, start + last).tobytes() != mine[first:last].tobytes():
+                    if tokens.read(start + first, start + last).tobytes() != mine[first:last].tobytes():
                         raise ShardError(f"{temporary}: dataset {name!r}: reads otherwise")
     except ShardError as error:
         raise OutputError(f"{not_what_was_written(path)} ({error})") from error

@@ -21,7 +21,7 @@ from ..call import RECORD, Call, Inputs, Records
 from ..checkpoint.watch import Watch
 from ..dtypes import DTYPES, accumulator
 from ..environment import resident_bytes
-from ..errors import InternalError, Interrupted, OutputError
+from ..errors import InternalError, Interrupted, OptionError, OutputError
 from ..files.manifest import Shard
 from ..files.shards import Output
 from ..left_out import bits_of, seen_by_heads
@@ -33,7 +33,7 @@ from ..softmax import State
 from ..trace import Exchange, Step, Trace
 from .checkpoints import Checkpoints
 from .done import Done
-from .inputs import Input
+from .inputs import Input, axes_of
 from .journal import Journal, describe_job
 from .options import Options
 from .outputs import rows_of_results
@@ -50,6 +50,8 @@ def with_limit(run: Run, options: Options) -> Options:
 
     That is `usual_limit` where it is least.
     """
+    if "batch" in axes_of(options).names:
+        raise OptionError("stream: there is no batch axis yet; give a file for each element, or leave --stream out")
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)

@@ -9,15 +9,13 @@ from contextlib import ExitStack
 from contextvars import copy_context
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InternalError
-from ..files.hdf5 import read_rows, read_rows_into
-from ..files.item_types import RAW_DTYPE, stored_dtype
 from ..files.manifest import Shard
 from ..files.shards import NewShard, Output
+from ..files.tokens import Tokens
 from ..layout import Contiguous
 from ..schedules.redistribution import redistribute
 from .inputs import check_key_bias_rows
@@ -33,19 +31,19 @@ class BlockReader:
 
     Parameters
     ----------
-    datasets : sequence of h5py.Dataset
+    datasets : sequence of Tokens
         See `Input.keys`. Nothing else is opened or closed in the thread than what reading them takes; h5py lets one
         thread at a time into HDF5.
     blocks : sequence of Block
     rank : int
     """
 
-    def __init__(self, datasets: Sequence[h5py.Dataset], blocks: Sequence[Block], rank: int) -> None:
+    def __init__(self, datasets: Sequence[Tokens], blocks: Sequence[Block], rank: int) -> None:
         self._datasets = datasets
         self._blocks = blocks
         self._rank = rank
         most = max((block.counts[rank] for block in blocks), default=0)
-        self._buffers = [[np.empty((most, *x.shape[1:]), stored_dtype(x, RAW_DTYPE)) for x in datasets]
+        self._buffers = [[np.empty((most, *x.shape[1:]), x.dtype) for x in datasets]
                          for _ in range(2)]
         self._turn = 0
         self._pool = ThreadPoolExecutor(1, "reading ahead")
@@ -74,7 +72,7 @@ class BlockReader:
         block = self._blocks[number]
         rows = [x[:block.counts[self._rank]] for x in buffers]
         for dataset, x in zip(self._datasets, rows, strict=True):
-            read_rows_into(dataset, block.starts[self._rank], x)
+            dataset.read_into(block.starts[self._rank], x)
             if x.ndim < 3:                    # no keys or values
                 check_key_bias_rows(dataset, block.starts[self._rank], x)
         return rows
@@ -85,17 +83,17 @@ class BlockReader:
         self._buffers = []
 
 
-def read_piece(run: Run, dataset: h5py.Dataset, piece: Groups) -> Array:
+def read_piece(run: Run, tokens: Tokens, piece: Groups) -> Array:
     """Read this rank's queries of a piece, group by group. Collective over *comm*."""
     rank, size = run.comm.rank, run.comm.size
-    rows = np.empty((piece.counts[rank], *dataset.shape[1:]), stored_dtype(dataset, RAW_DTYPE))
+    rows = np.empty((piece.counts[rank], *tokens.shape[1:]), tokens.dtype)
     at = 0
-    with run.timer.phase("read", f"reading {dataset.file.filename}"):
+    with run.timer.phase("read", f"reading {tokens.filename}"):
         for start, layout in piece.groups():
             part = Contiguous.even(layout.length, size)
             with run.raise_on_all():
                 mine = start + part.starts[rank]
-                shard = read_rows(dataset, mine, mine + part.counts[rank], RAW_DTYPE)
+                shard = tokens.read(mine, mine + part.counts[rank])
             shard = redistribute(shard, comm=run.world, source=part, target=layout, timeout=run.timeout)
             rows[at:at + len(shard)].view(_bits(rows))[...] = shard.view(_bits(shard))
             at += len(shard)
