@@ -79,12 +79,11 @@ def _summed(path, x):
 def _read(path):
     """Everything that `attend` reads of an input, by name; or REFUSED."""
     from ringmpi.errors import RingError
-    from ringmpi.files.hdf5 import read_rows
     from ringmpi.job.inputs import open_input
     from ringmpi.job.options import Options
     try:
         with open_input(path, Options(alibi=True, sinks=True)) as data:
-            rows = [read_rows(dataset, 0, len(dataset)).tobytes() for dataset in (data.q, data.k, data.v)]
+            rows = [tokens.read(0, len(tokens)).tobytes() for tokens in (data.q, data.k, data.v)]
             return [*rows, data.alibi.tobytes(), data.sinks.tobytes()]
     except RingError:
         return REFUSED
@@ -173,6 +172,7 @@ def _single(path, kind):
     import h5py
     import numpy as np
 
+    from ringmpi.files.axes import Axes
     from ringmpi.files.sealed import write_sealed_together
     from ringmpi.files.shards import merge_shards
     from ringmpi.files.single import NAME, Range, digest_rows, seal
@@ -186,7 +186,7 @@ def _single(path, kind):
             file[name] = x
         digests = [{name: digest_rows([x[start:start + 32]]) for name, x in rows.items()} for start in (0, 32)]
         ranges = [Range(start, start + 32, **each) for start, each in zip((0, 32), digests, strict=True)]
-        write_sealed_together(file, NAME, seal(ranges, {"options": {}}))
+        write_sealed_together(file, NAME, seal(ranges, Axes(), {"options": {}}))
         file.attrs["complete"] = True
     return _read_single(path)
 

@@ -187,6 +187,15 @@ def test_a_hidden_axis_that_heads_do_not_divide(tmp_path, capsys):
     assert "dataset '/q': expected a hidden axis of 3 heads, got 16 numbers" in capsys.readouterr().err
 
 
+def test_a_batch_of_nothing(tmp_path, capsys):
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        for name in "qkv":
+            file[name] = np.ones((0, 5, 2, 4), "f4")
+    assert main(["attend", str(tmp_path / "in.h5"), str(tmp_path / "out.h5"), "--axes", "batch,tokens,heads,dim",
+                 "--dry-run"]) == 3
+    assert "expected a batch of one element at least, got none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "tokens", "tokens,heads,dim,", "tokens,heads,hidden", "x,heads,dim",
                                   "batch,batch,heads,dim", "tokens,heads,dim,batch,batch", "TOKENS,heads,dim"])
 def test_texts_that_name_no_axes(text):

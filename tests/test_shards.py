@@ -240,6 +240,9 @@ def test_forged_paths_are_refused_and_nothing_is_deleted(path, name):
     lambda c: json.dumps({**c, "shards": c["shards"][1:]}).encode(),
     lambda c: json.dumps({**c, "dtypes": {"out": "O", "lse": "float32"}}).encode(),
     lambda c: json.dumps({**c, "shapes": {"out": [11, 2, 3], "lse": [11, 2]}}).encode(),
+    *(lambda c, axes=axes: json.dumps({**c, "axes": axes}).encode()
+      for axes in (7, None, [], ["tokens"], [1, 2, 3], ["tokens", "heads", "heads"],
+                   ["batch", "tokens", "heads", "dim"])),
 ])
 def test_manifests_that_make_no_sense(path, change):
     make(path)

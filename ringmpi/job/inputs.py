@@ -163,6 +163,8 @@ def _sizes(path: Path, q: Tokens, k: Tokens, v: Tokens, options: Options) -> Siz
     if len(set(dtypes)) > 1:
         raise DtypeError(f"{path}: expected q, k and v of one dtype, got {', '.join(map(str, dtypes))}")
     check_shapes(*(batch_first_shape(tokens.shape) for tokens in (q, k, v)))
+    if len(q.shape) == 4 and not q.shape[1]:
+        raise ShapeError(f"{path}: expected a batch of one element at least, got none")
     accumulator(dtypes[0], options.accumulator)
     dim_v = v.shape[-1] if options.dim_v is None else options.dim_v
     if dim_v > v.shape[-1]:
