@@ -83,7 +83,7 @@ class Problem:
                                  return_lse=True)
             got = {"out": out, "lse": lse, **attention.backward(dout, dlse)._asdict()}
             self.trace, self.schedule = attention.trace, attention.schedule
-        for name in SUMMED & set(got):
+        for name in sorted(SUMMED & set(got)):
             tables = got[name] if isinstance(got[name], tuple) else [got[name]]
             got[name] = np.concatenate([comm.allreduce(x) for x in tables], axis=-1)
         return got, (mine, theirs)
