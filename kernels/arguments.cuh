@@ -8,7 +8,7 @@
 // Sizes, visible columns and scores of a block: n_q queries and n_k keys.
 template <class A>
 struct Problem {
-    const int *begin, *end;        // (n_q,): query i sees columns begin[i] <= j < end[i], within 0 .. n_k
+    const int *begin, *end;        // (intervals, n_q): query i sees columns begin[.][i] <= j < end[.][i] of 0 .. n_k
     const void* packed_score;      // with FUNCTIONS: a PackedScore; see score.cuh
     A scale;                       // factor of the scores q . k
     A factor;                      // |scale| / ln 2, > 0: 1 / ln 2 if it is 0, or scores are not plain
@@ -16,6 +16,7 @@ struct Problem {
     int dim, dim_v;                // columns of q and k; columns of v that this launch works on
     const A* key_bias;             // with BIAS: (n_k, bias_heads), finite or -infinity
     int bias_heads;                // 1, or kv_heads * group
+    int intervals;                 // at least 1
 };
 
 // The state of the queries. If `fresh`, what the arrays hold is left out, and each part of the columns is written to

@@ -18,7 +18,7 @@
 //   dv       (n_k, kv_heads, dim_v)  the same
 //   dbias    (n_k, heads)            the same; what the heads that share a bias add to it is summed up afterwards
 //   inputs   q, k, v and dout, lse and delta; see arguments.cuh
-//   visible  (tiles of rows,)        what the rows of each tile see, from `visible_columns` of state.cu
+//   visible  (intervals, tiles of rows)  what the rows of each tile see, from `visible_columns` of state.cu
 //   problem  what there is besides; see arguments.cuh
 //
 // The caller guarantees: dim <= DIM, dim_v <= DIM_V; every row of q, k, v and dout aligned to BYTES, which divides dim
@@ -182,21 +182,30 @@ struct WarpRowStats {
     RowStats<A> stats[HEIGHT][2];
     typename S::Row score[HEIGHT][2];
 
-    // Read it; the first is row `first` of the block. Lane i brings the `interval` that row i of the warp sees.
+    __device__ static int row(int m, int h) { return 16 * m + 8 * h + threadIdx.x % 32 / 4; }
+
+    // Read it, but for what the rows see; the first is row `first` of the block.
     template <class T>
-    __device__ WarpRowStats(const GradientInputs<T>& inputs, const Rows& rows, int first, Interval interval,
-                            const S& of_problem) {
+    __device__ WarpRowStats(const GradientInputs<T>& inputs, const Rows& rows, int first, const S& of_problem) {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int local = 16 * m + 8 * h + threadIdx.x % 32 / 4, row = first + local;
-                const Interval sees{__shfl_sync(ALL_LANES, interval.low, local),
-                                    __shfl_sync(ALL_LANES, interval.high, local)};
-                const long long at = rows.contains(row) ? rows.state_row(row) : 0;
-                stats[m][h] = {inputs.lse[at], inputs.delta[at], sees};
-                score[m][h] = of_problem.row(rows, row);
+                const int number = first + row(m, h);
+                const long long at = rows.contains(number) ? rows.state_row(number) : 0;
+                stats[m][h] = {inputs.lse[at], inputs.delta[at], Interval{0, 0}};
+                score[m][h] = of_problem.row(rows, number);
             }
+    }
+
+    // Lane i brings the `interval` that row i of the warp sees, and gets those of its own rows.
+    __device__ void see(Interval interval) {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                stats[m][h].sees = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
+                                    __shfl_sync(ALL_LANES, interval.high, row(m, h))};
     }
 };
 
@@ -206,17 +215,19 @@ struct TileRowStats {
     A lse[ROWS], delta[ROWS];
     int begin[ROWS], end[ROWS];
 
-    // Start to copy it; a row that is not there sees nothing. R: TileRows or HeadRows.
+    // Start to copy it, with interval `number` of what the rows see; a row that is not there sees nothing. R: TileRows
+    // or HeadRows.
     template <int THREADS, class R, class T>
-    __device__ void copy(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem) {
+    __device__ void copy(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem, int number) {
+        const long long first = static_cast<long long>(number) * problem.n_q;
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
             const bool there = rows.contains(r);
             const long long at = there ? rows.state_row(r) : 0;
             const int query = there ? rows.query(r) : 0;
             copy_async<sizeof(A)>(lse + r, inputs.lse + at, there);
             copy_async<sizeof(A)>(delta + r, inputs.delta + at, there);
-            copy_async<4>(begin + r, problem.begin + query, there);
-            copy_async<4>(end + r, problem.end + query, there);
+            copy_async<4>(begin + r, problem.begin + first + query, there);
+            copy_async<4>(end + r, problem.end + first + query, there);
         }
     }
 
@@ -279,21 +290,22 @@ __device__ inline int next_tile(const VisibleColumns* visible, int from, int cou
     return count;
 }
 
-// Says where tiles of rows, in ascending order, come to another tile of CANONICAL_TILE queries; never but in canonical
-// order.
+// Says where tiles of rows, in ascending order, come to another tile of CANONICAL_TILE queries, or to another interval;
+// never but in canonical order.
 template <bool CANONICAL, int ROWS>
 class CanonicalTiles {
-    int rows, current = 0;
+    int rows, current = 0, interval = 0;
 
 public:
     __device__ explicit CanonicalTiles(int group) : rows(CANONICAL_TILE * group) {}
 
     // Whether a tile of rows is of another one than the tile before.
-    __device__ bool begins(int tile) {
+    __device__ bool begins(int tile, int number) {
         if constexpr (!CANONICAL) return false;
         const int now = tile * ROWS / rows;
-        const bool begins = now != current;
+        const bool begins = now != current || number != interval;
         current = now;
+        interval = number;
         return begins;
     }
 };
@@ -322,8 +334,8 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
     }
 }
 
-// Go through the tiles of rows of which any may see one of `all`, the keys of the block: `rows_of(tile)` are its rows,
-// what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
+// Go through the tiles of rows of which any may see one of `all`, the keys of the block, in one interval after the
+// other: `rows_of(tile)` are its rows, what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
 // may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another
 // CANONICAL_TILE queries, of `group` rows each. All threads of the block.
 template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
@@ -332,16 +344,20 @@ __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, cons
                                      const Problem<A>& problem, const VisibleColumns* visible, int group, Interval all,
                                      Interval keys, RowsOf rows_of, Begin begin, Work work) {
     const int tiles = (problem.n_q * group + ROWS - 1) / ROWS;
-    auto load = [&](int tile, int stage) {
-        const auto rows = rows_of(tile);
+    auto interval_of = [&](int i) { return problem.intervals > 1 ? i / tiles : 0; };
+    auto load = [&](int i, int stage) {
+        const int number = interval_of(i);
+        const auto rows = rows_of(i - number * tiles);
         memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
-        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+        row_stats[stage].template copy<THREADS>(inputs, rows, problem, number);
     };
     CanonicalTiles<CANONICAL, ROWS> canonical_tiles(group);
-    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
-                      [&](int tile, int stage) {
-        if (canonical_tiles.begins(tile)) begin();
-        const VisibleColumns of_tile = visible[tile];
+    const int of_all = tiles * problem.intervals;
+    for_tiles<STAGES>(of_all, [&](int from) { return next_tile(visible, from, of_all, all); }, load,
+                      [&](int i, int stage) {
+        const int number = interval_of(i), tile = i - number * tiles;
+        if (canonical_tiles.begins(tile, number)) begin();
+        const VisibleColumns of_tile = visible[i];
         const int count = keys.high - keys.low;
         if (count <= 0 || of_tile.skips(keys.low, count)) return;
         const auto rows = rows_of(tile);

@@ -61,13 +61,18 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     const bool first = warp < PAIRS;
     const int slice = blockIdx.z * COLUMNS + (first ? 0 : COLUMNS / 2);
 
-    // What each row sees, and the tiles of keys that any row of the block sees.
+    // What each row sees, and the tiles of keys that any row of the block sees, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const bool has_row = lane < PAIR_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine + lane) : Interval{0, 0};
-    const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<2 * PAIRS>(visible).hull, KEYS);
-    if (range.tiles(KEYS) == 0) return;
+    VisibleColumns visible;
+    Interval interval, range;
+    auto look = [&](int number) {
+        interval = has_row ? rows.interval(problem.begin, problem.end, number, mine + lane) : Interval{0, 0};
+        visible = visible_to_warp(interval, has_row);
+        range = columns_to_visit<CANONICAL>(visible_to_block<2 * PAIRS>(visible).hull, KEYS);
+    };
+    look(0);
+    if (range.tiles(KEYS) == 0 && problem.intervals == 1) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
@@ -75,7 +80,8 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     Products* const handed = reinterpret_cast<Products*>(memory.end()) + 2 * pair;
     own.template copy_rows<BYTES, THREADS>(inputs, rows, problem);
     const S score(problem);
-    const WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, interval, score);
+    WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, score);
+    known.see(interval);
 
     // Add what tile after tile of keys gives. Both warps make the same ds of what the two have made.
     A acc[HEIGHT][COLUMNS / 16][4] = {};
@@ -127,8 +133,15 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         put();
         clear(acc);
     };
-    for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible, begin,
-                                                           add);
+    for (int number = 0;;) {
+        for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
+                                                               begin, add);
+        if (++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        known.see(interval);
+        if (CANONICAL) begin();
+    }
     put();
 }
 

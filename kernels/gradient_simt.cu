@@ -50,15 +50,19 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     static_assert(ROWS <= THREADS, "one interval a thread");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
 
-    // The tiles of keys that any row of the block sees.
+    // The tiles of keys that any row of the block sees, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const int mine = threadIdx.x;
     const bool has_row = mine < ROWS && rows.contains(mine);
-    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine) : Interval{0, 0};
-    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
-    const Interval range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
-    const int tiles = range.tiles(KEYS);
-    if (tiles == 0) return;
+    VisibleColumns visible;
+    Interval range;
+    auto look = [&](int number) {
+        const Interval interval = has_row ? rows.interval(problem.begin, problem.end, number, mine) : Interval{0, 0};
+        visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+        range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
+    };
+    look(0);
+    if (range.tiles(KEYS) == 0 && problem.intervals == 1) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
@@ -73,10 +77,16 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         const int row = L::row(i);
         const bool exists = rows.contains(row);
         const long long at = exists ? rows.state_row(row) : 0;
-        row_stats[i] = {inputs.lse[at], inputs.delta[at],
-                        exists ? rows.interval(problem.begin, problem.end, row) : Interval{0, 0}};
+        row_stats[i] = {inputs.lse[at], inputs.delta[at], Interval{0, 0}};
         row_score[i] = score.row(rows, row);
     }
+    auto see = [&](int number) {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i)
+            row_stats[i].sees = rows.contains(L::row(i))
+                ? rows.interval(problem.begin, problem.end, number, L::row(i)) : Interval{0, 0};
+    };
+    see(0);
 
     // Add what tile after tile of keys gives.
     using DqSums = Sums<LANES, HEIGHT, DIM, CANONICAL>;
@@ -104,20 +114,19 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         __syncwarp();                              // the lanes of a row are all in one warp
         L::template multiply<PARTIAL, KEYS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
     };
-    auto load = [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        memory.other(stage).template copy_keys<BYTES, THREADS>(
-            inputs, rows.kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
+    auto begin = [&] {
+        put();
+        sums = DqSums{};
     };
-    for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        if (CANONICAL && start % CANONICAL_TILE == 0) {
-            put();
-            sums = DqSums{};
-        }
-        if (!CANONICAL && visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
-        else add(True{}, memory.other(stage), start);
-    });
+    for (int number = 0;;) {
+        for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
+                                                               begin, add);
+        if (++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        see(number);
+        if (CANONICAL) begin();
+    }
     put();
 }
 

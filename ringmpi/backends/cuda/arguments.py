@@ -20,7 +20,7 @@ def problem_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Give the layout of ``Problem<A>``. Local."""
     return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype, "factor": acc_dtype,
                     **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32),
-                    "key_bias": POINTER, "bias_heads": np.int32})
+                    "key_bias": POINTER, "bias_heads": np.int32, "intervals": np.int32})
 
 
 def state_type() -> np.dtype[Any]:
@@ -47,7 +47,7 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
     ----------
     q : array of shape (n_q, heads, dim)
     v : array of shape (n_k, kv_heads, dim_v)
-    columns : two int32 arrays of shape (n_q,), on the GPU
+    columns : two int32 arrays of shape (intervals, n_q), on the GPU
         Where the columns that each query sees begin and end.
     packed_score : array or 0
     score : Score
@@ -65,7 +65,7 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
     return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale,
                   factor=factor, n_q=n_q, n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
                   dim_v=v.shape[2] if dim_v is None else dim_v, key_bias=0 if bias is None else bias,
-                  bias_heads=0 if bias is None else bias.shape[1])
+                  bias_heads=0 if bias is None else bias.shape[1], intervals=len(begin))
 
 
 def state_arrays(state: State, dim_v: int, start: int = 0, width: int = 0, fresh: bool = False) -> Struct:

@@ -1,10 +1,10 @@
 """The GPU path: the CUDA C++ kernels of kernels/, chosen, launched and watched from here.
 
-A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
-puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where there are too few
-tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
-kernel folds into the state. The gradient of a block is a launch for dq, one or two for dk and dv, and one for that of
-a bias of the keys. While kernels run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
+A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, in
+one interval or several, and puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where there
+are too few tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own,
+which a second kernel folds into the state. The gradient of a block is a launch for dq, one or two for dk and dv, and one
+for that of a bias of the keys. While kernels run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
 
 In canonical order one instance of a kernel takes every block, whatever its rows and wherever its arrays begin; columns
 are never split into parts; and a block is launched from a multiple of `CANONICAL_TILE` on.
@@ -237,7 +237,7 @@ class CudaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        yield from self._done(partial(self._launch_forward, state, q, k, v, score), begin, end)
+        yield from self._done(partial(self._fold, state, q, k, v, score), begin, end)
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
@@ -247,18 +247,17 @@ class CudaBackend(Backend):
         yield from self._done(partial(self._differentiate, gradient, q, k, v, dk, dv, score, dkey_bias), begin, end)
 
     def _done(self, launch: Callable[[Integers, Integers], None], begin: Integers, end: Integers) -> Iterator[int]:
-        """Launch what does a block, for each interval, and yield until all is done."""
+        """Launch what does a block, of the intervals in which some row sees a key, and yield until it is done."""
         pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
-        intervals = [(a, b) for a, b in zip(*np.atleast_2d(begin, end), strict=True) if (b > a).any()]
-        for number, interval in enumerate(intervals):
-            if number:
-                yield 0
-            with device.current():
-                launch(*interval)
+        begin, end = np.atleast_2d(begin, end)
+        if len(begin) > 1:
+            some = (end > begin).any(axis=1)
+            begin, end = begin[some], end[some]
         with device.current():
+            launch(begin, end)
             done = device.record(device.caller_stream())
         while not done.done:
             yield 0
@@ -296,6 +295,17 @@ class CudaBackend(Backend):
         self._launch_over(kernel, x.size, (made, x, np.int64(x.size)))
         return made
 
+    def _fold(self, state: State, q: Array, k: Array, v: Array, score: Score, begin: Integers, end: Integers) -> None:
+        """Launch what folds a block: the kernel for Hopper, which knows one interval, for each of a few."""
+        if 1 < len(begin) <= hopper.MOST_INTERVALS and self._takes_hopper(q, k, v, score):
+            for number in range(len(begin)):
+                self._launch_forward(state, q, k, v, score, begin[number:number + 1], end[number:number + 1])
+            return
+        self._launch_forward(state, q, k, v, score, begin, end)
+
+    def _takes_hopper(self, q: Array, k: Array, v: Array, score: Score) -> bool:
+        return self._asks_hopper and hopper.takes(self.device, q, k, v, score)
+
     def _launch_forward(self, state: State, q: Array, k: Array, v: Array, score: Score, begin: Integers, end: Integers
                         ) -> None:
         """Launch what folds a block: of the columns that any row sees, in one part or several."""
@@ -311,7 +321,7 @@ class CudaBackend(Backend):
 
         # Where there is not one launch for all columns, each has states of its own, which are combined afterwards. In
         # canonical order each begins with the maximum and the sum of the state, and the last one puts back its own.
-        kernel = self._choose(q, k, v, score)
+        kernel = self._choose(q, k, v, score, len(begin))
         parts, width = self._split(kernel, rows, kv_heads, n_k)
         fresh = not self.canonical and (parts > 1 or dim_v > kernel.columns)
         _refuse_many(n_q * heads, n_k + width)
@@ -327,8 +337,8 @@ class CudaBackend(Backend):
         if fresh:
             self.combine(state, target)
 
-    def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
-        if self._asks_hopper and hopper.takes(self.device, q, k, v, score):
+    def _choose(self, q: Array, k: Array, v: Array, score: Score, intervals: int) -> Kernel:
+        if intervals == 1 and self._takes_hopper(q, k, v, score):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         rows = len(q) * q.shape[1] // k.shape[1]
         align = _common_alignment(q, k, v)
@@ -344,11 +354,10 @@ class CudaBackend(Backend):
                        dkey_bias: Array, begin: Integers, end: Integers) -> None:
         """Launch torch's kernels for what they can do of a block, and ours for the rest."""
         case = q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2]
-        rest = [(begin, end)]
         kernel = self._library.kernel(q.dtype, q.shape[2]) if library.takes(gradient, score) and self._may_ask(
             *case) else None
         if kernel:
-            pieces, rest = library.cut(begin, end)
+            pieces, rest = library.cut_all(begin, end)
             for piece in pieces:
                 try:
                     self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
@@ -357,9 +366,10 @@ class CudaBackend(Backend):
                     if self.gpu_kernels == "library" or self._library.on_trial:
                         raise
                     self._library.give_up(q.dtype, q.shape[2], error)
-                    rest.append(piece.intervals(len(begin)))
-        for intervals in rest:
-            self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score, dkey_bias)
+                    rest.append(piece.intervals(begin.shape[1]))
+            begin, end = (np.array([interval[i] for interval in rest], np.int64) for i in range(2))
+        if len(begin):
+            self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score, dkey_bias)
 
     def _launch_backward(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
                          end: Integers, score: Score, dkey_bias: Array) -> None:
@@ -411,11 +421,13 @@ class CudaBackend(Backend):
         self._launch_over(kernel, n_k, (dkey_bias, of_heads, np.int64(n_k), np.int32(heads)))
 
     def _visible_columns(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
-        """Work out what the rows of each tile see."""
+        """Work out what the rows of each tile see in each interval."""
         tiles = -(-rows // tile)
-        visible = self._buffer("visible columns", 4 * tiles, np.dtype(np.int32))
-        self._launch_over(self._kernel("state.cu", "visible_columns"), 32 * tiles, (
-            visible, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles)))
+        count = len(begin) * tiles
+        visible = self._buffer("visible columns", 4 * count, np.dtype(np.int32))
+        self._launch_over(self._kernel("state.cu", "visible_columns"), 32 * count, (
+            visible, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles),
+            np.int32(len(begin))))
         return visible
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
@@ -446,14 +458,15 @@ class CudaBackend(Backend):
         is there.
         """
         functions = score.has_functions
-        packed = _packed(score, seen, acc_dtype, heads, len(begin)) if functions else np.empty(0, np.int32)
-        words = np.empty(len(packed) + 2 * len(begin), np.int32)
+        packed = _packed(score, seen, acc_dtype, heads, begin.shape[1]) if functions else np.empty(0, np.int32)
+        words = np.empty(len(packed) + 2 * begin.size, np.int32)
         words[:len(packed)] = packed
-        for row, x in zip(words[len(packed):].reshape(2, -1), (begin, end), strict=True):
+        for row, x in zip(words[len(packed):].reshape(2, *begin.shape), (begin, end), strict=True):
             np.subtract(x, seen.start, out=row, casting="unsafe")
         placed = self.device.array(words)
         columns = placed[len(packed):]
-        return (columns[:len(begin)], columns[len(begin):]), placed if functions else NULL
+        edges = (columns[part * begin.size:(part + 1) * begin.size].reshape(*begin.shape) for part in range(2))
+        return (next(edges), next(edges)), placed if functions else NULL
 
     def _parts(self, count: int, state: State) -> State:
         """Give memory for `count` states like `state`, along a leading axis."""
