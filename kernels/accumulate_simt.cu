@@ -137,12 +137,13 @@ struct ThreadRows : Lanes<ROW_LANES> {
     }
 };
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool BIAS, bool RELATIVE,
+          bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(16 * ROW_LANES)
 accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
            const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
-    using S = Score<float, FUNCTIONS, BIAS>;
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
     using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S, CANONICAL>;
     static_assert(ROWS <= THREADS, "one interval a thread");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
@@ -151,7 +152,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     const Rows rows = rows_of_block(problem, ROWS);
     const Interval part = columns_of_part(problem.n_k, arrays.width);
     const int mine = threadIdx.x;
-    const bool has_row = mine < ROWS && rows.contains(mine), several = problem.intervals > 1;
+    const bool has_row = mine < ROWS && rows.contains(mine);
     VisibleColumns visible;
     Interval range;
     int tiles;
@@ -163,7 +164,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
         tiles = range.tiles(KEYS);
     };
     look(0);
-    if (tiles == 0 && !several && !arrays.fresh) return;
+    if (tiles == 0 && !SEVERAL && !arrays.fresh) return;
 
     // Q, and the first tiles of K and V, are on their way while the state is loaded.
     const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
@@ -186,7 +187,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
         if (tiles) load(v_tile, v, stride_v, 0);
         copy_commit();
     };
-    if (tiles || several)
+    if (tiles || SEVERAL)
         copy_tile<ROWS, DIM, State::STRIDE, BYTES, THREADS>(
             q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
     load_first();
@@ -194,8 +195,8 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
     const S score(problem);
     const float factor = S::PLAIN ? rounded_product(problem.scale, static_cast<float>(LOG2_E)) : problem.scale;
     State state;
-    state.load(arrays, problem, rows, score);
     state.see(problem, 0, rows, part);
+    state.load(arrays, problem, rows, score);
 
     for (int number = 0;;) {
         // Fold tile after tile: the next one of K comes while V is read, the next one of V while K is.
@@ -217,7 +218,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
             if (i + 1 < tiles) load(v_tile, v, stride_v, i + 1);
             copy_commit();
         }
-        if (++number >= problem.intervals) break;
+        if (!SEVERAL || ++number >= problem.intervals) break;
         __syncthreads();                           // all know what was seen of the interval before
         look(number);
         state.see(problem, number, rows, part);

@@ -148,13 +148,13 @@ struct WarpRows {
 
 // `arrays` is not __grid_constant__ as `problem` is: ptxas spills less so.
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
 accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
            const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
@@ -165,7 +165,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
     // other.
     const Rows rows = rows_of_block(problem, ROWS);
     const Interval part = columns_of_part(problem.n_k, arrays.width);
-    const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane), several = problem.intervals > 1;
+    const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
     VisibleColumns visible;
     Interval interval, range;
     int tiles;
@@ -177,7 +177,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
         tiles = range.tiles(KEYS);
     };
     look(0);
-    if (tiles == 0 && !several && !arrays.fresh) return;
+    if (tiles == 0 && !SEVERAL && !arrays.fresh) return;
 
     // Q, and the first tiles of K and V, are on their way while the state is taken up.
     const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
@@ -201,17 +201,17 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
             copy_commit();
         }
     };
-    if (tiles || several)
+    if (tiles || SEVERAL)
         copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(
             q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
     load_first();
 
     const S score(problem);
     WarpRows<T, DIM_V, HEIGHT, S, CANONICAL> state;
-    state.load(arrays, dim_v, rows, mine, score);
     state.see(interval);
+    state.load(arrays, dim_v, rows, mine, score);
 
-    if (S::PLAIN && (tiles || several) && !(problem.scale > 0)) {
+    if (S::PLAIN && (tiles || SEVERAL) && !(problem.scale > 0)) {
         copy_commit();
         copy_wait<0>();
         __syncthreads();                           // Q is here
@@ -242,7 +242,7 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
             else
                 state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
         }
-        if (++number >= problem.intervals) break;
+        if (!SEVERAL || ++number >= problem.intervals) break;
         __syncthreads();                           // all have read the last tile of the interval before
         look(number);
         state.see(interval);

@@ -9,7 +9,8 @@
 // keys, for dq; gradient_dkdv has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
 // made twice, 7 products in place of 5; but nothing is added by atomics, and no memory is needed for parts: the result
 // depends on the arguments alone. With BIAS a third one, gradient_dbias, has a tile of keys and goes through the rows
-// of one head, for p (m (dout . v) - delta), which is the gradient of the bias: two products more. CANONICAL: what
+// of one head, for p (m (dout . v) - delta), which is the gradient of the bias: two products more. With RELATIVE
+// gradient_drelative does the same, for the entries of the tables by distance. CANONICAL: what
 // CANONICAL_TILE keys, or queries, give is summed up by itself and added to what is there, so that it does not show
 // where blocks are cut; see README.rst.
 //
@@ -17,6 +18,8 @@
 //   dk       (n_k, kv_heads, dim)    the same
 //   dv       (n_k, kv_heads, dim_v)  the same
 //   dbias    (n_k, heads)            the same; what the heads that share a bias add to it is summed up afterwards
+//   parts    (grid's x, warps, heads, widths)  of gradient_drelative: what each warp has met, double, read and written;
+//            the widths are those of all tables
 //   inputs   q, k, v and dout, lse and delta; see arguments.cuh
 //   visible  (intervals, tiles of rows)  what the rows of each tile see, from `visible_columns` of state.cu
 //   problem  what there is besides; see arguments.cuh
@@ -278,6 +281,63 @@ __device__ inline A bias_gradient(A qk, A dout_v, const RowStats<A>& row, const 
     return !PARTIAL || row.sees.holds(column) ? share : A{0};
 }
 
+// What is summed up of pairs for the entries of tables by distance, by a warp: its part of `parts`, of one head.
+template <class A>
+class EntrySums {
+    using Bias = RelativeBias<A, true>;
+    const Bias& bias;
+    double* sums;
+
+    // Add what each lane has for an entry; where several have the same, one lane after the other, so that runs are the
+    // same bit for bit. All lanes of the warp.
+    __device__ static void add(double* of_axis, int entry, double x) {
+        const int lane = threadIdx.x % 32;
+        const unsigned same = __match_any_sync(ALL_LANES, entry);
+        if (same == ALL_LANES) {
+#pragma unroll
+            for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
+            if (lane == 0) of_axis[entry] += x;
+            __syncwarp();
+            return;
+        }
+        const int turn = __popc(same & ((1u << lane) - 1)), turns = __reduce_max_sync(ALL_LANES, __popc(same));
+        for (int i = 0; i < turns; ++i) {
+            if (i == turn) of_axis[entry] += x;
+            __syncwarp();
+        }
+    }
+
+public:
+    __device__ EntrySums(const Bias& bias, double* parts, int warps, int head) : bias(bias) {
+        const auto& problem = bias.problem;
+        int widths = 0;
+        for (int axis = 0; axis < problem.axes; ++axis) widths += problem.widths[axis];
+        const long long warp = static_cast<long long>(blockIdx.x) * warps + threadIdx.x / 32;
+        sums = parts + (warp * problem.kv_heads * problem.group + head) * widths;
+    }
+
+    // Add what KEYS keys of the warp and ROWS rows give: `shares`, (keys of the block, ROWS), in shared memory;
+    // `key_of(i)` is the number of the warp's key i in the block, whose first key is `first`. All lanes of the warp.
+    template <int KEYS, int ROWS, class KeyOf>
+    __device__ void add_tile(const A* shares, const HeadRows& rows, int first, KeyOf key_of) const {
+        const auto& problem = bias.problem;
+        __syncwarp();                              // the shares of the warp are there
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < KEYS * ROWS; i += 32) {
+            const int key = key_of(i / ROWS), row = i % ROWS;
+            const double x = first + key < problem.n_k ? shares[key * ROWS + row] : A{0};
+            if (__all_sync(ALL_LANES, x == 0)) continue;
+            double* of_axis = sums;
+#pragma unroll 1
+            for (int axis = 0; axis < problem.axes; ++axis) {
+                add(of_axis, bias.entry(bias.row(rows, row), bias.key(first + key), axis), x);
+                of_axis += problem.widths[axis];
+            }
+        }
+        __syncwarp();                              // all lanes have read them
+    }
+};
+
 // The first tile of rows from number `from` on of which any row may see one of the keys; `count` if there is none. All
 // lanes of a warp.
 __device__ inline int next_tile(const VisibleColumns* visible, int from, int count, Interval keys) {
@@ -335,16 +395,17 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
 }
 
 // Go through the tiles of rows of which any may see one of `all`, the keys of the block, in one interval after the
-// other: `rows_of(tile)` are its rows, what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
-// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another
-// CANONICAL_TILE queries, of `group` rows each. All threads of the block.
-template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
-          class RowsOf, class Begin, class Work>
+// other: `rows_of(tile)` are its rows, what is known of them goes to `row_stats`, one for each stage. `work(partial,
+// tile, stats, rows)` is called where any may see one of `keys`, those of the warp; `begin()` in canonical order before
+// the first tile of another CANONICAL_TILE queries, of `group` rows each, and before another interval. All threads of
+// the block.
+template <int BYTES, int THREADS, bool SEVERAL, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T,
+          class A, class RowsOf, class Begin, class Work>
 __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, const GradientInputs<T>& inputs,
                                      const Problem<A>& problem, const VisibleColumns* visible, int group, Interval all,
                                      Interval keys, RowsOf rows_of, Begin begin, Work work) {
     const int tiles = (problem.n_q * group + ROWS - 1) / ROWS;
-    auto interval_of = [&](int i) { return problem.intervals > 1 ? i / tiles : 0; };
+    auto interval_of = [&](int i) { return SEVERAL ? i / tiles : 0; };
     auto load = [&](int i, int stage) {
         const int number = interval_of(i);
         const auto rows = rows_of(i - number * tiles);
@@ -352,7 +413,7 @@ __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, cons
         row_stats[stage].template copy<THREADS>(inputs, rows, problem, number);
     };
     CanonicalTiles<CANONICAL, ROWS> canonical_tiles(group);
-    const int of_all = tiles * problem.intervals;
+    const int of_all = SEVERAL ? tiles * problem.intervals : tiles;
     for_tiles<STAGES>(of_all, [&](int from) { return next_tile(visible, from, of_all, all); }, load,
                       [&](int i, int stage) {
         const int number = interval_of(i), tile = i - number * tiles;

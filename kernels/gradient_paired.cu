@@ -43,12 +43,12 @@ struct Handed {
 __device__ inline void meet_other(int pair) { named_barrier_sync(1 + pair, 64); }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 64 * PAIRS, PAIR_ROWS = 16 * HEIGHT, ROWS = PAIR_ROWS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -72,7 +72,7 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         range = columns_to_visit<CANONICAL>(visible_to_block<2 * PAIRS>(visible).hull, KEYS);
     };
     look(0);
-    if (range.tiles(KEYS) == 0 && problem.intervals == 1) return;
+    if (range.tiles(KEYS) == 0 && !SEVERAL) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
@@ -136,7 +136,7 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     for (int number = 0;;) {
         for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
                                                                begin, add);
-        if (++number >= problem.intervals) break;
+        if (!SEVERAL || ++number >= problem.intervals) break;
         __syncthreads();                           // all have read the last tile of the interval before
         look(number);
         known.see(interval);
@@ -146,12 +146,12 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
 }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 64 * PAIRS, PAIR_KEYS = 16 * HEIGHT, KEYS = PAIR_KEYS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
@@ -224,7 +224,7 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         put();
         clear(acc);
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
                                                            all, keys, rows_of, begin, add);
     put();
 }

@@ -124,6 +124,15 @@ __global__ void add_heads(A* target, const A* source, long long keys, int heads)
     }
 }
 
+// Add to each of `count` numbers those of all parts, in their order: parts (how many, count). Any grid.
+__global__ void add_parts(double* target, const double* parts, int how_many, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) {
+        double total = 0;
+        for (int part = 0; part < how_many; ++part) total += parts[part * count + i];
+        target[i] += total;
+    }
+}
+
 // lse, with infinity for -infinity: no weight is NaN then. Any grid.
 template <class A>
 __global__ void lse_for_weights(A* target, const A* lse, long long count) {

@@ -750,8 +750,8 @@ class RingAttention:
             raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba, numpy or "
                                "cuda")
         if records.common("relative") and not self.backend.relative:
-            raise BackendError(f"relative: backend {self.backend.name} has none yet; expected backend numba or numpy, "
-                               "and arrays on the host")
+            raise BackendError(f"relative: backend {self.backend.name} has none yet; expected backend numba, numpy or "
+                               "cuda")
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None
