@@ -326,15 +326,17 @@ def test_some_heads_are_added_where_they_are(backend, kind):
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("kind", "backward"), [("all", False), ("plain", True), ("all", True), ("bias", False),
-                                                ("bias by head", True)])
+                                                ("bias by head", True), ("relative", True), ("several", True)])
 def test_prepare_compiles_all_that_is_used_later(dtype, kind, backward):
     backend = CudaBackend(1, EmulatedDevice(2))
     backend.prepare(DTYPES[dtype], accumulator(DTYPES[dtype]), 16, 16, plain=kind != "all", biased=kind in BIASES,
-                    backward=backward)
+                    relative="relative" in kind, several=kind == "several", backward=backward)
     known = set(backend.device.cache)
     forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "combine")}
     for n_q in (1, 2, 3, 7, 16, 17, 65, 140):
         q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
+        if kind == "several":
+            run(backend, q, k, v, *oracle.many_intervals(2, n_q, 70, 3), 1.0, {}, dout=q if backward else None)
         score, sinks = functions(kind, 1, np.arange(n_q), np.arange(70))
         run(backend, q, k, v, begin, end, 1.0, score, sinks, dout=q if backward else None)
     new = set(backend.device.cache) - known
