@@ -79,7 +79,7 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
-    elif max(dims) > 64 and kind.adds and not kind.plain:         # two rows of 16 to a warp are too many for registers
+    elif max(dims) > 64 and kind.crowded:                         # two rows of 16 to a warp are too many for registers
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2)]
     elif rows <= 64:
         tiles = [(4, 1, 64, 2), (4, 1, 32, 2)]
@@ -92,7 +92,8 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
 
 def _simt_tiles(dim_v: int, rows: int, kind: Kind) -> list[Tile]:
     """List tiles for the forward pass in float32, the fastest first."""
-    tallest = 8 if dim_v <= 128 else 4        # what a thread's registers hold
+    # What a thread's registers hold.
+    tallest = 4 if dim_v > 128 or (kind.relative and kind.crowded and dim_v > 64) else 8
     if rows <= 16:
         lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
         return [Tile(lanes, height, 32), Tile(lanes, height, 16)]

@@ -63,6 +63,11 @@ class Kind(NamedTuple):
         return self.biased or self.relative
 
     @property
+    def crowded(self) -> bool:
+        """Whether there are score functions, and more besides."""
+        return not self.plain and (self.adds or self.several)
+
+    @property
     def narrow(self) -> bool:
         """Whether more than a product makes a score, which takes registers: tiles have fewer keys then."""
         return not self.plain or self.adds
