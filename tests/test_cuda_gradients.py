@@ -159,13 +159,13 @@ def test_a_bias_by_distance_of_many_keys_and_few_queries(backend, dtype):
 
 
 def test_few_sums_by_distance_go_through_many_tiles_of_keys(backend, monkeypatch):
-    """With the same bits in each run."""
+    """With the same bits in each run, whatever the order of threads."""
     monkeypatch.setattr(cuda, "MOST_SUMS", 1)
-    runs = [check(each, *case(2, 40, 700, 2, 1, 16, 16, dtype), dtype, "relative of neighbours")
-            for dtype in ("float32", "bfloat16")
-            for each in (backend, backend if backend.device.name != "fake" else CudaBackend(1, EmulatedDevice(7)))]
-    assert len(runs) == 4
-
+    other = CudaBackend(1, EmulatedDevice(7)) if isinstance(backend.device, EmulatedDevice) else backend
+    for dtype in ("float32", "bfloat16"):
+        one, again = (check(each, *case(2, 40, 300, 2, 1, 16, 16, dtype), dtype, "relative of neighbours")
+                      for each in (backend, other))
+        assert all((x == again[name]).all() for name, x in one.items())
 
 
 
