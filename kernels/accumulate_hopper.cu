@@ -213,7 +213,7 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const T* q, const 
     // What each row sees of this part, each warpgroup, and the tiles of keys that any row of the block sees.
     __shared__ VisibleColumns of_warps[GROUPS * WARPS];
     const bool has_row = warp >= 0 && lane < WARP_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
+    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, 0, mine + lane), part)
                                       : Interval{0, 0};
     const VisibleColumns of_this_warp = visible_to_warp(interval, has_row);
     if (warp >= 0 && lane == 0) of_warps[warp] = of_this_warp;

@@ -27,15 +27,22 @@ struct ThreadRows : Lanes<ROW_LANES> {
 
     __device__ static int column(int n, int i) { return Lanes<ROW_LANES>::template column<VECTOR>(n, i); }
 
-    // Load the state of the rows, each with what it sees of this part.
+    // Take what each of the rows sees of this part in an interval.
+    __device__ void see(const Problem<float>& problem, int number, const Rows& rows, Interval part) {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i)
+            sees[i] = rows.contains(row(i))
+                ? intersection(rows.interval(problem.begin, problem.end, number, row(i)), part) : Interval{0, 0};
+    }
+
+    // Load the state of the rows.
     __device__ void load(const StateArrays<float>& arrays, const Problem<float>& problem, const Rows& rows,
-                         Interval part, const S& score) {
+                         const S& score) {
 #pragma unroll
         for (int i = 0; i < HEIGHT; ++i) {
             const bool exists = rows.contains(row(i)), known = exists && !arrays.fresh;
             const long long at = exists ? rows.state_row(row(i)) : 0;
             row_score[i] = score.row(rows, row(i));
-            sees[i] = exists ? intersection(rows.interval(problem.begin, problem.end, row(i)), part) : Interval{0, 0};
             load_softmax(arrays, at, known, lane() == 0, row_max[i], row_sum[i]);
 #pragma unroll
             for (int n = 0; n < VECTORS; ++n)
@@ -130,27 +137,34 @@ struct ThreadRows : Lanes<ROW_LANES> {
     }
 };
 
-template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
+template <int DIM, int DIM_V, int ROW_LANES, int HEIGHT, int KEYS, int BYTES, bool FUNCTIONS, bool BIAS, bool RELATIVE,
+          bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(16 * ROW_LANES)
 accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, const float* k, const float* v,
            const __grid_constant__ Problem<float> problem) {
     constexpr int THREADS = 16 * ROW_LANES, WARPS = THREADS / 32, ROWS = HEIGHT * ROW_LANES;
-    using S = Score<float, FUNCTIONS, BIAS>;
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
     using State = ThreadRows<DIM, DIM_V, ROW_LANES, HEIGHT, KEYS, S, CANONICAL>;
     static_assert(ROWS <= THREADS, "one interval a thread");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
 
-    // The tiles of keys that any row of the block sees of this part.
+    // The tiles of keys that any row of the block sees of this part, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const Interval part = columns_of_part(problem.n_k, arrays.width);
     const int mine = threadIdx.x;
     const bool has_row = mine < ROWS && rows.contains(mine);
-    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine), part)
-                                      : Interval{0, 0};
-    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
-    const Interval range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
-    const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !arrays.fresh) return;
+    VisibleColumns visible;
+    Interval range;
+    int tiles;
+    auto look = [&](int number) {
+        const Interval interval = has_row
+            ? intersection(rows.interval(problem.begin, problem.end, number, mine), part) : Interval{0, 0};
+        visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+        range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
+        tiles = range.tiles(KEYS);
+    };
+    look(0);
+    if (tiles == 0 && !SEVERAL && !arrays.fresh) return;
 
     // Q, and the first tiles of K and V, are on their way while the state is loaded.
     const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
@@ -167,38 +181,48 @@ accumulate(const __grid_constant__ StateArrays<float> arrays, const float* q, co
         if (tile == k_tile) copy_tile<KEYS, DIM, State::STRIDE, BYTES, THREADS>(tile, row, count, dim);
         else copy_tile<KEYS, DIM_V, DIM_V, BYTES, THREADS>(tile, row, count, dim_v);
     };
-    if (tiles) {
+    auto load_first = [&] {
+        if (tiles) load(k_tile, k, dim, 0);
+        copy_commit();
+        if (tiles) load(v_tile, v, stride_v, 0);
+        copy_commit();
+    };
+    if (tiles || SEVERAL)
         copy_tile<ROWS, DIM, State::STRIDE, BYTES, THREADS>(
             q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
-        load(k_tile, k, dim, 0);
-        copy_commit();
-        load(v_tile, v, stride_v, 0);
-        copy_commit();
-    }
+    load_first();
 
     const S score(problem);
     const float factor = S::PLAIN ? rounded_product(problem.scale, static_cast<float>(LOG2_E)) : problem.scale;
     State state;
-    state.load(arrays, problem, rows, part, score);
+    state.see(problem, 0, rows, part);
+    state.load(arrays, problem, rows, score);
 
-    // Fold tile after tile: the next one of K comes while V is read, the next one of V while K is.
-    for (int i = 0; i < tiles; ++i) {
-        const int start = range.low + i * KEYS;
-        const bool full = !CANONICAL && visible.full(start, KEYS);
-        copy_wait<1>();
-        __syncthreads();                           // K is here
-        if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, factor, score);
-        else state.template weigh<true>(q_tile, k_tile, p_tile, start, factor, score);
-        __syncthreads();                           // all have read K, and the weights are there
-        if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
-        copy_commit();
-        copy_wait<1>();
-        __syncthreads();                           // V is here
-        if (full) state.template add_values<false>(p_tile, v_tile);
-        else state.template add_values<true>(p_tile, v_tile);
-        __syncthreads();                           // all have read V and the weights
-        if (i + 1 < tiles) load(v_tile, v, stride_v, i + 1);
-        copy_commit();
+    for (int number = 0;;) {
+        // Fold tile after tile: the next one of K comes while V is read, the next one of V while K is.
+        for (int i = 0; i < tiles; ++i) {
+            const int start = range.low + i * KEYS;
+            const bool full = !CANONICAL && visible.full(start, KEYS);
+            copy_wait<1>();
+            __syncthreads();                           // K is here
+            if (full) state.template weigh<false>(q_tile, k_tile, p_tile, start, factor, score);
+            else state.template weigh<true>(q_tile, k_tile, p_tile, start, factor, score);
+            __syncthreads();                           // all have read K, and the weights are there
+            if (i + 1 < tiles) load(k_tile, k, dim, i + 1);
+            copy_commit();
+            copy_wait<1>();
+            __syncthreads();                           // V is here
+            if (full) state.template add_values<false>(p_tile, v_tile);
+            else state.template add_values<true>(p_tile, v_tile);
+            __syncthreads();                           // all have read V and the weights
+            if (i + 1 < tiles) load(v_tile, v, stride_v, i + 1);
+            copy_commit();
+        }
+        if (!SEVERAL || ++number >= problem.intervals) break;
+        __syncthreads();                           // all know what was seen of the interval before
+        look(number);
+        state.see(problem, number, rows, part);
+        load_first();
     }
 
     state.store(arrays, dim_v, rows);

@@ -34,16 +34,22 @@ struct WarpRows {
     // Number of one of a lane's rows, among those of the warp.
     __device__ static int row(int m, int h) { return 16 * m + 8 * h + threadIdx.x % 32 / 4; }
 
-    // Load the state of the warp's rows, the first of which is row `first` of the block. Lane i brings the `interval`
-    // that row i of the warp sees, and gets those of its own rows.
-    __device__ void load(const StateArrays<A>& arrays, int dim_v, const Rows& rows, int first, Interval interval,
-                         const S& score) {
+    // Lane i brings the `interval` that row i of the warp sees, and gets those of its own rows.
+    __device__ void see(Interval interval) {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
+                              __shfl_sync(ALL_LANES, interval.high, row(m, h))};
+    }
+
+    // Load the state of the warp's rows, the first of which is row `first` of the block.
+    __device__ void load(const StateArrays<A>& arrays, int dim_v, const Rows& rows, int first, const S& score) {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                sees[m][h] = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
-                              __shfl_sync(ALL_LANES, interval.high, row(m, h))};
                 row_score[m][h] = score.row(rows, first + row(m, h));
                 load_state<false>(arrays, rows, first + row(m, h), dim_v, h, acc[m], row_max[m][h], row_sum[m][h]);
             }
@@ -142,29 +148,36 @@ struct WarpRows {
 
 // `arrays` is not __grid_constant__ as `problem` is: ptxas spills less so.
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 && sizeof(T) == 2 ? 2 : 1)
 accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, const T* v,
            const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
     using F = Fragments<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     constexpr int STRIDE = DIM + F::PAD, STRIDE_V = DIM_V + F::PAD_V, STAGE = KEYS * (STRIDE + STRIDE_V);
     static_assert(WARP_ROWS <= 32 && KEYS < MINUS, "one interval a lane; codes must not run over");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
     const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_ROWS;
 
-    // What each row sees of this part, and the tiles of keys that any row of the block sees.
+    // What each row sees of this part, and the tiles of keys that any row of the block sees, in one interval after the
+    // other.
     const Rows rows = rows_of_block(problem, ROWS);
     const Interval part = columns_of_part(problem.n_k, arrays.width);
     const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? intersection(rows.interval(problem.begin, problem.end, mine + lane), part)
-                                      : Interval{0, 0};
-    const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
-    const int tiles = range.tiles(KEYS);
-    if (tiles == 0 && !arrays.fresh) return;
+    VisibleColumns visible;
+    Interval interval, range;
+    int tiles;
+    auto look = [&](int number) {
+        interval = has_row ? intersection(rows.interval(problem.begin, problem.end, number, mine + lane), part)
+                           : Interval{0, 0};
+        visible = visible_to_warp(interval, has_row);
+        range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
+        tiles = range.tiles(KEYS);
+    };
+    look(0);
+    if (tiles == 0 && !SEVERAL && !arrays.fresh) return;
 
     // Q, and the first tiles of K and V, are on their way while the state is taken up.
     const int kv_heads = problem.kv_heads, dim = problem.dim, dim_v = problem.dim_v, stride_v = arrays.stride_v;
@@ -181,49 +194,59 @@ accumulate(const StateArrays<Accumulator<T>> arrays, const T* q, const T* k, con
         copy_tile<KEYS, DIM_V, STRIDE_V, BYTES, THREADS>(
             k_tile + KEYS * STRIDE, [=](int r) { return v_rows + r * step_v; }, count, dim_v);
     };
-    if (tiles) {
-        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(
-            q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
+    auto load_first = [&] {
 #pragma unroll
         for (int i = 0; i < STAGES - 1; ++i) {
             if (i < tiles) load(i);
             copy_commit();
         }
-    }
+    };
+    if (tiles || SEVERAL)
+        copy_tile<ROWS, DIM, STRIDE, BYTES, THREADS>(
+            q_tile, [&](int r) { return q + rows.state_row(r) * dim; }, rows.count(), dim);
+    load_first();
 
     const S score(problem);
     WarpRows<T, DIM_V, HEIGHT, S, CANONICAL> state;
-    state.load(arrays, dim_v, rows, mine, interval, score);
+    state.see(interval);
+    state.load(arrays, dim_v, rows, mine, score);
 
-    if (S::PLAIN && tiles && !(problem.scale > 0)) {
+    if (S::PLAIN && (tiles || SEVERAL) && !(problem.scale > 0)) {
         copy_commit();
         copy_wait<0>();
         __syncthreads();                           // Q is here
         take_sign(q_tile, threadIdx.x, ROWS * STRIDE, THREADS, problem.scale);
     }
 
-    // Fold tile after tile, while the next ones come.
-    for (int i = 0; i < tiles; ++i) {
-        if constexpr (STAGES == 1) {
-            __syncthreads();                       // all have read the tile before
-            load(i);
-            copy_commit();
-            copy_wait<0>();
-            __syncthreads();
-        } else {
-            copy_wait<STAGES - 2>();               // tile i is here, for this thread;
-            __syncthreads();                       // for all, and all have read tile i - 1, whose stage is free
-            if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
-            copy_commit();
+    for (int number = 0;;) {
+        // Fold tile after tile, while the next ones come.
+        for (int i = 0; i < tiles; ++i) {
+            if constexpr (STAGES == 1) {
+                __syncthreads();                       // all have read the tile before
+                load(i);
+                copy_commit();
+                copy_wait<0>();
+                __syncthreads();
+            } else {
+                copy_wait<STAGES - 2>();               // tile i is here, for this thread;
+                __syncthreads();                       // for all, and all have read tile i - 1, whose stage is free
+                if (i + STAGES - 1 < tiles) load(i + STAGES - 1);
+                copy_commit();
+            }
+            const T* const k_tile = stages + i % STAGES * STAGE;
+            const T* const v_tile = k_tile + KEYS * STRIDE;
+            const int start = range.low + i * KEYS;
+            if (visible.skips(start, KEYS)) continue;
+            if (!CANONICAL && visible.full(start, KEYS))
+                state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
+            else
+                state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
         }
-        const T* const k_tile = stages + i % STAGES * STAGE;
-        const T* const v_tile = k_tile + KEYS * STRIDE;
-        const int start = range.low + i * KEYS;
-        if (visible.skips(start, KEYS)) continue;
-        if (!CANONICAL && visible.full(start, KEYS))
-            state.template fold<false, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
-        else
-            state.template fold<true, DIM, KEYS>(q_tile, mine, k_tile, v_tile, start, problem, score);
+        if (!SEVERAL || ++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        state.see(interval);
+        load_first();
     }
     state.store(arrays, dim_v, rows, mine);
 }

@@ -5,10 +5,12 @@
 
 #include "platform.cuh"
 
+constexpr int MOST_AXES = 4;       // as in ringmpi/relative.py
+
 // Sizes, visible columns and scores of a block: n_q queries and n_k keys.
 template <class A>
 struct Problem {
-    const int *begin, *end;        // (n_q,): query i sees columns begin[i] <= j < end[i], within 0 .. n_k
+    const int *begin, *end;        // (intervals, n_q): query i sees columns begin[.][i] <= j < end[.][i] of 0 .. n_k
     const void* packed_score;      // with FUNCTIONS: a PackedScore; see score.cuh
     A scale;                       // factor of the scores q . k
     A factor;                      // |scale| / ln 2, > 0: 1 / ln 2 if it is 0, or scores are not plain
@@ -16,6 +18,11 @@ struct Problem {
     int dim, dim_v;                // columns of q and k; columns of v that this launch works on
     const A* key_bias;             // with BIAS: (n_k, bias_heads), finite or -infinity
     int bias_heads;                // 1, or kv_heads * group
+    int intervals;                 // 1, or with SEVERAL any number from 1 on
+    int axes;                      // with RELATIVE: of positions
+    int widths[MOST_AXES];         // of the tables, odd
+    const A* tables;               // for each axis (heads, width), one after the other
+    const int* coordinates;        // for each axis those of the queries, (n_q,), and of the keys, (n_k,)
 };
 
 // The state of the queries. If `fresh`, what the arrays hold is left out, and each part of the columns is written to

@@ -9,7 +9,8 @@
 // keys, for dq; gradient_dkdv has a tile of keys and goes through the rows, for dk and dv. So q . k and dout . v are
 // made twice, 7 products in place of 5; but nothing is added by atomics, and no memory is needed for parts: the result
 // depends on the arguments alone. With BIAS a third one, gradient_dbias, has a tile of keys and goes through the rows
-// of one head, for p (m (dout . v) - delta), which is the gradient of the bias: two products more. CANONICAL: what
+// of one head, for p (m (dout . v) - delta), which is the gradient of the bias: two products more. With RELATIVE
+// gradient_drelative does the same, for the entries of the tables by distance. CANONICAL: what
 // CANONICAL_TILE keys, or queries, give is summed up by itself and added to what is there, so that it does not show
 // where blocks are cut; see README.rst.
 //
@@ -17,8 +18,10 @@
 //   dk       (n_k, kv_heads, dim)    the same
 //   dv       (n_k, kv_heads, dim_v)  the same
 //   dbias    (n_k, heads)            the same; what the heads that share a bias add to it is summed up afterwards
+//   parts    (grid's x, warps, heads, widths)  of gradient_drelative: what each warp has met, double, read and written;
+//            the widths are those of all tables
 //   inputs   q, k, v and dout, lse and delta; see arguments.cuh
-//   visible  (tiles of rows,)        what the rows of each tile see, from `visible_columns` of state.cu
+//   visible  (intervals, tiles of rows)  what the rows of each tile see, from `visible_columns` of state.cu
 //   problem  what there is besides; see arguments.cuh
 //
 // The caller guarantees: dim <= DIM, dim_v <= DIM_V; every row of q, k, v and dout aligned to BYTES, which divides dim
@@ -182,21 +185,30 @@ struct WarpRowStats {
     RowStats<A> stats[HEIGHT][2];
     typename S::Row score[HEIGHT][2];
 
-    // Read it; the first is row `first` of the block. Lane i brings the `interval` that row i of the warp sees.
+    __device__ static int row(int m, int h) { return 16 * m + 8 * h + threadIdx.x % 32 / 4; }
+
+    // Read it, but for what the rows see; the first is row `first` of the block.
     template <class T>
-    __device__ WarpRowStats(const GradientInputs<T>& inputs, const Rows& rows, int first, Interval interval,
-                            const S& of_problem) {
+    __device__ WarpRowStats(const GradientInputs<T>& inputs, const Rows& rows, int first, const S& of_problem) {
 #pragma unroll
         for (int m = 0; m < HEIGHT; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int local = 16 * m + 8 * h + threadIdx.x % 32 / 4, row = first + local;
-                const Interval sees{__shfl_sync(ALL_LANES, interval.low, local),
-                                    __shfl_sync(ALL_LANES, interval.high, local)};
-                const long long at = rows.contains(row) ? rows.state_row(row) : 0;
-                stats[m][h] = {inputs.lse[at], inputs.delta[at], sees};
-                score[m][h] = of_problem.row(rows, row);
+                const int number = first + row(m, h);
+                const long long at = rows.contains(number) ? rows.state_row(number) : 0;
+                stats[m][h] = {inputs.lse[at], inputs.delta[at], Interval{0, 0}};
+                score[m][h] = of_problem.row(rows, number);
             }
+    }
+
+    // Lane i brings the `interval` that row i of the warp sees, and gets those of its own rows.
+    __device__ void see(Interval interval) {
+#pragma unroll
+        for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                stats[m][h].sees = {__shfl_sync(ALL_LANES, interval.low, row(m, h)),
+                                    __shfl_sync(ALL_LANES, interval.high, row(m, h))};
     }
 };
 
@@ -206,17 +218,19 @@ struct TileRowStats {
     A lse[ROWS], delta[ROWS];
     int begin[ROWS], end[ROWS];
 
-    // Start to copy it; a row that is not there sees nothing. R: TileRows or HeadRows.
+    // Start to copy it, with interval `number` of what the rows see; a row that is not there sees nothing. R: TileRows
+    // or HeadRows.
     template <int THREADS, class R, class T>
-    __device__ void copy(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem) {
+    __device__ void copy(const GradientInputs<T>& inputs, const R& rows, const Problem<A>& problem, int number) {
+        const long long first = static_cast<long long>(number) * problem.n_q;
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
             const bool there = rows.contains(r);
             const long long at = there ? rows.state_row(r) : 0;
             const int query = there ? rows.query(r) : 0;
             copy_async<sizeof(A)>(lse + r, inputs.lse + at, there);
             copy_async<sizeof(A)>(delta + r, inputs.delta + at, there);
-            copy_async<4>(begin + r, problem.begin + query, there);
-            copy_async<4>(end + r, problem.end + query, there);
+            copy_async<4>(begin + r, problem.begin + first + query, there);
+            copy_async<4>(end + r, problem.end + first + query, there);
         }
     }
 
@@ -267,6 +281,63 @@ __device__ inline A bias_gradient(A qk, A dout_v, const RowStats<A>& row, const 
     return !PARTIAL || row.sees.holds(column) ? share : A{0};
 }
 
+// What is summed up of pairs for the entries of tables by distance, by a warp: its part of `parts`, of one head.
+template <class A>
+class EntrySums {
+    using Bias = RelativeBias<A, true>;
+    const Bias& bias;
+    double* sums;
+
+    // Add what each lane has for an entry; where several have the same, one lane after the other, so that runs are the
+    // same bit for bit. All lanes of the warp.
+    __device__ static void add(double* of_axis, int entry, double x) {
+        const int lane = threadIdx.x % 32;
+        const unsigned same = __match_any_sync(ALL_LANES, entry);
+        if (same == ALL_LANES) {
+#pragma unroll
+            for (int mask = 1; mask < 32; mask *= 2) x += __shfl_xor_sync(ALL_LANES, x, mask);
+            if (lane == 0) of_axis[entry] += x;
+            __syncwarp();
+            return;
+        }
+        const int turn = __popc(same & ((1u << lane) - 1)), turns = __reduce_max_sync(ALL_LANES, __popc(same));
+        for (int i = 0; i < turns; ++i) {
+            if (i == turn) of_axis[entry] += x;
+            __syncwarp();
+        }
+    }
+
+public:
+    __device__ EntrySums(const Bias& bias, double* parts, int warps, int head) : bias(bias) {
+        const auto& problem = bias.problem;
+        int widths = 0;
+        for (int axis = 0; axis < problem.axes; ++axis) widths += problem.widths[axis];
+        const long long warp = static_cast<long long>(blockIdx.x) * warps + threadIdx.x / 32;
+        sums = parts + (warp * problem.kv_heads * problem.group + head) * widths;
+    }
+
+    // Add what KEYS keys of the warp and ROWS rows give: `shares`, (keys of the block, ROWS), in shared memory;
+    // `key_of(i)` is the number of the warp's key i in the block, whose first key is `first`. All lanes of the warp.
+    template <int KEYS, int ROWS, class KeyOf>
+    __device__ void add_tile(const A* shares, const HeadRows& rows, int first, KeyOf key_of) const {
+        const auto& problem = bias.problem;
+        __syncwarp();                              // the shares of the warp are there
+#pragma unroll 1
+        for (int i = threadIdx.x % 32; i < KEYS * ROWS; i += 32) {
+            const int key = key_of(i / ROWS), row = i % ROWS;
+            const double x = first + key < problem.n_k ? shares[key * ROWS + row] : A{0};
+            if (__all_sync(ALL_LANES, x == 0)) continue;
+            double* of_axis = sums;
+#pragma unroll 1
+            for (int axis = 0; axis < problem.axes; ++axis) {
+                add(of_axis, bias.entry(bias.row(rows, row), bias.key(first + key), axis), x);
+                of_axis += problem.widths[axis];
+            }
+        }
+        __syncwarp();                              // all lanes have read them
+    }
+};
+
 // The first tile of rows from number `from` on of which any row may see one of the keys; `count` if there is none. All
 // lanes of a warp.
 __device__ inline int next_tile(const VisibleColumns* visible, int from, int count, Interval keys) {
@@ -279,21 +350,22 @@ __device__ inline int next_tile(const VisibleColumns* visible, int from, int cou
     return count;
 }
 
-// Says where tiles of rows, in ascending order, come to another tile of CANONICAL_TILE queries; never but in canonical
-// order.
+// Says where tiles of rows, in ascending order, come to another tile of CANONICAL_TILE queries, or to another interval;
+// never but in canonical order.
 template <bool CANONICAL, int ROWS>
 class CanonicalTiles {
-    int rows, current = 0;
+    int rows, current = 0, interval = 0;
 
 public:
     __device__ explicit CanonicalTiles(int group) : rows(CANONICAL_TILE * group) {}
 
     // Whether a tile of rows is of another one than the tile before.
-    __device__ bool begins(int tile) {
+    __device__ bool begins(int tile, int number) {
         if constexpr (!CANONICAL) return false;
         const int now = tile * ROWS / rows;
-        const bool begins = now != current;
+        const bool begins = now != current || number != interval;
         current = now;
+        interval = number;
         return begins;
     }
 };
@@ -322,26 +394,31 @@ __device__ inline void for_tiles(int count, Next next, Load load, Work work) {
     }
 }
 
-// Go through the tiles of rows of which any may see one of `all`, the keys of the block: `rows_of(tile)` are its rows,
-// what is known of them goes to `row_stats`, one for each stage. `work(partial, tile, stats, rows)` is called where any
-// may see one of `keys`, those of the warp; `begin()` in canonical order before the first tile of another
-// CANONICAL_TILE queries, of `group` rows each. All threads of the block.
-template <int BYTES, int THREADS, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T, class A,
-          class RowsOf, class Begin, class Work>
+// Go through the tiles of rows of which any may see one of `all`, the keys of the block, in one interval after the
+// other: `rows_of(tile)` are its rows, what is known of them goes to `row_stats`, one for each stage. `work(partial,
+// tile, stats, rows)` is called where any may see one of `keys`, those of the warp; `begin()` in canonical order before
+// the first tile of another CANONICAL_TILE queries, of `group` rows each, and before another interval. All threads of
+// the block.
+template <int BYTES, int THREADS, bool SEVERAL, bool CANONICAL, int ROWS, int STAGES, class Tiles, class Stats, class T,
+          class A, class RowsOf, class Begin, class Work>
 __device__ inline void for_row_tiles(const Tiles& memory, Stats* row_stats, const GradientInputs<T>& inputs,
                                      const Problem<A>& problem, const VisibleColumns* visible, int group, Interval all,
                                      Interval keys, RowsOf rows_of, Begin begin, Work work) {
     const int tiles = (problem.n_q * group + ROWS - 1) / ROWS;
-    auto load = [&](int tile, int stage) {
-        const auto rows = rows_of(tile);
+    auto interval_of = [&](int i) { return SEVERAL ? i / tiles : 0; };
+    auto load = [&](int i, int stage) {
+        const int number = interval_of(i);
+        const auto rows = rows_of(i - number * tiles);
         memory.other(stage).template copy_rows<BYTES, THREADS>(inputs, rows, problem);
-        row_stats[stage].template copy<THREADS>(inputs, rows, problem);
+        row_stats[stage].template copy<THREADS>(inputs, rows, problem, number);
     };
     CanonicalTiles<CANONICAL, ROWS> canonical_tiles(group);
-    for_tiles<STAGES>(tiles, [&](int from) { return next_tile(visible, from, tiles, all); }, load,
-                      [&](int tile, int stage) {
-        if (canonical_tiles.begins(tile)) begin();
-        const VisibleColumns of_tile = visible[tile];
+    const int of_all = SEVERAL ? tiles * problem.intervals : tiles;
+    for_tiles<STAGES>(of_all, [&](int from) { return next_tile(visible, from, of_all, all); }, load,
+                      [&](int i, int stage) {
+        const int number = interval_of(i), tile = i - number * tiles;
+        if (canonical_tiles.begins(tile, number)) begin();
+        const VisibleColumns of_tile = visible[i];
         const int count = keys.high - keys.low;
         if (count <= 0 || of_tile.skips(keys.low, count)) return;
         const auto rows = rows_of(tile);

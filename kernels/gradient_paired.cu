@@ -43,12 +43,12 @@ struct Handed {
 __device__ inline void meet_other(int pair) { named_barrier_sync(1 + pair, 64); }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 64 * PAIRS, PAIR_ROWS = 16 * HEIGHT, ROWS = PAIR_ROWS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -61,13 +61,18 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     const bool first = warp < PAIRS;
     const int slice = blockIdx.z * COLUMNS + (first ? 0 : COLUMNS / 2);
 
-    // What each row sees, and the tiles of keys that any row of the block sees.
+    // What each row sees, and the tiles of keys that any row of the block sees, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const bool has_row = lane < PAIR_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine + lane) : Interval{0, 0};
-    const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<2 * PAIRS>(visible).hull, KEYS);
-    if (range.tiles(KEYS) == 0) return;
+    VisibleColumns visible;
+    Interval interval, range;
+    auto look = [&](int number) {
+        interval = has_row ? rows.interval(problem.begin, problem.end, number, mine + lane) : Interval{0, 0};
+        visible = visible_to_warp(interval, has_row);
+        range = columns_to_visit<CANONICAL>(visible_to_block<2 * PAIRS>(visible).hull, KEYS);
+    };
+    look(0);
+    if (range.tiles(KEYS) == 0 && !SEVERAL) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
@@ -75,7 +80,8 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     Products* const handed = reinterpret_cast<Products*>(memory.end()) + 2 * pair;
     own.template copy_rows<BYTES, THREADS>(inputs, rows, problem);
     const S score(problem);
-    const WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, interval, score);
+    WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, score);
+    known.see(interval);
 
     // Add what tile after tile of keys gives. Both warps make the same ds of what the two have made.
     A acc[HEIGHT][COLUMNS / 16][4] = {};
@@ -127,18 +133,25 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         put();
         clear(acc);
     };
-    for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible, begin,
-                                                           add);
+    for (int number = 0;;) {
+        for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
+                                                               begin, add);
+        if (!SEVERAL || ++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        known.see(interval);
+        if (CANONICAL) begin();
+    }
     put();
 }
 
 template <class T, int DIM, int COLUMNS, int PAIRS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(64 * PAIRS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 64 * PAIRS, PAIR_KEYS = 16 * HEIGHT, KEYS = PAIR_KEYS * PAIRS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
@@ -211,7 +224,7 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         put();
         clear(acc);
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
                                                            all, keys, rows_of, begin, add);
     put();
 }

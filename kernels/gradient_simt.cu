@@ -6,6 +6,7 @@
 // memory: of Q and dout, or K and V, the rows of the block; STAGES times the tile of the others; ds, and for
 // gradient_dkdv the weights and STAGES TileRowStats; padded as in lanes.cuh. gradient_dbias: grid (ceil(n_k / KEYS),
 // heads), else as gradient_dkdv but without ds and weights; `visible` is of tiles of the rows of one head.
+// gradient_drelative: as gradient_dbias, but any grid (.., heads), and KEYS ROWS sums of pairs in shared memory.
 // DIM, DIM_V and tiles are multiples of 16; LANES is even.
 
 #include "gradient.cuh"
@@ -36,11 +37,11 @@ struct Sums {
 };
 
 template <int DIM, int DIM_V, int LANES, int HEIGHT, int KEYS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
-          bool CANONICAL>
+          bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
             const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS, BIAS>;
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, ROWS = HEIGHT * LANES, EACH = KEYS / 16;
     constexpr int STRIDE_P = padded_weights(KEYS);
@@ -50,15 +51,19 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
     static_assert(ROWS <= THREADS, "one interval a thread");
     static_assert(!CANONICAL || CANONICAL_TILE % KEYS == 0, "blocks begin at whole tiles");
 
-    // The tiles of keys that any row of the block sees.
+    // The tiles of keys that any row of the block sees, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const int mine = threadIdx.x;
     const bool has_row = mine < ROWS && rows.contains(mine);
-    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine) : Interval{0, 0};
-    const VisibleColumns visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
-    const Interval range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
-    const int tiles = range.tiles(KEYS);
-    if (tiles == 0) return;
+    VisibleColumns visible;
+    Interval range;
+    auto look = [&](int number) {
+        const Interval interval = has_row ? rows.interval(problem.begin, problem.end, number, mine) : Interval{0, 0};
+        visible = visible_to_block<WARPS>(visible_to_warp(interval, has_row));
+        range = columns_to_visit<CANONICAL>(visible.hull, KEYS);
+    };
+    look(0);
+    if (range.tiles(KEYS) == 0 && !SEVERAL) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
@@ -73,10 +78,16 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         const int row = L::row(i);
         const bool exists = rows.contains(row);
         const long long at = exists ? rows.state_row(row) : 0;
-        row_stats[i] = {inputs.lse[at], inputs.delta[at],
-                        exists ? rows.interval(problem.begin, problem.end, row) : Interval{0, 0}};
+        row_stats[i] = {inputs.lse[at], inputs.delta[at], Interval{0, 0}};
         row_score[i] = score.row(rows, row);
     }
+    auto see = [&](int number) {
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i)
+            row_stats[i].sees = rows.contains(L::row(i))
+                ? rows.interval(problem.begin, problem.end, number, L::row(i)) : Interval{0, 0};
+    };
+    see(0);
 
     // Add what tile after tile of keys gives.
     using DqSums = Sums<LANES, HEIGHT, DIM, CANONICAL>;
@@ -104,29 +115,28 @@ gradient_dq(float* dq, const __grid_constant__ GradientInputs<float> inputs,
         __syncwarp();                              // the lanes of a row are all in one warp
         L::template multiply<PARTIAL, KEYS>(sums.acc, ds_tile, STRIDE_P, other.tile, Other::STRIDE, 0);
     };
-    auto load = [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        memory.other(stage).template copy_keys<BYTES, THREADS>(
-            inputs, rows.kv_head, start, columns_there<CANONICAL>(range, problem.n_k, start), problem);
+    auto begin = [&] {
+        put();
+        sums = DqSums{};
     };
-    for_tiles<STAGES>(tiles, [](int i) { return i; }, load, [&](int i, int stage) {
-        const int start = range.low + i * KEYS;
-        if (CANONICAL && start % CANONICAL_TILE == 0) {
-            put();
-            sums = DqSums{};
-        }
-        if (!CANONICAL && visible.full(start, KEYS)) add(False{}, memory.other(stage), start);
-        else add(True{}, memory.other(stage), start);
-    });
+    for (int number = 0;;) {
+        for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
+                                                               begin, add);
+        if (!SEVERAL || ++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        see(number);
+        if (CANONICAL) begin();
+    }
     put();
 }
 
 template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
-          bool CANONICAL>
+          bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
               const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS, BIAS>;
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16, STRIDE_P = padded_weights(ROWS);
     using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
@@ -184,17 +194,40 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
         sums = DkSums{};
         sums_v = DvSums{};
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
                                                            keys, keys, rows_of, begin, add);
     put();
 }
 
+// What the pairs of a tile of keys, from `first` on, and one of rows give a bias: `take(i, j, share)` for key row(i)
+// and row other(j).
+template <bool PARTIAL, int DIM, int DIM_V, int LANES, int HEIGHT, int EACH, class Own, class Other, class Stats,
+          class S, class Take>
+__device__ inline void bias_gradients(const Own& own, const Other& other, const Stats& stats, const HeadRows& rows,
+                                      int first, const Problem<float>& problem, const S& score, Take take) {
+    using L = Lanes<LANES>;
+    float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
+    L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Own::STRIDE);
+    L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const RowStats<float> row = stats.row(L::other(j));
+        const typename S::Row row_score = score.row(rows, L::other(j));
+#pragma unroll
+        for (int i = 0; i < HEIGHT; ++i) {
+            const int column = first + L::row(i);
+            take(i, j, bias_gradient<PARTIAL>(qk[i][j], dout_v[i][j], row, row_score, column, score.key(column),
+                                              problem.scale, score));
+        }
+    }
+}
+
 template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
-          bool CANONICAL>
+          bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(16 * LANES)
 gradient_dbias(float* dbias, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
                const __grid_constant__ Problem<float> problem) {
-    using S = Score<float, FUNCTIONS, BIAS>;
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
     using L = Lanes<LANES>;
     constexpr int THREADS = 16 * LANES, KEYS = HEIGHT * LANES, EACH = ROWS / 16;
     using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
@@ -224,23 +257,51 @@ gradient_dbias(float* dbias, const __grid_constant__ GradientInputs<float> input
         }
     };
     auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
-        constexpr bool PARTIAL = decltype(partial)::value;
-        float qk[HEIGHT][EACH] = {}, dout_v[HEIGHT][EACH] = {};
-        L::template multiply_transposed<DIM>(qk, own.tile, other.tile, Own::STRIDE);
-        L::template multiply_transposed<DIM_V>(dout_v, own.tile_v, other.tile_v, Own::STRIDE_V);
-#pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-            const RowStats<float> row = stats.row(L::other(j));
-            const typename S::Row row_score = score.row(rows, L::other(j));
-#pragma unroll
-            for (int i = 0; i < HEIGHT; ++i) {
-                const int column = first + L::row(i);
-                sums[i] += bias_gradient<PARTIAL>(qk[i][j], dout_v[i][j], row, row_score, column, score.key(column),
-                                                  problem.scale, score);
-            }
-        }
+        bias_gradients<decltype(partial)::value, DIM, DIM_V, LANES, HEIGHT, EACH>(
+            own, other, stats, rows, first, problem, score, [&](int i, int, float share) { sums[i] += share; });
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys, keys,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys, keys,
                                                            rows_of, put, add);
     put();
+}
+
+template <int DIM, int DIM_V, int LANES, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS, bool BIAS,
+          bool RELATIVE, bool SEVERAL, bool CANONICAL>
+__global__ void __launch_bounds__(16 * LANES)
+gradient_drelative(double* parts, const __grid_constant__ GradientInputs<float> inputs, const VisibleColumns* visible,
+                   const __grid_constant__ Problem<float> problem) {
+    using S = Score<float, FUNCTIONS, BIAS, RELATIVE>;
+    using L = Lanes<LANES>;
+    constexpr int THREADS = 16 * LANES, WARPS = THREADS / 32, KEYS = HEIGHT * LANES, EACH = ROWS / 16;
+    using Tiles = GradientTiles<float, L, DIM, DIM_V, KEYS, ROWS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    using Stats = TileRowStats<float, ROWS>;
+    const int head = blockIdx.y, warp = threadIdx.x / 32;
+    static_assert(RELATIVE && !CANONICAL, "no canonical order");
+
+    const Tiles memory;
+    Stats* const row_stats = reinterpret_cast<Stats*>(memory.end());
+    float* const shares = reinterpret_cast<float*>(row_stats + STAGES);
+    const Own own = memory.own();
+    const S score(problem);
+    const EntrySums<float> sums(score.relative, parts, WARPS, head);
+    auto rows_of = [&](int tile) { return HeadRows(problem, head, tile * ROWS); };
+
+    // Go through tiles of keys, of each through tiles of rows.
+    for (int first = blockIdx.x * KEYS; first < problem.n_k; first += gridDim.x * KEYS) {
+        const Interval keys{first, min(first + KEYS, problem.n_k)};
+        own.template copy_keys<BYTES, THREADS>(inputs, head / problem.group, first, problem.n_k - first, problem);
+        auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
+            bias_gradients<decltype(partial)::value, DIM, DIM_V, LANES, HEIGHT, EACH>(
+                own, other, stats, rows, first, problem, score,
+                [&](int i, int j, float share) { shares[L::row(i) * ROWS + L::other(j)] = share; });
+            sums.template add_tile<2 * HEIGHT, ROWS>(
+                shares, rows, first, [=](int i) { return i / 2 * LANES + 2 * warp + i % 2; });
+        };
+        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys,
+                                                               keys, rows_of, [] {}, add);
+        copy_wait<0>();
+        __syncthreads();                           // all have read the keys
+    }
 }

@@ -7,7 +7,7 @@
 // registers; if there are several slices, either is 0. Dynamic shared memory: of Q and dout, or K and V, the rows of
 // the block; STAGES times the tile of the others; but for gradient_dq STAGES TileRowStats; rows padded as Fragments
 // says. gradient_dbias: grid (ceil(n_k / KEYS), heads), else as gradient_dkdv; `visible` is of tiles of the rows of one
-// head.
+// head. gradient_drelative: as gradient_dbias, but any grid (.., heads), and KEYS ROWS sums of pairs in shared memory.
 // DIM, DIM_V, COLUMNS and tiles are multiples of 16.
 
 #include "fragments.cuh"
@@ -15,12 +15,12 @@
 #include "softmax.cuh"
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int WARPS, int HEIGHT, int KEYS, int STAGES, int BYTES,
-          bool FUNCTIONS, bool BIAS, bool CANONICAL>
+          bool FUNCTIONS, bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs,
             const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 32 * WARPS, WARP_ROWS = 16 * HEIGHT, ROWS = WARP_ROWS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, ROWS, KEYS, STAGES>;
     using Own = typename Tiles::Own;
@@ -30,20 +30,26 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
     const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_ROWS;
     const int slice = blockIdx.z * COLUMNS;
 
-    // What each row sees, and the tiles of keys that any row of the block sees.
+    // What each row sees, and the tiles of keys that any row of the block sees, in one interval after the other.
     const Rows rows = rows_of_block(problem, ROWS);
     const bool has_row = lane < WARP_ROWS && rows.contains(mine + lane);
-    const Interval interval = has_row ? rows.interval(problem.begin, problem.end, mine + lane) : Interval{0, 0};
-    const VisibleColumns visible = visible_to_warp(interval, has_row);
-    const Interval range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
-    if (range.tiles(KEYS) == 0) return;
+    VisibleColumns visible;
+    Interval interval, range;
+    auto look = [&](int number) {
+        interval = has_row ? rows.interval(problem.begin, problem.end, number, mine + lane) : Interval{0, 0};
+        visible = visible_to_warp(interval, has_row);
+        range = columns_to_visit<CANONICAL>(visible_to_block<WARPS>(visible).hull, KEYS);
+    };
+    look(0);
+    if (range.tiles(KEYS) == 0 && !SEVERAL) return;
 
     // Q and dout are on their way while the rest of what is known of the rows is read.
     const Tiles memory;
     const Own own = memory.own();
     own.template copy_rows<BYTES, THREADS>(inputs, rows, problem);
     const S score(problem);
-    const WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, interval, score);
+    WarpRowStats<A, HEIGHT, S> known(inputs, rows, mine, score);
+    known.see(interval);
 
     // Add what tile after tile of keys gives.
     A acc[HEIGHT][COLUMNS / 8][4] = {};
@@ -75,18 +81,25 @@ gradient_dq(Accumulator<T>* dq, const __grid_constant__ GradientInputs<T> inputs
         put();
         clear(acc);
     };
-    for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible, begin,
-                                                           add);
+    for (int number = 0;;) {
+        for_key_tiles<BYTES, THREADS, CANONICAL, KEYS, STAGES>(memory, inputs, problem, rows.kv_head, range, visible,
+                                                               begin, add);
+        if (!SEVERAL || ++number >= problem.intervals) break;
+        __syncthreads();                           // all have read the last tile of the interval before
+        look(number);
+        known.see(interval);
+        if (CANONICAL) begin();
+    }
     put();
 }
 
 template <class T, int DIM, int DIM_V, int COLUMNS, int COLUMNS_V, int WARPS, int HEIGHT, int ROWS, int STAGES,
-          int BYTES, bool FUNCTIONS, bool BIAS, bool CANONICAL>
+          int BYTES, bool FUNCTIONS, bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ GradientInputs<T> inputs,
               const VisibleColumns* visible, const Problem<Accumulator<T>> problem) {     // a copy of it: spills less
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
@@ -145,18 +158,47 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         clear(acc);
         clear(acc_v);
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
                                                            all, keys, rows_of, begin, add);
     put();
 }
 
+// What the pairs of a warp's keys, row `mine` of `own` and key `first` on, and of a tile of rows give a bias:
+// `take(m, h, r, share)` for key 16 m + 8 h + lane / 4 and row r.
+template <bool PARTIAL, class T, int DIM, int DIM_V, int HEIGHT, int ROWS, class Own, class Other, class Stats, class S,
+          class Take>
+__device__ inline void bias_gradients(const Own& own, const Other& other, const Stats& stats, const HeadRows& rows,
+                                      int mine, int first, const Problem<Accumulator<T>>& problem, const S& score,
+                                      Take take) {
+    using A = Accumulator<T>;
+    A qk[HEIGHT][ROWS / 8][4] = {}, dout_v[HEIGHT][ROWS / 8][4] = {};
+    multiply_transposed<DIM>(qk, own.tile, mine, other.tile, Own::STRIDE);
+    multiply_transposed<DIM_V>(dout_v, own.tile_v, mine, other.tile_v, Own::STRIDE_V);
+#pragma unroll
+    for (int n = 0; n < ROWS / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int r = column_of(0, n, j);
+            const RowStats<A> row = stats.row(r);
+            const typename S::Row row_score = score.row(rows, r);
+#pragma unroll
+            for (int m = 0; m < HEIGHT; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int column = first + 16 * m + 8 * h + threadIdx.x % 32 / 4;
+                    take(m, h, r, bias_gradient<PARTIAL>(qk[m][n][2 * h + j], dout_v[m][n][2 * h + j], row, row_score,
+                                                         column, score.key(column), problem.scale, score));
+                }
+        }
+}
+
 template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
-          bool BIAS, bool CANONICAL>
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
 __global__ void __launch_bounds__(32 * WARPS)
 gradient_dbias(Accumulator<T>* dbias, const __grid_constant__ GradientInputs<T> inputs, const VisibleColumns* visible,
                const __grid_constant__ Problem<Accumulator<T>> problem) {
     using A = Accumulator<T>;
-    using S = Score<A, FUNCTIONS, BIAS>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
     constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
     using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
     using Own = typename Tiles::Own;
@@ -189,29 +231,53 @@ gradient_dbias(Accumulator<T>* dbias, const __grid_constant__ GradientInputs<T> 
             }
     };
     auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
-        constexpr bool PARTIAL = decltype(partial)::value;
-        A qk[HEIGHT][ROWS / 8][4] = {}, dout_v[HEIGHT][ROWS / 8][4] = {};
-        multiply_transposed<DIM>(qk, own.tile, mine, other.tile, Own::STRIDE);
-        multiply_transposed<DIM_V>(dout_v, own.tile_v, mine, other.tile_v, Own::STRIDE_V);
-#pragma unroll
-        for (int n = 0; n < ROWS / 8; ++n)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int r = column_of(0, n, j);
-                const RowStats<A> row = stats.row(r);
-                const typename S::Row row_score = score.row(rows, r);
-#pragma unroll
-                for (int m = 0; m < HEIGHT; ++m)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int column = keys.low + 16 * m + 8 * h + lane / 4;
-                        sums[m][h] += bias_gradient<PARTIAL>(qk[m][n][2 * h + j], dout_v[m][n][2 * h + j], row,
-                                                             row_score, column, score.key(column), problem.scale,
-                                                             score);
-                    }
-            }
+        bias_gradients<decltype(partial)::value, T, DIM, DIM_V, HEIGHT, ROWS>(
+            own, other, stats, rows, mine, keys.low, problem, score,
+            [&](int m, int h, int, A share) { sums[m][h] += share; });
     };
-    for_row_tiles<BYTES, THREADS, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all, keys,
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all, keys,
                                                            rows_of, put, add);
     put();
+}
+
+template <class T, int DIM, int DIM_V, int WARPS, int HEIGHT, int ROWS, int STAGES, int BYTES, bool FUNCTIONS,
+          bool BIAS, bool RELATIVE, bool SEVERAL, bool CANONICAL>
+__global__ void __launch_bounds__(32 * WARPS)
+gradient_drelative(double* parts, const __grid_constant__ GradientInputs<T> inputs, const VisibleColumns* visible,
+                   const __grid_constant__ Problem<Accumulator<T>> problem) {
+    using A = Accumulator<T>;
+    using S = Score<A, FUNCTIONS, BIAS, RELATIVE>;
+    constexpr int THREADS = 32 * WARPS, WARP_KEYS = 16 * HEIGHT, KEYS = WARP_KEYS * WARPS;
+    using Tiles = GradientTiles<T, Fragments<T>, DIM, DIM_V, KEYS, ROWS, STAGES>;
+    using Own = typename Tiles::Own;
+    using Other = typename Tiles::Other;
+    using Stats = TileRowStats<A, ROWS>;
+    const int lane = threadIdx.x % 32, mine = threadIdx.x / 32 * WARP_KEYS, head = blockIdx.y;
+    static_assert(RELATIVE && !CANONICAL, "no canonical order");
+
+    const Tiles memory;
+    Stats* const row_stats = reinterpret_cast<Stats*>(memory.end());
+    A* const shares = reinterpret_cast<A*>(row_stats + STAGES);
+    const Own own = memory.own();
+    const S score(problem);
+    const EntrySums<A> sums(score.relative, parts, WARPS, head);
+    auto rows_of = [&](int tile) { return HeadRows(problem, head, tile * ROWS); };
+
+    // Go through tiles of keys, of each through tiles of rows.
+    for (int first = blockIdx.x * KEYS; first < problem.n_k; first += gridDim.x * KEYS) {
+        const Interval all{first, min(first + KEYS, problem.n_k)};
+        const Interval keys{first + mine, min(first + mine + WARP_KEYS, problem.n_k)};     // of this warp
+        own.template copy_keys<BYTES, THREADS>(inputs, head / problem.group, first, problem.n_k - first, problem);
+        auto add = [&](auto partial, const Other& other, const Stats& stats, const HeadRows& rows) {
+            bias_gradients<decltype(partial)::value, T, DIM, DIM_V, HEIGHT, ROWS>(
+                own, other, stats, rows, mine, keys.low, problem, score, [&](int m, int h, int r, A share) {
+                    shares[(mine + 16 * m + 8 * h + lane / 4) * ROWS + r] = share;
+                });
+            sums.template add_tile<WARP_KEYS, ROWS>(shares, rows, first, [=](int i) { return mine + i; });
+        };
+        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all,
+                                                               keys, rows_of, [] {}, add);
+        copy_wait<0>();
+        __syncthreads();                           // all have read the keys
+    }
 }

@@ -41,8 +41,10 @@ struct Rows {
     // How many there are of all heads.
     __device__ long long state_rows() const { return static_cast<long long>(n_q) * kv_heads * group; }
 
-    __device__ Interval interval(const int* begin, const int* end, int row) const {
-        return {begin[query(row)], end[query(row)]};
+    // An interval of columns that a row sees: number `number` of its query.
+    __device__ Interval interval(const int* begin, const int* end, int number, int row) const {
+        const long long at = static_cast<long long>(number) * n_q + query(row);
+        return {begin[at], end[at]};
     }
 };
 

@@ -1,5 +1,5 @@
 // What becomes of a product q . k before the softmax, and of a weight after it: score functions, as ringmpi/score.py
-// defines them, and the bias of a key. A kernel takes a Score with the one, the other, both or neither: a plain one has
+// defines them, the bias of a key, and that of a distance. A kernel takes a Score with any of these: a plain one has
 // nothing to keep and nothing to do.
 #pragma once
 
@@ -116,34 +116,90 @@ struct KeyBias<A, true> {
     __device__ A add_to(A x, const Row& row, const Key& key) const { return x + key.of_heads[row.head]; }
 };
 
-template <class A, bool WITH_FUNCTIONS, bool WITH_BIAS>
+// A number of a table for each axis of positions, by how far the query is from the key along it; nothing unless THERE.
+template <class A, bool THERE>
+struct RelativeBias {
+    struct Row {};
+    struct Key {};
+    __device__ explicit RelativeBias(const Problem<A>&) {}
+    template <class R>
+    __device__ Row row(const R&, int) const { return {}; }
+    __device__ Key key(int) const { return {}; }
+    __device__ A add_to(A x, const Row&, const Key&) const { return x; }
+};
+
+template <class A>
+struct RelativeBias<A, true> {
+    struct Row { int query, head; };
+    struct Key { int column; };
+    const Problem<A>& problem;
+
+    __device__ explicit RelativeBias(const Problem<A>& problem) : problem(problem) {}
+
+    template <class R>
+    __device__ Row row(const R& rows, int row) const {
+        if (!rows.contains(row)) return {0, 0};
+        return {rows.query(row), rows.head(row)};
+    }
+
+    __device__ Key key(int column) const { return {min(column, problem.n_k - 1)}; }
+
+    // Number of a pair's entry in the table of an axis.
+    __device__ int entry(const Row& row, const Key& key, int axis) const {
+        const long long first = static_cast<long long>(axis) * (problem.n_q + static_cast<long long>(problem.n_k));
+        const long long i = problem.coordinates[first + row.query];
+        const long long j = problem.coordinates[first + problem.n_q + key.column];
+        const int reach = problem.widths[axis] / 2;
+        return static_cast<int>(i - j < -reach ? -reach : i - j > reach ? reach : i - j) + reach;
+    }
+
+    __device__ A add_to(A x, const Row& row, const Key& key) const {
+        const A* table = problem.tables;
+#pragma unroll 1
+        for (int axis = 0; axis < problem.axes; ++axis) {
+            const long long width = problem.widths[axis];
+            x += table[row.head * width + entry(row, key, axis)];
+            table += problem.kv_heads * problem.group * width;
+        }
+        return x;
+    }
+};
+
+template <class A, bool WITH_FUNCTIONS, bool WITH_BIAS, bool WITH_RELATIVE>
 struct Score {
-    static constexpr bool FUNCTIONS = WITH_FUNCTIONS, PLAIN = !WITH_FUNCTIONS && !WITH_BIAS;
+    static constexpr bool FUNCTIONS = WITH_FUNCTIONS, PLAIN = !WITH_FUNCTIONS && !WITH_BIAS && !WITH_RELATIVE;
     using Functions = ScoreFunctions<A, WITH_FUNCTIONS>;
     using Bias = KeyBias<A, WITH_BIAS>;
+    using Relative = RelativeBias<A, WITH_RELATIVE>;
     struct Row {
         typename Functions::Row functions;
         typename Bias::Row bias;
+        typename Relative::Row relative;
     };
     struct Key {
         typename Functions::Key functions;
         typename Bias::Key bias;
+        typename Relative::Key relative;
     };
     Functions functions;
     Bias bias;
+    Relative relative;
 
-    __device__ explicit Score(const Problem<A>& problem) : functions(problem), bias(problem) {}
+    __device__ explicit Score(const Problem<A>& problem) : functions(problem), bias(problem), relative(problem) {}
 
     // What the score of a row depends on; R: a kind of Rows.
     template <class R>
-    __device__ Row row(const R& rows, int row) const { return {functions.row(rows, row), bias.row(rows, row)}; }
+    __device__ Row row(const R& rows, int row) const {
+        return {functions.row(rows, row), bias.row(rows, row), relative.row(rows, row)};
+    }
 
     // What it depends on of a key; of the last one if there is no such key.
-    __device__ Key key(int column) const { return {functions.key(column), bias.key(column)}; }
+    __device__ Key key(int column) const { return {functions.key(column), bias.key(column), relative.key(column)}; }
 
     // Score of a scaled product, and its derivative, if that is not 1.
     __device__ A apply(A x, const Row& row, const Key& key, A& derivative) const {
-        return bias.add_to(functions.apply(x, row.functions, key.functions, derivative), row.bias, key.bias);
+        x = bias.add_to(functions.apply(x, row.functions, key.functions, derivative), row.bias, key.bias);
+        return relative.add_to(x, row.relative, key.relative);
     }
 
     __device__ A apply(A x, const Row& row, const Key& key) const {

@@ -124,6 +124,15 @@ __global__ void add_heads(A* target, const A* source, long long keys, int heads)
     }
 }
 
+// Add to each of `count` numbers those of all parts, in their order: parts (how many, count). Any grid.
+__global__ void add_parts(double* target, const double* parts, int how_many, long long count) {
+    for (long long i = thread_number(); i < count; i += thread_count()) {
+        double total = 0;
+        for (int part = 0; part < how_many; ++part) total += parts[part * count + i];
+        target[i] += total;
+    }
+}
+
 // lse, with infinity for -infinity: no weight is NaN then. Any grid.
 template <class A>
 __global__ void lse_for_weights(A* target, const A* lse, long long count) {
@@ -179,19 +188,21 @@ __global__ void row_delta(A* delta, const T* dout, const T* out, const A* dlse, 
     }
 }
 
-// What the rows of each tile see, in numbers of rows of a key head; rows that are not there see nothing. Any grid of
-// whole warps, one to a tile at a time.
+// What the rows of each tile see, (intervals, tiles), in numbers of rows of a key head; rows that are not there see
+// nothing. Any grid of whole warps, one to a tile at a time.
 __global__ void visible_columns(VisibleColumns* tile_columns, const int* begin, const int* end, int n_q, int group,
-                                int rows_of_tile, int tiles) {
-    for (long long tile = thread_number() / 32; tile < tiles; tile += thread_count() / 32) {
-        const Rows rows{n_q, 1, group, 0, static_cast<int>(tile) * rows_of_tile};
+                                int rows_of_tile, int tiles, int intervals) {
+    for (long long i = thread_number() / 32; i < static_cast<long long>(tiles) * intervals; i += thread_count() / 32) {
+        const int number = static_cast<int>(i / tiles);
+        const Rows rows{n_q, 1, group, 0, static_cast<int>(i % tiles) * rows_of_tile};
         VisibleColumns all = nothing_visible();
         for (int first = 0; first < rows_of_tile; first += 32) {
             const int row = first + threadIdx.x % 32;
             const bool of_tile = row < rows_of_tile;
-            const Interval sees = of_tile && rows.contains(row) ? rows.interval(begin, end, row) : Interval{0, 0};
+            const Interval sees =
+                of_tile && rows.contains(row) ? rows.interval(begin, end, number, row) : Interval{0, 0};
             all = merged(all, visible_to_warp(sees, of_tile));
         }
-        if (threadIdx.x % 32 == 0) tile_columns[tile] = all;
+        if (threadIdx.x % 32 == 0) tile_columns[i] = all;
     }
 }

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .backends import GPU_NAMES, check_gpu_kernels, check_name
-from .backends.base import NO_RELATIVE, Backend
+from .backends.base import Backend
 from .backends.products import wish
 from .call import NO_RECORD, Array, Call, Direction, Inputs, Records, checksum, no_call
 from .canonical import CanonicalPass
@@ -763,7 +763,8 @@ class RingAttention:
             raise BackendError(f"key_bias: backend {self.backend.name} has none yet; expected backend numba, numpy or "
                                "cuda")
         if records.common("relative") and not self.backend.relative:
-            raise BackendError(NO_RELATIVE.format(self.backend.name))
+            raise BackendError(f"relative: backend {self.backend.name} has none yet; expected backend numba, numpy or "
+                               "cuda")
         layouts = self._problem.resolve(records)
         grid = self._choose(records, layouts, resumable) if self._chooses else self._place(self.schedule, records)
         plan: Plan | None = None

@@ -49,6 +49,8 @@ class Bounds:
         Of a piece.
     kept : bool
         Whether all intervals are made once, for they take little memory.
+    several : bool
+        Whether a row may have several.
     """
 
     def __init__(self, mask: BaseMask, queries: Integers, lengths: tuple[int, int], elements: Sequence[int]) -> None:
@@ -59,6 +61,7 @@ class Bounds:
         self.rows = len(queries)
         self.most_rows = rows_of_piece(mask)
         self.kept = self.rows <= self.most_rows
+        self.several = mask.most > 1
 
     def pieces(self, rows: slice, tile: int = 1) -> list[slice]:
         """Cut rows into pieces, each of whole tiles but the last, for which intervals are made at a time. Local."""

@@ -82,7 +82,7 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def _complete_files(parser: argparse.ArgumentParser, kind: dict[str, str]) -> None:
+def _complete_files(parser: argparse.ArgumentParser, kind: Any) -> None:
     """Have the arguments that are paths completed as files, those of subcommands too."""
     for action in parser._actions:
         if action.type is Path:

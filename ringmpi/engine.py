@@ -309,12 +309,13 @@ class Engine:
         return uuids
 
     def prepare(self, dtype: np.dtype[Any], acc_dtype: np.dtype[Any], dim: int, dim_v: int, *, plain: bool,
-                biased: bool = False, backward: bool = False, weights: bool = False) -> float:
+                biased: bool = False, relative: bool = False, several: bool = False, backward: bool = False,
+                weights: bool = False) -> float:
         """Compile what such a call needs, once; one rank of a node first. Collective over *comm*.
 
         Parameters
         ----------
-        dtype, acc_dtype, dim, dim_v, plain, biased, backward, weights
+        dtype, acc_dtype, dim, dim_v, plain, biased, relative, several, backward, weights
             See `Backend.prepare`.
 
         Returns
@@ -324,7 +325,8 @@ class Engine:
         """
         # by the facts of all ranks, so that all know alike what is there
         prepared: set[Any] = self._comm.prepared
-        wanted = self._facts.tobytes(), dtype, acc_dtype, dim, dim_v, plain, biased, backward, weights
+        wanted = (self._facts.tobytes(), dtype, acc_dtype, dim, dim_v, plain, biased, relative, several, backward,
+                  weights)
         if not self._compiles or wanted in prepared:
             return 0.0
         start = time.perf_counter()
@@ -332,7 +334,7 @@ class Engine:
         with phase("compiling kernels"):
             self._comm.node_leader_first(
                 lambda: self.backend.prepare(dtype, acc_dtype, dim, dim_v, plain=plain, biased=biased,
-                                             backward=backward, weights=weights),
+                                             relative=relative, several=several, backward=backward, weights=weights),
                 max(self._timeout, COMPILE_TIMEOUT))
         prepared.add(wanted)
         return time.perf_counter() - start

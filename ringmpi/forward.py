@@ -90,8 +90,9 @@ class ForwardPass:
         trace.flop_per_pair = heads * (2 * (dim + dim_v) if way == "forward" else 6 * dim + 4 * dim_v)
         if way not in plan.ready:
             trace.compile_seconds += self.engine.prepare(plan.dtype, plan.accumulator, dim, dim_v,
-                                                         plain=plan.score.plain and not plan.relative,
+                                                         plain=plan.score.plain, relative=bool(plan.relative),
                                                          biased=plan.bias_tokens is not None,
+                                                         several=any(bounds.several for bounds in plan.bounds),
                                                          backward=way == "backward")
             with self.engine.raise_on_all(), backend.current():
                 self._reserve(way)

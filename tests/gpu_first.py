@@ -2,14 +2,14 @@
 
     python tests/gpu_first.py about                 the card, the driver, what is installed
     python tests/gpu_first.py prove                 every kernel on its self-tests, side by side
-    python tests/gpu_first.py masks                 masks, forward and backward, against float64
+    python tests/gpu_first.py masks                 masks and biases, forward and backward, against float64
     python tests/gpu_first.py long                  sampled rows of 16384 tokens; the same bits in four runs
     python tests/gpu_first.py speed NAME            beside torch in the same process: see `QUESTIONS` of gpu_speed.py
     python tests/gpu_first.py library               torch's kernels, where ours leave gradients to them
     python tests/gpu_first.py dlpack                arrays of torch and JAX
     mpiexec -n 2 python tests/gpu_first.py ranks    two ranks that share the GPU
     mpiexec -n 2 python tests/gpu_first.py ring     their seconds beside those of one rank with all the work
-    python tests/gpu_first.py proof DTYPE DIM DIM_V plain|functions|bias forward|backward     one proof
+    python tests/gpu_first.py proof DTYPE DIM DIM_V plain|functions|bias|relative|several forward|backward
 
 RINGMPI_HOPPER says whether the parts about kernels are about that for Hopper. Each answer is a line of JSON, written
 when it is known. These are no tests of pytest: a part that fails, or hangs, must not take the others with it.

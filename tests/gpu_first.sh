@@ -74,7 +74,7 @@ part about 40 "${ask[@]}" about
 # Are they right: the common kernels, which this also compiles for the parts below, and the one for Hopper.
 part prove 120 "${common[@]}" prove
 part prove-hopper 60 "${hopper[@]}" prove
-part masks 45 "${common[@]}" masks
+part masks 70 "${common[@]}" masks
 part masks-hopper 25 "${hopper[@]}" masks
 
 # How fast, beside torch.

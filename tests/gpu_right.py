@@ -11,6 +11,7 @@ import one_block
 import oracle
 from gpu_answers import EMULATED, arrays, attempt, backend, errors_of, exact, intervals, say, within
 
+from ringmpi import Grid, Mask
 from ringmpi.backends.cuda.backend import BACKWARD_TESTS, FORWARD_TESTS, HOPPER_TESTS
 from ringmpi.backends.cuda.self_test import SelfTest
 from ringmpi.dtypes import DTYPES, TENSOR_TOLERANCE, accumulator
@@ -60,22 +61,22 @@ def proofs(hopper):
              for dtype in (*NARROW, "float32", "float64")]
     kinds = ("bfloat16", "float32", "float64")
     found += [(dtype, "64", "64", "functions", way) for way in ("forward", "backward") for dtype in kinds]
-    found += [(dtype, "64", "64", "bias", way) for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
+    found += [(dtype, "64", "64", scores, way) for scores in ("bias", "several", "relative")
+              for way in ("forward", "backward") for dtype in ("bfloat16", "float32")]
     return found + [(dtype, "256", "256", "plain", way) for dtype in kinds for way in ("forward", "backward")]
 
 
 def proof(dtype, dim, dim_v, scores, way):
     """One of them, for every size that chooses a kernel of its own; whether all were right."""
     kind, backward = DTYPES[dtype], way == "backward"
-    plain, biased = scores != "functions", scores == "bias"
     bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[kind.itemsize]
     gpu = backend()
     sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if gpu.hopper and scores == "plain" else FORWARD_TESTS
     found = []
     for n_q, n_k in sizes:
         def check(n_q=n_q, n_k=n_k):
-            test = SelfTest(n_q, n_k, int(dim), int(dim_v), kind, accumulator(kind), plain, backward,
-                            biased=biased)
+            test = SelfTest(n_q, n_k, int(dim), int(dim_v), kind, accumulator(kind), scores != "functions", backward,
+                            biased=scores == "bias", relative=scores == "relative", several=scores == "several")
             with gpu.device.current():
                 error = test.error(gpu)
             return {"ok": error <= bound, "errors": {"all": error}, "bound": bound,
@@ -107,7 +108,9 @@ def masks(hopper):
                 return within(errors_of(got, exact(*block, dout)), bounds(dtype, got))
             attempt("masks", named(f"{dtype} {heads}/{kv_heads} heads dim {dim} {mask}", gpu), check)
     if not hopper:
+        many_intervals(gpu)
         biased_keys(gpu)
+        by_distance(gpu)
     if not hopper and not EMULATED:
         few_queries(gpu)
 
@@ -116,6 +119,52 @@ def bounds(dtype, names):
     """How large errors may be, by name: results are rounded, and weights too before."""
     return {name: LSE[dtype] if name == "lse" else 2 * TENSOR_TOLERANCE[dtype] if name == "out"
             else 2 * one_block.BOUND[dtype] for name in names}
+
+
+def many_intervals(gpu):
+    """Windows over a grid, a tree of documents, and documents that come again."""
+    shape, dim = ((3, 7, 6), 16) if EMULATED else ((12, 9, 16), 64)
+    n = int(np.prod(shape))
+    edges = (0, n // 6, n // 2, n // 2 + n // 5, n)
+    masks = {"grid": Grid(shape, (1, 2, 3), (False, True, True)),
+             "tree": Mask(documents=edges, parents=(-1, 0, 1, 0), causal=True),
+             "documents that come again": Mask(document_ids=np.arange(n) * 7 // 4 % 5)}
+    for dtype, (name, mask) in itertools.product(("bfloat16",) if EMULATED else DTYPES, masks.items()):
+        q, k, v, dout = arrays(6, dtype, *((n, heads, dim) for heads in (4, 2, 2, 4)))
+        begin, end = (np.array(edge) for edge in zip(*mask.bounds(np.arange(n), n, n), strict=True))
+        block = q, k, v, begin, end, dim**-0.5
+
+        def check(block=block, dtype=dtype, dout=dout):
+            got = one_block.run(gpu, *block, {}, blocks=2, dout=dout)
+            return within(errors_of(got, exact(*block, dout)), bounds(dtype, got))
+        attempt("masks", f"{dtype} {name}: {len(begin)} intervals", check)
+
+
+def by_distance(gpu):
+    """A bias by distance, of positions and of the axes of a grid, and its gradient; the same bits each time."""
+    n_q, n_k, dim = (60, 150, 16) if EMULATED else (700, 1500, 64)
+    for dtype, kind in itertools.product(("bfloat16",) if EMULATED else ("bfloat16", "float32", "float64"),
+                                         ("relative of neighbours", "axes and relative")):
+        q, k, v, dout = arrays(7, dtype, *((n, h, dim) for n, h in ((n_q, 4), (n_k, 2), (n_k, 2), (n_q, 4))))
+        begin, end = intervals("causal", n_q, n_k)
+        score, _ = oracle.functions(kind, 4, np.arange(n_q) + n_k - n_q, np.arange(n_k))
+        block = q, k, v, begin, end, dim**-0.5
+
+        def check(block=block, dtype=dtype, dout=dout, score=score):
+            got, again = (_with_tables(one_block.run(gpu, *block, score, blocks=3, dout=dout)) for _ in range(2))
+            want = _with_tables(oracle.dense(*block[:3], oracle.sees(*block[3:5], len(block[1])), block[5], dout=dout,
+                                             **score))
+            same = all((again[name] == x).all() for name, x in got.items())
+            answer = within(errors_of(got, want), {name: bounds(dtype, ["dq"])["dq"] for name in got}
+                            | bounds(dtype, [name for name in got if name[:4] != "drel"]))
+            return answer | {"ok": answer["ok"] and same, "the same bits": same}
+        attempt("masks", f"{dtype} a bias by distance, {kind}", check)
+
+
+def _with_tables(found):
+    """Give what `dense` gives with the gradient of each table by itself."""
+    return {name: x for name, x in found.items() if name != "drelative"} | {
+        f"drelative {axis}": x for axis, x in enumerate(found["drelative"])}
 
 
 def biased_keys(gpu):

@@ -8,11 +8,11 @@ import pytest
 import test_gradients
 from emulate import EmulatedDevice
 from one_block import BOUND, run
-from oracle import BIASES, FUNCTIONS, case, dense, functions
+from oracle import BIASES, DISTANCES, FUNCTIONS, case, dense, functions
 from test_cuda import AMPERE, HOPPER, SMALL
 from test_gradients import check, check_float64_accumulator
 
-from ringmpi import BackendError, InternalError, device
+from ringmpi import BackendError, Grid, InternalError, Mask, device
 from ringmpi.backends.cuda import backend as cuda
 from ringmpi.backends.cuda import hopper
 from ringmpi.backends.cuda.arguments import rows_of
@@ -91,11 +91,82 @@ def test_dims(backend, dtype, dim, dim_v):
     check(backend, *case(1, 36, 70, 2, 1, dim, dim_v, dtype), dtype, scale=dim**-0.5)
 
 
-@pytest.mark.parametrize("kind", ["all", "left out by head"])
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_many_intervals(backend, dtype, kind):
-    q, k, v, *_ = case(3, 50, 101, 4, 2, 16, 16, dtype)
-    check(backend, q, k, v, *oracle.many_intervals(4, 50, 101, 6), dtype, kind, blocks=2)
+@pytest.mark.parametrize(("dtype", "dim", "kind"), [
+    *((*way, "plain") for way in WAYS if way[0] != "float16"), ("bfloat16", 16, "left out by head and relative"),
+    ("float32", 16, "all")])
+def test_many_intervals(backend, dtype, dim, kind):
+    q, k, v, *_ = case(3, 70, 201, 4, 2, dim, dim, dtype)
+    check(backend, q, k, v, *oracle.many_intervals(4, 70, 201, 6), dtype, kind, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("n_q", [1, 3, 150])
+def test_many_intervals_of_few_queries_and_many(backend, dtype, n_q):
+    """Keys are split into parts for few queries; tiles that all rows see in full, others that some see, and none."""
+    begin = np.array([[0], [300], [500], [900]]) + np.zeros((1, n_q), int)
+    end = np.array([[200], [300], [700], [1100]]) + np.arange(n_q) // 9
+    begin[2, ::7], end[2, ::7] = 0, 0                  # an empty interval may lie anywhere
+    q, k, v, *_ = case(4, n_q, 1200, 4, 2, 16, 24, dtype)
+    check(backend, q, k, v, begin, end, dtype, blocks=1)
+
+
+@pytest.mark.parametrize("mask", [
+    Grid((5, 6, 7), (1, 2, 1), (False, True, True)),
+    Mask(documents=(0, 40, 90, 150, 210), parents=(-1, 0, 1, 0), causal=True),
+    Mask(documents=(0, 40, 90, 150, 210), prompts=((-1, -1), (0, 30), (5, 40), (0, 40)), spans=((100, 130),)),
+    Mask(document_ids=np.arange(210) * 7 // 4 % 5)], ids=["grid", "tree", "prompts", "ids"])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_mask_is_one_launch_whatever_its_intervals(dtype, mask):
+    backend = CudaBackend(1, EmulatedDevice())
+    backend.hopper = False
+    bounds = mask.bounds(np.arange(210), 210, 210)
+    begin, end = (np.array([interval[i] for interval in bounds]) for i in range(2))
+    assert ((end > begin).sum(axis=0) > 1).any()
+    check(backend, *case(5, 210, 210, 2, 1, 16, 16, dtype)[:3], begin, end, dtype)
+    names = [name.split("<")[0] for name, *_ in backend.device.launched]
+    for kernel in ("accumulate", "gradient_dq", "gradient_dkdv"):
+        assert names.count(kernel) == 1, names
+    assert len(names) < 12
+
+
+def test_few_intervals_are_launches_of_the_kernel_for_hopper():
+    backend = CudaBackend(1, EmulatedDevice())
+    backend.hopper = True
+    for count, launches in ((1, 1), (3, 3), (6, 1)):
+        backend.device.launched.clear()
+        q, k, v, *_ = case(6, 70, 150, 1, 1, 16, 16, "bfloat16")
+        begin, end = oracle.many_intervals(count, 70, 150, count)
+        got = run(backend, q, k, v, begin, end, 0.3, {})
+        want = dense(q, k, v, oracle.sees(begin, end, 150), 0.3)
+        assert oracle.error(got["out"], want["out"]) <= TENSOR_TOLERANCE["bfloat16"]
+        names = [name for name, *_ in backend.device.launched if name.startswith("accumulate<")]
+        assert len(names) == launches
+        assert {name.endswith("false>") for name in names} == {count == 6}           # the other has no such arguments
+
+
+@pytest.mark.parametrize(("dtype", "dim", "kind"), [
+    *(("bfloat16", 16, kind) for kind in DISTANCES), *((*way, "relative") for way in WAYS if way[0] != "bfloat16"),
+    ("float32", 16, "all and relative"), ("float64", 16, "axes and relative")])
+def test_a_bias_by_distance(backend, dtype, dim, kind):
+    check(backend, *case(0, 50, 101, 4, 2, dim, dim, dtype), dtype, kind, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_bias_by_distance_of_many_keys_and_few_queries(backend, dtype):
+    q, k, v, begin, end = case(2, 2, 1500, 3, 3, 16, 24, dtype)
+    begin[:], end[:] = (3, 0), (1500, 700)
+    check(backend, q, k, v, begin, end, dtype, "relative", blocks=2)
+
+
+def test_few_sums_by_distance_go_through_many_tiles_of_keys(backend, monkeypatch):
+    """With the same bits in each run, whatever the order of threads."""
+    monkeypatch.setattr(cuda, "MOST_SUMS", 1)
+    other = CudaBackend(1, EmulatedDevice(7)) if isinstance(backend.device, EmulatedDevice) else backend
+    for dtype in ("float32", "bfloat16"):
+        one, again = (check(each, *case(2, 40, 300, 2, 1, 16, 16, dtype), dtype, "relative of neighbours")
+                      for each in (backend, other))
+        assert all((x == again[name]).all() for name, x in one.items())
+
 
 
 def test_slices_of_columns_keep_to_the_columns_there_are():
@@ -255,15 +326,17 @@ def test_some_heads_are_added_where_they_are(backend, kind):
 
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("kind", "backward"), [("all", False), ("plain", True), ("all", True), ("bias", False),
-                                                ("bias by head", True)])
+                                                ("bias by head", True), ("relative", True), ("several", True)])
 def test_prepare_compiles_all_that_is_used_later(dtype, kind, backward):
     backend = CudaBackend(1, EmulatedDevice(2))
     backend.prepare(DTYPES[dtype], accumulator(DTYPES[dtype]), 16, 16, plain=kind != "all", biased=kind in BIASES,
-                    backward=backward)
+                    relative="relative" in kind, several=kind == "several", backward=backward)
     known = set(backend.device.cache)
     forward = {("state.cu", f"{name}<") for name in ("reset", "finish", "combine")}
     for n_q in (1, 2, 3, 7, 16, 17, 65, 140):
         q, k, v, begin, end = case(12, n_q, 70, 1, 1, 16, 16, dtype)
+        if kind == "several":
+            run(backend, q, k, v, *oracle.many_intervals(2, n_q, 70, 3), 1.0, {}, dout=q if backward else None)
         score, sinks = functions(kind, 1, np.arange(n_q), np.arange(70))
         run(backend, q, k, v, begin, end, 1.0, score, sinks, dout=q if backward else None)
     new = set(backend.device.cache) - known

@@ -33,8 +33,8 @@ class HopperBackend(CudaBackend):
         super().__init__(threads, gpu)
         self.hopper = True
 
-    def _choose(self, q, k, v, score):
-        kernel = super()._choose(q, k, v, score)
+    def _choose(self, q, k, v, score, intervals):
+        kernel = super()._choose(q, k, v, score, intervals)
         assert kernel.file == hopper.FILE
         return kernel
 

@@ -9,12 +9,14 @@ from cases import make_layout, make_mask
 from emulate import EmulatedDevice
 from fake_device import FakeArray
 from foreign import CUDA, cuda_tensor
+from mpi4py import MPI
 from oracle import random_qkv
 from test_library import on_cpu
 
 from ringmpi import (
     BackendError,
     Contiguous,
+    Grid,
     KVCache,
     Mask,
     OptionError,
@@ -376,6 +378,54 @@ def test_a_bias_of_the_keys(comm, gpu, dtype, layout, transport, kind, on_gpu, b
             assert oracle.error(x[i], exact, unit) <= (2e-6 if name == "lse" else bound), name
     for name, x in again._asdict().items():
         assert (x == got[name] if name == "dsinks" or not on_gpu else x.get() == got[name].get()).all(), name
+
+
+@pytest.mark.parametrize(("dtype", "layout", "transport", "on_gpu", "schedule"), [
+    ("float32", "striped", "direct", True, "ring"), ("bfloat16", "uneven", "staged", False, "heads")])
+def test_a_bias_by_distance(comm, gpu, dtype, layout, transport, on_gpu, schedule):
+    """With many intervals for each query, in a launch for each block."""
+    skip_unless_mpi_takes(gpu, transport)
+    skip_unless_heads_divide(comm, schedule)
+    n, heads, shape, periodic = 60, 4, (3, 4, 5), (True, False, True)
+    mine = make_layout(layout, n, comm.size).positions(comm.rank)
+    arrays = random_qkv(8, n, n, heads, 2, 16, 16, dtype)
+    rng = np.random.default_rng(8)
+    dout = rng.standard_normal((n, heads, 16)).astype(DTYPES[dtype])
+    tables = [rng.standard_normal((heads, width)).astype(np.float32) for width in (3, 5, 3)]
+    options = {"mask": Grid(shape, (1, 2, 1), periodic), "backend": "auto" if on_gpu else "cuda", "timeout": 100,
+               "layout": make_layout(layout, n, comm.size), "gpu_transport": transport,
+               "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice), "schedule": schedule}
+    there = gpu.array if on_gpu else lambda x: x
+    q, k, v, dout_ = (there(np.ascontiguousarray(x[mine])) for x in (*arrays, dout))
+    with RingAttention(comm, **options) as attention:
+        assert attention.backend.name == "cuda" or on_gpu
+        out, lse = attention(q, k, v, relative=tables, return_lse=True)
+        got = {"out": out, "lse": lse} | attention.backward(dout_)._asdict()
+    see = oracle.near(shape, (1, 2, 1), periodic, "cut", False)
+    want = oracle.dense(*arrays, see, 0.25, dout=dout, relative=tables, away=oracle.distances(
+        shape, periodic, np.arange(n), np.arange(n)))
+    bound = {"float32": 5e-6, "bfloat16": 2.0**-6}[dtype]
+    largest = np.abs(want["dq"]).max()
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        x = got[name].get() if on_gpu else got[name]
+        assert oracle.error(x, want[name][mine], np.abs(want[name]).max()) <= (2e-6 if name == "lse" else bound), name
+    for x, exact in zip(got["drelative"], want["drelative"], strict=True):
+        assert oracle.error(comm.allreduce(x.astype(np.float64)), exact, max(largest, np.abs(exact).max())) <= bound
+
+
+def test_a_bias_by_distance_in_canonical_order(comm, gpu):
+    """A result for any number of ranks; no gradient."""
+    q, k, v = random_qkv(9, 50, 300, 2, 1, 16, 16, "float32")
+    mine, of_keys = (make_layout("striped", n, comm.size).positions(comm.rank) for n in (50, 300))
+    table = np.random.default_rng(9).standard_normal((2, 41)).astype(np.float32)
+    options = {"mask": Mask(window=(70, 0)), "backend": "cuda", "timeout": 100, "layout": "striped",
+               "order": "canonical", "allow_gpu_sharing": not isinstance(gpu, EmulatedDevice)}
+    with RingAttention(comm, **options) as attention:
+        out = attention(q[mine], k[of_keys], v[of_keys], relative=table)
+        with pytest.raises(OptionError, match="relative: expected a forward pass alone"):
+            attention.backward(out)
+    alone = ring_attention(q, k, v, comm=MPI.COMM_SELF, relative=table, **options | {"layout": "contiguous"})
+    assert out.tobytes() == alone[mine].tobytes()
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

@@ -12,7 +12,14 @@ from emulate import layout_source
 from nvrtc_versions import OLDER, complaints, load, older_libraries
 
 from ringmpi.backends.cuda import hopper
-from ringmpi.backends.cuda.instances import best, dbias_kernels, dkdv_kernels, dq_kernels, forward_kernels
+from ringmpi.backends.cuda.instances import (
+    best,
+    dbias_kernels,
+    dkdv_kernels,
+    dq_kernels,
+    drelative_kernels,
+    forward_kernels,
+)
 from ringmpi.backends.cuda.sources import Kind, kernels_folder
 from ringmpi.device import OPTIONS
 from ringmpi.dtypes import BFLOAT16, DTYPES
@@ -23,7 +30,7 @@ ARCHITECTURES = {"sm_80": (163 * 1024, 164 * 1024), "sm_90a": (227 * 1024, 228 *
 # Bytes a thread stores outside its registers, all over the kernel; mostly before its loop.
 MOST_SPILLED = {"installed": dict.fromkeys(ARCHITECTURES, 192),
                 OLDER: {"sm_80": 160, "sm_90a": 192, "sm_100": 600}}
-STATE = ["visible_columns",
+STATE = ["visible_columns", "add_parts",
          *(f"{kernel}<{kind}>" for kernel in ("reset", "combine", "add", "add_rows", "add_heads",
                                                      "lse_for_weights") for kind in ("float", "double")),
          *(f"{kernel}<{kind}, {wide}>" for kernel in ("finish", "row_delta", "rounded")
@@ -62,6 +69,20 @@ def instances(architecture):
             chosen.append(forward_kernels(*kind, rows, 16, flags))
         if biased:
             chosen.append(dbias_kernels(*kind, 16, flags))
+        for candidates in chosen:
+            kernel = best(candidates, *ARCHITECTURES[architecture])
+            found.add((kernel.file, kernel.name))
+    # Several intervals, a bias by distance, and both of these with score functions.
+    for (dtype, dim, rows, plain), (relative, several) in itertools.product(gradients, (
+            (False, True), (True, False), (True, True))):
+        if rows < 1000 or (plain and relative and several):
+            continue
+        kind = DTYPES[dtype], dim, dim
+        flags = Kind(plain, relative=relative, several=several)
+        chosen = [forward_kernels(*kind, rows, 16, flags), dq_kernels(*kind, rows, 16, flags),
+                  *dkdv_kernels(*kind, 16, flags)]
+        if relative:
+            chosen.append(drelative_kernels(*kind, 16, flags))
         for candidates in chosen:
             kernel = best(candidates, *ARCHITECTURES[architecture])
             found.add((kernel.file, kernel.name))
@@ -132,4 +153,6 @@ def test_kernels_compile_and_keep_to_their_registers(version, architecture):
         assert not complaints(log), f"{architecture} {file} {name}: {log}"
         print(f"{architecture} {file} {name}: {used[1]} registers, {spilled[1]} bytes spilled")  # noqa: T201
         most = 0 if file == hopper.FILE else MOST_SPILLED[version][architecture]
+        if name.endswith("true, false, true, true, false>"):           # all at once: functions, distance, intervals
+            most = max(most, 256)
         assert int(spilled[1]) <= most, f"{architecture} {file} {name}: {spilled[1]} bytes spilled"

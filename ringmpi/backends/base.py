@@ -22,7 +22,6 @@ from .products import bits, choose, choose_float32
 
 Shape = tuple[int, int, int]
 GPU_KERNELS = ("auto", "own", "library")
-NO_RELATIVE = "relative: backend {} has none yet; expected backend numba or numpy, and arrays on the host"
 NO_WEIGHTS = "backend {} sums up no weights yet; take backend='numba' or 'numpy', with arrays on the host"
 
 
@@ -172,7 +171,8 @@ class Backend:
         return f"{cls.name} {importlib.metadata.version(cls.name)}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, biased: bool = False, backward: bool = False, weights: bool = False) -> None:
+                plain: bool = True, biased: bool = False, relative: bool = False, several: bool = False,
+                backward: bool = False, weights: bool = False) -> None:
         """Compile what inputs of this dtype and accumulator need, or load what was compiled before. Local.
 
         Parameters
@@ -180,9 +180,11 @@ class Backend:
         dtype, accumulator : dtype
         dim, dim_v : int
         plain : bool
-            Whether scores will be plain, but for a bias of the keys; see `Score.plain`.
-        biased : bool
-            Whether there will be one.
+            Whether scores will be plain, but for a bias of the keys or by distance; see `Score.plain`.
+        biased, relative : bool
+            Whether there will be the one, or the other.
+        several : bool
+            Whether queries may have several intervals.
         backward : bool
             Whether to prepare `backward`; else `accumulate`.
         weights : bool

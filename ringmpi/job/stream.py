@@ -165,8 +165,8 @@ class Stream:
         with run.timer.phase("attend", "compiling kernels"):
             self.total.compile_seconds += self._engine.prepare(
                 self.rows["out"][1], self._wide, sizes.dim, sizes.dim_v,
-                plain=options.softcap is None and not (options.alibi or options.key_bias or options.relative),
-                backward=False)
+                plain=options.softcap is None and not (options.alibi or options.key_bias), relative=options.relative,
+                several=self._data.mask.most > 1, backward=False)
         process = int(run.comm.allgather(np.array([resident_bytes()]), run.timeout).max())
         return Planner(sizes, run.comm.size, options, type(self._backend), process, self._data.mask.most)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import as_array
-from ..backends.base import NO_RELATIVE, Backend
+from ..backends.base import Backend
 from ..call import Array, without_left_out
 from ..checks import check_integer, check_key_bias, check_relative, check_sinks
 from ..dtypes import check_dtype
@@ -151,8 +151,9 @@ class Sizes:
         query = Query(array, not isinstance(given, np.ndarray), check_sinks(sinks, heads, acc_dtype), 0, n_q)
         if relative is None:
             return query
-        if not backend.relative:
-            raise BackendError(NO_RELATIVE.format(backend.name))
+        if not backend.relative or backend.device:
+            raise BackendError(f"relative: a cache with backend {backend.name} has none yet; expected backend numba or "
+                               "numpy, and arrays on the host")
         if length + n_q >= MOST_POSITION:
             raise OptionError(f"relative: expected positions below 2^31, got {length} tokens")
         tables = check_relative(relative, problem.mask.axes, heads, acc_dtype)

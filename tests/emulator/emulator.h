@@ -264,6 +264,15 @@ inline int __reduce_max_sync(unsigned, int value) {
     return *std::max_element(all, all + 32);
 }
 
+inline unsigned __match_any_sync(unsigned, int value) {
+    const int* all = emulator::meet(value, "__match_any_sync");
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane) same |= unsigned(all[lane] == value) << lane;
+    return same;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline float __fmul_rn(float a, float b) { return a * b; }
 
 inline int __all_sync(unsigned, int value) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...device import Struct
 from ...errors import InternalError
+from ...relative import MOST_AXES
 from ...score import Score
 from ...softmax import State
 
@@ -20,7 +21,8 @@ def problem_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Give the layout of ``Problem<A>``. Local."""
     return _struct({**dict.fromkeys(("begin", "end", "packed_score"), POINTER), "scale": acc_dtype, "factor": acc_dtype,
                     **dict.fromkeys(("n_q", "n_k", "kv_heads", "group", "dim", "dim_v"), np.int32),
-                    "key_bias": POINTER, "bias_heads": np.int32})
+                    "key_bias": POINTER, "bias_heads": np.int32, "intervals": np.int32,
+                    "axes": np.int32, "widths": (np.int32, MOST_AXES), "tables": POINTER, "coordinates": POINTER})
 
 
 def state_type() -> np.dtype[Any]:
@@ -39,17 +41,35 @@ def score_type(acc_dtype: np.dtype[Any]) -> np.dtype[Any]:
     return _struct({"softcap": acc_dtype, "gain": acc_dtype, "threshold": np.uint32, "sloped": np.int32})
 
 
-def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any, score: Score,
-            acc_dtype: np.dtype[Any], dim_v: int | None = None) -> Struct:
+class Placed(NamedTuple):
+    """What a launch needs of a block besides its arrays: what queries see, and scores. On the GPU.
+
+    Attributes
+    ----------
+    begin, end : int32 arrays of shape (intervals, n_q)
+        Where the columns that each query sees begin and end.
+    packed_score : array or 0
+        A ``PackedScore`` and what follows it.
+    tables, coordinates : array or 0
+        Of a bias by distance; see ``Problem``.
+    """
+
+    begin: Array
+    end: Array
+    packed_score: Any
+    tables: Any
+    coordinates: Any
+
+
+def problem(q: Array, v: Array, placed: Placed, score: Score, acc_dtype: np.dtype[Any], dim_v: int | None = None
+            ) -> Struct:
     """Give the Problem of a block. Local.
 
     Parameters
     ----------
     q : array of shape (n_q, heads, dim)
     v : array of shape (n_k, kv_heads, dim_v)
-    columns : two int32 arrays of shape (n_q,), on the GPU
-        Where the columns that each query sees begin and end.
-    packed_score : array or 0
+    placed : Placed
     score : Score
         Its bias is of these keys.
     acc_dtype : dtype
@@ -57,15 +77,17 @@ def problem(q: Array, v: Array, columns: tuple[Array, Array], packed_score: Any,
     dim_v : int, optional
         Columns of v that the launch works on; by default all of them.
     """
-    begin, end = columns
     scale = score.scale if abs(score.scale) >= np.finfo(acc_dtype).tiny else 0.0     # as GPUs take it for float
     factor = (abs(scale) if score.plain and scale else 1.0) / math.log(2)
     (n_q, heads, dim), (n_k, kv_heads, _) = q.shape, v.shape
     bias = score.key_bias
-    return Struct(problem_type(acc_dtype), begin=begin, end=end, packed_score=packed_score, scale=scale,
-                  factor=factor, n_q=n_q, n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
+    widths = [table.shape[1] for table in score.relative.tables] if score.relative else []
+    return Struct(problem_type(acc_dtype), begin=placed.begin, end=placed.end, packed_score=placed.packed_score,
+                  scale=scale, factor=factor, n_q=n_q, n_k=n_k, kv_heads=kv_heads, group=heads // kv_heads, dim=dim,
                   dim_v=v.shape[2] if dim_v is None else dim_v, key_bias=0 if bias is None else bias,
-                  bias_heads=0 if bias is None else bias.shape[1])
+                  bias_heads=0 if bias is None else bias.shape[1], intervals=len(placed.begin), axes=len(widths),
+                  widths=widths + [0] * (MOST_AXES - len(widths)), tables=placed.tables,
+                  coordinates=placed.coordinates)
 
 
 def state_arrays(state: State, dim_v: int, start: int = 0, width: int = 0, fresh: bool = False) -> Struct:

@@ -1,10 +1,11 @@
 """The GPU path: the CUDA C++ kernels of kernels/, chosen, launched and watched from here.
 
-A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, and
-puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where there are too few
-tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its own, which a second
-kernel folds into the state. The gradient of a block is a launch for dq, one or two for dk and dv, and one for that of
-a bias of the keys. While kernels run, `accumulate` and `backward` yield, so that the caller can keep messages moving.
+A block is one launch: the kernel takes the state from the GPU's memory, folds all that each row sees of the block, in
+one interval or several, and puts it back; float64 with dim_v beyond 128 takes a launch for each 128 columns. Where
+there are too few tiles of rows to fill the GPU (decoding), the columns are split into parts, each with a state of its
+own, which a second kernel folds into the state. The gradient of a block is a launch for dq, one or two for dk and dv,
+and one each for that of a bias of the keys and of one by distance. While kernels run, `accumulate` and `backward`
+yield, so that the caller can keep messages moving.
 
 In canonical order one instance of a kernel takes every block, whatever its rows and wherever its arrays begin; columns
 are never split into parts; and a block is launched from a multiple of `CANONICAL_TILE` on.
@@ -32,8 +33,17 @@ from ...score import Score
 from ...softmax import Gradient, State
 from ..base import Backend, Shape
 from . import hopper, library
-from .arguments import from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
-from .instances import CANONICAL_TILE, TYPES, best, dbias_kernels, dkdv_kernels, dq_kernels, forward_kernels
+from .arguments import Placed, from_number, gradient_inputs, problem, rows_of, score_type, state_arrays
+from .instances import (
+    CANONICAL_TILE,
+    TYPES,
+    best,
+    dbias_kernels,
+    dkdv_kernels,
+    dq_kernels,
+    drelative_kernels,
+    forward_kernels,
+)
 from .self_test import SelfTest
 from .sources import Kernel, Kind, compiler_options, kernels_folder
 
@@ -49,6 +59,7 @@ TAKE_NUMBA = "take backend='numba'"
 LIBRARY_TEST = 900, 1700     # more pairs than `library.FEWEST_PAIRS`
 POLL_SECONDS = 2e-5           # between two looks at a running kernel
 MOST_PARTS = 1024
+MOST_SUMS = 2**23             # for a bias by distance, of all warps: 64 MiB
 NULL = np.uint64(0)           # in place of an array
 
 
@@ -60,6 +71,7 @@ class CudaBackend(Backend):
     tolerance = TENSOR_TOLERANCE
     canonical_tile = CANONICAL_TILE
     biased = True
+    relative = True
 
     def __init__(self, threads: int, device: Device | None = None) -> None:
         super().__init__(threads)
@@ -90,17 +102,20 @@ class CudaBackend(Backend):
         self.hopper = all(ways)
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, biased: bool = False, backward: bool = False, weights: bool = False) -> None:
+                plain: bool = True, biased: bool = False, relative: bool = False, several: bool = False,
+                backward: bool = False, weights: bool = False) -> None:
         """Compile the kernels, or load them, and test each on a small case; see `Backend.prepare`. Local."""
         if max(dim, dim_v) > MOST_DIM:
             raise BackendError(f"backend cuda: expected dim and dim_v up to {MOST_DIM}, got {dim} and {dim_v}; "
                                f"{TAKE_NUMBA}")
-        case = dim, dim_v, dtype, accumulator, plain, biased, backward
         tested = self.device.cache.setdefault("tested kernels", set())
-        if (case, self._asks_hopper, self.canonical) not in tested:
-            self._test_kernels(*case)
-            tested.add((case, self._asks_hopper, self.canonical))
-        if backward and plain and not biased and self._may_ask(dtype, accumulator, dim, dim_v):
+        for number in (False, True) if several else (False,):         # some block may be met in one interval
+            kind = Kind(plain, self.canonical, biased, relative, number)
+            case = dim, dim_v, dtype, accumulator, kind, backward
+            if (case, self._asks_hopper) not in tested:
+                self._test_kernels(*case)
+                tested.add((case, self._asks_hopper))
+        if backward and plain and not biased and not relative and self._may_ask(dtype, accumulator, dim, dim_v):
             self._find_library(dtype, dim)
 
     @property
@@ -108,18 +123,21 @@ class CudaBackend(Backend):
         """Whether the kernel for Hopper is to take what it can: it has no canonical order."""
         return self.hopper and not self.canonical
 
-    def _test_kernels(self, dim: int, dim_v: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], plain: bool,
-                      biased: bool, backward: bool) -> None:
+    def _test_kernels(self, dim: int, dim_v: int, dtype: np.dtype[Any], accumulator: np.dtype[Any], kind: Kind,
+                      backward: bool) -> None:
         """Run every kernel that such inputs may choose, and compare with NumPy."""
+        with_these = ((not kind.plain, "score functions"), (kind.biased, "a bias of the keys"),
+                      (kind.relative, "a bias by distance"), (kind.several, "several intervals"))
         kernel = (f"on {self.device.name} the {'backward ' if backward else ''}kernel for {dtype}, dim {dim}, dim_v "
-                f"{dim_v}{'' if plain else ', with score functions,'}{', with a bias of the keys,' if biased else ''}")
-        for_hopper = self._asks_hopper and plain and not (biased or backward) and dtype in hopper.TYPES
+                  f"{dim_v}{''.join(f', with {name},' for wanted, name in with_these if wanted)}")
+        simple = kind.plain and not kind.adds and not kind.several
+        for_hopper = self._asks_hopper and simple and not backward and dtype in hopper.TYPES
         advice = f"please report it, and {'set RINGMPI_HOPPER=0' if for_hopper else TAKE_NUMBA} meanwhile"
         bound = {8: 1e-12, 4: 2e-5, 2: 5e-2 if backward else 2e-2}[dtype.itemsize]
-        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and plain and not biased else (
-            FORWARD_TESTS)
+        sizes = BACKWARD_TESTS if backward else HOPPER_TESTS if self._asks_hopper and simple else FORWARD_TESTS
         for n_q, n_k in sizes:
-            test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, plain, backward, biased=biased)
+            test = SelfTest(n_q, n_k, dim, dim_v, dtype, accumulator, kind.plain, backward, biased=kind.biased,
+                            relative=kind.relative, several=kind.several)
             try:
                 with self.device.current():
                     error = test.error(self)
@@ -237,28 +255,35 @@ class CudaBackend(Backend):
     def accumulate(self, state: State, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any],
                    begin: Integers, end: Integers, score: Score) -> Iterator[int]:
         """Fold one block of K and V into the running softmax; see `Backend.accumulate`. Local."""
-        yield from self._done(partial(self._launch_forward, state, q, k, v, score), begin, end)
+        yield from self._done(partial(self._fold, state, q, k, v, score), begin, end)
 
     def backward(self, gradient: Gradient, q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], dk: Any, dv: Any,
                  begin: Integers, end: Integers, score: Score, dkey_bias: Any = None,
                  drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the gradients what one block of K and V gives; see `Backend.backward`. Local."""
         self.wanted_gradients(gradient, dk, dv)
-        yield from self._done(partial(self._differentiate, gradient, q, k, v, dk, dv, score, dkey_bias), begin, end)
+        totals = None if drelative is None else self._entries(score)
+        yield from self._done(partial(self._differentiate, gradient, q, k, v, dk, dv, score, dkey_bias, totals), begin,
+                              end)
+        if totals is not None and drelative is not None:
+            with self.device.current():
+                of_heads = self.to_numpy(totals)
+            edges = np.cumsum([table.shape[1] for table in drelative])
+            for target, total in zip(drelative, np.split(of_heads, edges[:-1], axis=1), strict=True):
+                target += total
 
     def _done(self, launch: Callable[[Integers, Integers], None], begin: Integers, end: Integers) -> Iterator[int]:
-        """Launch what does a block, for each interval, and yield until all is done."""
+        """Launch what does a block, of the intervals in which some row sees a key, and yield until it is done."""
         pairs = int(end.sum()) - int(begin.sum())
         if pairs == 0:
             return
         device = self.device
-        intervals = [(a, b) for a, b in zip(*np.atleast_2d(begin, end), strict=True) if (b > a).any()]
-        for number, interval in enumerate(intervals):
-            if number:
-                yield 0
-            with device.current():
-                launch(*interval)
+        begin, end = np.atleast_2d(begin, end)
+        if len(begin) > 1:
+            some = (end > begin).any(axis=1)
+            begin, end = begin[some], end[some]
         with device.current():
+            launch(begin, end)
             done = device.record(device.caller_stream())
         while not done.done:
             yield 0
@@ -296,6 +321,17 @@ class CudaBackend(Backend):
         self._launch_over(kernel, x.size, (made, x, np.int64(x.size)))
         return made
 
+    def _fold(self, state: State, q: Array, k: Array, v: Array, score: Score, begin: Integers, end: Integers) -> None:
+        """Launch what folds a block: the kernel for Hopper, which knows one interval, for each of a few."""
+        if 1 < len(begin) <= hopper.MOST_INTERVALS and self._takes_hopper(q, k, v, score):
+            for number in range(len(begin)):
+                self._launch_forward(state, q, k, v, score, begin[number:number + 1], end[number:number + 1])
+            return
+        self._launch_forward(state, q, k, v, score, begin, end)
+
+    def _takes_hopper(self, q: Array, k: Array, v: Array, score: Score) -> bool:
+        return self._asks_hopper and hopper.takes(self.device, q, k, v, score)
+
     def _launch_forward(self, state: State, q: Array, k: Array, v: Array, score: Score, begin: Integers, end: Integers
                         ) -> None:
         """Launch what folds a block: of the columns that any row sees, in one part or several."""
@@ -311,11 +347,11 @@ class CudaBackend(Backend):
 
         # Where there is not one launch for all columns, each has states of its own, which are combined afterwards. In
         # canonical order each begins with the maximum and the sum of the state, and the last one puts back its own.
-        kernel = self._choose(q, k, v, score)
+        kernel = self._choose(q, k, v, score, len(begin))
         parts, width = self._split(kernel, rows, kv_heads, n_k)
         fresh = not self.canonical and (parts > 1 or dim_v > kernel.columns)
         _refuse_many(n_q * heads, n_k + width)
-        columns, packed = self._upload(begin, end, seen, score, acc_dtype, heads)
+        placed = self._upload(begin, end, seen, score, acc_dtype, heads)
         target = self._parts(parts, state) if fresh else state
         grid = -(-rows // kernel.rows), kv_heads, parts
         for start in range(0, dim_v, kernel.columns):
@@ -323,49 +359,52 @@ class CudaBackend(Backend):
             of_launch = target if fresh or start + kernel.columns >= dim_v else self._with_copies(target)
             self._launch_tiles(kernel, grid, (
                 state_arrays(of_launch, dim_v, start, width, fresh), q, *keys,
-                problem(q, v, columns, packed, score, acc_dtype, min(kernel.columns, dim_v - start))))
+                problem(q, v, placed, score, acc_dtype, min(kernel.columns, dim_v - start))))
         if fresh:
             self.combine(state, target)
 
-    def _choose(self, q: Array, k: Array, v: Array, score: Score) -> Kernel:
-        if self._asks_hopper and hopper.takes(self.device, q, k, v, score):
+    def _choose(self, q: Array, k: Array, v: Array, score: Score, intervals: int) -> Kernel:
+        if intervals == 1 and self._takes_hopper(q, k, v, score):
             return hopper.instance(q.dtype, q.shape[2], v.shape[2])
         rows = len(q) * q.shape[1] // k.shape[1]
         align = _common_alignment(q, k, v)
-        return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, self._kind(score)))
+        return self._best(forward_kernels(q.dtype, q.shape[2], v.shape[2], rows, align, self._kind(score, intervals)))
 
-    def _kind(self, score: Score) -> Kind:
-        return Kind(not score.has_functions, self.canonical, score.key_bias is not None)
+    def _kind(self, score: Score, intervals: int) -> Kind:
+        return Kind(not score.has_functions, self.canonical, score.key_bias is not None, score.relative is not None,
+                    intervals > 1)
 
     def _best(self, candidates: Sequence[Kernel]) -> Kernel:
         return best(candidates, self.device.shared_bytes, self.device.shared_bytes_processor)
 
     def _differentiate(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, score: Score,
-                       dkey_bias: Array, begin: Integers, end: Integers) -> None:
+                       dkey_bias: Array, drelative: Array, begin: Integers, end: Integers) -> None:
         """Launch torch's kernels for what they can do of a block, and ours for the rest."""
         case = q.dtype, gradient.lse.dtype, q.shape[2], v.shape[2]
-        rest = [(begin, end)]
         kernel = self._library.kernel(q.dtype, q.shape[2]) if library.takes(gradient, score) and self._may_ask(
             *case) else None
-        if kernel:
-            pieces, rest = library.cut(begin, end)
-            for piece in pieces:
-                try:
-                    self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
-                    self.differentiated_by = kernel.name
-                except BackendError as error:
-                    if self.gpu_kernels == "library" or self._library.on_trial:
-                        raise
-                    self._library.give_up(q.dtype, q.shape[2], error)
-                    rest.append(piece.intervals(len(begin)))
-        for intervals in rest:
-            self._launch_backward(gradient, q, k, v, dk, dv, *intervals, score, dkey_bias)
+        pieces, rest = library.cut_all(begin, end) if kernel else ([], [])
+        if kernel is None or not pieces:
+            self._launch_backward(gradient, q, k, v, dk, dv, begin, end, score, dkey_bias, drelative)
+            return
+        for piece in pieces:
+            try:
+                self._library.differentiate(kernel, piece, gradient, q, k, v, dk, dv, score.scale)
+                self.differentiated_by = kernel.name
+            except BackendError as error:
+                if self.gpu_kernels == "library" or self._library.on_trial:
+                    raise
+                self._library.give_up(q.dtype, q.shape[2], error)
+                rest.append(piece.intervals(begin.shape[1]))
+        for interval in rest:
+            low, high = np.atleast_2d(*interval)
+            self._launch_backward(gradient, q, k, v, dk, dv, low, high, score, dkey_bias, drelative)
 
     def _launch_backward(self, gradient: Gradient, q: Array, k: Array, v: Array, dk: Array, dv: Array, begin: Integers,
-                         end: Integers, score: Score, dkey_bias: Array) -> None:
+                         end: Integers, score: Score, dkey_bias: Array, drelative: Array) -> None:
         """Launch what differentiates a block: of the columns that any row sees, first for dq, then for the keys."""
         acc_dtype = gradient.lse.dtype
-        kind = self._kind(score)
+        kind = self._kind(score, len(begin))
         q, k, v, dout = self._operands(acc_dtype, q=q, k=k, v=v, dout=gradient.dout)
         seen = self._seen(begin, end, len(k))
         k, v, dk, dv, dkey_bias = (x if x is None else x[seen] for x in (k, v, dk, dv, dkey_bias))
@@ -375,9 +414,9 @@ class CudaBackend(Backend):
         rows = n_q * (heads // kv_heads)
         align = _common_alignment(q, k, v, dout)
         _refuse_many(n_q * heads + 1024, n_k + 1024)               # the last tiles reach beyond
-        columns, packed = self._upload(begin, end, seen, score, acc_dtype, heads)
+        placed = self._upload(begin, end, seen, score, acc_dtype, heads)
         inputs = gradient_inputs(q, k, v, dout, gradient.lse, gradient.delta)
-        block = problem(q, v, columns, packed, score, acc_dtype)
+        block = problem(q, v, placed, score, acc_dtype)
 
         # dq: blocks of threads over the rows. dk and dv: over the keys, in one launch, which has all columns of both,
         # or in one for each.
@@ -388,14 +427,32 @@ class CudaBackend(Backend):
         launches = dkdv_kernels(q.dtype, dim, dim_v, align, kind) if dk is not None else []
         for candidates, width in zip(launches, (dim, dim_v), strict=False):
             kernel = self._best(candidates)
-            visible = self._visible_columns(kernel.rows, rows, *columns, heads // kv_heads)
+            visible = self._visible_columns(kernel.rows, rows, placed, heads // kv_heads)
             self._launch_tiles(kernel, (-(-n_k // kernel.keys), kv_heads, -(-width // kernel.columns)),
                                (dk, dv, inputs, visible, block))
         if dkey_bias is not None:
             kernel = self._best(dbias_kernels(q.dtype, dim, dim_v, align, kind))
-            visible = self._visible_columns(kernel.rows, n_q, *columns, 1)
+            visible = self._visible_columns(kernel.rows, n_q, placed, 1)
             with self._of_each_head(dkey_bias, heads) as target:
                 self._launch_tiles(kernel, (-(-n_k // kernel.keys), heads), (target, inputs, visible, block))
+        if drelative is not None:
+            kernel = self._best(drelative_kernels(q.dtype, dim, dim_v, align, kind))
+            visible = self._visible_columns(kernel.rows, n_q, placed, 1)
+            # Each warp has sums of its own, which bounds how many blocks of threads there are.
+            warps = kernel.threads // 32
+            blocks = max(1, min(-(-n_k // kernel.keys), MOST_SUMS // (warps * drelative.size)))
+            parts = self._buffer("sums by distance", blocks * warps * drelative.size, drelative.dtype)
+            self.clear(parts)
+            self._launch_tiles(kernel, (blocks, heads), (parts, inputs, visible, block))
+            self._launch_over(self._kernel("state.cu", "add_parts"), drelative.size, (
+                drelative, parts, np.int32(blocks * warps), np.int64(drelative.size)))
+
+    def _entries(self, score: Score) -> Array:
+        """Give zeros for the gradient of a bias by distance: of each head, the entries of all tables."""
+        tables = score.relative.tables if score.relative else ()
+        totals = self.empty((len(tables[0]), sum(table.shape[1] for table in tables)), np.float64)
+        self.clear(totals)
+        return totals
 
     @contextmanager
     def _of_each_head(self, dkey_bias: Array, heads: int) -> Iterator[Array]:
@@ -410,12 +467,15 @@ class CudaBackend(Backend):
         kernel = self._kernel("state.cu", f"add_heads<{TYPES[dkey_bias.dtype]}>")
         self._launch_over(kernel, n_k, (dkey_bias, of_heads, np.int64(n_k), np.int32(heads)))
 
-    def _visible_columns(self, tile: int, rows: int, begin: Array, end: Array, group: int) -> Array:
-        """Work out what the rows of each tile see."""
+    def _visible_columns(self, tile: int, rows: int, placed: Placed, group: int) -> Array:
+        """Work out what the rows of each tile see in each interval."""
         tiles = -(-rows // tile)
-        visible = self._buffer("visible columns", 4 * tiles, np.dtype(np.int32))
-        self._launch_over(self._kernel("state.cu", "visible_columns"), 32 * tiles, (
-            visible, begin, end, np.int32(rows // group), np.int32(group), np.int32(tile), np.int32(tiles)))
+        intervals = len(placed.begin)
+        count = intervals * tiles
+        visible = self._buffer("visible columns", 4 * count, np.dtype(np.int32))
+        self._launch_over(self._kernel("state.cu", "visible_columns"), 32 * count, (
+            visible, placed.begin, placed.end, np.int32(rows // group), np.int32(group), np.int32(tile),
+            np.int32(tiles), np.int32(intervals)))
         return visible
 
     def _split(self, kernel: Kernel, rows: int, kv_heads: int, n_k: int) -> tuple[int, int]:
@@ -439,21 +499,28 @@ class CudaBackend(Backend):
         return slice(first, last)
 
     def _upload(self, begin: Integers, end: Integers, seen: slice, score: Score, acc_dtype: np.dtype[Any], heads: int
-                ) -> tuple[tuple[Array, Array], Any]:
+                ) -> Placed:
         """Copy to the GPU, at once, the intervals, counted from the first column seen, in 32 bits, and the score.
 
-        Empty intervals may lie anywhere. A score without functions is nothing but its scale, and maybe a bias, which
-        is there.
+        Empty intervals may lie anywhere. A score without functions is nothing but its scale, and maybe a bias: of the
+        keys, which is there, or by distance.
         """
         functions = score.has_functions
-        packed = _packed(score, seen, acc_dtype, heads, len(begin)) if functions else np.empty(0, np.int32)
-        words = np.empty(len(packed) + 2 * len(begin), np.int32)
+        packed = _packed(score, seen, acc_dtype, heads, begin.shape[1]) if functions else np.empty(0, np.int32)
+        coordinates = _coordinates(score, seen)
+        words = np.empty(len(packed) + 2 * begin.size + len(coordinates), np.int32)
         words[:len(packed)] = packed
-        for row, x in zip(words[len(packed):].reshape(2, -1), (begin, end), strict=True):
-            np.subtract(x, seen.start, out=row, casting="unsafe")
+        edges = [len(packed) + part * begin.size for part in range(3)]
+        for first, x in zip(edges, (begin, end), strict=False):
+            np.subtract(x, seen.start, out=words[first:first + begin.size].reshape(begin.shape), casting="unsafe")
+        words[edges[2]:] = coordinates
         placed = self.device.array(words)
-        columns = placed[len(packed):]
-        return (columns[:len(begin)], columns[len(begin):]), placed if functions else NULL
+        of_begin, of_end = (placed[a:b].reshape(*begin.shape) for a, b in itertools.pairwise(edges))
+        tables = NULL
+        if score.relative:
+            tables = self.device.array(np.concatenate([x.astype(acc_dtype).reshape(-1) for x in score.relative.tables]))
+        return Placed(of_begin, of_end, placed if functions else NULL, tables,
+                      placed[edges[2]:] if score.relative else NULL)
 
     def _parts(self, count: int, state: State) -> State:
         """Give memory for `count` states like `state`, along a leading axis."""
@@ -562,6 +629,14 @@ def _packed(score: Score, seen: slice, acc_dtype: np.dtype[Any], heads: int, n_q
     positions = queries.astype(np.int64).astype(np.int32), keys.astype(np.int64).astype(np.int32)
     parts = header, slopes, dropout_keys, *positions
     return np.concatenate([np.ascontiguousarray(part).view(np.int32) for part in parts])
+
+
+def _coordinates(score: Score, seen: slice) -> NDArray[np.int32]:
+    """Give the coordinates for a bias by distance: for each axis those of the queries, then those of the keys."""
+    if score.relative is None:
+        return np.empty(0, np.int32)
+    along = zip(*map(score.relative.coordinates, (score.queries, score.keys[seen])), strict=True)
+    return np.concatenate([x for pair in along for x in pair]).astype(np.int32)
 
 
 def _refuse_many(rows: int, keys: int) -> None:

@@ -22,6 +22,7 @@ ARCHITECTURE = "sm_90a"
 CAPABILITY = 9, 0
 TYPES = {BFLOAT16: "bfloat16", np.dtype(np.float16): "float16"}
 MOST_DIM, KEYS = 128, 128
+MOST_INTERVALS = 4            # each is a launch; many of them are short, and then one of another kernel has all
 FEWEST_ROWS = 65              # of a key head; below, most of a block's rows would be idle
 PANEL_COLUMNS, PANEL_ALIGN = 64, 1024        # as in panels.cuh
 

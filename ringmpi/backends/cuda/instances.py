@@ -79,12 +79,12 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
         tiles = [(1, 1, 32, 3), (1, 1, 32, 2)]
     elif max(dims) > 128:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (4, 1, 16, 2)]
-    elif max(dims) > 64 and kind.biased and not kind.plain:       # two rows of 16 to a warp are too many for registers
+    elif max(dims) > 64 and kind.crowded:                         # two rows of 16 to a warp are too many for registers
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2)]
     elif rows <= 64:
         tiles = [(4, 1, 64, 2), (4, 1, 32, 2)]
     else:
-        wide = (4, 2, 64, 2) if kind != PLAIN else (4, 2, 48, 2) if max(dims) > 64 else (4, 2, 96, 2)
+        wide = (4, 2, 64, 2) if not kind.alone else (4, 2, 48, 2) if max(dims) > 64 else (4, 2, 96, 2)
         tiles = [wide, (4, 2, 64, 2), (4, 2, 32, 2)]
     most = CANONICAL_TILE if not kind.narrow else 16 if dtype == np.float64 else 32
     return [_tensor(dtype, dims, tile, align, kind) for tile in itertools.starmap(Tile, tiles) if tile.others <= most]
@@ -92,11 +92,12 @@ def forward_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align
 
 def _simt_tiles(dim_v: int, rows: int, kind: Kind) -> list[Tile]:
     """List tiles for the forward pass in float32, the fastest first."""
-    tallest = 8 if dim_v <= 128 else 4        # what a thread's registers hold
+    # What a thread's registers hold.
+    tallest = 4 if dim_v > 128 or (kind.relative and kind.crowded and dim_v > 64) else 8
     if rows <= 16:
         lanes, height = (2, 1) if rows <= 2 else (16 // tallest, tallest)
         return [Tile(lanes, height, 32), Tile(lanes, height, 16)]
-    wide = [Tile(16, 8, 80)] if kind == PLAIN and 64 < dim_v <= 128 else []
+    wide = [Tile(16, 8, 80)] if kind.alone and 64 < dim_v <= 128 else []
     tall = [*wide, Tile(16, 8, 64), Tile(16, 8, 32)] if tallest == 8 else []
     tiles = [*tall, Tile(16, 4, 32), Tile(16, 4, 16), Tile(16, 2, 16)]
     return [tile for tile in tiles if not kind.narrow or tile.others <= 32]
@@ -139,7 +140,7 @@ def dq_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, rows: int, align: int
     if dtype == np.float64:
         tiles = [*FLOAT64_GRADIENT_TILES]
     elif max(dims) <= 64:
-        tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind == PLAIN and rows > 16 else [(4, 2, 32, 2)]
+        tiles = [(4, 2, 64, 2), (4, 2, 32, 2)] if kind.alone and rows > 16 else [(4, 2, 32, 2)]
     elif max(dims) <= 128:
         tiles = [(4, 1, 64, 2) if kind.narrow else (4, 2, 32, 2), (4, 1, 32, 2)]
     else:
@@ -165,7 +166,7 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
     elif max(dims) <= 64:
         tiles = [(4, 2, 32, 2)]
     elif max(dims) <= 128:
-        tiles = [(4, 1, 64, 2), (4, 1, 32, 2)] if kind == PLAIN else [(4, 1, 32, 2)]
+        tiles = [(4, 1, 64, 2), (4, 1, 32, 2)] if kind.alone else [(4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
     # Columns of dk and of dv: all of both in one launch, if a thread's registers hold them.
@@ -177,16 +178,25 @@ def dkdv_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: K
 
 def dbias_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind) -> list[Kernel]:
     """List the kernels for the gradient of a bias of the keys; as `dq_kernels`. Local."""
+    return _bias_kernels("dbias", dtype, dim, dim_v, align, kind)
+
+
+def drelative_kernels(dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind) -> list[Kernel]:
+    """List the kernels for the gradient of a bias by distance; as `dq_kernels`. Local."""
+    return _bias_kernels("drelative", dtype, dim, dim_v, align, kind)
+
+
+def _bias_kernels(gradient: str, dtype: np.dtype[Any], dim: int, dim_v: int, align: int, kind: Kind) -> list[Kernel]:
     dims = Dims(_sixteens(dim), _sixteens(dim_v))
     if dtype == np.float32:
-        return [_simt_gradient("dbias", dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]
+        return [_simt_gradient(gradient, dims, tile, align, kind) for tile in _simt_gradient_tiles(max(dims), kind)]
     if dtype == np.float64:
         tiles = [*FLOAT64_GRADIENT_TILES]
     elif max(dims) <= 128:
         tiles = [(4, 2, 32, 2), (4, 1, 32, 2)]
     else:
         tiles = [(8, 1, 32, 2), (4, 1, 32, 2), (2, 1, 16, 2)]
-    return [_tensor_gradient("dbias", dtype, dims, (), Tile(*tile), align, kind) for tile in tiles]
+    return [_tensor_gradient(gradient, dtype, dims, (), Tile(*tile), align, kind) for tile in tiles]
 
 
 def _in_pairs(dtype: np.dtype[Any], dims: Dims) -> bool:
@@ -207,7 +217,7 @@ def _simt_gradient_tiles(widest: int, kind: Kind) -> list[Tile]:
     short = [Tile(16, 2, 16), Tile(8, 2, 16)]
     if widest > 128:
         return short
-    tall = [Tile(16, 4, 64)] if widest <= 64 else [Tile(16, 8, 32)] if kind == PLAIN else []
+    tall = [Tile(16, 4, 64)] if widest <= 64 else [Tile(16, 8, 32)] if kind.alone else []
     return [*tall, Tile(16, 4, 32), *short]
 
 
@@ -218,7 +228,8 @@ def _tensor_gradient(gradient: str, dtype: np.dtype[Any], dims: Dims, columns: t
     coming = tile.stages * tile.others
     pad = 4 if dtype == np.float64 else 8
     row_stats = 0 if gradient == "dq" else 2 * max(4, dtype.itemsize) + 8
-    shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats
+    sums = own * tile.others * max(4, dtype.itemsize) if gradient == "drelative" else 0
+    shared_bytes = (own + coming) * (sum(dims) + 2 * pad) * dtype.itemsize + coming * row_stats + sums
     blocks = 2 if tile.lanes == 4 and dtype != np.float64 and max(dims) <= 128 else 1
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     arguments = TYPES[dtype], *dims, *columns, *tile, align, *kind.flags()
@@ -239,9 +250,10 @@ def _simt_gradient(gradient: str, dims: Dims, tile: Tile, align: int, kind: Kind
     """Give an instance of gradient_simt.cu."""
     own = tile.height * tile.lanes
     coming = tile.stages * tile.others
-    weights = {"dq": 1, "dkdv": 2, "dbias": 0}[gradient] * own * _padded_weights(tile.others)
+    weights = {"dq": 1, "dkdv": 2}.get(gradient, 0) * own * _padded_weights(tile.others)
     row_stats = 0 if gradient == "dq" else 4 * coming
-    numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats
+    sums = own * tile.others if gradient == "drelative" else 0
+    numbers = (own + coming) * sum(_padded(dim) for dim in dims) + weights + row_stats + sums
     rows, keys = (own, tile.others) if gradient == "dq" else (tile.others, own)
     return Kernel("gradient_simt.cu", _named(f"gradient_{gradient}", (*dims, *tile, align, *kind.flags())), rows, keys,
                   16 * tile.lanes, 4 * numbers, max(dims), 1)

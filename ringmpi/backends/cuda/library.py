@@ -221,6 +221,22 @@ def fits(dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int)
     return dtype in BOUNDS and accumulator == np.float32 and dim == dim_v <= MOST_DIM and dim % DIM_UNIT == 0
 
 
+def cut_all(begin: Integers, end: Integers) -> tuple[list[Piece], list[tuple[Integers, Integers]]]:
+    """Cut each of several intervals of the rows; see `cut`. Local.
+
+    Parameters
+    ----------
+    begin, end : int64 arrays of shape (intervals, n_q)
+
+    Returns
+    -------
+    pieces, rest
+        As of `cut`, those of one interval after the other.
+    """
+    made = [cut(*interval) for interval in zip(begin, end, strict=True)]
+    return [piece for pieces, _ in made for piece in pieces], [interval for _, rest in made for interval in rest]
+
+
 def cut(begin: Integers, end: Integers) -> tuple[list[Piece], list[tuple[Integers, Integers]]]:
     """Cut what the rows of a block see into pieces for torch's kernels, and the intervals of what is left. Local.
 

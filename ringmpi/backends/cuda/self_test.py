@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...relative import Axis, Relative
 from ...score import Score, dropout_keys
 from ..base import Backend
 from ..numpy_ import NumpyBackend
@@ -38,6 +39,10 @@ class SelfTest:
         Whether delta is what the result gives, and nothing else.
     biased : bool
         Whether the keys have a bias that leaves some of them out: for all heads with few queries, else for each.
+    relative : bool
+        Whether there is a bias by distance: with few queries along the axes of a grid.
+    several : bool
+        Whether queries have several intervals, some of which are empty.
     """
 
     n_q: int
@@ -50,6 +55,8 @@ class SelfTest:
     backward: bool
     whole: bool = False
     biased: bool = False
+    relative: bool = False
+    several: bool = False
 
     def error(self, backend: Backend) -> float:
         """Give the largest error, in units of the largest value of an array. Local.
@@ -101,25 +108,43 @@ class SelfTest:
         for x in (dk, dv, *of_bias):
             backend.clear(x)
         launches = [(dq, None, None), (None, dk, dv, *of_bias)] if backend.canonical else [(dq, dk, dv, *of_bias)]
+        score = self._score(backend)
+        of_distances = score.relative.new_sums() if score.relative else None
         for of_q, of_k, of_v, *more in launches:
-            self._finish(backend.backward(replace(gradient, dq=of_q), q, k, v, of_k, of_v, *self._columns(),
-                                          self._score(backend), *more))
+            self._finish(backend.backward(replace(gradient, dq=of_q), q, k, v, of_k, of_v, *self._columns(), score,
+                                          more[0] if more else None, of_distances))
         backend.add(dk, dk)
-        return [backend.to_numpy(backend.astype(x, self.dtype)) for x in made]
+        return [*(backend.to_numpy(backend.astype(x, self.dtype)) for x in made), *(of_distances or ())]
 
     def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return np.zeros(self.n_q, np.int64), self.n_k - 1 - np.arange(self.n_q)[::-1]
+        begin, end = np.zeros(self.n_q, np.int64), self.n_k - 1 - np.arange(self.n_q)[::-1]
+        if not self.several:
+            return begin, end
+        # The second begins where the first ends, the third behind a gap; every seventh query has no second.
+        first, second, third = end // 5, np.where(np.arange(self.n_q) % 7, end // 2, end // 5), end // 2 + 3
+        return np.stack([begin, first, np.minimum(third, end)]), np.stack([first, second, end])
 
     def _score(self, backend: Backend) -> Score:
         scale = 1 / math.sqrt(self.dim)
         score = Score(scale) if self.plain else Score(
             scale, 2.0, np.array([0.02, 0.01]), 0.2, dropout_keys(0, 1, HEADS)[0], np.arange(self.n_q) + 40,
             np.arange(self.n_k))
+        if self.relative:
+            score = replace(score, queries=np.arange(self.n_q) + 40, keys=np.arange(self.n_k)).of_relative(
+                self._distances())
         if not self.biased:
             return score
         bias = np.random.default_rng(self.n_k).standard_normal((self.n_k, self._bias_heads)).astype(np.float32)
         bias[bias > 1] = -np.inf
         return score.of_key_bias(backend.to_device(bias.astype(self.accumulator)))
+
+    def _distances(self) -> Relative:
+        """Give a bias by distance whose tables end within the block."""
+        rng = np.random.default_rng(self.n_k)
+        tables = [rng.standard_normal((HEADS, width)).astype(self.accumulator) for width in (5, 31)]
+        if self.n_q < FEW_QUERIES:
+            return Relative.of_axes(tables, [Axis(self.n_k, False), Axis(8, True)])
+        return Relative.of_positions(tables[1])
 
     @property
     def _bias_heads(self) -> int:

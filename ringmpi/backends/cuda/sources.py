@@ -40,21 +40,42 @@ class Kind(NamedTuple):
         Whether its sums are in canonical order. Then it is the same for any number of rows.
     biased : bool
         Whether it adds a bias of the keys to scores.
+    relative : bool
+        Whether it adds a bias by distance to them.
+    several : bool
+        Whether queries have several intervals.
     """
 
     plain: bool = True
     canonical: bool = False
     biased: bool = False
+    relative: bool = False
+    several: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether it does nothing but to fold what rows see: then tiles are as was measured to be fastest."""
+        return not self.narrow and not self.canonical
+
+    @property
+    def adds(self) -> bool:
+        """Whether it adds a bias of one kind or another to scores."""
+        return self.biased or self.relative
+
+    @property
+    def crowded(self) -> bool:
+        """Whether there are score functions, and more besides."""
+        return not self.plain and (self.adds or self.several)
 
     @property
     def narrow(self) -> bool:
         """Whether more than a product makes a score, which takes registers: tiles have fewer keys then."""
-        return not self.plain or self.biased
+        return not self.plain or self.adds
 
-    def flags(self) -> tuple[str, str, str]:
+    def flags(self) -> tuple[str, ...]:
         """Give the last template arguments. Local."""
-        functions, bias, canonical = (str(x).lower() for x in (not self.plain, self.biased, self.canonical))
-        return functions, bias, canonical
+        return tuple(str(x).lower() for x in (
+            not self.plain, self.biased, self.relative, self.several, self.canonical))
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,10 @@ class NumbaBackend(Backend):
         return f"{super().describe()}; vectors of {8 * machine().vector_bytes} bits{pairs}{tiles}"
 
     def prepare(self, dtype: np.dtype[Any], accumulator: np.dtype[Any], dim: int, dim_v: int, *,
-                plain: bool = True, biased: bool = False, backward: bool = False, weights: bool = False) -> None:
+                plain: bool = True, biased: bool = False, relative: bool = False, several: bool = False,
+                backward: bool = False, weights: bool = False) -> None:
         """Compile the kernels, or load them; see `Backend.prepare`. Local."""
-        plain = plain and not biased
+        plain = plain and not biased and not relative
         score = Score(1.0) if plain else Score(1.0, softcap=1.0)
         seen = Seen(np.zeros(1, np.int64), np.ones(1, np.int64))
         if weights:
