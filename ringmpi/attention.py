@@ -664,7 +664,11 @@ class RingAttention:
         call.take_direction(direction)
         if self._problem.replicated and call.direction is not None:
             call.cotangents ^= checksum(call.out, call.lse, call.direction.q, call.direction.sinks)
-        if call.direction is not None and call.direction.relative is not None and not of_shares:
+        if call.direction is None or of_shares:
+            return
+        if call.direction.sinks is not None:
+            call.cotangents ^= checksum(call.direction.sinks)
+        if call.direction.relative is not None:
             call.cotangents ^= call.direction.relative.checksum()
 
     def _pass(self, call: Call, plan: Plan, progress: Progress | None) -> Pass:

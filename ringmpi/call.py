@@ -32,7 +32,7 @@ ON_HOST = -1                      # where host arrays are, among the indices of 
 EQUAL = {"number": "number of the call that is differentiated", "seed": "seed",
          "print": "queries and sinks, where all ranks have them (by a checksum of the first MiB of each)",
          "cotangents": "dout, dlse, out and lse, where all ranks have the queries (by a checksum of their first MiB), "
-                       "and tangents of those and of relative",
+                       "and tangents of those, of sinks and of relative",
          "tables": "numbers in relative (by a checksum)",
          "recorded": "requires_grad (0 no tensor requires a gradient here, 1 some does; or torch.no_grad())",
          "batched": "batch axis", "batch": "batch", "heads": "heads", "kv_heads": "kv_heads", "dim": "dim",

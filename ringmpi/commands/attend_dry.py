@@ -17,6 +17,7 @@ from ..job.outputs import check_paths
 from ..job.parallel import check_driver
 from ..job.report import Records
 from ..job.room import check_node, schedule_within
+from ..job.stream import check_streamable
 from ..job.stream_plan import Planner, usual_limit
 from ..mask_base import BaseMask
 from ..schedules.movers import carrier_class
@@ -35,6 +36,8 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
     if launched_rank():
         return 0
     check_threads(arguments.threads)
+    if options.stream:
+        check_streamable(options)
     with open_input(arguments.input, options) as data:
         sizes, mask = data.sizes, data.mask
     check_paths(arguments.input, arguments.output, Records(arguments.json, arguments.report), arguments.force,

@@ -78,12 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
     arguments.queries = arguments.queries or QUERIES
     from ..backends import choose_gpu_early
     from ..files.paths import writing
+    from ..files.record import check_record
     from ..mpi import comm as mpi
     from ..mpi.world import comm_world
     from ..pictures import check_pictures
     for name in ("plot", "map"):
         if getattr(arguments, name):
             check_pictures(f"--{name}")
+            check_record(getattr(arguments, name))
     if arguments.map:
         from .demo_map import check_contexts
         check_contexts(arguments.contexts)
@@ -128,6 +130,7 @@ def _map_needles(arguments: argparse.Namespace, comm: Comm, folder: Path) -> Non
     """Plant needles in texts of each length, ask for them from the end, and draw which were found."""
     import numpy as np
 
+    from ..files.paths import writing
     from .demo_map import DEPTHS, NEEDLE, draw, header, needles_at_a_depth, plant, row, score
     from .demo_text import predict_bytes, read_text
     if comm.rank == 0:
@@ -148,7 +151,8 @@ def _map_needles(arguments: argparse.Namespace, comm: Comm, folder: Path) -> Non
                 print(row(context, scores[-1], report), flush=True)
     with comm.raise_on_all(arguments.timeout):
         if comm.rank == 0:
-            draw(arguments.map, contexts, np.stack(scores))
+            with writing(arguments.map):
+                draw(arguments.map, contexts, np.stack(scores))
             print(f"\n{arguments.map}: the map")
 
 
@@ -194,6 +198,7 @@ def _shares(text: Text, target: Path, queries: int) -> tuple[float, float]:
 
 def _quote(arguments: argparse.Namespace, world: Any, comm: Comm, folder: Path, text: Text | None) -> None:
     """Quote a query that found its longest context far back: where it looked, and what came back; draw it if asked."""
+    from ..files.paths import writing
     from .demo_look import Files, Looks, plot
     from .demo_text import ORDERS
     longest = max(arguments.contexts)
@@ -219,7 +224,8 @@ def _quote(arguments: argparse.Namespace, world: Any, comm: Comm, folder: Path, 
         if text is not None:
             print(_quotation(text, longest + best, chr(guess[best]), *(x[-1].tolist() for x in found[best])))
             if weights is not None:
-                plot(arguments.plot, weights, longest + best)
+                with writing(arguments.plot):
+                    plot(arguments.plot, weights, longest + best)
                 print(f"\n{arguments.plot}: its weights over all positions")
 
 

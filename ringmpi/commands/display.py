@@ -160,8 +160,9 @@ def describe(start: Start, pairs: list[int]) -> list[str]:
     seconds = predict_seconds(pairs, sizes, start.threads, start.backend)
     time_needed = f", {_rough(seconds)}" if seconds else ""
     lines = [f"{_many(ranks, 'rank')} on {_hosts(start.hosts)}, {_each(start.threads)} ({start.backend}); "
-             f"{start.source}: {sizes.n_q:,} queries, {sizes.n_k:,} keys, heads {sizes.heads}/{sizes.kv_heads}, "
-             f"dim {sizes.dim}, {sizes.dtype}; {memory} {(nbytes or 0) / 2**20:,.0f} MiB a rank{time_needed}"]
+             f"{start.source}: {sizes.of_batch}{sizes.n_q:,} queries, {sizes.n_k:,} keys, "
+             f"heads {sizes.heads}/{sizes.kv_heads}, dim {sizes.dim}, {sizes.dtype}; "
+             f"{memory} {(nbytes or 0) / 2**20:,.0f} MiB a rank{time_needed}"]
     # a launcher that started more ranks, or many threads, make a single rank look like a mistake
     more = [f"{name} says {size}" for name, size in launched_sizes().items() if size > 1]
     if ranks == 1 and (more or start.threads[0] >= MANY_THREADS):

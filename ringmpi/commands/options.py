@@ -128,8 +128,8 @@ def add_attention(parser: argparse.ArgumentParser, recorded: bool = False, sizes
                        help="one more score for each head that takes part in the softmax and has no value: (heads,) in "
                             "dataset `sinks`")
     group.add_argument("--key-bias", action="store_true", default=default(False),
-                       help="add a number to the scores of each key, -inf to leave it out: (n_k,) or (n_k, heads) in "
-                            "dataset `key_bias`")
+                       help="add a number to the scores of each key, -inf to leave it out: (n_k,) or (n_k, heads), "
+                            "in the order of --axes, in dataset `key_bias`")
     group.add_argument("--relative", action="store_true", default=default(False),
                        help="add a number by the distance of query and key to each score: a table (heads, 2 reach + 1) "
                             "by query minus key in dataset `relative`; or, with --grid and without that dataset, a "

@@ -132,8 +132,10 @@ def _slices(x: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Ar
 
 def _open_npz(path: Path, files: ExitStack) -> dict[str, Stored]:
     archive = files.enter_context(zipfile.ZipFile(path))
-    return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in archive.infolist()
-            if info.filename.endswith(".npy")}
+    members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+    if len({info.filename for info in members}) < len(members):
+        raise ShardError(f"{path}: expected arrays of different names, got one twice")
+    return {info.filename.removesuffix(".npy"): _member(path, archive, info) for info in members}
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Stored:
@@ -167,6 +169,8 @@ def _header(stream: Any, where: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     shape, fortran, dtype = readers[version](stream)
     if dtype.hasobject or not dtype.itemsize:
         raise DtypeError(f"{where}: expected items of fixed size, got dtype {dtype}")
+    if any(length < 0 for length in shape):
+        raise ShapeError(f"{where}: expected lengths of 0 or more, got shape {shape}")
     if fortran and len(shape) > 1:
         raise ShapeError(f"{where}: expected an array in C order, got one in Fortran's; save "
                          "numpy.ascontiguousarray of it, or a .npy file")

@@ -49,6 +49,16 @@ class Sizes:
     in_keys: bool = False         # whether values are the first numbers of keys
     tables: tuple[int, ...] = ()  # numbers for each head of the tables of a bias by distance, one or for each axis
 
+    @property
+    def elements(self) -> int:
+        """Elements of the batch; 1 without such an axis."""
+        return 1 if self.batch is None else self.batch
+
+    @property
+    def of_batch(self) -> str:
+        """How many times there is what is said: to be put before it."""
+        return "" if self.batch is None else f"{self.batch} x "
+
 
 @dataclass(frozen=True)
 class Input:

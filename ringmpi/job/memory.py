@@ -12,6 +12,7 @@ from ..backends.base import Backend
 from ..dtypes import DTYPES, accumulator
 from ..engine import rates_of_this_machine
 from ..environment import affinity, cycles_per_second, resident_bytes, shared_bytes, vector_bytes
+from ..files.rows import TRANSFER_BYTES
 from ..layout import Contiguous, make
 from ..mask_base import BaseMask
 from ..problem import masked
@@ -21,7 +22,7 @@ from ..schedules.memory import arrays
 from ..schedules.rates import CPU, GPU, Rates
 from ..schedules.spec import Schedule, check_heads, check_schedule, resolve
 from ..schedules.traffic import Shape
-from .inputs import Sizes
+from .inputs import Sizes, axes_of
 from .masks import make_mask
 from .options import Options
 from .stream_plan import Planner, schedule_to_stream
@@ -94,8 +95,10 @@ def predict_memory(sizes: Sizes, ranks: int, options: Options, process: Process,
     copies = 0 if options.layout == "contiguous" or ranks == 1 else 3
     q, k, v, out = (parts[name] for name in ("q", "k", "v", "out"))
     back = copies if sizes.batch is None else max(1, copies)          # tokens come first again in a copy
-    phases = (sum(parts.values()), (1 + copies) * q, q + (1 + copies) * k, q + k + (1 + copies) * v,
-              (1 + back) * out + parts["lse"])
+    # Where tokens do not come first a piece is read, at most of so many bytes, and then put in order.
+    q_read, k_read, v_read = (0 if axes_of(options).as_in_memory else min(x, TRANSFER_BYTES) for x in (q, k, v))
+    phases = (sum(parts.values()), (1 + copies) * q + q_read, q + (1 + copies) * k + k_read,
+              q + k + (1 + copies) * v + v_read, (1 + back) * out + parts["lse"])
     return {**parts, "process and libraries": process.total, "total": max(phases) + process.total}
 
 

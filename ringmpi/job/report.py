@@ -80,7 +80,7 @@ class Report:
         return self.flop / self.attend_seconds / 1e9 if self.attend_seconds else 0.0
 
     def __str__(self) -> str:
-        return (f"{self.sizes.n_q:,} tokens on {self.ranks} rank{'s' if self.ranks > 1 else ''}: "
+        return (f"{self.sizes.of_batch}{self.sizes.n_q:,} tokens on {self.ranks} rank{'s' if self.ranks > 1 else ''}: "
                 f"{self.gflops:.1f} GFLOP/s, {self.compute_seconds:.2f} s computing, "
                 f"{self.wait_seconds:.2f} s waiting, {self.bytes_moved / 2**20:,.1f} MiB moved, "
                 f"at most {self.peak_bytes / 2**20:,.0f} MiB a rank")
@@ -144,7 +144,7 @@ def write_record(run: Run, records: Records, attention: RingAttention, record: d
     everyone = [json.loads(text) for text in run.allgather_text(json.dumps(mine))]
     with run.raise_on_all():
         if any(records) and run.comm.rank == 0:
-            energy = sum_up([one.pop("energy") for one in everyone], report.sizes.n_q)
+            energy = sum_up([one.pop("energy") for one in everyone], report.sizes.n_q * report.sizes.elements)
             whole = {**record, "mpi": library(), **asdict(report), "gflops": report.gflops, "energy": energy,
                      "per_rank": everyone}
             if records.json:

@@ -45,13 +45,24 @@ from .stream_plan import Planner, schedule_to_stream, usual_limit
 Array = NDArray[Any]
 
 
+def check_streamable(options: Options) -> None:
+    """Refuse what a job that streams can't do. Local.
+
+    Raises
+    ------
+    OptionError
+        If there is a batch axis.
+    """
+    if "batch" in axes_of(options).names:
+        raise OptionError("stream: there is no batch axis yet; give a file for each element, or leave --stream out")
+
+
 def with_limit(run: Run, options: Options) -> Options:
     """Give the options of a job that streams a limit of memory, if they have none. Collective over *comm*.
 
     That is `usual_limit` where it is least.
     """
-    if "batch" in axes_of(options).names:
-        raise OptionError("stream: there is no batch axis yet; give a file for each element, or leave --stream out")
+    check_streamable(options)
     if options.memory_limit is not None:
         return options
     mine = usual_limit(run.comm.local_size)

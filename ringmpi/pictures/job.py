@@ -56,5 +56,7 @@ def _describe_sizes(sizes: dict[str, Any]) -> str:
     """Say how large q, k and v are."""
     if not sizes:
         return ""
-    return (f"{sizes['n_q']:,} queries of {sizes['heads']} heads, {sizes['n_k']:,} keys of {sizes['kv_heads']}, "
-            f"dim {sizes['dim']}, dim_v {sizes['dim_v']}, {sizes['dtype']}")
+    elements = "" if sizes.get("batch") is None else f"{sizes['batch']} x "
+    return (f"{elements}{sizes['n_q']:,} queries of {sizes['heads']} heads, "
+            f"{sizes['n_k']:,} keys of {sizes['kv_heads']}, dim {sizes['dim']}, dim_v {sizes['dim_v']}, "
+            f"{sizes['dtype']}")

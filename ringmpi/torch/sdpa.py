@@ -76,7 +76,7 @@ def attend(sequence: SequenceParallel, query: Tensor, key: Tensor, value: Tensor
     # Each call drops other weights, and one that is computed once more, with the generator as it was, the same.
     drawn = torch.randint(2**63 - 1, ()) if scores.dropout else None
     if torch.compiler.is_compiling():
-        trains = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
         out, _, _ = operator.attend(q, k, v, sinks, drawn, sequence.number, *scores, trains)
     else:
         seed = 0 if drawn is None else sequence.agree_on_seed(drawn)
