@@ -755,6 +755,17 @@ def test_bench_of_small_calls(capsys):
     assert "of peak" in capsys.readouterr().out
 
 
+def test_bench_of_torchs_call():
+    """Beside the same call in its own layout; what a model generates is what one process does."""
+    pytest.importorskip("transformers")
+    assert code("bench", "torch", "--tokens", 9, "--heads", "2/1", "--dim", 8, "--causal", "--repeat", 1, "--generate",
+                5, "--prompt", 12, "--threads", 1, "--json", "t.json") == 0
+    rows = json.loads(Path("t.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["forward", "forward and backward", "generate"]
+    assert all(row["ratio"] == pytest.approx(row["peer ms"] / row["ms"]) for row in rows)
+    assert rows[-1]["same text"] is True
+
+
 def test_bench_of_a_window():
     assert code("bench", "ring", "--tokens", 60, "--heads", 1, "--dim", 8, "--window", 2, "--repeat", 1, "--json",
                 "w.json") == 0

@@ -7,6 +7,7 @@
     mpiexec -n 2 ringmpi bench decode --keys 16 65536 --threads 1
     mpiexec -n 2 ringmpi bench small --shape 1x64 256x256
     mpiexec -n 2 ringmpi bench weights --tokens 16384 --top 8
+    mpiexec -n 2 ringmpi bench torch --tokens 512 4096 --causal --generate 64
 
 Figures are medians over interleaved runs; GFLOP/s count visible pairs only, 2 heads (dim + dim_v) each;
 of the backward pass, five products, 2 heads (3 dim + 2 dim_v).
@@ -44,7 +45,8 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ringmpi bench`."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="kernel|ring|network|auto|decode|small|weights")
+    kinds = parser.add_subparsers(dest="kind", required=True,
+                                  metavar="kernel|ring|network|auto|decode|small|weights|torch")
     kernel = kinds.add_parser("kernel", help="one block on one rank: every backend, and torch where installed")
     ring = kinds.add_parser("ring", help="the whole ring: contiguous, striped and zigzag; run it under mpiexec")
     network = kinds.add_parser("network", help="redistribute, ring and calls with nothing to compute, beside bare MPI "
@@ -57,12 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                            "mpiexec")
     weights = kinds.add_parser("weights", help="sums over attention weights, beside the forward pass; run it under "
                                                "mpiexec")
+    of_torch = kinds.add_parser("torch", help="torch's own call over all ranks, beside RingAttention in its own "
+                                              "layout; run it under mpiexec")
     _add_kernel(kernel)
     _add_ring(ring)
     _add_auto(auto)
     _add_decode(decode)
     _add_small(small)
     _add_weights(weights)
+    _add_torch(of_torch)
     network.add_argument("--mib", type=positive, default=64, metavar="N",
                          help="MiB of each array of a rank (default: 64)")
     network.add_argument("--save", type=Path, metavar="FILE",
@@ -74,13 +79,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                          help="where to compute (default: auto)")
 
     # Options that two or three of them have.
-    for sub in (kernel, ring, network, auto, decode, small, weights):
+    for sub in (kernel, ring, network, auto, decode, small, weights, of_torch):
         sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads a rank (default: its share)")
-    for sub in (ring, network, auto, decode, small, weights):
+    for sub in (ring, network, auto, decode, small, weights, of_torch):
         sub.add_argument("--timeout", type=seconds, default=1800.0, metavar="S",
                          help="seconds to wait for another rank (default: 1800)")
         sub.set_defaults(collective=True)
-    for sub in (kernel, ring, network, auto, decode, small, weights):
+    for sub in (kernel, ring, network, auto, decode, small, weights, of_torch):
         sub.add_argument("--repeat", type=positive, default=5, metavar="N",
                          help="runs to take the median of (default: 5)")
         sub.add_argument("--json", type=Path, metavar="FILE", help="write the table, with more columns")
@@ -183,10 +188,23 @@ def _add_weights(weights: argparse.ArgumentParser) -> None:
     weights.add_argument("--schedule", default="ring", metavar="NAME", help="who computes what (default: ring)")
 
 
+def _add_torch(of_torch: argparse.ArgumentParser) -> None:
+    of_torch.add_argument("--tokens", nargs="+", type=positive, default=[512, 4096], metavar="N",
+                          help="of each rank (default: 512 4096)")
+    of_torch.add_argument("--heads", type=_heads, default=(8, 8), metavar="Q/K",
+                          help="of queries and of keys (default: 8/8)")
+    of_torch.add_argument("--dim", type=positive, default=64, metavar="D", help="numbers of a head (default: 64)")
+    of_torch.add_argument("--causal", action="store_true", help="no key after the query, striped")
+    of_torch.add_argument("--generate", type=positive, default=0, metavar="N",
+                          help="also let a Llama of 4 layers generate so many tokens, beside one process (default: no)")
+    of_torch.add_argument("--prompt", type=positive, default=1024, metavar="N",
+                          help="tokens before those that it generates (default: 1024)")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run `ringmpi bench`; return the exit code."""
     table = {"kernel": _kernel, "ring": _ring, "network": _network, "auto": _auto,
-             "decode": _decode, "small": _small, "weights": _weights}[arguments.kind](arguments)
+             "decode": _decode, "small": _small, "weights": _weights, "torch": _torch}[arguments.kind](arguments)
     if table.rows:
         _print(table.rows, [name for name in table.rows[0] if name not in table.hidden])
         if arguments.json:
@@ -249,6 +267,11 @@ def _small(arguments: argparse.Namespace) -> Table:
 def _weights(arguments: argparse.Namespace) -> Table:
     from .bench_weights import measure_weights
     return Table(measure_weights(arguments), {"mask", "dtype", "ranks"}, {})
+
+
+def _torch(arguments: argparse.Namespace) -> Table:
+    from .bench_torch import measure_torch
+    return Table(measure_torch(arguments), {"peer spread"}, {})
 
 
 def _check_heads(arguments: argparse.Namespace) -> None:
