@@ -31,6 +31,9 @@ from .options import Options
 from .run import Run
 
 MOST_OFFSETS = 2**20           # of documents, however few tokens there are: 8 MiB
+# Axes of datasets that a mask is made of; of others offsets.
+OF_A_MASK = {**dict.fromkeys(RANGES, ("ranges", "ends")), "document_ids": ("n_k",), "key_mask": ("n_k",),
+             "parents": ("n_documents",)}
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ def read_bias_shard(run: Run, attention: RingAttention, tokens: Tokens | None) -
 def _read_mask(file: h5py.File, options: Options, sizes: Sizes, filters: Filters) -> BaseMask:
     """Make the mask that the options and the file's datasets describe."""
     most = max(sizes.n_q + 1, sizes.n_k + 1, MOST_OFFSETS)
-    arrays = {name: read_integers(file, name, most, ("ranges", "ends") if name in RANGES else ("offsets",),
+    arrays = {name: read_integers(file, name, most, OF_A_MASK.get(name, ("offsets",)),
                                   booleans=name == "key_mask", filters=filters)
               for name in ARRAYS if getattr(options, name)}
     mask = make_mask(options, arrays)
