@@ -36,6 +36,14 @@ class CanonicalPass(Pass):
             raise InternalError("a plan without blocks of tiles")
         return self.plan.of_keys
 
+    def _prepare_pass(self, way: str) -> None:
+        """Compile what such a pass needs, and make its buffers, the first time. Collective."""
+        if way == "backward" and self.call.relative is not None and not self.backend.sums_tables:
+            raise BackendError('relative: expected a forward pass alone with order "canonical", as backend '
+                               f'{self.backend.name} sums its gradient up in no canonical order yet; take '
+                               'order="fastest"')
+        super()._prepare_pass(way)
+
     def _reserve(self, way: str) -> None:
         """Make the carrier's buffers: for keys, and backward for queries too."""
         plan, of_keys = self.plan, self._of_keys
@@ -44,10 +52,6 @@ class CanonicalPass(Pass):
             kinds = [plan.accumulator] * 2 + [plan.dtype] * 2
             self.movers.carrier.reserve(of_keys.route, block_sizes(of_keys.shapes, kinds))
             if plan.of_tables:
-                if not self.backend.sums_tables:
-                    raise BackendError('relative: expected a forward pass alone with order "canonical", as backend '
-                                       f'{self.backend.name} sums its gradient up in no canonical order yet; take '
-                                       'order="fastest"')
                 self.movers.carrier.reserve(plan.of_tables.route, block_sizes(plan.shapes, plan.block_dtypes))
 
     def _keys(self) -> Sequence[Array]:

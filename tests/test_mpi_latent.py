@@ -110,7 +110,7 @@ def test_canonical_order(comm, bias):
 
 
 def test_torch(comm):
-    """The gradient of values in keys reaches the keys; a second derivative is an error on all ranks."""
+    """The gradient of values in keys reaches the keys, and so does a second derivative."""
     torch = pytest.importorskip("torch")
     import ringmpi.torch
     _, _, q, k, _, layout = shards(comm)
@@ -119,15 +119,11 @@ def test_torch(comm):
         tensors = [torch.tensor(x, requires_grad=True) for x in (q, k)]
         values = {"dim_v": DIM_V} if in_keys else {"v": tensors[1][..., :DIM_V]}
         out = ringmpi.torch.ring_attention(*tensors, comm=comm, layout=layout, **values)
-        out.square().sum().backward()
-        grads.append([x.grad for x in tensors])
+        first = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+        grads.append([x.detach() for x in (*first, *second)])
     for x, y in zip(*grads, strict=True):
-        assert torch.allclose(x, y, rtol=1e-12, atol=1e-12)
-    gradient, = torch.autograd.grad(
-        ringmpi.torch.ring_attention(*tensors, comm=comm, layout=layout, dim_v=DIM_V).sum(), tensors[0],
-        create_graph=True)
-    with pytest.raises(ringmpi.OptionError, match="dim_v: expected v, as the jvp and second derivatives"):
-        gradient.sum().backward()
+        assert torch.allclose(x, y, rtol=1e-11, atol=1e-11 * float(y.abs().max() if y.numel() else 0))
 
 
 @pytest.mark.parametrize("schedule", ["heads", "queries", "replicated"])

@@ -387,7 +387,7 @@ def test_what_is_not_honoured_is_one_error_on_all_ranks(comm, monkeypatch):
         expect(comm, ringmpi.OptionError, "v_dot: expected none",
                lambda: attention.jvp(*arrays[:2], None, *arrays, dim_v=3))
         if comm.size > 1:
-            expect(comm, ringmpi.OptionError, "and tangents of those and of relative",
+            expect(comm, ringmpi.OptionError, "and tangents of those, of sinks and of relative",
                    lambda: attention.jvp(*arrays, *arrays, relative=table, relative_dot=table + odd))
         monkeypatch.setitem(attention._options, "backend", "cuda")
         expect(comm, ringmpi.BackendError, "expected arrays on the host and a backend that computes there",
