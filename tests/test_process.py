@@ -41,11 +41,11 @@ READING = START + """
 from ringmpi.job import attend as job
 from ringmpi.phases import phase
 read = job.read_shard
-def act(run, attention, dataset):
+def act(run, attention, tokens):
     if rank == 1:
-        with phase("reading " + dataset.file.filename):
+        with phase("reading " + tokens.filename):
             os.kill(os.getpid(), signal.SIGSEGV)
-    return read(run, attention, dataset)
+    return read(run, attention, tokens)
 job.read_shard = act
 sys.exit(main())
 """
