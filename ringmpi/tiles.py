@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,20 @@ class Task(NamedTuple):
     score: Score
 
 
+class Visitors:
+    """Blocks that come by; `_pairs` has the visible pairs of each with what is here, ``[source, bounds]``."""
+
+    _pairs: Any
+
+    @property
+    def needs(self) -> NDArray[np.bool_]:
+        """Which of the blocks have any visible pair with what is here."""
+        needs: NDArray[np.bool_] = (self._pairs > 0).any(axis=1)
+        return needs
+
+
 @dataclass
-class KeyPlan:
+class KeyPlan(Visitors):
     """What the keys of this rank meet in the second half of a backward pass: blocks of queries in ascending order.
 
     Attributes
@@ -128,12 +140,6 @@ class KeyPlan:
         counts = [len(bounds.elements) for bounds in self._make_bounds(0)]
         return int((self._pairs @ counts).sum())
 
-    @property
-    def needs(self) -> NDArray[np.bool_]:
-        """Which of the blocks that come by see any key of this rank."""
-        needs: NDArray[np.bool_] = np.any(self._pairs > 0, axis=1, keepdims=True)[:, 0]
-        return needs
-
     @cached_property
     def _pairs(self) -> Integers:
         """Visible pairs of each block with the keys, ``[source, bounds]``."""
@@ -186,7 +192,7 @@ class KeyPlan:
 
 
 @dataclass
-class TablePlan:
+class TablePlan(Visitors):
     """What a block of queries, in whole tiles, meets in blocks of keys that come by: tile by tile of the queries.
 
     Attributes
@@ -218,12 +224,6 @@ class TablePlan:
     def pairs(self) -> int:
         """Visible query-key pairs of the queries, all batches."""
         return int((self._pairs @ [len(bounds.elements) for bounds in self.bounds]).sum())
-
-    @property
-    def needs(self) -> NDArray[np.bool_]:
-        """Which of the blocks the queries see any key of."""
-        needs: NDArray[np.bool_] = np.any(self._pairs > 0, axis=1, keepdims=True)[:, 0]
-        return needs
 
     @cached_property
     def _pairs(self) -> Integers:
