@@ -224,7 +224,7 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         put();
         clear(acc);
     };
-    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
-                                                           all, keys, rows_of, begin, add);
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+        memory, row_stats, inputs, problem, visible, problem.group, all, keys, rows_of, begin, add);
     put();
 }

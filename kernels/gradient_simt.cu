@@ -194,8 +194,8 @@ gradient_dkdv(float* dk, float* dv, const __grid_constant__ GradientInputs<float
         sums = DkSums{};
         sums_v = DvSums{};
     };
-    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
-                                                           keys, keys, rows_of, begin, add);
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+        memory, row_stats, inputs, problem, visible, problem.group, keys, keys, rows_of, begin, add);
     put();
 }
 
@@ -260,8 +260,8 @@ gradient_dbias(float* dbias, const __grid_constant__ GradientInputs<float> input
         bias_gradients<decltype(partial)::value, DIM, DIM_V, LANES, HEIGHT, EACH>(
             own, other, stats, rows, first, problem, score, [&](int i, int, float share) { sums[i] += share; });
     };
-    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys, keys,
-                                                           rows_of, put, add);
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+        memory, row_stats, inputs, problem, visible, 1, keys, keys, rows_of, put, add);
     put();
 }
 
@@ -299,8 +299,8 @@ gradient_drelative(double* parts, const __grid_constant__ GradientInputs<float> 
             sums.template add_tile<2 * HEIGHT, ROWS>(
                 shares, rows, first, [=](int i) { return i / 2 * LANES + 2 * warp + i % 2; });
         };
-        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, keys,
-                                                               keys, rows_of, [] {}, add);
+        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+            memory, row_stats, inputs, problem, visible, 1, keys, keys, rows_of, [] {}, add);
         copy_wait<0>();
         __syncthreads();                           // all have read the keys
     }

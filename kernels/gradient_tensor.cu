@@ -158,8 +158,8 @@ gradient_dkdv(Accumulator<T>* dk, Accumulator<T>* dv, const __grid_constant__ Gr
         clear(acc);
         clear(acc_v);
     };
-    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, problem.group,
-                                                           all, keys, rows_of, begin, add);
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+        memory, row_stats, inputs, problem, visible, problem.group, all, keys, rows_of, begin, add);
     put();
 }
 
@@ -235,8 +235,8 @@ gradient_dbias(Accumulator<T>* dbias, const __grid_constant__ GradientInputs<T> 
             own, other, stats, rows, mine, keys.low, problem, score,
             [&](int m, int h, int, A share) { sums[m][h] += share; });
     };
-    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all, keys,
-                                                           rows_of, put, add);
+    for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+        memory, row_stats, inputs, problem, visible, 1, all, keys, rows_of, put, add);
     put();
 }
 
@@ -275,8 +275,8 @@ gradient_drelative(double* parts, const __grid_constant__ GradientInputs<T> inpu
                 });
             sums.template add_tile<WARP_KEYS, ROWS>(shares, rows, first, [=](int i) { return mine + i; });
         };
-        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(memory, row_stats, inputs, problem, visible, 1, all,
-                                                               keys, rows_of, [] {}, add);
+        for_row_tiles<BYTES, THREADS, SEVERAL, CANONICAL, ROWS, STAGES>(
+            memory, row_stats, inputs, problem, visible, 1, all, keys, rows_of, [] {}, add);
         copy_wait<0>();
         __syncthreads();                           // all have read the keys
     }

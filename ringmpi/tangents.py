@@ -164,7 +164,7 @@ class TangentPass(Pass):
         lse, delta, lse_dot, delta_dot, q, q_dot, dout = rows
         apart = self._apart
         dq, *of_keys = (np.zeros(x.shape, plan.accumulator) for x in (q, *keys[:apart], *keys[2 * apart + 1:]))
-        of_relative = [x[plan.share.queries] for x in self._sums_of_relative]
+        of_relative = self._of_relative()
 
         def loop(i: int, part: slice, block: Keys, shares: tuple[Array, ...], task: Task) -> Iterator[int]:
             gradient = SecondGradient(*(x[i, part] for x in (dout, delta, lse_dot, delta_dot, dq)))

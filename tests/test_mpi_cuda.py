@@ -34,7 +34,7 @@ from ringmpi.files.shards import read_manifest
 from ringmpi.job.attend import attend
 from ringmpi.job.audit import audit
 from ringmpi.job.options import Options
-from ringmpi.job.report import Records
+from ringmpi.job.report import RecordPaths
 from ringmpi.schedules.gpu_transport import cuda_awareness
 from ringmpi.schedules.shared_memory import LockedMemory
 from ringmpi.schedules.spec import NAMES
@@ -599,7 +599,7 @@ def test_from_file_to_file(comm, gpu, monkeypatch, folder, layout):
                 write_rows(create_dataset(file, name, x.shape, x.dtype), 0, x)
     comm.barrier()
     options = Options(causal=True, layout=layout, backend="cuda", gpu_transport="staged", allow_gpu_sharing=True)
-    report = attend(folder / "in.h5", folder / "out.h5", options, timeout=100, records=Records(folder / "run.json"))
+    report = attend(folder / "in.h5", folder / "out.h5", options, timeout=100, records=RecordPaths(folder / "run.json"))
     comm.barrier()
     result = audit(folder / "in.h5", read_manifest(folder / "out.h5"), options, rows=90, seed=0)
     record = json.loads((folder / "run.json").read_text())

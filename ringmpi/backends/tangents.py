@@ -158,7 +158,7 @@ class Tangents:
 
     def backward(self, gradient: SecondGradient, rows: Rows, keys: Keys, dk: Array, dv: Array, begin: Integers,
                  end: Integers, score: Score, dkey_bias: Array | None = None,
-                 drelative: Sequence[NDArray[np.float64]] = ()) -> Iterator[int]:
+                 drelative: Sequence[NDArray[np.float64]] | None = None) -> Iterator[int]:
         """Add to the tangents of dq, dk, dv and the bias's gradient what one block gives; dout and dlse are constant.
 
         ::
@@ -195,7 +195,7 @@ class Tangents:
             if dkey_bias is not None:
                 target, sums = tile.of_bias(dkey_bias), of_scores.sum(axis=0).T
                 target += sums if target.shape[1] > 1 else sums.sum(axis=1, keepdims=True)
-            if drelative:
+            if drelative is not None:
                 tile.sum_relative(drelative, of_scores)
             yield _pairs(tile, head)
 

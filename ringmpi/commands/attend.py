@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..files.streams import STANDARD_OUTPUT
     from ..job.attend import attend
     from ..job.options import Options
-    from ..job.report import Records
+    from ..job.report import RecordPaths
     from ..mpi.world import world_rank
     from .display import Display
     options = Options.from_record(vars(arguments))
@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = attend(
             arguments.input, arguments.output, options, threads=arguments.threads, timeout=arguments.timeout,
             expect_ranks=arguments.expect_ranks, force=arguments.force, display=display,
-            records=Records(arguments.json, arguments.report), command=command_line(), keeping=_keeping(arguments),
+            records=RecordPaths(arguments.json, arguments.report), command=command_line(), keeping=_keeping(arguments),
             requests=arguments.process and arguments.process.heed_requests, survive=arguments.survive)
     if world_rank() == 0 and not arguments.quiet:
         print(report, file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)

@@ -15,7 +15,7 @@ from ..job.memory import batch_of, count_pairs, measure_process, planner_of, pre
 from ..job.options import Options
 from ..job.outputs import check_paths
 from ..job.parallel import check_driver
-from ..job.report import Records
+from ..job.report import RecordPaths
 from ..job.room import check_node, schedule_within
 from ..job.stream import check_streamable
 from ..job.stream_plan import Planner, usual_limit
@@ -40,7 +40,7 @@ def dry_run(arguments: argparse.Namespace, options: Options) -> int:
         check_streamable(options)
     with open_input(arguments.input, options) as data:
         sizes, mask = data.sizes, data.mask
-    check_paths(arguments.input, arguments.output, Records(arguments.json, arguments.report), arguments.force,
+    check_paths(arguments.input, arguments.output, RecordPaths(arguments.json, arguments.report), arguments.force,
                 arguments.checkpoint)
     check_driver(options.output_driver)
     ranks = arguments.expect_ranks or max(launched_sizes().values(), default=1)

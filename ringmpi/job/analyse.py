@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..analysis import Weights
 from ..analysis.rows import check_range
-from ..errors import OptionError, ShapeError, ShardError
+from ..errors import OptionError, ShardError
 from ..files.hdf5 import OutputFile, create_dataset, read_integers, write_file, write_rows
 from ..files.manifest import Manifest, read_manifest
 from ..files.opening import open_file
@@ -22,6 +22,7 @@ from ..files.shards import verify
 from ..files.single import SingleFile, is_single, verify_single
 from ..layout import Contiguous, make
 from ..schedules.redistribution import redistribute
+from .audit import check_belongs
 from .inputs import MOST_OFFSETS, Input, open_input, read_bias_shard, read_shard
 from .options import Options
 from .run import Run
@@ -103,7 +104,7 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
             if data.sizes.batch is not None:
                 raise OptionError(f"{result}: expected a result without a batch axis, of which nothing is summed up "
                                   "yet; ringmpi.analysis takes arrays that have one")
-            _check_belongs(written, data)
+            check_belongs(written, data)
             check_range(np.array(question.rows, np.int64), data.sizes.n_q)
         run.comm.check_same_options(asdict(data.sizes) | asdict(options), timeout)
         with Weights(run.world, mask=data.mask, layout=options.layout, scale=options.scale, softcap=options.softcap,
@@ -118,15 +119,6 @@ def analyse(source: Path, result: Path, target: Path, question: Question, run_op
                 if file is not None:
                     file.attrs["input"], file.attrs["result"] = str(source), str(result)
                 files.close()
-
-
-def _check_belongs(written: Manifest | SingleFile, data: Input) -> None:
-    sizes = data.sizes
-    if (written.shapes["lse"] != (sizes.n_q, sizes.heads) or written.dtypes["out"] != sizes.dtype
-            or written.axes != data.axes):
-        raise ShapeError(f"{written.path}: expected lse of shape {(sizes.n_q, sizes.heads)} of {sizes.dtype} in the "
-                         f"order {data.axes} for this input, got {written.shapes['lse']} of {written.dtypes['out']} in "
-                         f"the order {written.axes}")
 
 
 class _Job:

@@ -28,9 +28,9 @@ from .options import Options
 from .outputs import Result, Shards, check_paths
 from .parallel import DRIVER, Together
 from .report import (
-    NO_RECORDS,
+    NO_PATHS,
     Display,
-    Records,
+    RecordPaths,
     Report,
     gather_report,
     gather_start,
@@ -48,7 +48,7 @@ log = logging.getLogger("ringmpi")
 
 def attend(source: Path, target: Path, options: Options, *, threads: int | None = None, timeout: float = mpi.TIMEOUT,
            expect_ranks: int | None = None, force: bool = False, display: Display | None = None,
-           records: Records = NO_RECORDS, command: str = "", keeping: Keeping | None = None,
+           records: RecordPaths = NO_PATHS, command: str = "", keeping: Keeping | None = None,
            requests: Callable[[], Stop] | None = None, survive: bool = False) -> Report:
     """Attend from file to file: q, k, v of `source` to `out` and `lse` of `target`. Collective over COMM_WORLD.
 
@@ -67,7 +67,7 @@ def attend(source: Path, target: Path, options: Options, *, threads: int | None 
         Replace a target that exists.
     display : Display, optional
         Shows on rank 0 how it goes.
-    records : Records
+    records : RecordPaths
         Where rank 0 writes the full record, and a page on it.
     command : str
         The command line, for the record.
@@ -126,7 +126,7 @@ class _Job:
     threads: int | None
     force: bool
     display: Display | None
-    records: Records
+    records: RecordPaths
     command: str
     survive: bool
 

@@ -85,7 +85,7 @@ def audit(source: Path, result: Manifest | SingleFile, options: Options, rows: i
         If the files do not belong together.
     """
     with open_input(source, options) as data:
-        _check_belongs(result, data)
+        check_belongs(result, data)
         sample = np.sort(np.random.default_rng(seed).permutation(data.sizes.n_q)[:rows])
         found = [_recompute(each, sample, options) for each in data.elements()]
     out, lse = (_read_sample(sample, result.shapes[name], functools.partial(result.rows, name))
@@ -137,7 +137,8 @@ class _Exact(NamedTuple):
     largest_relative: Array | float
 
 
-def _check_belongs(result: Manifest | SingleFile, data: Input) -> None:
+def check_belongs(result: Manifest | SingleFile, data: Input) -> None:
+    """Raise `ShapeError` unless a result has the shapes, dtype and axes of this input's. Local."""
     sizes = data.sizes
     batch = () if sizes.batch is None else (sizes.batch,)
     want = {"out": (sizes.n_q, *batch, sizes.heads, sizes.dim_v), "lse": (sizes.n_q, *batch, sizes.heads)}

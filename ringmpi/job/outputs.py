@@ -23,14 +23,14 @@ from ..files.streams import STANDARD_OUTPUT
 from ..layout import Contiguous
 from ..pictures import check_pictures
 from .inputs import Sizes
-from .report import Records
+from .report import RecordPaths
 from .run import Run
 
 Array = NDArray[Any]
 Rows = tuple[tuple[int, ...], np.dtype[Any]]          # shape and dtype of a row
 
 
-def check_paths(source: Path, target: Path, records: Records, force: bool, checkpoints: Path | None = None) -> None:
+def check_paths(source: Path, target: Path, records: RecordPaths, force: bool, checkpoints: Path | None = None) -> None:
     """Check that input, output, records and checkpoints have places of their own, and can be written. Local.
 
     Raises

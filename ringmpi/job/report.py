@@ -39,14 +39,14 @@ class Start:
     threads: list[int]
 
 
-class Records(NamedTuple):
+class RecordPaths(NamedTuple):
     """Where the full record of a run is written, if it is: as JSON, and as a page with pictures."""
 
     json: Path | None = None
     page: Path | None = None
 
 
-NO_RECORDS = Records()
+NO_PATHS = RecordPaths()
 
 
 class Display(Protocol):
@@ -129,7 +129,7 @@ def make_record(ranks: int, attention: RingAttention, options: Options, command:
     return record
 
 
-def write_record(run: Run, records: Records, attention: RingAttention, record: dict[str, Any], report: Report,
+def write_record(run: Run, records: RecordPaths, attention: RingAttention, record: dict[str, Any], report: Report,
                  spent: dict[str, Any]) -> None:
     """Gather what every rank has to tell, and energy `spent`; rank 0 writes it as asked. Collective over *comm*.
 
